@@ -1,0 +1,268 @@
+"""Every loaded adapter, in tiers: slots on the device, host memory, disk.
+
+A name points to its newest version. A request leases the versions it starts with: until the lease ends they
+keep their slots, whatever is loaded, replaced or unloaded meanwhile.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.adapters.names import check_name
+from loraplex.adapters.slots import PreparedAdapter, Slots
+from loraplex.adapters.version import AdapterState, AdapterVersion, folder_fingerprint
+from loraplex.adapters.weights import Adapter
+from loraplex.errors import AdapterChangedError, AdapterExistsError, AdapterNotFoundError, CapacityError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How much the tiers hold. A budget of None is unlimited."""
+
+    num_slots: int = 64  # adapters that one forward pass can use
+    slot_bytes: int | None = None
+    host_bytes: int | None = None  # on a CPU slots share their weights with host memory
+    loading_threads: int = 1
+
+    def __post_init__(self) -> None:
+        for option in ("num_slots", "loading_threads", "slot_bytes", "host_bytes"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigError(f"{option} is {value}; it must be at least 1.")
+
+
+class AdapterStore:
+    """Registers adapters, moves them between tiers, and leases them to requests. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        read: Callable[[Path], Adapter],
+        prepare: Callable[[Adapter], PreparedAdapter],
+        config: StoreConfig,
+    ) -> None:
+        self.slots = slots
+        self.config = config
+        self._read = read
+        self._prepare = prepare
+        self._lock = threading.RLock()
+        self._versions: dict[str, AdapterVersion] = {}  # the newest of each name
+        self._in_slot: dict[int, AdapterVersion] = {}
+        self._in_host: dict[int, AdapterVersion] = {}  # by id(), in order of last use: the first is evicted first
+        self._loads: dict[int, Future[PreparedAdapter]] = {}
+        self._loader = ThreadPoolExecutor(config.loading_threads, thread_name_prefix="loraplex-load")
+
+    # Registering
+
+    def add(self, name: str, adapter: Adapter, folder: Path | None, *, replace: bool = False) -> None:
+        """Register a checked adapter under `name`; with `replace`, requests from now on get the new version.
+
+        `folder` is where its weights can be read again after an eviction; None keeps them in host memory.
+        Raises AdapterExistsError, NameFormatError, CapacityError (over the host budget); then nothing has changed.
+        """
+        check_name(name)
+        prepared = self._prepare(adapter)
+        with self._lock:
+            old = self._versions.get(name)
+            if old is not None and not replace:
+                raise AdapterExistsError(
+                    f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another "
+                    f"name. Loaded: {sorted(self._versions)}."
+                )
+            version = AdapterVersion(
+                name=name,
+                number=1 if old is None else old.number + 1,
+                folder=folder,
+                fingerprint=None if folder is None else folder_fingerprint(folder),
+                num_bytes=prepared.num_bytes,
+                pinned=old is not None and old.pinned,
+            )
+            self._make_host_room(version, leaving=old)
+            if old is not None:
+                self._retire(old)
+            self._keep_in_host(version, prepared)
+            self._versions[name] = version
+
+    def remove(self, name: str) -> None:
+        """Forget `name`; requests that lease it finish with its weights."""
+        with self._lock:
+            version = self.version(name)
+            del self._versions[name]
+            self._retire(version)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep `name` in its slot, or allow its eviction again; a pinned adapter is put into a slot at once."""
+        with self.lease([name]), self._lock:
+            self.version(name).pinned = pinned
+
+    def prefetch(self, names: Sequence[str]) -> list["Future[PreparedAdapter]"]:
+        """Start reading adapters from disk into host memory in the background."""
+        with self._lock:
+            versions = [self.version(name) for name in names]
+            return [self._load(version) for version in versions if version.prepared is None]
+
+    # Asking
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._versions
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return sorted(self._versions)
+
+    def version(self, name: str) -> AdapterVersion:
+        """The newest version of `name`, or AdapterNotFoundError."""
+        with self._lock:
+            if name not in self._versions:
+                raise AdapterNotFoundError(
+                    f"adapter {name!r} is not loaded. Loaded: {_listed(self._versions)}. "
+                    f"Load it first: model.load_adapter({name!r}, path)."
+                )
+            return self._versions[name]
+
+    def states(self) -> list[AdapterState]:
+        """Where every adapter is, sorted by name."""
+        with self._lock:
+            return [self._versions[name].state() for name in sorted(self._versions)]
+
+    # Leasing
+
+    @contextmanager
+    def lease(self, names: Sequence[str]) -> Iterator[dict[str, AdapterVersion]]:
+        """Put the adapters into slots and keep them there until the block ends.
+
+        Raises AdapterNotFoundError, CapacityError (more adapters at once than slots or budgets allow) and
+        AdapterChangedError; then nothing is leased.
+        """
+        with self._lock:
+            versions = {name: self.version(name) for name in dict.fromkeys(names)}
+            for version in versions.values():
+                version.num_leases += 1
+        try:
+            self._bring_to_slots(list(versions.values()))
+            yield versions
+        finally:
+            with self._lock:
+                for version in versions.values():
+                    version.num_leases -= 1
+                    if version.retired and version.num_leases == 0:
+                        self._drop(version)
+
+    def _bring_to_slots(self, versions: list[AdapterVersion]) -> None:
+        missing = [version for version in versions if version.slot is None]
+        with self._lock:
+            loads = [(version, self._load(version)) for version in missing if version.prepared is None]
+        for _, load in loads:
+            load.result()
+        with self._lock:
+            for version in versions:
+                if version.prepared is not None:
+                    self._keep_in_host(version, version.prepared)  # now the most recently used
+            for version in missing:
+                if version.slot is None:
+                    self._fill_slot(version)
+
+    def _fill_slot(self, version: AdapterVersion) -> None:
+        budget = self.config.slot_bytes
+        assert version.prepared is not None, f"{version.name!r} left host memory while it was leased"
+        while len(self._in_slot) == self.slots.num_slots or (
+            budget is not None and self._slot_bytes() + version.num_bytes > budget
+        ):
+            self._evict_from_slot(version)
+        slot = next(slot for slot in range(self.slots.num_slots) if slot not in self._in_slot)
+        self.slots.put(slot, version.prepared)
+        self._in_slot[slot] = version
+        version.slot = slot
+
+    def _slot_bytes(self) -> int:
+        return sum(version.num_bytes for version in self._in_slot.values())
+
+    def _evict_from_slot(self, newcomer: AdapterVersion) -> None:
+        idle = [version for version in self._in_host.values() if version.slot is not None and version.evictable]
+        if not idle:
+            busy = sorted(version.name for version in self._in_slot.values())
+            raise CapacityError(
+                f"no slot for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): all of {self.slots.num_slots} slots "
+                f"(budget {self.config.slot_bytes} bytes) are in use or pinned by {busy}. Use fewer adapters at once, "
+                "unpin some, or raise StoreConfig.num_slots or slot_bytes."
+            )
+        self._leave_slot(idle[0])
+
+    def _leave_slot(self, version: AdapterVersion) -> None:
+        if version.slot is not None:
+            self.slots.clear(version.slot)
+            del self._in_slot[version.slot]
+            version.slot = None
+
+    # Host memory
+
+    def _load(self, version: AdapterVersion) -> "Future[PreparedAdapter]":
+        """Read a version from disk in the background; a second call joins the first."""
+        load = self._loads.get(id(version))
+        if load is None:
+            load = self._loads[id(version)] = self._loader.submit(self._read_back, version)
+        return load
+
+    def _read_back(self, version: AdapterVersion) -> PreparedAdapter:
+        try:
+            assert version.folder is not None, f"{version.name!r} has no folder but left host memory"
+            if folder_fingerprint(version.folder) != version.fingerprint:
+                raise AdapterChangedError(
+                    f"the files of adapter {version.name!r} in {version.folder} changed or vanished after it was loaded. "
+                    f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
+                )
+            prepared = self._prepare(self._read(version.folder))
+            with self._lock:
+                self._make_host_room(version)
+                if not (version.retired and version.num_leases == 0):
+                    self._keep_in_host(version, prepared)
+            return prepared
+        finally:
+            with self._lock:
+                self._loads.pop(id(version), None)
+
+    def _keep_in_host(self, version: AdapterVersion, prepared: PreparedAdapter) -> None:
+        version.prepared = prepared
+        self._in_host.pop(id(version), None)
+        self._in_host[id(version)] = version
+
+    def _make_host_room(self, newcomer: AdapterVersion, leaving: AdapterVersion | None = None) -> None:
+        budget = self.config.host_bytes
+        if budget is None:
+            return
+        staying = [v for v in self._in_host.values() if not (v is leaving and v.num_leases == 0)]
+        used = sum(version.num_bytes for version in staying)
+        victims = []
+        for version in staying:
+            if used + newcomer.num_bytes <= budget:
+                break
+            if version.evictable and version.folder is not None:
+                victims.append(version)
+                used -= version.num_bytes
+        if used + newcomer.num_bytes > budget:
+            raise CapacityError(
+                f"no host memory for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): {used} of {budget} bytes are "
+                "in use by running requests, pinned adapters or adapters without a folder to be read back from. Raise "
+                "StoreConfig.host_bytes, or unpin or unload some."
+            )
+        for version in victims:
+            self._drop(version)
+
+    def _retire(self, version: AdapterVersion) -> None:
+        version.retired = True
+        if version.num_leases == 0:
+            self._drop(version)
+
+    def _drop(self, version: AdapterVersion) -> None:
+        """Leave slot and host memory; the weights themselves are freed with their last user."""
+        self._leave_slot(version)
+        self._in_host.pop(id(version), None)
+        version.prepared = None
+
+
+def _listed(names: dict[str, AdapterVersion], most: int = 20) -> str:
+    shown = sorted(names)[:most]
+    return str(shown) if len(names) <= most else f"{shown} and {len(names) - most} more"

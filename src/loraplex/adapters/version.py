@@ -1,0 +1,65 @@
+"""One version of a named adapter and where it is."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from loraplex.adapters.slots import PreparedAdapter
+
+Tier = Literal["slot", "host", "disk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterState:
+    """What `model.adapters()` tells about one adapter."""
+
+    name: str
+    version: int
+    tier: Tier
+    num_bytes: int
+    pinned: bool
+    num_leases: int  # requests that run with it now
+    folder: str | None
+
+    def as_json(self) -> dict[str, str | int | bool | None]:
+        return asdict(self)
+
+
+@dataclass(eq=False, kw_only=True)
+class AdapterVersion:
+    """Changed only by the store, under its lock; the weights it points to never change."""
+
+    name: str
+    number: int
+    folder: Path | None
+    fingerprint: tuple[tuple[str, int, int], ...] | None
+    num_bytes: int
+    prepared: PreparedAdapter | None = None  # in host memory
+    slot: int | None = None
+    num_leases: int = 0
+    pinned: bool = False
+    retired: bool = False  # replaced or unloaded, kept only for its leases
+
+    @property
+    def evictable(self) -> bool:
+        return self.num_leases == 0 and not self.pinned
+
+    def state(self) -> AdapterState:
+        tier: Tier = "disk" if self.prepared is None else "host" if self.slot is None else "slot"
+        return AdapterState(
+            name=self.name,
+            version=self.number,
+            tier=tier,
+            num_bytes=self.num_bytes,
+            pinned=self.pinned,
+            num_leases=self.num_leases,
+            folder=None if self.folder is None else str(self.folder),
+        )
+
+
+def folder_fingerprint(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and modification times of an adapter's files; empty if the folder is gone."""
+    if not folder.is_dir():
+        return ()
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

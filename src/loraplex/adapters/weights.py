@@ -1,0 +1,78 @@
+"""An adapter in memory: one pair of low-rank factors for each module that it adapts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.config import LoraConfig
+
+ModuleKind = Literal["linear", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleShape:
+    """What a module of the base model takes and gives; an embedding's `in_features` is its vocabulary."""
+
+    kind: ModuleKind
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraWeights:
+    """One module's factors: y = W x + scaling * lora_b^T (lora_a x).
+
+    `lora_b` is stored transposed against PEFT's file ([rank, out] instead of [out, rank]), so that both
+    factors are read along contiguous rows when a few tokens are decoded.
+    """
+
+    kind: ModuleKind
+    lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
+    lora_b: Tensor  # [rank, out]
+    scaling: float  # alpha/r, or alpha/sqrt(r) for rsLoRA
+    magnitude: Tensor | None = None  # [out], DoRA only
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def shape(self) -> ModuleShape:
+        """The module that these weights fit."""
+        return ModuleShape(
+            kind=self.kind, in_features=self.lora_a.shape[1], out_features=self.lora_b.shape[1]
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.lora_a, self.lora_b] + ([] if self.magnitude is None else [self.magnitude])
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "LoraWeights":
+        """The same weights in another dtype; the DoRA magnitude stays in the dtype it has."""
+        return LoraWeights(
+            kind=self.kind,
+            lora_a=self.lora_a.to(device, dtype),
+            lora_b=self.lora_b.to(device, dtype),
+            scaling=self.scaling,
+            magnitude=None if self.magnitude is None else self.magnitude.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter: its configuration and, by module path of the base model, its weights."""
+
+    config: LoraConfig
+    layers: Mapping[str, LoraWeights]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for weights in self.layers.values())
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Adapter":
+        layers = {path: weights.to(dtype, device) for path, weights in self.layers.items()}
+        return Adapter(config=self.config, layers=layers)

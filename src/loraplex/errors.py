@@ -1,0 +1,69 @@
+"""One exception tree. Every message names the offending value, what was possible, and the fix."""
+
+
+class LoraplexError(Exception):
+    """Base of every error that loraplex raises on purpose."""
+
+
+class ConfigError(LoraplexError):
+    """An option has a value that can't be used."""
+
+
+class AdapterError(LoraplexError):
+    """Something is wrong with one adapter."""
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter's files are damaged: missing or extra tensors, wrong shapes, NaN, truncated, not safetensors."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter's settings can't be honoured exactly; the message names the setting."""
+
+
+class BaseModelMismatchError(AdapterError):
+    """An adapter was made for another base model: its modules or their shapes are not in this one."""
+
+
+class AdapterNotFoundError(AdapterError):
+    """A request or call names an adapter that is not loaded."""
+
+
+class AdapterExistsError(AdapterError):
+    """An adapter of that name is loaded already."""
+
+
+class AdapterChangedError(AdapterError):
+    """An adapter's files changed on disk after it was loaded, so its weights can't be read back."""
+
+
+class NameFormatError(AdapterError):
+    """An adapter's name is not 1 to 128 characters of letters, digits, '.', '_', '-' and '/'."""
+
+
+class CapacityError(LoraplexError):
+    """A tier of the store (slots, host memory) has no room for what a call needs at once."""
+
+
+class RequestError(LoraplexError):
+    """A request can't be served as written; nothing was run."""
+
+
+class LinkSyntaxError(RequestError):
+    """A link is malformed: the grammar is name[:weight] joined by '+', weights are finite floats."""
+
+
+class BatchError(RequestError):
+    """A batch is empty, or its rows and its list of adapters have different lengths."""
+
+
+class DatasetError(LoraplexError):
+    """A training file or one of its records can't be used; the message names file and line."""
+
+
+class CheckpointError(LoraplexError):
+    """A training checkpoint doesn't match the run that wants to resume from it."""
+
+
+class BaseModelError(LoraplexError):
+    """The base model can't be found, converted or loaded."""

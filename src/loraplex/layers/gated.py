@@ -1,0 +1,101 @@
+"""The LoRA layer: what a base module's output gets from the adapters of each row.
+
+    y[t] = W x[t] + B ( g[t] * (A x[t]) )
+"""
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.errors import BatchError
+from loraplex.kernels.dispatch import choose_kernel, gradients_flow
+from loraplex.kernels.native import gated_lora_native
+from loraplex.kernels.segmented import gated_lora_embedding, gated_lora_segmented
+from loraplex.kernels.stacked import gated_lora_stacked
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.rows import RowRouting, current_routing
+
+
+class GatedLinear:
+    """A forward hook on a linear module: adds each row's gated adapters to the module's output.
+
+    A hook leaves the module, its parameters and their names as they are, so whatever computes W x (a plain,
+    quantized or sharded linear) stays in charge of it, and a row without adapters gets exactly that.
+    """
+
+    def __init__(self, index: int, path: str) -> None:
+        self.index = index
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        routing = current_routing()
+        if routing is None:
+            return None
+        x = args[0]
+        plan = _plan_for(routing, x.shape[:-1], self.path)
+        if not plan.adapts(self.index):
+            return None
+        bias = getattr(module, "bias", None)
+        return add_adapters(self.index, y, x, plan, bias=bias, training=module.training)
+
+
+class GatedEmbedding:
+    """The same for the input embedding, whose x[t] is the one-hot row of a token's id."""
+
+    def __init__(self, index: int, path: str) -> None:
+        self.index = index
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        routing = current_routing()
+        if routing is None:
+            return None
+        plan = _plan_for(routing, args[0].shape, self.path)
+        if not plan.adapts(self.index):
+            return None
+        gained = add_gains(self.index, y, y, plan, bias=None)
+        return gated_lora_embedding(gained, args[0], plan.lora_segments(self.index))
+
+
+def add_adapters(
+    module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: Tensor | None, training: bool
+) -> Tensor:
+    """Add the plan's adapters for `module` to y [.., out], in place where nothing forbids it."""
+    needs_grad = plan.bank.trainable and torch.is_grad_enabled() or gradients_flow(x, y)
+    kernel = choose_kernel(x, plan.tokens_per_segment, needs_grad=needs_grad)
+    if plan.has_gain(module):
+        y = add_gains(module, y, y.clone(), plan, bias=bias)
+    if not y.is_contiguous():
+        y = y.contiguous()
+    table = plan.bank.native_table()
+    if kernel == "native" and table is not None:
+        return gated_lora_native(y, x.contiguous(), *table, module, plan.rows, plan.gates)
+    if kernel == "segmented":
+        return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
+    return gated_lora_stacked(y, x, plan.stack(module))
+
+
+def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:
+    """Add DoRA's share of the base output: gate * (c - 1) * (base_y - bias), for every token of a DoRA adapter."""
+    if not plan.has_gain(module):
+        return y
+    base = base_y.reshape(-1, y.shape[-1]).float()
+    total = y.reshape(-1, y.shape[-1]).clone()
+    for segment, weights in plan.weights_of(module):
+        if weights.gain is None:
+            continue
+        part = base[segment.start : segment.stop]
+        part = part if bias is None else part - bias.float()
+        gate = segment.gate.unsqueeze(-1) if isinstance(segment.gate, Tensor) else segment.gate
+        total[segment.start : segment.stop] += (part * weights.gain * gate).to(y.dtype)
+    return total.view_as(y)
+
+
+def _plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
+    if len(layout) >= 2:
+        return routing.plan_for(layout[0], layout[1:].numel())
+    num_tokens, num_rows = layout.numel(), len(routing.rows)
+    if num_tokens % num_rows != 0:
+        raise BatchError(
+            f"module {path!r} got {num_tokens} flattened tokens for {num_rows} rows; they must be equally many for each row."
+        )
+    return routing.plan_for(num_rows, num_tokens // num_rows)

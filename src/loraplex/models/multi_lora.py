@@ -1,0 +1,163 @@
+"""MultiLoraModel: a frozen transformers model whose batch rows each go through their own adapters."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraplex.adapters.fit import check_fits
+from loraplex.adapters.hub import resolve_adapter_folder
+from loraplex.adapters.names import check_name
+from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.store import AdapterStore, StoreConfig
+from loraplex.adapters.version import AdapterState
+from loraplex.adapters.weights import Adapter
+from loraplex.adapters.slots import Slots
+from loraplex.errors import AdapterExistsError, BaseModelError
+from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.loading import load_base_model, load_tokenizer
+from loraplex.models.scope import adapter_scope
+from loraplex.routing.bank import SlotBank
+from loraplex.routing.choice import RowChoice, parse_choices
+
+logger = logging.getLogger(__name__)
+
+
+class MultiLoraModel:
+    """One frozen base model and any number of adapters, in one forward pass.
+
+    `adapters=` has one entry for each row: None for the base model, "name", a link "a:0.7+b:0.3", or a list of
+    (name, weight) pairs. The base model's parameters are frozen and never changed.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, *, source: str | Path | None = None, store: StoreConfig | None = None
+    ) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self._source = source
+        self.adaptable = AdaptableModel(base)
+        self.dtype = base.dtype
+        slots = Slots((store or StoreConfig()).num_slots, self.adaptable.paths, base.device)
+        self.store = AdapterStore(slots, self._read_again, self._prepare, store or StoreConfig())
+        self._bank = SlotBank(slots)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        store: StoreConfig | None = None,
+    ) -> "MultiLoraModel":
+        """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError."""
+        base, source = load_base_model(path_or_id, dtype=dtype, device=device)
+        return cls(base, source=source, store=store)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        if self._source is None:
+            raise BaseModelError(
+                "this model was made from a transformers model in memory, so no tokenizer is known. Use "
+                "MultiLoraModel.from_pretrained(path), or MultiLoraModel(base, source=path)."
+            )
+        return load_tokenizer(self._source)
+
+    # Adapters
+
+    def load_adapter(
+        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+    ) -> None:
+        """Load a LoRA in PEFT format from a folder or hub id, or one from memory, under `name`.
+
+        Everything is checked before anything changes: raises AdapterExistsError (unless `replace`),
+        NameFormatError, AdapterFormatError, UnsupportedAdapterError, BaseModelMismatchError or CapacityError, and
+        then what is loaded stays as it was. Running requests finish with the version they started with.
+        """
+        check_name(name)
+        if name in self.store and not replace:  # before reading files; the store checks again under its lock
+            raise AdapterExistsError(
+                f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
+            )
+        folder = None
+        if not isinstance(source, Adapter):
+            folder = resolve_adapter_folder(source, revision=revision)
+        adapter = source if isinstance(source, Adapter) else read_adapter(folder)
+        check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        self.store.add(name, adapter, folder, replace=replace)
+        self.adaptable.attach(adapter.layers)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; running requests finish with it. Raises AdapterNotFoundError."""
+        self.store.remove(name)
+
+    def names(self) -> list[str]:
+        """The loaded adapters, sorted."""
+        return self.store.names()
+
+    def adapters(self) -> list[AdapterState]:
+        """Every adapter with its version, tier, size, and how many requests use it."""
+        return self.store.states()
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter in its slot whatever else is used, or stop doing so."""
+        self.store.pin(name, pinned)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Start reading adapters that were evicted to disk, in the background, for batches to come."""
+        self.store.prefetch(names)
+
+    # Running
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [rows, tokens]
+        attention_mask: Tensor | None = None,
+        *,
+        adapters: Sequence[RowChoice] | None = None,
+        **model_inputs: Any,  # whatever else the base model's forward takes
+    ) -> Any:
+        """The base model's forward, every row through its own adapters; returns the base model's output.
+
+        Raises BatchError, LinkSyntaxError, AdapterNotFoundError or CapacityError before anything runs.
+        """
+        with self._scope(input_ids, adapters, model_inputs):
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+
+    __call__ = forward
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,  # [rows, tokens]
+        attention_mask: Tensor | None = None,
+        *,
+        adapters: Sequence[RowChoice] | None = None,
+        **generation: Any,  # whatever else transformers' generate takes
+    ) -> Any:
+        """transformers' generate, every row through its own adapters: greedy, sampling or beam search."""
+        with self._scope(input_ids, adapters, generation):
+            return self.base.generate(input_ids, attention_mask=attention_mask, **generation)
+
+    def _scope(
+        self, input_ids: Tensor | None, adapters: Sequence[RowChoice] | None, inputs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        rows = input_ids if input_ids is not None else inputs.get("inputs_embeds")
+        links = parse_choices(adapters, 0 if rows is None else rows.shape[0])
+        if not any(links):
+            return nullcontext()
+        return adapter_scope(self.store, self._bank, links, input_ids)
+
+    def _prepare(self, adapter: Adapter) -> Any:
+        return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self.dtype)
+
+    @staticmethod
+    def _read_again(folder: Path) -> Adapter:
+        return read_adapter(folder, check_finite=False)

@@ -1,0 +1,48 @@
+"""Where a routing plan finds the weights of its slots: the store's slots, or adapters in training."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.slots import Slots, SlotWeights
+
+
+class Bank(Protocol):
+    """Weights by slot and module index."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients flow into the weights."""
+        ...
+
+    def layers(self, slot: int) -> Mapping[int, SlotWeights]:
+        """The modules that the slot's adapter adapts, with its weights there."""
+        ...
+
+    def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
+        """The slot's dropout probability and the generator that draws it."""
+        ...
+
+    def native_table(self) -> tuple[Tensor, Tensor] | None:
+        """Addresses [slots, modules, 3] and LoRA scalings [slots, modules] for the compiled kernel, if kept."""
+        ...
+
+
+class SlotBank:
+    """The store's slots as a bank: frozen weights."""
+
+    trainable = False
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    def layers(self, slot: int) -> Mapping[int, SlotWeights]:
+        return self._slots.held(slot).layers
+
+    def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
+        return 0.0, None
+
+    def native_table(self) -> tuple[Tensor, Tensor] | None:
+        return self._slots.table, self._slots.scalings

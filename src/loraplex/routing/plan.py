@@ -1,0 +1,97 @@
+"""The routing plan: for each token of a packed batch, its slots and gates."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.slots import SlotWeights
+from loraplex.kernels.segments import LoraSegment
+from loraplex.kernels.stacked import LoraStack, stack_segments
+from loraplex.routing.bank import Bank
+
+
+class Segment(NamedTuple):
+    """The tokens [start, stop) go through `slot` with one gate, or a gate for each token."""
+
+    start: int
+    stop: int
+    slot: int
+    gate: float | Tensor = 1.0  # or [stop - start], float32
+
+
+class RoutingPlan:
+    """What one forward pass needs, shared by all its LoRA layers; reused by passes of the same layout."""
+
+    def __init__(self, segments: Sequence[Segment], num_tokens: int, bank: Bank) -> None:
+        self.segments = [segment for segment in segments if segment.start < segment.stop]
+        self.num_tokens = num_tokens
+        self.bank = bank
+        self._stacks: dict[int, LoraStack] = {}
+        adapted: set[int] = set()
+        for slot in {segment.slot for segment in self.segments}:
+            adapted.update(bank.layers(slot))
+        self._adapted = adapted
+        self._gains: dict[int, bool] = {}
+
+    def adapts(self, module: int) -> bool:
+        """Whether any row of this batch adapts the module."""
+        return module in self._adapted
+
+    def has_gain(self, module: int) -> bool:
+        """Whether a DoRA adapter of this batch takes a share of the module's base output."""
+        if module not in self._gains:
+            self._gains[module] = any(weights.gain is not None for _, weights in self.weights_of(module))
+        return self._gains[module]
+
+    @cached_property
+    def tokens_per_segment(self) -> float:
+        return sum(s.stop - s.start for s in self.segments) / max(1, len(self.segments))
+
+    @cached_property
+    def rows(self) -> Tensor:  # [segments, 4]  int64: start, stop, slot, first gate
+        first = 0
+        rows = []
+        for segment in self.segments:
+            rows.append((segment.start, segment.stop, segment.slot, first))
+            first += segment.stop - segment.start
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+    @cached_property
+    def gates(self) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
+        parts = [
+            segment.gate if isinstance(segment.gate, Tensor) else torch.full((segment.stop - segment.start,), segment.gate)
+            for segment in self.segments
+        ]
+        return torch.cat(parts).float() if parts else torch.zeros(0)
+
+    def weights_of(self, module: int) -> list[tuple[Segment, SlotWeights]]:
+        """The segments whose adapters adapt `module`, with the weights they have there."""
+        pairs = ((segment, self.bank.layers(segment.slot).get(module)) for segment in self.segments)
+        return [(segment, weights) for segment, weights in pairs if weights is not None]
+
+    def lora_segments(self, module: int, *, training: bool = False) -> list[LoraSegment]:
+        """The module's segments with LoRA scaling folded into their gates."""
+        result = []
+        for segment, weights in self.weights_of(module):
+            dropout, generator = self.bank.dropout(segment.slot) if training else (0.0, None)
+            result.append(
+                LoraSegment(
+                    segment.start,
+                    segment.stop,
+                    weights.lora_a,
+                    weights.lora_b,
+                    segment.gate * weights.scaling,
+                    dropout,
+                    generator,
+                )
+            )
+        return result
+
+    def stack(self, module: int) -> LoraStack:
+        """The module's active adapters stacked, kept for the following steps of the same layout."""
+        if module not in self._stacks:
+            self._stacks[module] = stack_segments(self.lora_segments(module), self.num_tokens)
+        return self._stacks[module]

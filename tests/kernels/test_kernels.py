@@ -1,0 +1,178 @@
+"""Every kernel against a float64 reference, over ranks, sizes, links and gates."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.kernels.native import gated_lora_native, native_available
+from loraplex.kernels.reference import gated_lora
+from loraplex.kernels.segmented import gated_lora_segmented
+from loraplex.kernels.segments import LoraSegment
+from loraplex.kernels.stacked import gated_lora_stacked
+from loraplex.routing.bank import SlotBank
+from loraplex.routing.plan import RoutingPlan, Segment
+
+NUM_SLOTS = 5
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def make_plan(num_in, num_out, ranks, segments, num_tokens, dtype=torch.float32):
+    slots = Slots(len(ranks), ["module"], torch.device("cpu"))
+    for slot, rank in enumerate(ranks):
+        if rank == 0:  # an adapter that does not adapt this module
+            slots.put(slot, PreparedAdapter(layers={}))
+            continue
+        weights = SlotWeights(
+            lora_a=(torch.randn(rank, num_in) / num_in**0.5).to(dtype),
+            lora_b=torch.randn(rank, num_out).to(dtype),
+            scaling=0.5 + slot,
+        )
+        slots.put(slot, PreparedAdapter(layers={0: weights}))
+    return RoutingPlan(segments, num_tokens, SlotBank(slots))
+
+
+def run_kernel(name, plan, y, x):
+    if name == "native":
+        return gated_lora_native(y, x, *plan.bank.native_table(), 0, plan.rows, plan.gates)
+    if name == "segmented":
+        return gated_lora_segmented(y, x, plan.lora_segments(0))
+    return gated_lora_stacked(y, x, plan.stack(0))
+
+
+def float64_result(plan, y, x):
+    """The reference kernel, fed with each token's slots and gates in float64, ranks padded with zeros."""
+    weights = {segment.slot: w for segment, w in plan.weights_of(0)}
+    rank = max(w.lora_a.shape[0] for w in weights.values())
+    lora_a = torch.zeros(max(weights) + 1, rank, x.shape[1], dtype=torch.float64)
+    lora_b = torch.zeros(max(weights) + 1, rank, y.shape[1], dtype=torch.float64)
+    for slot, w in weights.items():
+        lora_a[slot, : w.lora_a.shape[0]] = w.lora_a
+        lora_b[slot, : w.lora_b.shape[0]] = w.lora_b
+    pairs = plan.weights_of(0)
+    slots = torch.zeros(len(x), len(pairs), dtype=torch.int64)
+    gates = torch.zeros(len(x), len(pairs), dtype=torch.float64)
+    for j, (segment, w) in enumerate(pairs):
+        slots[segment.start : segment.stop, j] = segment.slot
+        gates[segment.start : segment.stop, j] = segment.gate * w.scaling
+    return gated_lora(y.double(), x.double(), lora_a, lora_b, slots, gates)
+
+
+KERNELS = ["native", "segmented", "stacked"]
+
+
+def skip_without_compiler(kernel):
+    if kernel == "native" and not native_available():
+        pytest.skip("no C++ compiler: the compiled kernel can't be built here")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 64), (576, 192), (37, 50), (5, 3), (128, 1000)])
+def test_kernel_equals_float64_reference(kernel, dtype, num_in, num_out):
+    skip_without_compiler(kernel)
+    segments = [
+        Segment(0, 1, 0, 1.0),
+        Segment(1, 5, 1, 0.3),
+        Segment(1, 5, 2, torch.randn(4)),  # linked with slot 1, a gate for each token
+        Segment(6, 12, 3, -1.0),
+        Segment(5, 6, 4, 1.0),
+    ]
+    plan = make_plan(num_in, num_out, [4, 7, 32, 1, 0], segments, 13, dtype)
+    x, y = torch.randn(13, num_in).to(dtype), torch.randn(13, num_out).to(dtype)
+    expected = float64_result(plan, y, x)
+    error = (run_kernel(kernel, plan, y.clone(), x).double() - expected).abs().max()
+    assert error <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@st.composite
+def batches(draw):
+    ranks = draw(st.lists(st.integers(0, 20), min_size=NUM_SLOTS, max_size=NUM_SLOTS).filter(any))
+    num_tokens = draw(st.integers(1, 20))
+    segments = []
+    for slot in draw(st.permutations([slot for slot in range(NUM_SLOTS) if ranks[slot]])):
+        start = draw(st.integers(0, num_tokens - 1))
+        segments.append(Segment(start, draw(st.integers(start + 1, num_tokens)), slot, draw(st.floats(-2, 2))))
+    return ranks, num_tokens, segments, draw(st.integers(1, 40)), draw(st.integers(1, 40))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=40, deadline=None)
+@given(batch=batches())
+def test_kernel_equals_reference_on_random_batches(kernel, batch):
+    skip_without_compiler(kernel)
+    ranks, num_tokens, segments, num_in, num_out = batch
+    torch.manual_seed(0)
+    plan = make_plan(num_in, num_out, ranks, segments, num_tokens)
+    x, y = torch.randn(num_tokens, num_in), torch.randn(num_tokens, num_out)
+    expected = float64_result(plan, y, x)
+    error = (run_kernel(kernel, plan, y.clone(), x).double() - expected).abs().max()
+    assert error <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tokens_outside_every_segment_keep_their_exact_bits(kernel):
+    skip_without_compiler(kernel)
+    plan = make_plan(64, 48, [8], [Segment(2, 4, 0, 1.0)], 6, torch.bfloat16)
+    x, y = torch.randn(6, 64).bfloat16(), torch.randn(6, 48).bfloat16()
+    result = run_kernel(kernel, plan, y.clone(), x)
+    assert torch.equal(result[[0, 1, 4, 5]], y[[0, 1, 4, 5]])
+    assert not torch.equal(result[2:4], y[2:4])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_overflowing_row_does_not_reach_its_neighbours(kernel):
+    skip_without_compiler(kernel)
+    plan = make_plan(64, 48, [8, 8], [Segment(0, 1, 0, 1.0), Segment(1, 2, 1, 1.0)], 2)
+    x, y = torch.randn(2, 64), torch.randn(2, 48)
+    expected = run_kernel(kernel, plan, y.clone(), x)
+    x[0] = float("inf")
+    assert torch.equal(run_kernel(kernel, plan, y.clone(), x)[1], expected[1])
+
+
+def test_native_result_of_a_token_has_the_same_bits_in_any_batch():
+    skip_without_compiler("native")
+    x, y = torch.randn(9, 64), torch.randn(9, 48)
+    alone = make_plan(64, 48, [8, 5], [Segment(0, 1, 0, 0.7)], 1)
+    together = RoutingPlan([Segment(0, 8, 1, 1.0), Segment(8, 9, 0, 0.7)], 9, alone.bank)
+    one = run_kernel("native", alone, y[8:].clone(), x[8:].clone())
+    assert torch.equal(run_kernel("native", together, y.clone(), x)[8:], one)
+
+
+def test_segmented_gradients_pass_gradcheck():
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    a = [torch.randn(r, 5, dtype=torch.float64, requires_grad=True) for r in (2, 3)]
+    b = [torch.randn(r, 4, dtype=torch.float64, requires_grad=True) for r in (2, 3)]
+    gates = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def run(y, x, a0, b0, a1, b1, gates):
+        segments = [LoraSegment(0, 4, a0, b0, 0.5), LoraSegment(2, 5, a1, b1, gates)]
+        return gated_lora_segmented(y * 1.0, x, segments)
+
+    assert torch.autograd.gradcheck(run, (y, x, a[0], b[0], a[1], b[1], gates))
+
+
+def test_dropout_of_a_segment_depends_only_on_its_own_generator():
+    x, a, b = torch.randn(8, 16), torch.randn(4, 16), torch.randn(4, 8)
+
+    def run(neighbour_seed):
+        generators = [torch.Generator().manual_seed(seed) for seed in (neighbour_seed, 7)]
+        segments = [LoraSegment(0, 4, a, b, 1.0, 0.5, generators[0]), LoraSegment(4, 8, a, b, 1.0, 0.5, generators[1])]
+        return gated_lora_segmented(torch.zeros(8, 8), x, segments)
+
+    one, other = run(1), run(2)
+    assert torch.equal(one[4:], other[4:])
+    assert not torch.equal(one[:4], other[:4])
+
+
+@pytest.mark.parametrize("problem", ["outside the batch", "dtype"])
+def test_native_refuses_what_it_can_not_run(problem):
+    skip_without_compiler("native")
+    dtype = torch.float16 if problem == "dtype" else torch.float32
+    stop = 3 if problem == "outside the batch" else 2
+    plan = make_plan(16, 16, [2], [Segment(0, stop, 0, 1.0)], 2, dtype)
+    with pytest.raises(RuntimeError, match=problem):
+        run_kernel("native", plan, torch.zeros(2, 16, dtype=dtype), torch.zeros(2, 16, dtype=dtype))
