@@ -29,9 +29,9 @@ def write_random_adapters(
 
 
 def peft_with_adapters(base: PreTrainedModel, paths: dict[str, Path]) -> PeftModel:
-    """PEFT's model with all adapters loaded, in the base model's dtype (its default keeps adapters in float32)."""
+    """PEFT's model with all adapters loaded, as PEFT loads them by default (in float32)."""
     names = list(paths)
-    model = PeftModel.from_pretrained(base, str(paths[names[0]]), names[0], autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(base, str(paths[names[0]]), names[0])
     for name in names[1:]:
-        model.load_adapter(str(paths[name]), name, autocast_adapter_dtype=False)
+        model.load_adapter(str(paths[name]), name)
     return model.eval()

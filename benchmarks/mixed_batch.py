@@ -1,6 +1,6 @@
 """How fast is a batch whose rows all use different adapters, against PEFT's mixed batch and against no adapters?
 
-    python benchmarks/mixed_batch.py            # 8 rows in bf16 and fp32, 32 rows in bf16
+python benchmarks/mixed_batch.py            # 8 rows in bf16 and fp32, 32 rows in bf16
 """
 
 import argparse

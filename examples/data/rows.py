@@ -35,9 +35,7 @@ def draw(seed: int, *key: str) -> str:
     return hashlib.sha256("\x1f".join([str(seed), *key]).encode()).hexdigest()
 
 
-def split_rows(
-    rows: Iterable[Row], sizes: Mapping[str, int], seed: int, large_group: int = 10
-) -> dict[str, list[Row]]:
+def split_rows(rows: Iterable[Row], sizes: Mapping[str, int], seed: int, large_group: int = 10) -> dict[str, list[Row]]:
     """Distribute rows over test, valid and train, whole groups at a time in a random order.
 
     A group of more than `large_group` rows only goes to train: one family must not be half a test set.

@@ -65,5 +65,9 @@ class CheckpointError(LoraplexError):
     """A training checkpoint doesn't match the run that wants to resume from it."""
 
 
+class TrainingError(LoraplexError):
+    """Training can't go on: a job's loss or gradients are no longer finite."""
+
+
 class BaseModelError(LoraplexError):
     """The base model can't be found, converted or loaded."""

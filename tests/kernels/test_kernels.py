@@ -160,7 +160,10 @@ def test_dropout_of_a_segment_depends_only_on_its_own_generator():
 
     def run(neighbour_seed):
         generators = [torch.Generator().manual_seed(seed) for seed in (neighbour_seed, 7)]
-        segments = [LoraSegment(0, 4, a, b, 1.0, 0.5, generators[0]), LoraSegment(4, 8, a, b, 1.0, 0.5, generators[1])]
+        segments = [
+            LoraSegment(0, 4, a, b, 1.0, 0.5, generators[0]),
+            LoraSegment(4, 8, a, b, 1.0, 0.5, generators[1]),
+        ]
         return gated_lora_segmented(torch.zeros(8, 8), x, segments)
 
     one, other = run(1), run(2)

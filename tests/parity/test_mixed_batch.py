@@ -131,7 +131,13 @@ def test_cached_generation_equals_the_uncached_forward(pair):
     ids = torch.randint(3, VOCAB_SIZE, (len(ROWS), 8))
     mask = torch.ones_like(ids)
     out = model.generate(
-        ids, mask, adapters=list(ROWS), max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ids,
+        mask,
+        adapters=list(ROWS),
+        max_new_tokens=10,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     full_mask = torch.cat([mask, torch.ones(len(ids), 10, dtype=mask.dtype)], dim=1)
     logits = model(out.sequences, full_mask, adapters=list(ROWS)).logits

@@ -50,7 +50,12 @@ def test_plans_of_a_layout_are_kept(bank):
 
 def test_routing_is_current_only_inside_its_scope(bank):
     routing = RowRouting([[Route(slot=0)]], bank)
-    with pytest.raises(ZeroDivisionError), use_routing(routing):
-        assert current_routing() is routing
-        raise ZeroDivisionError
+
+    def fail_inside():
+        with use_routing(routing):
+            assert current_routing() is routing
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert current_routing() is None

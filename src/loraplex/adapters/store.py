@@ -15,7 +15,13 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.slots import PreparedAdapter, Slots
 from loraplex.adapters.version import AdapterState, AdapterVersion, folder_fingerprint
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterChangedError, AdapterExistsError, AdapterNotFoundError, CapacityError, ConfigError
+from loraplex.errors import (
+    AdapterChangedError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    CapacityError,
+    ConfigError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class AdapterStore:
         if not idle:
             busy = sorted(version.name for version in self._in_slot.values())
             raise CapacityError(
-                f"no slot for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): all of {self.slots.num_slots} slots "
+                f"no slot for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): all {self.slots.num_slots} slots "
                 f"(budget {self.config.slot_bytes} bytes) are in use or pinned by {busy}. Use fewer adapters at once, "
                 "unpin some, or raise StoreConfig.num_slots or slot_bytes."
             )
@@ -211,7 +217,7 @@ class AdapterStore:
             assert version.folder is not None, f"{version.name!r} has no folder but left host memory"
             if folder_fingerprint(version.folder) != version.fingerprint:
                 raise AdapterChangedError(
-                    f"the files of adapter {version.name!r} in {version.folder} changed or vanished after it was loaded. "
+                    f"the files of adapter {version.name!r} in {version.folder} changed since it was loaded. "
                     f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
                 )
             prepared = self._prepare(self._read(version.folder))
@@ -244,9 +250,9 @@ class AdapterStore:
                 used -= version.num_bytes
         if used + newcomer.num_bytes > budget:
             raise CapacityError(
-                f"no host memory for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): {used} of {budget} bytes are "
-                "in use by running requests, pinned adapters or adapters without a folder to be read back from. Raise "
-                "StoreConfig.host_bytes, or unpin or unload some."
+                f"no host memory for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): {used} of {budget} "
+                "bytes are in use by running requests, pinned adapters or adapters without a folder to be read back "
+                "from. Raise StoreConfig.host_bytes, or unpin or unload some."
             )
         for version in victims:
             self._drop(version)

@@ -42,9 +42,7 @@ class LoraWeights:
     @property
     def shape(self) -> ModuleShape:
         """The module that these weights fit."""
-        return ModuleShape(
-            kind=self.kind, in_features=self.lora_a.shape[1], out_features=self.lora_b.shape[1]
-        )
+        return ModuleShape(kind=self.kind, in_features=self.lora_a.shape[1], out_features=self.lora_b.shape[1])
 
     @property
     def num_bytes(self) -> int:

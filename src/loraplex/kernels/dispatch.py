@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from loraplex.kernels.native import SUPPORTED_DTYPES, native_available
 
@@ -14,15 +13,10 @@ Kernel = Literal["native", "stacked", "segmented"]
 FEW_TOKENS = 8
 
 
-def choose_kernel(x: Tensor, tokens_per_segment: float, *, needs_grad: bool) -> Kernel:
-    """Segmented for gradients and long segments; else the compiled kernel where it runs; else stacked."""
-    if needs_grad or tokens_per_segment > FEW_TOKENS:
+def choose_kernel(device: torch.device, dtype: torch.dtype, tokens_per_segment: float, *, has_table: bool) -> Kernel:
+    """The kernel for frozen adapters: segmented for long segments; else compiled where it runs; else stacked."""
+    if tokens_per_segment > FEW_TOKENS:
         return "segmented"
-    if x.device.type == "cpu" and x.dtype in SUPPORTED_DTYPES and native_available():
+    if has_table and device.type == "cpu" and dtype in SUPPORTED_DTYPES and native_available():
         return "native"
     return "stacked"
-
-
-def gradients_flow(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done to any of the tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,10 +1,11 @@
 """A matrix product for each segment: the differentiable path, and the fast one for long segments (prefill)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from loraplex.kernels.segments import LoraSegment
 
@@ -47,9 +48,7 @@ class _SegmentedLora(torch.autograd.Function):
     """Explicit gradients, so that a step keeps one [n, rank] tensor a segment and no copies of y."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, y: Tensor, x: Tensor, segments: Sequence[LoraSegment], *factors: Tensor | float
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, segments: Sequence[LoraSegment], *factors: Tensor | float) -> Tensor:
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         saved: list[Tensor | None] = []
         for segment in segments:
@@ -59,9 +58,9 @@ class _SegmentedLora(torch.autograd.Function):
             hidden = (x_part if mask is None else x_part * mask) @ a.t()  # [n, rank]
             flat_y[segment.start : segment.stop].addmm_(_gate(hidden, segment.gates), b)
             saved += [hidden, mask]
-        if any(ctx.needs_input_grad):  # type: ignore[attr-defined]
-            ctx.segments = segments  # type: ignore[attr-defined]
-            ctx.num_saved = len(saved)  # type: ignore[attr-defined]
+        if any(ctx.needs_input_grad):
+            ctx.segments = segments
+            ctx.num_saved = len(saved)
             tensors = [factor for factor in factors if isinstance(factor, Tensor)]
             ctx.save_for_backward(x, *saved, *tensors)
         ctx.mark_dirty(y)
@@ -69,13 +68,13 @@ class _SegmentedLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_y, needs_x, _, *needs_factors = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        needs_y, needs_x, _, *needs_factors = ctx.needs_input_grad
         flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = torch.zeros_like(flat_x) if needs_x else None
         grads: list[Tensor | None] = []
-        for i, segment in enumerate(ctx.segments):  # type: ignore[attr-defined]
+        for i, segment in enumerate(ctx.segments):
             hidden, mask = saved[2 * i], saved[2 * i + 1]
             needs_a, needs_b, needs_gates = needs_factors[3 * i : 3 * i + 3]
             g = flat_grad[segment.start : segment.stop]

@@ -1,13 +1,12 @@
 """The LoRA layer: what a base module's output gets from the adapters of each row.
 
-    y[t] = W x[t] + B ( g[t] * (A x[t]) )
+y[t] = W x[t] + B ( g[t] * (A x[t]) )
 """
 
 import torch
 from torch import Tensor, nn
 
 from loraplex.errors import BatchError
-from loraplex.kernels.dispatch import choose_kernel, gradients_flow
 from loraplex.kernels.native import gated_lora_native
 from loraplex.kernels.segmented import gated_lora_embedding, gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
@@ -35,7 +34,7 @@ class GatedLinear:
         if not plan.adapts(self.index):
             return None
         bias = getattr(module, "bias", None)
-        return add_adapters(self.index, y, x, plan, bias=bias, training=module.training)
+        return add_adapters(self.index, y, x, plan, bias=bias)
 
 
 class GatedEmbedding:
@@ -56,19 +55,20 @@ class GatedEmbedding:
         return gated_lora_embedding(gained, args[0], plan.lora_segments(self.index))
 
 
-def add_adapters(
-    module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: Tensor | None, training: bool
-) -> Tensor:
-    """Add the plan's adapters for `module` to y [.., out], in place where nothing forbids it."""
-    needs_grad = plan.bank.trainable and torch.is_grad_enabled() or gradients_flow(x, y)
-    kernel = choose_kernel(x, plan.tokens_per_segment, needs_grad=needs_grad)
+def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:
+    """Add the plan's adapters for `module` to y [.., out], in place where nothing forbids it.
+
+    Whether adapters train is for their bank to say: the base model is in evaluation mode even then. Adapters in
+    training are float32 whatever the base's dtype, which only the segmented kernel takes.
+    """
+    training = plan.bank.trainable
+    needs_grad = training or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    kernel = plan.kernel(x, needs_grad=needs_grad)
     if plan.has_gain(module):
         y = add_gains(module, y, y.clone(), plan, bias=bias)
-    if not y.is_contiguous():
-        y = y.contiguous()
-    table = plan.bank.native_table()
-    if kernel == "native" and table is not None:
-        return gated_lora_native(y, x.contiguous(), *table, module, plan.rows, plan.gates)
+    y = y.contiguous()
+    if kernel == "native":
+        return gated_lora_native(y, x.contiguous(), *plan.table, module, plan.rows, plan.gates)
     if kernel == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
     return gated_lora_stacked(y, x, plan.stack(module))
@@ -96,6 +96,6 @@ def _plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan
     num_tokens, num_rows = layout.numel(), len(routing.rows)
     if num_tokens % num_rows != 0:
         raise BatchError(
-            f"module {path!r} got {num_tokens} flattened tokens for {num_rows} rows; they must be equally many for each row."
+            f"module {path!r} got {num_tokens} flattened tokens for {num_rows} rows; each row must have equally many."
         )
     return routing.plan_for(num_rows, num_tokens // num_rows)

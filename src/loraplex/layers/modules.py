@@ -19,9 +19,7 @@ def adaptable_modules(base: PreTrainedModel) -> dict[str, ModuleShape]:
         if isinstance(module, Conv1D):
             shapes[path] = ModuleShape(kind="linear", in_features=module.nx, out_features=module.nf)
         elif isinstance(module, nn.Linear):
-            shapes[path] = ModuleShape(
-                kind="linear", in_features=module.in_features, out_features=module.out_features
-            )
+            shapes[path] = ModuleShape(kind="linear", in_features=module.in_features, out_features=module.out_features)
         elif module is embedding and isinstance(module, nn.Embedding):
             shapes[path] = ModuleShape(
                 kind="embedding", in_features=module.num_embeddings, out_features=module.embedding_dim

@@ -30,13 +30,16 @@ def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: t
     if weights.magnitude is not None:
         if weights.kind == "embedding" and embed_scale(module) != 1.0:
             raise UnsupportedAdapterError(
-                f"DoRA on {path!r} can't be honoured: this embedding scales its output by {embed_scale(module)}, for which "
-                "DoRA is not defined. Train the adapter without DoRA on the embedding."
+                f"DoRA on {path!r} can't be honoured: this embedding scales its output by {embed_scale(module)}, for "
+                "which DoRA is not defined. Train the adapter without DoRA on the embedding."
             )
         norm_ratio = dora_norm_ratio(weights, weight_matrix(module))
         lora_b, gain = lora_b.float() * norm_ratio, norm_ratio - 1
     return SlotWeights(
-        lora_a=weights.lora_a.to(dtype).contiguous(), lora_b=lora_b.to(dtype).contiguous(), scaling=scaling, gain=gain
+        lora_a=weights.lora_a.to(dtype).contiguous(),
+        lora_b=lora_b.to(dtype).contiguous(),
+        scaling=scaling,
+        gain=gain,
     )
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.adapters.fit import check_fits
+from loraplex.adapters.fit import check_base_copies, check_fits
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.names import check_name
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft_folder import read_adapter, read_base_copies
+from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
 from loraplex.adapters.version import AdapterState
 from loraplex.adapters.weights import Adapter
-from loraplex.adapters.slots import Slots
 from loraplex.errors import AdapterExistsError, BaseModelError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
@@ -87,10 +87,12 @@ class MultiLoraModel:
             raise AdapterExistsError(
                 f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
             )
-        folder = None
-        if not isinstance(source, Adapter):
+        if isinstance(source, Adapter):
+            folder, adapter = None, source
+        else:
             folder = resolve_adapter_folder(source, revision=revision)
-        adapter = source if isinstance(source, Adapter) else read_adapter(folder)
+            adapter = read_adapter(folder)
+            check_base_copies(read_base_copies(folder), dict(self.base.named_parameters(remove_duplicate=False)))
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self.store.add(name, adapter, folder, replace=replace)
         self.adaptable.attach(adapter.layers)

@@ -15,9 +15,7 @@ from loraplex.routing.rows import Route, RowRouting, use_routing
 
 
 @contextmanager
-def adapter_scope(
-    store: AdapterStore, bank: Bank, links: Sequence[Link], input_ids: Tensor | None
-) -> Iterator[None]:
+def adapter_scope(store: AdapterStore, bank: Bank, links: Sequence[Link], input_ids: Tensor | None) -> Iterator[None]:
     """Run the block with every row's link in force; its adapters keep their slots until it ends."""
     names = [name for link in links for name, _ in link]
     with store.lease(names) as leased:
@@ -36,8 +34,8 @@ def _routes(link: Link, leased: dict[str, AdapterVersion], input_ids: Tensor | N
         if invocation is not None:
             if input_ids is None:
                 raise RequestError(
-                    f"row {row} asks for the aLoRA {name!r}, whose start is found in input_ids, but only embeddings were "
-                    "given. Pass input_ids."
+                    f"row {row} asks for the aLoRA {name!r}, whose start is found in input_ids, but only embeddings "
+                    "were given. Pass input_ids."
                 )
             last_tokens = tokens_from_invocation(input_ids[row], invocation)
         routes.append(Route(slot=version.slot, weight=weight, last_tokens=last_tokens))

@@ -49,8 +49,8 @@ def parse_choices(choices: Sequence[RowChoice] | None, num_rows: int) -> list[Li
         )
     if len(choices) != num_rows:
         raise BatchError(
-            f"adapters has {len(choices)} entries but the batch has {num_rows} rows. Pass one entry for each row; None is "
-            "the base model."
+            f"adapters has {len(choices)} entries but the batch has {num_rows} rows. Pass one entry for each row; "
+            "None is the base model."
         )
     return [parse_choice(choice) for choice in choices]
 

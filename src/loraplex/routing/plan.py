@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.slots import SlotWeights
+from loraplex.kernels.dispatch import Kernel, choose_kernel
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.routing.bank import Bank
@@ -22,11 +23,29 @@ class Segment(NamedTuple):
     gate: float | Tensor = 1.0  # or [stop - start], float32
 
 
+def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
+    """Let segments of one slot and gate that follow each other be one: fewer and larger matrix products."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and (last.stop, last.slot) == (segment.start, segment.slot)
+            and not isinstance(last.gate, Tensor)
+            and not isinstance(segment.gate, Tensor)
+            and last.gate == segment.gate
+        ):
+            joined[-1] = last._replace(stop=segment.stop)
+        else:
+            joined.append(segment)
+    return joined
+
+
 class RoutingPlan:
     """What one forward pass needs, shared by all its LoRA layers; reused by passes of the same layout."""
 
     def __init__(self, segments: Sequence[Segment], num_tokens: int, bank: Bank) -> None:
-        self.segments = [segment for segment in segments if segment.start < segment.stop]
+        self.segments = join_neighbours([segment for segment in segments if segment.start < segment.stop])
         self.num_tokens = num_tokens
         self.bank = bank
         self._stacks: dict[int, LoraStack] = {}
@@ -35,6 +54,7 @@ class RoutingPlan:
             adapted.update(bank.layers(slot))
         self._adapted = adapted
         self._gains: dict[int, bool] = {}
+        self._kernel: Kernel | None = None
 
     def adapts(self, module: int) -> bool:
         """Whether any row of this batch adapts the module."""
@@ -46,9 +66,25 @@ class RoutingPlan:
             self._gains[module] = any(weights.gain is not None for _, weights in self.weights_of(module))
         return self._gains[module]
 
+    def kernel(self, x: Tensor, *, needs_grad: bool) -> Kernel:
+        """Which kernel runs this plan on inputs like x; decided once, since a plan meets one dtype and device."""
+        if needs_grad:
+            return "segmented"
+        if self._kernel is None:
+            has_table = self.bank.native_table() is not None
+            self._kernel = choose_kernel(x.device, x.dtype, self.tokens_per_segment, has_table=has_table)
+        return self._kernel
+
     @cached_property
     def tokens_per_segment(self) -> float:
         return sum(s.stop - s.start for s in self.segments) / max(1, len(self.segments))
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """The bank's addresses and LoRA scalings, for the compiled kernel."""
+        table = self.bank.native_table()
+        assert table is not None, "the compiled kernel was chosen for a bank without a table"
+        return table
 
     @cached_property
     def rows(self) -> Tensor:  # [segments, 4]  int64: start, stop, slot, first gate
@@ -62,7 +98,9 @@ class RoutingPlan:
     @cached_property
     def gates(self) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
         parts = [
-            segment.gate if isinstance(segment.gate, Tensor) else torch.full((segment.stop - segment.start,), segment.gate)
+            segment.gate
+            if isinstance(segment.gate, Tensor)
+            else torch.full((segment.stop - segment.start,), segment.gate)
             for segment in self.segments
         ]
         return torch.cat(parts).float() if parts else torch.zeros(0)

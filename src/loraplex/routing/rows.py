@@ -43,8 +43,8 @@ class RowRouting:
     def _build(self, num_sequences: int, length: int) -> RoutingPlan:
         if num_sequences % len(self.rows) != 0:
             raise BatchError(
-                f"a layer got {num_sequences} sequences for {len(self.rows)} rows of adapters. The batch must keep its rows "
-                "in order, each repeated equally often (as beam search and num_return_sequences do)."
+                f"a layer got {num_sequences} sequences for {len(self.rows)} rows of adapters. The batch must keep its "
+                "rows in order, each repeated equally often (as beam search and num_return_sequences do)."
             )
         copies = num_sequences // len(self.rows)
         segments = []

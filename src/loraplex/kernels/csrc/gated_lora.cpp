@@ -13,6 +13,8 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -70,6 +72,16 @@ struct Segment {  // one adapter on the tokens [start, stop)
 };
 
 constexpr int kRows = 4;  // rank rows that share one pass over x
+constexpr int64_t kSmallWork = 8192;  // multiply-adds below which one thread does it all
+
+// Adapters are many short, scattered rows: the hardware sees no stream in them, so each step asks for the next
+// step's rows. [rows, bytes] with a stride, all in bytes.
+inline void prefetch_rows(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
+  const char* p = static_cast<const char*>(first);
+  for (int64_t r = 0; r < rows; ++r, p += stride) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+}
 
 template <typename T, int rows>
 inline void dot_rows(const T* a, const T* x, int64_t in, float* out) {
@@ -144,23 +156,42 @@ void run(const std::vector<Segment>& segments, int64_t num_blocks, int64_t num_h
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < num_hidden) buffer.resize(num_hidden);
   float* hidden = buffer.data();
-  int64_t work = 0;  // multiply-adds of the shrink phase: small ones are not worth waking threads for
-  for (const Segment& s : segments) work += s.rank * (s.stop - s.start) * in;
-  const int64_t block_grain = work < 8192 ? num_blocks : 1;
-  at::parallel_for(0, num_blocks, block_grain, [&](int64_t begin, int64_t end) {
+  const int64_t num_chunks = (out + kLanes - 1) / kLanes;
+  auto shrink = [&](int64_t begin, int64_t end) {
     size_t i = 0;
     for (int64_t block = begin; block < end; ++block) {
       while (i + 1 < segments.size() && segments[i + 1].first_block <= block) ++i;
+      const size_t next = i + 1 < segments.size() && segments[i + 1].first_block == block + 1 ? i + 1 : i;
+      const int64_t next_row = next == i ? (block + 1 - segments[i].first_block) * kRows : 0;
+      const int64_t rows = std::min<int64_t>(kRows, segments[next].rank - next_row);
+      prefetch_rows(static_cast<const T*>(segments[next].lora_a) + next_row * in, 1, rows * in * sizeof(T), 0);
       shrink_block<T>(segments[i], (block - segments[i].first_block) * kRows, x, in, hidden);
     }
-  });
-  const int64_t num_chunks = (out + kLanes - 1) / kLanes;
-  const int64_t chunk_grain = work < 8192 ? num_chunks : 2;
-  at::parallel_for(0, num_chunks, chunk_grain, [&](int64_t begin, int64_t end) {
-    for (const Segment& s : segments) {
-      expand_columns<T>(s, begin * kLanes, std::min(end * kLanes, out), hidden, y, out);
+  };
+  auto expand = [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, last = std::min(end * kLanes, out);
+    for (size_t i = 0; i < segments.size(); ++i) {
+      if (i + 1 < segments.size()) {
+        const Segment& next = segments[i + 1];
+        prefetch_rows(static_cast<const T*>(next.lora_b) + first, next.rank, (last - first) * sizeof(T), out * sizeof(T));
+      }
+      expand_columns<T>(segments[i], first, last, hidden, y, out);
     }
-  });
+  };
+  // Threads are woken once for both phases: waking them costs as much as a small adapter's arithmetic.
+  const int num_threads = num_hidden * in < kSmallWork ? 1 : at::get_num_threads();
+  if (num_threads == 1) {
+    shrink(0, num_blocks);
+    expand(0, num_chunks);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+    shrink(num_blocks * i / n, num_blocks * (i + 1) / n);
+#pragma omp barrier
+    expand(num_chunks * i / n, num_chunks * (i + 1) / n);
+  }
 }
 
 // y [.., out] and x [.., in]: contiguous, the same number of tokens and the same dtype as the adapters.

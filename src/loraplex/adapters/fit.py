@@ -1,0 +1,99 @@
+"""Check that an adapter belongs to a base model."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from loraplex.adapters.listing import listed
+from loraplex.adapters.targets import expected_targets
+from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
+from loraplex.errors import AdapterFormatError, BaseModelMismatchError
+
+
+def check_fits(adapter: Adapter, modules: Mapping[str, ModuleShape], *, output_module: str | None = None) -> None:
+    """Raise unless the adapter's layers are exactly the modules that its configuration targets in this base.
+
+    `modules` holds the base's linear and embedding modules by path, `output_module` is the path of its output
+    embedding. Raises BaseModelMismatchError (a module is not in the base, or has another kind or shape) and
+    AdapterFormatError (the files and the configuration disagree about which modules are adapted).
+    """
+    made_for = f"The adapter was made for base model {adapter.config.base_model_name_or_path!r}"
+    foreign = adapter.layers.keys() - modules.keys()
+    if foreign:
+        raise BaseModelMismatchError(
+            "the adapter has weights for modules that are no linear or embedding modules of this base "
+            f"model: {listed(foreign)}. {made_for}; the base has, for example, {listed(list(modules)[:3])}."
+        )
+    wrong = {}
+    for path, weights in adapter.layers.items():
+        difference = _difference(weights, modules[path])
+        if difference is not None:
+            wrong[path] = difference
+    if wrong:
+        few = "; ".join(f"{path!r}: {wrong[path]}" for path in list(wrong)[:5])
+        raise BaseModelMismatchError(
+            f"{len(wrong)} of the adapter's {len(adapter.layers)} modules don't fit this base model: {few}. "
+            f"{made_for}; load that one."
+        )
+    _check_same_modules(adapter, set(expected_targets(adapter.config, modules, output_module=output_module)))
+
+
+def check_base_copies(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raise BaseModelMismatchError unless each copy equals the base's parameter of that path.
+
+    `copies` come from `read_base_copies`. The two may differ in dtype: rounding to the narrower one is no
+    difference.
+    """
+    for path, copy in copies.items():
+        if path not in base:
+            raise BaseModelMismatchError(f"the adapter comes with {path!r}, which the base model doesn't have.")
+        weight = base[path].detach().to("cpu")
+        if copy.shape != weight.shape:
+            raise BaseModelMismatchError(
+                f"the adapter comes with {path!r} of shape {list(copy.shape)}; in the base model it has "
+                f"{list(weight.shape)}. Load the base model that the adapter was trained on."
+            )
+        if not (copy.to(weight.dtype).equal(weight) or weight.to(copy.dtype).equal(copy)):
+            raise BaseModelMismatchError(
+                f"the adapter comes with other values of {path!r} than the base model has. Load the base "
+                "model that the adapter was trained on."
+            )
+
+
+def _difference(weights: LoraWeights, module: ModuleShape) -> str | None:
+    if weights.kind != module.kind:
+        return f"the adapter's is for {_article(weights.kind)} module, the base's is {_article(module.kind)}"
+    if weights.shape != module:
+        return f"the adapter's is {_arrow(weights.shape)}, the base's {_arrow(module)}"
+    return None
+
+
+def _check_same_modules(adapter: Adapter, expected: set[str]) -> None:
+    config = adapter.config
+    base = f"(adapter made for base model {config.base_model_name_or_path!r})"
+    missing = expected - adapter.layers.keys()
+    if missing:
+        raise AdapterFormatError(
+            "the configuration targets modules of this base model that the files hold no weights for: "
+            f"{listed(missing)} {base}. Narrow target_modules, layers_to_transform or exclude_modules, or "
+            "restore the weights."
+        )
+    extra = adapter.layers.keys() - expected
+    if extra:
+        raise AdapterFormatError(
+            f"the files hold weights for modules that the configuration doesn't target: {listed(extra)} "
+            f"{base}. PEFT would drop them. target_modules is {_short(config.target_modules)}; add them to "
+            "it, or remove the weights."
+        )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind.startswith("e") else f"a {kind}"
+
+
+def _arrow(shape: ModuleShape) -> str:
+    return f"{shape.in_features} -> {shape.out_features}"
+
+
+def _short(targets: tuple[str, ...] | str | None) -> str:
+    return listed(targets) if isinstance(targets, tuple) else repr(targets)

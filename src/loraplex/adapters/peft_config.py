@@ -1,0 +1,169 @@
+"""PEFT's adapter_config.json to LoraConfig and back; what can't be honoured exactly is refused by name."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.config import LoraConfig
+from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
+
+CONFIG_FILE = "adapter_config.json"
+
+# Settings without influence on what a trained adapter computes.
+_HARMLESS = frozenset(
+    {
+        *("auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of initialisation
+        *("megatron_core", "qalora_group_size"),  # read only with megatron_config, use_qalora
+        *("monteclora_config", "velora_config"),  # noise and a cheaper backward pass, in training only
+    }
+)
+
+# Settings that change what is computed in ways loraplex doesn't reproduce, and what to do about them.
+_REFUSED = {
+    "arrow_config": "it routes between several adapters; load those adapters and link or mix them instead",
+    "kasa_config": "it removes singular values from the base model's weights; merge it with PEFT instead",
+    "layer_replication": "it changes the layers of the base model; load a base model that has these layers",
+    "lora_bias": "its lora_B has a bias; train with lora_bias=False",
+    "megatron_config": "it is for Megatron's parallel layers; convert it to a plain LoRA",
+    "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
+    "target_parameters": "it adapts bare parameters; only linear and embedding modules can be adapted",
+    "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
+    "use_bdlora": "its factors are block-diagonal; write them out as full matrices",
+    "use_qalora": "its factors belong to pooled inputs of a quantized base; train with use_qalora=False",
+}
+
+_INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_INITS_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # that PEFT's weight tying looks for
+
+# LoraConfig's fields that stand in the file under the same name and type.
+_COPIED = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out", "task_type")
+_SEQUENCES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "alora_invocation_tokens",
+)
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def read_peft_config(folder: Path) -> LoraConfig:
+    """Read and check `folder`/adapter_config.json.
+
+    Raises UnsupportedAdapterError (a setting that can't be honoured exactly) and AdapterFormatError (not
+    valid JSON, or values that PEFT would refuse too).
+    """
+    file = folder / CONFIG_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
+    if not isinstance(settings, dict):
+        raise AdapterFormatError(f"{file} holds a {type(settings).__name__}; PEFT's settings are one JSON object.")
+    try:
+        _refuse_unsupported(settings, file)
+        return LoraConfig(**_known_fields(settings))
+    except (ConfigError, TypeError, re.error) as error:
+        raise AdapterFormatError(f"{file}: {error}") from error
+
+
+def peft_settings(config: LoraConfig) -> dict[str, Any]:
+    """`config` as the content of an adapter_config.json."""
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": config.base_model_name_or_path,
+    }
+    settings |= {name: getattr(config, name) for name in _COPIED}
+    for name in _SEQUENCES:
+        value = getattr(config, name)
+        settings[name] = list(value) if isinstance(value, tuple) else value
+    settings |= {name: dict(getattr(config, name)) for name in _PATTERNS}  # in order: the first match counts
+    return settings | {
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_bias": False,
+        "modules_to_save": None,
+    }
+
+
+def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
+    method = settings.get("peft_type")
+    if method != "LORA":
+        raise UnsupportedAdapterError(
+            f"{file}: peft_type {method!r} names an unsupported method. Supported: 'LORA', with rsLoRA, DoRA or aLoRA."
+        )
+    if settings.get("bias", "none") not in ("none", None):
+        raise UnsupportedAdapterError(
+            f"{file}: bias is {settings['bias']!r}: the base model's biases were trained too. Supported: 'none'."
+        )
+    for name, reason in _REFUSED.items():
+        # An empty object switches a variant on with its default values, so only an empty list is 'not set'.
+        if settings.get(name) not in (None, False, []):
+            raise UnsupportedAdapterError(f"{file}: {name} is {settings[name]!r}, which can't be honoured: {reason}.")
+    _refuse_changed_base(settings.get("init_lora_weights", True), file)
+    _refuse_tied_adapters(settings, file)
+    if settings.get("target_modules") is None:
+        raise UnsupportedAdapterError(
+            f"{file}: target_modules is null, so PEFT would choose by architecture. List the adapted modules in it."
+        )
+    known = _HARMLESS | _REFUSED.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
+    known |= {"base_model_name_or_path", "bias", "init_lora_weights", "ensure_weight_tying"}
+    unknown = {name: value for name, value in settings.items() if name not in known and value}
+    if unknown:
+        raise UnsupportedAdapterError(
+            f"{file}: unknown settings {unknown!r}. They may change what the adapter computes, so they are "
+            "not ignored; remove them if they don't. Known are those of LoraConfig in PEFT 0.21."
+        )
+
+
+def _refuse_changed_base(init: object, file: Path) -> None:
+    """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load."""
+    name = init.lower() if isinstance(init, str) else init
+    if isinstance(name, bool) or name is None or name in _INITS_KEEPING_THE_BASE:
+        return
+    changes = isinstance(name, str) and name.startswith(_INITS_CHANGING_THE_BASE)
+    what = "changes the base model's weights" if changes else "is unknown"
+    raise UnsupportedAdapterError(
+        f"{file}: init_lora_weights is {init!r}, which {what}. Supported: true, false, "
+        f"{', '.join(map(repr, _INITS_KEEPING_THE_BASE))}. Convert to a plain LoRA: PEFT's "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+    )
+
+
+def _refuse_tied_adapters(settings: Mapping[str, Any], file: Path) -> None:
+    if not settings.get("ensure_weight_tying"):
+        return
+    targets = settings.get("target_modules") or []
+    if isinstance(targets, str):
+        tied = [name for name in _EMBEDDING_NAMES if re.fullmatch(targets, name)]
+    else:
+        tied = [name for name in targets if str(name).split(".")[-1] in _EMBEDDING_NAMES]
+    if tied:
+        raise UnsupportedAdapterError(
+            f"{file}: ensure_weight_tying is true and target_modules matches {tied}: PEFT then shares one "
+            "adapter between embedding and output layer. Supported: false, with one adapter for each."
+        )
+
+
+def _known_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of LoraConfig; a setting that is absent takes LoraConfig's default, which is PEFT's."""
+    fields = {name: settings[name] for name in (*_COPIED, "base_model_name_or_path") if name in settings}
+    for name in _SEQUENCES:
+        value = settings.get(name)
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name == "layers_to_transform" and isinstance(value, int):
+            fields[name] = (value,)
+        elif name == "layers_pattern" and isinstance(value, str):
+            fields[name] = (value,) if value else None
+        elif value is not None:
+            fields[name] = value
+    fields |= {name: settings.get(name) or {} for name in _PATTERNS}
+    if not fields.get("alora_invocation_tokens"):
+        fields["alora_invocation_tokens"] = None  # PEFT: an empty list is plain LoRA
+    return fields

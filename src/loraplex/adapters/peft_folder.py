@@ -1,0 +1,87 @@
+"""Read a LoRA adapter from a folder in PEFT's format."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from loraplex.adapters.finite import require_finite
+from loraplex.adapters.listing import listed
+from loraplex.adapters.peft_config import CONFIG_FILE, read_peft_config
+from loraplex.adapters.peft_tensors import ModuleTensors, base_copies, module_tensors
+from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
+from loraplex.adapters.weights import Adapter, LoraWeights
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_adapter(folder: str | Path, *, check_finite: bool = True) -> Adapter:
+    """Read the adapter in `folder` (adapter_config.json and adapter_model.safetensors).
+
+    The tensors keep the file's dtypes, are contiguous and own their memory. `check_finite=False` skips the
+    search for NaN and infinite weights, for a file that passed it before.
+
+    Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError
+    (settings or file formats that can't be honoured exactly), before anything is returned.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    config = read_peft_config(folder)
+    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+        modules = module_tensors(file, config)
+        layers = {
+            path: _read_module(file, tensors, config.scaling_of(path), check_finite)
+            for path, tensors in modules.items()
+        }
+    return Adapter(config=config, layers=layers)
+
+
+def read_base_copies(folder: str | Path) -> dict[str, Tensor]:
+    """By parameter path ("lm_head.weight"), the copies of the base's own weights in `folder`.
+
+    PEFT saves them beside adapted input and output embeddings and loads them into the base model; here they
+    tell whether the base is the one the adapter was trained on (`check_base_copies`).
+    """
+    folder = Path(folder)
+    check_files(folder)
+    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+        return {parameter: file.read(name) for parameter, name in base_copies(file).items()}
+
+
+def check_files(folder: Path) -> None:
+    """Raise unless `folder` has both files of a PEFT adapter."""
+    needed = f"An adapter in PEFT's format is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise AdapterFormatError(f"adapter folder {str(folder)!r} {what}. {needed}")
+    found = sorted(path.name for path in folder.iterdir())
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if (folder / file).is_file():
+            continue
+        pickles = [name for name in found if name.endswith(_PICKLE_SUFFIXES)]
+        if file == WEIGHTS_FILE and pickles:
+            raise UnsupportedAdapterError(
+                f"adapter folder {str(folder)!r} has its weights in a pickle file ({listed(pickles)}), which "
+                "can run code when it is read. Convert it where you trust it: "
+                f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), "
+                f"{WEIGHTS_FILE!r})."
+            )
+        raise AdapterFormatError(f"adapter folder {str(folder)!r} has no {file}; it holds {found}. {needed}")
+
+
+def _read_module(file: TensorFile, tensors: ModuleTensors, scaling: float, check_finite: bool) -> LoraWeights:
+    def read(name: str) -> Tensor:
+        tensor = file.read(name)
+        if check_finite:
+            require_finite(tensor, f"{file.path}: {name!r}")
+        return tensor
+
+    return LoraWeights(
+        kind=tensors.kind,
+        lora_a=read(tensors.lora_a),
+        lora_b=read(tensors.lora_b).t().contiguous(),
+        scaling=scaling,
+        magnitude=None if tensors.magnitude is None else read(tensors.magnitude),
+    )

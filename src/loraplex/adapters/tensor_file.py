@@ -1,0 +1,98 @@
+"""Read single tensors of a safetensors file into memory of their own."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+
+FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor lies in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+    num_bytes: int
+
+
+class TensorFile:
+    """An open safetensors file: what it holds is known without reading a tensor."""
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self.path = path
+        self._file = file
+        self.entries = {entry.name: entry for entry in _parse_header(file)}
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of one tensor, in the file's dtype.
+
+        It is read, not mapped: a mapped file that is overwritten in place takes the whole process down.
+        Raises UnsupportedAdapterError (not floating point) and AdapterFormatError (the file shrank
+        meanwhile).
+        """
+        entry = self.entries[name]
+        if entry.dtype not in FLOAT_DTYPES:
+            raise UnsupportedAdapterError(
+                f"{self.path}: tensor {name!r} has dtype {entry.dtype}. Supported: "
+                f"{', '.join(FLOAT_DTYPES)}. Convert it."
+            )
+        tensor = torch.empty(entry.shape, dtype=FLOAT_DTYPES[entry.dtype])
+        if entry.num_bytes:
+            self._file.seek(entry.start)
+            buffer = tensor.view(-1).view(torch.uint8).numpy().data
+            if self._file.readinto(buffer) != entry.num_bytes:
+                raise AdapterFormatError(f"{self.path} was changed while {name!r} was read. Load it again.")
+        return tensor
+
+
+@contextmanager
+def open_tensor_file(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file; raises AdapterFormatError if it is truncated or not one."""
+    with path.open("rb") as file:
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # checks the whole header against the length of the file
+            tensors = TensorFile(path, file)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            size = path.stat().st_size
+            raise AdapterFormatError(
+                f"{path} ({size} bytes) is not a whole safetensors file: {error}. Copy or download it again."
+            ) from error
+        yield tensors
+
+
+def _parse_header(file: BufferedReader) -> list[TensorEntry]:
+    """The format: 8 bytes length of the header, the header in JSON, the tensors."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(header_bytes))
+    entries = []
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = fields["data_offsets"]
+        shape = tuple(fields["shape"])
+        entry = TensorEntry(
+            name=name,
+            dtype=fields["dtype"],
+            shape=shape,
+            start=8 + header_bytes + start,
+            num_bytes=end - start,
+        )
+        dtype = FLOAT_DTYPES.get(entry.dtype)
+        if dtype is not None and math.prod(shape) * dtype.itemsize != entry.num_bytes:
+            raise ValueError(f"{name!r} has {entry.num_bytes} bytes for shape {shape} of {entry.dtype}")
+        entries.append(entry)
+    return entries

@@ -1,0 +1,24 @@
+"""The command `loraplex`."""
+
+import typer
+
+from loraplex.cli.demo import demo
+from loraplex.cli.errors import run
+from loraplex.cli.generate import generate
+from loraplex.cli.inspect import inspect
+from loraplex.cli.train import train_app
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="One frozen language model, any number of LoRA adapters, one forward pass.",
+)
+cli.command()(demo)
+cli.command()(generate)
+cli.command()(inspect)
+cli.add_typer(train_app, name="train")
+
+
+def app() -> None:
+    """The entry point: an error that loraplex raises on purpose is shown without a traceback."""
+    run(cli)

@@ -1,0 +1,24 @@
+"""How the command line shows errors and keeps libraries quiet."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from loraplex.errors import LoraplexError
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run the command line; a LoraplexError ends it with its message and status 1 (LORAPLEX_DEBUG=1: a traceback)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        command()
+    except LoraplexError as error:
+        if os.environ.get("LORAPLEX_DEBUG") == "1":
+            raise
+        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+        sys.exit(1)

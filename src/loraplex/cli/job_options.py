@@ -1,0 +1,138 @@
+"""Settings of many jobs from a TOML file and from options: one value for all jobs, or NAME=VALUE for one."""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.config import ALL_LINEAR, LoraConfig
+from loraplex.errors import ConfigError
+from loraplex.training.config import AdapterJob
+
+Settings = dict[str, Any]
+
+
+def _targets(text: str) -> tuple[str, ...] | str:
+    return text if text == ALL_LINEAR else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _optional_number(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+# How each setting is read from an option; under the same names they stand in the TOML file.
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "data": str,
+    "eval_data": str,
+    "rank": int,
+    "alpha": float,
+    "targets": _targets,
+    "dropout": float,
+    "learning_rate": float,
+    "schedule": str,
+    "warmup_steps": int,
+    "weight_decay": float,
+    "max_grad_norm": _optional_number,
+    "steps": int,
+    "epochs": int,
+    "batch_size": int,
+    "gradient_accumulation": int,
+    "seed": int,
+    "max_length": int,
+    "patience": int,
+    "eval_every": int,
+    "eval_fraction": float,
+    "init_from": str,
+}
+DEFAULTS: Settings = {"rank": 16, "targets": "q_proj,k_proj,v_proj,o_proj"}
+_LORA = ("rank", "alpha", "targets", "dropout")
+
+
+def read_job_file(path: Path) -> dict[str, Settings]:
+    """By job, the settings of a TOML file: those of [defaults], then those of [jobs.NAME]. Raises ConfigError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the file of jobs {str(path)!r} can't be read as TOML: {error}.") from error
+    unknown = content.keys() - {"defaults", "jobs"}
+    if unknown or not isinstance(content.get("jobs"), dict):
+        raise ConfigError(
+            f"{path} has the tables {sorted(content)}; it needs [jobs.NAME] for each job and may have [defaults]."
+        )
+    defaults = _known(content.get("defaults", {}), f"{path}: [defaults]")
+    return {name: defaults | _known(job, f"{path}: [jobs.{name}]") for name, job in content["jobs"].items()}
+
+
+def merge_options(from_file: Mapping[str, Settings], options: Mapping[str, Sequence[str]]) -> dict[str, Settings]:
+    """Every job's settings: the defaults, then the file's, then the options'. Raises ConfigError.
+
+    The jobs are those of the file and those that --data names.
+    """
+    jobs = {name: dict(settings) for name, settings in from_file.items()}
+    for value in options.get("data", ()):
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--data is {value!r}; write NAME=FILE, for example --data protein=protein.jsonl.")
+        if jobs.setdefault(name, {}).get("data") is not None and name not in from_file:
+            raise ConfigError(f"--data names the job {name!r} twice; give each adapter one file.")
+        jobs[name]["data"] = path
+    if not jobs:
+        raise ConfigError("there is nothing to train: give --data NAME=FILE for each adapter, or --config FILE.")
+    for setting, values in options.items():
+        if setting != "data":
+            _apply(jobs, setting, values)
+    return {name: DEFAULTS | settings for name, settings in jobs.items()}
+
+
+def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
+    """An AdapterJob from settings under the options' names. Raises ConfigError."""
+    settings = {key: value for key, value in settings.items() if key not in _LORA} | _lora(settings, base_model)
+    if "steps" in settings:
+        settings["max_steps"] = settings.pop("steps")
+    elif "epochs" not in settings:
+        settings["max_steps"] = 300
+    if "data" not in settings:
+        raise ConfigError(f"job {name!r} has no data; add --data {name}=FILE, or data = 'FILE' to its table.")
+    return AdapterJob(name=name, **settings)
+
+
+def _lora(settings: Settings, base_model: str) -> Settings:
+    rank, targets = settings["rank"], settings["targets"]
+    if isinstance(targets, list):
+        targets = tuple(targets)
+    return {
+        "lora": LoraConfig(
+            r=rank,
+            lora_alpha=settings.get("alpha", 2 * rank),
+            target_modules=_targets(targets) if isinstance(targets, str) else targets,
+            lora_dropout=settings.get("dropout", 0.0),
+            base_model_name_or_path=base_model,
+        )
+    }
+
+
+def _apply(jobs: dict[str, Settings], setting: str, values: Sequence[str]) -> None:
+    """First what holds for all jobs, then what names one."""
+    option = "--" + setting.replace("_", "-")
+    for value in sorted(values, key=lambda value: "=" in value):
+        name, equals, text = value.partition("=")
+        if equals and name not in jobs:
+            raise ConfigError(f"{option} {value!r} names the job {name!r}, but the jobs are {sorted(jobs)}.")
+        parsed = _read(option, setting, text if equals else value)
+        for job in [name] if equals else jobs:
+            jobs[job][setting] = parsed
+
+
+def _read(option: str, setting: str, text: str) -> Any:
+    try:
+        return READERS[setting](text)
+    except ValueError:
+        kind = "a whole number" if READERS[setting] is int else "a number"
+        raise ConfigError(f"{option} is {text!r}; it must be {kind}, or NAME={kind}.") from None
+
+
+def _known(settings: Settings, where: str) -> Settings:
+    unknown = sorted(settings.keys() - READERS.keys())
+    if unknown:
+        raise ConfigError(f"{where} has the unknown settings {unknown}; possible are {sorted(READERS)}.")
+    return settings

@@ -1,0 +1,24 @@
+"""Options of the form NAME=VALUE."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+
+def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
+    """Read repeated NAME=VALUE options; a wrong or repeated one is a usage error."""
+    values: dict[str, str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{option!r} is not NAME=VALUE, for example {flag} protein=path/to/folder")
+        if name in values:
+            raise typer.BadParameter(f"{flag} names {name!r} twice")
+        values[name] = value
+    return values
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Every adapter folder directly below `folder`, by its name."""
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}

@@ -1,0 +1,145 @@
+"""`loraplex train`: adapters, many at once."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from accelerate import PartialState
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from loraplex.cli.job_options import make_job, merge_options, read_job_file
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.training import TrainConfig, TrainResult, train_adapters
+
+train_app = typer.Typer(no_args_is_help=True, help="Train adapters on a frozen base model.")
+
+Setting = list[str]
+
+
+def _setting(text: str) -> Any:
+    return typer.Option(help=text + " VALUE for all jobs, or NAME=VALUE.", show_default=False)
+
+
+@train_app.callback()
+def train() -> None:
+    """Train adapters on a frozen base model."""
+
+
+@train_app.command()
+def adapters(
+    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder for adapters, logs, plots and the checkpoint.")],
+    data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = [],  # noqa: B006
+    config: Annotated[Path | None, typer.Option(help="TOML with [defaults] and [jobs.NAME].")] = None,
+    eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = [],  # noqa: B006
+    rank: Annotated[Setting, _setting("Rank; default 16.")] = [],  # noqa: B006
+    alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = [],  # noqa: B006
+    targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = [],  # noqa: B006
+    dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = [],  # noqa: B006
+    learning_rate: Annotated[Setting, _setting("Default 0.001.")] = [],  # noqa: B006
+    schedule: Annotated[Setting, _setting("constant, linear or cosine (default).")] = [],  # noqa: B006
+    warmup_steps: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
+    weight_decay: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
+    max_grad_norm: Annotated[Setting, _setting("Clipping; 'none' or default 1.")] = [],  # noqa: B006
+    steps: Annotated[Setting, _setting("Optimizer steps; default 300.")] = [],  # noqa: B006
+    epochs: Annotated[Setting, _setting("Epochs instead of steps.")] = [],  # noqa: B006
+    batch_size: Annotated[Setting, _setting("Records of one micro-batch; default 16.")] = [],  # noqa: B006
+    gradient_accumulation: Annotated[Setting, _setting("Micro-batches of a step; default 1.")] = [],  # noqa: B006
+    seed: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
+    max_length: Annotated[Setting, _setting("Tokens of a record; default 512.")] = [],  # noqa: B006
+    patience: Annotated[Setting, _setting("Evaluations without gain before a job stops.")] = [],  # noqa: B006
+    eval_every: Annotated[Setting, _setting("Steps between evaluations; default 50.")] = [],  # noqa: B006
+    eval_fraction: Annotated[Setting, _setting("Held out without eval data; default 0.1.")] = [],  # noqa: B006
+    init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: accelerate's choice.")] = "auto",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 2048,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
+) -> None:
+    """Train many LoRA adapters at once: one job for each --data, all in the same batches."""
+    _log_to_terminal()
+    from_file = read_job_file(config) if config is not None else {}
+    options = {
+        "data": data,
+        "eval_data": eval_data,
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "dropout": dropout,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "seed": seed,
+        "max_length": max_length,
+        "patience": patience,
+        "eval_every": eval_every,
+        "eval_fraction": eval_fraction,
+        "init_from": init_from,
+    }
+    settings = merge_options(from_file, options)
+    jobs = [make_job(name, of_job, model) for name, of_job in settings.items()]
+    train_config = TrainConfig(
+        output=output,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        plots=plots,
+        tokens_per_forward=tokens_per_forward,
+    )
+    place = str(PartialState().device) if device == "auto" else device
+    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place)
+    results = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)
+    if PartialState().is_main_process:
+        Console().print(render(results))
+
+
+def render(results: Sequence[TrainResult]) -> Table:
+    """The results as a table for a terminal."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in (
+        "adapter",
+        "steps",
+        "stopped by",
+        "loss",
+        "held-out loss",
+        "best at step",
+        "tokens",
+        "folder",
+    ):
+        table.add_column(column)
+    for result in results:
+        held_out = f"{result.eval_losses[-1]:.4f}" if result.eval_losses else "-"
+        table.add_row(
+            result.name,
+            str(result.num_steps),
+            result.finished,
+            f"{result.train_losses[-1]:.4f}",
+            held_out,
+            "-" if result.best_step is None else str(result.best_step),
+            f"{result.num_tokens:,}",
+            str(result.folder),
+        )
+    return table
+
+
+def _log_to_terminal() -> None:
+    logger = logging.getLogger("loraplex")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False))
+        logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    train_app()

@@ -1,0 +1,1 @@
+"""The gated LoRA layer and its attachment to a transformers model."""

@@ -1,0 +1,158 @@
+"""Load a frozen base model and its tokenizer from an alias, a local folder or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loraplex.errors import BaseModelError, ConfigError
+from loraplex.models.smollm2 import ALIAS, convert_smollm2
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What transformers, safetensors and the hub raise for files that are missing, damaged or not understood.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
+
+
+def load_base_model(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, str]:
+    """Load a base model in evaluation mode with frozen weights; return it and where it came from.
+
+    `path_or_id` is "smollm2-135m", a local folder or a hub id; the second value is the folder or the hub id,
+    as `load_tokenizer` takes it. `dtype` is "float32", "bfloat16", "float16", the same as a torch.dtype, or
+    "auto" for the checkpoint's own; `attn_implementation` is transformers'.
+
+    Raises ConfigError for a dtype or device that can't be used, BaseModelError for a model that can't be
+    loaded whole.
+    """
+    torch_dtype = parse_dtype(dtype)
+    torch_device = parse_device(device)
+    source = resolve_base_model(path_or_id)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        model, loading = auto_class_for(config).from_pretrained(
+            source,
+            config=config,
+            dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        raise _unloadable("base model", source, error) from error
+    if loading["missing_keys"]:
+        raise BaseModelError(
+            f"the checkpoint of base model {source!r} lacks {_some(loading['missing_keys'])}, which "
+            f"{type(model).__name__} needs; they would be random. Give a complete checkpoint."
+        )
+    return model.to(torch_device).eval().requires_grad_(False), source
+
+
+def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
+    """Load a base model's tokenizer; takes what `load_base_model` takes and what it returns.
+
+    Raises BaseModelError where there is none.
+    """
+    source = resolve_base_model(path_or_id)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise _unloadable("tokenizer", source, error) from error
+    return tokenizer
+
+
+def resolve_base_model(path_or_id: str | Path) -> str:
+    """Return the local folder, or the hub id as it is; the alias wins over a folder of its name.
+
+    Raises BaseModelError for a folder without config.json, and for what is neither a folder nor a hub id.
+    """
+    if path_or_id == ALIAS:
+        return str(convert_smollm2())
+    folder = Path(path_or_id).expanduser()
+    if path_or_id and folder.is_dir():  # the empty path would be the current folder
+        if not (folder / "config.json").is_file():
+            raise BaseModelError(
+                f"{str(folder)!r} is not a base model's folder: it has no config.json. Give a folder that "
+                f"transformers' save_pretrained wrote, a hub id, or {ALIAS!r}."
+            )
+        return str(folder)
+    try:
+        if isinstance(path_or_id, Path) or folder.exists():
+            raise HFValidationError("a path is not a hub id")
+        validate_repo_id(path_or_id)
+    except HFValidationError as error:
+        raise BaseModelError(
+            f"base model {str(path_or_id)!r} is neither a folder nor a hub id. Give a folder that "
+            f"transformers' save_pretrained wrote, a hub id such as 'owner/name', or {ALIAS!r}."
+        ) from error
+    return path_or_id
+
+
+def auto_class_for(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that keeps the head which the checkpoint was saved with, where it has one."""
+    architecture = (config.architectures or [""])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    if architecture.endswith("ForMaskedLM"):
+        return AutoModelForMaskedLM
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    # An encoder such as BERT has a causal class too, which nobody means; without a masked one it's a decoder.
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModel
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """Return the torch.dtype of a name, or "auto". Raises ConfigError for any other."""
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ConfigError(f"dtype {dtype!r} can't be used. Use one of {[*DTYPES, 'auto']} or the torch.dtype of that name.")
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return the torch.device of a name. Raises ConfigError where torch doesn't know it or has none such."""
+    try:
+        torch_device = torch.device(device)
+        torch.empty(0, device=torch_device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        alternatives = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} can't be used: {reason}. Available here: {alternatives}.") from error
+    return torch_device
+
+
+def _unloadable(what: str, source: str, error: Exception) -> BaseModelError:
+    place = "folder" if Path(source).is_dir() else "hub id (there is no such folder)"
+    return BaseModelError(
+        f"can't load the {what} from the {place} {source!r}: {type(error).__name__}: {error}. "
+        f"Give a complete folder that transformers' save_pretrained wrote, a hub id that can be reached, "
+        f"or {ALIAS!r}."
+    )
+
+
+def _some(names: set[str] | list[str], limit: int = 3) -> str:
+    listed = ", ".join(sorted(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

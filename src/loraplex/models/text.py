@@ -1,0 +1,92 @@
+"""From prompts to answers: one call for a batch of texts that each have their own adapters."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from loraplex.errors import BatchError, RequestError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.routing.choice import RowChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """The answers of one batch, in the order of its prompts."""
+
+    texts: list[str]
+    num_tokens: list[int]  # generated, the end of the answer included
+    seconds: float  # of generation, without tokenizing
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.num_tokens) / self.seconds
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True) -> BatchEncoding:
+    """Token ids and mask [rows, tokens], padded on the left; with `chat`, each prompt is a user's turn.
+
+    Raises BatchError for an empty batch and RequestError if the tokenizer has no chat template.
+    """
+    if not prompts:
+        raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
+    texts = [_as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat)
+
+
+def generate_texts(
+    model: MultiLoraModel,
+    prompts: Sequence[str],
+    *,
+    adapters: Sequence[RowChoice] | None = None,
+    chat: bool = True,
+    max_new_tokens: int = 64,
+    **generation: Any,  # whatever else transformers' generate takes
+) -> TextBatch:
+    """Answer every prompt through its own adapters, in one batch; greedy unless `do_sample=True`."""
+    encoded = encode_prompts(model.tokenizer, prompts, chat=chat).to(model.base.device)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
+    start = time.perf_counter()
+    sequences = model.generate(encoded["input_ids"], encoded["attention_mask"], adapters=adapters, **options)
+    seconds = time.perf_counter() - start
+    return decode_batch(model.tokenizer, sequences[:, encoded["input_ids"].shape[1] :], seconds)
+
+
+def decode_batch(tokenizer: PreTrainedTokenizerBase, new_tokens: Tensor, seconds: float) -> TextBatch:
+    """Text and length of each row's new tokens [rows, tokens], up to its end-of-sequence token."""
+    ended = (new_tokens == tokenizer.eos_token_id).long()
+    past_end = (ended.cumsum(dim=1) - ended) > 0
+    lengths = (~past_end).sum(dim=1).tolist()
+    texts = [
+        str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip()
+        for row, length in zip(new_tokens, lengths, strict=True)
+    ]
+    return TextBatch(texts=texts, num_tokens=[int(n) for n in lengths], seconds=seconds)
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if tokenizer.chat_template is None:
+        raise RequestError(
+            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False "
+            "(on the command line --raw) to continue the prompt as it is."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+@torch.no_grad()
+def first_token_logits(
+    model: MultiLoraModel, prompts: Sequence[str], *, adapters: Sequence[RowChoice] | None = None
+) -> Tensor:  # [rows, vocab]
+    """The logits of each answer's first token: enough to judge one-word answers, at the price of a prefill."""
+    encoded = encode_prompts(model.tokenizer, prompts).to(model.base.device)
+    mask = encoded["attention_mask"]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # left padding must not shift absolute positions
+    output = model(encoded["input_ids"], mask, adapters=adapters, position_ids=positions, logits_to_keep=1)
+    return output.logits[:, -1].float()

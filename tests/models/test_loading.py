@@ -1,0 +1,153 @@
+"""Loading base models from folders: the class, the dtype, the frozen state, and every way it can fail."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, LlamaForSequenceClassification
+
+from loraplex.errors import BaseModelError, ConfigError
+from loraplex.models.loading import load_base_model, load_tokenizer, parse_device
+from tests.tiny_models import TINY_MODELS, tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_architecture_loads_as_the_class_it_was_saved_as(name: str, tmp_path: Path) -> None:
+    saved = tiny_model(name)
+    saved.save_pretrained(tmp_path / name)
+    loaded, source = load_base_model(tmp_path / name)
+    inputs = {"decoder_input_ids": IDS} if name == "t5" else {}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS, **inputs).logits, saved(IDS, **inputs).logits)
+    assert type(loaded) is type(saved)
+    assert source == str(tmp_path / name)
+
+
+def test_bare_encoder_loads_without_a_head(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    BertModel(config).save_pretrained(tmp_path)
+    assert type(load_base_model(tmp_path)[0]) is BertModel
+
+
+def test_bare_tied_decoder_loads_with_its_language_head(tmp_path: Path) -> None:
+    saved = tiny_model("qwen2")
+    saved.model.save_pretrained(tmp_path)
+    loaded, _ = load_base_model(tmp_path)
+    assert type(loaded) is type(saved)
+    torch.testing.assert_close(loaded(IDS).logits, saved(IDS).logits)
+
+
+def test_model_is_frozen_and_in_evaluation_mode(llama_folder: Path) -> None:
+    model, _ = load_base_model(llama_folder)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_is_taken_by_name_or_as_torch_dtype(llama_folder: Path, dtype: str | torch.dtype) -> None:
+    assert load_base_model(llama_folder, dtype=dtype)[0].dtype == torch.bfloat16
+
+
+def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.float16).save_pretrained(tmp_path)
+    assert load_base_model(tmp_path, dtype="auto")[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["float8", "torch.float32", torch.int8, ""])
+def test_unknown_dtype_is_refused_with_the_known_ones(llama_folder: Path, dtype: str | torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="'float32', 'bfloat16', 'float16', 'auto'"):
+        load_base_model(llama_folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
+def test_unusable_device_is_refused_before_the_model_is_read(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"{device}.*Available here: .'cpu'"):
+        load_base_model("/no/such/folder", device=device)
+
+
+def test_meta_device_is_not_refused() -> None:
+    assert parse_device("meta").type == "meta"
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "~/missing/folder/here", "a/b/c", ""])
+def test_what_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+    with pytest.raises(BaseModelError, match="neither a folder nor a hub id"):
+        load_base_model(path)
+
+
+def test_path_object_is_never_taken_for_a_hub_id() -> None:
+    with pytest.raises(BaseModelError, match="neither a folder nor a hub id"):
+        load_base_model(Path("owner/name"))
+
+
+def test_weight_file_instead_of_its_folder_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(BaseModelError, match="neither a folder nor a hub id"):
+        load_base_model(str(llama_folder / "model.safetensors"))
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"no config\.json"):
+        load_base_model(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_base_model, load_tokenizer])
+def test_hub_id_that_cannot_be_reached_is_named(load) -> None:
+    with pytest.raises(BaseModelError, match=r"hub id \(there is no such folder\) 'loraplex-test/not-there'"):
+        load("loraplex-test/not-there")
+
+
+def test_folder_without_weights_is_refused(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=f"can't load the base model from the folder '{llama_folder}'"):
+        load_base_model(llama_folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -100])
+def test_truncated_weights_are_refused(llama_folder: Path, kept: int) -> None:
+    weights = llama_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(BaseModelError, match="can't load the base model"):
+        load_base_model(llama_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "no-such-model"}', "{}"])
+def test_damaged_config_is_refused(llama_folder: Path, text: str) -> None:
+    (llama_folder / "config.json").write_text(text)
+    with pytest.raises(BaseModelError, match="can't load the base model"):
+        load_base_model(llama_folder)
+
+
+def test_missing_weight_is_refused_instead_of_drawn_at_random(llama_folder: Path) -> None:
+    tensors = load_file(llama_folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, llama_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_base_model(llama_folder)
+
+
+def test_weight_of_another_shape_is_refused(llama_folder: Path) -> None:
+    tensors = load_file(llama_folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(63)
+    save_file(tensors, llama_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"can't load the base model"):
+        load_base_model(llama_folder)
+
+
+def test_classifier_without_a_language_head_is_refused(tmp_path: Path) -> None:
+    LlamaForSequenceClassification(tiny_model("llama").config).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match=r"lacks lm_head\.weight"):
+        load_base_model(tmp_path)
+
+
+def test_folder_without_tokenizer_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(BaseModelError, match="can't load the tokenizer from the folder"):
+        load_tokenizer(llama_folder)
