@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from loraplex.adapters.finite import require_finite
 from loraplex.adapters.listing import listed
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
@@ -36,6 +37,30 @@ def check_fits(adapter: Adapter, modules: Mapping[str, ModuleShape], *, output_m
             f"{made_for}; load that one."
         )
     _check_same_modules(adapter, set(expected_targets(adapter.config, modules, output_module=output_module)))
+
+
+def check_weights(adapter: Adapter) -> None:
+    """Raise AdapterFormatError unless the factors of each module agree in rank and are finite.
+
+    For adapters made in memory; those from files are checked while they are read.
+    """
+    for path, weights in adapter.layers.items():
+        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], adapter.config.rank_of(path))
+        if len(set(ranks)) > 1:
+            raise AdapterFormatError(
+                f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "
+                "agree."
+            )
+        magnitude, num_outputs = weights.magnitude, weights.lora_b.shape[1]
+        if magnitude is not None and magnitude.shape != (num_outputs,):
+            raise AdapterFormatError(
+                f"{path!r}: the magnitude has shape {list(magnitude.shape)}; expected {[num_outputs]}, one for each "
+                "output."
+            )
+        for part in ("lora_a", "lora_b", "magnitude"):
+            tensor = getattr(weights, part)
+            if tensor is not None:
+                require_finite(tensor, f"{part} of {path!r}")
 
 
 def check_base_copies(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
 from loraplex.adapters.slots import PreparedAdapter, Slots
-from loraplex.adapters.version import AdapterState, AdapterVersion, folder_fingerprint
+from loraplex.adapters.version import AdapterState, AdapterVersion, Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import (
     AdapterChangedError,
@@ -63,10 +64,19 @@ class AdapterStore:
 
     # Registering
 
-    def add(self, name: str, adapter: Adapter, folder: Path | None, *, replace: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        folder: Path | None,
+        *,
+        replace: bool = False,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
         """Register a checked adapter under `name`; with `replace`, requests from now on get the new version.
 
-        `folder` is where its weights can be read again after an eviction; None keeps them in host memory.
+        `folder` is where its weights can be read again after an eviction, as long as it has the `fingerprint` it was
+        read with (None: the one it has now); without a folder they stay in host memory.
         Raises AdapterExistsError, NameFormatError, CapacityError (over the host budget); then nothing has changed.
         """
         check_name(name)
@@ -82,7 +92,7 @@ class AdapterStore:
                 name=name,
                 number=1 if old is None else old.number + 1,
                 folder=folder,
-                fingerprint=None if folder is None else folder_fingerprint(folder),
+                fingerprint=fingerprint if folder is None or fingerprint else folder_fingerprint(folder),
                 num_bytes=prepared.num_bytes,
                 pinned=old is not None and old.pinned,
             )
@@ -124,7 +134,7 @@ class AdapterStore:
         with self._lock:
             if name not in self._versions:
                 raise AdapterNotFoundError(
-                    f"adapter {name!r} is not loaded. Loaded: {_listed(self._versions)}. "
+                    f"adapter {name!r} is not loaded. Loaded: {listed(self._versions, most=20) or 'none'}. "
                     f"Load it first: model.load_adapter({name!r}, path)."
                 )
             return self._versions[name]
@@ -160,6 +170,7 @@ class AdapterStore:
     def _bring_to_slots(self, versions: list[AdapterVersion]) -> None:
         missing = [version for version in versions if version.slot is None]
         with self._lock:
+            self._check_slots_suffice(missing)
             loads = [(version, self._load(version)) for version in missing if version.prepared is None]
         for _, load in loads:
             load.result()
@@ -170,6 +181,14 @@ class AdapterStore:
             for version in missing:
                 if version.slot is None:
                     self._fill_slot(version)
+
+    def _check_slots_suffice(self, newcomers: list[AdapterVersion]) -> None:
+        """Raise CapacityError, before anything moves, unless the newcomers fit beside what is in use."""
+        needed = [version for version in self._in_slot.values() if not version.evictable] + newcomers
+        budget = self.config.slot_bytes
+        num_bytes = sum(version.num_bytes for version in needed)
+        if len(needed) > self.slots.num_slots or (budget is not None and num_bytes > budget):
+            raise self._no_slots_for(newcomers)
 
     def _fill_slot(self, version: AdapterVersion) -> None:
         budget = self.config.slot_bytes
@@ -189,13 +208,17 @@ class AdapterStore:
     def _evict_from_slot(self, newcomer: AdapterVersion) -> None:
         idle = [version for version in self._in_host.values() if version.slot is not None and version.evictable]
         if not idle:
-            busy = sorted(version.name for version in self._in_slot.values())
-            raise CapacityError(
-                f"no slot for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): all {self.slots.num_slots} slots "
-                f"(budget {self.config.slot_bytes} bytes) are in use or pinned by {busy}. Use fewer adapters at once, "
-                "unpin some, or raise StoreConfig.num_slots or slot_bytes."
-            )
+            raise self._no_slots_for([newcomer])
         self._leave_slot(idle[0])
+
+    def _no_slots_for(self, newcomers: list[AdapterVersion]) -> CapacityError:
+        busy = sorted(version.name for version in self._in_slot.values() if not version.evictable)
+        return CapacityError(
+            f"not enough slots for {listed(v.name for v in newcomers)} ({sum(v.num_bytes for v in newcomers)} bytes): "
+            f"of {self.slots.num_slots} slots (budget {self.config.slot_bytes} bytes) {len(busy)} are in use or pinned "
+            f"by {listed(busy) or 'none'}. Use fewer adapters at once, unpin some, or raise StoreConfig.num_slots or "
+            "slot_bytes."
+        )
 
     def _leave_slot(self, version: AdapterVersion) -> None:
         if version.slot is not None:
@@ -225,6 +248,7 @@ class AdapterStore:
                 self._make_host_room(version)
                 if not (version.retired and version.num_leases == 0):
                     self._keep_in_host(version, prepared)
+                self._loads.pop(id(version), None)  # at once: after an eviction a lease must not join this load
             return prepared
         finally:
             with self._lock:
@@ -267,8 +291,3 @@ class AdapterStore:
         self._leave_slot(version)
         self._in_host.pop(id(version), None)
         version.prepared = None
-
-
-def _listed(names: dict[str, AdapterVersion], most: int = 20) -> str:
-    shown = sorted(names)[:most]
-    return str(shown) if len(names) <= most else f"{shown} and {len(names) - most} more"

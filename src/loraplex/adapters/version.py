@@ -7,6 +7,7 @@ from typing import Literal
 from loraplex.adapters.slots import PreparedAdapter
 
 Tier = Literal["slot", "host", "disk"]
+Fingerprint = tuple[tuple[str, int, int], ...]  # name, size and modification time of each file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class AdapterVersion:
     name: str
     number: int
     folder: Path | None
-    fingerprint: tuple[tuple[str, int, int], ...] | None
+    fingerprint: Fingerprint | None
     num_bytes: int
     prepared: PreparedAdapter | None = None  # in host memory
     slot: int | None = None
@@ -57,7 +58,7 @@ class AdapterVersion:
         )
 
 
-def folder_fingerprint(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def folder_fingerprint(folder: Path) -> Fingerprint:
     """Names, sizes and modification times of an adapter's files; empty if the folder is gone."""
     if not folder.is_dir():
         return ()

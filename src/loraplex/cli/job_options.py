@@ -49,7 +49,10 @@ _LORA = ("rank", "alpha", "targets", "dropout")
 
 
 def read_job_file(path: Path) -> dict[str, Settings]:
-    """By job, the settings of a TOML file: those of [defaults], then those of [jobs.NAME]. Raises ConfigError."""
+    """By job, the settings of a TOML file: those of [defaults], then those of [jobs.NAME].
+
+    Raises ConfigError.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

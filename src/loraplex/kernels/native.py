@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import threading
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "csrc" / "gated_lora.cpp"
+_SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20")
 _BUILD_LOCK = threading.Lock()
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
@@ -44,6 +45,23 @@ def gated_lora_native(
     return y
 
 
+def gated_linear_native(
+    x: Tensor,  # [.., in]  contiguous
+    weight: Tensor,  # [out, in]  contiguous, of x's dtype
+    bias: Tensor | None,  # [out]
+    table: Tensor,
+    scalings: Tensor,
+    module: int,
+    segments: Tensor,
+    gates: Tensor,
+) -> Tensor:  # [.., out]
+    """The base product and the adapters in one call: W x[t] + bias + the sum that `gated_lora_native` adds.
+
+    For few tokens: the weights are read once for all of them, and a token's result has the same bits in any batch.
+    """
+    return torch.ops.loraplex.gated_linear(x, weight, bias, table, scalings, module, segments, gates)
+
+
 @cache
 def _load() -> bool:
     if os.environ.get("LORAPLEX_NATIVE") == "0":
@@ -62,23 +80,35 @@ def _load() -> bool:
 
 
 def _build() -> None:
-    from torch.utils.cpp_extension import load  # imports setuptools: only when something is built
+    """Load the library from the cache, or build it there.
 
-    source = _SOURCE.read_bytes()
-    # -march=native: a cache that several machines share must not hand one machine another's instructions.
-    key = hashlib.sha256(
-        b"\0".join([source, " ".join(_FLAGS).encode(), torch.__version__.encode(), _cpu_features().encode()])
-    ).hexdigest()[:16]
-    folder = _cache_folder() / "kernels" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    _put_ninja_on_path()
-    load(
-        name=f"loraplex_cpu_{key}",
-        sources=[str(_SOURCE)],
-        extra_cflags=list(_FLAGS),
-        build_directory=str(folder),
-        is_python_module=False,
-    )
+    Each builder works in a folder of its own and moves the result into place: no lock that a killed process leaves
+    behind can stop the next one.
+    """
+    library = _cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
+    if not library.exists():
+        from torch.utils.cpp_extension import load  # imports setuptools: only when something is built
+
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _put_ninja_on_path()
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            load(
+                name="loraplex_kernels",
+                sources=[str(_SOURCES / "ops.cpp")],
+                extra_cflags=list(_FLAGS),
+                build_directory=folder,
+                is_python_module=False,
+            )
+            os.replace(Path(folder) / "loraplex_kernels.so", library)
+        return
+    torch.ops.load_library(str(library))
+
+
+def _build_key() -> str:
+    """What the library depends on. With -march=native, a shared cache must tell machines apart by their features."""
+    sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
+    parts = [*sources, " ".join(_FLAGS).encode(), torch.__version__.encode(), _cpu_features().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:

@@ -30,7 +30,7 @@ class GatedLinear:
         if routing is None:
             return None
         x = args[0]
-        plan = _plan_for(routing, x.shape[:-1], self.path)
+        plan = plan_for(routing, x.shape[:-1], self.path)
         if not plan.adapts(self.index):
             return None
         bias = getattr(module, "bias", None)
@@ -48,7 +48,7 @@ class GatedEmbedding:
         routing = current_routing()
         if routing is None:
             return None
-        plan = _plan_for(routing, args[0].shape, self.path)
+        plan = plan_for(routing, args[0].shape, self.path)
         if not plan.adapts(self.index):
             return None
         gained = add_gains(self.index, y, y, plan, bias=None)
@@ -90,7 +90,8 @@ def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias
     return total.view_as(y)
 
 
-def _plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
+def plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
+    """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row."""
     if len(layout) >= 2:
         return routing.plan_for(layout[0], layout[1:].numel())
     num_tokens, num_rows = layout.numel(), len(routing.rows)

@@ -1,5 +1,6 @@
-"""Attaching LoRA layers to a transformers model, only where an adapter needs one."""
+"""Attaching LoRA layers to a transformers model."""
 
+import threading
 from collections.abc import Iterable
 
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.layers.gated import GatedEmbedding, GatedLinear
+from loraplex.layers.linear import become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
 
 
@@ -21,17 +23,37 @@ class AdaptableModel:
         self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
         self.output_module = output_module(base)
         self._handles: dict[str, RemovableHandle] = {}
+        self._lora_linears: set[str] = set()
+        self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
 
     def attach(self, paths: Iterable[str]) -> None:
-        """Attach a LoRA layer to each module that has none yet; modules never adapted pay nothing."""
-        for path in paths:
-            if path not in self._handles:
+        """Attach a LoRA layer to each module that has none yet; modules never adapted pay nothing.
+
+        A plain nn.Linear becomes a LoraLinear; any other module (Conv1D, embedding, quantized, offloaded) keeps its
+        class and gets a hook.
+        """
+        with self._lock:
+            for path in paths:
+                if path in self._handles or path in self._lora_linears:
+                    continue
+                module, index = self.modules[path], self.module_index[path]
+                if can_become_lora_linear(module):
+                    become_lora_linear(module, index, path)
+                    self._lora_linears.add(path)
+                    continue
                 layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
-                layer = layer_class(self.module_index[path], path)
-                self._handles[path] = self.modules[path].register_forward_hook(layer)
+                self._handles[path] = module.register_forward_hook(layer_class(index, path))
+
+    def attach_all_plain_linears(self) -> None:
+        """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
+        self.attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
 
     def detach(self) -> None:
         """Give the base model back as it was."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        with self._lock:
+            for handle in self._handles.values():
+                handle.remove()
+            for path in self._lora_linears:
+                become_linear(self.modules[path])
+            self._handles.clear()
+            self._lora_linears.clear()

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.adapters.fit import check_base_copies, check_fits
+from loraplex.adapters.fit import check_base_copies, check_fits, check_weights
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft_folder import read_adapter, read_base_copies
 from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
-from loraplex.adapters.version import AdapterState
+from loraplex.adapters.version import AdapterState, folder_fingerprint
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, BaseModelError
+from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.loading import load_base_model, load_tokenizer
@@ -38,7 +39,12 @@ class MultiLoraModel:
     """
 
     def __init__(
-        self, base: PreTrainedModel, *, source: str | Path | None = None, store: StoreConfig | None = None
+        self,
+        base: PreTrainedModel,
+        *,
+        source: str | Path | None = None,
+        store: StoreConfig | None = None,
+        fast_decode: bool = True,
     ) -> None:
         self.base = base.eval().requires_grad_(False)
         self._source = source
@@ -47,6 +53,9 @@ class MultiLoraModel:
         slots = Slots((store or StoreConfig()).num_slots, self.adaptable.paths, base.device)
         self.store = AdapterStore(slots, self._read_again, self._prepare, store or StoreConfig())
         self._bank = SlotBank(slots)
+        self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
+        if self._fast_decode:
+            self.adaptable.attach_all_plain_linears()
 
     @classmethod
     def from_pretrained(
@@ -56,10 +65,16 @@ class MultiLoraModel:
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         store: StoreConfig | None = None,
+        fast_decode: bool = True,
     ) -> "MultiLoraModel":
-        """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError."""
+        """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError.
+
+        `fast_decode` lets `generate` compute single-token steps of plain linear modules in the compiled CPU kernel:
+        equal to torch's product up to rounding, and independent of a row's neighbours to the bit. `forward` always
+        computes the base product with torch.
+        """
         base, source = load_base_model(path_or_id, dtype=dtype, device=device)
-        return cls(base, source=source, store=store)
+        return cls(base, source=source, store=store, fast_decode=fast_decode)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -87,15 +102,19 @@ class MultiLoraModel:
             raise AdapterExistsError(
                 f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
             )
+        folder, fingerprint = None, None
         if isinstance(source, Adapter):
-            folder, adapter = None, source
+            adapter = source
+            check_weights(adapter)
         else:
-            folder = resolve_adapter_folder(source, revision=revision)
+            folder = resolve_adapter_folder(source, revision=revision).absolute()
+            fingerprint = folder_fingerprint(folder)  # before reading: a file that changes meanwhile counts as changed
             adapter = read_adapter(folder)
             check_base_copies(read_base_copies(folder), dict(self.base.named_parameters(remove_duplicate=False)))
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
-        self.store.add(name, adapter, folder, replace=replace)
+        # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
+        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; running requests finish with it. Raises AdapterNotFoundError."""
@@ -145,17 +164,22 @@ class MultiLoraModel:
         **generation: Any,  # whatever else transformers' generate takes
     ) -> Any:
         """transformers' generate, every row through its own adapters: greedy, sampling or beam search."""
-        with self._scope(input_ids, adapters, generation):
+        with self._scope(input_ids, adapters, generation, fast_decode=self._fast_decode):
             return self.base.generate(input_ids, attention_mask=attention_mask, **generation)
 
     def _scope(
-        self, input_ids: Tensor | None, adapters: Sequence[RowChoice] | None, inputs: dict[str, Any]
+        self,
+        input_ids: Tensor | None,
+        adapters: Sequence[RowChoice] | None,
+        inputs: dict[str, Any],
+        *,
+        fast_decode: bool = False,
     ) -> AbstractContextManager[None]:
         rows = input_ids if input_ids is not None else inputs.get("inputs_embeds")
         links = parse_choices(adapters, 0 if rows is None else rows.shape[0])
-        if not any(links):
+        if not any(links) and not fast_decode:
             return nullcontext()
-        return adapter_scope(self.store, self._bank, links, input_ids)
+        return adapter_scope(self.store, self._bank, links, input_ids, fast_decode=fast_decode)
 
     def _prepare(self, adapter: Adapter) -> Any:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self.dtype)

@@ -15,12 +15,14 @@ from loraplex.routing.rows import Route, RowRouting, use_routing
 
 
 @contextmanager
-def adapter_scope(store: AdapterStore, bank: Bank, links: Sequence[Link], input_ids: Tensor | None) -> Iterator[None]:
+def adapter_scope(
+    store: AdapterStore, bank: Bank, links: Sequence[Link], input_ids: Tensor | None, *, fast_decode: bool = False
+) -> Iterator[None]:
     """Run the block with every row's link in force; its adapters keep their slots until it ends."""
     names = [name for link in links for name, _ in link]
     with store.lease(names) as leased:
         rows = [_routes(link, leased, input_ids, row) for row, link in enumerate(links)]
-        with use_routing(RowRouting(rows, bank)):
+        with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
             yield
 
 

@@ -36,7 +36,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
         raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
     texts = [_as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat)
 
 
@@ -55,12 +56,18 @@ def generate_texts(
     start = time.perf_counter()
     sequences = model.generate(encoded["input_ids"], encoded["attention_mask"], adapters=adapters, **options)
     seconds = time.perf_counter() - start
-    return decode_batch(model.tokenizer, sequences[:, encoded["input_ids"].shape[1] :], seconds)
+    new_tokens = sequences[:, encoded["input_ids"].shape[1] :]
+    eos = options.get("eos_token_id", model.base.generation_config.eos_token_id)  # some models have several
+    end_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return decode_batch(model.tokenizer, new_tokens, seconds, end_tokens=end_tokens)
 
 
-def decode_batch(tokenizer: PreTrainedTokenizerBase, new_tokens: Tensor, seconds: float) -> TextBatch:
-    """Text and length of each row's new tokens [rows, tokens], up to its end-of-sequence token."""
-    ended = (new_tokens == tokenizer.eos_token_id).long()
+def decode_batch(
+    tokenizer: PreTrainedTokenizerBase, new_tokens: Tensor, seconds: float, *, end_tokens: Sequence[int] = ()
+) -> TextBatch:
+    """Text and length of each row's new tokens [rows, tokens], up to the tokenizer's end or one of `end_tokens`."""
+    ends = [token for token in (tokenizer.eos_token_id, *end_tokens) if token is not None]
+    ended = torch.isin(new_tokens, torch.tensor(ends, dtype=torch.int64, device=new_tokens.device)).long()
     past_end = (ended.cumsum(dim=1) - ended) > 0
     lengths = (~past_end).sum(dim=1).tolist()
     texts = [

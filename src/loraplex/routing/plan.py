@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.slots import SlotWeights
-from loraplex.kernels.dispatch import Kernel, choose_kernel
+from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, native_runs
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.routing.bank import Bank
@@ -44,9 +44,21 @@ def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
 class RoutingPlan:
     """What one forward pass needs, shared by all its LoRA layers; reused by passes of the same layout."""
 
-    def __init__(self, segments: Sequence[Segment], num_tokens: int, bank: Bank) -> None:
-        self.segments = join_neighbours([segment for segment in segments if segment.start < segment.stop])
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        num_tokens: int,
+        bank: Bank,
+        *,
+        tokens_per_row: int | None = None,
+        fast_decode: bool = False,
+    ) -> None:
+        segments = [segment for segment in segments if segment.start < segment.stop]
+        # Served rows stay apart and the layout alone chooses the kernel: a row's bits must not depend on what its
+        # neighbours use. Training has no such promise to keep.
+        self.segments = join_neighbours(segments) if bank.trainable else segments
         self.num_tokens = num_tokens
+        self.tokens_per_row = num_tokens if tokens_per_row is None else tokens_per_row
         self.bank = bank
         self._stacks: dict[int, LoraStack] = {}
         adapted: set[int] = set()
@@ -55,6 +67,8 @@ class RoutingPlan:
         self._adapted = adapted
         self._gains: dict[int, bool] = {}
         self._kernel: Kernel | None = None
+        self._fast_decode = fast_decode and num_tokens <= FEW_ROWS and bank.native_table() is not None
+        self._decodes_fast: bool | None = None
 
     def adapts(self, module: int) -> bool:
         """Whether any row of this batch adapts the module."""
@@ -72,12 +86,14 @@ class RoutingPlan:
             return "segmented"
         if self._kernel is None:
             has_table = self.bank.native_table() is not None
-            self._kernel = choose_kernel(x.device, x.dtype, self.tokens_per_segment, has_table=has_table)
+            self._kernel = choose_kernel(x.device, x.dtype, self.tokens_per_row, has_table=has_table)
         return self._kernel
 
-    @cached_property
-    def tokens_per_segment(self) -> float:
-        return sum(s.stop - s.start for s in self.segments) / max(1, len(self.segments))
+    def decodes_fast(self, x: Tensor) -> bool:
+        """Whether base product and adapters run in one compiled call for inputs like x; decided once."""
+        if self._decodes_fast is None:
+            self._decodes_fast = self._fast_decode and native_runs(x.device, x.dtype)
+        return self._decodes_fast and not torch.is_grad_enabled()
 
     @cached_property
     def table(self) -> tuple[Tensor, Tensor]:

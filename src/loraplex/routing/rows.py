@@ -27,9 +27,10 @@ class RowRouting:
     each case a row's tokens are contiguous and rows have equal shares.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Route]], bank: Bank) -> None:
+    def __init__(self, rows: Sequence[Sequence[Route]], bank: Bank, *, fast_decode: bool = False) -> None:
         self.rows = rows
         self.bank = bank
+        self.fast_decode = fast_decode
         self._plans: dict[tuple[int, int], RoutingPlan] = {}
 
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
@@ -57,7 +58,13 @@ class RowRouting:
                 active = min(route.last_tokens, length)
                 stops = [first + (copy + 1) * length for copy in range(copies)]
                 segments += [Segment(stop - active, stop, route.slot, route.weight) for stop in stops]
-        return RoutingPlan(segments, num_sequences * length, self.bank)
+        return RoutingPlan(
+            segments,
+            num_sequences * length,
+            self.bank,
+            tokens_per_row=copies * length,
+            fast_decode=self.fast_decode and length == 1,
+        )
 
 
 _current: ContextVar[RowRouting | None] = ContextVar("loraplex_current_routing", default=None)

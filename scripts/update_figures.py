@@ -1,0 +1,188 @@
+"""Fill the figures in the documentation from the files that the benchmarks and the evaluation wrote.
+
+    python scripts/update_figures.py          # rewrite the marked blocks
+    python scripts/update_figures.py --check  # write nothing; status 1 if a block differs
+
+A block stands between `<!-- NAME:start -->` and `<!-- NAME:end -->` in README.md or docs/performance.md:
+
+    figures, in README.md            what a reader wants first, a table for each result file
+    figures, in docs/performance.md  the same with machine, versions and workload
+    quality, in either               held-out quality of the adapters in examples/adapters
+
+A result file that is missing is said to be missing, in the block and on the terminal.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/performance.md")
+RESULTS = "benchmarks/results"
+QUALITY = "examples/adapters/quality.json"
+BASELINES = "data/README.md"
+
+Results = Mapping[str, Any]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; numbers, which all columns but the first hold, stand to the right."""
+    marks = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, marks, *rows))
+
+
+def ratio(speeds: Mapping[str, float], over: str, under: str) -> str:
+    return f"{speeds[over] / speeds[under]:.2f}x"
+
+
+def mixed_batch(content: Results) -> str:
+    rows = []
+    for case in content["results"]:
+        speeds = case["tokens_per_s"]
+        rows.append(
+            [
+                f"{case['dtype']}, {case['rows']} rows, {case['rows']} adapters",
+                *(f"{speeds[side]:.0f}" for side in ("base", "peft", "loraplex")),
+                ratio(speeds, "loraplex", "peft"),
+                ratio(speeds, "loraplex", "base"),
+            ]
+        )
+    columns = ["generation, tokens/s", "base, no adapters", "PEFT", "loraplex", "loraplex / PEFT", "loraplex / base"]
+    return table(columns, rows)
+
+
+def training(content: Results) -> str:
+    rows = []
+    for case in content["results"]:
+        speeds = case["tokens_per_s"]
+        rows.append(
+            [
+                f"{case['dtype']}, batch size {case['batch_size']}",
+                *(f"{speeds[side]:.0f}" for side in ("peft", "peft_eager", "loraplex")),
+                f"{speeds['loraplex'] / max(speeds['peft'], speeds['peft_eager']):.2f}x",
+            ]
+        )
+    columns = ["training, tokens/s", "PEFT", "PEFT, eager attention", "loraplex", "loraplex / better PEFT"]
+    return table(columns, rows)
+
+
+class ResultFile:
+    """One file of benchmarks/results: the question that it answers and how it becomes a table."""
+
+    def __init__(self, name: str, question: str, render: Callable[[Results], str]) -> None:
+        self.name = name
+        self.question = question
+        self.render = render
+
+    def block(self, root: Path, *, detailed: bool) -> str:
+        path = root / RESULTS / f"{self.name}.json"
+        title = f"**{self.question}** (`python benchmarks/{self.name}.py`)"
+        if not path.exists():
+            return f"{title}\n\nNot measured yet: there is no `{RESULTS}/{self.name}.json`."
+        content = json.loads(path.read_text())
+        parts = [title, self.render(content)]
+        if detailed:
+            parts.append(f"{machine(content['environment'])}\n\nWorkload: {workload(content['workload'])}.")
+        return "\n\n".join(parts)
+
+
+FILES = (
+    ResultFile("mixed_batch", "A batch whose rows all use different adapters", mixed_batch),
+    ResultFile("training", "Four adapters trained together, against one after the other", training),
+)
+
+
+def machine(environment: Results) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"Measured {environment['date']} at commit {environment['commit']} on {environment['cores']} cores of "
+        f"{environment['cpu']}; {versions}."
+    )
+
+
+def workload(settings: Results) -> str:
+    shown = {key: value for key, value in settings.items() if key != "no_save"}
+    return ", ".join(f"{key} {_plain(value)}" for key, value in shown.items())
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def figures(root: Path, *, detailed: bool) -> str:
+    return "\n\n".join(file.block(root, detailed=detailed) for file in FILES)
+
+
+def quality(root: Path) -> str:
+    """Exact match of every domain's adapter beside the base model, the other adapters, and simple baselines."""
+    path = root / QUALITY
+    if not path.exists():
+        return f"Not measured yet: there is no `{QUALITY}`."
+    scores = json.loads(path.read_text())
+    ngrams = ngram_baselines(root)
+    rows = []
+    for domain, score in scores.items():
+        exact = score["exact"]
+        others = max((value for name, value in exact.items() if name not in ("base", domain)), default=None)
+        rows.append(
+            [
+                domain,
+                str(score["num_questions"]),
+                f"{score['majority']:.3f}",
+                ngrams.get(domain, "-"),
+                f"{exact['base']:.3f}",
+                f"{score['among_labels']['base']:.3f}",
+                "-" if others is None else f"{others:.3f}",
+                f"**{exact[domain]:.3f}**",
+            ]
+        )
+    columns = ["domain", "questions", "majority", "n-grams", "base", "base, labels only", "best other", "its adapter"]
+    return table(columns, rows)
+
+
+def ngram_baselines(root: Path) -> dict[str, str]:
+    """By domain, the last column of the table under "Baselines" in data/README.md."""
+    section = (root / BASELINES).read_text().partition("## Baselines")[2]
+    return dict(re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|$", section, flags=re.MULTILINE))
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of block `name`; unchanged without the marks."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    return f"{before}{start}\n\n{content}\n\n{end}{after}" if found and ended else text
+
+
+def updated(document: str, root: Path = ROOT) -> str:
+    """The text of a document with all its blocks filled."""
+    text = (root / document).read_text(encoding="utf-8")
+    text = fill(text, "figures", figures(root, detailed=document != "README.md"))
+    return fill(text, "quality", quality(root))
+
+
+def missing(root: Path = ROOT) -> list[str]:
+    paths = [f"{RESULTS}/{file.name}.json" for file in FILES] + [QUALITY]
+    return [path for path in paths if not (root / path).exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    changed = [document for document in DOCUMENTS if updated(document) != (ROOT / document).read_text(encoding="utf-8")]
+    for path in missing():
+        print(f"missing: {path}")
+    for document in changed:
+        print(f"{'differs' if options.check else 'updated'}: {document}")
+        if not options.check:
+            (ROOT / document).write_text(updated(document), encoding="utf-8")
+    sys.exit(bool(options.check and changed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`loraplex demo`: one batch in which every row goes through its own adapters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from loraplex.cli.options import adapters_in
+from loraplex.errors import AdapterNotFoundError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text import TextBatch, generate_texts
+from loraplex.training.evaluation import Score, evaluate, read_questions
+
+DEMO_MODEL = "smollm2-135m"
+TIMED_TOKENS = 32
+SMALL_TALK = "What is the capital of France?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """One row of the demo's batch; `truth` is the held-out answer, if the prompt has one."""
+
+    prompt: str
+    adapters: str | None
+    truth: str | None = None
+
+
+def demo(
+    adapters: Annotated[Path, typer.Option(help="Folder of the adapters.")] = Path("examples/adapters"),
+    data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 96,
+    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
+) -> None:
+    """Show one batch of base, single-adapter and linked rows on a real model, with timings and quality."""
+    console = Console()
+    names = demo_adapters(adapters)
+    with console.status(f"loading {DEMO_MODEL} (converted from its package the first time) ..."):
+        model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
+        for name, folder in names.items():
+            model.load_adapter(name, folder)
+    rows = demo_rows(data, list(names))
+    with console.status("one batch, every row through its own adapters ..."):
+        batch = generate_texts(model, [row.prompt for row in rows], adapters=[row.adapters for row in rows])
+    console.print(answers_table(rows, batch))
+    with console.status("timing ..."):
+        speeds = demo_speeds(model, rows)
+    console.print(
+        f"{len(rows)} rows x {TIMED_TOKENS} tokens in {dtype}: {speeds['mixed']:.0f} tokens/s with these adapters, "
+        f"{speeds['base']:.0f} tokens/s with none ({speeds['mixed'] / speeds['base']:.2f}x)\n"
+    )
+    with console.status("judging held-out questions ..."):
+        scores = {name: judge(model, data, name, questions) for name in names}
+    console.print(quality_table(scores))
+
+
+def demo_adapters(folder: Path) -> dict[str, Path]:
+    """The demo's adapters by name. Raises AdapterNotFoundError if there are not at least two."""
+    names = adapters_in(folder)
+    if len(names) < 2:
+        raise AdapterNotFoundError(
+            f"the demo found {len(names)} adapters in {str(folder)!r} and needs two. Run it in a clone of the repository, "
+            "or pass --adapters and --data."
+        )
+    return names
+
+
+def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
+    """The first held-out question of each domain through its adapter, beside base rows and a linked row."""
+    firsts = {name: read_questions(data / name / "test.jsonl", 1)[0] for name in names}
+    rows = [DemoRow(prompt=SMALL_TALK, adapters=None, truth="Paris")]
+    for index, name in enumerate(names):
+        question = firsts[name]
+        if index < 2:
+            rows.append(DemoRow(prompt=question.prompt, adapters=None, truth=question.answer))
+        rows.append(DemoRow(prompt=question.prompt, adapters=name, truth=question.answer))
+    first, second = names[0], names[1]
+    link = f"{first}:0.6+{second}:0.6"
+    rows.append(DemoRow(prompt=firsts[first].prompt, adapters=link, truth=firsts[first].answer))
+    return rows
+
+
+def demo_speeds(model: MultiLoraModel, rows: list[DemoRow], rounds: int = 3) -> dict[str, float]:
+    """Best tokens/s of the batch with its adapters and with none, alternating."""
+    prompts = [row.prompt for row in rows]
+    choices = {"mixed": [row.adapters for row in rows], "base": None}
+    best = dict.fromkeys(choices, 0.0)
+    for _ in range(rounds):
+        for name, adapters in choices.items():
+            batch = generate_texts(
+                model, prompts, adapters=adapters, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS
+            )
+            best[name] = max(best[name], batch.tokens_per_s)
+    return best
+
+
+def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> tuple[Score, Score]:
+    """The base model's score and the adapter's on the domain's first held-out questions."""
+    base, own = evaluate(model, read_questions(data / name / "test.jsonl", limit), [None, name])
+    return base, own
+
+
+def answers_table(rows: list[DemoRow], batch: TextBatch) -> Table:
+    """What each row was asked, through which adapters, and what it said."""
+    table = Table(box=SIMPLE_HEAD, title="One batch, one forward pass a token", title_justify="left")
+    table.add_column("adapters", style="cyan")
+    table.add_column("prompt", ratio=3)
+    table.add_column("answer", ratio=2, overflow="ellipsis")
+    table.add_column("truth", style="dim")
+    for row, text in zip(rows, batch.texts, strict=True):
+        right = row.truth is not None and row.truth.lower() in text.lower()
+        short = text if len(text) <= 80 else text[:77] + "..."
+        style = "green" if right else "yellow"
+        table.add_row(row.adapters or "none (base)", row.prompt, f"[{style}]{short}[/]", row.truth or "")
+    return table
+
+
+def quality_table(scores: dict[str, tuple[Score, Score]]) -> Table:
+    """Held-out exact match of every adapter beside the base model's."""
+    table = Table(box=SIMPLE_HEAD, title="Held-out questions answered exactly right", title_justify="left")
+    table.add_column("domain", style="cyan")
+    for column in ("questions", "base model", "base, labels only", "adapter"):
+        table.add_column(column, justify="right")
+    for name, (base, own) in scores.items():
+        table.add_row(
+            name, str(own.num_questions), f"{base.exact:.2f}", f"{base.among_labels:.2f}", f"[bold]{own.exact:.2f}[/]"
+        )
+    return table

@@ -1,0 +1,86 @@
+// Vectors of 16 floats in GCC's and Clang's portable notation; bfloat16 is read and written as float32's upper half.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace loraplex {
+
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Floats load(const c10::BFloat16* p) {  // a bfloat16 is the upper half of a float32
+  Halves h;
+  std::memcpy(&h, p, sizeof(h));
+  Words w = __builtin_convertvector(h, Words) << 16;
+  Floats v;
+  std::memcpy(&v, &w, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline void store(c10::BFloat16* p, Floats v) {  // round to nearest even, as torch does; NaN stays NaN
+  Words w;
+  std::memcpy(&w, &v, sizeof(w));
+  Words rounded = (w + (0x7fff + ((w >> 16) & 1))) >> 16;
+  Words quiet = (w >> 16) | 0x40;
+  Words is_nan = reinterpret_cast<Words>(v != v);
+  Halves h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Halves);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+// Lane i of the result is lane order[i] of a and b side by side.
+inline Floats shuffle(Floats a, Floats b, Ints order) {
+#if defined(__clang__)
+  Floats result;
+  for (int i = 0; i < kLanes; ++i) result[i] = order[i] < kLanes ? a[order[i]] : b[order[i] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// Lane i of the result is the sum of the 16 lanes of v[i]; v is used up. Every vector is summed in the same order.
+inline Floats sums(Floats* v) {
+  constexpr Ints even1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+  constexpr Ints odd1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+  constexpr Ints even2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr Ints odd2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  constexpr Ints even4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+  constexpr Ints odd4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
+  constexpr Ints low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  constexpr Ints high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+  for (int i = 0; i < 16; i += 2) v[i] = shuffle(v[i], v[i + 1], even1) + shuffle(v[i], v[i + 1], odd1);
+  for (int i = 0; i < 16; i += 4) v[i] = shuffle(v[i], v[i + 2], even2) + shuffle(v[i], v[i + 2], odd2);
+  for (int i = 0; i < 16; i += 8) v[i] = shuffle(v[i], v[i + 4], even4) + shuffle(v[i], v[i + 4], odd4);
+  return shuffle(v[0], v[8], low) + shuffle(v[0], v[8], high);
+}
+
+// Adapters are many short, scattered rows: the hardware sees no stream in them, so each step asks for the next
+// step's rows. [rows, bytes] with a stride, all in bytes.
+inline void prefetch_rows(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
+  const char* p = static_cast<const char*>(first);
+  for (int64_t r = 0; r < rows; ++r, p += stride) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+}
+
+}  // namespace loraplex

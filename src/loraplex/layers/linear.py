@@ -1,0 +1,60 @@
+"""A linear module of the base model that runs with its adapters, in one call where few tokens are decoded."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraplex.kernels.native import gated_linear_native, gated_lora_native
+from loraplex.layers.gated import add_adapters, add_gains, plan_for
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.rows import current_routing
+
+
+class LoraLinear(nn.Linear):
+    """What an `nn.Linear` becomes while adapters can reach it: the same parameters under the same names.
+
+    Outside of a routing scope it is the module that it was. Inside, the base product is torch's, to the bit, unless
+    the routing asks for fast decoding and the module sees one token of each sequence: then the compiled kernel reads
+    the base weights and the adapters once for all rows.
+    """
+
+    lora_index: int
+    lora_path: str
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        routing = current_routing()
+        if routing is None:
+            return functional.linear(input, self.weight, self.bias)
+        plan = plan_for(routing, input.shape[:-1], self.lora_path)
+        if plan.decodes_fast(input) and input.dtype == self.weight.dtype:
+            return self._decode(input.contiguous(), plan)
+        y = functional.linear(input, self.weight, self.bias)
+        if not plan.adapts(self.lora_index):
+            return y
+        return add_adapters(self.lora_index, y, input, plan, bias=self.bias)
+
+    def _decode(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        index = self.lora_index
+        if not plan.has_gain(index):
+            return gated_linear_native(x, self.weight, self.bias, *plan.table, index, plan.rows, plan.gates)
+        # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
+        y = gated_linear_native(x, self.weight, self.bias, *plan.table, index, plan.rows[:0], plan.gates)
+        y = add_gains(index, y, y, plan, bias=self.bias)
+        return gated_lora_native(y, x, *plan.table, index, plan.rows, plan.gates)
+
+
+def can_become_lora_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear one: no subclass, no forward of its own (offloading installs one)."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous()
+
+
+def become_lora_linear(module: nn.Module, index: int, path: str) -> None:
+    """Change the module's class in place: parameters, names, hooks and references to it stay as they are."""
+    # First what LoraLinear.forward reads: another thread may be about to run the module.
+    vars(module).update(lora_index=index, lora_path=path)
+    module.__class__ = LoraLinear
+
+
+def become_linear(module: nn.Module) -> None:
+    """Give a LoraLinear back as the nn.Linear that it was."""
+    module.__class__ = nn.Linear
+    del module.lora_index, module.lora_path

@@ -1,0 +1,60 @@
+"""Refused calls leave a model with its adapters as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex import MultiLoraModel, StoreConfig
+from loraplex.errors import LoraplexError
+from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
+
+IDS = torch.randint(3, VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+def five_adapters_for_three_slots(folder: Path) -> MultiLoraModel:
+    """A model of which "first", "second" and "alora" are in slots once `Untouched` has looked at it."""
+    base = tiny_model("llama")
+    model = MultiLoraModel(base, store=StoreConfig(num_slots=3))
+    for seed, name in enumerate(("first", "second", "alora", "fourth", "fifth")):
+        options = {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"} if name == "alora" else {}
+        path = random_peft_adapter(base, folder / name, targets=linear_targets("llama"), seed=seed, options=options)
+        model.load_adapter(name, path)
+    return model
+
+
+class Untouched:
+    """What must be the same before and after a refused call."""
+
+    def __init__(self, model: MultiLoraModel) -> None:
+        self.model = model
+        self.logits = self.run()
+        self.names, self.states = model.names(), model.adapters()
+        self.layers = self.attached()
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        return self.model(IDS, adapters=["first", "second:0.5+first", "alora", None]).logits
+
+    def attached(self) -> dict[str, tuple[type, int]]:
+        """Each module's class and number of hooks."""
+        modules = self.model.adaptable.modules
+        return {path: (type(module), len(module._forward_hooks)) for path, module in modules.items()}
+
+    def check(self) -> None:
+        assert self.model.names() == self.names
+        assert self.model.adapters() == self.states
+        assert self.attached() == self.layers
+        assert torch.equal(self.run(), self.logits)
+
+
+def assert_refused(model: MultiLoraModel, call: Callable[[], object], error: type[LoraplexError], *words: str) -> None:
+    before = Untouched(model)
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+    before.check()

@@ -1,0 +1,36 @@
+"""The examples run as their users run them, on the real base model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraplex.adapters.peft_folder import read_adapter
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run_example(name: str, *arguments: str) -> str:
+    command = [sys.executable, f"examples/{name}", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_mixed_batch_answers_every_row_and_keeps_base_rows(smollm2: Path) -> None:
+    output = run_example("01_mixed_batch.py")
+    assert "-> The capital of France is Paris" in output
+    lines = [line for line in output.splitlines() if line.startswith("row ")]
+    assert ["to the bit" in line for line in lines] == [True, True, False, False, False]
+    assert "still loaded: quantum" in output
+
+
+def test_two_adapters_are_trained_written_and_used(smollm2: Path, tmp_path: Path) -> None:
+    output = run_example("02_train_two_adapters.py", "--steps", "2", "--output", str(tmp_path / "out"))
+    ranks = {name: read_adapter(tmp_path / "out" / name).config.r for name in ("quantum", "protein")}
+    assert ranks == {"quantum": 8, "protein": 16}
+    assert "in 2 steps" in output
+    assert "none (base model): " in output
+    assert "quantum+protein: " in output
