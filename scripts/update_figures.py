@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,59 @@ def training(content: Results) -> str:
     return table(columns, rows)
 
 
+def memory(content: Results) -> str:
+    rows = []
+    for case in content["results"]:
+        for stage in ("loaded", "generated"):
+            figures = case[stage]
+            rows.append(
+                [
+                    f"{case['dtype']}, {stage}",
+                    *(f"{size / 1e6:.0f}" for size in (case["adapter_bytes"], figures["base_peak"], figures["peak"])),
+                    f"{figures['added_per_adapter_byte']:.2f}",
+                ]
+            )
+    columns = ["peak of resident memory, MB", "adapters' own", "base model alone", "with all", "added / adapters' own"]
+    return table(columns, rows)
+
+
+def zipf(content: Results) -> str:
+    results, settings = content["results"], content["workload"]
+    sides = {
+        f"drawn from {settings['adapters']}, {settings['host_adapters']} fit into memory": results["zipf"],
+        f"the same {settings['slots']} all the time": results["fixed"],
+    }
+    rows = [
+        [label, f"{side['tokens_per_s']:.0f}", f"{side['median_batch_s']:.2f}", f"{side['max_batch_s']:.2f}"]
+        for label, side in sides.items()
+    ]
+    found = ", ".join(f"{share:.0%} in {tier}" for tier, share in results["zipf"]["found_in"].items())
+    return (
+        table(["adapters", "tokens/s", "median batch, s", "slowest batch, s"], rows)
+        + f"\n\n{results['ratio']:.2f} of the speed; a batch's adapters were found: {found}."
+    )
+
+
+def kernels(content: Results) -> str:
+    """Microseconds a call: the adapters of one module by kernel, and the base product by torch and compiled."""
+    parts = []
+    for part, unit in (("adapters", "tokens_per_row"), ("base_product", "rows")):
+        cases = content["results"][part]
+        columns = [column for column in cases[0] if column not in ("dtype", unit)]
+        rows = [[f"{case['dtype']}, {case[unit]}", *(f"{case[c]:.0f}" for c in columns)] for case in cases]
+        label = f"{part.replace('_', ' ')}, microseconds; {unit.replace('_', ' ')}"
+        parts.append(table([label, *columns], rows))
+    return "\n\n".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultFile:
     """One file of benchmarks/results: the question that it answers and how it becomes a table."""
 
-    def __init__(self, name: str, question: str, render: Callable[[Results], str]) -> None:
-        self.name = name
-        self.question = question
-        self.render = render
+    name: str
+    question: str
+    render: Callable[[Results], str]
+    in_readme: bool = True
 
     def block(self, root: Path, *, detailed: bool) -> str:
         path = root / RESULTS / f"{self.name}.json"
@@ -86,13 +133,18 @@ class ResultFile:
         content = json.loads(path.read_text())
         parts = [title, self.render(content)]
         if detailed:
-            parts.append(f"{machine(content['environment'])}\n\nWorkload: {workload(content['workload'])}.")
+            parts.append(f"{machine(content['environment'])} Workload: {workload(content['workload'])}.")
         return "\n\n".join(parts)
 
 
 FILES = (
-    ResultFile("mixed_batch", "A batch whose rows all use different adapters", mixed_batch),
-    ResultFile("training", "Four adapters trained together, against one after the other", training),
+    ResultFile(name="mixed_batch", question="A batch whose rows all use different adapters", render=mixed_batch),
+    ResultFile(
+        name="training", question="Four adapters trained together, against one after the other", render=training
+    ),
+    ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
+    ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),
+    ResultFile(name="kernels", question="Which kernel for how many tokens", render=kernels, in_readme=False),
 )
 
 
@@ -114,7 +166,7 @@ def _plain(value: Any) -> str:
 
 
 def figures(root: Path, *, detailed: bool) -> str:
-    return "\n\n".join(file.block(root, detailed=detailed) for file in FILES)
+    return "\n\n".join(file.block(root, detailed=detailed) for file in FILES if detailed or file.in_readme)
 
 
 def quality(root: Path) -> str:

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 import re
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from loraplex.adapters.peft_config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
 from loraplex.training import AdapterJob, TrainConfig
-from scripts.update_figures import BASELINES, DOCUMENTS, QUALITY, RESULTS, fill, missing, quality, updated
+from scripts.update_figures import DOCUMENTS, QUALITY, RESULTS, missing, updated
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: Any = typer.main.get_command(cli)
@@ -166,6 +165,7 @@ def test_training_page_names_every_option_and_field() -> None:
 def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> None:
     of_page = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|,]+) \|", read("docs/training.md"), flags=re.MULTILINE))
     words = {"none": None, "on": True}
+    assert len(of_page) > 20
     for config in (AdapterJob, TrainConfig):
         for field in dataclasses.fields(config):
             if field.name in of_page and field.name != "output":
@@ -199,22 +199,3 @@ def test_every_result_file_has_its_table_and_benchmark() -> None:
     assert {path.name for path in (ROOT / RESULTS).glob("*.json")} <= names
     for name in names:
         assert (ROOT / "benchmarks" / name).with_suffix(".py").exists()
-
-
-def test_block_is_replaced_and_the_rest_of_the_page_kept() -> None:
-    page = "before\n<!-- figures:start -->\nold\n<!-- figures:end -->\nafter\n"
-    filled = fill(page, "figures", "new")
-    assert filled == "before\n<!-- figures:start -->\n\nnew\n\n<!-- figures:end -->\nafter\n"
-    assert fill(filled, "figures", "new") == filled
-    assert fill(page, "quality", "new") == page
-
-
-def test_quality_table_has_the_adapter_the_best_other_and_the_baselines(tmp_path: Path) -> None:
-    for file in (QUALITY, BASELINES):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / BASELINES).write_text(read(BASELINES))
-    assert "Not measured yet" in quality(tmp_path)
-    exact = {"base": 0.25, "quantum": 0.75, "protein": 0.5}
-    score = {"num_questions": 400, "majority": 0.35, "exact": exact, "among_labels": exact | {"base": 0.3}}
-    (tmp_path / QUALITY).write_text(json.dumps({"quantum": score}))
-    assert quality(tmp_path).endswith("| quantum | 400 | 0.350 | 0.790 | 0.250 | 0.300 | 0.500 | **0.750** |")

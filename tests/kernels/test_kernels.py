@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
-from loraplex.kernels.native import gated_lora_native, native_available
+from loraplex.kernels.native import gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.reference import gated_lora
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.segments import LoraSegment
@@ -179,3 +179,43 @@ def test_native_refuses_what_it_can_not_run(problem):
     plan = make_plan(16, 16, [2], [Segment(0, stop, 0, 1.0)], 2, dtype)
     with pytest.raises(RuntimeError, match=problem):
         run_kernel("native", plan, torch.zeros(2, 16, dtype=dtype), torch.zeros(2, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 64), (576, 192), (37, 50), (5, 3), (33, 1000)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7, 32])
+def test_native_linear_equals_float64_with_and_without_adapters(dtype, num_in, num_out, num_tokens):
+    skip_without_compiler("native")
+    plan = make_plan(
+        num_in, num_out, [4, 7], [Segment(0, 1, 0, 0.5), Segment(0, num_tokens, 1, 1.0)], num_tokens, dtype
+    )
+    x, weight = torch.randn(num_tokens, num_in).to(dtype), (torch.randn(num_out, num_in) / num_in**0.5).to(dtype)
+    bias = torch.randn(num_out).to(dtype)
+    product = x.double() @ weight.double().t() + bias.double()
+    for rows, expected in ((plan.rows[:0], product), (plan.rows, float64_result(plan, product, x))):
+        y = gated_linear_native(x, weight, bias, *plan.table, 0, rows, plan.gates)
+        assert (y.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
+    skip_without_compiler("native")
+    plan = make_plan(96, 80, [4], [Segment(0, 1, 0, 1.0)], 1, dtype)
+    x, weight = torch.randn(15, 96).to(dtype), torch.randn(80, 96).to(dtype)
+    together = gated_linear_native(x, weight, None, *plan.table, 0, plan.rows[:0], plan.gates)
+    for first in range(15):
+        for count in (1, 2, 3, 5):
+            part = x[first : first + count].contiguous()
+            alone = gated_linear_native(part, weight, None, *plan.table, 0, plan.rows[:0], plan.gates)
+            assert torch.equal(alone, together[first : first + count])
+
+
+@pytest.mark.parametrize("problem", ["features", "dtype", "contiguous"])
+def test_native_linear_refuses_what_it_can_not_run(problem):
+    skip_without_compiler("native")
+    plan = make_plan(16, 8, [2], [Segment(0, 1, 0, 1.0)], 1)
+    x, weight = torch.zeros(2, 16), torch.zeros(8, 17 if problem == "features" else 16)
+    x = x.half() if problem == "dtype" else x
+    weight = torch.zeros(16, 8).t() if problem == "contiguous" else weight
+    with pytest.raises(RuntimeError, match=problem):
+        gated_linear_native(x, weight, None, *plan.table, 0, plan.rows, plan.gates)

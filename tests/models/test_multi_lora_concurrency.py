@@ -216,9 +216,11 @@ def test_adapters_that_load_at_once_attach_each_layer_once(tmp_path, monkeypatch
 
 
 @torch.no_grad()
-def test_request_that_sees_a_new_name_gets_its_adapter(folders, monkeypatch):
+def test_request_that_sees_a_new_name_gets_its_adapter(tmp_path, monkeypatch):
     """It comes in the moment the store knows the name, before load_adapter has returned."""
-    model = make_model(folders, "")
+    base = tiny_model("gpt2")  # whose layers are attached at a load
+    model = MultiLoraModel(base)
+    folder = random_peft_adapter(base, tmp_path / "a", targets=linear_targets("gpt2"))
     add, seen = model.store.add, []
 
     def add_and_use(*args, **kwargs):
@@ -226,7 +228,7 @@ def test_request_that_sees_a_new_name_gets_its_adapter(folders, monkeypatch):
         seen.append(in_another_thread(lambda: model(IDS, adapters=["a"] * 4).logits))
 
     monkeypatch.setattr(model.store, "add", add_and_use)
-    model.load_adapter("a", folders["a"])
+    model.load_adapter("a", folder)
     assert torch.equal(seen[0], model(IDS, adapters=["a"] * 4).logits)
     assert not torch.equal(seen[0], model(IDS).logits)
 

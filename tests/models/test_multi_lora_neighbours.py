@@ -184,7 +184,7 @@ def test_row_decodes_the_same_bits_when_its_neighbours_change_adapters(decoder, 
     assert torch.equal(logits_one[fixed], logits_other[fixed])
 
 
-@pytest.mark.parametrize("kernel", ["native", "segmented", "stacked"])
+@pytest.mark.parametrize("kernel", ["native", "segmented", None])
 def test_large_batch_of_one_adapter_is_decoded_as_a_row_of_it(decoder, kernel):
     """Ten neighbours with the same adapter or without any: the adapter's tokens in a step are 11 or 1."""
     torch.manual_seed(0)
@@ -193,12 +193,7 @@ def test_large_batch_of_one_adapter_is_decoded_as_a_row_of_it(decoder, kernel):
     with pytest.MonkeyPatch.context() as patch:
         use_kernel(patch, kernel)
         one, other = generate(decoder, rows, num_tokens=4)[1][0], generate(decoder, apart, num_tokens=4)[1][0]
-    if kernel == "stacked":
-        if decoder.dtype == torch.bfloat16:
-            pytest.skip("bfloat16 rounds more than the tolerance")
-        assert_close(one, other, "the first row")
-    else:
-        assert torch.equal(one, other)
+    assert torch.equal(one, other)
 
 
 def test_choice_of_the_kernel_ignores_what_rows_ask_for(model, monkeypatch):

@@ -62,8 +62,8 @@ def demo_adapters(folder: Path) -> dict[str, Path]:
     names = adapters_in(folder)
     if len(names) < 2:
         raise AdapterNotFoundError(
-            f"the demo found {len(names)} adapters in {str(folder)!r} and needs two. Run it in a clone of the repository, "
-            "or pass --adapters and --data."
+            f"the demo found {len(names)} adapters in {str(folder)!r} and needs two. Run it in a clone of the "
+            "repository, or pass --adapters and --data."
         )
     return names
 

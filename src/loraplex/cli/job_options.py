@@ -42,6 +42,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "patience": int,
     "eval_every": int,
     "eval_fraction": float,
+    "eval_records": int,
     "init_from": str,
 }
 DEFAULTS: Settings = {"rank": 16, "targets": "q_proj,k_proj,v_proj,o_proj"}

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from loraplex.cli.job_options import make_job, merge_options, read_job_file
+from loraplex.cli.errors import run
+from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, TrainResult, train_adapters
 
 train_app = typer.Typer(no_args_is_help=True, help="Train adapters on a frozen base model.")
 
-Setting = list[str]
+Setting = list[str] | None
 
 
 def _setting(text: str) -> Any:
@@ -32,30 +33,32 @@ def train() -> None:
 
 @train_app.command()
 def adapters(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder for adapters, logs, plots and the checkpoint.")],
-    data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = [],  # noqa: B006
-    config: Annotated[Path | None, typer.Option(help="TOML with [defaults] and [jobs.NAME].")] = None,
-    eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = [],  # noqa: B006
-    rank: Annotated[Setting, _setting("Rank; default 16.")] = [],  # noqa: B006
-    alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = [],  # noqa: B006
-    targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = [],  # noqa: B006
-    dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = [],  # noqa: B006
-    learning_rate: Annotated[Setting, _setting("Default 0.001.")] = [],  # noqa: B006
-    schedule: Annotated[Setting, _setting("constant, linear or cosine (default).")] = [],  # noqa: B006
-    warmup_steps: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
-    weight_decay: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
-    max_grad_norm: Annotated[Setting, _setting("Clipping; 'none' or default 1.")] = [],  # noqa: B006
-    steps: Annotated[Setting, _setting("Optimizer steps; default 300.")] = [],  # noqa: B006
-    epochs: Annotated[Setting, _setting("Epochs instead of steps.")] = [],  # noqa: B006
-    batch_size: Annotated[Setting, _setting("Records of one micro-batch; default 16.")] = [],  # noqa: B006
-    gradient_accumulation: Annotated[Setting, _setting("Micro-batches of a step; default 1.")] = [],  # noqa: B006
-    seed: Annotated[Setting, _setting("Default 0.")] = [],  # noqa: B006
-    max_length: Annotated[Setting, _setting("Tokens of a record; default 512.")] = [],  # noqa: B006
-    patience: Annotated[Setting, _setting("Evaluations without gain before a job stops.")] = [],  # noqa: B006
-    eval_every: Annotated[Setting, _setting("Steps between evaluations; default 50.")] = [],  # noqa: B006
-    eval_fraction: Annotated[Setting, _setting("Held out without eval data; default 0.1.")] = [],  # noqa: B006
-    init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = [],  # noqa: B006
+    data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a table for each job.")] = None,
+    eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = None,
+    rank: Annotated[Setting, _setting("Rank; default 16.")] = None,
+    alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = None,
+    targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = None,
+    dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = None,
+    learning_rate: Annotated[Setting, _setting("Default 0.001.")] = None,
+    schedule: Annotated[Setting, _setting("constant, linear or cosine (default).")] = None,
+    warmup_steps: Annotated[Setting, _setting("Default 0.")] = None,
+    weight_decay: Annotated[Setting, _setting("Default 0.")] = None,
+    max_grad_norm: Annotated[Setting, _setting("Clipping; 'none' or default 1.")] = None,
+    steps: Annotated[Setting, _setting("Optimizer steps; default 300.")] = None,
+    epochs: Annotated[Setting, _setting("Epochs instead of steps.")] = None,
+    batch_size: Annotated[Setting, _setting("Records of one micro-batch; default 16.")] = None,
+    gradient_accumulation: Annotated[Setting, _setting("Micro-batches of a step; default 1.")] = None,
+    seed: Annotated[Setting, _setting("Default 0.")] = None,
+    max_length: Annotated[Setting, _setting("Tokens of a record; default 512.")] = None,
+    patience: Annotated[Setting, _setting("Evaluations without gain before a job stops.")] = None,
+    eval_every: Annotated[Setting, _setting("Steps between evaluations; default 50.")] = None,
+    eval_fraction: Annotated[Setting, _setting("Held out without eval data; default 0.1.")] = None,
+    eval_records: Annotated[Setting, _setting("At most so many are evaluated; default 256.")] = None,
+    init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: accelerate's choice.")] = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
@@ -66,30 +69,8 @@ def adapters(
     """Train many LoRA adapters at once: one job for each --data, all in the same batches."""
     _log_to_terminal()
     from_file = read_job_file(config) if config is not None else {}
-    options = {
-        "data": data,
-        "eval_data": eval_data,
-        "rank": rank,
-        "alpha": alpha,
-        "targets": targets,
-        "dropout": dropout,
-        "learning_rate": learning_rate,
-        "schedule": schedule,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "steps": steps,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation,
-        "seed": seed,
-        "max_length": max_length,
-        "patience": patience,
-        "eval_every": eval_every,
-        "eval_fraction": eval_fraction,
-        "init_from": init_from,
-    }
-    settings = merge_options(from_file, options)
+    # Settings of jobs are handled alike, by their names.
+    settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})
     jobs = [make_job(name, of_job, model) for name, of_job in settings.items()]
     train_config = TrainConfig(
         output=output,
@@ -142,4 +123,4 @@ def _log_to_terminal() -> None:
 
 
 if __name__ == "__main__":
-    train_app()
+    run(train_app)

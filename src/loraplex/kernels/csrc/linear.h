@@ -12,9 +12,9 @@
 
 namespace loraplex {
 
-// out[r * T + t] = dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums stay in registers.
+// Lane t * R + r of the result is dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums stay in registers.
 template <int R, int T>
-inline void dots(const float* w, const float* x, int64_t in, float* out) {
+inline Floats dots(const float* w, const float* x, int64_t in) {
   Floats acc[16] = {};
   int64_t i = 0;
   for (; i + kLanes <= in; i += kLanes) {
@@ -22,20 +22,20 @@ inline void dots(const float* w, const float* x, int64_t in, float* out) {
     for (int t = 0; t < T; ++t) xv[t] = load(x + t * in + i);
     for (int r = 0; r < R; ++r) {
       const Floats wv = load(w + r * in + i);
-      for (int t = 0; t < T; ++t) acc[r * T + t] += wv * xv[t];
+      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * xv[t];
     }
   }
-  const Floats totals = sums(acc);
-  std::memcpy(out, &totals, sizeof(totals));
+  Floats totals = sums(acc);
   for (; i < in; ++i) {
     for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) out[r * T + t] += w[r * in + i] * x[t * in + i];
+      for (int t = 0; t < T; ++t) totals[t * R + r] += w[r * in + i] * x[t * in + i];
     }
   }
+  return totals;
 }
 
 template <int R, int T>
-inline void dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, float* out) {
+inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in) {
   Floats acc[16] = {};
   int64_t i = 0;
 #ifdef __AVX512BF16__  // multiplies pairs of bfloat16 and adds them in float32
@@ -46,7 +46,7 @@ inline void dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, flo
     for (int t = 0; t < T; ++t) xv[t] = (__m512bh)_mm512_loadu_si512(x + t * in + i);
     for (int r = 0; r < R; ++r) {
       const __m512bh wv = (__m512bh)_mm512_loadu_si512(w + r * in + i);
-      for (int t = 0; t < T; ++t) pairs[r * T + t] = _mm512_dpbf16_ps(pairs[r * T + t], wv, xv[t]);
+      for (int t = 0; t < T; ++t) pairs[t * R + r] = _mm512_dpbf16_ps(pairs[t * R + r], wv, xv[t]);
     }
   }
   for (int j = 0; j < 16; ++j) std::memcpy(&acc[j], &pairs[j], sizeof(Floats));
@@ -54,16 +54,16 @@ inline void dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, flo
   for (; i + kLanes <= in; i += kLanes) {
     for (int r = 0; r < R; ++r) {
       const Floats wv = load(w + r * in + i);
-      for (int t = 0; t < T; ++t) acc[r * T + t] += wv * load(x + t * in + i);
+      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * load(x + t * in + i);
     }
   }
-  const Floats totals = sums(acc);
-  std::memcpy(out, &totals, sizeof(totals));
+  Floats totals = sums(acc);
   for (; i < in; ++i) {
     for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) out[r * T + t] += float(w[r * in + i]) * float(x[t * in + i]);
+      for (int t = 0; t < T; ++t) totals[t * R + r] += float(w[r * in + i]) * float(x[t * in + i]);
     }
   }
+  return totals;
 }
 
 template <typename T>
@@ -76,14 +76,15 @@ struct Linear {
 
   template <int R, int N>
   void tile(int64_t row, int64_t token) const {
-    float values[16];
-    dots<R, N>(weight + row * in, x + token * in, in, values);
-    for (int t = 0; t < N; ++t) {
-      for (int r = 0; r < R; ++r) {
-        const float shift = bias == nullptr ? 0.0f : float(bias[row + r]);
-        y[(token + t) * out + row + r] = static_cast<T>(values[r * N + t] + shift);
+    Floats values = dots<R, N>(weight + row * in, x + token * in, in);
+    if (bias != nullptr) {
+      for (int t = 0; t < N; ++t) {
+        for (int r = 0; r < R; ++r) values[t * R + r] += float(bias[row + r]);
       }
     }
+    T rounded[kLanes];
+    store(rounded, values);
+    for (int t = 0; t < N; ++t) std::memcpy(y + (token + t) * out + row, rounded + t * R, R * sizeof(T));
   }
 
   template <int R, int N>

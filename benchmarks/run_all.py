@@ -1,0 +1,30 @@
+"""Every benchmark, one after the other: `make bench`. Each writes its figures to benchmarks/results/.
+
+python benchmarks/run_all.py            # all, about an hour on two cores
+python benchmarks/run_all.py kernels memory
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ("kernels", "mixed_batch", "memory", "zipf", "training")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help=f"default: {' '.join(NAMES)}")
+    failed = []
+    for name in parser.parse_args().names or NAMES:
+        print(f"== {name}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=False).returncode != 0:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""How good an adapter is on held-out records: exact match of one-word answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.errors import DatasetError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text import first_token_logits
+from loraplex.routing.choice import RowChoice
+from loraplex.training.records import read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt and the one word that answers it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How many questions were answered right, freely and among the answers that occur."""
+
+    num_questions: int
+    exact: float  # the share whose most likely first token is the answer's, among the whole vocabulary
+    among_labels: float  # the same among the labels' tokens only: what a model without the format still knows
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """Read a chat JSONL file of one user turn and a one-word answer each. Raises DatasetError."""
+    questions = []
+    for record in read_records(path)[:limit]:
+        roles = [message["role"] for message in record.messages or ()]
+        if record.messages is None or roles != ["user", "assistant"]:
+            raise DatasetError(
+                f"{record.place} is not a question: its roles are {roles}. Give one user turn and one assistant turn."
+            )
+        questions.append(Question(prompt=record.messages[0]["content"], answer=record.messages[1]["content"]))
+    return questions
+
+
+def evaluate(
+    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[RowChoice], *, batch_rows: int = 32
+) -> list[Score]:
+    """One score for each choice of adapters; all choices share the batches, a row for each question and choice.
+
+    Raises DatasetError if two answers start with the same token: their first token would not tell them apart.
+    """
+    labels = label_tokens(model, sorted({question.answer for question in questions}))
+    right = [[0, 0] for _ in choices]
+    per_batch = max(1, batch_rows // len(choices))
+    order = sorted(questions, key=lambda question: len(question.prompt))  # rows of one length need little padding
+    for start in range(0, len(order), per_batch):
+        part = order[start : start + per_batch]
+        prompts = [question.prompt for _ in choices for question in part]
+        rows = [choice for choice in choices for _ in part]
+        logits = first_token_logits(model, prompts, adapters=rows)
+        free = logits.argmax(dim=-1).tolist()
+        ids = list(labels.values())
+        limited = [ids[i] for i in logits[:, ids].argmax(dim=-1).tolist()]
+        for row in range(len(rows)):
+            wanted = labels[part[row % len(part)].answer]
+            right[row // len(part)][0] += free[row] == wanted
+            right[row // len(part)][1] += limited[row] == wanted
+    total = len(questions)
+    return [Score(num_questions=total, exact=exact / total, among_labels=among / total) for exact, among in right]
+
+
+def label_tokens(model: MultiLoraModel, labels: Sequence[str]) -> dict[str, int]:
+    """The first token of each label, as it stands at the start of an answer."""
+    tokens = {label: model.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels}
+    if len(set(tokens.values())) < len(tokens):
+        raise DatasetError(f"the answers {tokens} share a first token, so it can't judge them. Choose other labels.")
+    return tokens

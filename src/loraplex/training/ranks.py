@@ -1,0 +1,34 @@
+"""The processes of one run: each computes its share of every micro-batch, and the first one writes."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+Row = TypeVar("Row")
+
+
+class Ranks:
+    """One process by default; several under `accelerate launch`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._state = PartialState(cpu=device.type == "cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return bool(self._state.is_main_process)
+
+    def share(self, rows: Sequence[Row]) -> list[Row]:
+        """Every n-th row for each of n processes."""
+        return list(rows[self._state.process_index :: self._state.num_processes])
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
+        return tensor if self._state.num_processes == 1 else reduce(tensor, "sum")
+
+    def wait(self) -> None:
+        """Go on when every process has come here."""
+        self._state.wait_for_everyone()

@@ -1,0 +1,88 @@
+"""Training files: JSON lines, each a conversation, a prompt with its completion, or a text."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.errors import DatasetError
+
+FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of a file: exactly one of the three forms. Keys of no form (an id, a source) are ignored."""
+
+    place: str  # file:line
+    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read a JSONL file; blank lines are allowed. Raises DatasetError, which names file and line."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DatasetError(
+            f"the data file {str(path)!r} does not exist. Give the path of a JSONL file with records {FORMS}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"the data file {str(path)!r} can't be read: {error}. It must be UTF-8 text.") from error
+    records = [parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not records:
+        raise DatasetError(f"the data file {str(path)!r} has no records. Write one a line: {FORMS}.")
+    return records
+
+
+def parse_record(line: str, place: str) -> Record:
+    """Read one line. Raises DatasetError."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise DatasetError(f"{place} is not JSON: {error}. Write one JSON object a line: {FORMS}.") from None
+    if not isinstance(content, dict):
+        raise DatasetError(f"{place} holds a JSON {type(content).__name__}; it must be an object: {FORMS}.")
+    forms = [key for key in ("messages", "prompt", "text") if key in content]
+    if len(forms) != 1:
+        found = f"the keys {sorted(content)}" if not forms else f"all of {forms}, which are different forms"
+        raise DatasetError(f"{place} has {found}; a record is one of {FORMS}.")
+    if "messages" in content:
+        return Record(place=place, messages=_messages(content["messages"], place))
+    if "text" in content:
+        return Record(place=place, text=_string(content, "text", place))
+    prompt, completion = _string(content, "prompt", place), _string(content, "completion", place)
+    return Record(place=place, prompt=prompt, completion=completion)
+
+
+def _messages(messages: object, place: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DatasetError(
+            f"{place}: messages is {messages!r}; it must be a list of "
+            '{"role": ..., "content": ...} with at least one of the role "assistant".'
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise DatasetError(f"{place}: message {number} is {message!r}; it needs a role, one of {list(ROLES)}.")
+        if not isinstance(message.get("content"), str):
+            raise DatasetError(
+                f"{place}: message {number} has the content {message.get('content')!r}; it must be a string."
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DatasetError(
+            f'{place}: no message has the role "assistant", so there is nothing to learn. Add the answer.'
+        )
+    return tuple(messages)
+
+
+def _string(content: dict[str, Any], key: str, place: str) -> str:
+    value = content.get(key)
+    if not isinstance(value, str):
+        raise DatasetError(f"{place}: {key} is {value!r}; it must be a string. A record is one of {FORMS}.")
+    if value == "" and key != "prompt":
+        raise DatasetError(f"{place}: {key} is empty, so there is nothing to learn. Write it or remove the line.")
+    return value

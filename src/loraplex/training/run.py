@@ -1,0 +1,166 @@
+"""train_adapters: many LoRA adapters at once on one frozen base model, in one batch."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraplex.adapters.listing import listed
+from loraplex.adapters.peft_config import CONFIG_FILE
+from loraplex.adapters.peft_folder import WEIGHTS_FILE
+from loraplex.errors import AdapterExistsError
+from loraplex.layers.injection import AdaptableModel
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.training.attention import fast_attention
+from loraplex.training.checkpoint import FILE, load_checkpoint
+from loraplex.training.config import AdapterJob, TrainConfig, check_jobs
+from loraplex.training.forward import LossComputer
+from loraplex.training.identity import run_identity
+from loraplex.training.job_state import Finish, JobState
+from loraplex.training.logs import JobLog
+from loraplex.training.plots import plot_losses
+from loraplex.training.probe import can_share_prefixes, check_trainable_base
+from loraplex.training.progress import training_progress
+from loraplex.training.ranks import Ranks
+from loraplex.training.setup import make_states
+from loraplex.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What became of one job."""
+
+    name: str
+    folder: Path  # the adapter in PEFT's format
+    log: Path  # JSON lines
+    num_steps: int
+    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling
+    train_losses: tuple[float, ...]  # one for each step
+    eval_steps: tuple[int, ...]
+    eval_losses: tuple[float, ...]
+    best_step: int | None  # of the lowest held-out loss; with patience, the step whose weights were written
+    num_tokens: int  # of all records trained on, without padding
+    num_truncated: int  # records that lost tokens on the left
+    seconds: float  # of steps, evaluations excluded; shared with the other jobs
+
+
+def train_adapters(
+    model: MultiLoraModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    jobs: Sequence[AdapterJob],
+    config: TrainConfig,
+) -> list[TrainResult]:
+    """Train one adapter for each job; every step's rows of all jobs go through the base model together.
+
+    Each job trains as if alone: gradients reach only a row's own adapter. Job `name` leaves
+    `<output>/<name>/` (the adapter in PEFT's format), `<output>/<name>.jsonl` (its log) and
+    `<output>/<name>.png` (its losses); the run leaves `<output>/checkpoint.safetensors`, from which it goes
+    on after a kill exactly where it would have been.
+
+    Everything is checked before the first step. Raises ConfigError, DatasetError, UnsupportedAdapterError,
+    BaseModelError, CheckpointError (the checkpoint is of another run), AdapterExistsError (an adapter is in
+    the output folder but no checkpoint) and TrainingError (a job diverged).
+    """
+    jobs = list(jobs)
+    check_jobs(jobs)
+    base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
+    adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
+    check_trainable_base(base)
+    ranks = Ranks(base.device)
+    states = make_states(jobs, base, adaptable, tokenizer)
+    adaptable.attach([path for state in states for path in state.parameters.paths])
+    try:
+        _train(base, states, config, ranks)
+    finally:
+        if not isinstance(model, MultiLoraModel):
+            adaptable.detach()
+    return [_result(state, Path(config.output)) for state in states]
+
+
+def _train(base: PreTrainedModel, states: Sequence[JobState], config: TrainConfig, ranks: Ranks) -> None:
+    output = Path(config.output)
+    identity = run_identity(states, base)
+    logs = [JobLog(output / f"{state.job.name}.jsonl", enabled=ranks.is_first) for state in states]
+    log_bytes = _resume_or_start(output, states, identity, config, ranks)
+    for log, num_bytes in zip(logs, log_bytes, strict=True):
+        log.start(num_bytes)
+    losses = LossComputer(
+        base,
+        len(states),
+        tokens_per_forward=config.tokens_per_forward,
+        share_prefixes=config.share_prefixes and can_share_prefixes(base),
+    )
+    trainer = Trainer(states, losses, logs, config, identity, ranks)
+    for index, state in enumerate(states):
+        if state.is_finished:  # before the run was interrupted
+            trainer.write(index)
+    longest = max(len(e.ids) for state in states for e in (*state.data.train, *state.data.held_out))
+    show = config.progress and ranks.is_first
+    with fast_attention(base, longest), training_progress(states, enabled=show) as on_step:
+        trainer.run(on_step)
+    if config.plots and ranks.is_first:
+        for state in states:
+            plot_losses(state, output / f"{state.job.name}.png")
+    ranks.wait()
+
+
+def _resume_or_start(
+    output: Path, states: Sequence[JobState], identity: dict[str, object], config: TrainConfig, ranks: Ranks
+) -> list[int]:
+    """Restore the states from a checkpoint, or prepare an empty output folder; the bytes of each log to keep."""
+    found = (output / FILE).exists()
+    if found and config.resume:
+        log_bytes = load_checkpoint(output, states, identity)
+        logger.info("going on from %s at step %d", output / FILE, max(s.progress.step for s in states))
+        ranks.wait()
+        return log_bytes
+    existing = [state.job.name for state in states if (output / state.job.name).exists()]
+    if existing and config.resume:
+        raise AdapterExistsError(
+            f"{str(output / existing[0])!r} exists already, and there is no checkpoint to go on from. Choose "
+            "another output folder, or pass resume=False to train it anew and replace it."
+        )
+    for name in existing:
+        _check_replaceable(output / name)
+    ranks.wait()
+    if ranks.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / FILE).unlink(missing_ok=True)
+    ranks.wait()
+    return [0] * len(states)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise now what writing the trained adapter would raise hours later."""
+    others = {path.name for path in folder.iterdir()} - REPLACEABLE if folder.is_dir() else {folder.name}
+    if others:
+        raise AdapterExistsError(
+            f"{str(folder)!r} is not only an adapter, it holds {listed(others)}, so it is not replaced. "
+            "Choose another output folder, or move these files away."
+        )
+
+
+def _result(state: JobState, output: Path) -> TrainResult:
+    progress = state.progress
+    assert progress.finished is not None, f"job {state.job.name!r} is returned before it is finished"
+    return TrainResult(
+        name=state.job.name,
+        folder=output / state.job.name,
+        log=output / f"{state.job.name}.jsonl",
+        num_steps=progress.step,
+        finished=progress.finished,
+        train_losses=tuple(progress.train_losses),
+        eval_steps=tuple(progress.eval_steps),
+        eval_losses=tuple(progress.eval_losses),
+        best_step=progress.best_step,
+        num_tokens=progress.num_tokens,
+        num_truncated=state.data.num_truncated,
+        seconds=progress.seconds,
+    )

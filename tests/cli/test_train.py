@@ -1,0 +1,104 @@
+"""`loraplex train adapters`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loraplex.cli.job_options import make_job, merge_options, read_job_file
+from loraplex.cli.train import train_app
+from loraplex.errors import ConfigError
+from tests.tiny_models import tiny_model
+from tests.training.tiny_jobs import records, tiny_tokenizer, write_records
+
+
+def jobs_from(options: dict[str, list[str]], from_file: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    merged = merge_options(from_file or {}, options)
+    return {name: make_job(name, settings, "base") for name, settings in merged.items()}
+
+
+def test_one_value_holds_for_all_jobs_and_named_values_for_one() -> None:
+    options = {"data": ["a=a.jsonl", "b=b.jsonl"], "rank": ["b=4", "8"], "learning_rate": ["1e-2"], "targets": ["x,y"]}
+    jobs = jobs_from(options)
+    assert (jobs["a"].lora.r, jobs["b"].lora.r) == (8, 4)
+    assert (jobs["a"].lora.lora_alpha, jobs["b"].lora.lora_alpha) == (16, 8)
+    assert jobs["a"].learning_rate == jobs["b"].learning_rate == 1e-2
+    assert jobs["a"].lora.target_modules == ("x", "y")
+    assert (jobs["a"].max_steps, jobs["a"].lora.base_model_name_or_path) == (300, "base")
+
+
+def test_options_replace_what_the_file_of_jobs_says(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(
+        "[defaults]\nrank = 4\nepochs = 2\n"
+        "[jobs.a]\ndata = 'a.jsonl'\ntargets = ['q_proj']\n"
+        "[jobs.b]\ndata = 'b'\nrank = 6\n"
+    )
+    jobs = jobs_from({"data": ["c=c.jsonl"], "seed": ["3"], "targets": ["b=all-linear"]}, read_job_file(file))
+    assert {name: (job.lora.r, job.epochs) for name, job in jobs.items()} == {"a": (4, 2), "b": (6, 2), "c": (16, None)}
+    assert jobs["a"].lora.target_modules == ("q_proj",)
+    assert jobs["b"].lora.target_modules == "all-linear"
+    assert {job.seed for job in jobs.values()} == {3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "nothing to train"),
+        ({"data": ["a.jsonl"]}, "write NAME=FILE"),
+        ({"data": ["a=x", "a=y"]}, "names the job 'a' twice"),
+        ({"data": ["a=x"], "rank": ["b=3"]}, r"--rank 'b=3' names the job 'b', but the jobs are \['a'\]"),
+        ({"data": ["a=x"], "batch_size": ["many"]}, "--batch-size is 'many'; it must be a whole number"),
+        ({"data": ["a=x"], "steps": ["0"]}, "max_steps is 0"),
+    ],
+)
+def test_refuses_options_that_say_nothing_usable(options: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jobs_from(options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[jobs.a]\ncolour = 1", r"\[jobs.a\] has the unknown settings \['colour'\]"),
+        ("[defaults]\nrank = 1", r"needs \[jobs.NAME\]"),
+        ("[job.a]\ndata = 'a'", r"has the tables \['job'\]"),
+        ("rank", "can't be read as TOML"),
+    ],
+)
+def test_refuses_a_file_of_jobs_with_unknown_content(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_job_file(file)
+
+
+def test_a_job_of_the_file_needs_data(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text("[jobs.a]\nrank = 2\n")
+    with pytest.raises(ConfigError, match="job 'a' has no data"):
+        jobs_from({}, read_job_file(file))
+
+
+def test_trains_from_the_command_line(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for name in ("a", "b"):
+        write_records(tmp_path / f"{name}.jsonl", records("messages", 12, ord(name)))
+    arguments = [
+        "adapters",
+        "--model",
+        str(tmp_path / "base"),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-length",
+        "128",
+    ]
+    arguments += ["--data", f"a={tmp_path / 'a.jsonl'}", "--data", f"b={tmp_path / 'b.jsonl'}", "--rank", "b=2"]
+    arguments += ["--steps", "4", "--steps", "b=2", "--batch-size", "2", "--eval-every", "2", "--no-plots"]
+    result = CliRunner().invoke(train_app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert (tmp_path / "out" / "a" / "adapter_model.safetensors").exists()
+    assert len((tmp_path / "out" / "b.jsonl").read_text().splitlines()) == 3
+    assert "held-out" in result.output

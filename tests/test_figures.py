@@ -1,0 +1,117 @@
+"""The script that fills the documentation's figures: every result file becomes its table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.update_figures import (
+    BASELINES,
+    DOCUMENTS,
+    FILES,
+    QUALITY,
+    RESULTS,
+    figures,
+    fill,
+    missing,
+    quality,
+    updated,
+)
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    "cpu": "A CPU",
+    "cores": 2,
+    "commit": "abc",
+    "date": "2026-01-01",
+    "versions": {"loraplex": "0.1.0", "peft": "0.21.2"},
+}
+SIDE = {"tokens_per_s": 120.4, "median_batch_s": 2.0, "max_batch_s": 3.5}
+STAGE = {"base_peak": 1_000_000_000, "peak": 1_100_000_000, "added_per_adapter_byte": 1.01}
+# What each benchmark writes, and a line of the table that shows it.
+SAMPLES: dict[str, tuple[Any, str]] = {
+    "mixed_batch": (
+        [{"dtype": "float32", "rows": 8, "tokens_per_s": {"base": 100, "peft": 40, "loraplex": 90}}],
+        "| float32, 8 rows, 8 adapters | 100 | 40 | 90 | 2.25x | 0.90x |",
+    ),
+    "training": (
+        [{"dtype": "bfloat16", "batch_size": 4, "tokens_per_s": {"peft": 100, "peft_eager": 200, "loraplex": 500}}],
+        "| bfloat16, batch size 4 | 100 | 200 | 500 | 2.50x |",
+    ),
+    "memory": (
+        [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],
+        "| float32, generated | 99 | 1000 | 1100 | 1.01 |",
+    ),
+    "zipf": (
+        {"zipf": SIDE | {"found_in": {"slot": 0.25, "disk": 0.75}}, "fixed": SIDE, "ratio": 0.97},
+        "| drawn from 1000, 100 fit into memory | 120 | 2.00 | 3.50 |",
+    ),
+    "kernels": (
+        {
+            "adapters": [{"dtype": "torch.float32", "tokens_per_row": 4, "native": 10.2, "segmented": 20.0}],
+            "base_product": [{"dtype": "torch.float32", "rows": 8, "torch": 30.0, "native": 15.0}],
+        },
+        "| torch.float32, 4 | 10 | 20 |",
+    ),
+}
+
+
+def write_results(root: Path, name: str) -> None:
+    workload = {"adapters": 1000, "host_adapters": 100, "slots": 8, "no_save": False, "ranks": [8, 16]}
+    content = {"environment": ENVIRONMENT, "workload": workload, "results": SAMPLES[name][0]}
+    path = root / RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_every_result_file_has_a_sample_here() -> None:
+    assert {file.name for file in FILES} == SAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_result_file_becomes_its_table(name: str, tmp_path: Path) -> None:
+    write_results(tmp_path, name)
+    page = figures(tmp_path, detailed=True)
+    assert SAMPLES[name][1] in page.splitlines()
+    assert "Measured 2026-01-01 at commit abc on 2 cores of A CPU; loraplex 0.1.0, peft 0.21.2." in page
+    assert "ranks 8 16" in page
+    assert "no_save" not in page
+    assert page.count("Not measured yet") == len(FILES) - 1
+
+
+def test_readme_has_no_workloads_and_no_kernels(tmp_path: Path) -> None:
+    for name in SAMPLES:
+        write_results(tmp_path, name)
+    page = figures(tmp_path, detailed=False)
+    assert page.count("python benchmarks/") == len(FILES) - 1
+    assert "Measured" not in page
+
+
+def test_missing_files_are_named_in_the_pages_and_on_the_terminal(tmp_path: Path) -> None:
+    for document in DOCUMENTS:
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        (tmp_path / document).write_text((ROOT / document).read_text())
+    assert missing(tmp_path) == [f"{RESULTS}/{file.name}.json" for file in FILES] + [QUALITY]
+    for document in DOCUMENTS:
+        page = updated(document, tmp_path)
+        assert f"there is no `{RESULTS}/mixed_batch.json`" in page
+        assert f"there is no `{QUALITY}`" in page
+
+
+def test_block_is_replaced_and_the_rest_of_the_page_kept() -> None:
+    page = "before\n<!-- figures:start -->\nold\n<!-- figures:end -->\nafter\n"
+    filled = fill(page, "figures", "new")
+    assert filled == "before\n<!-- figures:start -->\n\nnew\n\n<!-- figures:end -->\nafter\n"
+    assert fill(filled, "figures", "new") == filled
+    assert fill(page, "quality", "new") == page
+
+
+def test_quality_table_has_the_adapter_the_best_other_and_the_baselines(tmp_path: Path) -> None:
+    for file in (QUALITY, BASELINES):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / BASELINES).write_text((ROOT / BASELINES).read_text())
+    exact = {"base": 0.25, "quantum": 0.75, "protein": 0.5}
+    score = {"num_questions": 400, "majority": 0.35, "exact": exact, "among_labels": exact | {"base": 0.3}}
+    (tmp_path / QUALITY).write_text(json.dumps({"quantum": score}))
+    assert quality(tmp_path).endswith("| quantum | 400 | 0.350 | 0.790 | 0.250 | 0.300 | 0.500 | **0.750** |")

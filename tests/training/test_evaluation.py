@@ -1,0 +1,51 @@
+"""Exact match of one-word answers, against what the model really generates."""
+
+import json
+
+import pytest
+
+from loraplex import MultiLoraModel
+from loraplex.errors import DatasetError
+from loraplex.models.text import generate_texts
+from loraplex.training.evaluation import Question, evaluate, label_tokens, read_questions
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return MultiLoraModel.from_pretrained(smollm2, dtype="float32")
+
+
+def test_score_counts_the_answers_that_the_model_generates(model):
+    """Questions whose truth is, or is not, the word the base model really starts with."""
+    prompts = ["What is the capital of France? One word.", "What is two plus two? One word.", "Say hello. One word."]
+    first_words = [text.split()[0].strip(".,!") for text in generate_texts(model, prompts, max_new_tokens=4).texts]
+    questions = [Question(prompt=p, answer=w) for p, w in zip(prompts, first_words, strict=True)]
+    questions[1] = Question(prompt=prompts[1], answer="banana")
+    tokens = label_tokens(model, sorted({q.answer for q in questions}))
+    said = {
+        q.prompt: model.tokenizer(w, add_special_tokens=False)["input_ids"][0]
+        for q, w in zip(questions, first_words, strict=True)
+    }
+    expected = sum(said[q.prompt] == tokens[q.answer] for q in questions) / 3
+    (score,) = evaluate(model, questions, [None], batch_rows=2)
+    assert (score.num_questions, score.exact) == (3, expected)
+    assert 0 < score.exact < 1
+    assert score.among_labels >= score.exact
+
+
+def test_choices_are_scored_apart_in_shared_batches(model):
+    questions = [Question(prompt="What is the capital of France?", answer="The")]
+    first, second = evaluate(model, questions, [None, None])
+    assert first == second
+
+
+def test_answers_with_one_first_token_can_not_be_told_apart(model):
+    with pytest.raises(DatasetError, match="share a first token"):
+        label_tokens(model, ["yes sir", "yes madam"])
+
+
+def test_questions_need_one_turn_each(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"text": "no question"}))
+    with pytest.raises(DatasetError, match=r"q\.jsonl:1"):
+        read_questions(path)

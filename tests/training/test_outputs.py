@@ -1,0 +1,65 @@
+"""What a run leaves beside the adapters."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loraplex.training import AdapterJob, TrainConfig, progress, train_adapters
+from loraplex.training.plots import running_mean
+from tests.tiny_models import tiny_model
+from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
+
+
+def train(jobs: list[AdapterJob], output: Path, plots: bool = False) -> None:
+    train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs, config=TrainConfig(output=output, plots=plots))
+
+
+def test_leaves_folders_in_peft_format_logs_plots_and_a_checkpoint(tmp_path: Path) -> None:
+    train([tiny_job(tmp_path, "a"), tiny_job(tmp_path, "b", max_steps=3)], tmp_path / "out", plots=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("a", "a.jsonl", "a.png", "b", "b.jsonl", "b.png", "checkpoint.safetensors")
+    }
+    assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert (tmp_path / "out" / "a.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((tmp_path / "out" / "a" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["r"]) == ("CAUSAL_LM", 4)
+
+
+def test_the_log_has_every_step_and_evaluation_in_order(tmp_path: Path) -> None:
+    train([tiny_job(tmp_path, "a", max_steps=7, eval_every=3, warmup_steps=2, schedule="linear")], tmp_path / "out")
+    log = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6, 7]
+    rates = [entry["learning_rate"] for entry in log if "loss" in entry]
+    assert rates == pytest.approx([0, 0.0025, 0.005, 0.004, 0.003, 0.002, 0.001])
+    assert all(entry["grad_norm"] > 0 and entry["tokens"] > 0 for entry in log if "loss" in entry)
+
+
+def test_long_records_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = [{"prompt": "x" * 90, "completion": "yes"}] * 3
+    data = write_records(tmp_path / "data.jsonl", records("prompt", 9) + long)
+    job = tiny_job(tmp_path, "a", data=data, max_length=40, eval_fraction=0, max_steps=1)
+    config = TrainConfig(output=tmp_path / "out", plots=False)
+    (result,) = train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
+    assert result.num_truncated == 3
+    assert "3 of the 12 records" in caplog.text
+    assert result.eval_losses == ()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_are_drawn_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=is_terminal, width=120))
+    train([tiny_job(tmp_path, "protein")], tmp_path / "out")
+    assert ("protein" in screen.getvalue()) == is_terminal
+    assert ("10/10" in screen.getvalue()) == is_terminal
+
+
+def test_running_mean_follows_without_the_pull_of_a_start_value() -> None:
+    assert running_mean([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert running_mean([1.0] * 100 + [2.0])[-1] == pytest.approx(1.1, abs=1e-3)

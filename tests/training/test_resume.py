@@ -1,0 +1,174 @@
+"""A run that was stopped goes on exactly where it would have been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex.errors import CheckpointError, TrainingError
+from loraplex.training import TrainConfig, TrainResult, train_adapters
+from loraplex.training.job_state import JobState
+from tests.tiny_models import tiny_model
+from tests.training.run_tiny import STEPS, jobs_in, run
+from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_identical(results: list[TrainResult], others: list[TrainResult]) -> None:
+    """Bit for bit: losses, logs and adapters."""
+    for result, other in zip(results, others, strict=True):
+        assert result.train_losses == other.train_losses
+        assert result.eval_losses == other.eval_losses
+        assert (result.num_steps, result.finished, result.best_step) == (
+            other.num_steps,
+            other.finished,
+            other.best_step,
+        )
+        assert result.log.read_bytes() == other.log.read_bytes()
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (result.folder / file).read_bytes() == (other.folder / file).read_bytes()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let job "b" raise KeyboardInterrupt when it has gathered the gradients of its step `step`."""
+    update = JobState.update
+
+    def interrupted(self: JobState, *arguments: Any) -> float:
+        if (self.job.name, self.progress.step) == ("b", step):
+            raise KeyboardInterrupt
+        return update(self, *arguments)
+
+    monkeypatch.setattr(JobState, "update", interrupted)
+
+
+@pytest.mark.parametrize("step", [3, 27])
+def test_interrupted_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    expected = run(tmp_path, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, tmp_path / "out")
+    assert len((tmp_path / "out" / "a.jsonl").read_text().splitlines()) > step
+    assert_identical(run(tmp_path, tmp_path / "out"), expected)
+
+
+def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.run_tiny", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+    )
+    log = tmp_path / "out" / "a.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > STEPS // 2):
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < deadline, "the process has not come half way"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    lines = log.read_bytes().count(b"\n")
+    assert not (tmp_path / "out" / "a").exists(), "killed too late"
+
+    resumed = run(tmp_path, tmp_path / "out")
+    assert log.read_bytes().count(b"\n") > lines
+    assert_identical(resumed, run(tmp_path, tmp_path / "whole"))
+
+
+def test_finished_run_returns_its_results_again_and_restores_lost_adapters(tmp_path: Path) -> None:
+    first = run(tmp_path, tmp_path / "out")
+    weights = (first[0].folder / "adapter_model.safetensors").read_bytes()
+    (first[0].folder / "adapter_model.safetensors").unlink()
+    again = run(tmp_path, tmp_path / "out")
+    assert again == first
+    assert (first[0].folder / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_resume_false_starts_over(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, "a", max_steps=3)
+    config = TrainConfig(output=tmp_path / "out", plots=False)
+    train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
+    job, config = replace(job, max_steps=2), replace(config, resume=False)
+    (result,) = train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
+    assert result.num_steps == 2
+    entries = [json.loads(line) for line in result.log.read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 1e-4}, r"jobs\.b\.learning_rate was 0\.005 and is 0\.0001"),
+        ({"seed": 99}, r"jobs\.b\.seed was"),
+        ({"schedule": "cosine"}, r"jobs\.b\.schedule was 'linear' and is 'cosine'"),
+        ({"max_steps": 41}, r"jobs\.b\.max_steps was 40 and is 41"),
+    ],
+)
+def test_checkpoint_of_another_configuration_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], difference: str
+) -> None:
+    stop_and_check(tmp_path, monkeypatch, difference, lambda jobs: [jobs[0], replace(jobs[1], **change), jobs[2]])
+
+
+def test_checkpoint_of_other_jobs_data_or_adapters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_and_check(tmp_path, monkeypatch, r"names was \['a', 'b', 'c'\] and is \['a', 'b'\]", lambda jobs: jobs[:2])
+    lora = replace(jobs_in(tmp_path)[1].lora, r=8)
+    resume_refused(
+        tmp_path, r"jobs\.b\.lora\.r was 4 and is 8", lambda jobs: [jobs[0], replace(jobs[1], lora=lora), jobs[2]]
+    )
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text((tmp_path / "b.jsonl").read_text() + '{"text": "one more"}\n')
+    resume_refused(
+        tmp_path, r"jobs\.b\.content of data was", lambda jobs: [jobs[0], replace(jobs[1], data=longer), jobs[2]]
+    )
+
+
+def test_checkpoint_of_another_base_model_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, "a", max_steps=2)
+    config = TrainConfig(output=tmp_path / "out", plots=False)
+    train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
+    with pytest.raises(CheckpointError, match=r"base model\.weights was"):
+        train_adapters(tiny_model("llama", seed=1), tiny_tokenizer(), jobs=[job], config=config)
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
+        train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
+
+
+def test_a_diverging_job_is_named_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    jobs = [tiny_job(tmp_path, "good"), tiny_job(tmp_path, "bad", learning_rate=1e38, max_grad_norm=None)]
+    config = TrainConfig(output=tmp_path / "out", plots=False, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"job 'bad' diverged at step \d.*learning_rate \(1e\+38\)"):
+        train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs, config=config)
+    assert (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def stop_and_check(folder: Path, monkeypatch: pytest.MonkeyPatch, difference: str, change: Any) -> None:
+    with monkeypatch.context() as patched:
+        stop_at(patched, 8)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, folder / "out")
+    resume_refused(folder, difference, change)
+
+
+def resume_refused(folder: Path, difference: str, change: Any) -> None:
+    config = TrainConfig(output=folder / "out", plots=False, tokens_per_forward=150)
+    with pytest.raises(CheckpointError, match=difference):
+        train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=change(jobs_in(folder)), config=config)

@@ -1,0 +1,81 @@
+"""A character tokenizer with a chat template, small files of records, and jobs for tiny models."""
+
+import json
+import random
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from loraplex.adapters.config import LoraConfig
+from loraplex.training import AdapterJob
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<unk>"]
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token a character, of the 128 that the tiny models know."""
+    characters = sorted({*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"})
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def records(form: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sums of letters, as conversations, prompts with completions, or texts of varying length."""
+    draw = random.Random(seed)
+    made: list[dict[str, Any]] = []
+    for _ in range(count):
+        word = "".join(draw.choices("abcdef", k=draw.randint(2, 9)))
+        question, answer = f"sort {word}", "".join(sorted(word))
+        if form == "messages":
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            made.append({"messages": turns * draw.randint(1, 2)})
+        elif form == "prompt":
+            made.append({"prompt": question + "=", "completion": answer})
+        else:
+            made.append({"text": f"{word} {answer}"})
+    return made
+
+
+def write_records(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def tiny_job(folder: Path, name: str, form: str = "messages", **options: Any) -> AdapterJob:
+    """A job with a data file of its own in `folder`; `options` replace the defaults here."""
+    seed = sum(map(ord, name))
+    data = write_records(folder / f"{name}.jsonl", records(form, 24, seed))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj"))
+    defaults: dict[str, Any] = {
+        "data": data,
+        "lora": lora,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "seed": seed,
+        "eval_every": 5,
+        "max_length": 256,
+    }
+    if "epochs" not in options:
+        defaults["max_steps"] = 10
+    return AdapterJob(name=name, **defaults | options)
