@@ -193,7 +193,8 @@ def quality(root: Path) -> str:
             ]
         )
     columns = ["domain", "questions", "majority", "n-grams", "base", "base, labels only", "best other", "its adapter"]
-    return table(columns, rows)
+    above = [domain for domain in scores if scores[domain]["exact"][domain] > float(ngrams.get(domain, "inf"))]
+    return f"{table(columns, rows)}\n\nAdapters above the n-grams: {', '.join(above) or 'none'}."
 
 
 def ngram_baselines(root: Path) -> dict[str, str]:

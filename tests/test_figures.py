@@ -113,5 +113,9 @@ def test_quality_table_has_the_adapter_the_best_other_and_the_baselines(tmp_path
     (tmp_path / BASELINES).write_text((ROOT / BASELINES).read_text())
     exact = {"base": 0.25, "quantum": 0.75, "protein": 0.5}
     score = {"num_questions": 400, "majority": 0.35, "exact": exact, "among_labels": exact | {"base": 0.3}}
-    (tmp_path / QUALITY).write_text(json.dumps({"quantum": score}))
-    assert quality(tmp_path).endswith("| quantum | 400 | 0.350 | 0.790 | 0.250 | 0.300 | 0.500 | **0.750** |")
+    (tmp_path / QUALITY).write_text(
+        json.dumps({"quantum": score, "protein": score | {"exact": exact | {"protein": 0.7}}})
+    )
+    lines = quality(tmp_path).splitlines()
+    assert "| quantum | 400 | 0.350 | 0.790 | 0.250 | 0.300 | 0.500 | **0.750** |" in lines
+    assert lines[-1] == "Adapters above the n-grams: protein."
