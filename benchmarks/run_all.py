@@ -1,7 +1,7 @@
 """Every benchmark, one after the other: `make bench`. Each writes its figures to benchmarks/results/.
 
 python benchmarks/run_all.py            # all, about an hour on two cores
-python benchmarks/run_all.py kernels memory
+python benchmarks/run_all.py kernel_choice memory
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("kernels", "mixed_batch", "memory", "zipf", "training")
+NAMES = ("kernel_choice", "mixed_batch", "memory", "zipf", "training")
 
 
 def main() -> int:

@@ -144,7 +144,7 @@ FILES = (
     ),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),
-    ResultFile(name="kernels", question="Which kernel for how many tokens", render=kernels, in_readme=False),
+    ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels, in_readme=False),
 )
 
 

@@ -47,7 +47,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"zipf": SIDE | {"found_in": {"slot": 0.25, "disk": 0.75}}, "fixed": SIDE, "ratio": 0.97},
         "| drawn from 1000, 100 fit into memory | 120 | 2.00 | 3.50 |",
     ),
-    "kernels": (
+    "kernel_choice": (
         {
             "adapters": [{"dtype": "torch.float32", "tokens_per_row": 4, "native": 10.2, "segmented": 20.0}],
             "base_product": [{"dtype": "torch.float32", "rows": 8, "torch": 30.0, "native": 15.0}],

@@ -76,6 +76,14 @@ def test_refuses_models_that_do_not_predict_the_next_token(tmp_path: Path, name:
         )
 
 
+def test_refuses_a_float16_base(tmp_path: Path) -> None:
+    config = TrainConfig(output=tmp_path / "out")
+    with pytest.raises(BaseModelError, match="float16"):
+        train_adapters(
+            tiny_model("llama", dtype=torch.float16), tiny_tokenizer(), jobs=[tiny_job(tmp_path, "a")], config=config
+        )
+
+
 def test_refuses_to_start_from_an_adapter_that_differs_from_the_job(tmp_path: Path) -> None:
     start = random_peft_adapter(BASE, tmp_path / "start", targets=("q_proj", "v_proj"), r=4, lora_alpha=8)
     job = tiny_job(tmp_path, "a", init_from=start)

@@ -106,7 +106,7 @@ def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> tuple[Sco
 def answers_table(rows: list[DemoRow], batch: TextBatch) -> Table:
     """What each row was asked, through which adapters, and what it said."""
     table = Table(box=SIMPLE_HEAD, title="One batch, one forward pass a token", title_justify="left")
-    table.add_column("adapters", style="cyan")
+    table.add_column("adapters", style="cyan", no_wrap=True, min_width=27)
     table.add_column("prompt", ratio=3)
     table.add_column("answer", ratio=2, overflow="ellipsis")
     table.add_column("truth", style="dim")

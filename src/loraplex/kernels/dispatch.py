@@ -9,7 +9,7 @@ from loraplex.kernels.native import SUPPORTED_DTYPES, native_available
 Kernel = Literal["native", "stacked", "segmented"]
 
 # Up to this many tokens a row, reading the adapter dominates and the kernels made for that win; beyond it,
-# a matrix product for each segment does. Measured by benchmarks/kernels.py.
+# a matrix product for each segment does. Measured by benchmarks/kernel_choice.py.
 FEW_TOKENS = 8
 
 # Up to this many rows of one token, the compiled base product is faster than torch's.

@@ -24,6 +24,11 @@ _FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, Runtim
 def check_trainable_base(base: PreTrainedModel) -> None:
     """Raise BaseModelError unless `base` is a causal language model: a token's prediction sees nothing after it."""
     name = type(base).__name__
+    if base.dtype == torch.float16:
+        raise BaseModelError(
+            f"{name} is in float16, in which small gradients vanish and large ones overflow. Load it with "
+            "dtype='bfloat16' or 'float32'."
+        )
     advice = "Adapters are trained on causal language models, such as LlamaForCausalLM."
     if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
         raise BaseModelError(f"{name} has no output layer of a causal language model. {advice}")

@@ -1,6 +1,6 @@
 """Which kernel is fastest for how many tokens? The measurements behind FEW_TOKENS and FEW_ROWS in kernels/dispatch.py.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernel_choice.py
 
 One block of SmolLM2-135M (7 linear modules), 8 adapters, a segment for each row; and the base product alone. Every
 call uses another copy of the weights, so that they come from memory as in a model.
@@ -105,7 +105,7 @@ def main() -> None:
         columns = [column for column in figures[0] if column not in ("dtype", key)]
         rows = [[f["dtype"], str(f[key]), *(f"{f[c]:.0f}" for c in columns)] for f in figures]
         print_table(title, ["dtype", key, *columns], rows)
-    save("kernels", {"shapes": SHAPES, "ranks": RANKS}, {"adapters": adapters, "base_product": products})
+    save("kernel_choice", {"shapes": SHAPES, "ranks": RANKS}, {"adapters": adapters, "base_product": products})
 
 
 if __name__ == "__main__":
