@@ -70,6 +70,7 @@ def main() -> None:
         console.print(f"{rows} rows, {rows} adapters, {dtype} ...")
         speeds = measure(options.model, dtype, int(rows), options.new_tokens, options.rounds)
         results.append({"dtype": dtype, "rows": int(rows), "tokens_per_s": speeds})
+        console.print(", ".join(f"{side} {speed:.0f} tokens/s" for side, speed in speeds.items()))
     print_table(
         f"{options.model}: {options.new_tokens} new tokens, one adapter a row, 7 targets, ranks {RANKS}",
         ["case", "no adapters", "PEFT", "loraplex", "loraplex / PEFT", "loraplex / none"],
