@@ -149,7 +149,8 @@ FILES = (
 
 
 def machine(environment: Results) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    installed = {name: version for name, version in environment["versions"].items() if version != "not installed"}
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     return (
         f"Measured {environment['date']} at commit {environment['commit']} on {environment['cores']} cores of "
         f"{environment['cpu']}; {versions}."
