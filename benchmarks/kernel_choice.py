@@ -59,7 +59,7 @@ def adapters_alone(dtype: torch.dtype, tokens_per_row: int) -> dict[str, float]:
     def run(kernel: str, module: int) -> None:
         num_in, num_out = SHAPES[module % len(SHAPES)]
         if kernel == "native":
-            gated_lora_native(y[num_out], x[num_in], *plan.table, module, plan.rows, plan.gates)
+            gated_lora_native(y[num_out], x[num_in], *plan.table, module, plan.rows, plan.gates_of(module))
         elif kernel == "stacked":
             gated_lora_stacked(y[num_out], x[num_in], plan.stack(module))
         else:
@@ -81,7 +81,7 @@ def base_product(dtype: torch.dtype, num_rows: int) -> dict[str, float]:
     x = {n: torch.randn(num_rows, n).to(dtype) for n in {shape[0] for shape in SHAPES}}
     torch_calls = [lambda w=w: torch.nn.functional.linear(x[w.shape[1]], w) for w in weights]
     native_calls = [
-        lambda w=w: gated_linear_native(x[w.shape[1]], w, None, *plan.table, 0, plan.rows[:0], plan.gates)
+        lambda w=w: gated_linear_native(x[w.shape[1]], w, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
         for w in weights
     ]
     return {"torch": median_us(torch_calls), "native": median_us(native_calls)}

@@ -37,6 +37,10 @@ class AdapterChangedError(AdapterError):
     """An adapter's files changed on disk after it was loaded, so its weights can't be read back."""
 
 
+class MixtureError(AdapterError):
+    """A mixture can't be made of these experts, or a call would take from a mixture what it needs."""
+
+
 class NameFormatError(AdapterError):
     """An adapter's name is not 1 to 128 characters of letters, digits, '.', '_', '-' and '/'."""
 
@@ -71,3 +75,11 @@ class TrainingError(LoraplexError):
 
 class BaseModelError(LoraplexError):
     """The base model can't be found, converted or loaded."""
+
+
+class ScalingsError(LoraplexError):
+    """Scalings don't fit their names, one another, or what is asked of them."""
+
+
+class ScalingsFileError(ScalingsError):
+    """A file of scalings can't be written, or is damaged or something else."""

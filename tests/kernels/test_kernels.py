@@ -35,7 +35,7 @@ def make_plan(num_in, num_out, ranks, segments, num_tokens, dtype=torch.float32)
 
 def run_kernel(name, plan, y, x):
     if name == "native":
-        return gated_lora_native(y, x, *plan.bank.native_table(), 0, plan.rows, plan.gates)
+        return gated_lora_native(y, x, *plan.bank.native_table(), 0, plan.rows, plan.gates_of(0))
     if name == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(0))
     return gated_lora_stacked(y, x, plan.stack(0))
@@ -193,7 +193,7 @@ def test_native_linear_equals_float64_with_and_without_adapters(dtype, num_in, n
     bias = torch.randn(num_out).to(dtype)
     product = x.double() @ weight.double().t() + bias.double()
     for rows, expected in ((plan.rows[:0], product), (plan.rows, float64_result(plan, product, x))):
-        y = gated_linear_native(x, weight, bias, *plan.table, 0, rows, plan.gates)
+        y = gated_linear_native(x, weight, bias, *plan.table, 0, rows, plan.gates_of(0))
         assert (y.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
@@ -202,11 +202,11 @@ def test_native_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
     skip_without_compiler("native")
     plan = make_plan(96, 80, [4], [Segment(0, 1, 0, 1.0)], 1, dtype)
     x, weight = torch.randn(15, 96).to(dtype), torch.randn(80, 96).to(dtype)
-    together = gated_linear_native(x, weight, None, *plan.table, 0, plan.rows[:0], plan.gates)
+    together = gated_linear_native(x, weight, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
     for first in range(15):
         for count in (1, 2, 3, 5):
             part = x[first : first + count].contiguous()
-            alone = gated_linear_native(part, weight, None, *plan.table, 0, plan.rows[:0], plan.gates)
+            alone = gated_linear_native(part, weight, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
             assert torch.equal(alone, together[first : first + count])
 
 
@@ -218,4 +218,4 @@ def test_native_linear_refuses_what_it_can_not_run(problem):
     x = x.half() if problem == "dtype" else x
     weight = torch.zeros(16, 8).t() if problem == "contiguous" else weight
     with pytest.raises(RuntimeError, match=problem):
-        gated_linear_native(x, weight, None, *plan.table, 0, plan.rows, plan.gates)
+        gated_linear_native(x, weight, None, *plan.table, 0, plan.rows, plan.gates_of(0))

@@ -28,15 +28,9 @@ def resolve_adapter_folder(
     from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
     files).
     """
-    local = Path(path_or_id).expanduser()
-    if local.exists():
-        return local
-    if not _may_be_hub_id(path_or_id):
-        raise AdapterNotFoundError(
-            f"adapter folder {str(path_or_id)!r} does not exist, and it is no hub id (owner/name) either. "
-            f"Working directory: {str(Path.cwd())!r}."
-        )
-    folder = _download(str(path_or_id), revision, cache_dir)
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE])
+    if is_local:
+        return folder
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterFormatError(f"{path_or_id!r} on the hub has no {CONFIG_FILE}, so it is not a PEFT adapter.")
     if not (folder / WEIGHTS_FILE).is_file():
@@ -47,19 +41,41 @@ def resolve_adapter_folder(
     return folder
 
 
+def resolve_mixture_folder(
+    path_or_id: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The same for a mixture, with the adapters in its subfolders; whether it is whole is for its reader to say."""
+    return _resolve(path_or_id, revision, cache_dir, ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"])[0]
+
+
+def _resolve(
+    path_or_id: str | Path, revision: str | None, cache_dir: str | Path | None, patterns: list[str]
+) -> tuple[Path, bool]:
+    """The folder, and whether it is a local one."""
+    local = Path(path_or_id).expanduser()
+    if local.exists():
+        return local, True
+    if not _may_be_hub_id(path_or_id):
+        raise AdapterNotFoundError(
+            f"adapter folder {str(path_or_id)!r} does not exist, and it is no hub id (owner/name) either. "
+            f"Working directory: {str(Path.cwd())!r}."
+        )
+    return _download(str(path_or_id), revision, cache_dir, patterns), False
+
+
 def _may_be_hub_id(path_or_id: str | Path) -> bool:
     if isinstance(path_or_id, Path):
         return False
     return path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
 
 
-def _download(repository: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _download(repository: str, revision: str | None, cache_dir: str | Path | None, patterns: list[str]) -> Path:
     where = f"{repository!r} is no local folder"
     at = "" if revision is None else f" at revision {revision!r}"
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, cache_dir=cache_dir, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+                repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
             )
         )
     except HFValidationError as error:

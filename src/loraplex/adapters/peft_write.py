@@ -1,8 +1,6 @@
 """Write a LoRA adapter as a folder in PEFT's format, all or nothing."""
 
 import json
-import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraplex.adapters.atomic_folder import atomic_folder
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE, peft_settings
@@ -39,15 +38,8 @@ def write_adapter(
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)
-    _check_destination(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
         _write_files(adapter, temporary, dtype)
-        _move_into_place(temporary, folder, overwrite)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def peft_tensors(adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -76,31 +68,6 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> N
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner only.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        _flush_to_disk(folder / file)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move_into_place(temporary: Path, folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    _check_destination(folder, overwrite)  # it may have appeared meanwhile
-    old = temporary.with_suffix(".old")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _check_destination(folder: Path, overwrite: bool) -> None:

@@ -94,6 +94,9 @@ class AdapterStore:
                 folder=folder,
                 fingerprint=fingerprint if folder is None or fingerprint else folder_fingerprint(folder),
                 num_bytes=prepared.num_bytes,
+                modules=frozenset(prepared.layers),
+                invocation=prepared.invocation,
+                original=adapter if folder is None else None,
                 pinned=old is not None and old.pinned,
             )
             self._make_host_room(version, leaving=old)

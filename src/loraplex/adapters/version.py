@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from loraplex.adapters.slots import PreparedAdapter
+from loraplex.adapters.weights import Adapter
 
 Tier = Literal["slot", "host", "disk"]
 Fingerprint = tuple[tuple[str, int, int], ...]  # name, size and modification time of each file
@@ -35,6 +36,9 @@ class AdapterVersion:
     folder: Path | None
     fingerprint: Fingerprint | None
     num_bytes: int
+    modules: frozenset[int]  # that it adapts, by index
+    invocation: tuple[int, ...] | None = None  # aLoRA
+    original: Adapter | None = None  # as it was given, if no folder has it
     prepared: PreparedAdapter | None = None  # in host memory
     slot: int | None = None
     num_leases: int = 0

@@ -20,8 +20,11 @@ class LoraStack(NamedTuple):
     gates: Tensor  # [tokens, total_rank]
 
 
-def stack_segments(segments: Sequence[LoraSegment], num_tokens: int) -> LoraStack:
-    """Stack the segments' distinct adapters; gates are zero outside an adapter's own tokens."""
+def stack_segments(segments: Sequence[LoraSegment], num_tokens: int, *, known: LoraStack | None = None) -> LoraStack:
+    """Stack the segments' distinct adapters; gates are zero outside an adapter's own tokens.
+
+    `known` is an earlier stack of the same segments with other gates: its factors are used again.
+    """
     distinct = {id(segment.lora_a): segment for segment in segments}
     first_row, total_rank = {}, 0
     for key, segment in distinct.items():
@@ -34,8 +37,8 @@ def stack_segments(segments: Sequence[LoraSegment], num_tokens: int) -> LoraStac
         gate = segment.gates if isinstance(segment.gates, float) else segment.gates.to(gates.dtype).unsqueeze(-1)
         gates[segment.start : segment.stop, rows] += gate
     return LoraStack(
-        lora_a=torch.cat([segment.lora_a for segment in distinct.values()]),
-        lora_b=torch.cat([segment.lora_b for segment in distinct.values()]),
+        lora_a=torch.cat([segment.lora_a for segment in distinct.values()]) if known is None else known.lora_a,
+        lora_b=torch.cat([segment.lora_b for segment in distinct.values()]) if known is None else known.lora_b,
         gates=gates,
     )
 

@@ -68,7 +68,7 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
         y = add_gains(module, y, y.clone(), plan, bias=bias)
     y = y.contiguous()
     if kernel == "native":
-        return gated_lora_native(y, x.contiguous(), *plan.table, module, plan.rows, plan.gates)
+        return gated_lora_native(y, x.contiguous(), *plan.table, module, plan.rows, plan.gates_of(module))
     if kernel == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
     return gated_lora_stacked(y, x, plan.stack(module))
@@ -85,7 +85,8 @@ def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias
             continue
         part = base[segment.start : segment.stop]
         part = part if bias is None else part - bias.float()
-        gate = segment.gate.unsqueeze(-1) if isinstance(segment.gate, Tensor) else segment.gate
+        gate = plan.gate_of(segment, module)
+        gate = gate.unsqueeze(-1) if isinstance(gate, Tensor) else gate
         total[segment.start : segment.stop] += (part * weights.gain * gate).to(y.dtype)
     return total.view_as(y)
 
@@ -94,7 +95,7 @@ def plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
     """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row."""
     if len(layout) >= 2:
         return routing.plan_for(layout[0], layout[1:].numel())
-    num_tokens, num_rows = layout.numel(), len(routing.rows)
+    num_tokens, num_rows = layout.numel(), routing.num_rows
     if num_tokens % num_rows != 0:
         raise BatchError(
             f"module {path!r} got {num_tokens} flattened tokens for {num_rows} rows; each row must have equally many."

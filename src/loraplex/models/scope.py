@@ -1,46 +1,84 @@
 """The scope of one request batch: adapters leased into slots, and the rows' routing made current."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import AdapterVersion
 from loraplex.errors import RequestError
+from loraplex.models.mixtures import Mixtures
 from loraplex.routing.bank import Bank
 from loraplex.routing.choice import Link
 from loraplex.routing.rows import Route, RowRouting, use_routing
+from loraplex.xlora.mixture import Mixture
+from loraplex.xlora.two_pass import TwoPass, TwoPassOptions, use_two_pass
+from loraplex.xlora.uses import MixtureUse, plan_mixture_rows
 
 
 @contextmanager
 def adapter_scope(
-    store: AdapterStore, bank: Bank, links: Sequence[Link], input_ids: Tensor | None, *, fast_decode: bool = False
-) -> Iterator[None]:
-    """Run the block with every row's link in force; its adapters keep their slots until it ends."""
-    names = [name for link in links for name, _ in link]
+    base: PreTrainedModel,
+    store: AdapterStore,
+    mixtures: Mixtures,
+    bank: Bank,
+    links: Sequence[Link],
+    input_ids: Tensor | None,
+    *,
+    fast_decode: bool = False,
+    options: TwoPassOptions,
+) -> Iterator[TwoPass | None]:
+    """Run the block with every row's link in force; its adapters keep their slots until it ends.
+
+    Yields the state of the two passes if any row goes through a mixture.
+    """
+    found, names = mixtures.expand(links)
     with store.lease(names) as leased:
         rows = [_routes(link, leased, input_ids, row) for row, link in enumerate(links)]
-        with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
-            yield
+        uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
+        if not uses:
+            with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
+                yield None
+            return
+        two_pass = TwoPass(base, plan_mixture_rows(uses), rows, bank, options, fast_decode=fast_decode)
+        with use_routing(two_pass.routing), use_two_pass(two_pass):
+            yield two_pass
 
 
-def _routes(link: Link, leased: dict[str, AdapterVersion], input_ids: Tensor | None, row: int) -> list[Route]:
+def _uses(
+    link: Link, row: int, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
+) -> Iterator[MixtureUse]:
+    for name, weight in link:
+        if name in found:
+            mixture = found[name]
+            slots = tuple(_slot(leased[expert]) for expert in mixture.experts)
+            yield MixtureUse(row=row, mixture=mixture, weight=weight, slots=slots)
+
+
+def _slot(version: AdapterVersion) -> int:
+    assert version.slot is not None, f"{version.name!r} is leased but in no slot"
+    return version.slot
+
+
+def _routes(link: Link, leased: Mapping[str, AdapterVersion], input_ids: Tensor | None, row: int) -> list[Route]:
+    """The routes of the plain adapters of a link."""
     routes = []
     for name, weight in link:
+        if name not in leased:
+            continue
         version = leased[name]
-        assert version.slot is not None, f"{name!r} is leased but in no slot"
-        assert version.prepared is not None, f"{name!r} is leased but not in host memory"
-        invocation, last_tokens = version.prepared.invocation, None
-        if invocation is not None:
+        last_tokens = None
+        if version.invocation is not None:
             if input_ids is None:
                 raise RequestError(
                     f"row {row} asks for the aLoRA {name!r}, whose start is found in input_ids, but only embeddings "
                     "were given. Pass input_ids."
                 )
-            last_tokens = tokens_from_invocation(input_ids[row], invocation)
-        routes.append(Route(slot=version.slot, weight=weight, last_tokens=last_tokens))
+            last_tokens = tokens_from_invocation(input_ids[row], version.invocation)
+        routes.append(Route(slot=_slot(version), weight=weight, last_tokens=last_tokens))
     return routes
 
 

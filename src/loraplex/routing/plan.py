@@ -12,6 +12,7 @@ from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, native_ru
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.routing.bank import Bank
+from loraplex.routing.layer_gates import GateColumn, LayerGates
 
 
 class Segment(NamedTuple):
@@ -20,7 +21,7 @@ class Segment(NamedTuple):
     start: int
     stop: int
     slot: int
-    gate: float | Tensor = 1.0  # or [stop - start], float32
+    gate: float | Tensor | GateColumn = 1.0  # or [stop - start], float32; or what an expert's mixture predicts
 
 
 def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
@@ -31,8 +32,8 @@ def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
         if (
             last is not None
             and (last.stop, last.slot) == (segment.start, segment.slot)
-            and not isinstance(last.gate, Tensor)
-            and not isinstance(segment.gate, Tensor)
+            and isinstance(last.gate, float)
+            and isinstance(segment.gate, float)
             and last.gate == segment.gate
         ):
             joined[-1] = last._replace(stop=segment.stop)
@@ -52,6 +53,7 @@ class RoutingPlan:
         *,
         tokens_per_row: int | None = None,
         fast_decode: bool = False,
+        layer_gates: LayerGates | None = None,
     ) -> None:
         segments = [segment for segment in segments if segment.start < segment.stop]
         # Served rows stay apart and the layout alone chooses the kernel: a row's bits must not depend on what its
@@ -60,6 +62,8 @@ class RoutingPlan:
         self.num_tokens = num_tokens
         self.tokens_per_row = num_tokens if tokens_per_row is None else tokens_per_row
         self.bank = bank
+        self._layer_gates = layer_gates if any(isinstance(s.gate, GateColumn) for s in self.segments) else None
+        self._filled_version = 0
         self._stacks: dict[int, LoraStack] = {}
         adapted: set[int] = set()
         for slot in {segment.slot for segment in self.segments}:
@@ -111,15 +115,55 @@ class RoutingPlan:
             first += segment.stop - segment.start
         return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
+    def gates_of(self, module: int) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
+        """The module's gates, in the order of the segments; all modules share one tensor unless experts take part."""
+        if self._layer_gates is None:
+            return self._gate_table[0]
+        if self._filled_version != self._layer_gates.version:
+            self._fill_gate_table(self._layer_gates)
+        return self._gate_table[module]
+
     @cached_property
-    def gates(self) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
+    def _gate_table(self) -> tuple[Tensor, ...]:
+        """One row of gates for each module; only one without experts. Experts' gates are filled in for each pass."""
         parts = [
             segment.gate
             if isinstance(segment.gate, Tensor)
-            else torch.full((segment.stop - segment.start,), segment.gate)
+            else torch.full((segment.stop - segment.start,), segment.gate if isinstance(segment.gate, float) else 0.0)
             for segment in self.segments
         ]
-        return torch.cat(parts).float() if parts else torch.zeros(0)
+        gates = torch.cat(parts).float() if parts else torch.zeros(0)
+        num_rows = 1 if self._layer_gates is None else self.table[0].shape[1]
+        return gates.repeat(num_rows, 1).unbind(0)
+
+    def _fill_gate_table(self, layer_gates: LayerGates) -> None:
+        assert layer_gates.values is not None, "a forward pass with experts began before its gates were set"
+        columns, positions = self._expert_columns
+        length = next(s.gate.length for s in self.segments if isinstance(s.gate, GateColumn))
+        values = layer_gates.values[:, columns, :, -length:].flatten(1)  # [modules, experts' gates]
+        table = self._gate_table[0]._base
+        assert table is not None, "the rows of the gate table are views of one tensor"
+        table[:, positions] = values.to(table.dtype)
+        self._filled_version = layer_gates.version
+
+    @cached_property
+    def _expert_columns(self) -> tuple[Tensor, Tensor]:  # [expert segments], [their gates]
+        """The columns of the layer gates that this plan uses, and where their gates lie in a row of the table."""
+        columns, positions, first = [], [], 0
+        for segment in self.segments:
+            stop = first + segment.stop - segment.start
+            if isinstance(segment.gate, GateColumn):
+                columns.append(segment.gate.column)
+                positions.append(torch.arange(first, stop))
+            first = stop
+        return torch.tensor(columns), torch.cat(positions)
+
+    def gate_of(self, segment: Segment, module: int) -> float | Tensor:  # or [stop - start]
+        """One segment's gate for one module, without LoRA scaling."""
+        if not isinstance(segment.gate, GateColumn):
+            return segment.gate
+        assert self._layer_gates is not None, "an expert's segment was planned without layer gates"
+        return segment.gate.of(self._layer_gates.of_module(module))
 
     def weights_of(self, module: int) -> list[tuple[Segment, SlotWeights]]:
         """The segments whose adapters adapt `module`, with the weights they have there."""
@@ -137,7 +181,7 @@ class RoutingPlan:
                     segment.stop,
                     weights.lora_a,
                     weights.lora_b,
-                    segment.gate * weights.scaling,
+                    self.gate_of(segment, module) * weights.scaling,
                     dropout,
                     generator,
                 )
@@ -145,7 +189,8 @@ class RoutingPlan:
         return result
 
     def stack(self, module: int) -> LoraStack:
-        """The module's active adapters stacked, kept for the following steps of the same layout."""
-        if module not in self._stacks:
-            self._stacks[module] = stack_segments(self.lora_segments(module), self.num_tokens)
+        """The module's active adapters stacked, kept for the following passes of the same layout."""
+        known = self._stacks.get(module)
+        if known is None or self._layer_gates is not None:
+            self._stacks[module] = stack_segments(self.lora_segments(module), self.num_tokens, known=known)
         return self._stacks[module]

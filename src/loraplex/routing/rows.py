@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loraplex.errors import BatchError
 from loraplex.routing.bank import Bank
+from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
 
 
@@ -17,6 +18,7 @@ class Route:
     slot: int
     weight: float = 1.0
     last_tokens: int | None = None  # aLoRA: active on the row's last tokens only; None means on all
+    column: int | None = None  # an expert of a mixture: its column of the layer gates, which replace the weight
 
 
 class RowRouting:
@@ -27,11 +29,23 @@ class RowRouting:
     each case a row's tokens are contiguous and rows have equal shares.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Route]], bank: Bank, *, fast_decode: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Route]],
+        bank: Bank,
+        *,
+        fast_decode: bool = False,
+        layer_gates: LayerGates | None = None,
+    ) -> None:
         self.rows = rows
         self.bank = bank
         self.fast_decode = fast_decode
+        self.layer_gates = layer_gates
         self._plans: dict[tuple[int, int], RoutingPlan] = {}
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
 
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         """The plan for `num_sequences` sequences: the rows, or a multiple of them (beams)."""
@@ -53,7 +67,8 @@ class RowRouting:
             first = row * copies * length
             for route in routes:
                 if route.last_tokens is None:
-                    segments.append(Segment(first, first + copies * length, route.slot, route.weight))
+                    gate = route.weight if route.column is None else GateColumn(route.column, length)
+                    segments.append(Segment(first, first + copies * length, route.slot, gate))
                     continue
                 active = min(route.last_tokens, length)
                 stops = [first + (copy + 1) * length for copy in range(copies)]
@@ -64,6 +79,7 @@ class RowRouting:
             self.bank,
             tokens_per_row=copies * length,
             fast_decode=self.fast_decode and length == 1,
+            layer_gates=self.layer_gates,
         )
 
 

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vectors.h"
+#include "linear.h"
 
 namespace loraplex {
 
@@ -27,22 +27,22 @@ struct Segment {  // one adapter on the tokens [start, stop)
   int64_t first_hidden;  // offset of this segment's h
 };
 
-constexpr int kRows = 4;  // rank rows that share one pass over x
-constexpr int64_t kSmallWork = 8192;  // multiply-adds below which one thread does it all
+constexpr int kRows = 8;  // rank rows that share one pass over x
 
-template <typename T, int rows>
-inline void dot_rows(const T* a, const T* x, int64_t in, float* out) {
-  Floats acc[rows] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= in; i += kLanes) {
-    Floats xv = load(x + i);
-    for (int r = 0; r < rows; ++r) acc[r] += load(a + r * in + i) * xv;
+// out[r] = dot(a[r], x) for up to kRows rows
+template <typename T>
+inline void dot_rows(const T* a, const T* x, int64_t in, int64_t rows, float* out) {
+  float values[kLanes];
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) {
+    store(values, dots<8, 1>(a + r * in, x, in));
+    std::memcpy(out + r, values, 8 * sizeof(float));
   }
-  for (int r = 0; r < rows; ++r) {
-    float tail = 0;
-    for (int64_t j = i; j < in; ++j) tail += float(a[r * in + j]) * float(x[j]);
-    out[r] = sum(acc[r]) + tail;
+  for (; r + 4 <= rows; r += 4) {
+    store(values, dots<4, 1>(a + r * in, x, in));
+    std::memcpy(out + r, values, 4 * sizeof(float));
   }
+  for (; r < rows; ++r) out[r] = dots<1, 1>(a + r * in, x, in)[0];
 }
 
 // h[t, row .. row+kRows) of one segment
@@ -57,38 +57,38 @@ void shrink_block(const Segment& s, int64_t row, const T* x, int64_t in, float* 
       std::fill(h, h + rows, 0.0f);
       continue;
     }
-    float dots[kRows];
-    if (rows == kRows) {
-      dot_rows<T, kRows>(a, x + t * in, in, dots);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) dot_rows<T, 1>(a + r * in, x + t * in, in, dots + r);
-    }
-    for (int64_t r = 0; r < rows; ++r) h[r] = gate * dots[r];
+    float values[kRows];
+    dot_rows<T>(a, x + t * in, in, rows, values);
+    for (int64_t r = 0; r < rows; ++r) h[r] = gate * values[r];
   }
 }
 
-template <typename T, int vectors>
-inline void expand_vectors(const Segment& s, const float* h, int64_t column, T* y, int64_t out) {
-  Floats acc[vectors];
-  for (int v = 0; v < vectors; ++v) acc[v] = load(y + column + v * kLanes);
+template <typename T, int pairs>
+inline void expand_pairs(const Segment& s, const float* h, int64_t column, T* y, int64_t out) {
+  Pair<T> acc[pairs];
+  for (int v = 0; v < pairs; ++v) acc[v] = load_pair(y + column + v * kPair);
   const T* b = static_cast<const T*>(s.lora_b) + column;
   for (int64_t r = 0; r < s.rank; ++r, b += out) {
-    for (int v = 0; v < vectors; ++v) acc[v] += h[r] * load(b + v * kLanes);
+    for (int v = 0; v < pairs; ++v) {
+      const Pair<T> bv = load_pair(b + v * kPair);
+      acc[v].first += h[r] * bv.first;
+      acc[v].second += h[r] * bv.second;
+    }
   }
-  for (int v = 0; v < vectors; ++v) store(y + column + v * kLanes, acc[v]);
+  for (int v = 0; v < pairs; ++v) store(y + column + v * kPair, acc[v]);
 }
 
 // y[t, begin .. end) of every token of one segment
 template <typename T>
 void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* hidden, T* y_all, int64_t out) {
-  constexpr int kWide = 8;
+  constexpr int kWide = 6;
   for (int64_t t = s.start; t < s.stop; ++t) {
     if (s.gates[t - s.start] * s.scaling == 0) continue;
     const float* h = hidden + s.first_hidden + (t - s.start) * s.rank;
     T* y = y_all + t * out;
     int64_t c = begin;
-    for (; c + kWide * kLanes <= end; c += kWide * kLanes) expand_vectors<T, kWide>(s, h, c, y, out);
-    for (; c + kLanes <= end; c += kLanes) expand_vectors<T, 1>(s, h, c, y, out);
+    for (; c + kWide * kPair <= end; c += kWide * kPair) expand_pairs<T, kWide>(s, h, c, y, out);
+    for (; c + kPair <= end; c += kPair) expand_pairs<T, 1>(s, h, c, y, out);
     for (; c < end; ++c) {
       float value = float(y[c]);
       for (int64_t r = 0; r < s.rank; ++r) value += h[r] * float(static_cast<const T*>(s.lora_b)[r * out + c]);

@@ -12,20 +12,20 @@
 
 namespace loraplex {
 
-// Lane t * R + r of the result is dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums stay in registers.
+// Lane t * R + r of the result is dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums, a power of two, stay
+// in registers. `ahead` > 0 asks the memory for the values that lie so far behind those which are used.
 template <int R, int T>
-inline Floats dots(const float* w, const float* x, int64_t in) {
+inline Floats dots(const float* w, const float* x, int64_t in, int64_t ahead = 0) {
   Floats acc[16] = {};
   int64_t i = 0;
   for (; i + kLanes <= in; i += kLanes) {
-    Floats xv[T];
-    for (int t = 0; t < T; ++t) xv[t] = load(x + t * in + i);
     for (int r = 0; r < R; ++r) {
+      if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
       const Floats wv = load(w + r * in + i);
-      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * xv[t];
+      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * load(x + t * in + i);
     }
   }
-  Floats totals = sums(acc);
+  Floats totals = sums<R * T>(acc);
   for (; i < in; ++i) {
     for (int r = 0; r < R; ++r) {
       for (int t = 0; t < T; ++t) totals[t * R + r] += w[r * in + i] * x[t * in + i];
@@ -35,21 +35,24 @@ inline Floats dots(const float* w, const float* x, int64_t in) {
 }
 
 template <int R, int T>
-inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in) {
+inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, int64_t ahead = 0) {
   Floats acc[16] = {};
   int64_t i = 0;
 #ifdef __AVX512BF16__  // multiplies pairs of bfloat16 and adds them in float32
-  __m512 pairs[16];
-  for (int j = 0; j < 16; ++j) pairs[j] = _mm512_setzero_ps();
+  __m512 pairs[R * T];
+  for (int j = 0; j < R * T; ++j) pairs[j] = _mm512_setzero_ps();
   for (; i + 2 * kLanes <= in; i += 2 * kLanes) {
-    __m512bh xv[T];
-    for (int t = 0; t < T; ++t) xv[t] = (__m512bh)_mm512_loadu_si512(x + t * in + i);
+    __m512bh wv[R];
     for (int r = 0; r < R; ++r) {
-      const __m512bh wv = (__m512bh)_mm512_loadu_si512(w + r * in + i);
-      for (int t = 0; t < T; ++t) pairs[t * R + r] = _mm512_dpbf16_ps(pairs[t * R + r], wv, xv[t]);
+      if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
+      wv[r] = (__m512bh)_mm512_loadu_si512(w + r * in + i);
+    }
+    for (int t = 0; t < T; ++t) {
+      const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + t * in + i);
+      for (int r = 0; r < R; ++r) pairs[t * R + r] = _mm512_dpbf16_ps(pairs[t * R + r], wv[r], xv);
     }
   }
-  for (int j = 0; j < 16; ++j) std::memcpy(&acc[j], &pairs[j], sizeof(Floats));
+  for (int j = 0; j < R * T; ++j) std::memcpy(&acc[j], &pairs[j], sizeof(Floats));
 #endif
   for (; i + kLanes <= in; i += kLanes) {
     for (int r = 0; r < R; ++r) {
@@ -57,7 +60,7 @@ inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in) {
       for (int t = 0; t < T; ++t) acc[t * R + r] += wv * load(x + t * in + i);
     }
   }
-  Floats totals = sums(acc);
+  Floats totals = sums<R * T>(acc);
   for (; i < in; ++i) {
     for (int r = 0; r < R; ++r) {
       for (int t = 0; t < T; ++t) totals[t * R + r] += float(w[r * in + i]) * float(x[t * in + i]);
@@ -75,8 +78,8 @@ struct Linear {
   int64_t in, out, num_tokens;
 
   template <int R, int N>
-  void tile(int64_t row, int64_t token) const {
-    Floats values = dots<R, N>(weight + row * in, x + token * in, in);
+  void tile(int64_t row, int64_t token, int64_t ahead) const {
+    Floats values = dots<R, N>(weight + row * in, x + token * in, in, ahead);
     if (bias != nullptr) {
       for (int t = 0; t < N; ++t) {
         for (int r = 0; r < R; ++r) values[t * R + r] += float(bias[row + r]);
@@ -87,19 +90,24 @@ struct Linear {
     for (int t = 0; t < N; ++t) std::memcpy(y + (token + t) * out + row, rounded + t * R, R * sizeof(T));
   }
 
+  // The passes over a block share the work of asking for the next one, so that memory is busy during all of them.
   template <int R, int N>
   void tiles(int64_t begin, int64_t end, int64_t token) const {
-    int64_t row = begin;
-    for (; row + R <= end; row += R) tile<R, N>(row, token);
-    for (; row < end; ++row) tile<1, N>(row, token);
+    const int64_t num_passes = (num_tokens + kTokens - 1) / kTokens, pass = token / kTokens;
+    int64_t row = begin, i = 0;
+    for (; row + R <= end; row += R, ++i) tile<R, N>(row, token, i % num_passes == pass ? kBlock * in : 0);
+    for (; row < end; ++row) tile<1, N>(row, token, 0);
   }
 
-  // The output columns [begin, end) of all tokens, in blocks of weight rows that stay in the cache.
+  static constexpr int64_t kBlock = 16;  // weight rows that stay in the cache
+  static constexpr int64_t kTokens = 8;  // tokens that share one pass over them
+
+  // The output columns [begin, end) of all tokens.
   void columns(int64_t begin, int64_t end) const {
-    constexpr int64_t kBlock = 16;
     for (int64_t row = begin; row < end; row += kBlock) {
       const int64_t stop = std::min(row + kBlock, end);
       int64_t token = 0;
+      for (; token + kTokens <= num_tokens; token += kTokens) tiles<2, kTokens>(row, stop, token);
       for (; token + 4 <= num_tokens; token += 4) tiles<4, 4>(row, stop, token);
       for (; token + 2 <= num_tokens; token += 2) tiles<8, 2>(row, stop, token);
       if (token < num_tokens) tiles<16, 1>(row, stop, token);

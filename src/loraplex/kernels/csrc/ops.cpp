@@ -11,15 +11,15 @@
 namespace {
 
 using loraplex::Adapters;
-using loraplex::kLanes;
+using loraplex::kPair;
 using loraplex::Linear;
 
 constexpr int64_t kSmallWork = 8192;  // multiply-adds below which one thread does it all
 
-// The share of `thread` in `total` columns, in whole vectors.
+// The share of `thread` in `total` columns, in whole pairs of vectors.
 inline int64_t share(int64_t total, int64_t thread, int64_t num_threads) {
-  const int64_t vectors = (total + kLanes - 1) / kLanes;
-  return std::min(total, vectors * thread / num_threads * kLanes);
+  const int64_t pairs = (total + kPair - 1) / kPair;
+  return std::min(total, pairs * thread / num_threads * kPair);
 }
 
 // The base product (unless base.weight is null: then y holds it already) and the adapters. Threads are woken once for

@@ -31,14 +31,44 @@ inline Floats load(const c10::BFloat16* p) {  // a bfloat16 is the upper half of
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 
-inline void store(c10::BFloat16* p, Floats v) {  // round to nearest even, as torch does; NaN stays NaN
-  Words w;
-  std::memcpy(&w, &v, sizeof(w));
-  Words rounded = (w + (0x7fff + ((w >> 16) & 1))) >> 16;
-  Words quiet = (w >> 16) | 0x40;
-  Words is_nan = reinterpret_cast<Words>(v != v);
-  Halves h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Halves);
+// bfloat16 in the lower halves: rounded to nearest even, as torch does; NaN stays NaN.
+inline Words rounded(Floats v) {
+  const Words w = reinterpret_cast<Words>(v);
+  const Words nearest = (w + (0x7fff + ((w >> 16) & 1))) >> 16;
+  const Words quiet = (w >> 16) | 0x40;
+  const Words is_nan = reinterpret_cast<Words>(v != v);
+  return (nearest & ~is_nan) | (quiet & is_nan);
+}
+
+inline void store(c10::BFloat16* p, Floats v) {
+  const Halves h = __builtin_convertvector(rounded(v), Halves);
   std::memcpy(p, &h, sizeof(h));
+}
+
+constexpr int64_t kPair = 2 * kLanes;
+
+// kPair values as two vectors, in whatever order reads fastest: `store` knows it.
+template <typename T>
+struct Pair {
+  Floats first, second;
+};
+
+inline Pair<float> load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+
+inline Pair<c10::BFloat16> load_pair(const c10::BFloat16* p) {  // even values, odd values: no lane moves
+  Words w;
+  std::memcpy(&w, p, sizeof(w));
+  return {reinterpret_cast<Floats>(w << 16), reinterpret_cast<Floats>(w & 0xffff0000)};
+}
+
+inline void store(float* p, Pair<float> v) {
+  store(p, v.first);
+  store(p + kLanes, v.second);
+}
+
+inline void store(c10::BFloat16* p, Pair<c10::BFloat16> v) {
+  const Words w = rounded(v.first) | (rounded(v.second) << 16);
+  std::memcpy(p, &w, sizeof(w));
 }
 
 // Lane i of the result is lane order[i] of a and b side by side.
@@ -58,7 +88,9 @@ inline float sum(Floats v) {
   return total;
 }
 
-// Lane i of the result is the sum of the 16 lanes of v[i]; v is used up. Every vector is summed in the same order.
+// Lane i of the result is the sum of the 16 lanes of v[i], for the first `count` vectors, a power of two up to 16; v is
+// used up. Every vector is summed in the same order, whatever `count` is.
+template <int count>
 inline Floats sums(Floats* v) {
   constexpr Ints even1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
   constexpr Ints odd1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
@@ -68,10 +100,21 @@ inline Floats sums(Floats* v) {
   constexpr Ints odd4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
   constexpr Ints low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
   constexpr Ints high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-  for (int i = 0; i < 16; i += 2) v[i] = shuffle(v[i], v[i + 1], even1) + shuffle(v[i], v[i + 1], odd1);
-  for (int i = 0; i < 16; i += 4) v[i] = shuffle(v[i], v[i + 2], even2) + shuffle(v[i], v[i + 2], odd2);
-  for (int i = 0; i < 16; i += 8) v[i] = shuffle(v[i], v[i + 4], even4) + shuffle(v[i], v[i + 4], odd4);
-  return shuffle(v[0], v[8], low) + shuffle(v[0], v[8], high);
+  constexpr auto other = [](int i, int step) { return i + step < count ? i + step : i; };
+  for (int i = 0; i < count; i += 2) {
+    const Floats a = v[i], b = v[other(i, 1)];
+    v[i] = shuffle(a, b, even1) + shuffle(a, b, odd1);
+  }
+  for (int i = 0; i < count; i += 4) {
+    const Floats a = v[i], b = v[other(i, 2)];
+    v[i] = shuffle(a, b, even2) + shuffle(a, b, odd2);
+  }
+  for (int i = 0; i < count; i += 8) {
+    const Floats a = v[i], b = v[other(i, 4)];
+    v[i] = shuffle(a, b, even4) + shuffle(a, b, odd4);
+  }
+  const Floats a = v[0], b = v[other(0, 8)];
+  return shuffle(a, b, low) + shuffle(a, b, high);
 }
 
 // Adapters are many short, scattered rows: the hardware sees no stream in them, so each step asks for the next

@@ -1,0 +1,204 @@
+"""The mixtures of a model: their names, and the rules that keep them and the store's adapters consistent."""
+
+import threading
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex.adapters.listing import listed
+from loraplex.adapters.names import check_name
+from loraplex.adapters.store import AdapterStore
+from loraplex.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    BaseModelMismatchError,
+    MixtureError,
+    UnsupportedAdapterError,
+)
+from loraplex.layers.injection import AdaptableModel
+from loraplex.routing.choice import Link
+from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.formats.head_tensors import check_head
+from loraplex.xlora.head import ScalingHead
+from loraplex.xlora.mixture import Mixture, lora_layers
+from loraplex.xlora.two_pass import attach_two_pass
+
+
+class Mixtures:
+    """The loaded mixtures. A mixture refers to its experts by name: their weights are the store's, never copied."""
+
+    def __init__(self, base: PreTrainedModel, adaptable: AdaptableModel, store: AdapterStore) -> None:
+        self._base = base
+        self._adaptable = adaptable
+        self._store = store
+        self._mixtures: dict[str, Mixture] = {}
+        self._attached = False
+        self._lock = threading.RLock()
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states that scaling heads read."""
+        return self._base.config.get_text_config(decoder=True).hidden_size
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._mixtures
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return sorted(self._mixtures)
+
+    def get(self, name: str) -> Mixture:
+        """The mixture of that name, or AdapterNotFoundError."""
+        with self._lock:
+            if name not in self._mixtures:
+                raise AdapterNotFoundError(
+                    f"mixture {name!r} is not loaded. Loaded: {listed(self._mixtures) or 'none'}. Make it with "
+                    "model.create_mixture, or load it with model.load_mixture."
+                )
+            return self._mixtures[name]
+
+    def check_new(self, name: str) -> None:
+        """Raise NameFormatError, or AdapterExistsError if an adapter or mixture has this name."""
+        check_name(name)
+        kind = "a mixture" if name in self else "an adapter" if name in self._store else None
+        if kind is not None:
+            raise AdapterExistsError(
+                f"{kind} {name!r} is loaded already. Choose another name, or unload it first: model.unload({name!r})."
+            )
+
+    def add(
+        self,
+        name: str,
+        experts: Sequence[str],  # loaded adapters, in the head's order
+        config: XLoraConfig,
+        *,
+        head: Mapping[str, Tensor] | None = None,  # None: random weights from `seed`
+        hidden_size: int | None = None,  # that `head` was made for
+        seed: int = 0,
+        owned: Collection[str] = (),
+    ) -> Mixture:
+        """Register a mixture after everything about it was checked."""
+        self.check_new(name)
+        self._check_base()
+        self._check_experts(name, experts, config)
+        modules = self._lora_layers(name, experts)
+        if head is not None:
+            if hidden_size not in (None, self.hidden_size):
+                raise BaseModelMismatchError(
+                    f"mixture {name!r} was made for hidden states of size {hidden_size}, but this base model's have "
+                    f"{self.hidden_size}. Load it on the base model that it was trained with."
+                )
+            check_head(
+                head,
+                config,
+                hidden_size=self.hidden_size,
+                num_experts=len(experts),
+                num_layers=len(modules),
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            scaling_head = ScalingHead(
+                config,
+                hidden_size=self.hidden_size,
+                num_experts=len(experts),
+                num_layers=len(modules),
+                device=self._base.device,
+            )
+        if head is not None:
+            scaling_head.load_state_dict({key: tensor.float() for key, tensor in head.items()})
+        mixture = Mixture(
+            name=name,
+            experts=tuple(experts),
+            config=config,
+            head=scaling_head.eval().requires_grad_(False),
+            modules=modules,
+            layers=tuple(self._adaptable.paths[module] for module in modules),
+            num_modules=len(self._adaptable.paths),
+            owned=frozenset(owned),
+        )
+        with self._lock:
+            self.check_new(name)
+            if not self._attached:
+                attach_two_pass(self._base)
+                self._attached = True
+            self._mixtures[name] = mixture
+        return mixture
+
+    def remove(self, name: str) -> None:
+        """Forget a mixture, and the experts that came with it and that no other mixture uses."""
+        with self._lock:
+            mixture = self.get(name)
+            del self._mixtures[name]
+            for expert in mixture.owned:
+                if not self.using(expert) and expert in self._store:
+                    self._store.remove(expert)
+
+    def using(self, adapter: str) -> list[str]:
+        """The mixtures that have this adapter as an expert."""
+        with self._lock:
+            return sorted(name for name, mixture in self._mixtures.items() if adapter in mixture.experts)
+
+    def check_unloadable(self, adapter: str) -> None:
+        """Raise MixtureError if a mixture needs this adapter."""
+        users = self.using(adapter)
+        if users:
+            raise MixtureError(
+                f"adapter {adapter!r} is an expert of {listed(users)}. Unload the mixture first: "
+                f"model.unload({users[0]!r})."
+            )
+
+    def check_replaceable(self, adapter: str, paths: Collection[str]) -> None:
+        """Raise MixtureError if a new version of an expert would change the LoRA layers that heads were made for."""
+        with self._lock:
+            for name in self.using(adapter):
+                mixture = self._mixtures[name]
+                others = [self._store.version(expert).modules for expert in mixture.experts if expert != adapter]
+                new = {self._adaptable.module_index[path] for path in paths}
+                if lora_layers([new, *others]) != mixture.modules:
+                    raise MixtureError(
+                        f"adapter {adapter!r} is an expert of mixture {name!r}, whose scaling head was made for "
+                        f"{len(mixture.modules)} LoRA layers; the new version would change them. Replace it by one "
+                        "that adapts the same modules, or unload the mixture first."
+                    )
+
+    def expand(self, links: Sequence[Link]) -> tuple[dict[str, Mixture], list[str]]:
+        """The mixtures that links name, and all adapters that they need: named ones and experts."""
+        with self._lock:
+            found = {name: self._mixtures[name] for link in links for name, _ in link if name in self._mixtures}
+        names = [
+            expert
+            for link in links
+            for name, _ in link
+            for expert in (found[name].experts if name in found else (name,))
+        ]
+        return found, names
+
+    def _check_base(self) -> None:
+        if getattr(self._base.config, "is_encoder_decoder", False) or self._base.get_output_embeddings() is None:
+            raise UnsupportedAdapterError(
+                f"mixtures need a causal language model, but {type(self._base).__name__} is none: X-LoRA's scalings "
+                "are predicted from the hidden states of a decoder. Use plain adapters on this model."
+            )
+
+    def _check_experts(self, name: str, experts: Sequence[str], config: XLoraConfig) -> None:
+        config.check_num_experts(len(experts))
+        for expert in experts:
+            if list(experts).count(expert) > 1:
+                raise MixtureError(f"mixture {name!r} names the expert {expert!r} twice. Name each expert once.")
+            if expert in self:
+                raise MixtureError(
+                    f"mixture {name!r} names {expert!r} as an expert, which is a mixture itself. Experts are adapters."
+                )
+            self._store.version(expert)  # raises AdapterNotFoundError
+
+    def _lora_layers(self, name: str, experts: Sequence[str]) -> tuple[int, ...]:
+        versions = [self._store.version(expert) for expert in experts]
+        for version in versions:
+            if version.invocation is not None:
+                raise UnsupportedAdapterError(
+                    f"mixture {name!r}: the expert {version.name!r} is an aLoRA, which is off before its invocation, "
+                    "while an expert's gates come from the scaling head. Use LoRA or DoRA experts."
+                )
+        return lora_layers(version.modules for version in versions)

@@ -1,0 +1,40 @@
+"""Read a mixture's folder, whichever of the known layouts it has."""
+
+from pathlib import Path
+
+from loraplex.adapters.peft_config import CONFIG_FILE
+from loraplex.errors import AdapterFormatError
+from loraplex.xlora.formats.mixture_folder import MixtureFolder
+from loraplex.xlora.formats.original_layout import SETTINGS_FILE, read_original_layout
+from loraplex.xlora.formats.peft_layout import PEFT_TYPE, read_peft_layout
+from loraplex.xlora.formats.settings import read_json_object
+
+
+def read_mixture_folder(folder: str | Path, *, find_experts: bool = True) -> MixtureFolder:
+    """Read settings and scaling head of the mixture in `folder`, and find its experts.
+
+    The experts' weights are not read. `find_experts=False` is for experts that come from elsewhere: `experts`
+    is left empty. Raises AdapterFormatError (files missing, damaged or not matching each
+    other), UnsupportedAdapterError (settings or file formats that can't be honoured exactly) and
+    AdapterNotFoundError (an expert is missing).
+    """
+    folder = Path(folder)
+    needed = (
+        f"A mixture is a folder with {CONFIG_FILE} of peft_type {PEFT_TYPE!r} (PEFT's layout) or {SETTINGS_FILE} (the "
+        "original package's)."
+    )
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise AdapterFormatError(f"mixture folder {str(folder)!r} {what}. {needed}")
+    has_peft, has_original = (folder / CONFIG_FILE).is_file(), (folder / SETTINGS_FILE).is_file()
+    if has_original:
+        # The original package leaves the adapter_config.json of an expert called "default" there.
+        if has_peft and read_json_object(folder / CONFIG_FILE).get("peft_type") == PEFT_TYPE:
+            raise AdapterFormatError(
+                f"{str(folder)!r} holds two mixtures, {CONFIG_FILE} and {SETTINGS_FILE}. Remove the files of one."
+            )
+        return read_original_layout(folder, find_experts=find_experts)
+    if has_peft:
+        return read_peft_layout(folder, find_experts=find_experts)
+    found = sorted(path.name for path in folder.iterdir())
+    raise AdapterFormatError(f"mixture folder {str(folder)!r} has no settings; it holds {found}. {needed}")

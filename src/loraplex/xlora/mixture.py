@@ -1,0 +1,59 @@
+"""A mixture in memory: experts, the scaling head, and the LoRA layers that the head has scalings for."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.head import ScalingHead
+from loraplex.xlora.top_k import kept_scalings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """An X-LoRA under one name. Its experts are adapters of the store."""
+
+    name: str
+    experts: tuple[str, ...]  # adapter names in the head's order
+    config: XLoraConfig
+    head: ScalingHead
+    modules: tuple[int, ...]  # of each LoRA layer, its module index in the base model
+    layers: tuple[str, ...]  # of each LoRA layer, its module path
+    num_modules: int  # of the base model
+    owned: frozenset[str] = frozenset()  # experts that came with the mixture and leave with it
+
+    @property
+    def pass_value(self) -> float:
+        """What the experts' scalings are during the scaling pass."""
+        return self.config.pass_value(len(self.experts))
+
+    def gates(self, scalings: Tensor, weights: Tensor) -> Tensor:
+        """The gates [modules, rows * experts, copies, tokens] of scalings [rows, copies, tokens, lora_layers, experts].
+
+        weight * global_scaling_weight * the scalings that top-k keeps, weights [rows]. Modules that no expert adapts
+        get the first LoRA layer's gates, which nobody reads.
+        """
+        kept = kept_scalings(scalings, self.config).permute(
+            3, 0, 4, 1, 2
+        )  # [lora_layers, rows, experts, copies, tokens]
+        gates = kept * (weights * self.config.global_scaling_weight).view(1, -1, 1, 1, 1)
+        return gates[self._layer_of_module].flatten(1, 2)
+
+    def pass_gates(self, num_rows: int, copies: int, num_tokens: int) -> Tensor:
+        """The gates of the scaling pass: pass_value, through the same top-k as predicted scalings."""
+        shape = (num_rows, copies, num_tokens, len(self.modules), len(self.experts))
+        return self.gates(torch.full(shape, self.pass_value), torch.ones(num_rows))
+
+    @cached_property
+    def _layer_of_module(self) -> Tensor:  # [modules]
+        layers = torch.zeros(self.num_modules, dtype=torch.int64)
+        layers[list(self.modules)] = torch.arange(len(self.modules))
+        return layers
+
+
+def lora_layers(adapted: Iterable[Iterable[int]]) -> tuple[int, ...]:
+    """The LoRA layers of experts that adapt these modules: each module that at least one adapts, in module order."""
+    return tuple(sorted({module for modules in adapted for module in modules}))

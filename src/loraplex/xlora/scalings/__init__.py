@@ -1,0 +1,1 @@
+"""What a mixture predicted: each row's scalings, their log, and pictures of them."""

@@ -1,0 +1,311 @@
+"""X-LoRA's two passes around every call of the base model: predict the scalings, then run with them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loraplex.errors import ConfigError, RequestError
+from loraplex.routing.bank import Bank
+from loraplex.routing.layer_gates import LayerGates
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.rows import Route, RowRouting
+from loraplex.xlora.caches import PairedCache
+from loraplex.xlora.drafts import DraftCounts, DraftedStep
+from loraplex.xlora.uses import MixtureRows
+
+# What the base model's decoder needs of a call's inputs in a scaling pass; all have one row a sequence.
+_ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPassOptions:
+    """How the scaling pass is run."""
+
+    draft: bool | None = None  # run it for a drafted next token beside the main pass; None: where that is faster
+    refresh: int = 1  # tokens that share one scaling pass's prediction; above 1 is approximate
+    collect: bool = False  # keep all scalings
+
+    def __post_init__(self) -> None:
+        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ConfigError(f"refresh is {self.refresh!r}; it must be a whole number, 1 or more (1 is exact).")
+        if self.draft and self.refresh > 1:
+            raise ConfigError(f"draft=True and refresh={self.refresh} exclude each other. Choose one of them.")
+
+
+class PassRouting(RowRouting):
+    """The routing of a call: that of the pass which runs now."""
+
+    def __init__(self, main: RowRouting) -> None:
+        super().__init__(main.rows, main.bank)
+        self.now = main
+
+    @property
+    def num_rows(self) -> int:
+        return self.now.num_rows
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        return self.now.plan_for(num_sequences, tokens_per_sequence)
+
+
+class TwoPass:
+    """The passes of one request batch that has mixtures.
+
+    `before` and `after` stand around each call of the base model: before it, the scaling pass of the new tokens runs on
+    the mixtures' rows alone, with a cache of its own, and the predicted scalings become the main pass's gates.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        mixture_rows: MixtureRows,
+        routes: Sequence[Sequence[Route]],  # of the rows, without experts
+        bank: Bank,
+        options: TwoPassOptions,
+        *,
+        fast_decode: bool = False,
+    ) -> None:
+        self._base = base
+        self.mixture_rows = mixture_rows
+        self._num_rows = len(routes)
+        self.options = options
+        main_routes = mixture_rows.main_routes(routes)
+        scaling_routes = mixture_rows.scaling_routes()
+        self._gates, self._pass_gates = LayerGates(), LayerGates()
+        self._main = RowRouting(main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates)
+        self._both = RowRouting(main_routes + scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._gates)
+        self._scaling = RowRouting(scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._pass_gates)
+        self._bank, self._fast_decode = bank, fast_decode
+        self._base_routings: dict[int, RowRouting] = {}  # by number of sequences
+        self.routing = PassRouting(self._main)
+        self.collected: list[list[Tensor]] = [[] for _ in mixture_rows.groups]
+        self.counts = DraftCounts()
+        self._drafted: DraftedStep | None = None
+        self._pending: list[dict[str, Any]] = []
+        self.captures_hidden = False
+        self.captured: Tensor | None = None
+
+    def new_cache(self) -> PairedCache:
+        """An empty cache for both passes."""
+        return PairedCache(self._base.config, self.mixture_rows.scaling_rows)
+
+    # Around the base model's call
+
+    def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run what the main pass needs beforehand; returns the inputs to call the base model with."""
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        copies = tokens.shape[0] // self._num_rows
+        cache = self._cache(inputs)
+        if cache is not None:
+            inputs["past_key_values"] = cache
+            if cache.num_main == 0:
+                cache.begin(tokens.shape[0], copies)
+        self.num_new_tokens = tokens.shape[1]
+        if cache is not None and self._drafts(inputs, cache, copies):
+            self._drafted = DraftedStep(self, cache)
+            return self._drafted.before(inputs)
+        hidden = self.scaling_hidden(inputs, cache, copies)
+        self.set_gates(hidden, copies)
+        if cache is not None:
+            cache.show_main()
+        return inputs
+
+    def after(self, inputs: dict[str, Any], output: Any) -> Any:
+        """Count the tokens that the main pass wrote; returns the main sequences' output."""
+        cache = inputs.get("past_key_values")
+        if self._drafted is not None:
+            output = self._drafted.after(output)
+            self._drafted = None
+        if cache is not None:
+            cache.main_length += self.num_new_tokens
+            cache.show_main()
+        return output
+
+    # The passes
+
+    def scaling_hidden(self, inputs: dict[str, Any], cache: PairedCache | None, copies: int) -> Tensor:
+        """Run the scaling pass of a call's new tokens; returns [scaling sequences, tokens, hidden]."""
+        rows = self._sequences(copies, inputs)
+        part = {name: _rows_of(inputs[name], rows) for name in _ROW_INPUTS if inputs.get(name) is not None}
+        if cache is None:
+            return self.run_scaling(part, None)
+        if self.options.refresh > 1 and self.num_new_tokens == 1:
+            return self._refreshed(part, cache)
+        cache.show_scaling()
+        hidden = self.run_scaling(part, cache)
+        cache.scaling_length += hidden.shape[1]
+        cache.carried["last"] = hidden[:, -1:]
+        return hidden
+
+    def run_scaling(self, part: dict[str, Any], cache: PairedCache | None, *, subset: bool = False) -> Tensor:
+        """Run the decoder on scaling sequences; `subset`: on some of them, which are then the base model's."""
+        tokens = part["input_ids"] if part.get("input_ids") is not None else part["inputs_embeds"]
+        num_sequences, num_tokens = tokens.shape[:2]
+        if not subset:
+            self._set_pass_gates(num_sequences // len(self.mixture_rows.scaling_rows), num_tokens)
+        with self._routed(self._base_rows(num_sequences) if subset else self._scaling), torch.no_grad():
+            output = self._base.base_model(**part, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
+
+    def set_gates(self, hidden: Tensor, copies: int) -> None:  # [scaling sequences, tokens, hidden]
+        """Predict the scalings from the scaling pass's hidden states and make them the main pass's gates."""
+        by_row = hidden.unflatten(0, (-1, copies))  # [scaling rows, copies, tokens, hidden]
+        gates = []
+        for i, group in enumerate(self.mixture_rows.groups):
+            scalings = group.mixture.head(by_row[list(group.scaling_rows)])
+            if self.options.collect:
+                self.collected[i].append(scalings.detach())
+            gates.append(group.mixture.gates(scalings, group.weights))
+        self._gates.set(gates[0] if len(gates) == 1 else torch.cat(gates, dim=1))
+
+    def run_both(self) -> None:
+        """Let the base model's call that follows run main and scaling sequences as one batch."""
+        self.routing.now = self._both
+        self.captures_hidden = True
+
+    def end_both(self) -> Tensor:  # [main + scaling sequences, tokens, hidden]
+        """Return to main passes; returns the last hidden states of the call."""
+        self.routing.now = self._main
+        self.captures_hidden = False
+        assert self.captured is not None, "the base model's decoder was not called"
+        hidden, self.captured = self.captured, None
+        return hidden
+
+    def guess(self, hidden: Tensor) -> Tensor:  # [sequences, hidden] -> [sequences]
+        """The base model's most likely next tokens."""
+        with self._routed(self._base_rows(len(hidden))), torch.no_grad():
+            return self._base.get_output_embeddings()(hidden.unsqueeze(1))[:, 0].argmax(dim=-1)
+
+    def _base_rows(self, num_sequences: int) -> RowRouting:
+        if num_sequences not in self._base_routings:
+            rows: list[list[Route]] = [[] for _ in range(num_sequences)]
+            self._base_routings[num_sequences] = RowRouting(rows, self._bank, fast_decode=self._fast_decode)
+        return self._base_routings[num_sequences]
+
+    @contextmanager
+    def _routed(self, routing: RowRouting) -> Iterator[None]:
+        """Let the layers follow another routing than the main pass's inside the block."""
+        self.routing.now = routing
+        try:
+            yield
+        finally:
+            self.routing.now = self._main
+
+    def _set_pass_gates(self, copies: int, num_tokens: int) -> None:
+        if self.mixture_rows.pass_is_base:
+            return
+        gates = [group.mixture.pass_gates(len(group.uses), copies, num_tokens) for group in self.mixture_rows.groups]
+        self._pass_gates.set(torch.cat(gates, dim=1))
+
+    def _refreshed(self, part: dict[str, Any], cache: PairedCache) -> Tensor:
+        """Keep the last prediction until `refresh` tokens wait; then run the scaling pass on all of them."""
+        self._pending.append(part)
+        if len(self._pending) < self.options.refresh:
+            return cache.carried["last"]
+        parts, self._pending = self._pending, []
+        joined = dict(part)  # the newest attention mask covers all
+        for name in ("input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
+            if name in part:
+                joined[name] = torch.cat([earlier[name] for earlier in parts], dim=1)
+        cache.show_scaling()
+        hidden = self.run_scaling(joined, cache)
+        cache.scaling_length += hidden.shape[1]
+        cache.carried["last"] = hidden[:, -1:]
+        return cache.carried["last"]
+
+    # Choices
+
+    def _cache(self, inputs: dict[str, Any]) -> PairedCache | None:
+        cache, use_cache = inputs.get("past_key_values"), inputs.get("use_cache")
+        if isinstance(cache, PairedCache):
+            if cache.scaling_rows != self.mixture_rows.scaling_rows:
+                raise RequestError(
+                    f"this cache belongs to a batch with mixtures on the rows {list(cache.scaling_rows)}, but now they "
+                    f"are on {list(self.mixture_rows.scaling_rows)}. Pass the adapters that it was made with."
+                )
+            return cache
+        if cache is not None:
+            raise RequestError(
+                f"past_key_values is a {type(cache).__name__}, but a batch with mixtures needs the cache that its "
+                "first pass returned. Leave it out at first, and then pass out.past_key_values."
+            )
+        if use_cache is None:
+            use_cache = getattr(self._base.config.get_text_config(decoder=True), "use_cache", False)
+        return self.new_cache() if use_cache and not torch.is_grad_enabled() else None
+
+    def _drafts(self, inputs: dict[str, Any], cache: PairedCache, copies: int) -> bool:
+        can_draft = (
+            self.mixture_rows.pass_is_base
+            and self.options.refresh == 1
+            and self.num_new_tokens == 1
+            and cache.main_length > 0
+            and copies == 1
+            and inputs.get("input_ids") is not None
+            and inputs.get("position_ids") is not None
+            and inputs.get("attention_mask") is not None
+            and inputs["attention_mask"].ndim == 2
+            and inputs.get("return_dict", True)
+            and not inputs.get("output_hidden_states")
+            and not inputs.get("output_attentions")
+            and not torch.is_grad_enabled()
+        )
+        if self.options.draft is not None:
+            return can_draft and self.options.draft
+        return can_draft and self._num_rows <= MOST_ROWS_DRAFTED
+
+    def _sequences(self, copies: int, inputs: dict[str, Any]) -> Tensor:  # [scaling sequences]
+        rows = torch.tensor(self.mixture_rows.scaling_rows).unsqueeze(1) * copies + torch.arange(copies)
+        return rows.flatten()
+
+
+# With more rows some draft is wrong at nearly every step, and the pass that repeats it eats the gain.
+MOST_ROWS_DRAFTED = 2
+
+
+def _rows_of(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, dict):  # masks by layer type
+        return {key: _rows_of(part, rows) for key, part in value.items()}
+    return value[rows.to(value.device)] if isinstance(value, Tensor) else value
+
+
+_current: ContextVar[TwoPass | None] = ContextVar("loraplex_two_pass", default=None)
+
+
+@contextmanager
+def use_two_pass(two_pass: TwoPass) -> Iterator[None]:
+    """Let the base model's calls inside the block run both passes."""
+    token = _current.set(two_pass)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def attach_two_pass(base: PreTrainedModel) -> None:
+    """Give the base model the hooks that stand around its calls; they do nothing outside `use_two_pass`."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        two_pass = _current.get()
+        if two_pass is None:
+            return None
+        if args:
+            raise RequestError("call the base model with keyword arguments where mixtures are used.")
+        return args, two_pass.before(kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        two_pass = _current.get()
+        return None if two_pass is None else two_pass.after(kwargs, output)
+
+    def capture(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        two_pass = _current.get()
+        if two_pass is not None and two_pass.captures_hidden:
+            two_pass.captured = output.last_hidden_state
+
+    base.register_forward_pre_hook(before, with_kwargs=True)
+    base.register_forward_hook(after, with_kwargs=True)
+    base.base_model.register_forward_hook(capture)
