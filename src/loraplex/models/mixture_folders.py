@@ -42,7 +42,7 @@ def load_mixture(
 def save_mixture(model: "MultiLoraModel", name: str, folder: str | Path, *, layout: Layout, overwrite: bool) -> None:
     """Write head, configuration and experts."""
     mixture = model.mixtures.get(name)
-    experts = {expert.removeprefix(f"{name}/"): _at_rest(model.store.version(expert)) for expert in mixture.experts}
+    experts = {expert.removeprefix(f"{name}/"): expert_at_rest(model.store.version(expert)) for expert in mixture.experts}
     write_mixture_folder(
         Path(folder),
         layout=layout,
@@ -69,7 +69,8 @@ def _expert_sources(
     return dict(experts)
 
 
-def _at_rest(version: AdapterVersion) -> Adapter | Path:
+def expert_at_rest(version: AdapterVersion) -> Adapter | Path:
+    """An adapter's folder, or the adapter itself if no folder has it. Raises AdapterChangedError."""
     if version.folder is None:
         assert version.original is not None, f"{version.name!r} has neither folder nor weights"
         return version.original

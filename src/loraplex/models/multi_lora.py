@@ -207,7 +207,7 @@ class MultiLoraModel:
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
         if not options.collect:
             return output
-        scalings = self._report(two_pass, input_ids, attention_mask, ends=())
+        scalings = self._report(two_pass, input_ids, attention_mask, ends=(), wanted=return_scalings)
         return (output, scalings) if return_scalings else output
 
     __call__ = forward
@@ -240,17 +240,26 @@ class MultiLoraModel:
             return output
         sequences = output if isinstance(output, Tensor) else output.sequences
         mask = torch.ones_like(input_ids) if attention_mask is None and input_ids is not None else attention_mask
-        scalings = self._report(two_pass, sequences, mask, ends=end_tokens(self.base, generation))
+        ends = end_tokens(self.base, generation)
+        scalings = self._report(two_pass, sequences, mask, ends=ends, wanted=return_scalings)
         return (output, scalings) if return_scalings else output
 
     def _report(
-        self, two_pass: TwoPass | None, tokens: Tensor | None, mask: Tensor | None, ends: Collection[int]
+        self,
+        two_pass: TwoPass | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        *,
+        ends: Collection[int],
+        wanted: bool,
     ) -> list[tuple[RowScalings, ...]]:
-        if tokens is None:
-            raise RequestError(
-                "return_scalings tells scalings by token, but only embeddings were given. Pass input_ids."
-            )
-        scalings = collected_scalings(two_pass, tokens, mask, ends)
+        """The rows' scalings, which the log gets too; what only the log wants is left out where there are none."""
+        try:
+            scalings = collected_scalings(two_pass, tokens, mask, ends)
+        except RequestError:
+            if wanted:
+                raise
+            return []
         self.scalings_log.record([entry for row in scalings for entry in row])
         return scalings
 

@@ -12,11 +12,16 @@ from loraplex.xlora.two_pass import TwoPass
 
 def collected_scalings(
     two_pass: TwoPass | None,
-    tokens: Tensor,  # [rows, tokens]  what the passes saw, and for `generate` the last token, which none saw
+    tokens: Tensor | None,  # [rows, tokens]  what the passes saw, and for `generate` the last token, which none saw
     prompt_mask: Tensor | None,  # [rows, prompt tokens]; None: no padding
     end_tokens: Collection[int],  # after the first of these past its prompt, a row's tokens are padding
 ) -> list[tuple[RowScalings, ...]]:
-    """For each row, the scalings of each of its mixtures, without padding. Raises RequestError for widened batches."""
+    """For each row, the scalings of each of its mixtures, without padding.
+
+    Raises RequestError for a batch of embeddings, and for one whose rows have several sequences.
+    """
+    if tokens is None:
+        raise RequestError("scalings are told by token, but only embeddings were given. Pass input_ids.")
     rows: list[tuple[RowScalings, ...]] = [() for _ in range(tokens.shape[0])]
     if two_pass is None:
         return rows
