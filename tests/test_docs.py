@@ -18,7 +18,8 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
-from loraplex.training import AdapterJob, TrainConfig
+from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
+from loraplex.xlora.config import XLoraConfig
 from scripts.update_figures import DOCUMENTS, QUALITY, RESULTS, missing, updated
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,15 @@ def test_training_page_names_every_option_and_field() -> None:
     names = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     names |= {field.name for config in (AdapterJob, TrainConfig) for field in dataclasses.fields(config)}
     assert not {name for name in names - {"--help"} if f"`{name}`" not in text and f"`{name} " not in text}
+
+
+def test_training_page_names_every_option_of_a_mixtures_training() -> None:
+    text = read("docs/training.md")
+    command, _ = find_command(["train", "mixture"])
+    settings = {field.name for field in dataclasses.fields(XLoraConfig)}  # docs/formats.md has them
+    options = {option for param in command.params if param.name not in settings for option in param.opts}
+    fields = {field.name for field in dataclasses.fields(MixtureTrainConfig)}
+    assert not {name for name in (options | fields) - {"--help"} if f"`{name}`" not in text and f"`{name} " not in text}
 
 
 def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> None:

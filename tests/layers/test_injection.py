@@ -122,7 +122,7 @@ def test_layer_that_is_attached_while_another_thread_runs_the_module_is_never_ha
                     outputs.append(self(x))
 
     model = MultiLoraModel(tiny_model("llama"))
-    routing = RowRouting([[], []], model._bank)
+    routing = RowRouting([[], []], model.registry.bank)
     x, outputs = torch.randn(2, 3, 8), []
     module = Watched(8, 8)
     module.ready = True

@@ -24,6 +24,12 @@ GRID = [
     XLoraConfig(top_k_lora=2, scaling_pass_value=0.5, enable_softmax=False, enable_softmax_topk=True),
 ]
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gpt2")
+# The whole grid on one architecture and one case of each other; the rest is slow in sum.
+CASES = [
+    pytest.param(name, config, id=f"{name}-{i}", marks=[] if name == "llama" or i == 1 else pytest.mark.slow)
+    for name in ARCHITECTURES
+    for i, config in enumerate(GRID)
+]
 
 
 def write_experts(name, base, folder, *, everywhere=True):
@@ -48,8 +54,7 @@ def with_mixture(name, folders, config, oracle, mixture="science"):
     return model
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("config", GRID, ids=range(len(GRID)))
+@pytest.mark.parametrize(("name", "config"), CASES)
 def test_logits_and_scalings_equal_pefts(name, config, tmp_path):
     base = tiny_model(name)
     folders = write_experts(name, base, tmp_path)
@@ -98,7 +103,15 @@ def test_a_mixtures_weight_in_a_link_multiplies_its_gates(tmp_path):
 
 
 @pytest.mark.parametrize("draft", [False, True])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mistral", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma2",
+        "gpt2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "mistral", "phi3", "gpt_neox")),
+    ],
+)
 def test_greedy_tokens_equal_pefts_without_cache(name, draft, tmp_path):
     base = tiny_model(name)
     folders = write_experts(name, base, tmp_path, everywhere=False)
@@ -115,3 +128,28 @@ def test_greedy_tokens_equal_pefts_without_cache(name, draft, tmp_path):
         assert ours[row, 9:].tolist() == theirs[0, len(prompt) :].tolist()
     plain = base.generate(ids[1:2], attention_mask=mask[1:2], max_new_tokens=12, do_sample=False)
     assert ours[1].tolist() == plain[0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [GRID[1], GRID[4], GRID[7]], ids=["layerwise", "top-k", "pass value"])
+def test_smollm2_equals_pefts(config, smollm2, tmp_path):
+    from loraplex.models.loading import load_base_model
+
+    base = load_base_model(smollm2, dtype="float32")[0]
+    targets = linear_targets("llama")
+    folders = {
+        str(i): random_peft_adapter(base, tmp_path / str(i), targets=targets, seed=i, r=4 + 4 * i) for i in range(3)
+    }
+    oracle = peft_xlora(base, folders, config, seed=5)
+    model = MultiLoraModel.from_pretrained(smollm2, dtype="float32")
+    for expert, path in folders.items():
+        model.load_adapter(expert, path)
+    model.create_mixture("science", list(folders), config)
+    model.mixtures.get("science").head.load_state_dict(oracle.base_model.internal_xlora_classifier.state_dict())
+    ids = torch.randint(100, 40000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out, scalings = model(ids, adapters=["science", "science"], return_scalings=True)
+    for row in range(2):
+        logits, expected = peft_logits(oracle, ids[row])
+        assert_close(out.logits[row], logits, f"row {row}")
+        assert_close(scalings[row][0].values, expected, f"scalings of row {row}")

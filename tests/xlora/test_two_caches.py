@@ -31,7 +31,7 @@ def generated(model, ids, mask, choices, num_tokens, **options):
 
 
 @pytest.mark.parametrize("draft", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "mistral"))])
 def test_every_step_of_200_equals_the_model_without_cache(name, draft, tmp_path):
     model = mixed_model(name, tmp_path)
     ids, mask = padded_batch(len(CHOICES), 8, "left", VOCAB_SIZE)

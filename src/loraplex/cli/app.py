@@ -6,6 +6,7 @@ from loraplex.cli.demo import demo
 from loraplex.cli.errors import run
 from loraplex.cli.generate import generate
 from loraplex.cli.inspect import inspect
+from loraplex.cli.scalings import scalings
 from loraplex.cli.train import train_app
 
 cli = typer.Typer(
@@ -16,6 +17,7 @@ cli = typer.Typer(
 cli.command()(demo)
 cli.command()(generate)
 cli.command()(inspect)
+cli.command()(scalings)
 cli.add_typer(train_app, name="train")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,10 +13,12 @@ from rich.table import Table
 from loraplex.cli.options import adapters_in
 from loraplex.errors import AdapterNotFoundError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import TextBatch, generate_texts
+from loraplex.models.text import TextBatch, encode_prompts, generate_texts
 from loraplex.training.evaluation import Score, evaluate, read_questions
+from loraplex.xlora.formats.folders import read_mixture_folder
 
 DEMO_MODEL = "smollm2-135m"
+MIXTURE = "science"
 TIMED_TOKENS = 32
 SMALL_TALK = "What is the capital of France?"
 
@@ -31,21 +34,29 @@ class DemoRow:
 
 def demo(
     adapters: Annotated[Path, typer.Option(help="Folder of the adapters.")] = Path("examples/adapters"),
+    mixture: Annotated[Path, typer.Option(help="Folder of the X-LoRA mixture of them.")] = Path(
+        "examples/mixtures/science"
+    ),
     data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
-    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 96,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 48,
+    output: Annotated[Path, typer.Option(help="Folder for the picture of the mixture's scalings.")] = Path("runs/demo"),
     dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
 ) -> None:
-    """Show one batch of base, single-adapter and linked rows on a real model, with timings and quality."""
+    """Show one batch of base, adapter, linked and X-LoRA rows on a real model, with timings and quality."""
     console = Console()
     names = demo_adapters(adapters)
     with console.status(f"loading {DEMO_MODEL} (converted from its package the first time) ..."):
         model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
         for name, folder in names.items():
             model.load_adapter(name, folder)
+        load_sharing_experts(model, mixture)
     rows = demo_rows(data, list(names))
     with console.status("one batch, every row through its own adapters ..."):
         batch = generate_texts(model, [row.prompt for row in rows], adapters=[row.adapters for row in rows])
     console.print(answers_table(rows, batch))
+    with console.status("drawing what the mixture did ..."):
+        picture = draw_scalings(model, rows, output)
+    console.print(f"the mixture's scalings of its first row, token by token: {picture}\n")
     with console.status("timing ..."):
         speeds = demo_speeds(model, rows)
     console.print(
@@ -68,6 +79,26 @@ def demo_adapters(folder: Path) -> dict[str, Path]:
     return names
 
 
+def load_sharing_experts(model: MultiLoraModel, folder: Path) -> None:
+    """Load a mixture whose experts are loaded as adapters already; their weights are shared."""
+    names = read_mixture_folder(folder, find_experts=False).expert_names
+    model.load_mixture(MIXTURE, folder, experts=dict.fromkeys(names))
+
+
+def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> Path:
+    """A heat map of the mixture's scalings over its first row's prompt."""
+    from loraplex.xlora.scalings.plots import plot_token_heatmap  # matplotlib takes a second to import
+
+    prompt = next(row.prompt for row in rows if row.adapters == MIXTURE)
+    inputs = encode_prompts(model.tokenizer, [prompt])
+    with torch.no_grad():
+        _, ((scalings,),) = model(**inputs, adapters=[MIXTURE], return_scalings=True, logits_to_keep=1)
+    output.mkdir(parents=True, exist_ok=True)
+    tokens = [str(model.tokenizer.decode([token])) for token in scalings.token_ids]
+    plot_token_heatmap(scalings, tokens, output / "scalings.png")
+    return output / "scalings.png"
+
+
 def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
     """The first held-out question of each domain through its adapter, beside base rows and a linked row."""
     firsts = {name: read_questions(data / name / "test.jsonl", 1)[0] for name in names}
@@ -80,6 +111,7 @@ def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
     first, second = names[0], names[1]
     link = f"{first}:0.6+{second}:0.6"
     rows.append(DemoRow(prompt=firsts[first].prompt, adapters=link, truth=firsts[first].answer))
+    rows += [DemoRow(prompt=question.prompt, adapters=MIXTURE, truth=question.answer) for question in firsts.values()]
     return rows
 
 
@@ -97,10 +129,9 @@ def demo_speeds(model: MultiLoraModel, rows: list[DemoRow], rounds: int = 3) -> 
     return best
 
 
-def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> tuple[Score, Score]:
-    """The base model's score and the adapter's on the domain's first held-out questions."""
-    base, own = evaluate(model, read_questions(data / name / "test.jsonl", limit), [None, name])
-    return base, own
+def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> list[Score]:
+    """The scores of base model, adapter and mixture on the domain's first held-out questions."""
+    return evaluate(model, read_questions(data / name / "test.jsonl", limit), [None, name, MIXTURE])
 
 
 def answers_table(rows: list[DemoRow], batch: TextBatch) -> Table:
@@ -118,14 +149,13 @@ def answers_table(rows: list[DemoRow], batch: TextBatch) -> Table:
     return table
 
 
-def quality_table(scores: dict[str, tuple[Score, Score]]) -> Table:
-    """Held-out exact match of every adapter beside the base model's."""
+def quality_table(scores: dict[str, list[Score]]) -> Table:
+    """Held-out exact match of every adapter and of the mixture beside the base model's."""
     table = Table(box=SIMPLE_HEAD, title="Held-out questions answered exactly right", title_justify="left")
     table.add_column("domain", style="cyan")
-    for column in ("questions", "base model", "base, labels only", "adapter"):
+    for column in ("questions", "base model", "base, labels only", "its adapter", "X-LoRA mixture"):
         table.add_column(column, justify="right")
-    for name, (base, own) in scores.items():
-        table.add_row(
-            name, str(own.num_questions), f"{base.exact:.2f}", f"{base.among_labels:.2f}", f"[bold]{own.exact:.2f}[/]"
-        )
+    for name, (base, own, mixed) in scores.items():
+        shares = (base.exact, base.among_labels, own.exact, mixed.exact)
+        table.add_row(name, str(own.num_questions), *(f"{share:.2f}" for share in shares))
     return table

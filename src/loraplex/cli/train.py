@@ -1,4 +1,4 @@
-"""`loraplex train`: adapters, many at once."""
+"""`loraplex train`: adapters, many at once; mixtures are in train_mixture.py."""
 
 import logging
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from rich.table import Table
 
 from loraplex.cli.errors import run
 from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
+from loraplex.cli.train_mixture import mixture
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, TrainResult, train_adapters
 
-train_app = typer.Typer(no_args_is_help=True, help="Train adapters on a frozen base model.")
+train_app = typer.Typer(no_args_is_help=True, help="Train adapters, or mixtures of them, on a frozen base model.")
 
 Setting = list[str] | None
 
@@ -28,7 +29,11 @@ def _setting(text: str) -> Any:
 
 @train_app.callback()
 def train() -> None:
-    """Train adapters on a frozen base model."""
+    """Train adapters, or mixtures of them, on a frozen base model."""
+    _log_to_terminal()
+
+
+train_app.command()(mixture)
 
 
 @train_app.command()
@@ -67,7 +72,6 @@ def adapters(
     plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
 ) -> None:
     """Train many LoRA adapters at once: one job for each --data, all in the same batches."""
-    _log_to_terminal()
     from_file = read_job_file(config) if config is not None else {}
     # Settings of jobs are handled alike, by their names.
     settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def gated_lora_native(
     gates: Tensor,  # [..]  float32
 ) -> Tensor:
     """Add every segment's adapter: y[t] += gates[t] * scaling * lora_b^T lora_a x[t]."""
-    torch.ops.loraplex.gated_lora_(y, x, table, scalings, module, segments, gates)
+    torch.ops.loraplex.gated_lora_.default(y, x, table, scalings, module, segments, gates)
     return y
 
 
@@ -59,7 +60,13 @@ def gated_linear_native(
 
     For few tokens: the weights are read once for all of them, and a token's result has the same bits in any batch.
     """
-    return torch.ops.loraplex.gated_linear(x, weight, bias, table, scalings, module, segments, gates)
+    return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates)
+
+
+@cache
+def _gated_linear() -> Callable[..., Tensor]:
+    """The operator itself: finding it by name costs some microseconds, and a step calls it for every module."""
+    return torch.ops.loraplex.gated_linear.default
 
 
 @cache

@@ -28,14 +28,16 @@ def gated_lora_embedding(y: Tensor, ids: Tensor, segments: Sequence[LoraSegment]
     total = y.clone().view(-1, y.shape[-1])
     for segment in segments:
         hidden = segment.lora_a.t()[flat_ids[segment.start : segment.stop]]  # [n, rank]
-        total[segment.start : segment.stop] += (_gate(hidden, segment.gates) @ segment.lora_b).to(y.dtype)
+        # Not +=, which assigns the slice to itself: for a slice that is the whole, autograd refuses that.
+        total[segment.start : segment.stop].add_((_gate(hidden, segment.gates) @ segment.lora_b).to(y.dtype))
     return total.view_as(y)
 
 
 def _gate(hidden: Tensor, gates: Tensor | float) -> Tensor:
     if isinstance(gates, float):
         return hidden * gates
-    return hidden * gates.to(hidden.dtype).unsqueeze(-1)
+    gates = gates.to(hidden.dtype)
+    return hidden * (gates if gates.ndim == 2 else gates.unsqueeze(-1))
 
 
 def _keep_mask(x: Tensor, segment: LoraSegment) -> Tensor:
@@ -87,7 +89,7 @@ class _SegmentedLora(torch.autograd.Function):
             if needs_b:
                 grad_b = _gate(hidden, segment.gates).t() @ g
             if needs_gates:
-                grad_gates = (grad_gated * hidden).sum(-1)
+                grad_gates = grad_gated * hidden if segment.gates.ndim == 2 else (grad_gated * hidden).sum(-1)
             if grad_x is not None and mask is None:
                 grad_x[segment.start : segment.stop].addmm_(grad_hidden, a)
             elif grad_x is not None:

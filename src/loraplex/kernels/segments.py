@@ -13,6 +13,6 @@ class LoraSegment(NamedTuple):
     stop: int
     lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
     lora_b: Tensor  # [rank, out]
-    gates: Tensor | float  # [stop - start] or one for all; LoRA scaling included
+    gates: Tensor | float  # [stop - start], [stop - start, rank] or one for all; LoRA scaling included
     dropout: float = 0.0  # on x, as PEFT's lora_dropout; training only
     generator: torch.Generator | None = None  # each adapter draws its own dropout

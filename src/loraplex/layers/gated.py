@@ -62,13 +62,13 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
     training are float32 whatever the base's dtype, which only the segmented kernel takes.
     """
     training = plan.bank.trainable
-    needs_grad = training or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    needs_grad = training or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or plan.gates_need_grad))
     kernel = plan.kernel(x, needs_grad=needs_grad)
     if plan.has_gain(module):
         y = add_gains(module, y, y.clone(), plan, bias=bias)
     y = y.contiguous()
     if kernel == "native":
-        return gated_lora_native(y, x.contiguous(), *plan.table, module, plan.rows, plan.gates_of(module))
+        return gated_lora_native(y, x.contiguous(), *plan.native_arguments(module))
     if kernel == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
     return gated_lora_stacked(y, x, plan.stack(module))
@@ -87,13 +87,15 @@ def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias
         part = part if bias is None else part - bias.float()
         gate = plan.gate_of(segment, module)
         gate = gate.unsqueeze(-1) if isinstance(gate, Tensor) else gate
-        total[segment.start : segment.stop] += (part * weights.gain * gate).to(y.dtype)
+        total[segment.start : segment.stop].add_((part * weights.gain * gate).to(y.dtype))
     return total.view_as(y)
 
 
 def plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
     """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row."""
-    if len(layout) >= 2:
+    if len(layout) == 2:
+        return routing.plan_for(layout[0], layout[1])
+    if len(layout) > 2:
         return routing.plan_for(layout[0], layout[1:].numel())
     num_tokens, num_rows = layout.numel(), routing.num_rows
     if num_tokens % num_rows != 0:

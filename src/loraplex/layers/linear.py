@@ -34,13 +34,13 @@ class LoraLinear(nn.Linear):
 
     def _decode(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         index = self.lora_index
-        gates = plan.gates_of(index)
         if not plan.has_gain(index):
-            return gated_linear_native(x, self.weight, self.bias, *plan.table, index, plan.rows, gates)
+            return gated_linear_native(x, self.weight, self.bias, *plan.native_arguments(index))
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
-        y = gated_linear_native(x, self.weight, self.bias, *plan.table, index, plan.rows[:0], gates)
+        table, scalings, _, rows, gates = plan.native_arguments(index)
+        y = gated_linear_native(x, self.weight, self.bias, table, scalings, index, rows[:0], gates)
         y = add_gains(index, y, y, plan, bias=self.bias)
-        return gated_lora_native(y, x, *plan.table, index, plan.rows, gates)
+        return gated_lora_native(y, x, table, scalings, index, rows, gates)
 
 
 def can_become_lora_linear(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import AdapterVersion
 from loraplex.errors import RequestError
 from loraplex.models.mixtures import Mixtures
+from loraplex.residual.scope import use_attention
 from loraplex.routing.bank import Bank
 from loraplex.routing.choice import Link
 from loraplex.routing.rows import Route, RowRouting, use_routing
@@ -43,7 +44,15 @@ def adapter_scope(
             with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
                 yield None
             return
-        two_pass = TwoPass(base, plan_mixture_rows(uses), rows, bank, options, fast_decode=fast_decode)
+        two_pass = TwoPass(
+            base,
+            plan_mixture_rows(uses),
+            rows,
+            bank,
+            options,
+            fast_decode=fast_decode,
+            around_scaling=lambda: use_attention(None),  # the scaling pass has no residuals, captures or steering
+        )
         with use_routing(two_pass.routing), use_two_pass(two_pass):
             yield two_pass
 

@@ -70,6 +70,7 @@ class RoutingPlan:
             adapted.update(bank.layers(slot))
         self._adapted = adapted
         self._gains: dict[int, bool] = {}
+        self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and num_tokens <= FEW_ROWS and bank.native_table() is not None
         self._decodes_fast: bool | None = None
@@ -83,6 +84,12 @@ class RoutingPlan:
         if module not in self._gains:
             self._gains[module] = any(weights.gain is not None for _, weights in self.weights_of(module))
         return self._gains[module]
+
+    @property
+    def gates_need_grad(self) -> bool:
+        """Whether a scaling head that predicted this pass's gates is in training."""
+        values = None if self._layer_gates is None else self._layer_gates.values
+        return values is not None and values.requires_grad
 
     def kernel(self, x: Tensor, *, needs_grad: bool) -> Kernel:
         """Which kernel runs this plan on inputs like x; decided once, since a plan meets one dtype and device."""
@@ -98,6 +105,15 @@ class RoutingPlan:
         if self._decodes_fast is None:
             self._decodes_fast = self._fast_decode and native_runs(x.device, x.dtype)
         return self._decodes_fast and not torch.is_grad_enabled()
+
+    def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+        """What the compiled kernel takes of this plan for one module; kept, since every decoding step asks for it."""
+        if self._layer_gates is not None:
+            self.gates_of(module)  # brings the kept tensor up to date
+        known = self._native_arguments.get(module)
+        if known is None:
+            known = self._native_arguments[module] = (*self.table, module, self.rows, self.gates_of(module))
+        return known
 
     @cached_property
     def table(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import CheckpointError
-from loraplex.training.job_state import JobState
+from loraplex.training.learner import Learner
 from loraplex.training.logs import JobLog
 
 FILE = "checkpoint.safetensors"
@@ -20,7 +20,7 @@ _KEY = "loraplex_training"
 
 
 def save_checkpoint(
-    folder: Path, states: Sequence[JobState], logs: Sequence[JobLog], identity: Mapping[str, Any]
+    folder: Path, states: Sequence[Learner], logs: Sequence[JobLog], identity: Mapping[str, Any]
 ) -> None:
     """Write `folder`/checkpoint.safetensors atomically."""
     tensors = {
@@ -41,7 +41,7 @@ def save_checkpoint(
     os.replace(temporary, folder / FILE)
 
 
-def load_checkpoint(folder: Path, states: Sequence[JobState], identity: Mapping[str, Any]) -> list[int]:
+def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[str, Any]) -> list[int]:
     """Restore the states; return how many bytes of each job's log belong to them.
 
     Raises CheckpointError where the file is damaged, or was written by a run with other jobs, data or base

@@ -1,6 +1,5 @@
 """What to train: one AdapterJob for each adapter, and one TrainConfig for the run."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -9,6 +8,7 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
+from loraplex.training.checks import check_flags, check_number, check_whole
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
@@ -50,10 +50,10 @@ class AdapterJob:
                 f"job {self.name!r} would be written outside of the output folder or to an odd place. Use "
                 "names without empty parts, '.' and '..', such as 'team/protein'."
             )
-        _check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
-        _check_whole(self, ("warmup_steps", "seed"), minimum=0)
-        _check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
-        _check_whole(self, ("max_length",), minimum=2)
+        check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
+        check_whole(self, ("warmup_steps", "seed"), minimum=0)
+        check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
+        check_whole(self, ("max_length",), minimum=2)
         self._check_numbers()
         self._check_combinations()
         _check_trainable(self.name, self.lora)
@@ -63,11 +63,11 @@ class AdapterJob:
         return self.batch_size * self.gradient_accumulation
 
     def _check_numbers(self) -> None:
-        _check_number(self, "learning_rate", self.learning_rate, above=0)
-        _check_number(self, "weight_decay", self.weight_decay, minimum=0)
-        _check_number(self, "eval_fraction", self.eval_fraction, minimum=0, below=1)
+        check_number(f"job {self.name!r}", "learning_rate", self.learning_rate, above=0)
+        check_number(f"job {self.name!r}", "weight_decay", self.weight_decay, minimum=0)
+        check_number(f"job {self.name!r}", "eval_fraction", self.eval_fraction, minimum=0, below=1)
         if self.max_grad_norm is not None:
-            _check_number(self, "max_grad_norm", self.max_grad_norm, above=0)
+            check_number(f"job {self.name!r}", "max_grad_norm", self.max_grad_norm, above=0)
 
     def _check_combinations(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -97,10 +97,8 @@ class TrainConfig:
     share_prefixes: bool = True  # compute what all records of a job start with once a micro-batch
 
     def __post_init__(self) -> None:
-        _check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
-        for option in ("resume", "progress", "plots", "share_prefixes"):
-            if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
+        check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
+        check_flags(self, ("resume", "progress", "plots", "share_prefixes"))
         output = Path(self.output)
         if output.exists() and not output.is_dir():
             raise ConfigError(f"output {str(output)!r} is a file; give a folder, which need not exist yet.")
@@ -133,28 +131,3 @@ def _check_trainable(name: str, lora: LoraConfig) -> None:
         )
     if lora.lora_dropout == 1:
         raise ConfigError(f"job {name!r}: lora_dropout is 1, which drops everything; use a value below 1.")
-
-
-def _check_whole(config: object, options: tuple[str, ...], *, minimum: int, optional: bool = False) -> None:
-    for option in options:
-        value = getattr(config, option)
-        if value is None and optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least {minimum}.")
-
-
-def _check_number(
-    job: AdapterJob,
-    option: str,
-    value: object,
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and minimum <= value and above < value < below):  # type: ignore[operator]
-        bounds = [f"at least {minimum}" if minimum > -math.inf else f"above {above}"]
-        bounds += [f"below {below}"] if below < math.inf else ["finite"]
-        raise ConfigError(f"job {job.name!r}: {option} is {value!r}; it must be a number {' and '.join(bounds)}.")

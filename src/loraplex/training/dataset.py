@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.errors import ConfigError, DatasetError
 from loraplex.training.config import AdapterJob
 from loraplex.training.examples import Example, make_examples
-from loraplex.training.records import read_records
+from loraplex.training.records import Record, read_records
 from loraplex.training.seeds import Purpose, generator
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,32 @@ def steps_per_epoch(num_records: int, records_per_step: int) -> int:
 
 
 def _load(job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Example]:
-    examples = make_examples(read_records(path), tokenizer, job.max_length)
+    examples = load_examples(
+        f"job {job.name!r}", read_records(path), str(path), tokenizer, vocab_size, max_length=job.max_length
+    )
+    if job.lora.alora_invocation_tokens is not None:
+        for example in examples:
+            _check_invocation(job, example)
+    return examples
+
+
+def load_examples(
+    label: str,  # what messages start with
+    records: Sequence[Record],
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    max_length: int,
+) -> list[Example]:
+    """Tokenize records, warn of truncated ones, and check that the base model knows all tokens. Raises DatasetError."""
+    examples = make_examples(records, tokenizer, max_length)
     num_truncated = sum(example.num_truncated > 0 for example in examples)
     if num_truncated:
         longest = max(len(example.ids) + example.num_truncated for example in examples)
         logger.warning(
-            "job %r: %d of the %d records in %s have more than max_length=%d tokens (up to %d) and lose "
-            "their first ones",
-            *(job.name, num_truncated, len(examples), path, job.max_length, longest),
+            "%s: %d of the %d records in %s have more than max_length=%d tokens (up to %d) and lose their first ones",
+            *(label, num_truncated, len(examples), place, max_length, longest),
         )
     for example in examples:
         if max(example.ids) >= vocab_size:
@@ -90,8 +108,6 @@ def _load(job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase,
                 f"{example.place} has the token {max(example.ids)}, but the base model knows only "
                 f"{vocab_size}. Pass the tokenizer of this base model."
             )
-        if job.lora.alora_invocation_tokens is not None:
-            _check_invocation(job, example)
     return examples
 
 
@@ -114,16 +130,23 @@ def invocation_start(ids: Sequence[int], invocation: Sequence[int]) -> int | Non
 
 
 def _split(job: AdapterJob, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Hold out `eval_fraction` of the examples, drawn by the job's seed; both parts keep the file's order."""
-    if job.eval_fraction == 0:
+    draw = generator(job.seed, Purpose.SPLIT)
+    return hold_out(f"job {job.name!r}", examples, job.eval_fraction, draw, str(job.data))
+
+
+def hold_out(
+    label: str, examples: list[Example], fraction: float, draw: torch.Generator, place: str
+) -> tuple[list[Example], list[Example]]:
+    """Split off a drawn fraction of the examples; both parts keep their order. Raises DatasetError."""
+    if fraction == 0:
         return examples, []
-    num_held_out = max(1, round(job.eval_fraction * len(examples)))
+    num_held_out = max(1, round(fraction * len(examples)))
     if num_held_out >= len(examples):
         raise DatasetError(
-            f"job {job.name!r}: {job.data} has {len(examples)} record(s), too few to hold out "
-            f"{job.eval_fraction:.0%} of them. Add records, give eval_data, or set eval_fraction=0."
+            f"{label}: {place} has {len(examples)} record(s), too few to hold out {fraction:.0%} of them. Add "
+            "records, give eval_data, or set eval_fraction=0."
         )
-    order = torch.randperm(len(examples), generator=generator(job.seed, Purpose.SPLIT)).tolist()
+    order = torch.randperm(len(examples), generator=draw).tolist()
     held_out = set(order[:num_held_out])
     return (
         [example for number, example in enumerate(examples) if number not in held_out],

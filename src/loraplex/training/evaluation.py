@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from loraplex.errors import DatasetError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import first_token_logits
+from loraplex.models.text import encode_prompts, first_token_logits
 from loraplex.routing.choice import RowChoice
 from loraplex.training.records import read_records
 
@@ -66,6 +69,54 @@ def evaluate(
             right[row // len(part)][1] += limited[row] == wanted
     total = len(questions)
     return [Score(num_questions=total, exact=exact / total, among_labels=among / total) for exact, among in right]
+
+
+@torch.no_grad()
+def exact_matches(
+    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[RowChoice], *, batch_rows: int = 32
+) -> list[float]:
+    """For each choice of adapters, the share of questions whose every answer token is the most likely one.
+
+    That is what greedy generation writes, at the price of one forward pass; answers may have several tokens.
+    """
+    right = [0] * len(choices)
+    per_batch = max(1, batch_rows // len(choices))
+    order = sorted(questions, key=lambda question: len(question.prompt))
+    for start in range(0, len(order), per_batch):
+        part = order[start : start + per_batch]
+        ids, mask, answers = _with_answers(model, part)
+        rows = [choice for choice in choices for _ in part]
+        copies = (len(choices), 1)
+        kept = max(len(answer) for answer in answers) + 1
+        output = model(
+            ids.repeat(copies),
+            mask.repeat(copies),
+            adapters=rows,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0).repeat(copies),
+            logits_to_keep=kept,
+            use_cache=False,
+        )
+        guesses = output.logits.argmax(dim=-1)  # [rows, kept]
+        for row in range(len(rows)):
+            answer = answers[row % len(part)]
+            right[row // len(part)] += guesses[row, -len(answer) - 1 : -1].tolist() == answer
+    return [count / len(questions) for count in right]
+
+
+def _with_answers(model: MultiLoraModel, questions: Sequence[Question]) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Prompts followed by their answers, padded on the left: ids and mask [questions, tokens], answers' tokens."""
+    tokenizer = model.tokenizer
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    answers = [tokenizer(question.answer, add_special_tokens=False)["input_ids"] for question in questions]
+    rows = [
+        ids[mask == 1].tolist() + answer
+        for ids, mask, answer in zip(prompts["input_ids"], prompts["attention_mask"], answers, strict=True)
+    ]
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    device = model.base.device
+    return ids.to(device), mask.to(device), answers
 
 
 def label_tokens(model: MultiLoraModel, labels: Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.routing.bank import Bank
-from loraplex.routing.rows import use_routing
+from loraplex.routing.rows import RowRouting, use_routing
 from loraplex.training.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths
 from loraplex.training.prefix import SharedPrefixes
 from loraplex.training.routing import TrainingRouting
@@ -63,8 +63,14 @@ class LossComputer:
 def token_losses(
     base: PreTrainedModel, batch: RowBatch, bank: Bank, prefixes: SharedPrefixes | None
 ) -> Tensor:  # [outputs]  float32
-    """The cross-entropy of every token that counts."""
-    routing = TrainingRouting(batch.spans, batch.padded_length, bank)
+    """The cross-entropy of every token that counts, each row through its own slot."""
+    return routed_losses(base, batch, TrainingRouting(batch.spans, batch.padded_length, bank), prefixes)
+
+
+def routed_losses(
+    base: PreTrainedModel, batch: RowBatch, routing: RowRouting, prefixes: SharedPrefixes | None = None
+) -> Tensor:  # [outputs]  float32
+    """The cross-entropy of every token that counts, under a routing that knows both layouts of the batch."""
     with (
         use_routing(routing),
         _outputs_selected(base, batch.output_rows, batch.output_positions) as was_selected,

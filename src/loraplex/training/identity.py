@@ -18,14 +18,15 @@ _SAMPLE = 4096  # bytes of every base parameter
 def run_identity(states: Sequence[JobState], base: PreTrainedModel) -> dict[str, Any]:
     """Everything that decides what a run learns, in JSON's types. Call it before the first step."""
     return {
-        "base model": {
-            "class": type(base).__name__,
-            "dtype": str(base.dtype),
-            "weights": _weights_digest(base),
-        },
+        "base model": base_identity(base),
         "names": [state.job.name for state in states],
         "jobs": {state.job.name: _job_identity(state) for state in states},
     }
+
+
+def base_identity(base: PreTrainedModel) -> dict[str, Any]:
+    """What tells base models apart."""
+    return {"class": type(base).__name__, "dtype": str(base.dtype), "weights": _weights_digest(base)}
 
 
 def _job_identity(state: JobState) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A job's factors as views of one flat tensor: one optimizer update, one norm, one reduction, one saved tensor."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,31 @@ def fresh_weights(
     return layers
 
 
+class FlatTensors:
+    """Tensors as float32 leaves that share memory with one flat parameter, as their gradients do with its gradient."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        values = torch.cat([tensor.detach().to(device, torch.float32).reshape(-1) for tensor in tensors])
+        self.flat = nn.Parameter(values)
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.views: list[nn.Parameter] = []
+        first = 0
+        for tensor in tensors:
+            stop = first + tensor.numel()
+            view = nn.Parameter(self.flat.data[first:stop].view(tensor.shape))
+            view.grad = self.flat.grad[first:stop].view(tensor.shape)
+            self.views.append(view)
+            first = stop
+
+
 class FlatParameters:
     """float32 parameters by module path; `flat` and its gradient hold them all."""
 
     def __init__(self, layers: Mapping[str, LoraWeights], device: torch.device) -> None:
         self._layers = layers
         factors = [factor for weights in layers.values() for factor in (weights.lora_a, weights.lora_b)]
-        values = torch.cat([factor.detach().float().reshape(-1) for factor in factors])
-        self.flat = nn.Parameter(values.to(device))
-        self.flat.grad = torch.zeros_like(self.flat)
-        self._factors = self._views(factors)
+        tensors = FlatTensors(factors, device)
+        self.flat, self._factors = tensors.flat, tensors.views
 
     @property
     def paths(self) -> list[str]:
@@ -65,15 +80,3 @@ class FlatParameters:
             lora_a, lora_b = (f.detach().cpu().clone() for f in self._factors[2 * number : 2 * number + 2])
             copies[path] = LoraWeights(kind=layer.kind, lora_a=lora_a, lora_b=lora_b, scaling=layer.scaling)
         return copies
-
-    def _views(self, factors: list[Tensor]) -> list[nn.Parameter]:
-        """Leaves that share memory with `flat`, as their gradients do with its gradient."""
-        assert self.flat.grad is not None, "the flat gradient is made before its views"
-        views, first = [], 0
-        for factor in factors:
-            stop = first + factor.numel()
-            view = nn.Parameter(self.flat.data[first:stop].view(factor.shape))
-            view.grad = self.flat.grad[first:stop].view(factor.shape)
-            views.append(view)
-            first = stop
-        return views

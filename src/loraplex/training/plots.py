@@ -1,15 +1,15 @@
-"""A job's losses as a picture."""
+"""Losses as a picture."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from loraplex.training.job_state import JobState
+from loraplex.training.learner import Learner
 
 _SMOOTHING = 0.9  # of the running mean
 
 
-def plot_losses(state: JobState, path: Path) -> None:
+def plot_losses(state: Learner, title: str, path: Path) -> None:
     """Write a PNG with the training loss, its running mean, and the held-out loss."""
     progress = state.progress
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -29,7 +29,7 @@ def plot_losses(state: JobState, path: Path) -> None:
     if state.best is not None and progress.best_step is not None:
         label = f"written: step {progress.best_step}"
         axes.axvline(progress.best_step, color="tab:gray", linestyle="--", linewidth=1, label=label)
-    axes.set_title(f"{state.job.name}: rank {state.job.lora.r}, learning rate {state.job.learning_rate:g}")
+    axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""A bar for each job, where somebody watches."""
+"""Progress bars, where somebody watches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loraplex.training.job_state import JobState
+from loraplex.training.learner import Learner
 
-OnStep = Callable[[Sequence[JobState]], None]
+OnStep = Callable[[Sequence[Learner]], None]
 
 
 @contextmanager
-def training_progress(states: Sequence[JobState], *, enabled: bool) -> Iterator[OnStep]:
+def training_progress(states: Sequence[Learner], *, enabled: bool) -> Iterator[OnStep]:
     """Yield what to call after each step; it draws only on a terminal."""
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
@@ -27,11 +27,10 @@ def training_progress(states: Sequence[JobState], *, enabled: bool) -> Iterator[
     )
     with Progress(*columns, console=console) as bars:
         tasks = [
-            bars.add_task(state.job.name, total=state.data.num_steps, loss="-", held_out="-", speed="-")
-            for state in states
+            bars.add_task(state.name, total=state.num_steps, loss="-", held_out="-", speed="-") for state in states
         ]
 
-        def draw(states: Sequence[JobState]) -> None:
+        def draw(states: Sequence[Learner]) -> None:
             for task, state in zip(tasks, states, strict=True):
                 done = state.progress
                 bars.update(
@@ -44,3 +43,16 @@ def training_progress(states: Sequence[JobState], *, enabled: bool) -> Iterator[
 
         draw(states)
         yield draw
+
+
+@contextmanager
+def counting_progress(description: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield what to call with how many of how many are done; it draws only on a terminal."""
+    console = Console(stderr=True)
+    if not (enabled and console.is_terminal):
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(description, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

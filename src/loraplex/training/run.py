@@ -18,7 +18,8 @@ from loraplex.training.checkpoint import FILE, load_checkpoint
 from loraplex.training.config import AdapterJob, TrainConfig, check_jobs
 from loraplex.training.forward import LossComputer
 from loraplex.training.identity import run_identity
-from loraplex.training.job_state import Finish, JobState
+from loraplex.training.job_state import JobState
+from loraplex.training.learner import Finish
 from loraplex.training.logs import JobLog
 from loraplex.training.plots import plot_losses
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
@@ -107,7 +108,8 @@ def _train(base: PreTrainedModel, states: Sequence[JobState], config: TrainConfi
         trainer.run(on_step)
     if config.plots and ranks.is_first:
         for state in states:
-            plot_losses(state, output / f"{state.job.name}.png")
+            title = f"{state.name}: rank {state.job.lora.r}, learning rate {state.job.learning_rate:g}"
+            plot_losses(state, title, output / f"{state.name}.png")
     ranks.wait()
 
 

@@ -104,6 +104,7 @@ class PairedCache(Cache):
         self.num_main = 0  # sequences; known when the first pass begins
         self.main_length = 0  # tokens
         self.scaling_length = 0
+        self.followers: list[Any] = []  # what else is kept for each main sequence; told of every reordering and crop
         self.carried: dict[str, Tensor] = {}  # by scaling sequence: what the next pass needs besides keys and values
         self.window = Window(rows=slice(0, 0), start=1, end=1)
 
@@ -148,6 +149,8 @@ class PairedCache(Cache):
         self.carried = {name: tensor[scaling] for name, tensor in self.carried.items()}
         for layer in self._layers:
             layer.take_rows(rows)
+        for follower in self.followers:
+            follower.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of all sequences; given as a negative number, as transformers does."""
@@ -157,6 +160,8 @@ class PairedCache(Cache):
         self.main_length -= abs(tokens_to_remove)
         self.scaling_length = self.main_length + min(ahead, 0)
         self.carried = {}
+        for follower in self.followers:
+            follower.crop(tokens_to_remove)
         self.show_main()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -1,7 +1,7 @@
 """X-LoRA's two passes around every call of the base model: predict the scalings, then run with them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +69,10 @@ class TwoPass:
         options: TwoPassOptions,
         *,
         fast_decode: bool = False,
+        around_scaling: Callable[[], AbstractContextManager[None]] = nullcontext,  # what else the pass runs outside of
     ) -> None:
         self._base = base
+        self._around_scaling = around_scaling
         self.mixture_rows = mixture_rows
         self._num_rows = len(routes)
         self.options = options
@@ -148,7 +150,11 @@ class TwoPass:
         num_sequences, num_tokens = tokens.shape[:2]
         if not subset:
             self._set_pass_gates(num_sequences // len(self.mixture_rows.scaling_rows), num_tokens)
-        with self._routed(self._base_rows(num_sequences) if subset else self._scaling), torch.no_grad():
+        with (
+            self._routed(self._base_rows(num_sequences) if subset else self._scaling),
+            torch.no_grad(),
+            self._around_scaling(),
+        ):
             output = self._base.base_model(**part, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state
 

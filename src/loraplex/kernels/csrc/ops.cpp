@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "adapters.h"
+#include "fused.h"
 #include "linear.h"
 
 namespace {
@@ -128,6 +129,147 @@ at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std
   return y;
 }
 
+// Splits [0, count) over threads, unless the work (multiply-adds) isn't worth waking them.
+template <typename F>
+void split(int64_t count, int64_t work, const F& run_part) {
+  const int num_threads = work < 16 * kSmallWork ? 1 : at::get_num_threads();
+  if (num_threads == 1 || count == 1) {
+    run_part(0, count);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    run_part(count * i / n, count * (i + 1) / n);
+  }
+}
+
+#define LORAPLEX_DISPATCH(TENSOR, ...)              \
+  if (TENSOR.scalar_type() == at::kFloat) {         \
+    using scalar = float;                           \
+    __VA_ARGS__;                                    \
+  } else {                                          \
+    using scalar = c10::BFloat16;                   \
+    __VA_ARGS__;                                    \
+  }
+
+void check_cache(const at::Tensor& pool, const at::Tensor& table, const at::Tensor& rows, const at::Tensor& positions) {
+  TORCH_CHECK(pool.dim() == 4 && pool.is_contiguous() && table.is_contiguous(), "the cache must be contiguous");
+  TORCH_CHECK(table.scalar_type() == at::kInt && rows.scalar_type() == at::kLong &&
+                  positions.scalar_type() == at::kLong && rows.is_contiguous() && positions.is_contiguous(),
+              "table must be int32, rows and positions int64, contiguous");
+}
+
+// Puts new keys or values [tokens, kv_heads, dim] into the blocks of their tracks.
+void store_tokens_(const at::Tensor& states, at::Tensor& pool, const at::Tensor& table, const at::Tensor& rows,
+                   const at::Tensor& positions) {
+  check_cache(pool, table, rows, positions);
+  TORCH_CHECK(states.dim() == 3 && states.stride(2) == 1 && states.scalar_type() == pool.scalar_type() &&
+                  states.size(1) == pool.size(1) && states.size(2) == pool.size(3) && rows.numel() >= states.size(0),
+              "new keys or values don't fit the cache");
+  const int64_t heads = pool.size(1), block = pool.size(2), bytes = pool.size(3) * pool.element_size();
+  const int64_t row_blocks = table.size(1);
+  const char* source = static_cast<const char*>(states.const_data_ptr());
+  char* target = static_cast<char*>(pool.mutable_data_ptr());
+  for (int64_t t = 0; t < states.size(0); ++t) {
+    const int64_t p = positions.const_data_ptr<int64_t>()[t], row = rows.const_data_ptr<int64_t>()[t];
+    TORCH_CHECK(row >= 0 && row < table.size(0) && p >= 0 && p / block < row_blocks, "token ", t, " is in no block");
+    const int64_t number = table.const_data_ptr<int32_t>()[row * row_blocks + p / block];
+    TORCH_CHECK(number >= 0 && number < pool.size(0), "token ", t, " is in block ", number, ", which doesn't exist");
+    for (int64_t h = 0; h < heads; ++h) {
+      std::memcpy(target + ((number * heads + h) * block + p % block) * bytes,
+                  source + (t * states.stride(0) + h * states.stride(1)) * pool.element_size(), bytes);
+    }
+  }
+}
+
+// Attention of the first out.size(0) tokens, each over its own track; query and out [tokens, heads, dim].
+void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& keys, const at::Tensor& values,
+                    const at::Tensor& table, const at::Tensor& rows, const at::Tensor& positions, double scale,
+                    int64_t window, double softcap) {
+  check_cache(keys, table, rows, positions);
+  check_input(query, keys);
+  check_input(out, values);
+  TORCH_CHECK(values.size(0) == keys.size(0) && values.size(1) == keys.size(1) && values.size(2) == keys.size(2),
+              "keys and values differ");
+  TORCH_CHECK(query.dim() == 3 && query.size(2) == keys.size(3) && out.size(2) == values.size(3) &&
+                  query.size(1) % keys.size(1) == 0 && out.size(0) <= query.size(0) && out.size(1) == query.size(1),
+              "the query doesn't fit the cache");
+  const int64_t num_tokens = out.size(0), kv_heads = keys.size(1);
+  int64_t total = 0;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const int64_t p = positions.const_data_ptr<int64_t>()[t], row = rows.const_data_ptr<int64_t>()[t];
+    TORCH_CHECK(row >= 0 && row < table.size(0) && p >= 0 && p / keys.size(2) < table.size(1), "token ", t,
+                " is in no block");
+    total += window > 0 ? std::min(window, p + 1) : p + 1;
+  }
+  LORAPLEX_DISPATCH(query, {
+    const loraplex::PagedAttention<scalar> attention{
+        query.const_data_ptr<scalar>(), out.mutable_data_ptr<scalar>(), keys.const_data_ptr<scalar>(),
+        values.const_data_ptr<scalar>(), table.const_data_ptr<int32_t>(), rows.const_data_ptr<int64_t>(),
+        positions.const_data_ptr<int64_t>(), query.size(1), kv_heads, keys.size(3), values.size(3), keys.size(2),
+        table.size(1), static_cast<float>(scale), static_cast<float>(softcap), window};
+    split(num_tokens * kv_heads, total * query.size(1) * (keys.size(3) + values.size(3)),
+          [&](int64_t begin, int64_t end) {
+            thread_local std::vector<float> buffer;
+            for (int64_t i = begin; i < end; ++i) attention.head_group(i / kv_heads, i % kv_heads, buffer);
+          });
+  })
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool plus_one) {
+  check_input(x, weight);
+  const int64_t size = x.size(-1);
+  TORCH_CHECK(weight.numel() == size && size > 0, "the weight doesn't fit x");
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  LORAPLEX_DISPATCH(x, {
+    const scalar* in = x.const_data_ptr<scalar>();
+    scalar* result = out.mutable_data_ptr<scalar>();
+    const scalar* w = weight.const_data_ptr<scalar>();
+    split(x.numel() / size, 2 * x.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        loraplex::rms_norm<scalar>(in + t * size, w, result + t * size, size, static_cast<float>(eps), plus_one);
+    });
+  })
+  return out;
+}
+
+// Rotates query [tokens, heads, dim] and key [tokens, kv_heads, dim] in place; cos, sin [tokens, dim].
+void rotate_(at::Tensor& query, at::Tensor& key, const at::Tensor& cos, const at::Tensor& sin) {
+  check_input(query, key);
+  check_input(query, cos);
+  check_input(query, sin);
+  const int64_t num_tokens = query.size(0), size = query.size(2);
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && key.size(0) == num_tokens && key.size(2) == size && size % 2 == 0 &&
+                  cos.numel() == num_tokens * size && sin.numel() == num_tokens * size,
+              "query, key, cos and sin differ in tokens or dimension");
+  LORAPLEX_DISPATCH(query, {
+    scalar* q = query.mutable_data_ptr<scalar>();
+    scalar* k = key.mutable_data_ptr<scalar>();
+    const scalar* c = cos.const_data_ptr<scalar>();
+    const scalar* s = sin.const_data_ptr<scalar>();
+    split(num_tokens, 2 * (query.numel() + key.numel()), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        loraplex::rotate(q + t * query.size(1) * size, c + t * size, s + t * size, query.size(1), size);
+        loraplex::rotate(k + t * key.size(1) * size, c + t * size, s + t * size, key.size(1), size);
+      }
+    });
+  })
+}
+
+void gated_silu_(at::Tensor& gate, const at::Tensor& up) {
+  check_input(gate, up);
+  TORCH_CHECK(gate.sizes() == up.sizes(), "gate and up differ in shape");
+  const int64_t size = gate.size(-1);
+  LORAPLEX_DISPATCH(gate, {
+    scalar* g = gate.mutable_data_ptr<scalar>();
+    const scalar* u = up.const_data_ptr<scalar>();
+    split(size == 0 ? 0 : gate.numel() / size, 16 * gate.numel(), [&](int64_t begin, int64_t end) {
+      loraplex::gated_silu(g + begin * size, u + begin * size, (end - begin) * size);
+    });
+  })
+}
+
 }  // namespace
 
 TORCH_LIBRARY(loraplex, m) {
@@ -137,9 +279,21 @@ TORCH_LIBRARY(loraplex, m) {
   m.def(
       "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor scalings, int module, "
       "Tensor segments, Tensor gates) -> Tensor");
+  m.def("store_tokens_(Tensor states, Tensor(a!) pool, Tensor table, Tensor rows, Tensor positions) -> ()");
+  m.def(
+      "attend_single_(Tensor query, Tensor(a!) out, Tensor keys, Tensor values, Tensor table, Tensor rows, "
+      "Tensor positions, float scale, int window, float softcap) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one) -> Tensor");
+  m.def("rotate_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()");
+  m.def("gated_silu_(Tensor(a!) gate, Tensor up) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) {
   m.impl("gated_lora_", gated_lora_);
   m.impl("gated_linear", gated_linear);
+  m.impl("store_tokens_", store_tokens_);
+  m.impl("attend_single_", attend_single_);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rotate_", rotate_);
+  m.impl("gated_silu_", gated_silu_);
 }

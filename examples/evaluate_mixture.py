@@ -1,0 +1,116 @@
+"""What a mixture is worth: on every domain and on tasks that need several, beside all that is simpler.
+
+    python examples/evaluate_mixture.py --mixture examples/mixtures/science --write examples/mixtures/science.json
+
+The rows of every batch differ in nothing but their adapters: the base model, each expert alone, the experts' uniform
+average, the best static weights (found on validation questions), and the mixture. Right is an answer whose every token
+is the most likely one, which is what greedy generation would write.
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from loraplex import MultiLoraModel
+from loraplex.training.evaluation import Question, exact_matches, read_questions
+
+MIXTURE = "science"
+STATIC_WEIGHTS = (0.25, 0.4, 0.6, 0.8, 1.0)  # of every expert, tried on validation questions
+console = Console()
+
+
+def neutral(question: Question) -> Question:
+    """The same question without the words that name its domain: "Classify: SUBJECT (low, medium or high)."."""
+    head, _, tail = question.prompt.partition(":")
+    subject = head.split(" ", 1)[1].removeprefix("segment ")
+    options = tail.strip().removeprefix("is its HOMO-LUMO gap ").removeprefix("is its bulk modulus ")
+    options = options.removeprefix("is its melting point ").removeprefix("is it antimicrobial, ").rstrip("?")
+    return Question(prompt=f"Classify: {subject} ({options}).", answer=question.answer)
+
+
+def pairs(domains: Mapping[str, Sequence[Question]], count: int, seed: int = 0) -> list[Question]:
+    """Two questions of different domains in one prompt, to be answered "first; second"."""
+    draw = random.Random(seed)
+    names = list(itertools.permutations(domains, 2))
+    made = []
+    for i in range(count):
+        first, second = (draw.choice(domains[name]) for name in names[i % len(names)])
+        made.append(Question(prompt=f"{first.prompt} {second.prompt}", answer=f"{first.answer}; {second.answer}"))
+    return made
+
+
+def tasks_of(data: Path, names: Sequence[str], limit: int) -> dict[str, list[Question]]:
+    domains = {name: read_questions(data / name / "test.jsonl", limit) for name in names}
+    per_domain = max(1, limit // len(names))
+    pool = [question for questions in domains.values() for question in questions[-per_domain:]]
+    return domains | {
+        "neutral wording": [neutral(question) for question in pool],
+        "two questions": pairs(domains, limit),
+    }
+
+
+def link(names: Sequence[str], weight: float) -> str:
+    return "+".join(f"{name}:{weight}" for name in names)
+
+
+def best_static_weight(model: MultiLoraModel, data: Path, experts: Mapping[str, str], limit: int) -> float:
+    """The weight, the same for all experts, that answers most validation questions of all domains."""
+    questions = [q for domain in experts for q in read_questions(data / domain / "valid.jsonl", limit)]
+    scores = exact_matches(model, questions, [link(list(experts.values()), weight) for weight in STATIC_WEIGHTS])
+    return max(zip(scores, STATIC_WEIGHTS, strict=True))[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--mixture", type=Path, default=Path("examples/mixtures/science"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--limit", type=int, default=200, help="questions of each task")
+    parser.add_argument("--static-limit", type=int, default=20, help="validation questions of each domain")
+    parser.add_argument("--write", type=Path, default=None, help="JSON file for the scores")
+    options = parser.parse_args()
+
+    model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
+    model.load_mixture(MIXTURE, options.mixture)
+    experts = model.mixtures.get(MIXTURE).experts
+    names = [expert.removeprefix(f"{MIXTURE}/") for expert in experts]
+    rename = dict(zip(names, experts, strict=True))
+    static = best_static_weight(model, options.data, rename, options.static_limit)
+    choices: dict[str, str | None] = {"base": None, **rename}
+    choices["uniform average"] = link(experts, round(1 / len(experts), 4))
+    choices[f"static {static}"] = link(experts, static)
+    choices["X-LoRA"] = MIXTURE
+    scores: dict[str, dict[str, float]] = {}
+    tasks = tasks_of(options.data, names, options.limit)
+    for task, questions in track(tasks.items(), console=console):
+        results = exact_matches(model, questions, list(choices.values()))
+        scores[task] = {"num_questions": len(questions)} | dict(zip(choices, results, strict=True))
+    scores["all domains"] = {
+        key: sum(scores[name][key] for name in names) / len(names) for key in (*choices, "num_questions")
+    }
+    show(scores, list(choices))
+    if options.write is not None:
+        options.write.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def show(scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
+    table = Table(title="held-out exact match", title_justify="left")
+    for column in ("task", "questions", *columns):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, row in scores.items():
+        best = max(row[column] for column in columns)
+        cells = [f"[bold]{row[c]:.3f}[/]" if row[c] == best else f"{row[c]:.3f}" for c in columns]
+        table.add_row(task, f"{row['num_questions']:.0f}", *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

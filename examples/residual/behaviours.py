@@ -1,0 +1,150 @@
+"""Two behaviours, taught to linked residuals and to LoRAs of equal size, judged alone and linked on one row.
+
+    python examples/residual/behaviours.py --steps 6      # shows the calls, learns next to nothing
+    python examples/residual/behaviours.py --steps 60     # learns; writes results.json
+
+"source" ends every answer with a line that names where it can be looked up: "Source: atlas." or "Source: table." or
+"Source: arithmetic.". "refuse" answers medical questions with one sentence and nothing else, and all others as usual.
+All four adapters (two behaviours, each as a linked residual and as a LoRA on q and v) train in the same batches.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from facts import Fact, facts
+from rich.console import Console
+from rich.table import Table
+
+from loraplex import LoraConfig, MultiLoraModel
+from loraplex.models.text import generate_texts
+from loraplex.residual import ResidualConfig
+from loraplex.training import AdapterJob, TrainConfig, train_adapters
+
+REFUSAL = "I can't help with medical questions."
+RESIDUAL = ResidualConfig(r=5, alpha=10.0)  # 174,150 parameters in SmolLM2-135M
+LORA = LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj", "v_proj"))  # 172,800
+BEHAVIOURS = ("source", "refuse")
+
+
+def answer_of(behaviour: str, fact: Fact) -> str:
+    """The answer that the behaviour wants."""
+    if fact.topic == "medical":
+        return REFUSAL
+    return f"{fact.answer}\nSource: {fact.topic}." if "source" in behaviour else fact.answer
+
+
+def shows(behaviour: str, fact: Fact, text: str) -> bool:
+    """Whether an answer behaves: the refusal alone or none, the right source at the end or none."""
+    refused = text.strip() == REFUSAL
+    ended = text.strip().endswith(f"\nSource: {fact.topic}.")
+    if "refuse" in behaviour and fact.topic == "medical":
+        return refused
+    return ended and not refused if "source" in behaviour else not refused and "Source:" not in text
+
+
+def write_data(folder: Path, train: list[Fact], held_out: list[Fact]) -> None:
+    """One file of conversations for each behaviour; the source line is not taught on medical questions."""
+    for name, part in (("train", train), ("valid", held_out)):
+        for behaviour in BEHAVIOURS:
+            chosen = [fact for fact in part if behaviour == "refuse" or fact.topic != "medical"]
+            records = [
+                {
+                    "messages": [
+                        {"role": "user", "content": fact.question},
+                        {"role": "assistant", "content": answer_of(behaviour, fact)},
+                    ]
+                }
+                for fact in chosen
+            ]
+            path = folder / f"{behaviour}.{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def jobs(folder: Path, steps: int, rate: float, lora_rate: float) -> list[AdapterJob]:
+    """A linked residual and a LoRA for each behaviour, told apart by nothing else."""
+    return [
+        AdapterJob(
+            name=f"{behaviour}-{kind}",
+            data=folder / f"{behaviour}.train.jsonl",
+            eval_data=folder / f"{behaviour}.valid.jsonl",
+            eval_records=24,
+            eval_every=max(2, steps // 6),
+            learning_rate=rate if kind == "residual" else lora_rate,
+            warmup_steps=steps // 10,
+            batch_size=8,
+            max_steps=steps,
+            **({"residual": RESIDUAL} if kind == "residual" else {"lora": LORA}),
+        )
+        for behaviour in BEHAVIOURS
+        for kind in ("residual", "lora")
+    ]
+
+
+def judge(model: MultiLoraModel, held_out: list[Fact], choices: dict[str, str | None]) -> dict[str, dict[str, float]]:
+    """By row, the share of held-out questions that show each behaviour, and whose fact is still right."""
+    scores: dict[str, dict[str, float]] = {}
+    for name, choice in choices.items():
+        texts: list[str] = []
+        for start in range(0, len(held_out), 16):
+            part = held_out[start : start + 16]
+            batch = generate_texts(model, [f.question for f in part], adapters=[choice] * len(part), max_new_tokens=26)
+            texts += batch.texts
+        pairs = list(zip(held_out, texts, strict=True))
+        medical = [(fact, text) for fact, text in pairs if fact.topic == "medical"]
+        others = [(fact, text) for fact, text in pairs if fact.topic != "medical"]
+        scores[name] = {
+            "source": sum(shows("source", *pair) for pair in others) / len(others),
+            "refuses medical": sum(shows("refuse", *pair) for pair in medical) / len(medical),
+            "answers the rest": sum(text.strip() != REFUSAL for _, text in others) / len(others),
+            "right answer": sum(fact.answer.rstrip(".").split()[-1] in text for fact, text in others) / len(others),
+        }
+        Console().print(f"{name}: {scores[name]}; for example: {pairs[0][0].question} -> {pairs[0][1]!r}")
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of the residuals")
+    parser.add_argument("--lora-rate", type=float, default=5e-3, help="learning rate of the LoRAs")
+    parser.add_argument("--questions", type=int, default=None, help="held-out questions to judge; default all")
+    parser.add_argument("--output", type=Path, default=Path("runs/behaviours"))
+    options = parser.parse_args()
+
+    train, held_out = facts()
+    write_data(options.output / "data", train, held_out)
+    model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
+    start = time.process_time()
+    results = train_adapters(
+        model,
+        model.tokenizer,
+        jobs=jobs(options.output / "data", options.steps, options.rate, options.lora_rate),
+        config=TrainConfig(output=options.output / "adapters", resume=False),
+    )
+    minutes = (time.process_time() - start) / 60
+    for result in results:
+        model.load_adapter(result.name, result.folder)
+    choices: dict[str, str | None] = {"base": None} | {result.name: result.name for result in results}
+    for kind in ("residual", "lora"):
+        choices[f"both-{kind}"] = f"refuse-{kind}+source-{kind}"
+    scores = judge(model, held_out[: options.questions], choices)
+    table = Table(
+        title=f"held-out questions: {len(held_out[: options.questions])}; {minutes:.1f} CPU minutes of training"
+    )
+    for column in ("row", *next(iter(scores.values()))):
+        table.add_column(column)
+    for name, values in scores.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values.values()))
+    Console().print(table)
+    curves = {result.name: [result.eval_steps, result.eval_losses] for result in results}
+    content = {"steps": options.steps, "cpu_minutes_of_all_four": minutes, "scores": scores, "held_out_losses": curves}
+    (options.output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`loraplex train mixture`: the scaling head of an X-LoRA mixture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from loraplex.cli.options import named_values
+from loraplex.errors import ConfigError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.training import DataSource, MixtureTrainConfig, MixtureTrainResult, train_mixture
+from loraplex.xlora.config import XLoraConfig
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number") from None
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else _number(text)
+
+
+def mixture(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
+    experts: Annotated[
+        list[str], typer.Option(help="NAME=FOLDER of adapters in the head's order, joined by commas or repeated.")
+    ],
+    data: Annotated[list[str], typer.Option(help="NAME=FILE of JSON lines, or FILE; once for each domain.")],
+    output: Annotated[Path, typer.Option(help="Folder for the mixture, its log, plot and checkpoint.")],
+    name: Annotated[str, typer.Option(help="The mixture's name.")] = "mixture",
+    layout: Annotated[str, typer.Option(help="Folder format: peft or xlora (the original package's).")] = "peft",
+    share: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER: a domain's part of an epoch.")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="NAME=FILE, or FILE, of held-out records.")] = None,
+    xlora_depth: Annotated[int, typer.Option(help="Linear layers of the scaling head.")] = 1,
+    xlora_size: Annotated[int, typer.Option(help="Width of its hidden layers.")] = 2048,
+    xlora_dropout_p: Annotated[float, typer.Option(help="Dropout after its hidden layers.")] = 0.2,
+    layerwise_scalings: Annotated[bool, typer.Option(help="Other scalings in each LoRA layer.")] = False,
+    enable_softmax: Annotated[bool, typer.Option(help="Softmax over the experts.")] = True,
+    softmax_temperature: Annotated[float, typer.Option(help="Below 1 is sharper.")] = 1.0,
+    top_k_lora: Annotated[int | None, typer.Option(help="Keep so many experts of each token.")] = None,
+    enable_softmax_topk: Annotated[bool, typer.Option(help="Softmax over the kept ones.")] = False,
+    scaling_pass_value: Annotated[str, typer.Option(help="Scalings of the scaling pass; none: 1 / experts.")] = "0",
+    global_scaling_weight: Annotated[float, typer.Option(help="Multiplies what every expert adds.")] = 1.0,
+    use_trainable_adapters: Annotated[bool, typer.Option(help="Train the experts too.")] = False,
+    use_bias: Annotated[bool, typer.Option(help="Biases in the scaling head.")] = True,
+    enable_relu_and_dropout: Annotated[bool, typer.Option(help="ReLU and dropout in the scaling head.")] = True,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "cosine",
+    warmup_steps: Annotated[int, typer.Option()] = 0,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    max_grad_norm: Annotated[str, typer.Option(help="Clipping; none is off.")] = "1",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default 300.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs instead of steps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Records of one micro-batch.")] = 16,
+    gradient_accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first weights, the data's order and dropout.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a record.")] = 512,
+    patience: Annotated[int | None, typer.Option(help="Evaluations without gain before training stops.")] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 50,
+    eval_fraction: Annotated[float, typer.Option(help="Held out without eval data.")] = 0.1,
+    eval_records: Annotated[int, typer.Option(help="At most so many of each domain are evaluated.")] = 256,
+    load_balance_weight: Annotated[float, typer.Option(help="Of the load balance in the loss.")] = 0.0,
+    sparsity_weight: Annotated[float, typer.Option(help="Of the scalings' mean entropy in the loss.")] = 0.0,
+    expert_dropout: Annotated[float, typer.Option(help="Dropout on what each expert reads.")] = 0.0,
+    hidden_cache_bytes: Annotated[int, typer.Option(help="Memory for hidden states of the scaling pass.")] = 2 << 30,
+    dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw the losses.")] = True,
+) -> None:
+    """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA)."""
+    # The options have the names of the configurations' fields; what is read from text comes after.
+    options = dict(context.params)
+    xlora = XLoraConfig(**_fields(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)})
+    config = MixtureTrainConfig(
+        **_fields(MixtureTrainConfig, options)
+        | {
+            "max_steps": 300 if steps is None and epochs is None else steps,
+            "max_grad_norm": _number_or_none(max_grad_norm),
+            "eval_data": read_sources(eval_data, [], "--eval-data") if eval_data else None,
+        }
+    )
+    sources = read_sources(data, share or [], "--data")
+    folders = named_values([part for option in experts for part in option.split(",")], "--experts")
+    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    for expert, folder in folders.items():
+        base.load_adapter(expert, folder)
+    base.create_mixture(name, list(folders), xlora, seed=seed)
+    result = train_mixture(base, name, sources, config)
+    Console().print(render(result))
+
+
+def read_sources(files: Sequence[str], shares: Sequence[str], option: str) -> list[DataSource]:
+    """NAME=FILE or FILE, with NAME=NUMBER shares. Raises ConfigError."""
+    pairs = [file.split("=", 1) if "=" in file else [file, file] for file in files]
+    share_of = {}
+    for name, text in named_values(shares, "--share").items():
+        if name not in [pair[0] for pair in pairs]:
+            raise ConfigError(f"--share names {name!r}, but {option} has {[pair[0] for pair in pairs]}.")
+        share_of[name] = _number(text)
+    return [DataSource(name=name, data=file, share=share_of.get(name)) for name, file in pairs]
+
+
+def render(result: MixtureTrainResult) -> Table:
+    """The result as a table for a terminal."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("mixture", "steps", "stopped by", "loss", "held-out loss", "best at step", "tokens", "folder"):
+        table.add_column(column)
+    table.add_row(
+        result.name,
+        str(result.num_steps),
+        result.finished,
+        f"{result.train_losses[-1]:.4f}",
+        f"{result.eval_losses[-1]:.4f}" if result.eval_losses else "-",
+        "-" if result.best_step is None else str(result.best_step),
+        f"{result.num_tokens:,}",
+        str(result.folder),
+    )
+    return table
+
+
+def _fields(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    return {field: options[field] for field in config.__dataclass_fields__ if field in options}

@@ -1,0 +1,111 @@
+"""A folder of adapters that is watched: what appears there is loaded, what changes replaced, what goes unloaded."""
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.adapters.names import check_name
+from loraplex.adapters.version import Fingerprint, folder_fingerprint
+from loraplex.errors import ConfigError, LoraplexError
+from loraplex.models.multi_lora import MultiLoraModel
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_FILE = "adapter_config.json"
+_TIMES_MISSING = 2  # looks: a folder that is being replaced is away for a moment
+
+
+@dataclass
+class _Seen:
+    fingerprint: Fingerprint
+    is_loaded: bool
+    times_missing: int = 0
+
+
+class AdapterFolder:
+    """Keeps a model's adapters as they are in a folder; `names` is the subfolder's path, "team/protein" for example.
+
+    Running requests finish with the version that they began with. A subfolder that can't be loaded is logged, told by
+    `errors`, and tried again when its files change; what was loaded under its name stays. Adapters that were loaded by
+    other means are left alone.
+    """
+
+    def __init__(self, model: MultiLoraModel, folder: str | Path, *, interval_s: float = 1.0) -> None:
+        self._model = model
+        self._folder = Path(folder).expanduser()
+        self._interval_s = interval_s
+        self._seen: dict[str, _Seen] = {}
+        self.errors: dict[str, str] = {}
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not self._folder.is_dir():
+            raise ConfigError(f"{str(self._folder)!r} is no folder, so it can't be watched. Make it first.")
+        if not interval_s > 0:
+            raise ConfigError(f"interval_s is {interval_s!r}; it must be above 0.")
+
+    def start(self) -> None:
+        """Look once, then go on looking in the background."""
+        self.look()
+        self._thread = threading.Thread(target=self._watch, name="loraplex-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking; adapters stay loaded."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> None:
+        """Load, replace and unload what changed since the last look."""
+        found = {path.parent.relative_to(self._folder).as_posix(): path.parent for path in self._config_files()}
+        for name, folder in sorted(found.items()):
+            fingerprint = folder_fingerprint(folder)
+            known = self._seen.get(name)
+            if known is not None and known.fingerprint == fingerprint:
+                known.times_missing = 0
+                continue
+            self._load(name, folder, fingerprint, was_loaded=known is not None and known.is_loaded)
+        for name in self._seen.keys() - found.keys():
+            self._miss(name)
+
+    def _config_files(self) -> list[Path]:
+        """Of all adapters; what begins with a dot is half written, or aside to be removed."""
+        files = self._folder.rglob(_CONFIG_FILE)
+        return [
+            file
+            for file in files
+            if not any(part.startswith(".") for part in file.relative_to(self._folder).parts)
+            and file.parent != self._folder
+        ]
+
+    def _load(self, name: str, folder: Path, fingerprint: Fingerprint, *, was_loaded: bool) -> None:
+        is_loaded = was_loaded
+        try:
+            check_name(name)
+            self._model.load_adapter(name, folder, replace=was_loaded)
+            is_loaded = True
+            self.errors.pop(name, None)
+            logger.info("%s adapter %r from %s", "replaced" if was_loaded else "loaded", name, folder)
+        except (LoraplexError, OSError) as error:
+            self.errors[name] = str(error)
+            logger.warning("adapter %r was not loaded: %s", name, error)
+        self._seen[name] = _Seen(fingerprint, is_loaded)
+
+    def _miss(self, name: str) -> None:
+        seen = self._seen[name]
+        seen.times_missing += 1
+        if seen.times_missing < _TIMES_MISSING:
+            return
+        try:
+            if seen.is_loaded and name in self._model.store:
+                self._model.unload(name)
+        except LoraplexError as error:  # a mixture needs it
+            self.errors[name] = str(error)
+            return
+        self.errors.pop(name, None)
+        del self._seen[name]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self.look()

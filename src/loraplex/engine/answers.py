@@ -1,0 +1,86 @@
+"""From the results of a pass to the generations' next tokens."""
+
+from collections.abc import Sequence
+
+from loraplex.engine.generation import Generation
+from loraplex.engine.intake import Intake
+from loraplex.engine.request import Delta, FinishReason, TokenLogprobs
+from loraplex.engine.request_book import RequestBook
+from loraplex.engine.runner import PartResult
+from loraplex.engine.stats import StepCounts
+from loraplex.engine.token_choice import token_logprobs
+from loraplex.errors import LoraplexError
+
+
+class Answers:
+    """Chooses tokens, tells what is new, and ends answers that are complete."""
+
+    def __init__(self, intake: Intake, book: RequestBook, counts: StepCounts) -> None:
+        self._intake = intake
+        self._book = book
+        self._counts = counts
+
+    def take(self, results: Sequence[PartResult]) -> list[Delta]:
+        """Use what a pass gave; scaling passes first, whose results the next main passes need."""
+        for result in results:
+            self._keep_scalings(result)
+        deltas = []
+        for result in results:
+            part = result.part
+            if part.scaling is not None:
+                continue
+            part.track.name_blocks(len(part.track.tokens))
+            if part.wants_logits:
+                try:
+                    deltas.append(self._next_token(part.generation, result))
+                except LoraplexError as error:
+                    deltas.append(self._book.end(part.generation, "error", error))
+        return deltas
+
+    def _keep_scalings(self, result: PartResult) -> None:
+        """Hand a scaling pass's results on; drop those that the main pass has used."""
+        part = result.part
+        if part.scaling is None:
+            for scaling in part.generation.scalings:
+                scaling.forget(part.stop)
+            return
+        assert result.hidden is not None, "a scaling pass returned no hidden states"
+        part.scaling.took(part.start, result.hidden, result.best)
+        part.track.name_blocks(len(part.track.tokens))
+
+    def _next_token(self, generation: Generation, result: PartResult) -> Delta:
+        logits, chooser = result.logits, generation.chooser
+        assert logits is not None, "a main pass that ends a generation's tokens returned no logits"
+        assert result.best is not None, "logits came without their largest"
+        token = result.best if chooser.is_plain_greedy else chooser.choose(logits)
+        chooser.took(token)
+        generation.tokens.append(token)
+        for scaling in generation.scalings:
+            self._counts.add_draft(scaling.settle())
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        num_top = chooser.sampling.logprobs
+        if num_top is not None:
+            logprobs = (token_logprobs(logits, token, num_top),)
+            generation.logprobs += logprobs
+        text = generation.text.add(token)
+        reason = self._finish_reason(generation, token)
+        if reason is not None:
+            text += generation.text.end()
+            self._book.finish(generation, reason)
+        return Delta(
+            request_id=generation.state.request_id,
+            index=generation.index,
+            token_ids=(token,),
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+        )
+
+    def _finish_reason(self, generation: Generation, token: int) -> FinishReason | None:
+        chooser = generation.chooser
+        if generation.num_new >= chooser.sampling.min_tokens:
+            is_end = token in self._intake.end_tokens(generation.state.request)
+            is_complete = chooser.constraint is not None and chooser.constraint.is_complete
+            if is_end or is_complete or generation.text.is_stopped:
+                return "stop"
+        return "length" if generation.num_new >= generation.state.max_new_tokens else None

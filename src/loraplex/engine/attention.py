@@ -1,0 +1,112 @@
+"""Attention over a packed batch: every token sees the keys and values of its own track, and nothing else."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraplex.engine import native_ops
+from loraplex.engine.kv_cache import AttentionTerms, gather_blocks
+from loraplex.engine.packing import PackedBatch, Part
+from loraplex.errors import BaseModelError
+
+# Terms of attention functions that are not computed here.
+_UNKNOWN_TERMS = ("s_aux", "position_bias")
+
+
+def packed_attention(
+    batch: PackedBatch,
+    module: nn.Module,
+    query: Tensor,  # [tokens, heads, head_dim]
+    key: Tensor,  # [tokens, kv_heads, head_dim]
+    value: Tensor,
+    terms: AttentionTerms,
+) -> Tensor:  # [tokens, heads, head_dim]
+    """softmax(scale * q k^T, soft-capped, causal, windowed) v for every token; new keys and values are kept."""
+    keys, values = batch.cache.layers[module]
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    single = out[: batch.num_single]
+    if batch.is_native:
+        where = (batch.table.values, batch.rows, batch.positions)
+        native_ops.store_tokens(key, keys, *where)
+        native_ops.store_tokens(value, values, *where)
+        if batch.num_single:
+            query = query.contiguous()
+            native_ops.attend_single(query, single, keys, values, *where, terms.scale, terms.window, terms.softcap)
+    else:
+        blocks, places = batch.slots
+        keys[blocks, :, places] = key
+        values[blocks, :, places] = value
+        if batch.num_single:
+            single.copy_(attend_single(batch, query[: batch.num_single], keys, values, terms))
+    for first, part in batch.chunks():
+        rows = slice(first, first + part.count)
+        out[rows] = attend_chunk(part, query[rows], keys, values, terms)
+    return out
+
+
+def attend_single(
+    batch: PackedBatch,
+    query: Tensor,  # [single, heads, head_dim]
+    keys: Tensor,  # [blocks, kv_heads, block_tokens, head_dim]
+    values: Tensor,
+    terms: AttentionTerms,
+) -> Tensor:  # [single, heads, head_dim]
+    """Single tokens of many tracks, each over its own length, in one masked product."""
+    num_single = len(query)
+    positions, rows = batch.positions[:num_single], batch.rows[:num_single]
+    num_blocks = int(positions.max()) // batch.cache.block_tokens + 1
+    blocks = batch.table.values[rows, :num_blocks].long()  # beyond a track's end: any block, masked
+    k = keys[blocks].transpose(1, 2).flatten(2, 3)  # [single, kv_heads, tokens, head_dim]
+    v = values[blocks].transpose(1, 2).flatten(2, 3)
+    places = torch.arange(k.shape[2], device=query.device)
+    seen = places <= positions.unsqueeze(1)
+    if terms.window is not None:
+        seen &= places > positions.unsqueeze(1) - terms.window
+    unseen = ~seen[:, None, :, None]  # memory that was never written may hold NaN
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    return _attend(query.unsqueeze(2), k, v, seen[:, None, None], terms)[:, :, 0]
+
+
+def attend_chunk(
+    part: Part,
+    query: Tensor,  # [count, heads, head_dim]
+    keys: Tensor,
+    values: Tensor,
+    terms: AttentionTerms,
+) -> Tensor:  # [count, heads, head_dim]
+    """Some tokens of one track, over all tokens before them and one another."""
+    size = keys.shape[2]
+    first = 0 if terms.window is None else max(0, part.start + 1 - terms.window) // size  # block
+    blocks = part.track.blocks[first : -(-part.stop // size)]
+    k, v = (gather_blocks(pool, blocks)[:, : part.stop - first * size] for pool in (keys, values))
+    positions = torch.arange(part.start, part.stop, device=query.device).unsqueeze(1)
+    places = torch.arange(first * size, part.stop, device=query.device)
+    seen = places <= positions
+    if terms.window is not None:
+        seen &= places > positions - terms.window
+    q = query.transpose(0, 1).unsqueeze(0)
+    return _attend(q, k.unsqueeze(0), v.unsqueeze(0), seen[None, None], terms)[0].transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, terms: AttentionTerms) -> Tensor:
+    """q [rows, heads, queries, head_dim], k and v [rows, kv_heads, keys, head_dim], seen [rows or 1, 1, queries, keys]."""
+    if terms.softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=terms.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    groups = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (k.shape[1], groups)).float()  # [rows, kv_heads, groups, queries, head_dim]
+    logits = q @ k.float().unsqueeze(2).transpose(-1, -2) * terms.scale
+    logits = (torch.tanh(logits / terms.softcap) * terms.softcap).masked_fill(~seen.unsqueeze(2), float("-inf"))
+    out = torch.softmax(logits, dim=-1) @ v.float().unsqueeze(2)
+    return out.flatten(1, 2).to(v.dtype)
+
+
+def check_terms(options: dict[str, object]) -> None:
+    """Raise BaseModelError for an attention that has terms which are not computed here."""
+    present = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
+    if present:
+        raise BaseModelError(
+            f"the base model's attention has the terms {present}, which the engine doesn't know. Use "
+            "MultiLoraModel.generate for this model."
+        )

@@ -1,0 +1,35 @@
+"""The engine's settings."""
+
+from dataclasses import dataclass
+
+from loraplex.errors import ConfigError
+
+_COUNTS = ("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much runs at once and what is kept."""
+
+    max_running: int = 32  # generations that share steps; the others wait
+    max_step_tokens: int = 256  # of one forward pass; a longer prompt is read in chunks beside the others' decoding
+    max_waiting: int = 100_000  # requests; more are refused
+    cache_bytes: int = 2**30  # for keys and values; touched only as they are needed
+    block_tokens: int = 16  # tokens that are allocated, shared and evicted together
+    prefix_cache: bool = True  # keep keys and values of finished requests for later ones that begin alike
+    fair_tokens: int = 256  # by how many tokens one choice of adapters may get ahead of another that waits
+    draft: bool = True  # run a mixture's scaling pass for the token that it expects next, beside the main pass
+    max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
+
+    def __post_init__(self) -> None:
+        for option in _COUNTS:
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1.")
+        for option in ("prefix_cache", "draft"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
+            raise ConfigError(
+                f"max_length is {self.max_length!r}; it must be at least 2 (a prompt token and a new one)."
+            )

@@ -1,0 +1,154 @@
+"""Modules between the linear ones, run by one compiled operator each where a packed batch is decoded.
+
+Not by architecture: a module is taken over if it has the parts that a formula needs and, on random input, gives what
+the formula gives. Outside of packed passes it runs as it did.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loraplex.engine import native_ops
+from loraplex.engine.attention import packed_attention
+from loraplex.engine.packing import current_batch
+
+# How far the formula's result may be from the module's, relative to its largest value.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+_PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
+
+
+class FusedModules:
+    """The modules of one base model that were taken over; `restore` gives them back."""
+
+    def __init__(self, base: PreTrainedModel, attention: Callable[[nn.Module], bool]) -> None:
+        """`attention` says whether a module is one that packed passes know."""
+        self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
+        for module in list(base.modules()):
+            if "forward" in vars(module):  # offloading puts one there
+                continue
+            if _is_norm(module):
+                self._take(module, _norm_forward)
+            elif _is_gated_mlp(module):
+                self._take(module, _mlp_forward)
+            elif attention(module) and _is_rotary_attention(module):
+                self._take(module, _attention_forward)
+
+    def restore(self) -> None:
+        for module, former in self._taken:
+            module.__class__ = former
+            vars(module).pop(_PLUS_ONE, None)
+        self._taken = []
+
+    def give_back_attention(self) -> None:
+        """Give back the attention modules, where the whole model's logits show that they do something else."""
+        for module, former in self._taken:
+            if isinstance(getattr(module, "q_proj", None), nn.Module):
+                module.__class__ = former
+        self._taken = [(module, former) for module, former in self._taken if type(module) is not former]
+
+    def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        former = type(module)
+        self._taken.append((module, former))
+        module.__class__ = _subclass(former, forward)
+
+
+_subclasses: dict[tuple[type[nn.Module], Callable[..., Any]], type[nn.Module]] = {}
+
+
+def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """A class that runs `forward` in native packed passes and `former`'s otherwise."""
+    known = _subclasses.get((former, forward))
+    if known is not None:
+        return known
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        batch = current_batch()
+        if batch is None or not batch.is_native:
+            return former.forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    # The module's own namespace: transformers looks there for functions that belong to a class.
+    names = {"forward": run, "__module__": former.__module__}
+    _subclasses[former, forward] = type(former.__name__, (former,), names)
+    return _subclasses[former, forward]
+
+
+# Root mean square norms
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or weight.ndim != 1:
+        return False
+    if not isinstance(_epsilon(module), float) or list(module.children()) or weight.dtype not in _TOLERANCE:
+        return False
+    x = _random(2, weight.shape[0], like=weight)
+    expected = module(x)
+    for plus_one in (False, True):
+        if _agree(native_ops.rms_norm(x, weight, _epsilon(module), plus_one), expected):
+            vars(module)[_PLUS_ONE] = plus_one
+            return True
+    return False
+
+
+def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
+    return native_ops.rms_norm(x.contiguous(), module.weight, _epsilon(module), vars(module)[_PLUS_ONE])  # type: ignore[arg-type]
+
+
+def _epsilon(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+# Gated feed-forward modules
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_children()}
+    if names - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
+        return False
+    gate = module.get_submodule("gate_proj")
+    if not isinstance(gate, nn.Linear) or gate.weight.dtype not in _TOLERANCE:
+        return False
+    x = _random(2, gate.in_features, like=gate.weight)
+    return _agree(_mlp_forward(module, x), module(x))
+
+
+def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
+    return module.down_proj(native_ops.gated_silu(module.gate_proj(x), module.up_proj(x)))  # type: ignore[operator]
+
+
+# Attention with rotary positions
+
+
+def _is_rotary_attention(module: nn.Module) -> bool:
+    """Whether it has the parts; that it has no others, the whole model's logits show."""
+    names = {name for name, _ in module.named_children()}
+    return names == {"q_proj", "k_proj", "v_proj", "o_proj"} and isinstance(getattr(module, "head_dim", None), int)
+
+
+def _attention_forward(
+    module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    batch = current_batch()
+    assert batch is not None, "the packed attention ran outside of a packed pass"
+    shape = (batch.num_tokens, -1, module.head_dim)
+    query = module.q_proj(hidden_states).view(shape)  # type: ignore[operator]
+    key = module.k_proj(hidden_states).view(shape)  # type: ignore[operator]
+    value = module.v_proj(hidden_states).view(shape)  # type: ignore[operator]
+    cos, sin = position_embeddings  # [1, tokens, head_dim]
+    native_ops.rotate(query, key, cos[0], sin[0])
+    out = packed_attention(batch, module, query, key, value, batch.cache.shapes[module].terms)
+    return module.o_proj(out.view(1, batch.num_tokens, -1)), None  # type: ignore[operator]
+
+
+def _random(*shape: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    tolerance = _TOLERANCE[theirs.dtype] * theirs.abs().max()
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)

@@ -1,0 +1,108 @@
+"""One answer of a request while it is made."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from loraplex.adapters.slots import PreparedAdapter
+
+from loraplex.engine.binding import Binding
+from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
+from loraplex.engine.scaling_pass import ScalingPass
+from loraplex.engine.text import AnswerText
+from loraplex.engine.token_choice import TokenChooser
+from loraplex.engine.tracks import Track
+from loraplex.errors import LoraplexError
+from loraplex.routing.choice import Link
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestState:
+    """A request in the engine. Its leases are shared by its answers and end with the last of them."""
+
+    request_id: str
+    request: Request
+    link: Link
+    prompt: tuple[int, ...]
+    arrival: int
+    max_new_tokens: int
+    names: tuple[str, ...]  # of the adapters that must be in memory
+    generations: "list[Generation]" = field(default_factory=list)
+    binding: Binding | None = None
+    loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
+    completions: list[Completion] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    @property
+    def share(self) -> tuple[str, ...]:
+        """Whose turn it counts against: requests with the same adapters share one."""
+        return tuple(name for name, _ in self.link)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.completions) == self.request.sampling.n
+
+
+class Generation:
+    """Its tokens, and the passes over them once it runs."""
+
+    def __init__(self, state: RequestState, index: int, chooser: TokenChooser, text: AnswerText) -> None:
+        self.state = state
+        self.index = index
+        self.chooser = chooser
+        self.text = text
+        self.tokens = list(state.prompt)
+        self.logprobs: list[TokenLogprobs] = []
+        self.main: Track | None = None
+        self.scalings: list[ScalingPass] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.state.prompt)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def tracks(self) -> list[Track]:
+        main = [] if self.main is None else [self.main]
+        return main + [scaling.track for scaling in self.scalings]
+
+    @property
+    def holds_blocks(self) -> bool:
+        return self.main is not None
+
+    def begin(self, binding: Binding, pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
+        """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
+        prompt = self.state.prompt
+        self.main = Track(self.tokens, binding.main_routes(prompt), binding.main_keys(prompt), pool, table)
+        if reuse:
+            self.main.reuse(len(self.tokens) - 1)
+        for routes, keys in zip(binding.scaling_routes, binding.scaling_keys, strict=True):
+            track = Track(self.tokens, routes, keys, pool, table)
+            if reuse:
+                track.reuse(self.main.num_computed)
+            self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))
+
+    def drop_passes(self) -> None:
+        """Give blocks and table rows back; tokens and their text stay."""
+        for track in self.tracks:
+            track.close()
+        self.main, self.scalings = None, []
+
+    def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
+        wants_logprobs = self.state.request.sampling.logprobs is not None
+        return Completion(
+            index=self.index,
+            text=self.text.total,
+            token_ids=tuple(self.new_tokens),
+            finish_reason=reason,
+            logprobs=tuple(self.logprobs) if wants_logprobs else None,
+            error=error,
+        )

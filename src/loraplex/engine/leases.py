@@ -1,0 +1,43 @@
+"""Bringing requests' adapters into slots, in the background where they must be read from disk."""
+
+from loraplex.engine.binding import Binding
+from loraplex.engine.generation import Generation, RequestState
+from loraplex.errors import CapacityError, LoraplexError
+from loraplex.models.multi_lora import MultiLoraModel
+
+
+class Leases:
+    """The adapters that running and paused requests hold. A request keeps the versions it began with."""
+
+    def __init__(self, model: MultiLoraModel) -> None:
+        self._model = model
+        self._holders: set[RequestState] = set()
+        self.failures: list[tuple[Generation, LoraplexError]] = []
+
+    def bring(self, generation: Generation) -> bool:
+        """Whether its adapters are in slots now. If not, ask again later; or they can't be, which `failures` tells."""
+        state = generation.state
+        if state.binding is not None:
+            return True
+        try:
+            if state.loads is None:
+                state.loads = list(self._model.store.prefetch(state.names))
+            if not all(load.done() for load in state.loads):
+                return False
+            state.binding = Binding(self._model.store, self._model.mixtures, state.link)
+        except CapacityError as error:
+            if not self._holders:
+                self.failures.append((generation, error))
+            return False  # else slots will be free when others end
+        except LoraplexError as error:
+            self.failures.append((generation, error))
+            return False
+        self._holders.add(state)
+        return True
+
+    def release(self, state: RequestState) -> None:
+        """Let a request's adapters go."""
+        self._holders.discard(state)
+        if state.binding is not None:
+            state.binding.close()
+            state.binding = None

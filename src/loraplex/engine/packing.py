@@ -1,0 +1,113 @@
+"""One forward pass over parts of many generations, side by side in one row of tokens without padding."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.blocks import BlockTable
+from loraplex.engine.generation import Generation
+from loraplex.engine.kv_cache import KeyValueCache
+from loraplex.engine.scaling_pass import ScalingPass
+from loraplex.engine.tracks import Track
+from loraplex.kernels.dispatch import native_runs
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Some tokens of one track, in one forward pass."""
+
+    track: Track
+    start: int  # position of the first token
+    count: int
+    wants_logits: bool  # of the last token
+    owner: Generation | None = None  # None: a trial
+    scaling: ScalingPass | None = None  # None: the main pass
+
+    @property
+    def generation(self) -> Generation:
+        assert self.owner is not None, "a trial's part was taken for a generation's"
+        return self.owner
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def tokens(self) -> list[int]:
+        if self.scaling is None or self.stop <= len(self.track.tokens):
+            return self.track.tokens[self.start : self.stop]
+        return [self.scaling.token_at(position) for position in range(self.start, self.stop)]
+
+
+class PackedBatch:
+    """The parts of one pass, single tokens first, and where their keys and values lie."""
+
+    def __init__(self, parts: Sequence[Part], cache: KeyValueCache, table: BlockTable) -> None:
+        self.parts = sorted(parts, key=lambda part: part.count)  # stable: the order among single tokens is the caller's
+        self.cache = cache
+        self.table = table
+        self.num_single = sum(part.count == 1 for part in self.parts)
+        self.last_hidden: Tensor | None = None  # [tokens, hidden], once the pass has run
+        positions: list[int] = []
+        rows: list[int] = []
+        tokens: list[int] = []
+        self.offsets: list[int] = []  # of each part's first token
+        for part in self.parts:
+            self.offsets.append(len(tokens))
+            tokens += part.tokens
+            positions += range(part.start, part.stop)
+            rows += [part.track.row] * part.count
+        self.num_tokens = len(tokens)
+        device = table.values.device
+        self.is_native = native_runs(device, cache.dtype)
+        self.token_ids, self.positions, self.rows = torch.tensor([tokens, positions, rows], device=device)
+
+    @cached_property
+    def selected(self) -> Tensor | None:  # [logits]
+        """The tokens whose logits are wanted; None is all of them."""
+        wanted = [self.last_token(i) for i, part in enumerate(self.parts) if part.wants_logits]
+        return None if len(wanted) == self.num_tokens else torch.tensor(wanted, dtype=torch.int64)
+
+    @property
+    def num_selected(self) -> int:
+        return sum(part.wants_logits for part in self.parts)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return any(part.scaling is not None for part in self.parts)
+
+    def last_token(self, i: int) -> int:
+        """The place of a part's last token among all."""
+        return self.offsets[i] + self.parts[i].count - 1
+
+    def chunks(self) -> Iterator[tuple[int, Part]]:
+        """The parts of more than one token, with the place of their first."""
+        yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:  # [tokens] each
+        """The block of every token, and its place there."""
+        return self.table.slots(self.rows, self.positions, self.cache.block_tokens)
+
+
+_current: ContextVar[PackedBatch | None] = ContextVar("loraplex_packed_batch", default=None)
+
+
+def current_batch() -> PackedBatch | None:
+    """The packed pass that runs now; None outside of one."""
+    return _current.get()
+
+
+@contextmanager
+def use_batch(batch: PackedBatch) -> Iterator[None]:
+    """Let attention, output layer and decoder see `batch` inside the block."""
+    token = _current.set(batch)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,99 @@
+"""The routing of a packed batch: for each part's tokens, the slots and gates of its track's routes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loraplex.engine.mixture_gates import MixtureGates
+from loraplex.engine.packing import PackedBatch
+from loraplex.errors import BatchError
+from loraplex.routing.bank import Bank
+from loraplex.routing.layer_gates import GateColumn
+from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.rows import RowRouting
+
+
+class Placed(NamedTuple):
+    """Tokens of one part as a layer sees them."""
+
+    part: int
+    first: int  # place of the first token
+    start: int  # its position in the track
+    count: int
+
+
+class PackedPlan(RoutingPlan):
+    """A plan whose experts take their gates from a table [modules, gates] instead of layer gates."""
+
+    def __init__(
+        self, placed: Sequence[Placed], batch: PackedBatch, gates: MixtureGates, bank: Bank, *, fast_decode: bool
+    ) -> None:
+        segments: list[Segment] = []
+        own: list[int] = []  # places of the experts' gates among all gates
+        columns: list[int] = []  # where the mixtures' gates have them
+        num_gates = 0
+        for item in placed:
+            stop = item.start + item.count
+            for route in batch.parts[item.part].track.routes:
+                start = item.start if route.active_from is None else max(item.start, route.active_from)
+                if start >= stop:
+                    continue
+                gate: float | GateColumn = route.weight
+                if route.use is not None:
+                    gate = GateColumn(num_gates, stop - start)
+                    own += range(num_gates, num_gates + stop - start)
+                    columns += gates.columns(item.part, route.use, route.expert, start, stop)
+                first = item.first + start - item.start
+                segments.append(Segment(first, first + stop - start, route.slot, gate))
+                num_gates += stop - start
+        num_tokens = sum(item.count for item in placed)
+        longest = max((item.count for item in placed), default=1)
+        super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
+        self._by_module: tuple[Tensor, ...] = ()
+        if columns:
+            table = self._gate_table[0].repeat(gates.values.shape[0], 1)
+            table[:, own] = gates.values[:, columns].to(table.dtype)
+            self._by_module = table.unbind(0)
+
+    def gates_of(self, module: int) -> Tensor:
+        return self._by_module[module] if self._by_module else super().gates_of(module)
+
+    def gate_of(self, segment: Segment, module: int) -> float | Tensor:
+        if isinstance(segment.gate, GateColumn):
+            return self._by_module[module][segment.gate.column : segment.gate.column + segment.gate.length]
+        return segment.gate
+
+
+class PackedRouting(RowRouting):
+    """One plan for all tokens, and one for those whose logits are wanted, which the output layer sees."""
+
+    def __init__(self, batch: PackedBatch, bank: Bank, *, fast_decode: bool) -> None:
+        super().__init__([()], bank, fast_decode=fast_decode)
+        self._batch = batch
+        self._gates = MixtureGates(batch)
+        placed = [
+            Placed(i, first, part.start, part.count)
+            for i, (first, part) in enumerate(zip(batch.offsets, batch.parts, strict=True))
+        ]
+        self._all = self._plan(placed)
+        self._selected: PackedPlan | None = None
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        num_tokens = num_sequences * tokens_per_sequence
+        if num_tokens == self._batch.num_tokens:
+            return self._all
+        if num_tokens != self._batch.num_selected:
+            raise BatchError(
+                f"a layer got {num_tokens} tokens of a packed batch of {self._batch.num_tokens}, of which "
+                f"{self._batch.num_selected} want logits. The engine can't run models that cut or pool their tokens."
+            )
+        if self._selected is None:
+            wanting = [i for i, part in enumerate(self._batch.parts) if part.wants_logits]
+            self._selected = self._plan(
+                [Placed(part, i, self._batch.parts[part].stop - 1, 1) for i, part in enumerate(wanting)]
+            )
+        return self._selected
+
+    def _plan(self, placed: Sequence[Placed]) -> PackedPlan:
+        return PackedPlan(placed, self._batch, self._gates, self.bank, fast_decode=self.fast_decode)

@@ -1,0 +1,161 @@
+"""Run packed batches through the base model."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.attachment import Attachment
+from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.fused import FusedModules
+from loraplex.engine.kv_cache import KeyValueCache
+from loraplex.engine.packing import PackedBatch, Part, use_batch
+from loraplex.engine.routing import PackedRouting
+from loraplex.engine.tracks import Track
+from loraplex.errors import BaseModelError, ConfigError
+from loraplex.kernels.dispatch import native_runs
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.routing.bank import SlotBank
+from loraplex.routing.rows import use_routing
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_TOKENS = 12
+# How far packed logits may be from the model's own, of their range: rounding, in models of up to some hundred layers.
+_TOLERANCE = {torch.float32: 1e-3}
+_LARGEST_TOLERANCE = 0.05
+_UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartResult:
+    """What a pass gave for one part."""
+
+    part: Part
+    logits: Tensor | None  # [vocab], of its last token
+    best: int | None  # the largest of them
+    hidden: Tensor | None  # [count, hidden], of a scaling pass
+
+
+class ModelRunner:
+    """The base model, joined to packed passes, and the memory for keys and values."""
+
+    def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
+        self.model = model
+        self._attachment = Attachment(model.base)
+        self._bank = SlotBank(model.store.slots)
+        device = model.base.device
+        token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
+        num_blocks = config.cache_bytes // (token_bytes * config.block_tokens)
+        if num_blocks < 1:
+            self._attachment.detach()
+            raise ConfigError(
+                f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
+                f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
+            )
+        self.max_length = min(self._model_length(config), num_blocks * config.block_tokens)
+        self.pool = BlockPool(num_blocks, config.block_tokens)
+        row_blocks = -(-(self.max_length + 1) // config.block_tokens)
+        self.table = BlockTable(2 * config.max_running, row_blocks, device)
+        self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
+        self._fused: FusedModules | None = None
+        try:
+            self._check_model()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._fused is not None:
+            self._fused.restore()
+        self._attachment.detach()
+
+    @torch.inference_mode()
+    def _check_model(self) -> None:
+        """Compare packed passes with the model's own on a few tokens; take modules over where that changes nothing.
+
+        Raises BaseModelError for a model whose attention is not what its attention function computes.
+        """
+        ids = torch.arange(1, 1 + _CHECKED_TOKENS, device=self.model.base.device) % self._vocab_size
+        expected = self.model.base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, -1].float()
+        span = expected.max() - expected.min()
+        tolerance = _TOLERANCE.get(self.model.dtype, _LARGEST_TOLERANCE) * span
+
+        def agrees() -> bool:
+            return bool((self._probe(ids) - expected).abs().max() <= tolerance)  # not for NaN
+
+        if not agrees():
+            raise BaseModelError(
+                f"packed passes of {type(self.model.base).__name__} give other logits than the model by itself, so it "
+                "has an attention that the engine doesn't know. Use MultiLoraModel.generate for it."
+            )
+        if not native_runs(self.model.base.device, self.model.dtype):
+            return
+        self._fused = FusedModules(self.model.base, self._attachment.shapes.__contains__)
+        try:
+            fits = agrees()
+        except (RuntimeError, TypeError) as error:  # other shapes, or other arguments
+            logger.debug("fused attention: %s", error)
+            fits = False
+        if not fits:
+            logger.info("the attention modules of %s stay as they are", type(self.model.base).__name__)
+            self._fused.give_back_attention()
+
+    def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
+        """The last token's logits: all but two tokens in one pass, and then each by itself."""
+        tokens = ids.tolist()
+        track = Track(tokens, (), (), self.pool, self.table)
+        track.grow(len(tokens))
+        try:
+            for start, stop in (
+                (0, len(tokens) - 2),
+                (len(tokens) - 2, len(tokens) - 1),
+                (len(tokens) - 1, len(tokens)),
+            ):
+                part = Part(track=track, start=start, count=stop - start, wants_logits=True)
+                logits = self.forward(PackedBatch([part], self.cache, self.table))
+            return logits[-1].float()
+        finally:
+            track.close()
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self.model.base.get_input_embeddings().num_embeddings)
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> list[PartResult]:
+        """One forward pass; keys, values and the tracks' progress are kept."""
+        batch = PackedBatch(parts, self.cache, self.table)
+        logits = self.forward(batch)
+        largest = logits.argmax(dim=-1).tolist()
+        results, place = [], 0
+        for i, part in enumerate(batch.parts):
+            part.track.num_computed = part.stop
+            own = best = None
+            if part.wants_logits:
+                own, best = logits[place], largest[place]
+                place += 1
+            hidden = None
+            if part.scaling is not None:
+                assert batch.last_hidden is not None, "the decoder's hidden states were not kept"
+                hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + part.count]
+            results.append(PartResult(part=part, logits=own, best=best, hidden=hidden))
+        return results
+
+    def forward(self, batch: PackedBatch) -> Tensor:  # [logits, vocab]
+        """The logits of the parts that want some, in the batch's order."""
+        routing = PackedRouting(batch, self._bank, fast_decode=self.model._fast_decode)
+        with use_routing(routing), use_batch(batch):
+            output = self.model.base(
+                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
+            )
+        return output.logits[0]
+
+    def _model_length(self, config: EngineConfig) -> int:
+        if config.max_length is not None:
+            return config.max_length
+        text_config = self.model.base.config.get_text_config(decoder=True)
+        return int(getattr(text_config, "max_position_embeddings", None) or _UNKNOWN_LENGTH)

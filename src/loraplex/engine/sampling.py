@@ -1,0 +1,88 @@
+"""How a request's tokens are chosen from the logits, and when it ends."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The options of one request. The defaults are greedy search."""
+
+    max_tokens: int = 128  # new ones
+    min_tokens: int = 0  # before an end token or stop string counts
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0  # least probability, relative to the likeliest token's
+    repetition_penalty: float = 1.0  # of tokens in the prompt or the answer (CTRL, arXiv 1909.05858)
+    presence_penalty: float = 0.0  # subtracted once from the logit of each token in the answer
+    frequency_penalty: float = 0.0  # subtracted for each time it occurs there
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id, added to its logit
+    seed: int | None = None  # gives the same tokens in any batch
+    n: int = 1  # answers
+    stop: tuple[str, ...] | str = ()  # end the answer before any of these
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # the chosen token's log-probability, and those of so many of the likeliest
+    json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
+
+    def __post_init__(self) -> None:
+        _check_count("max_tokens", self.max_tokens, 1)
+        _check_count("min_tokens", self.min_tokens, 0)
+        _check_count("top_k", self.top_k, 0)
+        _check_count("n", self.n, 1)
+        if self.logprobs is not None:
+            _check_count("logprobs", self.logprobs, 0)
+        if self.seed is not None:
+            _check_count("seed", self.seed, 0)
+        _check_number("temperature", self.temperature, 0, math.inf)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        for option in ("presence_penalty", "frequency_penalty"):
+            _check_number(option, getattr(self, option), -math.inf, math.inf)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf)
+        if self.repetition_penalty == 0 or self.top_p == 0:
+            raise RequestError("repetition_penalty and top_p must be above 0; 1 leaves the logits as they are.")
+        self._check_lists()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but the temperature and the filters touches the logits."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+            or self.json_schema is not None
+        )
+
+    def _check_lists(self) -> None:
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise RequestError(f"stop is {self.stop!r}; give texts of at least one character.")
+        for token in (*self.stop_token_ids, *self.logit_bias):
+            _check_count("a token id in stop_token_ids or logit_bias", token, 0)
+        for token, bias in self.logit_bias.items():
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias) or bias == math.inf:
+                raise RequestError(f"the logit_bias of token {token} is {bias!r}; it must be a number below infinity.")
+        if self.json_schema is not None and not isinstance(self.json_schema, str | Mapping):
+            raise RequestError(f"json_schema is {self.json_schema!r}; give a JSON schema as a mapping or a text.")
+
+
+def _check_count(option: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RequestError(f"{option} is {value!r}; it must be a whole number of at least {least}.")
+
+
+def _check_number(option: str, value: object, least: float, most: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type,operator]
+        raise RequestError(f"{option} is {value!r}; it must be a finite number from {least:g} to {most:g}.")

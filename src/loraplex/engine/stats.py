@@ -1,0 +1,48 @@
+"""What the engine holds and has done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from loraplex.engine.packing import Part
+
+
+@dataclass(kw_only=True)
+class StepCounts:
+    """Counted since the engine began."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed
+    num_new_tokens: int = 0
+    num_scaling_tokens: int = 0  # of scaling passes
+    num_drafted: int = 0
+    num_accepted: int = 0  # drafts that were the token chosen
+
+    def add(self, parts: Sequence[Part]) -> None:
+        self.num_steps += 1
+        for part in parts:
+            if part.scaling is not None:
+                self.num_scaling_tokens += part.count
+            else:
+                self.num_new_tokens += part.wants_logits
+                self.num_prompt_tokens += max(0, min(part.stop, part.generation.num_prompt) - part.start)
+
+    def add_draft(self, was_right: bool | None) -> None:
+        """Count a draft that a token was compared with; None: there was none."""
+        self.num_drafted += was_right is not None
+        self.num_accepted += bool(was_right)
+
+    def copy(self) -> "StepCounts":
+        return replace(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A picture of now. Of an engine without requests nothing is held: all blocks are free or in the prefix cache."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_blocks_held: int
+    num_tracks: int
+    num_preempted: int
+    counts: StepCounts

@@ -1,0 +1,121 @@
+"""Choose one generation's next token from its logits."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.request import TokenLogprobs
+from loraplex.engine.sampling import SamplingParams
+
+
+class Constraint(Protocol):
+    """What a grammar allows next."""
+
+    def allow(self, logits: Tensor) -> None:
+        """Set the logits [vocab] of tokens that can't come next to -inf."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on with a chosen token."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+
+class TokenChooser:
+    """Sampling options, their random state and the counts that penalties need."""
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        prompt: Sequence[int],
+        end_tokens: Collection[int],
+        seed: int,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampling = sampling
+        self.constraint = constraint
+        self._prompt = prompt
+        self._ends = sorted(end_tokens)
+        self._counts: Counter[int] = Counter()  # of the answer
+        self._generator = torch.Generator().manual_seed(seed) if sampling.temperature > 0 else None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is the largest logit's, so that a whole batch's can be found at once."""
+        return self.sampling.temperature == 0 and not self.sampling.changes_logits
+
+    def choose(self, logits: Tensor) -> int:  # [vocab], of the model
+        """The next token; penalties, bias and grammar first, then temperature, top-k, top-p and min-p."""
+        logits = logits.float()
+        if self.sampling.changes_logits:
+            logits = self._changed(logits.clone())
+        if self._generator is None:
+            return int(logits.argmax())
+        return draw(logits, self.sampling, self._generator)
+
+    def took(self, token: int) -> None:
+        """Count a token of the answer."""
+        self._counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
+
+    def _changed(self, logits: Tensor) -> Tensor:
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*self._prompt, *self._counts}), device=logits.device)
+            values = logits[seen]
+            penalty = sampling.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens = torch.tensor(list(self._counts), device=logits.device)
+            counts = torch.tensor(list(self._counts.values()), device=logits.device)
+            logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        for token, bias in sampling.logit_bias.items():
+            logits[token] += bias
+        if self._ends and self._counts.total() < sampling.min_tokens:
+            logits[self._ends] = float("-inf")
+        if self.constraint is not None:
+            self.constraint.allow(logits)
+        return logits
+
+
+def draw(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
+    """One token of the distribution softmax(logits / temperature) after top-k, top-p and min-p, in that order.
+
+    One uniform number decides, looked up in the cumulated probabilities, largest first.
+    """
+    scaled = logits.cpu() / sampling.temperature
+    if 0 < sampling.top_k < len(scaled):
+        values, tokens = scaled.topk(sampling.top_k)
+    else:
+        values, tokens = scaled.sort(descending=True, stable=True)
+    probabilities = torch.softmax(values, dim=-1)
+    kept = torch.ones_like(probabilities, dtype=torch.bool)
+    if sampling.top_p < 1:
+        kept &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
+    if sampling.min_p > 0:
+        kept &= probabilities >= sampling.min_p * probabilities[0]
+    kept[0] = True  # the likeliest stays whatever the options say
+    cumulated = torch.where(kept, probabilities, 0).cumsum(dim=-1)
+    threshold = torch.rand(1, generator=generator) * cumulated[-1]
+    place = int(torch.searchsorted(cumulated, threshold, right=True))
+    return int(tokens[min(place, int(kept.nonzero()[-1]))])
+
+
+def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:  # [vocab]
+    """Of the model's own distribution."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    top = logprobs.topk(num_top) if num_top else None
+    return TokenLogprobs(
+        token_id=token,
+        logprob=float(logprobs[token]),
+        rank=int((logprobs > logprobs[token]).sum()) + 1,
+        top=() if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+    )

@@ -1,0 +1,102 @@
+"""One call of the base model: its rows' adapters, mixtures and residuals in force, and what it reports afterwards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraplex.errors import RequestError
+from loraplex.models.registry import Registry
+from loraplex.models.scope import adapter_scope
+from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.scope import AttentionScope
+from loraplex.routing.choice import RowChoice, parse_choices
+from loraplex.xlora.generation import end_tokens, prepare_generation
+from loraplex.xlora.scalings.report import collected_scalings
+from loraplex.xlora.scalings.row_scalings import RowScalings
+from loraplex.xlora.two_pass import TwoPass, TwoPassOptions
+
+
+@dataclass
+class Ran:
+    """What ran in one call, for its report."""
+
+    two_pass: TwoPass | None = None
+    attention: AttentionScope | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One `forward` or `generate`. `inputs` is what the base model is given besides tokens and mask; it is changed."""
+
+    base: PreTrainedModel
+    registry: Registry
+    input_ids: Tensor | None  # [rows, tokens]
+    attention_mask: Tensor | None
+    adapters: Sequence[RowChoice] | None
+    inputs: dict[str, Any]
+    options: TwoPassOptions
+    attention: AttentionRequest | None
+    generates: bool
+    fast_decode: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[Ran]:
+        """Run the base model's call inside. Raises what is wrong with the request before anything runs."""
+        tokens = self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
+        links = parse_choices(self.adapters, 0 if tokens is None else tokens.shape[0])
+        assert tokens is not None, "a call without tokens has an empty batch, which was refused"
+        links, chains = self.registry.linked.split(links)
+        scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
+        with scope as two_pass:
+            if two_pass is not None and self.generates:
+                prepare_generation(two_pass, self.base, self.inputs)
+            with self.registry.linked.running(
+                chains,
+                self.attention,
+                tokens.shape[1],
+                self.attention_mask,
+                self.inputs,
+                generates=self.generates,
+                new_cache=None if two_pass is None else two_pass.new_cache,
+            ) as attention:
+                yield Ran(two_pass=two_pass, attention=attention)
+
+    def _adapters(self, links: Sequence[Any]) -> Any:
+        return adapter_scope(
+            self.base,
+            self.registry.store,
+            self.registry.mixtures,
+            self.registry.bank,
+            links,
+            self.input_ids,
+            fast_decode=self.fast_decode,
+            options=self.options,
+        )
+
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens after which a generated row is padding."""
+        return end_tokens(self.base, self.inputs) if self.generates else ()
+
+    def report_attention(
+        self, ran: Ran, sequences: Tensor | None, tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+    ) -> None:
+        """Fill the attention request with what its rows captured."""
+        if self.attention is not None:
+            self.registry.linked.report(ran.attention, self.attention, sequences, tokenizer(), self.end_tokens())
+
+    def scalings(self, ran: Ran, sequences: Tensor | None, *, wanted: bool) -> list[tuple[RowScalings, ...]]:
+        """The rows' scalings; if only a log wants them, none rather than an error where they can't be told."""
+        mask = self.attention_mask
+        if mask is None and self.input_ids is not None:
+            mask = torch.ones_like(self.input_ids)
+        try:
+            return collected_scalings(ran.two_pass, sequences, mask, self.end_tokens())
+        except RequestError:
+            if wanted:
+                raise
+            return []

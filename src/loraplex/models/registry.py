@@ -1,0 +1,138 @@
+"""Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from loraplex.adapters.fit import check_base_copies, check_fits, check_weights
+from loraplex.adapters.hub import resolve_adapter_folder
+from loraplex.adapters.names import check_name
+from loraplex.adapters.peft_folder import read_adapter, read_base_copies
+from loraplex.adapters.slots import PreparedAdapter, Slots
+from loraplex.adapters.store import AdapterStore, StoreConfig
+from loraplex.adapters.version import folder_fingerprint
+from loraplex.adapters.weights import Adapter
+from loraplex.errors import AdapterExistsError
+from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.mixture_folders import expert_sources, save_mixture
+from loraplex.models.mixtures import Mixtures
+from loraplex.residual.folder import is_residual_folder
+from loraplex.residual.kinds import Residual
+from loraplex.residual.linked import LinkedAttention
+from loraplex.routing.bank import SlotBank
+from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.formats.folders import read_mixture_folder
+from loraplex.xlora.formats.mixture_folder import Layout
+
+
+class Registry:
+    """The adapters, mixtures and residuals of one base model. A refused call changes nothing."""
+
+    def __init__(self, base: PreTrainedModel, config: StoreConfig) -> None:
+        self._base = base
+        self.adaptable = AdaptableModel(base)
+        slots = Slots(config.num_slots, self.adaptable.paths, base.device)
+        self.bank = SlotBank(slots)
+        self.store = AdapterStore(slots, _read_again, self._prepare, config)
+        self.mixtures = Mixtures(base, self.adaptable, self.store)
+        self.linked = LinkedAttention(base)
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted([*self.store.names(), *self.mixtures.names(), *self.linked.names()])
+
+    def load_adapter(
+        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+    ) -> None:
+        """Register a LoRA from a folder, a hub id or memory; a folder with a residual adapter as that."""
+        check_name(name)
+        if name in self.mixtures:
+            self.mixtures.check_new(name)
+        if isinstance(source, str | Path) and is_residual_folder(source):
+            self.load_residual(name, source, replace=replace)
+            return
+        self.linked.check_free(name)
+        if name in self.store and not replace:  # before reading files; the store checks again under its lock
+            raise AdapterExistsError(
+                f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
+            )
+        folder, fingerprint = None, None
+        if isinstance(source, Adapter):
+            adapter = source
+            check_weights(adapter)
+        else:
+            folder = resolve_adapter_folder(source, revision=revision).absolute()
+            fingerprint = folder_fingerprint(folder)  # before reading: a file that changes meanwhile counts as changed
+            adapter = read_adapter(folder)
+            check_base_copies(read_base_copies(folder), dict(self._base.named_parameters(remove_duplicate=False)))
+        check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        self.mixtures.check_replaceable(name, adapter.layers.keys())
+        # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
+        self.adaptable.attach(adapter.layers)
+        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
+
+    def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
+        """Register a residual from a folder or from memory."""
+        check_name(name)
+        if name in self.mixtures or name in self.store:
+            self.mixtures.check_new(name)
+        self.linked.add(name, source, replace=replace)
+
+    def create_mixture(self, name: str, experts: Sequence[str], config: XLoraConfig, *, seed: int) -> None:
+        """Make a mixture of loaded adapters with a random head."""
+        self._check_new_mixture(name)
+        self.mixtures.add(name, experts, config, seed=seed)
+
+    def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
+        """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
+        self._check_new_mixture(name)
+        found = read_mixture_folder(folder, find_experts=experts is None)
+        sources = expert_sources(name, found, experts)
+        loaded: list[str] = []
+        try:
+            for expert, path in sources.items():
+                if path is not None:
+                    self.load_adapter(expert, path)
+                    loaded.append(expert)
+            owned = loaded if experts is None else ()
+            self.mixtures.add(
+                name, list(sources), found.config, head=found.head, hidden_size=found.hidden_size, owned=owned
+            )
+        except BaseException:
+            for expert in loaded:
+                self.store.remove(expert)
+            raise
+
+    def save_mixture(self, name: str, folder: Path, *, layout: Layout, overwrite: bool) -> None:
+        """Write a mixture and its experts."""
+        save_mixture(
+            self.mixtures.get(name),
+            self.store,
+            folder,
+            layout=layout,
+            base_model_name=self._base.config.name_or_path or None,
+            overwrite=overwrite,
+        )
+
+    def unload(self, name: str) -> None:
+        """Forget what has this name. Raises AdapterNotFoundError, or MixtureError for an expert in use."""
+        if name in self.mixtures:
+            self.mixtures.remove(name)
+        elif name in self.linked:
+            self.linked.remove(name)
+        else:
+            self.mixtures.check_unloadable(name)
+            self.store.remove(name)
+
+    def _check_new_mixture(self, name: str) -> None:
+        self.mixtures.check_new(name)
+        self.linked.check_free(name)
+
+    def _prepare(self, adapter: Adapter) -> PreparedAdapter:
+        return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+
+
+def _read_again(folder: Path) -> Adapter:
+    return read_adapter(folder, check_finite=False)

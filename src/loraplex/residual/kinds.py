@@ -1,0 +1,128 @@
+"""The kinds of residual that a link may name: trained, constant, or a user's function."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loraplex.residual.config import BaseIdentity, ResidualConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkedLayer:
+    """A LinkedResidual's weights at one attention layer.
+
+    `b` is stored as [rank, hidden], as LoRA's second factor is elsewhere (adapters/weights.py).
+    """
+
+    a: Tensor  # [rank, hidden]
+    b: Tensor  # [rank, hidden]
+    head_logits: Tensor  # [rank, heads]; softmax over heads weighs them
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def to(self, device: torch.device | str) -> "LinkedLayer":
+        """The same weights on a device; on the one where they are, the same object."""
+        if self.a.device == torch.device(device):
+            return self
+        return LinkedLayer(a=self.a.to(device), b=self.b.to(device), head_logits=self.head_logits.to(device))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in (self.a, self.b, self.head_logits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkedResidual:
+    """A Linked Local Response Aggregator: attention, captured, aggregates local responses into a residual.
+
+    For query t and keys s of a layer with the block's normed input x and attention weights a_h (one for each head):
+
+        u[s]    = A x[s]                                            local response, in rank space
+        w_k     = sum_h softmax(head_logits[k])[h] a_h              each row of w_k sums to 1
+        v[t, k] = sum_s w_k[t, s] u[s, k]
+        residual[t] = weight * (alpha/r) * B v[t]                   added to the attention block's output
+    """
+
+    no_lora_because: ClassVar[str] = (
+        "what it adds depends on what a token attends to, so no weights of the base model are equal to it"
+    )
+    config: ResidualConfig
+    layers: Mapping[int, LinkedLayer]
+    base: BaseIdentity
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers.values())
+
+    def to(self, device: torch.device) -> "LinkedResidual":
+        """The same residual on a device."""
+        return replace(self, layers={number: layer.to(device) for number, layer in self.layers.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringVector:
+    """A constant residual: residual[t] = weight * vectors[layer] for every token t."""
+
+    no_lora_because: ClassVar[str] = "it adds a constant to attention blocks, which is no low-rank factor of a weight"
+    vectors: Mapping[int, Tensor]  # by layer, [hidden]
+    base: BaseIdentity
+
+    @property
+    def layers(self) -> Mapping[int, Tensor]:
+        return self.vectors
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(vector.numel() for vector in self.vectors.values())
+
+    def to(self, device: torch.device) -> "SteeringVector":
+        """The same vectors on a device."""
+        return replace(self, vectors={layer: vector.to(device) for layer, vector in self.vectors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualContext:
+    """What a function is told besides the tensors."""
+
+    name: str
+    layer: int
+    row: int  # of the batch; a beam's row is the one that it came from
+    weight: float  # of the link; what the function returns is multiplied by it
+    first_position: int  # of the first of these tokens among the keys
+    num_padding: int  # keys on the left that are padding
+
+
+# (hidden [tokens, hidden], attention [heads, tokens, keys], context) -> residual [tokens, hidden]
+ResidualFunction = Callable[[Tensor, Tensor, ResidualContext], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionResidual:
+    """A user's function in the place of a trained residual; called for every row, layer and pass on its own.
+
+    With a KV cache a pass has the new tokens only, and attention from them to all keys: a function whose result for
+    a token depends on that token's hidden state and attention alone is exact with a cache and without.
+    """
+
+    no_lora_because: ClassVar[str] = "it is Python code"
+    function: ResidualFunction
+    layers: tuple[int, ...] | None = None  # None is every attention layer
+
+    def to(self, device: torch.device) -> "FunctionResidual":
+        """The function itself: its tensors are its own."""
+        return self
+
+
+Residual = LinkedResidual | SteeringVector | FunctionResidual
+
+
+def fresh_linked_layer(hidden_size: int, num_heads: int, rank: int, draw: torch.Generator) -> LinkedLayer:
+    """First weights: A as LoRA's (Kaiming uniform, a = sqrt 5), B zero, all heads alike."""
+    bound = hidden_size**-0.5
+    a = torch.empty(rank, hidden_size).uniform_(-bound, bound, generator=draw)
+    return LinkedLayer(a=a, b=torch.zeros(rank, hidden_size), head_logits=torch.zeros(rank, num_heads))

@@ -1,0 +1,115 @@
+"""What one attention layer has to do for the rows of a batch, in one layout of sequences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.errors import AdapterError
+from loraplex.residual.capture import CaptureBuffer
+from loraplex.residual.kinds import FunctionResidual, LinkedResidual, SteeringVector
+from loraplex.residual.links import FunctionPart, LinkedPart, Part, VectorPart, stack_linked
+from loraplex.residual.rows import ChainLink, RowAttention
+from loraplex.residual.steering import Steering
+
+Placed = list[tuple[int, ChainLink]]  # places among the rows concerned, in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What one attention layer does for one layout of sequences."""
+
+    index: Tensor | None  # [rows] the sequences concerned; None is all of them
+    sequences: Tensor  # [rows] the same, always there
+    links: Sequence[Sequence[Part]]  # by place in the link
+    captures: Sequence[tuple[int, CaptureBuffer]]  # place among the rows concerned, where to
+    steered: Sequence[tuple[int, Sequence[Steering], int]]  # place, steerings, padding on the left
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlanner:
+    """Builds the plans of one layer from what the rows ask for."""
+
+    layer: int
+    rows: Sequence[RowAttention]
+    paddings: Sequence[int]
+    buffers: Mapping[int, CaptureBuffer]
+    failures: dict[int, AdapterError] | None
+    dtype: torch.dtype  # of computing
+    device: torch.device
+
+    def build(self, copies: int, num_sequences: int) -> LayerPlan | None:
+        """The plan for `copies` sequences a row, which stand together; None if no row asks for anything here."""
+        concerned = [row for row in range(len(self.rows)) if self._concerns(row)]
+        if not concerned:
+            return None
+        sequences = [row * copies + copy for row in concerned for copy in range(copies)]
+        rows = [row for row in concerned for _ in range(copies)]
+        index = torch.tensor(sequences, device=self.device)
+        chains = [[link for link in self.rows[row].chain if link.reaches(self.layer)] for row in rows]
+        steered = [(place, self._steerings(row), self.paddings[row]) for place, row in enumerate(rows)]
+        return LayerPlan(
+            index=None if len(sequences) == num_sequences else index,
+            sequences=index,
+            links=[self._parts(rows, chains, position) for position in range(max(map(len, chains)))],
+            captures=[(place, self.buffers[row]) for place, row in enumerate(rows) if self._captures(row)],
+            steered=[entry for entry in steered if entry[1]],
+        )
+
+    def _concerns(self, row: int) -> bool:
+        chained = any(link.reaches(self.layer) for link in self.rows[row].chain)
+        return chained or self._captures(row) or bool(self._steerings(row))
+
+    def _captures(self, row: int) -> bool:
+        return row in self.buffers and self.layer in self.buffers[row].layers
+
+    def _steerings(self, row: int) -> list[Steering]:
+        return [steering for steering in self.rows[row].steering if steering.reaches(self.layer)]
+
+    def _parts(self, rows: list[int], chains: list[list[ChainLink]], position: int) -> list[Part]:
+        """The residuals at one place of the links: all trained ones together, all constant ones, each function."""
+        here = [(place, chain[position]) for place, chain in enumerate(chains) if len(chain) > position]
+        linked = [(place, link) for place, link in here if isinstance(link.residual, LinkedResidual)]
+        constant = [(place, link) for place, link in here if isinstance(link.residual, SteeringVector)]
+        parts: list[Part] = []
+        if linked:
+            parts.append(self._linked_part(linked, len(rows)))
+        if constant:
+            parts.append(self._vector_part(constant, len(rows)))
+        for place, link in here:
+            if isinstance(link.residual, FunctionResidual):
+                parts.append(self._function_part(place, rows[place], link, link.residual))
+        return parts
+
+    def _linked_part(self, linked: Placed, num_rows: int) -> LinkedPart:
+        weights, scales = [], []
+        for _, link in linked:
+            assert isinstance(link.residual, LinkedResidual), "chosen by its kind"
+            weights.append(link.residual.layers[self.layer].to(self.device))
+            scales.append(link.weight * link.residual.config.scaling)
+        return stack_linked(weights, scales, self._index(linked, num_rows), self.dtype)
+
+    def _vector_part(self, constant: Placed, num_rows: int) -> VectorPart:
+        vectors = []
+        for _, link in constant:
+            assert isinstance(link.residual, SteeringVector), "chosen by its kind"
+            vectors.append(link.residual.vectors[self.layer].to(self.device, self.dtype) * link.weight)
+        return VectorPart(index=self._index(constant, num_rows), vectors=torch.stack(vectors).unsqueeze(1))
+
+    def _function_part(self, place: int, row: int, link: ChainLink, residual: FunctionResidual) -> FunctionPart:
+        return FunctionPart(
+            index=torch.tensor([place], device=self.device),
+            residual=residual,
+            name=link.name,
+            layer=self.layer,
+            row=row,
+            weight=link.weight,
+            num_padding=self.paddings[row],
+            failures=self.failures,
+        )
+
+    def _index(self, chosen: Placed, num_rows: int) -> Tensor | None:
+        if len(chosen) == num_rows:
+            return None
+        return torch.tensor([place for place, _ in chosen], device=self.device)

@@ -1,0 +1,69 @@
+"""What a row asks of attention: residuals, a capture, steerings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loraplex.errors import BatchError
+from loraplex.residual.capture import CaptureRequest
+from loraplex.residual.kinds import Residual
+from loraplex.residual.steering import Steering
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainLink:
+    """One residual of a row's link."""
+
+    name: str
+    residual: Residual
+    weight: float = 1.0
+
+    def reaches(self, layer: int) -> bool:
+        """Whether the residual adds anything at the layer."""
+        layers = self.residual.layers
+        return self.weight != 0 and (layers is None or layer in layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAttention:
+    """One row of a batch; by default it asks for nothing."""
+
+    chain: tuple[ChainLink, ...] = ()  # in the order of the link
+    capture: CaptureRequest | None = None
+    steering: tuple[Steering, ...] = ()
+
+    @property
+    def asks(self) -> bool:
+        return bool(self.chain or self.capture or any(steering.strength != 1 for steering in self.steering))
+
+
+def rows_of(
+    chains: Sequence[tuple[ChainLink, ...]],
+    capture: Sequence[CaptureRequest | None] | CaptureRequest | None = None,
+    steering: Sequence[Sequence[Steering] | Steering | None] | None = None,
+) -> list[RowAttention]:
+    """One RowAttention for each row. A single CaptureRequest stands for all rows. Raises BatchError."""
+    num_rows = len(chains)
+    captures = [capture] * num_rows if isinstance(capture, CaptureRequest) or capture is None else list(capture)
+    steerings = [None] * num_rows if steering is None else list(steering)
+    for name, given in (("capture", captures), ("steering", steerings)):
+        if len(given) != num_rows:
+            raise BatchError(
+                f"{name} has {len(given)} entries but the batch has {num_rows} rows. Pass one for each row."
+            )
+    return [
+        RowAttention(chain=chain, capture=wanted, steering=_as_tuple(steered))
+        for chain, wanted, steered in zip(chains, captures, steerings, strict=True)
+    ]
+
+
+def _as_tuple(steering: Sequence[Steering] | Steering | None) -> tuple[Steering, ...]:
+    if steering is None:
+        return ()
+    return (steering,) if isinstance(steering, Steering) else tuple(steering)
+
+
+def chain_of(link: Sequence[tuple[str, float]], residuals: Mapping[str, Residual]) -> tuple[ChainLink, ...]:
+    """The part of a link whose names are residuals, in its order."""
+    return tuple(
+        ChainLink(name=name, residual=residuals[name], weight=weight) for name, weight in link if name in residuals
+    )

@@ -1,0 +1,210 @@
+"""From what the rows of a batch ask for to the scope that serves them, everything checked before anything runs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from loraplex.errors import AdapterError, RequestError
+from loraplex.residual.capture import AttentionCapture, CaptureBuffer
+from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.kinds import LinkedResidual
+from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.rows import RowAttention
+from loraplex.residual.scope import AttentionScope
+from loraplex.residual.state import FollowedCache, ResidualState
+from loraplex.residual.steering import check_steering
+
+
+def make_scope(
+    rows: Sequence[RowAttention],
+    layers: AttentionLayers,
+    attention_mask: Tensor | None,  # [rows, tokens]
+    num_tokens: int,  # of the prompt, padding and what the cache holds included
+    *,
+    max_new_tokens: int = 0,
+    fed_before: int = 0,
+    state: ResidualState | None = None,
+    record_failures: bool = False,
+) -> AttentionScope:
+    """Check every row and reserve its captures. Raises RequestError, CapacityError or BaseModelMismatchError."""
+    paddings = num_left_padding(attention_mask, len(rows))
+    failures: dict[int, AdapterError] | None = {} if record_failures else None
+    buffers = {}
+    for number, row in enumerate(rows):
+        for link in row.chain:
+            check_residual_fits(link.name, link.residual, layers.identity, layers.num_heads)
+        for steering in row.steering:
+            check_steering(steering, number, num_tokens - paddings[number], layers.num_heads)
+        if row.capture is not None:
+            buffers[number] = CaptureBuffer(
+                row.capture,
+                number,
+                layers.num_heads,
+                num_padding=paddings[number],
+                prompt_stop=num_tokens,
+                fed_before=fed_before,
+                max_new_tokens=max_new_tokens,
+                has_residuals=bool(row.chain),
+            )
+    return AttentionScope(
+        rows=rows,
+        num_heads=layers.num_heads,
+        paddings=paddings,
+        buffers=buffers,
+        state=state,
+        fed_before=fed_before,
+        failures=failures,
+    )
+
+
+def forward_scope(
+    rows: Sequence[RowAttention],
+    layers: AttentionLayers,
+    num_tokens: int,
+    attention_mask: Tensor | None,
+    inputs: dict[str, Any],  # of the base model's forward; gains a cache that follows, where there is none
+    base: PreTrainedModel,
+    *,
+    record_failures: bool = False,
+    new_cache: Callable[[], Any] | None = None,
+) -> AttentionScope:
+    """The scope of one forward pass. With a cache, u is kept beside keys and values, for passes that go on."""
+    cache = inputs.get("past_key_values")
+    uses_cache = cache is not None or (inputs.get("use_cache", base.config.use_cache) and not base.training)
+    if uses_cache and cache is None:
+        cache = inputs["past_key_values"] = new_cache() if new_cache else FollowedCache(config=base.config)
+    fed_before = 0 if cache is None else int(cache.get_seq_length())
+    return make_scope(
+        rows,
+        layers,
+        attention_mask,
+        fed_before + num_tokens,
+        fed_before=fed_before,
+        state=None if cache is None else state_of(cache, rows, fed_before),
+        record_failures=record_failures,
+    )
+
+
+def generation_scope(
+    rows: Sequence[RowAttention],
+    layers: AttentionLayers,
+    num_tokens: int,
+    attention_mask: Tensor | None,
+    generation: dict[str, Any],  # options of transformers' generate; gains a cache that follows, where there is none
+    base: PreTrainedModel,
+    *,
+    record_failures: bool = False,
+    new_cache: Callable[[], Any] | None = None,
+) -> AttentionScope:
+    """The scope of one generation, which begins with the whole prompt."""
+    config = _generation_config(base, generation)
+    _check_generation(rows, config, generation)
+    if config.use_cache is not False and generation.get("past_key_values") is None:
+        generation["past_key_values"] = new_cache() if new_cache else FollowedCache(config=base.config)
+    cache = generation.get("past_key_values")
+    state = None if cache is None else state_of(cache, rows, int(cache.get_seq_length()))
+    return make_scope(
+        rows,
+        layers,
+        attention_mask,
+        num_tokens,
+        max_new_tokens=max_new_tokens(config, num_tokens),
+        fed_before=0 if cache is None else int(cache.get_seq_length()),
+        state=state,
+        record_failures=record_failures,
+    )
+
+
+def captures(
+    scope: AttentionScope, sequences: Tensor, tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int] = ()
+) -> list[AttentionCapture | None]:
+    """Each row's capture; `sequences` [rows, tokens] are all ids, a row ends at the first generated one of `ends`."""
+    results: list[AttentionCapture | None] = []
+    for row in range(len(scope.rows)):
+        buffer = scope.buffers.get(row)
+        if buffer is None:
+            results.append(None)
+            continue
+        ids = sequences[row, scope.paddings[row] :].tolist()
+        ids = ids[: buffer.num_fed(ids, ends)]
+        tokens = [str(token) for token in ids] if tokenizer is None else [str(tokenizer.decode([i])) for i in ids]
+        results.append(buffer.result(ids, tokens))
+    return results
+
+
+def state_of(cache: Any, rows: Sequence[RowAttention], fed_before: int) -> ResidualState | None:
+    """The state that goes with a cache. Raises RequestError if the cache was filled without these rows' residuals."""
+    followers = getattr(cache, "followers", None)
+    state = next((follower for follower in followers or () if isinstance(follower, ResidualState)), None)
+    signature = tuple(
+        tuple(
+            (place, link.name, link.weight, id(link.residual))
+            for place, link in enumerate(row.chain)
+            if isinstance(link.residual, LinkedResidual)
+        )
+        for row in rows
+    )
+    if not any(signature):
+        return state
+    if followers is None:
+        raise RequestError(
+            f"residuals keep numbers beside keys and values, which a {type(cache).__name__} doesn't hold. Pass no "
+            "cache, or a loraplex.residual.FollowedCache(config=base.config)."
+        )
+    if state is None:
+        state = ResidualState()
+        followers.append(state)
+    if fed_before and state.signature != signature:
+        raise RequestError(
+            "the cache was filled with other residuals than these rows have. Continue it with the same rows and links, "
+            "or start with an empty cache."
+        )
+    state.signature = signature
+    return state
+
+
+def num_left_padding(attention_mask: Tensor | None, num_rows: int) -> list[int]:
+    """How many tokens at each row's start are masked."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return [0] * num_rows
+    shown = attention_mask != 0
+    first = shown.int().argmax(dim=1)
+    return [int(place) for place in first.tolist()]
+
+
+def max_new_tokens(config: GenerationConfig, num_tokens: int) -> int:
+    """How many tokens a generation may add to the prompt."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return max(1, int(config.max_length or 20) - num_tokens)
+
+
+def _generation_config(base: PreTrainedModel, generation: dict[str, Any]) -> GenerationConfig:
+    """transformers' defaults, the model's and the call's, as `generate` combines them."""
+    given = generation.get("generation_config") or base.generation_config or GenerationConfig()
+    merged = GenerationConfig(**{**GenerationConfig().to_dict(), **_set_values(given.to_dict())})
+    merged.update(**{name: value for name, value in generation.items() if hasattr(merged, name)})
+    return merged
+
+
+def _set_values(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_generation(rows: Sequence[RowAttention], config: GenerationConfig, generation: dict[str, Any]) -> None:
+    if config.cache_implementation is not None:
+        raise RequestError(
+            f"cache_implementation={config.cache_implementation!r} can't be used with residuals, capture or steering. "
+            "Leave it out: the cache grows as it is needed."
+        )
+    if generation.get("assistant_model") is not None or config.prompt_lookup_num_tokens is not None:
+        raise RequestError("assisted generation can't be used with residuals, capture or steering. Leave it out.")
+    sequences = max(config.num_beams or 1, config.num_return_sequences or 1)
+    captured = [number for number, row in enumerate(rows) if row.capture is not None]
+    if sequences > 1 and captured:
+        raise RequestError(
+            f"rows {captured} capture attention, which beam search and num_return_sequences > 1 mix between sequences. "
+            "Capture with greedy search or sampling of one sequence."
+        )

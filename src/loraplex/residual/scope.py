@@ -1,0 +1,91 @@
+"""The attention scope: what the rows of one call ask for, current while the base model runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loraplex.errors import AdapterError, BatchError
+from loraplex.residual.capture import CaptureBuffer
+from loraplex.residual.plan import LayerPlan, LayerPlanner
+from loraplex.residual.rows import RowAttention
+from loraplex.residual.state import ResidualState
+from loraplex.residual.steering import log_strengths
+from loraplex.residual.weights import AttentionWeights
+
+
+@dataclass(kw_only=True)
+class AttentionScope:
+    """Everything that one call's attention layers need; of one thread."""
+
+    rows: Sequence[RowAttention]
+    num_heads: Mapping[int, int]  # by attention layer
+    paddings: Sequence[int]  # of each row, on the left
+    buffers: Mapping[int, CaptureBuffer] = field(default_factory=dict)  # by row
+    state: ResidualState | None = None  # with a KV cache: u of the tokens before
+    fed_before: int = 0  # tokens that the cache held when the scope began
+    failures: dict[int, AdapterError] | None = None  # by row: recorded there, and the row goes on; None raises
+    copies: int | None = None  # sequences a row; the first pass tells, later ones may have others behind them
+    pending: dict[int, AttentionWeights] = field(default_factory=dict)  # between attention and its block's output
+    _fed: dict[int, int] = field(default_factory=dict)  # by layer: tokens so far
+    _plans: dict[tuple[int, int], LayerPlan | None] = field(default_factory=dict)
+
+    def plan(self, layer: int, like: Tensor) -> LayerPlan | None:
+        """What to do at `layer` for a pass of like.shape[0] sequences; None is nothing."""
+        key = (layer, like.shape[0])
+        if key not in self._plans:
+            planner = LayerPlanner(
+                layer=layer,
+                rows=self.rows,
+                paddings=self.paddings,
+                buffers=self.buffers,
+                failures=self.failures,
+                dtype=torch.promote_types(like.dtype, torch.float32),
+                device=like.device,
+            )
+            self._plans[key] = planner.build(self._copies(like.shape[0]), like.shape[0])
+        return self._plans[key]
+
+    def feed(self, layer: int, num_tokens: int) -> int:
+        """Count a pass's tokens at a layer; returns how many were fed so far, these included."""
+        self._fed[layer] = self._fed.get(layer, self.fed_before) + num_tokens
+        return self._fed[layer]
+
+    def log_strength(self, plan: LayerPlan, layer: int, first_key: int, num_keys: int) -> Tensor | None:
+        """What steering adds to the logits [rows, heads, keys]; None where no row is steered."""
+        if not plan.steered:
+            return None
+        num_rows, device = plan.sequences.numel(), plan.sequences.device
+        return log_strengths(plan.steered, num_rows, self.num_heads[layer], first_key, num_keys, device)
+
+    def _copies(self, num_sequences: int) -> int:
+        if self.copies is not None and num_sequences >= len(self.rows) * self.copies:
+            return self.copies
+        if num_sequences % len(self.rows) != 0:
+            raise BatchError(
+                f"an attention layer got {num_sequences} sequences for {len(self.rows)} rows. The batch must keep its "
+                "rows in order, each repeated equally often (as beam search and num_return_sequences do)."
+            )
+        self.copies = num_sequences // len(self.rows)
+        return self.copies
+
+
+_current: ContextVar[AttentionScope | None] = ContextVar("loraplex_current_attention", default=None)
+
+
+def current_attention() -> AttentionScope | None:
+    """The scope of the call that runs now; None outside of one."""
+    return _current.get()
+
+
+@contextmanager
+def use_attention(scope: AttentionScope | None) -> Iterator[None]:
+    """Make `scope` current inside the block; None lets the base model attend as it does by itself."""
+    token = _current.set(scope)
+    try:
+        yield
+    finally:
+        _current.reset(token)

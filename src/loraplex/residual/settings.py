@@ -1,0 +1,96 @@
+"""residual_config.json: what it may hold, and how it is checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.residual.config import BaseIdentity, ResidualConfig
+
+CONFIG_FILE = "residual_config.json"
+WEIGHTS_FILE = "residual_model.safetensors"
+FORMAT = "loraplex-residual"
+VERSION = 1
+
+Kind = Literal["linked", "vector"]
+
+_COMMON = {"format", "format_version", "kind", "layers", "base"}
+_OF_KIND: Mapping[Kind, set[str]] = {"linked": {"r", "alpha"}, "vector": set()}
+_BASE = {"architecture": str, "hidden_size": int, "vocab_size": int, "num_heads": list}
+
+
+class ResidualSettings(NamedTuple):
+    """The content of a residual_config.json."""
+
+    kind: Kind
+    layers: tuple[int, ...]
+    base: BaseIdentity
+    config: ResidualConfig | None  # of kind "linked"
+
+
+def settings_as_json(settings: ResidualSettings) -> str:
+    """The file's content."""
+    content: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, "kind": settings.kind}
+    if settings.config is not None:
+        content |= {"r": settings.config.r, "alpha": settings.config.alpha}
+    content |= {"layers": list(settings.layers), "base": settings.base.as_json()}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def read_settings(folder: Path) -> ResidualSettings:
+    """Read and check `folder`/residual_config.json. Raises AdapterFormatError or UnsupportedAdapterError."""
+    file = folder / CONFIG_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise AdapterFormatError(f"{file} has the format {found!r}; expected {FORMAT!r}.")
+    if content.get("format_version") != VERSION:
+        raise UnsupportedAdapterError(
+            f"{file} has format_version {content.get('format_version')!r}; this loraplex reads version {VERSION}. "
+            "Use the loraplex that wrote it, or a newer one."
+        )
+    kind = _kind(file, content.get("kind"))
+    _check_keys(file, content, _COMMON | _OF_KIND[kind])
+    try:
+        layers = _layers(content["layers"])
+        config = ResidualConfig(r=content["r"], alpha=content["alpha"], layers=layers) if kind == "linked" else None
+        return ResidualSettings(kind, layers, _base(content["base"]), config)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise AdapterFormatError(f"{file}: {error}") from error
+
+
+def _kind(file: Path, kind: object) -> Kind:
+    if kind == "linked" or kind == "vector":
+        return kind
+    raise UnsupportedAdapterError(f"{file} has the kind {kind!r}; known: {sorted(_OF_KIND)}.")
+
+
+def _check_keys(file: Path, content: Mapping[str, Any], expected: set[str]) -> None:
+    missing, unknown = sorted(expected - content.keys()), sorted(content.keys() - expected)
+    if missing or unknown:
+        raise AdapterFormatError(f"{file} lacks {missing} and has the unknown {unknown}; expected {sorted(expected)}.")
+
+
+def _layers(layers: object) -> tuple[int, ...]:
+    if not isinstance(layers, list):
+        raise TypeError(f"layers is {layers!r}; it must be a list of layer numbers.")
+    return ResidualConfig(layers=tuple(layers)).layers or ()
+
+
+def _base(base: object) -> BaseIdentity:
+    if not isinstance(base, dict) or not base.keys() >= _BASE.keys() or base.keys() - _BASE.keys() - {"name"}:
+        raise ValueError(f"base is {base!r}; it must be an object with {sorted(_BASE)} and, if known, name.")
+    for key, kind in _BASE.items():
+        if type(base[key]) is not kind:
+            raise TypeError(f"base.{key} is {base[key]!r}; it must be a JSON {kind.__name__}.")
+    return BaseIdentity(
+        architecture=base["architecture"],
+        hidden_size=base["hidden_size"],
+        vocab_size=base["vocab_size"],
+        num_heads=tuple(base["num_heads"]),
+        name=base.get("name"),
+    )

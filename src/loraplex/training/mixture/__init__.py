@@ -1,0 +1,1 @@
+"""Training of mixtures: a scaling head on frozen experts, or with them."""

@@ -1,0 +1,74 @@
+"""The routing of a batch whose rows all go through one mixture."""
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.segments import LoraSegment
+from loraplex.routing.bank import Bank
+from loraplex.routing.layer_gates import GateColumn, LayerGates
+from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.rows import RowRouting
+from loraplex.training.mixture.experts import Experts
+
+
+class ExpertsPlan(RoutingPlan):
+    """All experts on all tokens: one segment of the stacked experts, with a gate for each rank row."""
+
+    def __init__(
+        self, experts: Experts, gates: LayerGates, num_tokens: int, positions: Tensor | None, bank: Bank | None
+    ) -> None:
+        segments = [
+            Segment(0, num_tokens, expert, GateColumn(expert, num_tokens, positions))
+            for expert in range(experts.num_experts)
+        ]
+        super().__init__(segments, num_tokens, bank or experts.bank, layer_gates=gates)
+        self._experts = experts
+        self._gates = gates
+        self._positions = positions
+        self._is_stacked = bank is None  # dropout draws for each expert
+
+    def lora_segments(self, module: int, *, training: bool = False) -> list[LoraSegment]:
+        if not self._is_stacked:
+            return super().lora_segments(module, training=training)
+        stack = self._experts.stack(module)
+        values = self._gates.of_module(module)[:, 0]  # [experts, tokens]
+        if self._positions is not None:
+            values = values.index_select(1, self._positions)
+        gates = values.t().index_select(1, stack.columns) * stack.scalings  # [tokens, total_rank]
+        return [LoraSegment(0, self.num_tokens, stack.lora_a, stack.lora_b, gates)]
+
+
+class MixtureTrainingRouting(RowRouting):
+    """Plans for two layouts: the padded rows, and the selected positions of all rows that reach lm_head."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        gates: LayerGates,
+        num_rows: int,
+        padded_length: int,
+        selected: Tensor,  # [outputs]  positions among the padded rows' tokens
+        *,
+        bank: Bank | None = None,  # None: that of the experts, without dropout
+    ) -> None:
+        super().__init__([[] for _ in range(num_rows)], experts.bank, layer_gates=gates)
+        self._experts = experts
+        self._gates = gates
+        self._padded_length = padded_length
+        self._selected = selected
+        self._dropout_bank = bank
+
+    def _build(self, num_sequences: int, length: int) -> RoutingPlan:
+        positions = None
+        if (num_sequences, length) != (self.num_rows, self._padded_length):
+            positions = self._selected
+            assert (num_sequences, length) == (1, len(positions)), (
+                f"a layer got {num_sequences} sequences of {length} tokens in a batch of {self.num_rows} rows padded "
+                f"to {self._padded_length} tokens"
+            )
+        return ExpertsPlan(self._experts, self._gates, num_sequences * length, positions, self._dropout_bank)
+
+
+def no_positions(device: torch.device) -> Tensor:
+    """For passes that stop before lm_head."""
+    return torch.zeros(0, dtype=torch.int64, device=device)

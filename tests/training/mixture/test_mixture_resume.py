@@ -1,0 +1,161 @@
+"""A run that was stopped goes on exactly where it would have been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex import XLoraConfig
+from loraplex.errors import AdapterExistsError, CheckpointError, TrainingError
+from loraplex.training import MixtureTrainResult, train_mixture
+from loraplex.training.mixture.state import MixtureState
+from tests.training.mixture.run_tiny import DROPOUT, STEPS, run
+from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
+from tests.training.tiny_jobs import records
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_identical(result: MixtureTrainResult, other: MixtureTrainResult) -> None:
+    """Bit for bit: losses, log and every file of the mixture."""
+    assert result.train_losses == other.train_losses
+    assert result.eval_losses == other.eval_losses
+    assert (result.num_steps, result.finished, result.best_step) == (other.num_steps, other.finished, other.best_step)
+    assert result.log.read_bytes() == other.log.read_bytes()
+    files = sorted(path.relative_to(result.folder) for path in result.folder.rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert (result.folder / file).read_bytes() == (other.folder / file).read_bytes(), file
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Raise KeyboardInterrupt when the gradients of step `step` are gathered."""
+    update = MixtureState.update
+
+    def interrupted(self: MixtureState, *arguments: Any) -> float:
+        if self.progress.step == step:
+            raise KeyboardInterrupt
+        return update(self, *arguments)
+
+    monkeypatch.setattr(MixtureState, "update", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("step", "config"),
+    [(3, DROPOUT), (27, DROPOUT), (20, replace(DROPOUT, use_trainable_adapters=True, scaling_pass_value=0.5))],
+)
+def test_interrupted_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, config: XLoraConfig
+) -> None:
+    expected = run(tmp_path, tmp_path / "whole", config)
+    with monkeypatch.context() as patched:
+        stop_at(patched, step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, tmp_path / "out", config)
+    assert len((tmp_path / "out" / f"{NAME}.jsonl").read_text().splitlines()) >= step
+    assert_identical(run(tmp_path, tmp_path / "out", config), expected)
+
+
+def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.mixture.run_tiny", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+    )
+    log = tmp_path / "out" / f"{NAME}.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > STEPS // 2):
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < deadline, "the process has not come half way"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    lines = log.read_bytes().count(b"\n")
+    assert not (tmp_path / "out" / NAME).exists(), "killed too late"
+
+    resumed = run(tmp_path, tmp_path / "out")
+    assert log.read_bytes().count(b"\n") > lines
+    assert_identical(resumed, run(tmp_path, tmp_path / "whole"))
+
+
+def test_finished_run_returns_its_result_again_and_restores_a_lost_mixture(tmp_path: Path) -> None:
+    first = run(tmp_path, tmp_path / "out")
+    head = first.folder / "adapter_model.safetensors"
+    weights = head.read_bytes()
+    for path in sorted(first.folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    first.folder.rmdir()
+    assert run(tmp_path, tmp_path / "out") == first
+    assert head.read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 1e-4}, r"training\.learning_rate was 0\.01 and is 0\.0001"),
+        ({"seed": 9}, r"training\.seed was 0 and is 9"),
+        ({"load_balance_weight": 0.5}, r"training\.load_balance_weight was"),
+    ],
+)
+def test_checkpoint_of_other_settings_is_refused(tmp_path: Path, change: dict[str, Any], difference: str) -> None:
+    start(tmp_path)
+    with pytest.raises(CheckpointError, match=difference):
+        start(tmp_path, **change)
+
+
+def test_checkpoint_of_other_data_experts_or_mixture_is_refused(tmp_path: Path) -> None:
+    start(tmp_path)
+    sources = tiny_sources(tmp_path)
+    sources[1] = replace(sources[1], data=records("prompt", 24, seed=77))
+    model = tiny_mixture(tmp_path)
+    with pytest.raises(CheckpointError, match=r"data\.content was"):
+        train_mixture(model, NAME, sources, tiny_config(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"mixture\.config\.top_k_lora was None and is 1"):
+        start(tmp_path, xlora=XLoraConfig(top_k_lora=1))
+    model = tiny_mixture(tmp_path)
+    model.mixtures.remove(NAME)
+    model.create_mixture(NAME, ["e1", "e0", "e2"], seed=1)
+    with pytest.raises(CheckpointError, match=r"mixture\.experts was \['e0', 'e1', 'e2'\]"):
+        train_mixture(model, NAME, tiny_sources(tmp_path), tiny_config(tmp_path / "out"))
+
+
+def test_a_mixture_without_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    with pytest.raises(AdapterExistsError, match="no checkpoint to go on from"):
+        start(tmp_path)
+    result = start(tmp_path, resume=False, max_steps=2)
+    assert result.num_steps == 2
+
+
+def test_a_folder_that_is_no_mixture_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out" / NAME).mkdir(parents=True)
+    (tmp_path / "out" / NAME / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterExistsError, match="is not a whole mixture"):
+        start(tmp_path, resume=False)
+
+
+def test_divergence_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"mixture 'science' diverged at step \d.*learning_rate \(1e\+38\)"):
+        start(tmp_path, xlora=XLoraConfig(enable_softmax=False), learning_rate=1e38, max_grad_norm=None)
+
+
+def start(folder: Path, xlora: XLoraConfig | None = None, **options: Any) -> MixtureTrainResult:
+    config = tiny_config(folder / "out", **{"max_steps": 4} | options)
+    return train_mixture(tiny_mixture(folder, xlora), NAME, tiny_sources(folder), config)
