@@ -116,6 +116,31 @@ def kernels(content: Results) -> str:
     return "\n\n".join(parts)
 
 
+def xlora(content: Results) -> str:
+    """Each question's speeds or times, and their ratio to what the question compares with."""
+    rows = []
+    for case in content["results"]:
+        speeds = case.get("tokens_per_s", {})
+        cells = [f"{side.replace('_', ' ')} {speed:.1f}" for side, speed in speeds.items()]
+        first = next(iter(speeds.values()), None)
+        ratios = [f"{speed / first:.2f}x" for speed in list(speeds.values())[1:]] if first else []
+        if "acceptance" in case:
+            ratios.append(f"{case['acceptance']:.0%} of the drafts right")
+        if "ms_at_50" in case:
+            cells = [f"{case['ms_at_50']:.1f} ms a token at token 50", f"{case['ms_at_500']:.1f} at token 500"]
+            ratios = [f"{case['ms_at_500'] / case['ms_at_50']:.2f}x"]
+        rows.append([f"{XLORA_QUESTIONS[case['question']]}, {case['dtype']}", ", ".join(cells), ", ".join(ratios)])
+    return table(["mixtures, tokens/s", "sides", "against the first"], rows)
+
+
+XLORA_QUESTIONS = {
+    "peft": "57 prompt tokens and 128 new ones, batch 1",
+    "long": "along a sequence, undrafted",
+    "draft": "questions of the test data, batch 1",
+    "batch": "batch 8",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResultFile:
     """One file of benchmarks/results: the question that it answers and how it becomes a table."""
@@ -141,6 +166,10 @@ FILES = (
     ResultFile(name="mixed_batch", question="A batch whose rows all use different adapters", render=mixed_batch),
     ResultFile(
         name="training", question="Four adapters trained together, against one after the other", render=training
+    ),
+    ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
+    ResultFile(
+        name="mixture_training", question="Training a scaling head, against PEFT", render=training, in_readme=False
     ),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),

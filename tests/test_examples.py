@@ -34,3 +34,15 @@ def test_two_adapters_are_trained_written_and_used(smollm2: Path, tmp_path: Path
     assert "in 2 steps" in output
     assert "none (base model): " in output
     assert "quantum+protein: " in output
+
+
+def test_notebook_runs_and_its_mixture_learns(smollm2: Path) -> None:
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "examples" / "03_mixture.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": ROOT / "examples"}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    images = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 5
+    assert cells[-1].outputs[0]["data"]["text/plain"].count("'") == 4  # two answers, of one mixture loaded twice

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraplex.adapters.peft_write import write_adapter
 from loraplex.errors import (
     AdapterExistsError,
     AdapterFormatError,
@@ -121,6 +122,14 @@ def test_what_could_not_be_read_is_not_written(layers: AttentionLayers, tmp_path
     with pytest.raises(UnsupportedAdapterError, match="Python code"):
         write_residual(FunctionResidual(function=lambda hidden, attention, context: hidden), tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+def test_export_to_peft_is_refused_with_the_reason(layers: AttentionLayers, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="what a token attends to"):
+        write_adapter(random_linked(layers, 1), tmp_path / "r")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedAdapterError, match="constant"):
+        write_adapter(random_vector(layers, 1), tmp_path / "r")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_tells_norms_and_heads(layers: AttentionLayers, folder: Path) -> None:

@@ -34,6 +34,11 @@ def write_adapter(
     AdapterFormatError and UnsupportedAdapterError (`read_adapter` would refuse the result, or PEFT drop a
     part).
     """
+    if not isinstance(adapter, Adapter):
+        reason = getattr(adapter, "no_lora_because", "it has no LoRA factors")
+        raise UnsupportedAdapterError(
+            f"a {type(adapter).__name__} can't be exported in PEFT's format or merged into weights: {reason}."
+        )
     folder = Path(folder).resolve()
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")

@@ -2,12 +2,14 @@
 
 import typer
 
+from loraplex.cli.attention import attention
 from loraplex.cli.demo import demo
 from loraplex.cli.errors import run
 from loraplex.cli.generate import generate
 from loraplex.cli.inspect import inspect
 from loraplex.cli.scalings import scalings
 from loraplex.cli.train import train_app
+from loraplex.cli.vector import vector
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +20,8 @@ cli.command()(demo)
 cli.command()(generate)
 cli.command()(inspect)
 cli.command()(scalings)
+cli.command()(attention)
+cli.command()(vector)
 cli.add_typer(train_app, name="train")
 
 

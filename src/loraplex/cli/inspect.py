@@ -11,13 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
+from loraplex.cli.inspect_residual import inspect_residual
+from loraplex.residual.folder import is_residual_folder
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A LoRA adapter in PEFT's format.")],
+    folder: Annotated[Path, typer.Argument(help="A LoRA adapter in PEFT's format, or a residual adapter.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates."""
+    if is_residual_folder(folder):
+        inspect_residual(folder, json=json)
+        return
     report = describe(folder)
     if json:
         typer.echo(json_format.dumps(report.as_json(), indent=2))

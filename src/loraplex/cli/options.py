@@ -20,5 +20,6 @@ def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Every adapter folder directly below `folder`, by its name."""
-    return {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
+    """Every folder of a LoRA or residual adapter directly below `folder`, by its name."""
+    found = [*folder.glob("*/adapter_config.json"), *folder.glob("*/residual_config.json")]
+    return {path.parent.name: path.parent for path in sorted(found)}

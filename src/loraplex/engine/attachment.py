@@ -38,8 +38,8 @@ class Attachment:
         output = base.get_output_embeddings()
         if getattr(base.config, "is_encoder_decoder", False) or output is None or not base.can_generate():
             raise BaseModelError(
-                f"{type(base).__name__} is no causal language model, which the engine needs. Use MultiLoraModel.forward "
-                "or generate for it."
+                f"{type(base).__name__} is no causal language model, which the engine needs. Use "
+                "MultiLoraModel.forward or generate for it."
             )
         self._join()
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
@@ -68,8 +68,8 @@ class Attachment:
         self._base.set_attn_implementation(name)
         if self._base.config._attn_implementation != name:
             raise BaseModelError(
-                f"{type(self._base).__name__} doesn't follow transformers' attention interface, which the engine needs. "
-                "Use MultiLoraModel.generate for it."
+                f"{type(self._base).__name__} doesn't follow transformers' attention interface, which the engine "
+                "needs. Use MultiLoraModel.generate for it."
             )
 
     def _find_layers(self) -> dict[nn.Module, LayerShape]:

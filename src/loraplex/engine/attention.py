@@ -79,21 +79,27 @@ def attend_chunk(
     first = 0 if terms.window is None else max(0, part.start + 1 - terms.window) // size  # block
     blocks = part.track.blocks[first : -(-part.stop // size)]
     k, v = (gather_blocks(pool, blocks)[:, : part.stop - first * size] for pool in (keys, values))
+    q = query.transpose(0, 1).unsqueeze(0)
+    if part.start == 0 and (terms.window is None or terms.window >= part.stop) and terms.softcap is None:
+        return _attend(q, k.unsqueeze(0), v.unsqueeze(0), None, terms)[0].transpose(0, 1)
     positions = torch.arange(part.start, part.stop, device=query.device).unsqueeze(1)
     places = torch.arange(first * size, part.stop, device=query.device)
     seen = places <= positions
     if terms.window is not None:
         seen &= places > positions - terms.window
-    q = query.transpose(0, 1).unsqueeze(0)
     return _attend(q, k.unsqueeze(0), v.unsqueeze(0), seen[None, None], terms)[0].transpose(0, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, terms: AttentionTerms) -> Tensor:
-    """q [rows, heads, queries, head_dim], k and v [rows, kv_heads, keys, head_dim], seen [rows or 1, 1, queries, keys]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, terms: AttentionTerms) -> Tensor:
+    """q [rows, heads, queries, dim], k and v [rows, kv_heads, keys, dim], seen [rows or 1, 1, queries, keys].
+
+    Without `seen`, query i sees the keys up to i.
+    """
     if terms.softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=terms.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=terms.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+    assert seen is not None, "a soft-capped attention needs to be told what is seen"
     groups = q.shape[1] // k.shape[1]
     q = q.unflatten(1, (k.shape[1], groups)).float()  # [rows, kv_heads, groups, queries, head_dim]
     logits = q @ k.float().unsqueeze(2).transpose(-1, -2) * terms.scale

@@ -4,7 +4,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from loraplex.adapters.slots import PreparedAdapter
-
 from loraplex.engine.binding import Binding
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs

@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary positions in place; query and key [tokens, heads, dim], cos and sin [tokens, dim] (RoFormer, 2104.09864)."""
+    """Rotary positions in place: query and key [tokens, heads, dim], cos and sin [tokens, dim] (arXiv 2104.09864)."""
     _operator("rotate_")(query, key, cos, sin)
 
 

@@ -37,8 +37,8 @@ class RequestBook:
         num_known = len(self._states) + len(self._inbox)
         if num_known + len(states) > self._most:
             raise CapacityError(
-                f"{num_known} requests are in the engine, and {len(states)} more would be over EngineConfig.max_waiting "
-                f"and max_running together ({self._most}). Try again later."
+                f"{num_known} requests are in the engine, and {len(states)} more would be over EngineConfig."
+                f"max_waiting and max_running together ({self._most}). Try again later."
             )
         self._inbox.extend(states)
 

@@ -50,13 +50,13 @@ class Scheduler:
         """The parts of the next pass: a token of every answer, then prompts as far as the budget goes."""
         self._make_way()
         self._admit()
-        budget = TokenBudget(self._config.max_step_tokens)
         ranked = sorted(self.running, key=self._order)
         plan = PassPlan()
         for generation in ranked:
-            if is_decoding(generation):
+            if generation.holds_blocks and is_decoding(generation):
                 self._place(plan, generation, decode_parts(generation, self._config.draft))
-        budget.take(plan.num_tokens)
+        # However many answers there are, prompts get on by a block.
+        budget = TokenBudget(max(self._config.max_step_tokens - plan.num_tokens, self._config.block_tokens))
         for generation in ranked:
             if generation.holds_blocks and not is_decoding(generation):
                 budget.take(self._place(plan, generation, prompt_parts(generation, budget, self._config.draft)))
@@ -125,13 +125,23 @@ class Scheduler:
                 if head in refused:
                     continue
                 outcome = self._try(head)
-                if outcome == "no room":
+                while outcome == "no room" and self._evict_paused_behind(head):
+                    outcome = self._try(head)
+                if outcome == "no room" and self.running:
                     return
                 if outcome == "runs":
                     break
                 refused.add(head)
             else:
                 return
+
+    def _evict_paused_behind(self, generation: Generation) -> bool:
+        """Take the blocks of a paused generation that ranks behind this one; False if there is none."""
+        order = self._order(generation)
+        paused = [waiting for waiting in self.waiting if waiting.holds_blocks and self._order(waiting) > order]
+        if paused:
+            self._evict(max(paused, key=self._order))
+        return bool(paused)
 
     def _try(self, generation: Generation) -> Literal["runs", "later", "no room"]:
         if not self._bring(generation):

@@ -34,7 +34,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
     """
     if not prompts:
         raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
-    texts = [_as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     if tokenizer.pad_token_id is None:
         # Masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))
@@ -77,7 +77,8 @@ def decode_batch(
     return TextBatch(texts=texts, num_tokens=[int(n) for n in lengths], seconds=seconds)
 
 
-def _as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as a user's turn, up to where the answer starts. Raises RequestError without a chat template."""
     if tokenizer.chat_template is None:
         raise RequestError(
             "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False "

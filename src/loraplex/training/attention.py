@@ -17,10 +17,11 @@ def fast_attention(base: PreTrainedModel, longest: int) -> Iterator[None]:
     and backward take four times as long (torch 2.13, benchmarks/training.py).
     """
     before = base.config._attn_implementation
-    if base.device.type != "cpu" or before != "sdpa" or longest > LONGEST_FOR_EAGER:
+    faster = {"sdpa": "eager", "loraplex_sdpa": "loraplex_eager"}.get(before)  # the latter: residuals are attached
+    if base.device.type != "cpu" or faster is None or longest > LONGEST_FOR_EAGER:
         yield
         return
-    base.set_attn_implementation("eager")
+    base.set_attn_implementation(faster)
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
+from loraplex.residual.config import ResidualConfig
+from loraplex.residual.kinds import LinkedResidual
 from loraplex.training.checks import check_flags, check_number, check_whole
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -16,7 +18,7 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterJob:
-    """One adapter to train: its data, its LoRA settings and its own optimisation.
+    """One adapter to train: its data, the settings of its LoRA or linked residual, and its own optimisation.
 
     A step takes `batch_size * gradient_accumulation` records. Its loss is the mean over all answer tokens of
     these records, so accumulating gives the same gradients as the larger batch.
@@ -25,7 +27,8 @@ class AdapterJob:
     name: str
     data: str | Path  # JSONL of conversations, prompts with completions, or texts (records.py)
     eval_data: str | Path | None = None  # held-out records; None holds out `eval_fraction` of the data
-    lora: LoraConfig
+    lora: LoraConfig | None = None  # exactly one of lora and residual
+    residual: ResidualConfig | None = None  # train a linked residual instead
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"  # after the warm-up; linear and cosine end at 0
     warmup_steps: int = 0
@@ -41,7 +44,7 @@ class AdapterJob:
     eval_every: int = 50  # steps
     eval_fraction: float = 0.1  # 0 holds nothing out
     eval_records: int | None = 256  # at most so many held-out records are evaluated; None is all
-    init_from: str | Path | Adapter | None = None  # start from this adapter instead of fresh weights
+    init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -56,7 +59,23 @@ class AdapterJob:
         check_whole(self, ("max_length",), minimum=2)
         self._check_numbers()
         self._check_combinations()
-        _check_trainable(self.name, self.lora)
+        if self.lora is not None:
+            _check_trainable(self.name, self.lora)
+
+    @property
+    def lora_dropout(self) -> float:
+        return 0.0 if self.lora is None else self.lora.lora_dropout
+
+    @property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens from which on an aLoRA is active."""
+        return None if self.lora is None else self.lora.alora_invocation_tokens
+
+    @property
+    def rank(self) -> int:
+        config = self.residual if self.lora is None else self.lora
+        assert config is not None, "a job trains one of the two"
+        return config.r
 
     @property
     def records_per_step(self) -> int:
@@ -70,6 +89,10 @@ class AdapterJob:
             check_number(f"job {self.name!r}", "max_grad_norm", self.max_grad_norm, above=0)
 
     def _check_combinations(self) -> None:
+        if (self.lora is None) == (self.residual is None):
+            raise ConfigError(
+                f"job {self.name!r}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"job {self.name!r}: schedule is {self.schedule!r}; choose one of {list(SCHEDULES)}.")
         if (self.max_steps is None) == (self.epochs is None):

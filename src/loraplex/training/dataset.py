@@ -78,7 +78,7 @@ def _load(job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase,
     examples = load_examples(
         f"job {job.name!r}", read_records(path), str(path), tokenizer, vocab_size, max_length=job.max_length
     )
-    if job.lora.alora_invocation_tokens is not None:
+    if job.invocation is not None:
         for example in examples:
             _check_invocation(job, example)
     return examples
@@ -112,7 +112,7 @@ def load_examples(
 
 
 def _check_invocation(job: AdapterJob, example: Example) -> None:
-    tokens = job.lora.alora_invocation_tokens
+    tokens = job.invocation
     if tokens is not None and invocation_start(example.ids, tokens) is None:
         raise DatasetError(
             f"{example.place} lacks the invocation tokens {list(tokens)} of the aLoRA job {job.name!r}, so "

@@ -12,6 +12,7 @@ from loraplex.routing.bank import Bank
 from loraplex.routing.rows import RowRouting, use_routing
 from loraplex.training.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths
 from loraplex.training.prefix import SharedPrefixes
+from loraplex.training.residual_rows import ResidualRows
 from loraplex.training.routing import TrainingRouting
 
 # What a forward and backward pass costs before its first token, in tokens: a few on a CPU, where a token is slow.
@@ -22,8 +23,17 @@ FORWARD_COST_ELSEWHERE = 1024
 class LossComputer:
     """Runs rows of many jobs through the base model with their adapters."""
 
-    def __init__(self, base: PreTrainedModel, num_jobs: int, *, tokens_per_forward: int, share_prefixes: bool) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        num_jobs: int,
+        *,
+        tokens_per_forward: int,
+        share_prefixes: bool,
+        residuals: ResidualRows | None = None,
+    ) -> None:
         self._base = base
+        self._residuals = residuals or ResidualRows()
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
         self._share_prefixes = share_prefixes
@@ -33,7 +43,7 @@ class LossComputer:
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            losses = token_losses(self._base, batch, bank, prefixes)
+            losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
             (losses * loss_scales[batch.jobs]).sum().backward()
             sums.index_add_(0, batch.jobs, losses.detach())
         if prefixes is not None:
@@ -46,7 +56,7 @@ class LossComputer:
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes))
+            sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes, self._residuals))
         return sums
 
     def _prepare(self, rows: Sequence[TrainingRow], bank: Bank) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
@@ -55,16 +65,23 @@ class LossComputer:
         num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
         if num_saved <= cost:
             lengths = {}
-        prefixes = SharedPrefixes(self._base, rows, lengths, bank) if lengths else None
+        prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
         groups = cut_rows(rows, lengths, self._tokens_per_forward, cost)
         return prefixes, (make_batch(group, lengths, self._base.device) for group in groups)
 
 
 def token_losses(
-    base: PreTrainedModel, batch: RowBatch, bank: Bank, prefixes: SharedPrefixes | None
+    base: PreTrainedModel,
+    batch: RowBatch,
+    bank: Bank,
+    prefixes: SharedPrefixes | None,
+    residuals: ResidualRows | None = None,
 ) -> Tensor:  # [outputs]  float32
-    """The cross-entropy of every token that counts, each row through its own slot."""
-    return routed_losses(base, batch, TrainingRouting(batch.spans, batch.padded_length, bank), prefixes)
+    """The cross-entropy of every token that counts, each row through its own slot or residual."""
+    routing = TrainingRouting(batch.spans, batch.padded_length, bank)
+    state = None if prefixes is None else prefixes.responses_for(batch)
+    with (residuals or ResidualRows()).use([row.job for row in batch.rows], state):
+        return routed_losses(base, batch, routing, prefixes)
 
 
 def routed_losses(

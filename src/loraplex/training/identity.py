@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from loraplex.training.config import AdapterJob
 from loraplex.training.job_state import JobState
 
-_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora")  # compared by content
+_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual")  # compared by content
 _SAMPLE = 4096  # bytes of every base parameter
 
 
@@ -35,11 +35,18 @@ def _job_identity(state: JobState) -> dict[str, Any]:
     }
     weights = state.parameters.flat.detach().cpu().numpy()
     return options | {
-        "lora": asdict(state.job.lora),
+        **_settings(state.job),
         "content of data": state.data.digest,
         "num_steps": state.data.num_steps,
         "first weights": hashlib.sha256(weights.tobytes()).hexdigest(),
     }
+
+
+def _settings(job: AdapterJob) -> dict[str, Any]:
+    if job.lora is not None:
+        return {"lora": asdict(job.lora)}
+    assert job.residual is not None, "a job trains one of the two"
+    return {"residual": asdict(job.residual)}
 
 
 def _weights_digest(base: PreTrainedModel) -> str:

@@ -1,33 +1,33 @@
 """One adapter job while it trains."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-import torch
-
+from loraplex.adapters.peft_write import write_adapter
 from loraplex.adapters.slots import SlotWeights
-from loraplex.adapters.weights import LoraWeights
+from loraplex.adapters.weights import Adapter
+from loraplex.residual.folder import write_residual
 from loraplex.training.config import AdapterJob
 from loraplex.training.dataset import JobData
 from loraplex.training.learner import Learner
 from loraplex.training.parameters import FlatParameters
+from loraplex.training.residual_parameters import ResidualParameters
 
 
 class JobState(Learner):
-    """A job's factors and all that decides its next step."""
+    """A job's parameters and all that decides its next step."""
 
     def __init__(
         self,
         job: AdapterJob,
         data: JobData,
-        first_weights: Mapping[str, LoraWeights],
-        module_index: Mapping[str, int],
-        embed_scales: Mapping[str, float],
-        device: torch.device,
+        parameters: FlatParameters | ResidualParameters,
+        slot_weights: Mapping[int, SlotWeights],  # by module index; a residual adapts no module
     ) -> None:
         self.job = job
         self.data = data
-        self.parameters = FlatParameters(first_weights, device)
-        self.slot_weights: dict[int, SlotWeights] = self.parameters.slot_weights(module_index, embed_scales)
+        self.parameters = parameters
+        self.slot_weights = slot_weights
         super().__init__(
             "job",
             job.name,
@@ -37,3 +37,11 @@ class JobState(Learner):
             has_held_out=bool(data.held_out),
             advice=" The other jobs go on from the last checkpoint in a run without it, with another output folder.",
         )
+
+    def write(self, folder: Path) -> None:
+        """Write the adapter as it is now, in its format."""
+        if isinstance(self.parameters, ResidualParameters):
+            write_residual(self.parameters.trained(), folder, overwrite=True)
+            return
+        assert self.job.lora is not None, "a job trains one of the two"
+        write_adapter(Adapter(config=self.job.lora, layers=self.parameters.layers()), folder, overwrite=True)

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from loraplex.residual.state import ResidualState
 from loraplex.routing.bank import Bank
 from loraplex.routing.rows import use_routing
 from loraplex.training.batches import RowBatch, TrainingRow
+from loraplex.training.residual_rows import PrefixResponses, ResidualRows
 from loraplex.training.routing import RowSpan, TrainingRouting
 
 
@@ -19,7 +21,12 @@ class SharedPrefixes:
     """The keys and values of several jobs' prefixes, padded on the right to the longest."""
 
     def __init__(
-        self, base: PreTrainedModel, rows: Sequence[TrainingRow], lengths: Mapping[int, int], bank: Bank
+        self,
+        base: PreTrainedModel,
+        rows: Sequence[TrainingRow],
+        lengths: Mapping[int, int],
+        bank: Bank,
+        residuals: ResidualRows | None = None,
     ) -> None:
         first_of = {row.job: row for row in reversed(rows)}
         jobs = [job for job in sorted(first_of) if lengths[job] > 0]
@@ -29,10 +36,12 @@ class SharedPrefixes:
         ids = [first_of[job].example.inputs[: lengths[job]] for job in jobs]
         padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=base.device)
         spans = [RowSpan(first_of[job].slot, min(first_of[job].first_adapted, longest)) for job in jobs]
-        with use_routing(TrainingRouting(spans, longest, bank)):
+        residuals, state = residuals or ResidualRows(), ResidualState()
+        with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(jobs, state):
             cache = base.base_model(input_ids=padded, use_cache=True).past_key_values
         self._states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         # Batches end their backward passes here, so that each can free its memory before the next runs.
+        self._responses = PrefixResponses(residuals, jobs, state)
         self._leaves = [state.detach().requires_grad_(state.requires_grad) for state in self._states]
 
     def cache_for(self, batch: RowBatch) -> DynamicCache:
@@ -44,9 +53,14 @@ class SharedPrefixes:
             cache.update(keys.index_select(0, index), values.index_select(0, index), layer)
         return cache
 
+    def responses_for(self, batch: RowBatch) -> ResidualState:
+        """What residuals computed of each row's prefix."""
+        return self._responses.state_for([row.job for row in batch.rows])
+
     def backward(self) -> None:
         """Carry the gradients that the batches left at the prefixes on to the adapters."""
-        pairs = [(state, leaf.grad) for state, leaf in zip(self._states, self._leaves, strict=True)]
-        used = [(state, grad) for state, grad in pairs if state.requires_grad and grad is not None]
+        pairs = [*zip(self._states, self._leaves, strict=True), *self._responses.pairs]
+        graded = [(state, leaf.grad) for state, leaf in pairs]
+        used = [(state, grad) for state, grad in graded if state.requires_grad and grad is not None]
         if used:
             torch.autograd.backward([state for state, _ in used], [grad for _, grad in used])

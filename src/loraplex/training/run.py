@@ -13,6 +13,10 @@ from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.errors import AdapterExistsError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.residual import settings
+from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.rows import ChainLink
 from loraplex.training.attention import fast_attention
 from loraplex.training.checkpoint import FILE, load_checkpoint
 from loraplex.training.config import AdapterJob, TrainConfig, check_jobs
@@ -25,12 +29,14 @@ from loraplex.training.plots import plot_losses
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
 from loraplex.training.progress import training_progress
 from loraplex.training.ranks import Ranks
+from loraplex.training.residual_parameters import ResidualParameters
+from loraplex.training.residual_rows import ResidualRows
 from loraplex.training.setup import make_states
 from loraplex.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, "README.md"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,10 @@ def train_adapters(
     jobs: Sequence[AdapterJob],
     config: TrainConfig,
 ) -> list[TrainResult]:
-    """Train one adapter for each job; every step's rows of all jobs go through the base model together.
+    """Train one adapter, LoRA or linked residual, for each job; the rows of all jobs share the forward passes.
 
     Each job trains as if alone: gradients reach only a row's own adapter. Job `name` leaves
-    `<output>/<name>/` (the adapter in PEFT's format), `<output>/<name>.jsonl` (its log) and
+    `<output>/<name>/` (the adapter in its format), `<output>/<name>.jsonl` (its log) and
     `<output>/<name>.png` (its losses); the run leaves `<output>/checkpoint.safetensors`, from which it goes
     on after a kill exactly where it would have been.
 
@@ -75,17 +81,26 @@ def train_adapters(
     adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
     check_trainable_base(base)
     ranks = Ranks(base.device)
-    states = make_states(jobs, base, adaptable, tokenizer)
-    adaptable.attach([path for state in states for path in state.parameters.paths])
+    linked = model.registry.linked if isinstance(model, MultiLoraModel) else LinkedAttention(base)
     try:
-        _train(base, states, config, ranks)
+        attention = linked.layers if any(job.residual is not None for job in jobs) else None
+        states = make_states(jobs, base, adaptable, tokenizer, attention)
+        adaptable.attach([path for state in states for path in state.parameters.paths])
+        _train(base, states, config, ranks, attention)
     finally:
         if not isinstance(model, MultiLoraModel):
             adaptable.detach()
+            linked.detach()
     return [_result(state, Path(config.output)) for state in states]
 
 
-def _train(base: PreTrainedModel, states: Sequence[JobState], config: TrainConfig, ranks: Ranks) -> None:
+def _train(
+    base: PreTrainedModel,
+    states: Sequence[JobState],
+    config: TrainConfig,
+    ranks: Ranks,
+    attention: AttentionLayers | None,
+) -> None:
     output = Path(config.output)
     identity = run_identity(states, base)
     logs = [JobLog(output / f"{state.job.name}.jsonl", enabled=ranks.is_first) for state in states]
@@ -97,6 +112,7 @@ def _train(base: PreTrainedModel, states: Sequence[JobState], config: TrainConfi
         len(states),
         tokens_per_forward=config.tokens_per_forward,
         share_prefixes=config.share_prefixes and can_share_prefixes(base),
+        residuals=residual_rows(states, attention),
     )
     trainer = Trainer(states, losses, logs, config, identity, ranks)
     for index, state in enumerate(states):
@@ -108,9 +124,19 @@ def _train(base: PreTrainedModel, states: Sequence[JobState], config: TrainConfi
         trainer.run(on_step)
     if config.plots and ranks.is_first:
         for state in states:
-            title = f"{state.name}: rank {state.job.lora.r}, learning rate {state.job.learning_rate:g}"
+            title = f"{state.name}: rank {state.job.rank}, learning rate {state.job.learning_rate:g}"
             plot_losses(state, title, output / f"{state.name}.png")
     ranks.wait()
+
+
+def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows:
+    """The residuals in training, by job."""
+    chains = {
+        index: (ChainLink(name=state.job.name, residual=state.parameters.residual()),)
+        for index, state in enumerate(states)
+        if isinstance(state.parameters, ResidualParameters)
+    }
+    return ResidualRows(chains, {} if attention is None else attention.num_heads)
 
 
 def _resume_or_start(

@@ -1,6 +1,6 @@
 """From jobs to job states: everything that can be wrong is found before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +8,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.slots import SlotWeights
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.modules import embed_scale
+from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.folder import read_residual
+from loraplex.residual.kinds import LinkedResidual
+from loraplex.residual.layers import AttentionLayers
 from loraplex.training.config import AdapterJob
 from loraplex.training.dataset import load_job_data
 from loraplex.training.job_state import JobState
-from loraplex.training.parameters import fresh_weights
+from loraplex.training.parameters import FlatParameters, fresh_weights
+from loraplex.training.residual_parameters import ResidualParameters, fresh_residual
 
 
 def make_states(
@@ -24,28 +30,34 @@ def make_states(
     base: PreTrainedModel,
     adaptable: AdaptableModel,
     tokenizer: PreTrainedTokenizerBase,
+    attention: AttentionLayers | None = None,  # needed for residuals
 ) -> list[JobState]:
     """Check every job against the base model and its data, and give it its first weights.
 
     Raises ConfigError, DatasetError, or what reading an adapter to start from raises.
     """
-    jobs = [replace(job, lora=complete_config(job.lora, base)) for job in jobs]
+    jobs = [job if job.lora is None else replace(job, lora=complete_config(job.lora, base)) for job in jobs]
     for job in jobs:
         _check_length(job, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
-    weights = [first_weights(job, adaptable) for job in jobs]
-    scales = {path: embed_scale(module) for path, module in adaptable.modules.items()}
+    parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
     return [
-        JobState(
-            job,
-            load_job_data(job, tokenizer, vocab_size),
-            layers,
-            adaptable.module_index,
-            {path: scales[path] for path, layer in layers.items() if layer.kind == "embedding"},
-            base.device,
-        )
-        for job, layers in zip(jobs, weights, strict=True)
+        JobState(job, load_job_data(job, tokenizer, vocab_size), own, slots)
+        for job, (own, slots) in zip(jobs, parameters, strict=True)
     ]
+
+
+def _parameters(
+    job: AdapterJob, base: PreTrainedModel, adaptable: AdaptableModel, attention: AttentionLayers | None
+) -> tuple[FlatParameters | ResidualParameters, Mapping[int, SlotWeights]]:
+    """What the job trains, and how LoRA layers see it."""
+    if job.lora is None:
+        assert attention is not None, "a residual is trained, but the attention layers were not joined"
+        return ResidualParameters(first_residual(job, attention), base.device), {}
+    layers = first_weights(job, adaptable)
+    own = FlatParameters(layers, base.device)
+    scales = {path: embed_scale(adaptable.modules[path]) for path, layer in layers.items() if layer.kind == "embedding"}
+    return own, own.slot_weights(adaptable.module_index, scales)
 
 
 def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -62,25 +74,31 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
 
     Raises ConfigError for targets that the base doesn't have.
     """
+    lora = job.lora
+    assert lora is not None, f"job {job.name!r} trains no LoRA"
     paths = targeted_paths(job, adaptable)
-    ranks = {path: job.lora.rank_of(path) for path in paths}
-    scalings = {path: job.lora.scaling_of(path) for path in paths}
+    ranks = {path: lora.rank_of(path) for path in paths}
+    scalings = {path: lora.scaling_of(path) for path in paths}
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
+    if isinstance(job.init_from, LinkedResidual):
+        raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
     adapter = job.init_from if isinstance(job.init_from, Adapter) else read_adapter(Path(job.init_from))
-    _check_start(job, adapter, adaptable, ranks)
+    _check_start(job.name, lora, adapter, adaptable, ranks)
     return {path: adapter.layers[path] for path in paths}
 
 
 def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:
     """The modules that the job adapts. Raises ConfigError where a target names none."""
-    targets = job.lora.target_modules
-    paths = expected_targets(job.lora, adaptable.shapes, output_module=adaptable.output_module)
+    lora = job.lora
+    assert lora is not None, f"job {job.name!r} trains no LoRA"
+    targets = lora.target_modules
+    paths = expected_targets(lora, adaptable.shapes, output_module=adaptable.output_module)
     known = sorted({path.rsplit(".", 1)[-1] for path in adaptable.shapes})
     if isinstance(targets, tuple):
         for target in targets:
             alone = replace(
-                job.lora,
+                lora,
                 target_modules=(target,),
                 exclude_modules=None,
                 layers_to_transform=None,
@@ -99,14 +117,41 @@ def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:
     return paths
 
 
-def _check_start(job: AdapterJob, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int]) -> None:
+def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidual:
+    """Fresh weights, or those of `job.init_from`. Raises ConfigError for layers that the base doesn't have."""
+    config = job.residual
+    assert config is not None, "a job trains one of the two"
+    layers = tuple(attention.layers) if config.layers is None else config.layers
+    unknown = [layer for layer in layers if layer not in attention.layers]
+    if unknown:
+        raise ConfigError(
+            f"job {job.name!r}: residual.layers has {unknown}, but the base model has the attention layers "
+            f"{min(attention.layers)} to {max(attention.layers)}."
+        )
+    if job.init_from is None:
+        return fresh_residual(config, attention.identity, layers, job.seed)
+    start = read_residual(job.init_from) if isinstance(job.init_from, str | Path) else job.init_from
+    if not isinstance(start, LinkedResidual):
+        raise ConfigError(f"job {job.name!r}: init_from is no linked residual. Give a folder that one was written to.")
+    check_residual_fits(job.name, start, attention.identity, attention.num_heads)
+    if (start.config.r, start.config.alpha, tuple(start.layers)) != (config.r, config.alpha, layers):
+        raise ConfigError(
+            f"job {job.name!r}: init_from has r={start.config.r}, alpha={start.config.alpha} and the layers "
+            f"{list(start.layers)}; the job has r={config.r}, alpha={config.alpha} and {list(layers)}. Use the same."
+        )
+    return start
+
+
+def _check_start(
+    name: str, lora: LoraConfig, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int]
+) -> None:
     """Raise unless the adapter to start from has what the job trains: modules, shapes, ranks and LoRA scalings."""
     if adapter.config.use_dora:
-        raise UnsupportedAdapterError(f"job {job.name!r}: init_from is a DoRA adapter, which can't be trained here.")
+        raise UnsupportedAdapterError(f"job {name!r}: init_from is a DoRA adapter, which can't be trained here.")
     if adapter.layers.keys() != ranks.keys():
         different = sorted(adapter.layers.keys() ^ ranks.keys())
         raise ConfigError(
-            f"job {job.name!r}: init_from adapts other modules than target_modules names; they differ in "
+            f"job {name!r}: init_from adapts other modules than target_modules names; they differ in "
             f"{different[:3]} ({len(different)} in all). Use the adapter's own LoraConfig: "
             "read_adapter(folder).config."
         )
@@ -115,13 +160,13 @@ def _check_start(job: AdapterJob, adapter: Adapter, adaptable: AdaptableModel, r
         found = (weights.kind, weights.lora_a.shape[1], weights.lora_b.shape[1])
         if found != (module.kind, module.in_features, module.out_features):
             raise BaseModelMismatchError(
-                f"job {job.name!r}: init_from is for another base model: {path!r} is {found} there and "
+                f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
                 f"{(module.kind, module.in_features, module.out_features)} here."
             )
-        if (weights.rank, weights.scaling) != (ranks[path], job.lora.scaling_of(path)):
+        if (weights.rank, weights.scaling) != (ranks[path], lora.scaling_of(path)):
             raise ConfigError(
-                f"job {job.name!r}: init_from has rank {weights.rank} and LoRA scaling {weights.scaling} at "
-                f"{path!r}, the job {ranks[path]} and {job.lora.scaling_of(path)}. Use the adapter's own "
+                f"job {name!r}: init_from has rank {weights.rank} and LoRA scaling {weights.scaling} at "
+                f"{path!r}, the job {ranks[path]} and {lora.scaling_of(path)}. Use the adapter's own "
                 "LoraConfig: read_adapter(folder).config."
             )
 

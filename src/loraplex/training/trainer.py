@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex.adapters.peft_write import write_adapter
-from loraplex.adapters.weights import Adapter
 from loraplex.training.bank import TrainingBank, TrainingSlot
 from loraplex.training.batches import TrainingRow
 from loraplex.training.checkpoint import save_checkpoint
@@ -127,7 +125,7 @@ class Trainer:
         rows = []
         for index, number, example in batch:
             state, slot = self._states[index], index
-            dropout = state.job.lora.lora_dropout if with_dropout else 0.0
+            dropout = state.job.lora_dropout if with_dropout else 0.0
             if dropout:
                 counters = (state.progress.step, number)
                 draw = generator(state.job.seed, Purpose.DROPOUT, *counters, device=self._device)
@@ -152,12 +150,11 @@ class Trainer:
         """Write a finished job's adapter."""
         state = self._states[index]
         if self._ranks.is_first:
-            adapter = Adapter(config=state.job.lora, layers=state.parameters.layers())
-            write_adapter(adapter, self._output / state.job.name, overwrite=True)
+            state.write(self._output / state.job.name)
 
 
 def _first_adapted(state: JobState, example: Example) -> int:
-    invocation = state.job.lora.alora_invocation_tokens
+    invocation = state.job.invocation
     if invocation is None:
         return 0
     start = invocation_start(example.ids, invocation)

@@ -1,0 +1,113 @@
+"""`loraplex attention`: what rows attend to, as pictures and a page."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loraplex.cli.options import named_values
+from loraplex.errors import RequestError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text import as_chat
+from loraplex.residual.capture import AttentionCapture, CaptureRequest
+from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.page import write_page
+from loraplex.residual.pictures import plot_compared, plot_heads, plot_residual_norms, plot_text
+from loraplex.residual.spans import spans_of_ranges, unmark
+from loraplex.residual.steering import Span, Steering
+
+
+def attention(
+    prompt: Annotated[str, typer.Option(help="The text; <<marks>> name the spans that --strength steers.")],
+    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    load: Annotated[list[str], typer.Option(help="NAME=FOLDER of an adapter or residual to load; repeat.")] = [],  # noqa: B006
+    adapters: Annotated[list[str], typer.Option(help='A row\'s adapters: "none", "a", "a:0.7+b:0.3"; repeat.')] = [],  # noqa: B006
+    strength: Annotated[
+        list[float], typer.Option(help="One more row for each: the marked spans' attention times this; repeat.")
+    ] = [],  # noqa: B006
+    layers: Annotated[
+        str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads, in the same way; default all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Generate so many tokens; 0 only reads the prompt.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files and attention.html.")] = Path("attention"),
+    budget_mib: Annotated[int, typer.Option(min=1, help="Memory for one row's capture.")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Run the prompt once for each --adapters and --strength, and draw what each row attends to."""
+    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    for name, folder in named_values(load, "--load").items():
+        multi.load_adapter(name, folder)
+    text, ranges = unmark(prompt)
+    if strength and not ranges:
+        raise RequestError("--strength needs spans to steer. Mark them in the prompt: 'Use only <<this passage>>'.")
+    spans, tokens = encode(multi, text, ranges, raw=raw)
+    rows = [(choice, 1.0) for choice in adapters or ["none"]]
+    rows += [(rows[0][0], factor) for factor in strength]
+    capture = CaptureRequest(layers=numbers(layers), heads=numbers(heads), budget_bytes=budget_mib * 2**20)
+    request = AttentionRequest(
+        capture=capture,
+        steering=[Steering(spans=spans, strength=factor) if factor != 1 else None for _, factor in rows],
+    )
+    batch = multi.tokenizer.pad({"input_ids": [tokens] * len(rows)}, return_tensors="pt").to(multi.base.device)
+    choices = [None if choice == "none" else choice for choice, _ in rows]
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if max_tokens:
+        options = {"max_new_tokens": max_tokens, "do_sample": False}
+        multi.generate(ids, mask, adapters=choices, attention=request, **options)  # type: ignore[arg-type]
+    else:
+        multi(ids, mask, adapters=choices, attention=request, use_cache=False)
+    captures = [found for found in request.captures if found is not None]
+    labels = [f"{choice}{'' if factor == 1 else f', strength {factor:g}'}" for choice, factor in rows]
+    for path in draw(captures, labels, output):
+        Console(highlight=False).print(str(path), soft_wrap=True)
+
+
+def draw(captures: list[AttentionCapture], labels: list[str], output: Path) -> list[Path]:
+    """Write every picture that the captures give, and the page; returns the files."""
+    paths = [output / "attention.html", output / "text.png"]
+    write_page(captures, labels, paths[0], title="Attention: " + ", ".join(labels))
+    plot_text(captures, labels, paths[1])
+    for number, (capture, label) in enumerate(zip(captures, labels, strict=True)):
+        layer = capture.layers[len(capture.layers) // 2]
+        paths.append(output / f"heads_{number}.png")
+        plot_heads(capture, layer, paths[-1], title=f"{label}: attention of layer {layer}")
+        if capture.residual_norms is not None:
+            paths.append(output / f"residual_{number}.png")
+            plot_residual_norms(capture, paths[-1], title=f"{label}: residuals by layer and token")
+        if number > 0:
+            paths.append(output / f"changed_{number}.png")
+            plot_compared(captures[0], capture, paths[-1], labels=(labels[0], label))
+    return paths
+
+
+def encode(
+    model: MultiLoraModel, text: str, ranges: tuple[tuple[int, int], ...], *, raw: bool
+) -> tuple[tuple[Span, ...], list[int]]:
+    """A prompt's tokens, and the spans of its marked characters; as a user's turn unless `raw`."""
+    whole = text if raw else as_chat(model.tokenizer, text)
+    start = whole.find(text)
+    if start < 0:
+        raise RequestError(
+            "the chat template changes the prompt's text, so marked spans can't be found in it. Use --raw."
+        )
+    moved = [(first + start, last + start) for first, last in ranges]
+    spans = spans_of_ranges(model.tokenizer, whole, moved, add_special_tokens=raw) if moved else ()
+    return spans, list(model.tokenizer(whole, add_special_tokens=raw)["input_ids"])
+
+
+def numbers(text: str | None) -> tuple[int, ...] | None:
+    """Read "3", "10,11" or "8-15"; None stays None."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise typer.BadParameter(f"{text!r} is no list of numbers; write '10,11' or '8-15'")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,60 @@
+"""`loraplex vector`: a steering vector from pairs of contrasting prompts."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loraplex.cli.attention import numbers
+from loraplex.errors import DatasetError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text import as_chat
+from loraplex.residual.folder import write_residual
+from loraplex.residual.vectors import vector_from_pairs
+
+
+def vector(
+    pairs: Annotated[Path, typer.Argument(help='JSON lines: {"wanted": "...", "unwanted": "..."}.')],
+    output: Annotated[Path, typer.Option(help="Folder of the steering vector; it must not exist.")],
+    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    layers: Annotated[
+        str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the texts as they are, without chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Compute a steering vector for each layer from pairs of contrasting prompts."""
+    texts = read_pairs(pairs)
+    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    if not raw:
+        texts = [(as_chat(multi.tokenizer, wanted), as_chat(multi.tokenizer, unwanted)) for wanted, unwanted in texts]
+    found = vector_from_pairs(multi.base, multi.registry.linked.layers, multi.tokenizer, texts, at=numbers(layers))
+    write_residual(found, output)
+    Console(highlight=False).print(f"{len(texts)} pairs, {len(found.vectors)} layers: {output}", soft_wrap=True)
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Read contrasting texts. Raises DatasetError, which names file and line."""
+    form = '{"wanted": "...", "unwanted": "..."}'
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"the file of pairs {str(path)!r} can't be read: {error}.") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json_format.loads(line)
+            pair = (content["wanted"], content["unwanted"])
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(f"{path}:{number} is not of the form {form}.") from None
+        if not all(isinstance(text, str) for text in pair):
+            raise DatasetError(f"{path}:{number} holds no texts; write {form}.")
+        pairs.append(pair)
+    if not pairs:
+        raise DatasetError(f"the file of pairs {str(path)!r} is empty. Write one pair a line: {form}.")
+    return pairs

@@ -1,0 +1,146 @@
+"""Linked residuals in training, next to LoRA adapters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex.adapters.peft_folder import read_adapter
+from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from loraplex.layers.injection import AdaptableModel
+from loraplex.residual.config import ResidualConfig
+from loraplex.residual.folder import read_residual
+from loraplex.residual.kinds import LinkedResidual
+from loraplex.residual.layers import AttentionLayers
+from loraplex.training import AdapterJob, TrainConfig, forward, train_adapters
+from loraplex.training.bank import TrainingBank, TrainingSlot
+from loraplex.training.batches import TrainingRow, shared_prefix_lengths
+from loraplex.training.forward import LossComputer
+from loraplex.training.run import residual_rows
+from loraplex.training.setup import make_states
+from loraplex.training.trainer import Trainer
+from tests.residual.tiny_residuals import random_linked
+from tests.tiny_models import tiny_model
+from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
+
+
+def residual_job(
+    folder: Path, name: str, *, r: int = 4, layers: tuple[int, ...] | None = None, **options
+) -> AdapterJob:  # type: ignore[no-untyped-def]
+    config = ResidualConfig(r=r, alpha=8.0, layers=layers)
+    return tiny_job(folder, name, **{"lora": None, "residual": config, **options})
+
+
+def test_residuals_learn_next_to_a_lora_as_if_alone(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    jobs = [
+        residual_job(tmp_path, "all", max_steps=20, learning_rate=2e-2),
+        tiny_job(tmp_path, "lora"),
+        residual_job(tmp_path, "last", r=2, layers=(1,)),
+    ]
+    base = tiny_model("llama")
+    together = train_adapters(base, tokenizer, jobs=jobs, config=TrainConfig(output=tmp_path / "together", plots=False))
+    assert base.config._attn_implementation == "sdpa", "the base model is given back as it was"
+    for job, result in zip(jobs, together, strict=True):
+        config = TrainConfig(output=tmp_path / "alone" / job.name, plots=False)
+        (alone,) = train_adapters(tiny_model("llama"), tokenizer, jobs=[job], config=config)
+        assert alone.train_losses == pytest.approx(result.train_losses, rel=1e-3)
+        assert alone.eval_losses == pytest.approx(result.eval_losses, rel=1e-3)
+    assert together[0].eval_losses[-1] < 0.95 * together[0].eval_losses[0]
+    trained = read_residual(tmp_path / "together" / "last")
+    assert isinstance(trained, LinkedResidual)
+    assert (trained.config.r, list(trained.layers)) == (2, [1])
+    assert trained.layers[1].b.abs().max() > 0
+    assert trained.layers[1].head_logits.abs().max() > 0, "the mix of heads doesn't learn"
+    assert read_adapter(tmp_path / "together" / "lora").layers
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_gradients_do_not_depend_on_how_rows_are_batched(
+    tmp_path: Path, share_prefixes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against single rows without a shared prefix, with three residuals of different ranks and layers."""
+    base = tiny_model("llama")
+    attention = AttentionLayers(base)
+    starts = [random_linked(attention, seed, r=r, at=at) for seed, r, at in ((1, 3, [0, 1]), (2, 5, [1]), (3, 1, [0]))]
+    jobs = [
+        residual_job(tmp_path, f"job{n}", r=start.config.r, layers=tuple(start.layers))
+        for n, start in enumerate(starts)
+    ]
+    jobs = [
+        replace(job, init_from=replace(start, config=job.residual)) for job, start in zip(jobs, starts, strict=True)
+    ]
+    jobs.append(tiny_job(tmp_path, "lora"))
+    states = make_states(jobs, base, AdaptableModel(base), tiny_tokenizer(), attention)
+    residuals = residual_rows(states, attention)
+    bank = TrainingBank([TrainingSlot({}) for _ in states])
+    rows = [TrainingRow(i, i, example) for i in range(len(jobs)) for example in states[i].data.examples_of_step(0)]
+    scales = torch.ones(len(jobs))
+
+    def gradients(per_forward: int, batches: list[list[TrainingRow]], share: bool) -> tuple[torch.Tensor, ...]:
+        computer = LossComputer(
+            base, len(jobs), tokens_per_forward=per_forward, share_prefixes=share, residuals=residuals
+        )
+        for state in states[:3]:
+            state.parameters.flat.grad.zero_()
+        sums = sum(computer.accumulate_gradients(batch, bank, scales) for batch in batches)
+        return (sums, *(state.parameters.flat.grad.clone() for state in states[:3]))
+
+    expected = gradients(10_000, [[row] for row in rows], False)
+    assert not share_prefixes or sum(shared_prefix_lengths(rows).values()) > 3, "there is no prefix to share"
+    monkeypatch.setattr(forward, "FORWARD_COST", {"cpu": 1})  # share whatever can be shared
+    found = gradients(2_000, [rows], share_prefixes)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    assert all(gradient.abs().max() > 0 for gradient in expected[1:])
+
+
+def test_resumed_run_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    job = residual_job(tmp_path, "a")
+    whole = TrainConfig(output=tmp_path / "whole", plots=False)
+    (expected,) = train_adapters(tiny_model("llama"), tokenizer, jobs=[job], config=whole)
+
+    class Killed(Exception):
+        pass
+
+    def kill(states) -> None:  # type: ignore[no-untyped-def]
+        if states[0].progress.step == 5:
+            raise Killed
+
+    parts = TrainConfig(output=tmp_path / "parts", plots=False, checkpoint_every=5)
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self, on_step: run(self, kill))
+    with pytest.raises(Killed):
+        train_adapters(tiny_model("llama"), tokenizer, jobs=[job], config=parts)
+    monkeypatch.undo()
+    other = replace(job, residual=ResidualConfig(r=4, alpha=16.0))
+    with pytest.raises(CheckpointError, match="residual"):
+        train_adapters(tiny_model("llama"), tokenizer, jobs=[other], config=parts)
+    (resumed,) = train_adapters(tiny_model("llama"), tokenizer, jobs=[job], config=parts)
+    assert resumed.train_losses == expected.train_losses
+    first, second = read_residual(expected.folder), read_residual(resumed.folder)
+    assert isinstance(first, LinkedResidual)
+    assert isinstance(second, LinkedResidual)
+    assert all(first.layers[n].b.equal(second.layers[n].b) for n in first.layers)
+
+
+def test_job_trains_exactly_one_kind(tmp_path: Path) -> None:
+    job = residual_job(tmp_path, "a")
+    with pytest.raises(ConfigError, match="exactly one"):
+        replace(job, residual=None)
+    with pytest.raises(ConfigError, match="exactly one"):
+        replace(job, lora=tiny_job(tmp_path, "b").lora)
+
+
+def test_residual_jobs_that_can_not_start_are_refused(tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    config = TrainConfig(output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="attention layers 0 to 1"):
+        train_adapters(base, tiny_tokenizer(), jobs=[residual_job(tmp_path, "a", layers=(2,))], config=config)
+    other = random_linked(AttentionLayers(tiny_model("gpt2")), 1, r=4, alpha=8.0)
+    with pytest.raises(BaseModelMismatchError, match="GPT2LMHeadModel"):
+        train_adapters(base, tiny_tokenizer(), jobs=[residual_job(tmp_path, "a", init_from=other)], config=config)
+    assert not (tmp_path / "out").exists()
+    assert base.config._attn_implementation == "sdpa"
