@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--static-limit", type=int, default=20, help="validation questions of each domain")
+    parser.add_argument("--only-mixture", action="store_true", help="leave out what the mixture is compared with")
     parser.add_argument("--write", type=Path, default=None, help="JSON file for the scores")
     options = parser.parse_args()
 
@@ -83,10 +84,12 @@ def main() -> None:
     experts = model.mixtures.get(MIXTURE).experts
     names = [expert.removeprefix(f"{MIXTURE}/") for expert in experts]
     rename = dict(zip(names, experts, strict=True))
-    static = best_static_weight(model, options.data, rename, options.static_limit)
-    choices: dict[str, str | None] = {"base": None, **rename}
-    choices["uniform average"] = link(experts, round(1 / len(experts), 4))
-    choices[f"static {static}"] = link(experts, static)
+    choices: dict[str, str | None] = {}
+    if not options.only_mixture:
+        static = best_static_weight(model, options.data, rename, options.static_limit)
+        choices = {"base": None, **rename}
+        choices["uniform average"] = link(experts, round(1 / len(experts), 4))
+        choices[f"static {static}"] = link(experts, static)
     choices["X-LoRA"] = MIXTURE
     scores: dict[str, dict[str, float]] = {}
     tasks = tasks_of(options.data, names, options.limit)
