@@ -34,8 +34,8 @@ def write_adapter(
     AdapterFormatError and UnsupportedAdapterError (`read_adapter` would refuse the result, or PEFT drop a
     part).
     """
-    if not isinstance(adapter, Adapter):
-        reason = getattr(adapter, "no_lora_because", "it has no LoRA factors")
+    reason = getattr(adapter, "no_lora_because", None)  # a residual says why it can't be written as a LoRA
+    if reason is not None:
         raise UnsupportedAdapterError(
             f"a {type(adapter).__name__} can't be exported in PEFT's format or merged into weights: {reason}."
         )

@@ -78,7 +78,7 @@ class Binding:
     def _bind_mixtures(
         self, link: Link, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
     ) -> list[BoundMixture]:
-        bound = []
+        bound: list[BoundMixture] = []
         base_pass: int | None = None  # mixtures whose scaling pass is the base model's share it
         for name, weight in link:
             if name not in found:

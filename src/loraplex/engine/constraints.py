@@ -31,7 +31,7 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
     with _lock:
         known = _tokenizers.get(tokenizer)
         if known is None:
-            known = _tokenizers[tokenizer] = from_tokenizer(tokenizer, n_vocab=vocab_size)
+            known = _tokenizers[tokenizer] = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
     try:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
         matcher = llguidance.LLMatcher(known, grammar)

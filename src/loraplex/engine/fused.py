@@ -4,7 +4,7 @@ Not by architecture: a module is taken over if it has the parts that a formula n
 the formula gives. Outside of packed passes it runs as it did.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,31 +23,26 @@ _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weigh
 class FusedModules:
     """The modules of one base model that were taken over; `restore` gives them back."""
 
-    def __init__(self, base: PreTrainedModel, attention: Callable[[nn.Module], bool]) -> None:
-        """`attention` says whether a module is one that packed passes know."""
+    def __init__(
+        self, base: PreTrainedModel, attends: Callable[[nn.Module], bool], trial: Callable[[], object]
+    ) -> None:
+        """`attends` says whether a module is one that packed passes know; `trial` runs some packed passes."""
         self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
-        for module in list(base.modules()):
-            if "forward" in vars(module):  # offloading puts one there
-                continue
+        modules = [module for module in base.modules() if "forward" not in vars(module)]  # offloading puts one there
+        attention = [module for module in modules if attends(module) and _is_rotary_attention(module)]
+        for module in _attention_that_agrees(attention, trial):
+            self._take(module, _attention_forward)
+        for module in modules:
             if _is_norm(module):
                 self._take(module, _norm_forward)
             elif _is_gated_mlp(module):
                 self._take(module, _mlp_forward)
-            elif attention(module) and _is_rotary_attention(module):
-                self._take(module, _attention_forward)
 
     def restore(self) -> None:
         for module, former in self._taken:
             module.__class__ = former
             vars(module).pop(_PLUS_ONE, None)
         self._taken = []
-
-    def give_back_attention(self) -> None:
-        """Give back the attention modules, where the whole model's logits show that they do something else."""
-        for module, former in self._taken:
-            if isinstance(getattr(module, "q_proj", None), nn.Module):
-                module.__class__ = former
-        self._taken = [(module, former) for module, former in self._taken if type(module) is not former]
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         former = type(module)
@@ -124,9 +119,30 @@ def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
 
 
 def _is_rotary_attention(module: nn.Module) -> bool:
-    """Whether it has the parts; that it has no others, the whole model's logits show."""
+    """Whether it has the parts and no others."""
     names = {name for name, _ in module.named_children()}
     return names == {"q_proj", "k_proj", "v_proj", "o_proj"} and isinstance(getattr(module, "head_dim", None), int)
+
+
+def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], object]) -> list[nn.Module]:
+    """Those that in all passes of `trial` give what the formula gives for the same input."""
+    agreed: dict[nn.Module, bool] = {}
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            agrees = _agree(_attention_forward(module, *args, **kwargs)[0], output[0])
+        except (RuntimeError, TypeError):  # other shapes, or other arguments
+            agrees = False
+        agreed[module] = agreed.get(module, True) and agrees
+
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
+    try:
+        if modules:
+            trial()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [module for module in modules if agreed.get(module, False)]
 
 
 def _attention_forward(

@@ -4,6 +4,8 @@ import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from loraplex.engine.constraints import make_constraint
 from loraplex.engine.generation import Generation, RequestState
 from loraplex.engine.request import Prompt, Request
@@ -13,6 +15,7 @@ from loraplex.engine.token_choice import TokenChooser
 from loraplex.errors import BaseModelError, CapacityError, RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.choice import Link, parse_choice
+from loraplex.xlora.mixture import Mixture
 
 
 class Intake:
@@ -64,7 +67,7 @@ class Intake:
         text = AnswerText(self._tokenizer(needed=bool(sampling.stop_strings)), state.prompt, sampling.stop_strings)
         return Generation(state, index, chooser, text)
 
-    def _tokenizer(self, *, needed: bool):  # type: ignore[no-untyped-def]
+    def _tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
         try:
             return self._model.tokenizer
         except BaseModelError:
@@ -85,13 +88,14 @@ class Intake:
                 f"the prompt {str(prompt)[:100]!r} can't be read. Give a text, at least one token id from 0 to "
                 f"{self._vocab_size - 1}, or the messages of a chat."
             )
-        return tuple(tokens)  # type: ignore[arg-type]
+        return tuple(tokens)
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
         tokenizer = self._model.tokenizer
         if tokenizer.chat_template is None:
             raise RequestError("the model's tokenizer has no chat template. Give the prompt as a text.")
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        turns = [dict(turn) for turn in messages]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -125,6 +129,6 @@ def _is_token(token: object, vocab_size: int) -> bool:
     return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size
 
 
-def _pass_kinds(link: Link, found) -> set[str]:  # type: ignore[no-untyped-def]
+def _pass_kinds(link: Link, found: Mapping[str, Mixture]) -> set[str]:
     """The scaling passes that a link needs: one for all mixtures whose pass is the base model's, one for each other."""
     return {"" if found[name].pass_value == 0 else name for name, _ in link if name in found}

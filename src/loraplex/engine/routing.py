@@ -20,7 +20,7 @@ class Placed(NamedTuple):
     part: int
     first: int  # place of the first token
     start: int  # its position in the track
-    count: int
+    num_tokens: int
 
 
 class PackedPlan(RoutingPlan):
@@ -34,7 +34,7 @@ class PackedPlan(RoutingPlan):
         columns: list[int] = []  # where the mixtures' gates have them
         num_gates = 0
         for item in placed:
-            stop = item.start + item.count
+            stop = item.start + item.num_tokens
             for route in batch.parts[item.part].track.routes:
                 start = item.start if route.active_from is None else max(item.start, route.active_from)
                 if start >= stop:
@@ -47,8 +47,8 @@ class PackedPlan(RoutingPlan):
                 first = item.first + start - item.start
                 segments.append(Segment(first, first + stop - start, route.slot, gate))
                 num_gates += stop - start
-        num_tokens = sum(item.count for item in placed)
-        longest = max((item.count for item in placed), default=1)
+        num_tokens = sum(item.num_tokens for item in placed)
+        longest = max((item.num_tokens for item in placed), default=1)
         super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
         self._by_module: tuple[Tensor, ...] = ()
         if columns:

@@ -1,6 +1,5 @@
 """Run packed batches through the base model."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,12 +20,10 @@ from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.bank import SlotBank
 from loraplex.routing.rows import use_routing
 
-logger = logging.getLogger(__name__)
-
 _CHECKED_TOKENS = 12
-# How far packed logits may be from the model's own, of their range: rounding, in models of up to some hundred layers.
+# How far packed logits may be from the model's own, relative to their size: rounding, which 16 bits make large.
 _TOLERANCE = {torch.float32: 1e-3}
-_LARGEST_TOLERANCE = 0.05
+_LARGEST_TOLERANCE = 0.3
 _UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 
 
@@ -81,28 +78,15 @@ class ModelRunner:
         """
         ids = torch.arange(1, 1 + _CHECKED_TOKENS, device=self.model.base.device) % self._vocab_size
         expected = self.model.base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, -1].float()
-        span = expected.max() - expected.min()
-        tolerance = _TOLERANCE.get(self.model.dtype, _LARGEST_TOLERANCE) * span
-
-        def agrees() -> bool:
-            return bool((self._probe(ids) - expected).abs().max() <= tolerance)  # not for NaN
-
-        if not agrees():
+        difference = (self._probe(ids) - expected).norm() / (expected - expected.mean()).norm()
+        if not difference <= _TOLERANCE.get(self.model.dtype, _LARGEST_TOLERANCE):  # not for NaN
             raise BaseModelError(
                 f"packed passes of {type(self.model.base).__name__} give other logits than the model by itself, so it "
                 "has an attention that the engine doesn't know. Use MultiLoraModel.generate for it."
             )
-        if not native_runs(self.model.base.device, self.model.dtype):
-            return
-        self._fused = FusedModules(self.model.base, self._attachment.shapes.__contains__)
-        try:
-            fits = agrees()
-        except (RuntimeError, TypeError) as error:  # other shapes, or other arguments
-            logger.debug("fused attention: %s", error)
-            fits = False
-        if not fits:
-            logger.info("the attention modules of %s stay as they are", type(self.model.base).__name__)
-            self._fused.give_back_attention()
+        if native_runs(self.model.base.device, self.model.dtype):
+            attends = self._attachment.shapes.__contains__
+            self._fused = FusedModules(self.model.base, attends, lambda: self._probe(ids))
 
     def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
         """The last token's logits: all but two tokens in one pass, and then each by itself."""
@@ -147,7 +131,7 @@ class ModelRunner:
 
     def forward(self, batch: PackedBatch) -> Tensor:  # [logits, vocab]
         """The logits of the parts that want some, in the batch's order."""
-        routing = PackedRouting(batch, self._bank, fast_decode=self.model._fast_decode)
+        routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
         with use_routing(routing), use_batch(batch):
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False

@@ -16,9 +16,10 @@ from loraplex.residual.linked import AttentionRequest
 from loraplex.residual.scope import AttentionScope
 from loraplex.routing.choice import RowChoice, parse_choices
 from loraplex.xlora.generation import end_tokens, prepare_generation
+from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.scalings.report import collected_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
-from loraplex.xlora.two_pass import TwoPass, TwoPassOptions
+from loraplex.xlora.two_pass import TwoPass
 
 
 @dataclass

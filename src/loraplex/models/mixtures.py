@@ -19,11 +19,11 @@ from loraplex.errors import (
 )
 from loraplex.layers.injection import AdaptableModel
 from loraplex.routing.choice import Link
+from loraplex.xlora.attach import attach_two_pass
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import Mixture, lora_layers
-from loraplex.xlora.two_pass import attach_two_pass
 
 
 class Mixtures:

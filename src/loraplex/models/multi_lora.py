@@ -26,8 +26,8 @@ from loraplex.routing.choice import RowChoice
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.drafts import DraftCounts
 from loraplex.xlora.formats.mixture_folder import Layout
+from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.scalings.log import ScalingsLog
-from loraplex.xlora.two_pass import TwoPassOptions
 
 
 class MultiLoraModel:

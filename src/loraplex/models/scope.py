@@ -15,8 +15,10 @@ from loraplex.residual.scope import use_attention
 from loraplex.routing.bank import Bank
 from loraplex.routing.choice import Link
 from loraplex.routing.rows import Route, RowRouting, use_routing
+from loraplex.xlora.attach import use_two_pass
 from loraplex.xlora.mixture import Mixture
-from loraplex.xlora.two_pass import TwoPass, TwoPassOptions, use_two_pass
+from loraplex.xlora.options import TwoPassOptions
+from loraplex.xlora.two_pass import TwoPass
 from loraplex.xlora.uses import MixtureUse, plan_mixture_rows
 
 

@@ -2,40 +2,27 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.errors import ConfigError, RequestError
+from loraplex.errors import RequestError
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
+from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.uses import MixtureRows
+
+# With more rows some draft is wrong at nearly every step, and the pass that repeats it eats the gain.
+MOST_ROWS_DRAFTED = 2
 
 # What the base model's decoder needs of a call's inputs in a scaling pass; all have one row a sequence.
 _ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoPassOptions:
-    """How the scaling pass is run."""
-
-    draft: bool | None = None  # run it for a drafted next token beside the main pass; None: where that is faster
-    refresh: int = 1  # tokens that share one scaling pass's prediction; above 1 is approximate
-    collect: bool = False  # keep all scalings
-
-    def __post_init__(self) -> None:
-        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
-            raise ConfigError(f"refresh is {self.refresh!r}; it must be a whole number, 1 or more (1 is exact).")
-        if self.draft and self.refresh > 1:
-            raise ConfigError(f"draft=True and refresh={self.refresh} exclude each other. Choose one of them.")
 
 
 class PassRouting(RowRouting):
@@ -269,49 +256,7 @@ class TwoPass:
         return rows.flatten()
 
 
-# With more rows some draft is wrong at nearly every step, and the pass that repeats it eats the gain.
-MOST_ROWS_DRAFTED = 2
-
-
 def _rows_of(value: Any, rows: Tensor) -> Any:
     if isinstance(value, dict):  # masks by layer type
         return {key: _rows_of(part, rows) for key, part in value.items()}
     return value[rows.to(value.device)] if isinstance(value, Tensor) else value
-
-
-_current: ContextVar[TwoPass | None] = ContextVar("loraplex_two_pass", default=None)
-
-
-@contextmanager
-def use_two_pass(two_pass: TwoPass) -> Iterator[None]:
-    """Let the base model's calls inside the block run both passes."""
-    token = _current.set(two_pass)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def attach_two_pass(base: PreTrainedModel) -> None:
-    """Give the base model the hooks that stand around its calls; they do nothing outside `use_two_pass`."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        two_pass = _current.get()
-        if two_pass is None:
-            return None
-        if args:
-            raise RequestError("call the base model with keyword arguments where mixtures are used.")
-        return args, two_pass.before(kwargs)
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        two_pass = _current.get()
-        return None if two_pass is None else two_pass.after(kwargs, output)
-
-    def capture(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        two_pass = _current.get()
-        if two_pass is not None and two_pass.captures_hidden:
-            two_pass.captured = output.last_hidden_state
-
-    base.register_forward_pre_hook(before, with_kwargs=True)
-    base.register_forward_hook(after, with_kwargs=True)
-    base.base_model.register_forward_hook(capture)

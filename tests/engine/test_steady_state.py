@@ -1,0 +1,28 @@
+"""Long use leaves nothing behind: neither blocks nor leases nor memory."""
+
+import gc
+import os
+
+import psutil
+import pytest
+
+from loraplex.engine.config import EngineConfig
+from tests.engine.engines import make_model, write_adapters
+from tests.engine.test_fuzz import run_traffic
+
+CONFIG = EngineConfig(cache_bytes=100 * 2**13, max_length=150, max_running=8, max_step_tokens=64)
+
+
+def resident_mib() -> float:
+    gc.collect()
+    return psutil.Process(os.getpid()).memory_info().rss / 2**20
+
+
+@pytest.mark.slow
+def test_memory_returns_to_what_it_was_after_thousands_of_requests(tmp_path):
+    model = make_model("llama", write_adapters("llama", tmp_path))
+    run_traffic(model, CONFIG, 500, seed=1)
+    before = resident_mib()
+    for seed in range(2, 6):
+        run_traffic(model, CONFIG, 500, seed=seed)
+    assert resident_mib() - before < 20, "memory grew"
