@@ -112,7 +112,7 @@ class Registry:
             self.store,
             folder,
             layout=layout,
-            base_model_name=self._base.config.name_or_path or None,
+            base_model_name=_shared_name(self._base.config.name_or_path),
             overwrite=overwrite,
         )
 
@@ -132,6 +132,11 @@ class Registry:
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+
+
+def _shared_name(name_or_path: str) -> str | None:
+    """A hub id as it is; of a local folder the last part: the path means nothing on another machine."""
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path or None
 
 
 def _read_again(folder: Path) -> Adapter:
