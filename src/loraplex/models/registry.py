@@ -134,9 +134,11 @@ class Registry:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
 
 
-def _shared_name(name_or_path: str) -> str | None:
+def _shared_name(name_or_path: str | None) -> str | None:
     """A hub id as it is; of a local folder the last part: the path means nothing on another machine."""
-    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path or None
+    if not name_or_path:
+        return None
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 
 def _read_again(folder: Path) -> Adapter:
