@@ -1,12 +1,14 @@
 """The engine in its own thread: streams, results, cancelling, many loops."""
 
 import asyncio
+import time
 
 import pytest
 
 from loraplex import MultiLoraModel
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import AdapterNotFoundError, RequestError
@@ -85,7 +87,15 @@ def test_errors_reach_the_caller_and_others_go_on(model):
     assert run(main()).finish_reason == "length"
 
 
-def test_closing_ends_streams_and_refuses_new_ones(model):
+def test_closing_ends_streams_and_refuses_new_ones(model, monkeypatch):
+    step = Engine.step
+
+    def slow_step(engine):
+        time.sleep(0.02)  # the tiny model must not be done before it is closed
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow_step)
+
     async def main():
         engine = AsyncEngine(model, CONFIG)
         stream = engine.stream(Request([1, 2, 3], sampling=SamplingParams(max_tokens=200)))

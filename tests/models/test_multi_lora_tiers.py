@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import loraplex.models.multi_lora
+import loraplex.models.registry
 from loraplex import MultiLoraModel, StoreConfig
 from loraplex.errors import AdapterChangedError
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
@@ -113,7 +113,7 @@ def test_folder_given_by_a_relative_path_is_found_from_another_working_directory
 def test_folder_that_is_overwritten_while_it_is_loaded_is_never_served_from_disk_as_what_was_loaded(
     folders, monkeypatch, tmp_path
 ):
-    read_adapter = loraplex.models.multi_lora.read_adapter
+    read_adapter = loraplex.models.registry.read_adapter
     base, targets = tiny_model("llama"), linear_targets("llama")
     folder = random_peft_adapter(base, tmp_path / "a", targets=targets, seed=0)
 
@@ -123,7 +123,7 @@ def test_folder_that_is_overwritten_while_it_is_loaded_is_never_served_from_disk
         return adapter
 
     model = MultiLoraModel(base, store=StoreConfig(host_bytes=budget_for(folders, 1)))
-    monkeypatch.setattr(loraplex.models.multi_lora, "read_adapter", read_and_overwrite)
+    monkeypatch.setattr(loraplex.models.registry, "read_adapter", read_and_overwrite)
     model.load_adapter("a", folder)
     monkeypatch.undo()
     model.load_adapter("b", folders["b"])
