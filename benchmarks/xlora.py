@@ -105,7 +105,7 @@ def drafted(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) 
         model.load_mixture(MIXTURE, options.mixture)
     else:
         model = with_mixture(options.model, dtype, paths)
-    prompts = [encode_prompts(model.tokenizer, [text])[0] for text in held_out_prompts(options.prompts)]
+    prompts = [encode_prompts(model.tokenizer, [text])["input_ids"] for text in held_out_prompts(options.prompts)]
 
     def run(choice: str | None, draft: bool) -> Callable[[], float]:
         def timed() -> float:
