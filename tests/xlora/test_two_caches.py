@@ -92,6 +92,15 @@ def test_drafted_and_undrafted_tokens_are_identical(options, tmp_path):
     assert 0 < counts.accepted < counts.drafted
 
 
+def test_batch_without_a_mask_is_drafted_too(tmp_path):
+    model = mixed_model("llama", tmp_path)
+    ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
+    options = {"adapters": ["science"], "max_new_tokens": 20, "do_sample": False}
+    drafted = model.generate(ids, **options)  # by default, for one row
+    assert model.draft_counts.drafted == 18
+    assert drafted.tolist() == model.generate(ids, draft=False, **options).tolist()
+
+
 def test_beam_search_reorders_both_caches(tmp_path):
     model = mixed_model("llama", tmp_path)
     ids, mask = padded_batch(3, 8, "left", VOCAB_SIZE)

@@ -42,7 +42,9 @@ class DraftedStep:
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Bring the scaling pass up to the step's tokens, set their gates, and widen the call by the drafted tokens."""
-        ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+        ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs["position_ids"]
+        if mask is None:  # nothing is padded
+            mask = ids.new_ones(ids.shape[0], self._cache.main_length + 1)
         own = self._cache.scaling_sequences(ids.device)
         self._catch_up(ids[own], mask[own], positions[own])
         carried = self._cache.carried

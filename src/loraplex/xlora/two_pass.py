@@ -240,8 +240,7 @@ class TwoPass:
             and copies == 1
             and inputs.get("input_ids") is not None
             and inputs.get("position_ids") is not None
-            and inputs.get("attention_mask") is not None
-            and inputs["attention_mask"].ndim == 2
+            and (inputs.get("attention_mask") is None or inputs["attention_mask"].ndim == 2)
             and inputs.get("return_dict", True)
             and not inputs.get("output_hidden_states")
             and not inputs.get("output_attentions")
