@@ -46,4 +46,6 @@ def attach_two_pass(base: PreTrainedModel) -> None:
 
     base.register_forward_pre_hook(before, with_kwargs=True)
     base.register_forward_hook(after, with_kwargs=True)
-    base.base_model.register_forward_hook(capture)
+    # Some models (OPT) call their decoder past the module around it.
+    for decoder in {base.base_model, base.get_decoder() or base.base_model} - {base}:
+        decoder.register_forward_hook(capture)
