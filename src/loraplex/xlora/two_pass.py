@@ -76,6 +76,7 @@ class TwoPass:
         self.counts = DraftCounts()
         self._drafted: DraftedStep | None = None
         self._pending: list[dict[str, Any]] = []
+        self.num_new_tokens = 0  # of the call that runs now
         self.captures_hidden = False
         self.captured: Tensor | None = None
 
@@ -119,7 +120,7 @@ class TwoPass:
 
     def scaling_hidden(self, inputs: dict[str, Any], cache: PairedCache | None, copies: int) -> Tensor:
         """Run the scaling pass of a call's new tokens; returns [scaling sequences, tokens, hidden]."""
-        rows = self._sequences(copies, inputs)
+        rows = self._sequences(copies)
         part = {name: _rows_of(inputs[name], rows) for name in _ROW_INPUTS if inputs.get(name) is not None}
         if cache is None:
             return self.run_scaling(part, None)
@@ -250,7 +251,7 @@ class TwoPass:
             return can_draft and self.options.draft
         return can_draft and self._num_rows <= MOST_ROWS_DRAFTED
 
-    def _sequences(self, copies: int, inputs: dict[str, Any]) -> Tensor:  # [scaling sequences]
+    def _sequences(self, copies: int) -> Tensor:  # [scaling sequences]
         rows = torch.tensor(self.mixture_rows.scaling_rows).unsqueeze(1) * copies + torch.arange(copies)
         return rows.flatten()
 

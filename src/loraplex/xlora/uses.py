@@ -1,6 +1,6 @@
 """Which rows of a batch use which mixtures, and the scaling sequences that these need."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,8 +99,3 @@ def _base_row(row: int, known: dict[int, int], rows: list[int], owners: list[int
         rows.append(row)
         owners.append(None)
     return known[row]
-
-
-def mixtures_of(link_names: Sequence[str], mixtures: Mapping[str, Mixture]) -> list[Mixture]:
-    """The mixtures among the names of a link, in its order."""
-    return [mixtures[name] for name in link_names if name in mixtures]
