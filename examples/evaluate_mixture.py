@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mixed_data import conversations
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -52,6 +53,7 @@ def tasks_of(data: Path, names: Sequence[str], limit: int) -> dict[str, list[Que
     pool = [question for questions in domains.values() for question in questions[-per_domain:]]
     return domains | {
         "neutral wording": [neutral(question) for question in pool],
+        "conversations": conversations(domains, limit),
         "two questions": pairs(domains, limit),
     }
 
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--static-limit", type=int, default=20, help="validation questions of each domain")
+    parser.add_argument("--tasks", nargs="+", default=None, help="only these, by name")
     parser.add_argument("--only-mixture", action="store_true", help="leave out what the mixture is compared with")
     parser.add_argument("--write", type=Path, default=None, help="JSON file for the scores")
     options = parser.parse_args()
@@ -93,12 +96,14 @@ def main() -> None:
     choices["X-LoRA"] = MIXTURE
     scores: dict[str, dict[str, float]] = {}
     tasks = tasks_of(options.data, names, options.limit)
+    tasks = {name: tasks[name] for name in options.tasks or tasks}
     for task, questions in track(tasks.items(), console=console):
         results = exact_matches(model, questions, list(choices.values()))
         scores[task] = {"num_questions": len(questions)} | dict(zip(choices, results, strict=True))
-    scores["all domains"] = {
-        key: sum(scores[name][key] for name in names) / len(names) for key in (*choices, "num_questions")
-    }
+    if set(names) <= set(scores):
+        scores["all domains"] = {
+            key: sum(scores[name][key] for name in names) / len(names) for key in (*choices, "num_questions")
+        }
     show(scores, list(choices))
     if options.write is not None:
         options.write.write_text(json.dumps(scores, indent=2) + "\n")

@@ -7,7 +7,7 @@ import pytest
 from loraplex import MultiLoraModel
 from loraplex.errors import DatasetError
 from loraplex.models.text import generate_texts
-from loraplex.training.evaluation import Question, evaluate, label_tokens, read_questions
+from loraplex.training.evaluation import Question, evaluate, exact_matches, label_tokens, read_questions
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,25 @@ def test_answers_with_one_first_token_can_not_be_told_apart(model):
         label_tokens(model, ["yes sir", "yes madam"])
 
 
-def test_questions_need_one_turn_each(tmp_path):
+def test_a_conversation_asks_for_its_last_answer(model, tmp_path):
+    """The same words as the model writes after the turns before: a single turn would be answered otherwise."""
+    history = [
+        {"role": "user", "content": "Answer with one word. What is the capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "And of Italy?"},
+    ]
+    (said,) = generate_texts(model, [history], max_new_tokens=3).texts
+    (alone,) = generate_texts(model, ["And of Italy?"], max_new_tokens=3).texts
+    assert said != alone
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"messages": [*history, {"role": "assistant", "content": said}]}))
+    (question,) = read_questions(path)
+    assert (question.prompt, question.answer, list(question.history)) == ("And of Italy?", said, history[:2])
+    assert exact_matches(model, [question], [None]) == [1.0]
+    assert exact_matches(model, [Question(prompt=question.prompt, answer=said)], [None]) == [0.0]
+
+
+def test_questions_alternate_turns(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"text": "no question"}))
     with pytest.raises(DatasetError, match=r"q\.jsonl:1"):

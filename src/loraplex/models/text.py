@@ -1,7 +1,7 @@
 """From prompts to answers: one call for a batch of texts that each have their own adapters."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from loraplex.errors import BatchError, RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.choice import RowChoice
+
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat that end with a user's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,16 @@ class TextBatch:
         return sum(self.num_tokens) / self.seconds
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True) -> BatchEncoding:
-    """Token ids and mask [rows, tokens], padded on the left; with `chat`, each prompt is a user's turn.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, chat: bool = True
+) -> BatchEncoding:
+    """Token ids and mask [rows, tokens], padded on the left; with `chat`, each prompt is a user's turn or messages.
 
     Raises BatchError for an empty batch and RequestError if the tokenizer has no chat template.
     """
     if not prompts:
         raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
-    texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else [str(prompt) for prompt in prompts]
     if tokenizer.pad_token_id is None:
         # Masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))
@@ -43,7 +47,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *
 
 def generate_texts(
     model: MultiLoraModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     adapters: Sequence[RowChoice] | None = None,
     chat: bool = True,
@@ -77,20 +81,20 @@ def decode_batch(
     return TextBatch(texts=texts, num_tokens=[int(n) for n in lengths], seconds=seconds)
 
 
-def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as a user's turn, up to where the answer starts. Raises RequestError without a chat template."""
+def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """A prompt in the chat template, up to where the answer starts. Raises RequestError if there is none."""
     if tokenizer.chat_template is None:
         raise RequestError(
             "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False "
             "(on the command line --raw) to continue the prompt as it is."
         )
-    turn = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 @torch.no_grad()
 def first_token_logits(
-    model: MultiLoraModel, prompts: Sequence[str], *, adapters: Sequence[RowChoice] | None = None
+    model: MultiLoraModel, prompts: Sequence[Prompt], *, adapters: Sequence[RowChoice] | None = None
 ) -> Tensor:  # [rows, vocab]
     """The logits of each answer's first token: enough to judge one-word answers, at the price of a prefill."""
     encoded = encode_prompts(model.tokenizer, prompts).to(model.base.device)

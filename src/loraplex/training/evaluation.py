@@ -1,6 +1,6 @@
 """How good an adapter is on held-out records: exact match of one-word answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,19 @@ from loraplex.training.records import read_records
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt and the one word that answers it."""
+    """A user's turn, the turns before it, and the words that answer it."""
 
     prompt: str
     answer: str
+    history: tuple[Mapping[str, str], ...] = ()  # messages
+
+    @property
+    def messages(self) -> list[Mapping[str, str]]:
+        return [*self.history, {"role": "user", "content": self.prompt}]
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +41,18 @@ class Score:
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
-    """Read a chat JSONL file of one user turn and a one-word answer each. Raises DatasetError."""
+    """Read a chat JSONL file; a record's last answer is asked for, after the turns before it. Raises DatasetError."""
     questions = []
     for record in read_records(path)[:limit]:
-        roles = [message["role"] for message in record.messages or ()]
-        if record.messages is None or roles != ["user", "assistant"]:
+        messages = record.messages or ()
+        roles = [message["role"] for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise DatasetError(
-                f"{record.place} is not a question: its roles are {roles}. Give one user turn and one assistant turn."
+                f"{record.place} is not a question: its roles are {roles}. Give a user turn and an assistant turn, as "
+                "often as you like."
             )
-        questions.append(Question(prompt=record.messages[0]["content"], answer=record.messages[1]["content"]))
+        prompt, answer = messages[-2]["content"], messages[-1]["content"]
+        questions.append(Question(prompt=prompt, answer=answer, history=messages[:-2]))
     return questions
 
 
@@ -54,10 +66,10 @@ def evaluate(
     labels = label_tokens(model, sorted({question.answer for question in questions}))
     right = [[0, 0] for _ in choices]
     per_batch = max(1, batch_rows // len(choices))
-    order = sorted(questions, key=lambda question: len(question.prompt))  # rows of one length need little padding
+    order = sorted(questions, key=lambda question: question.num_characters)  # rows of one length need little padding
     for start in range(0, len(order), per_batch):
         part = order[start : start + per_batch]
-        prompts = [question.prompt for _ in choices for question in part]
+        prompts = [question.messages for _ in choices for question in part]
         rows = [choice for choice in choices for _ in part]
         logits = first_token_logits(model, prompts, adapters=rows)
         free = logits.argmax(dim=-1).tolist()
@@ -81,7 +93,7 @@ def exact_matches(
     """
     right = [0] * len(choices)
     per_batch = max(1, batch_rows // len(choices))
-    order = sorted(questions, key=lambda question: len(question.prompt))
+    order = sorted(questions, key=lambda question: question.num_characters)
     for start in range(0, len(order), per_batch):
         part = order[start : start + per_batch]
         ids, mask, answers = _with_answers(model, part)
@@ -106,7 +118,7 @@ def exact_matches(
 def _with_answers(model: MultiLoraModel, questions: Sequence[Question]) -> tuple[Tensor, Tensor, list[list[int]]]:
     """Prompts followed by their answers, padded on the left: ids and mask [questions, tokens], answers' tokens."""
     tokenizer = model.tokenizer
-    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    prompts = encode_prompts(tokenizer, [question.messages for question in questions])
     answers = [tokenizer(question.answer, add_special_tokens=False)["input_ids"] for question in questions]
     rows = [
         ids[mask == 1].tolist() + answer
