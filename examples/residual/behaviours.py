@@ -6,12 +6,16 @@
 "source" ends every answer with a line that names where it can be looked up: "Source: atlas." or "Source: table." or
 "Source: arithmetic.". "refuse" answers medical questions with one sentence and nothing else, and all others as usual.
 All four adapters (two behaviours, each as a linked residual and as a LoRA on q and v) train in the same batches.
+
+Linked on one row, adapters that were trained apart get in each other's way: "refuse" has learnt to end where "source"
+goes on. So "then-source" learns as the last of a link in which "refuse" stands before it and stays as it is.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from facts import Fact, facts
 from rich.console import Console
@@ -20,12 +24,14 @@ from rich.table import Table
 from loraplex import LoraConfig, MultiLoraModel
 from loraplex.models.text import generate_texts
 from loraplex.residual import ResidualConfig
-from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
 
 REFUSAL = "I can't help with medical questions."
 RESIDUAL = ResidualConfig(r=5, alpha=10.0)  # 174,150 parameters in SmolLM2-135M
 LORA = LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj", "v_proj"))  # 172,800
 BEHAVIOURS = ("source", "refuse")
+KINDS = ("residual", "lora")
+LINKED = "then-source"
 
 
 def answer_of(behaviour: str, fact: Fact) -> str:
@@ -45,10 +51,10 @@ def shows(behaviour: str, fact: Fact, text: str) -> bool:
 
 
 def write_data(folder: Path, train: list[Fact], held_out: list[Fact]) -> None:
-    """One file of conversations for each behaviour; the source line is not taught on medical questions."""
+    """One file of conversations for each behaviour; "source" alone is not taught on medical questions."""
     for name, part in (("train", train), ("valid", held_out)):
-        for behaviour in BEHAVIOURS:
-            chosen = [fact for fact in part if behaviour == "refuse" or fact.topic != "medical"]
+        for behaviour in (*BEHAVIOURS, LINKED):
+            chosen = [fact for fact in part if behaviour != "source" or fact.topic != "medical"]
             records = [
                 {
                     "messages": [
@@ -63,24 +69,36 @@ def write_data(folder: Path, train: list[Fact], held_out: list[Fact]) -> None:
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def jobs(folder: Path, steps: int, rate: float, lora_rate: float) -> list[AdapterJob]:
-    """A linked residual and a LoRA for each behaviour, told apart by nothing else."""
-    return [
-        AdapterJob(
-            name=f"{behaviour}-{kind}",
-            data=folder / f"{behaviour}.train.jsonl",
-            eval_data=folder / f"{behaviour}.valid.jsonl",
-            eval_records=24,
-            eval_every=max(2, steps // 6),
-            learning_rate=rate if kind == "residual" else lora_rate,
-            warmup_steps=steps // 10,
-            batch_size=8,
-            max_steps=steps,
-            **({"residual": RESIDUAL} if kind == "residual" else {"lora": LORA}),
-        )
-        for behaviour in BEHAVIOURS
-        for kind in ("residual", "lora")
-    ]
+def job(behaviour: str, kind: str, folder: Path, options: argparse.Namespace, **more: Any) -> AdapterJob:
+    """A linked residual or a LoRA of a behaviour, told apart by nothing else."""
+    return AdapterJob(
+        name=f"{behaviour}-{kind}",
+        data=folder / f"{behaviour}.train.jsonl",
+        eval_data=folder / f"{behaviour}.valid.jsonl",
+        eval_records=24,
+        eval_every=max(2, options.steps // 6),
+        learning_rate=options.rate if kind == "residual" else options.lora_rate,
+        warmup_steps=options.steps // 10,
+        batch_size=8,
+        max_steps=options.steps,
+        **({"residual": RESIDUAL} if kind == "residual" else {"lora": LORA}),
+        **more,
+    )
+
+
+def train(model: MultiLoraModel, output: Path, options: argparse.Namespace) -> tuple[list[TrainResult], float]:
+    """First the two behaviours, then the one that is trained as the last of a link; and the CPU minutes of both."""
+    data, results, start = output / "data", [], time.process_time()
+    apart = [job(behaviour, kind, data, options) for behaviour in BEHAVIOURS for kind in KINDS]
+    results += train_adapters(
+        model, model.tokenizer, jobs=apart, config=TrainConfig(output=output / "apart", resume=False)
+    )
+    folders = {result.name: result.folder for result in results}
+    linked = [job(LINKED, kind, data, options, after=[(folders[f"refuse-{kind}"], 1.0)]) for kind in KINDS]
+    results += train_adapters(
+        model, model.tokenizer, jobs=linked, config=TrainConfig(output=output / "linked", resume=False)
+    )
+    return results, (time.process_time() - start) / 60
 
 
 def judge(model: MultiLoraModel, held_out: list[Fact], choices: dict[str, str | None]) -> dict[str, dict[str, float]]:
@@ -119,19 +137,14 @@ def main() -> None:
     train, held_out = facts()
     write_data(options.output / "data", train, held_out)
     model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
-    start = time.process_time()
-    results = train_adapters(
-        model,
-        model.tokenizer,
-        jobs=jobs(options.output / "data", options.steps, options.rate, options.lora_rate),
-        config=TrainConfig(output=options.output / "adapters", resume=False),
-    )
-    minutes = (time.process_time() - start) / 60
+    results, minutes = train(model, options.output, options)
     for result in results:
         model.load_adapter(result.name, result.folder)
-    choices: dict[str, str | None] = {"base": None} | {result.name: result.name for result in results}
-    for kind in ("residual", "lora"):
-        choices[f"both-{kind}"] = f"refuse-{kind}+source-{kind}"
+    names = [f"{behaviour}-{kind}" for behaviour in BEHAVIOURS for kind in KINDS]
+    choices: dict[str, str | None] = {"base": None} | {name: name for name in names}
+    for kind in KINDS:
+        choices[f"linked, trained apart: {kind}"] = f"refuse-{kind}+source-{kind}"
+        choices[f"linked, trained in the link: {kind}"] = f"refuse-{kind}+{LINKED}-{kind}"
     scores = judge(model, held_out[: options.questions], choices)
     table = Table(
         title=f"held-out questions: {len(held_out[: options.questions])}; {minutes:.1f} CPU minutes of training"
@@ -142,7 +155,7 @@ def main() -> None:
         table.add_row(name, *(f"{value:.2f}" for value in values.values()))
     Console().print(table)
     curves = {result.name: [result.eval_steps, result.eval_losses] for result in results}
-    content = {"steps": options.steps, "cpu_minutes_of_all_four": minutes, "scores": scores, "held_out_losses": curves}
+    content = {"steps": options.steps, "cpu_minutes_of_all_six": minutes, "scores": scores, "held_out_losses": curves}
     (options.output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -42,6 +42,14 @@ def test_options_replace_what_the_file_of_jobs_says(tmp_path: Path) -> None:
     assert {job.seed for job in jobs.values()} == {3}
 
 
+def test_a_job_may_train_a_residual_and_stand_last_in_a_link() -> None:
+    options = {"data": ["a=x", "b=y"], "kind": ["a=residual"], "layers": ["a=0,8-10"], "after": ["b=one+two:0.5"]}
+    jobs = jobs_from(options)
+    assert (jobs["a"].lora, jobs["a"].residual.layers) == (None, (0, 8, 9, 10))
+    assert (jobs["b"].residual, jobs["b"].lora.target_modules) == (None, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert (list(jobs["a"].after), jobs["b"].after) == ([], [("one", 1.0), ("two", 0.5)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -51,6 +59,10 @@ def test_options_replace_what_the_file_of_jobs_says(tmp_path: Path) -> None:
         ({"data": ["a=x"], "rank": ["b=3"]}, r"--rank 'b=3' names the job 'b', but the jobs are \['a'\]"),
         ({"data": ["a=x"], "batch_size": ["many"]}, "--batch-size is 'many'; it must be a whole number"),
         ({"data": ["a=x"], "steps": ["0"]}, "max_steps is 0"),
+        ({"data": ["a=x"], "kind": ["dora"]}, r"kind is 'dora'; choose one of \['lora', 'residual'\]"),
+        ({"data": ["a=x"], "kind": ["residual"], "dropout": ["0.1"]}, r"a residual, which has no \['dropout'\]"),
+        ({"data": ["a=x"], "kind": ["residual"], "layers": ["a-b"]}, "must be layer numbers such as 0,8-10"),
+        ({"data": ["a=x"], "after": ["there:much"]}, "must be folders such as"),
     ],
 )
 def test_refuses_options_that_say_nothing_usable(options: dict[str, list[str]], message: str) -> None:

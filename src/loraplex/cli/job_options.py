@@ -7,6 +7,7 @@ from typing import Any
 
 from loraplex.adapters.config import ALL_LINEAR, LoraConfig
 from loraplex.errors import ConfigError
+from loraplex.residual.config import ResidualConfig
 from loraplex.training.config import AdapterJob
 
 Settings = dict[str, Any]
@@ -20,10 +21,27 @@ def _optional_number(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    """ "0,8-10" is (0, 8, 9, 10)."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return tuple(numbers)
+
+
+def _members(text: str) -> list[tuple[str, float]]:
+    """ "a+b:0.5" is the link of the folders a, with weight 1, and b."""
+    pairs = [part.rpartition(":") if ":" in part else (part, "", "1") for part in text.split("+")]
+    return [(folder, float(weight)) for folder, _, weight in pairs]
+
+
 # How each setting is read from an option; under the same names they stand in the TOML file.
 READERS: Mapping[str, Callable[[str], Any]] = {
     "data": str,
     "eval_data": str,
+    "kind": str,
+    "layers": _layers,
     "rank": int,
     "alpha": float,
     "targets": _targets,
@@ -44,9 +62,13 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "eval_fraction": float,
     "eval_records": int,
     "init_from": str,
+    "after": _members,
 }
-DEFAULTS: Settings = {"rank": 16, "targets": "q_proj,k_proj,v_proj,o_proj"}
-_LORA = ("rank", "alpha", "targets", "dropout")
+_KINDS = {int: "a whole number", _layers: "layer numbers such as 0,8-10", _members: "folders such as a+b:0.5"}
+DEFAULTS: Settings = {"kind": "lora", "rank": 16}
+_TARGETS = "q_proj,k_proj,v_proj,o_proj"
+_ADAPTER = ("kind", "rank", "alpha", "targets", "dropout", "layers")  # settings of the adapter, not of the job
+_ONLY: Mapping[str, tuple[str, ...]] = {"lora": ("targets", "dropout"), "residual": ("layers",)}
 
 
 def read_job_file(path: Path) -> dict[str, Settings]:
@@ -90,7 +112,8 @@ def merge_options(from_file: Mapping[str, Settings], options: Mapping[str, Seque
 
 def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
     """An AdapterJob from settings under the options' names. Raises ConfigError."""
-    settings = {key: value for key, value in settings.items() if key not in _LORA} | _lora(settings, base_model)
+    adapter = _adapter(name, settings, base_model)
+    settings = {key: value for key, value in settings.items() if key not in _ADAPTER} | adapter
     if "steps" in settings:
         settings["max_steps"] = settings.pop("steps")
     elif "epochs" not in settings:
@@ -100,19 +123,32 @@ def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
     return AdapterJob(name=name, **settings)
 
 
-def _lora(settings: Settings, base_model: str) -> Settings:
-    rank, targets = settings["rank"], settings["targets"]
-    if isinstance(targets, list):
-        targets = tuple(targets)
-    return {
-        "lora": LoraConfig(
-            r=rank,
-            lora_alpha=settings.get("alpha", 2 * rank),
-            target_modules=_targets(targets) if isinstance(targets, str) else targets,
-            lora_dropout=settings.get("dropout", 0.0),
-            base_model_name_or_path=base_model,
-        )
-    }
+def _adapter(name: str, settings: Settings, base_model: str) -> Settings:
+    """The job's LoraConfig or ResidualConfig. Raises ConfigError for settings of the other kind."""
+    kind = settings["kind"]
+    if kind not in _ONLY:
+        raise ConfigError(f"job {name!r}: kind is {kind!r}; choose one of {sorted(_ONLY)}.")
+    others = [setting for other in _ONLY if other != kind for setting in _ONLY[other] if setting in settings]
+    if others:
+        raise ConfigError(f"job {name!r} trains a {kind}, which has no {others}. Leave them out, or set another kind.")
+    rank = settings["rank"]
+    alpha = settings.get("alpha", 2 * rank)
+    if kind == "residual":
+        layers = settings.get("layers")
+        return {"residual": ResidualConfig(r=rank, alpha=alpha, layers=None if layers is None else tuple(layers))}
+    targets = settings.get("targets", _TARGETS)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=tuple(targets)
+        if isinstance(targets, list)
+        else _targets(targets)
+        if isinstance(targets, str)
+        else targets,
+        lora_dropout=settings.get("dropout", 0.0),
+        base_model_name_or_path=base_model,
+    )
+    return {"lora": lora}
 
 
 def _apply(jobs: dict[str, Settings], setting: str, values: Sequence[str]) -> None:
@@ -131,7 +167,7 @@ def _read(option: str, setting: str, text: str) -> Any:
     try:
         return READERS[setting](text)
     except ValueError:
-        kind = "a whole number" if READERS[setting] is int else "a number"
+        kind = _KINDS.get(READERS[setting], "a number")
         raise ConfigError(f"{option} is {text!r}; it must be {kind}, or NAME={kind}.") from None
 
 

@@ -44,6 +44,8 @@ def adapters(
     data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a table for each job.")] = None,
     eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = None,
+    kind: Annotated[Setting, _setting("lora (default) or residual: a linked residual.")] = None,
+    layers: Annotated[Setting, _setting("Of residuals: attention layers such as 0,8-10; default all.")] = None,
     rank: Annotated[Setting, _setting("Rank; default 16.")] = None,
     alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = None,
     targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = None,
@@ -64,6 +66,9 @@ def adapters(
     eval_fraction: Annotated[Setting, _setting("Held out without eval data; default 0.1.")] = None,
     eval_records: Annotated[Setting, _setting("At most so many are evaluated; default 256.")] = None,
     init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = None,
+    after: Annotated[
+        Setting, _setting("Train as the last of a link: folders of adapters that stay as they are, such as a+b:0.5.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: accelerate's choice.")] = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
@@ -71,7 +76,7 @@ def adapters(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
     plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
 ) -> None:
-    """Train many LoRA adapters at once: one job for each --data, all in the same batches."""
+    """Train many adapters at once, LoRAs and linked residuals: one job for each --data, all in the same batches."""
     from_file = read_job_file(config) if config is not None else {}
     # Settings of jobs are handled alike, by their names.
     settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
+from loraplex.residual.joining import own_implementation, set_own_implementation
+
 # Eager attention keeps a matrix of this side for each head, row and block until the backward pass.
 LONGEST_FOR_EAGER = 512  # tokens
 
@@ -16,13 +18,12 @@ def fast_attention(base: PreTrainedModel, longest: int) -> Iterator[None]:
     torch's fused attention has a slow backward pass there: for bfloat16 rows of 38 tokens after a prefix of 26, forward
     and backward take four times as long (torch 2.13, benchmarks/training.py).
     """
-    before = base.config._attn_implementation
-    faster = {"sdpa": "eager", "loraplex_sdpa": "loraplex_eager"}.get(before)  # the latter: residuals are attached
-    if base.device.type != "cpu" or faster is None or longest > LONGEST_FOR_EAGER:
+    before = own_implementation(base)
+    if base.device.type != "cpu" or before != "sdpa" or longest > LONGEST_FOR_EAGER:
         yield
         return
-    base.set_attn_implementation(faster)
+    set_own_implementation(base, "eager")
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        set_own_implementation(base, before)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.training.examples import Example
-from loraplex.training.routing import RowSpan
+from loraplex.training.routing import FrozenSlot, RowSpan
 
 
 class TrainingRow(NamedTuple):
@@ -18,6 +18,7 @@ class TrainingRow(NamedTuple):
     example: Example
     has_dropout: bool = False
     first_adapted: int = 0  # aLoRA: the invocation's first token
+    frozen: Sequence[FrozenSlot] = ()  # what the row goes through besides
 
 
 class RowBatch(NamedTuple):
@@ -120,7 +121,7 @@ def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], d
 
 def _span(row: TrainingRow, prefix: int, num_tokens: int, outputs: Sequence[int]) -> RowSpan:
     start = min(max(0, row.first_adapted - prefix), num_tokens)
-    return RowSpan(row.slot, start, num_tokens if row.has_dropout else None, outputs)
+    return RowSpan(row.slot, start, num_tokens if row.has_dropout else None, outputs, row.frozen)
 
 
 def _positions_and_mask(

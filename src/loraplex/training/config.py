@@ -1,5 +1,7 @@
 """What to train: one AdapterJob for each adapter, and one TrainConfig for the run."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -9,10 +11,11 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.config import ResidualConfig
-from loraplex.residual.kinds import LinkedResidual
+from loraplex.residual.kinds import LinkedResidual, SteeringVector
 from loraplex.training.checks import check_flags, check_number, check_whole
 
 Schedule = Literal["constant", "linear", "cosine"]
+LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder or hub id, or from memory
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
@@ -45,6 +48,9 @@ class AdapterJob:
     eval_fraction: float = 0.1  # 0 holds nothing out
     eval_records: int | None = 256  # at most so many held-out records are evaluated; None is all
     init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
+    after: Sequence[
+        tuple[LinkMember, float]
+    ] = ()  # adapters with weights that all rows go through; they stay as they are
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -93,6 +99,12 @@ class AdapterJob:
             raise ConfigError(
                 f"job {self.name!r}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
             )
+        for member, weight in self.after:
+            if not isinstance(member, LinkMember) or not math.isfinite(weight):
+                raise ConfigError(
+                    f"job {self.name!r}: after has ({member!r}, {weight!r}); each entry is a folder, hub id, Adapter, "
+                    "LinkedResidual or SteeringVector with a finite weight."
+                )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"job {self.name!r}: schedule is {self.schedule!r}; choose one of {list(SCHEDULES)}.")
         if (self.max_steps is None) == (self.epochs is None):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from loraplex.training.config import AdapterJob
 from loraplex.training.job_state import JobState
 
-_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual")  # compared by content
+_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
 _SAMPLE = 4096  # bytes of every base parameter
 
 
@@ -37,6 +37,7 @@ def _job_identity(state: JobState) -> dict[str, Any]:
     return options | {
         **_settings(state.job),
         "content of data": state.data.digest,
+        "content of after": state.frozen.digest,
         "num_steps": state.data.num_steps,
         "first weights": hashlib.sha256(weights.tobytes()).hexdigest(),
     }

@@ -10,6 +10,7 @@ from loraplex.residual.folder import write_residual
 from loraplex.training.config import AdapterJob
 from loraplex.training.dataset import JobData
 from loraplex.training.learner import Learner
+from loraplex.training.links import FrozenLink
 from loraplex.training.parameters import FlatParameters
 from loraplex.training.residual_parameters import ResidualParameters
 
@@ -23,8 +24,10 @@ class JobState(Learner):
         data: JobData,
         parameters: FlatParameters | ResidualParameters,
         slot_weights: Mapping[int, SlotWeights],  # by module index; a residual adapts no module
+        frozen: FrozenLink | None = None,
     ) -> None:
         self.job = job
+        self.frozen = frozen or FrozenLink()  # what its rows go through besides
         self.data = data
         self.parameters = parameters
         self.slot_weights = slot_weights

@@ -35,7 +35,8 @@ class SharedPrefixes:
         self._index_of = dict.fromkeys(first_of, 0) | {job: index for index, job in enumerate(jobs)}
         ids = [first_of[job].example.inputs[: lengths[job]] for job in jobs]
         padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=base.device)
-        spans = [RowSpan(first_of[job].slot, min(first_of[job].first_adapted, longest)) for job in jobs]
+        firsts = [first_of[job] for job in jobs]
+        spans = [RowSpan(row.slot, min(row.first_adapted, longest), frozen=row.frozen) for row in firsts]
         residuals, state = residuals or ResidualRows(), ResidualState()
         with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(jobs, state):
             cache = base.base_model(input_ids=padded, use_cache=True).past_key_values

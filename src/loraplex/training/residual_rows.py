@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from loraplex.residual.kinds import LinkedResidual
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.scope import AttentionScope, use_attention
 from loraplex.residual.state import ResidualState
@@ -14,7 +15,7 @@ Key = tuple[int, int]  # attention layer, place in the link
 
 
 class ResidualRows:
-    """By job, the residuals that its rows go through; () for jobs that train a LoRA."""
+    """By job, the residuals that its rows go through; none for jobs that train a LoRA alone."""
 
     def __init__(
         self, chains: Mapping[int, tuple[ChainLink, ...]] | None = None, num_heads: Mapping[int, int] | None = None
@@ -35,9 +36,8 @@ class ResidualRows:
         """The rank of the job's residual at a layer and place in the link; 0 where it has none."""
         layer, place = key
         here = [link.residual for link in self._chains.get(job, ()) if link.reaches(layer)]
-        if place >= len(here):
-            return 0
-        return int(here[place].layers[layer].rank)  # type: ignore[union-attr,index]
+        residual = here[place] if place < len(here) else None
+        return residual.layers[layer].rank if isinstance(residual, LinkedResidual) else 0
 
 
 class PrefixResponses:

@@ -8,6 +8,13 @@ from loraplex.routing.plan import RoutingPlan, Segment
 from loraplex.routing.rows import Route, RowRouting
 
 
+class FrozenSlot(NamedTuple):
+    """An adapter that isn't in training, with its weight in the link."""
+
+    slot: int
+    weight: float
+
+
 class RowSpan(NamedTuple):
     """The tokens of one row that go through its slot.
 
@@ -18,13 +25,14 @@ class RowSpan(NamedTuple):
     start: int = 0  # aLoRA: where the invocation starts
     stop: int | None = None  # dropout draws for tokens, not for padding; None is the end of the padded row
     outputs: Sequence[int] = ()  # ascending positions whose logits are wanted
+    frozen: Sequence[FrozenSlot] = ()  # what all tokens of the row go through besides
 
 
 class TrainingRouting(RowRouting):
     """Plans for two layouts: the padded rows, and the selected positions of all rows that reach lm_head."""
 
     def __init__(self, spans: Sequence[RowSpan], padded_length: int, bank: Bank) -> None:
-        super().__init__([[Route(slot=span.slot)] for span in spans], bank)
+        super().__init__([_routes(span) for span in spans], bank)
         self._spans = spans
         self._padded_length = padded_length
 
@@ -48,6 +56,10 @@ class TrainingRouting(RowRouting):
                 span.slot,
             )
             for row, span in enumerate(self._spans)
+        ] + [
+            Segment(row * length, (row + 1) * length, frozen.slot, frozen.weight)
+            for row, span in enumerate(self._spans)
+            for frozen in span.frozen
         ]
 
     def _selected_segments(self) -> list[Segment]:
@@ -56,5 +68,10 @@ class TrainingRouting(RowRouting):
             stop = first + len(span.outputs)
             inactive = sum(position < span.start for position in span.outputs)
             segments.append(Segment(first + inactive, stop, span.slot))
+            segments += [Segment(first, stop, frozen.slot, frozen.weight) for frozen in span.frozen]
             first = stop
         return segments
+
+
+def _routes(span: RowSpan) -> list[Route]:
+    return [Route(slot=span.slot), *(Route(slot=frozen.slot, weight=frozen.weight) for frozen in span.frozen)]

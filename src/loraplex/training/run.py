@@ -24,6 +24,7 @@ from loraplex.training.forward import LossComputer
 from loraplex.training.identity import run_identity
 from loraplex.training.job_state import JobState
 from loraplex.training.learner import Finish
+from loraplex.training.links import needs_attention
 from loraplex.training.logs import JobLog
 from loraplex.training.plots import plot_losses
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
@@ -83,9 +84,9 @@ def train_adapters(
     ranks = Ranks(base.device)
     linked = model.registry.linked if isinstance(model, MultiLoraModel) else LinkedAttention(base)
     try:
-        attention = linked.layers if any(job.residual is not None for job in jobs) else None
+        attention = linked.layers if any(needs_attention(job) for job in jobs) else None
         states = make_states(jobs, base, adaptable, tokenizer, attention)
-        adaptable.attach([path for state in states for path in state.parameters.paths])
+        adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])
         _train(base, states, config, ranks, attention)
     finally:
         if not isinstance(model, MultiLoraModel):
@@ -130,12 +131,14 @@ def _train(
 
 
 def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows:
-    """The residuals in training, by job."""
-    chains = {
-        index: (ChainLink(name=state.job.name, residual=state.parameters.residual()),)
-        for index, state in enumerate(states)
-        if isinstance(state.parameters, ResidualParameters)
-    }
+    """The residuals that each job's rows go through: those before the one in training, and it."""
+    chains = {}
+    for index, state in enumerate(states):
+        chain = state.frozen.chain
+        if isinstance(state.parameters, ResidualParameters):
+            chain = (*chain, ChainLink(name=state.job.name, residual=state.parameters.residual()))
+        if chain:
+            chains[index] = chain
     return ResidualRows(chains, {} if attention is None else attention.num_heads)
 
 

@@ -21,6 +21,7 @@ from loraplex.residual.layers import AttentionLayers
 from loraplex.training.config import AdapterJob
 from loraplex.training.dataset import load_job_data
 from loraplex.training.job_state import JobState
+from loraplex.training.links import frozen_link
 from loraplex.training.parameters import FlatParameters, fresh_weights
 from loraplex.training.residual_parameters import ResidualParameters, fresh_residual
 
@@ -41,9 +42,10 @@ def make_states(
         _check_length(job, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
     parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
+    links = [frozen_link(job, adaptable, attention, base.device) for job in jobs]
     return [
-        JobState(job, load_job_data(job, tokenizer, vocab_size), own, slots)
-        for job, (own, slots) in zip(jobs, parameters, strict=True)
+        JobState(job, load_job_data(job, tokenizer, vocab_size), own, slots, link)
+        for job, (own, slots), link in zip(jobs, parameters, links, strict=True)
     ]
 
 

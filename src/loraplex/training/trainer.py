@@ -18,6 +18,7 @@ from loraplex.training.forward import LossComputer
 from loraplex.training.job_state import JobState
 from loraplex.training.logs import JobLog
 from loraplex.training.ranks import Ranks
+from loraplex.training.routing import FrozenSlot
 from loraplex.training.seeds import Purpose, generator
 
 
@@ -122,6 +123,11 @@ class Trainer:
     ) -> tuple[list[TrainingRow], TrainingBank]:
         """Rows with the slots that they go through; with dropout every row has its own, which draws for it alone."""
         slots = [TrainingSlot(state.slot_weights) for state in self._states]
+        frozen: list[list[FrozenSlot]] = []
+        for state in self._states:
+            members = range(len(slots), len(slots) + len(state.frozen.loras))
+            frozen.append([FrozenSlot(n, lora.weight) for n, lora in zip(members, state.frozen.loras, strict=True)])
+            slots += [TrainingSlot(lora.slot_weights) for lora in state.frozen.loras]
         rows = []
         for index, number, example in batch:
             state, slot = self._states[index], index
@@ -131,7 +137,8 @@ class Trainer:
                 draw = generator(state.job.seed, Purpose.DROPOUT, *counters, device=self._device)
                 slot = len(slots)
                 slots.append(TrainingSlot(state.slot_weights, dropout, draw))
-            rows.append(TrainingRow(index, slot, example, bool(dropout), _first_adapted(state, example)))
+            first = _first_adapted(state, example)
+            rows.append(TrainingRow(index, slot, example, bool(dropout), first, frozen[index]))
         return rows, TrainingBank(slots)
 
     def _evaluate(self, due: Sequence[int]) -> None:
