@@ -3,7 +3,8 @@
     python benchmarks/kernel_choice.py
 
 One block of SmolLM2-135M (7 linear modules), 8 adapters, a segment for each row; and the base product alone. Every
-call uses another copy of the weights, so that they come from memory as in a model.
+call uses another copy of the weights, so that they come from memory as in a model. And the attention of one new token
+a row over 500 keys, beside torch's as transformers calls it.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import torch
 from common import print_table, save
 
 from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
-from loraplex.kernels.native import gated_linear_native, gated_lora_native
+from loraplex.kernels.native import attend_rows_native, gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
 from loraplex.routing.bank import SlotBank
@@ -23,6 +24,7 @@ from loraplex.routing.plan import RoutingPlan, Segment
 SHAPES = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
 COPIES = 20  # of a block: more bytes than the cache holds
+HEADS, KV_HEADS, HEAD_DIM, KEYS = 9, 3, 64, 500
 
 
 def make_plan(num_rows: int, tokens_per_row: int, dtype: torch.dtype) -> RoutingPlan:
@@ -87,8 +89,21 @@ def base_product(dtype: torch.dtype, num_rows: int) -> dict[str, float]:
     return {"torch": median_us(torch_calls), "native": median_us(native_calls)}
 
 
+def attention(dtype: torch.dtype, num_rows: int) -> dict[str, float]:
+    """torch's attention against the compiled one."""
+    keys = [torch.randn(num_rows, KV_HEADS, KEYS, HEAD_DIM).to(dtype) for _ in range(COPIES)]
+    query = torch.randn(num_rows, HEADS, 1, HEAD_DIM).to(dtype)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return {
+        "torch": median_us([lambda k=k: sdpa(query, k, k, enable_gqa=True) for k in keys]),
+        "native": median_us([lambda k=k: attend_rows_native(query[:, :, 0], k, k, None, 0.125) for k in keys]),
+    }
+
+
 @torch.no_grad()
 def main() -> None:
+    if not native_available():
+        raise SystemExit("The compiled kernels can't run here, and these measurements are about them.")
     dtypes = (torch.bfloat16, torch.float32)
     adapters = [
         {"dtype": str(dtype), "tokens_per_row": n, **adapters_alone(dtype, n)}
@@ -96,16 +111,21 @@ def main() -> None:
     ]
     products = [
         {"dtype": str(dtype), "rows": n, **base_product(dtype, n)}
-        for dtype, n in itertools.product(dtypes, (1, 2, 4, 8, 16, 32, 48))
+        for dtype, n in itertools.product(dtypes, (1, 2, 4, 8, 16, 32, 48, 64))
+    ]
+    attentions = [
+        {"dtype": str(dtype), "rows": n, **attention(dtype, n)} for dtype, n in itertools.product(dtypes, (1, 2, 8))
     ]
     for title, figures, key in (
         ("adapters of one module, 8 rows: microseconds a call", adapters, "tokens_per_row"),
         ("base product of one module: microseconds a call", products, "rows"),
+        (f"attention of one new token a row over {KEYS} keys: microseconds a call", attentions, "rows"),
     ):
         columns = [column for column in figures[0] if column not in ("dtype", key)]
         rows = [[f["dtype"], str(f[key]), *(f"{f[c]:.0f}" for c in columns)] for f in figures]
         print_table(title, ["dtype", key, *columns], rows)
-    save("kernel_choice", {"shapes": SHAPES, "ranks": RANKS}, {"adapters": adapters, "base_product": products})
+    results = {"adapters": adapters, "base_product": products, "attention": attentions}
+    save("kernel_choice", {"shapes": SHAPES, "ranks": RANKS, "keys": KEYS}, results)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_kernel_equals_float64_reference(kernel, dtype, num_in, num_out):
 @st.composite
 def batches(draw):
     ranks = draw(st.lists(st.integers(0, 20), min_size=NUM_SLOTS, max_size=NUM_SLOTS).filter(any))
-    num_tokens = draw(st.integers(1, 20))
+    num_tokens = draw(st.integers(1, 80))
     segments = []
     for slot in draw(st.permutations([slot for slot in range(NUM_SLOTS) if ranks[slot]])):
         start = draw(st.integers(0, num_tokens - 1))
@@ -140,6 +140,34 @@ def test_native_result_of_a_token_has_the_same_bits_in_any_batch():
     assert torch.equal(run_kernel("native", together, y.clone(), x)[8:], one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 4, 8, 13, 32])
+def test_native_result_of_a_long_segments_token_has_the_same_bits_alone(dtype, rank):
+    skip_without_compiler("native")
+    x, y = torch.randn(71, 96).to(dtype), torch.randn(71, 200).to(dtype)
+    gates = torch.randn(70)
+    gates[[5, 30, 31]] = 0  # closed: these tokens keep their bits
+    plan = make_plan(96, 200, [rank], [Segment(1, 71, 0, gates)], 71, dtype)
+    together = run_kernel("native", plan, y.clone(), x)
+    assert torch.equal(together[[0, 6, 31, 32]], y[[0, 6, 31, 32]])
+    for token in (1, 4, 5, 7, 40, 70):
+        alone = RoutingPlan([Segment(0, 1, 0, gates[token - 1 : token])], 1, plan.bank)
+        one = run_kernel("native", alone, y[token : token + 1].clone(), x[token : token + 1])
+        assert torch.equal(together[token], one[0])
+
+
+def test_neighbours_of_one_slot_are_one_segment_of_the_compiled_kernel():
+    """Their gates stay their own, and so do all results."""
+    skip_without_compiler("native")
+    segments = [Segment(0, 3, 1, 0.5), Segment(3, 4, 1, torch.tensor([2.0])), Segment(5, 6, 1, 1.0), Segment(0, 6, 0)]
+    plan = make_plan(40, 48, [4, 8], segments, 6)
+    assert plan.rows.tolist() == [[0, 4, 1, 0], [5, 6, 1, 4], [0, 6, 0, 5]]
+    x, y = torch.randn(6, 40), torch.randn(6, 48)
+    expected = float64_result(plan, y, x)
+    error = (run_kernel("native", plan, y.clone(), x).double() - expected).abs().max()
+    assert error <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
 def test_segmented_gradients_pass_gradcheck():
     torch.manual_seed(0)
     x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
@@ -183,7 +211,7 @@ def test_native_refuses_what_it_can_not_run(problem):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 64), (576, 192), (37, 50), (5, 3), (33, 1000)])
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7, 32])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7, 9, 32])
 def test_native_linear_equals_float64_with_and_without_adapters(dtype, num_in, num_out, num_tokens):
     skip_without_compiler("native")
     plan = make_plan(

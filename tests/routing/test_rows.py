@@ -24,7 +24,18 @@ def segments(routing, sequences, length):
 
 def test_rows_become_runs_of_tokens_and_base_rows_become_nothing(bank):
     routing = RowRouting([[], [Route(slot=2, weight=0.5)], [Route(slot=0), Route(slot=1)]], bank)
-    assert segments(routing, 3, 4) == [(4, 8, 2, 0.5), (8, 12, 0, 1.0), (8, 12, 1, 1.0)]
+    assert segments(routing, 3, 4) == [(8, 12, 0, 1.0), (4, 8, 2, 0.5), (8, 12, 1, 1.0)]
+
+
+def test_rows_of_one_adapter_follow_each_other_and_a_link_keeps_its_order(bank):
+    routing = RowRouting([[Route(slot=2), Route(slot=1)], [Route(slot=1)], [Route(slot=2), Route(slot=0)]], bank)
+    assert [segment[:3] for segment in segments(routing, 3, 1)] == [
+        (1, 2, 1),
+        (0, 1, 2),
+        (2, 3, 2),
+        (2, 3, 0),
+        (0, 1, 1),
+    ]
 
 
 def test_beams_of_a_row_take_the_rows_routes(bank):

@@ -63,6 +63,22 @@ def gated_linear_native(
     return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates)
 
 
+def attend_rows_native(
+    query: Tensor,  # [rows, heads, dim]  contiguous
+    keys: Tensor,  # [rows, kv_heads, places, dim]  dense along their places
+    values: Tensor,
+    mask: Tensor | None,  # [rows, places]  bool, true where a place is seen
+    scale: float,
+) -> Tensor:  # [rows, heads, dim]
+    """softmax(scale * q k^T) v for one query a row; a row's bits don't depend on the others."""
+    return _attend_rows()(query, keys, values, mask, scale)
+
+
+@cache
+def _attend_rows() -> Callable[..., Tensor]:
+    return torch.ops.loraplex.attend_rows.default
+
+
 @cache
 def _gated_linear() -> Callable[..., Tensor]:
     """The operator itself: finding it by name costs some microseconds, and a step calls it for every module."""

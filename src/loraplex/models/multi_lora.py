@@ -15,6 +15,7 @@ from loraplex.adapters.version import AdapterState
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.attention import join_attention
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.call import Call
 from loraplex.models.loading import load_base_model, load_tokenizer
@@ -54,6 +55,7 @@ class MultiLoraModel:
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
+            join_attention()
 
     @classmethod
     def from_pretrained(

@@ -21,6 +21,10 @@ class Bank(Protocol):
         """The modules that the slot's adapter adapts, with its weights there."""
         ...
 
+    def gained(self, slot: int) -> frozenset[int]:
+        """The modules where the slot's adapter, a DoRA, takes a share of the base output."""
+        ...
+
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         """The slot's dropout probability and the generator that draws it."""
         ...
@@ -40,6 +44,9 @@ class SlotBank:
 
     def layers(self, slot: int) -> Mapping[int, SlotWeights]:
         return self._slots.held(slot).layers
+
+    def gained(self, slot: int) -> frozenset[int]:
+        return self._slots.held(slot).gained
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return 0.0, None

@@ -65,11 +65,11 @@ class RoutingPlan:
         self._layer_gates = layer_gates if any(isinstance(s.gate, GateColumn) for s in self.segments) else None
         self._filled_version = 0
         self._stacks: dict[int, LoraStack] = {}
-        adapted: set[int] = set()
+        self._adapted: set[int] = set()
+        self._gained: set[int] = set()
         for slot in {segment.slot for segment in self.segments}:
-            adapted.update(bank.layers(slot))
-        self._adapted = adapted
-        self._gains: dict[int, bool] = {}
+            self._adapted.update(bank.layers(slot))
+            self._gained.update(bank.gained(slot))
         self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and num_tokens <= FEW_ROWS and bank.native_table() is not None
@@ -81,9 +81,7 @@ class RoutingPlan:
 
     def has_gain(self, module: int) -> bool:
         """Whether a DoRA adapter of this batch takes a share of the module's base output."""
-        if module not in self._gains:
-            self._gains[module] = any(weights.gain is not None for _, weights in self.weights_of(module))
-        return self._gains[module]
+        return module in self._gained
 
     @property
     def gates_need_grad(self) -> bool:
@@ -124,10 +122,14 @@ class RoutingPlan:
 
     @cached_property
     def rows(self) -> Tensor:  # [segments, 4]  int64: start, stop, slot, first gate
+        """The segments for the compiled kernel; neighbours of one slot are one, which changes none of its bits."""
         first = 0
-        rows = []
+        rows: list[list[int]] = []
         for segment in self.segments:
-            rows.append((segment.start, segment.stop, segment.slot, first))
+            if rows and rows[-1][1:3] == [segment.start, segment.slot]:
+                rows[-1][1] = segment.stop
+            else:
+                rows.append([segment.start, segment.stop, segment.slot, first])
             first += segment.stop - segment.start
         return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 

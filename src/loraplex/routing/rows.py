@@ -62,17 +62,20 @@ class RowRouting:
                 "rows in order, each repeated equally often (as beam search and num_return_sequences do)."
             )
         copies = num_sequences // len(self.rows)
-        segments = []
+        ranked: list[tuple[int, Segment]] = []  # place in the row's link, segment
         for row, routes in enumerate(self.rows):
             first = row * copies * length
-            for route in routes:
+            for rank, route in enumerate(routes):
                 if route.last_tokens is None:
                     gate = route.weight if route.column is None else GateColumn(route.column, length)
-                    segments.append(Segment(first, first + copies * length, route.slot, gate))
+                    ranked.append((rank, Segment(first, first + copies * length, route.slot, gate)))
                     continue
                 active = min(route.last_tokens, length)
                 stops = [first + (copy + 1) * length for copy in range(copies)]
-                segments += [Segment(stop - active, stop, route.slot, route.weight) for stop in stops]
+                ranked += [(rank, Segment(stop - active, stop, route.slot, route.weight)) for stop in stops]
+        # Those of one adapter follow each other, so that a kernel reads it once; a row's own stay in the link's order.
+        ranked.sort(key=lambda entry: (entry[0], entry[1].slot, entry[1].start))
+        segments = [segment for _, segment in ranked]
         return RoutingPlan(
             segments,
             num_sequences * length,

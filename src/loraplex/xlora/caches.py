@@ -131,6 +131,12 @@ class PairedCache(Cache):
         assert self.scaling_length == self.main_length + 1, "the scaling pass is not one token ahead"
         self.window = Window(rows=slice(0, self.num_rows), start=0, end=self.scaling_length)
 
+    def drop_draft(self) -> None:
+        """Forget a scaling pass that is ahead of the main one: the next step isn't drafted."""
+        if self.scaling_length > self.main_length:
+            self.scaling_length = self.main_length
+            self.carried = {}
+
     def scaling_sequences(self, device: torch.device) -> Tensor:  # [scaling sequences]
         """The main sequence that each scaling sequence belongs to."""
         rows = torch.tensor(self.scaling_rows, device=device)

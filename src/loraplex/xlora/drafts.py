@@ -25,6 +25,11 @@ class DraftCounts:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def rate(self) -> float:
+        """How many guesses to expect right of those to come: at first all, then what was seen."""
+        return (self.accepted + 1) / (self.drafted + 1)
+
     def add(self, other: "DraftCounts") -> None:
         self.drafted += other.drafted
         self.accepted += other.accepted
@@ -65,10 +70,14 @@ class DraftedStep:
         """Take the drafted tokens' results out of the call's output."""
         hidden = self._two_pass.end_both()
         self._cache.carried["hidden"] = hidden[self._num_main :, -1]
-        self._cache.carried["guess"] = output.logits[self._num_main :, -1].argmax(dim=-1)
+        self._cache.carried["guess"] = self._guess_of(output.logits[self._num_main :, -1])
         self._cache.scaling_length += 1
         output.logits = output.logits[: self._num_main]
         return output
+
+    @staticmethod
+    def _guess_of(logits: Tensor) -> Tensor:  # [scaling sequences, vocab] -> [scaling sequences]
+        return logits.argmax(dim=-1)
 
     def _catch_up(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Run the scaling pass of the tokens that were not drafted."""

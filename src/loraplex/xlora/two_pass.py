@@ -18,8 +18,9 @@ from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.uses import MixtureRows
 
-# With more rows some draft is wrong at nearly every step, and the pass that repeats it eats the gain.
-MOST_ROWS_DRAFTED = 2
+# Drafts pay if at least so many steps have no wrong one: such a step saves a pass; in any other, the wrong rows are run
+# once more, and the step was widened for nothing (benchmarks/xlora.py).
+LEAST_RIGHT_STEPS = 0.25
 
 # What the base model's decoder needs of a call's inputs in a scaling pass; all have one row a sequence.
 _ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -29,7 +30,7 @@ class PassRouting(RowRouting):
     """The routing of a call: that of the pass which runs now."""
 
     def __init__(self, main: RowRouting) -> None:
-        super().__init__(main.rows, main.bank)
+        super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
         self.now = main
 
     @property
@@ -99,6 +100,8 @@ class TwoPass:
         if cache is not None and self._drafts(inputs, cache, copies):
             self._drafted = DraftedStep(self, cache)
             return self._drafted.before(inputs)
+        if cache is not None:
+            cache.drop_draft()
         hidden = self.scaling_hidden(inputs, cache, copies)
         self.set_gates(hidden, copies)
         if cache is not None:
@@ -249,7 +252,7 @@ class TwoPass:
         )
         if self.options.draft is not None:
             return can_draft and self.options.draft
-        return can_draft and self._num_rows <= MOST_ROWS_DRAFTED
+        return can_draft and self.counts.rate ** len(self.mixture_rows.scaling_rows) >= LEAST_RIGHT_STEPS
 
     def _sequences(self, copies: int) -> Tensor:  # [scaling sequences]
         rows = torch.tensor(self.mixture_rows.scaling_rows).unsqueeze(1) * copies + torch.arange(copies)

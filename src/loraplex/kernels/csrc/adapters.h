@@ -1,12 +1,13 @@
-// The gated multi-adapter sum for few tokens a segment (decoding):
+// The gated multi-adapter sum, for decoding and for prompts:
 //
 //   y[t] += lora_b[slot]^T (gate[t] * scaling[slot] * lora_a[slot] x[t])
 //
 // Adapters keep their own ranks: a table holds a pointer to each slot's factors, so nothing is padded, stacked or
 // copied, and each active adapter's bytes are read once. Two phases, each split over threads:
-//   shrink  h = gate * scaling * lora_a x      over (segment, block of rank rows)
+//   shrink  h = gate * scaling * lora_a x      over (segment, block of rank rows, chunk of tokens)
 //   expand  y += h lora_b                      over output columns, so that no two threads write one value
-// Sums are float32 whatever the weights are; a token's result never depends on its neighbours.
+// Sums are float32 whatever the weights are, in an order that depends on a token's own values only: it has the same
+// bits whether it runs beside other tokens or alone.
 #pragma once
 
 #include <algorithm>
@@ -23,90 +24,132 @@ struct Segment {  // one adapter on the tokens [start, stop)
   int64_t rank;
   float scaling;
   const float* gates;  // [stop - start]
-  int64_t first_block;  // of rank rows, counted over all segments
+  int64_t first_unit;  // of shrink's work, counted over all segments
   int64_t first_hidden;  // offset of this segment's h
 };
 
-constexpr int kRows = 8;  // rank rows that share one pass over x
+constexpr int kRows = 8;     // rank rows that share one pass over x
+constexpr int kChunk = 32;   // tokens whose x stays in the cache meanwhile
+constexpr int kTokens = 4;   // that share what is read of lora_a or lora_b
 
-// out[r] = dot(a[r], x) for up to kRows rows
-template <typename T>
-inline void dot_rows(const T* a, const T* x, int64_t in, int64_t rows, float* out) {
-  float values[kLanes];
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) {
-    store(values, dots<8, 1>(a + r * in, x, in));
-    std::memcpy(out + r, values, 8 * sizeof(float));
+inline float gate_of(const Segment& s, int64_t token) { return s.gates[token - s.start] * s.scaling; }
+
+// A closed gate leaves the token as it is, whatever its activations are.
+inline bool all_open(const Segment& s, int64_t token, int64_t count) {
+  for (int64_t t = token; t < token + count; ++t) {
+    if (gate_of(s, t) == 0) return false;
   }
-  for (; r + 4 <= rows; r += 4) {
-    store(values, dots<4, 1>(a + r * in, x, in));
-    std::memcpy(out + r, values, 4 * sizeof(float));
-  }
-  for (; r < rows; ++r) out[r] = dots<1, 1>(a + r * in, x, in)[0];
+  return true;
 }
 
-// h[t, row .. row+kRows) of one segment
+// out[t * stride + r] = gate[t] * dot(a[r], x[t]) for up to kRows rows and N tokens
+template <int N, typename T>
+inline void shrink_rows(const Segment& s, int64_t token, const T* a, const T* x, int64_t in, int64_t rows, float* out,
+                        int64_t stride) {
+  float values[kLanes];
+  const auto keep = [&](int64_t r, int count, Floats sums) {
+    store(values, sums);
+    for (int t = 0; t < N; ++t) {
+      const float gate = gate_of(s, token + t);
+      for (int i = 0; i < count; ++i) out[t * stride + r + i] = gate * values[t * count + i];
+    }
+  };
+  constexpr int wide = N == 1 ? 8 : 4;
+  int64_t r = 0;
+  for (; r + wide <= rows; r += wide) keep(r, wide, dots<wide, N>(a + r * in, x + token * in, in));
+  if constexpr (wide == 8) {
+    for (; r + 4 <= rows; r += 4) keep(r, 4, dots<4, N>(a + r * in, x + token * in, in));
+  }
+  for (; r < rows; ++r) keep(r, 1, dots<1, N>(a + r * in, x + token * in, in));
+}
+
+// h[t, row .. row+kRows) of the tokens [begin, end) of one segment
 template <typename T>
-void shrink_block(const Segment& s, int64_t row, const T* x, int64_t in, float* hidden) {
+void shrink_block(const Segment& s, int64_t row, int64_t begin, int64_t end, const T* x, int64_t in, float* hidden) {
   const int64_t rows = std::min<int64_t>(kRows, s.rank - row);
   const T* a = static_cast<const T*>(s.lora_a) + row * in;
-  for (int64_t t = s.start; t < s.stop; ++t) {
-    const float gate = s.gates[t - s.start] * s.scaling;
+  for (int64_t t = begin; t < end;) {
     float* h = hidden + s.first_hidden + (t - s.start) * s.rank + row;
-    if (gate == 0) {  // a closed gate leaves the token as it is, whatever its activations are
-      std::fill(h, h + rows, 0.0f);
+    if (t + kTokens <= end && all_open(s, t, kTokens)) {
+      shrink_rows<kTokens>(s, t, a, x, in, rows, h, s.rank);
+      t += kTokens;
       continue;
     }
-    float values[kRows];
-    dot_rows<T>(a, x + t * in, in, rows, values);
-    for (int64_t r = 0; r < rows; ++r) h[r] = gate * values[r];
+    if (gate_of(s, t) == 0) {
+      std::fill(h, h + rows, 0.0f);
+    } else {
+      shrink_rows<1>(s, t, a, x, in, rows, h, s.rank);
+    }
+    ++t;
   }
 }
 
-template <typename T, int pairs>
+// y[t, column .. + pairs * kPair) of N tokens; h of token t lies at h + t * rank
+template <int N, int pairs, typename T>
 inline void expand_pairs(const Segment& s, const float* h, int64_t column, T* y, int64_t out) {
-  Pair<T> acc[pairs];
-  for (int v = 0; v < pairs; ++v) acc[v] = load_pair(y + column + v * kPair);
+  Pair<T> acc[N][pairs];
+  for (int t = 0; t < N; ++t) {
+    for (int v = 0; v < pairs; ++v) acc[t][v] = load_pair(y + t * out + column + v * kPair);
+  }
   const T* b = static_cast<const T*>(s.lora_b) + column;
   for (int64_t r = 0; r < s.rank; ++r, b += out) {
     for (int v = 0; v < pairs; ++v) {
       const Pair<T> bv = load_pair(b + v * kPair);
-      acc[v].first += h[r] * bv.first;
-      acc[v].second += h[r] * bv.second;
+      for (int t = 0; t < N; ++t) {
+        acc[t][v].first += h[t * s.rank + r] * bv.first;
+        acc[t][v].second += h[t * s.rank + r] * bv.second;
+      }
     }
   }
-  for (int v = 0; v < pairs; ++v) store(y + column + v * kPair, acc[v]);
+  for (int t = 0; t < N; ++t) {
+    for (int v = 0; v < pairs; ++v) store(y + t * out + column + v * kPair, acc[t][v]);
+  }
+}
+
+// y[t, begin .. end) of N tokens
+template <int N, int wide, typename T>
+void expand_tokens(const Segment& s, int64_t begin, int64_t end, const float* h, T* y, int64_t out) {
+  int64_t c = begin;
+  for (; c + wide * kPair <= end; c += wide * kPair) expand_pairs<N, wide>(s, h, c, y, out);
+  for (; c + kPair <= end; c += kPair) expand_pairs<N, 1>(s, h, c, y, out);
+  for (; c < end; ++c) {
+    for (int t = 0; t < N; ++t) {
+      float value = float(y[t * out + c]);
+      for (int64_t r = 0; r < s.rank; ++r) {
+        value += h[t * s.rank + r] * float(static_cast<const T*>(s.lora_b)[r * out + c]);
+      }
+      y[t * out + c] = static_cast<T>(value);
+    }
+  }
 }
 
 // y[t, begin .. end) of every token of one segment
 template <typename T>
-void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* hidden, T* y_all, int64_t out) {
-  constexpr int kWide = 6;
-  for (int64_t t = s.start; t < s.stop; ++t) {
-    if (s.gates[t - s.start] * s.scaling == 0) continue;
+void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* hidden, T* y, int64_t out) {
+  for (int64_t t = s.start; t < s.stop;) {
     const float* h = hidden + s.first_hidden + (t - s.start) * s.rank;
-    T* y = y_all + t * out;
-    int64_t c = begin;
-    for (; c + kWide * kPair <= end; c += kWide * kPair) expand_pairs<T, kWide>(s, h, c, y, out);
-    for (; c + kPair <= end; c += kPair) expand_pairs<T, 1>(s, h, c, y, out);
-    for (; c < end; ++c) {
-      float value = float(y[c]);
-      for (int64_t r = 0; r < s.rank; ++r) value += h[r] * float(static_cast<const T*>(s.lora_b)[r * out + c]);
-      y[c] = static_cast<T>(value);
+    if (t + kTokens <= s.stop && all_open(s, t, kTokens)) {
+      expand_tokens<kTokens, 3>(s, begin, end, h, y + t * out, out);
+      t += kTokens;
+      continue;
     }
+    if (gate_of(s, t) != 0) expand_tokens<1, 6>(s, begin, end, h, y + t * out, out);
+    ++t;
   }
 }
 
 // What one module's adapters have to do for one batch.
 struct Adapters {
   std::vector<Segment> segments;
-  int64_t num_blocks = 0;  // of rank rows
+  int64_t num_units = 0;   // blocks of rank rows for chunks of tokens
   int64_t num_hidden = 0;  // floats of h
 
+  static int64_t num_chunks(const Segment& s) { return (s.stop - s.start + kChunk - 1) / kChunk; }
+
   void add(Segment segment) {
-    segment.first_block = num_blocks;
+    segment.first_unit = num_units;
     segment.first_hidden = num_hidden;
-    num_blocks += (segment.rank + kRows - 1) / kRows;
+    num_units += (segment.rank + kRows - 1) / kRows * num_chunks(segment);
     num_hidden += segment.rank * (segment.stop - segment.start);
     segments.push_back(segment);
   }
@@ -114,14 +157,26 @@ struct Adapters {
   template <typename T>
   void shrink(int64_t begin, int64_t end, const T* x, int64_t in, float* hidden) const {
     size_t i = 0;
-    for (int64_t block = begin; block < end; ++block) {
-      while (i + 1 < segments.size() && segments[i + 1].first_block <= block) ++i;
-      const size_t next = i + 1 < segments.size() && segments[i + 1].first_block == block + 1 ? i + 1 : i;
-      const int64_t next_row = next == i ? (block + 1 - segments[i].first_block) * kRows : 0;
-      const int64_t rows = std::min<int64_t>(kRows, segments[next].rank - next_row);
-      prefetch_rows(static_cast<const T*>(segments[next].lora_a) + next_row * in, 1, rows * in * sizeof(T), 0);
-      shrink_block<T>(segments[i], (block - segments[i].first_block) * kRows, x, in, hidden);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      while (i + 1 < segments.size() && segments[i + 1].first_unit <= unit) ++i;
+      const Segment& s = segments[i];
+      const int64_t chunks = num_chunks(s), block = (unit - s.first_unit) / chunks, chunk = (unit - s.first_unit) % chunks;
+      if (chunk == 0) ask_for_next<T>(i, block, in);
+      const int64_t first = s.start + chunk * kChunk;
+      shrink_block<T>(s, block * kRows, first, std::min(first + kChunk, s.stop), x, in, hidden);
     }
+  }
+
+  // The rows of lora_a that come after a block of segment i.
+  template <typename T>
+  void ask_for_next(size_t i, int64_t block, int64_t in) const {
+    int64_t row = (block + 1) * kRows;
+    if (row >= segments[i].rank) {
+      if (++i == segments.size()) return;
+      row = 0;
+    }
+    const int64_t rows = std::min<int64_t>(kRows, segments[i].rank - row);
+    prefetch_rows(static_cast<const T*>(segments[i].lora_a) + row * in, 1, rows * in * sizeof(T), 0);
   }
 
   template <typename T>

@@ -1,6 +1,6 @@
-// Attention of single tokens over keys and values in blocks: each token its own track, its own length.
+// Attention of single tokens, each over keys and values of its own and over its own length.
 //
-//   out[t, h] = softmax over p of cap(scale * q[t, h] . k[p]) v[p],   first(t) <= p <= position(t)
+//   out[t, h] = softmax over p of cap(scale * q[t, h] . k[p]) v[p],   first(t) <= p < stop(t), unless mask[t, p] is false
 //
 // Heads that share keys and values (grouped queries) are run together, so these are read once. Sums are float32; a
 // token's result never depends on its neighbours.
@@ -15,9 +15,11 @@
 namespace loraplex {
 
 // exp of 16 floats: 2^n * e^r with r in [-ln2/2, ln2/2], e^r by a polynomial (Cephes); 2 units in the last place.
+// 0 below -87, where float32 has no normal numbers left, and for -inf.
 inline Floats exponential(Floats x) {
-  const Floats low = x * 0 - 87.0f;
-  x = x < low ? low : x;
+  const Floats zero = {}, low = zero - 87.0f;
+  const Ints vanishes = x < low;
+  x = vanishes ? low : x;
   const Floats scaled = x * 1.44269504088896341f;
   const Floats half = scaled < 0 ? scaled * 0 - 0.5f : scaled * 0 + 0.5f;
   const Ints n = __builtin_convertvector(scaled + half, Ints);
@@ -30,51 +32,80 @@ inline Floats exponential(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const Ints power = (n + 127) << 23;
-  return p * reinterpret_cast<Floats>(power);
+  return vanishes ? zero : p * reinterpret_cast<Floats>(power);
 }
 
+// Keys or values in blocks [blocks, kv_heads, block_tokens, dim]; a table tells each row's blocks.
 template <typename T>
-struct PagedAttention {
-  const T* query;  // [tokens, heads, key_dim]
-  T* out;          // [tokens, heads, value_dim]
-  const T* keys;   // [blocks, kv_heads, block_tokens, key_dim]
-  const T* values;
+struct Pages {
+  const T* data;
+  int64_t dim, kv_heads, block_tokens, row_blocks;
   const int32_t* table;  // [rows, row_blocks]
-  const int64_t* rows;
-  const int64_t* positions;
-  int64_t heads, kv_heads, key_dim, value_dim, block_tokens, row_blocks;
-  float scale, softcap;  // 0: none
-  int64_t window;        // 0: none
+  const int64_t* rows;   // [tokens]
 
-  int64_t first(int64_t token) const { return window > 0 ? std::max<int64_t>(0, positions[token] + 1 - window) : 0; }
-
-  int64_t length(int64_t token) const { return positions[token] + 1 - first(token); }
-
-  // The place of track position p of a token's row, in heads of one block row: [block, kv_head, p in block].
-  int64_t place(int64_t token, int64_t kv_head, int64_t p) const {
+  const T* at(int64_t token, int64_t kv_head, int64_t p) const {
     const int64_t block = table[rows[token] * row_blocks + p / block_tokens];
-    return (block * kv_heads + kv_head) * block_tokens + p % block_tokens;
+    return data + ((block * kv_heads + kv_head) * block_tokens + p % block_tokens) * dim;
   }
 
+  int64_t run(int64_t p) const { return block_tokens - p % block_tokens; }  // places that follow each other from p on
+};
+
+// Keys or values as transformers keeps them: [rows, kv_heads, places, dim], one row a token, strides in values.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t dim, row_stride, head_stride, places;
+
+  const T* at(int64_t token, int64_t kv_head, int64_t p) const {
+    return data + token * row_stride + kv_head * head_stride + p * dim;
+  }
+
+  int64_t run(int64_t p) const { return places - p; }
+};
+
+template <typename T, typename Where>
+struct Attention {
+  const T* query;  // [tokens, heads, key_dim]
+  T* out;          // [tokens, heads, value_dim]
+  Where keys, values;
+  int64_t heads, kv_heads;
+  float scale, softcap;      // 0: none
+  int64_t window;            // 0: none
+  const int64_t* positions;  // [tokens] the last place that each sees; null: all places
+  const bool* mask;          // [tokens, places] or null
+  int64_t mask_stride;
+
+  int64_t stop(int64_t token) const { return positions == nullptr ? keys.run(0) : positions[token] + 1; }
+
+  int64_t first(int64_t token) const { return window > 0 ? std::max<int64_t>(0, stop(token) - window) : 0; }
+
   void head_group(int64_t token, int64_t kv_head, std::vector<float>& buffer) const {
-    const int64_t group = heads / kv_heads, begin = first(token), count = length(token);
+    const int64_t group = heads / kv_heads, begin = first(token), count = stop(token) - begin;
+    const int64_t key_dim = keys.dim, value_dim = values.dim;
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     if (static_cast<int64_t>(buffer.size()) < group * padded) buffer.resize(group * padded);
     const T* q = query + (token * heads + kv_head * group) * key_dim;
     for (int64_t i = 0; i < count;) {  // runs of keys that lie in one block
-      const int64_t run = std::min(count - i, block_tokens - (begin + i) % block_tokens);
-      const T* k = keys + place(token, kv_head, begin + i) * key_dim;
+      const int64_t run = std::min(count - i, keys.run(begin + i));
+      const T* k = keys.at(token, kv_head, begin + i);
       for (int64_t g = 0; g < group; ++g) logits(k, q + g * key_dim, run, buffer.data() + g * padded + i);
       i += run;
     }
     for (int64_t g = 0; g < group; ++g) {
       float* weights = buffer.data() + g * padded;
+      if (mask != nullptr) hide(mask + token * mask_stride + begin, count, weights);
       softmax(weights, count, padded);
       sum_values(token, kv_head, begin, count, weights, out + (token * heads + kv_head * group + g) * value_dim);
     }
   }
 
+  static void hide(const bool* seen, int64_t count, float* weights) {
+    for (int64_t i = 0; i < count; ++i) weights[i] = seen[i] ? weights[i] : -INFINITY;
+  }
+
   void logits(const T* k, const T* q, int64_t run, float* result) const {
+    const int64_t key_dim = keys.dim;
     float values[kLanes];
     int64_t i = 0;
     for (; i + 16 <= run; i += 16) {
@@ -91,13 +122,11 @@ struct PagedAttention {
 
   static void softmax(float* weights, int64_t count, int64_t padded) {
     const float most = *std::max_element(weights, weights + count);
+    if (most == -INFINITY) return std::fill(weights, weights + padded, 0.0f);  // nothing is seen
     std::fill(weights + count, weights + padded, -INFINITY);
     Floats total = {};
     for (int64_t i = 0; i < padded; i += kLanes) {
-      Floats w = exponential(load(weights + i) - most);
-      if (i + kLanes > count) {
-        for (int64_t j = count - i; j < kLanes; ++j) w[j] = 0;
-      }
+      const Floats w = exponential(load(weights + i) - most);
       total += w;
       store(weights + i, w);
     }
@@ -110,9 +139,9 @@ struct PagedAttention {
                    T* result) const {
     Floats acc[vectors] = {};
     for (int64_t i = 0; i < count;) {
-      const int64_t run = std::min(count - i, block_tokens - (begin + i) % block_tokens);
-      const T* v = values + place(token, kv_head, begin + i) * value_dim + column;
-      for (int64_t j = 0; j < run; ++j, v += value_dim) {
+      const int64_t run = std::min(count - i, values.run(begin + i));
+      const T* v = values.at(token, kv_head, begin + i) + column;
+      for (int64_t j = 0; j < run; ++j, v += values.dim) {
         for (int n = 0; n < vectors; ++n) acc[n] += weights[i + j] * load(v + n * kLanes);
       }
       i += run;
@@ -121,6 +150,7 @@ struct PagedAttention {
   }
 
   void sum_values(int64_t token, int64_t kv_head, int64_t begin, int64_t count, const float* weights, T* result) const {
+    const int64_t value_dim = values.dim;
     int64_t column = 0;
     for (; column + 8 * kLanes <= value_dim; column += 8 * kLanes)
       sum_columns<8>(token, kv_head, begin, count, weights, column, result);
@@ -131,7 +161,7 @@ struct PagedAttention {
     for (; column < value_dim; ++column) {
       float total = 0;
       for (int64_t i = 0; i < count; ++i)
-        total += weights[i] * float(values[place(token, kv_head, begin + i) * value_dim + column]);
+        total += weights[i] * float(values.at(token, kv_head, begin + i)[column]);
       result[column] = static_cast<T>(total);
     }
   }

@@ -90,12 +90,14 @@ struct Linear {
     for (int t = 0; t < N; ++t) std::memcpy(y + (token + t) * out + row, rounded + t * R, R * sizeof(T));
   }
 
-  // The passes over a block share the work of asking for the next one, so that memory is busy during all of them.
+  // The passes of kTokens over a block share the work of asking for the next one, so that memory is busy during all of
+  // them; what remains of the tokens asks only if there is no such pass.
   template <int R, int N>
   void tiles(int64_t begin, int64_t end, int64_t token) const {
-    const int64_t num_passes = (num_tokens + kTokens - 1) / kTokens, pass = token / kTokens;
+    const int64_t num_shares = std::max<int64_t>(1, num_tokens / kTokens), share = token / kTokens;
+    const bool asks = share < num_shares && token % kTokens == 0;
     int64_t row = begin, i = 0;
-    for (; row + R <= end; row += R, ++i) tile<R, N>(row, token, i % num_passes == pass ? kBlock * in : 0);
+    for (; row + R <= end; row += R, ++i) tile<R, N>(row, token, asks && i % num_shares == share ? kBlock * in : 0);
     for (; row < end; ++row) tile<1, N>(row, token, 0);
   }
 

@@ -32,7 +32,7 @@ void run(const Linear<T>& base, const Adapters& adapters) {
   float* hidden = buffer.data();
   auto first_phase = [&](int64_t i, int64_t n) {
     if (base.weight != nullptr) base.columns(share(base.out, i, n), share(base.out, i + 1, n));
-    adapters.shrink<T>(adapters.num_blocks * i / n, adapters.num_blocks * (i + 1) / n, base.x, base.in, hidden);
+    adapters.shrink<T>(adapters.num_units * i / n, adapters.num_units * (i + 1) / n, base.x, base.in, hidden);
   };
   auto second_phase = [&](int64_t i, int64_t n) {
     adapters.expand<T>(share(base.out, i, n), share(base.out, i + 1, n), hidden, base.y, base.out);
@@ -183,6 +183,17 @@ void store_tokens_(const at::Tensor& states, at::Tensor& pool, const at::Tensor&
   }
 }
 
+// All heads of all tokens, split over threads.
+template <typename A>
+void attend(const A& attention, int64_t num_tokens, int64_t work) {
+  split(num_tokens * attention.kv_heads, work, [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> buffer;
+    for (int64_t i = begin; i < end; ++i) {
+      attention.head_group(i / attention.kv_heads, i % attention.kv_heads, buffer);
+    }
+  });
+}
+
 // Attention of the first out.size(0) tokens, each over its own track; query and out [tokens, heads, dim].
 void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& keys, const at::Tensor& values,
                     const at::Tensor& table, const at::Tensor& rows, const at::Tensor& positions, double scale,
@@ -204,17 +215,50 @@ void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& 
     total += window > 0 ? std::min(window, p + 1) : p + 1;
   }
   LORAPLEX_DISPATCH(query, {
-    const loraplex::PagedAttention<scalar> attention{
-        query.const_data_ptr<scalar>(), out.mutable_data_ptr<scalar>(), keys.const_data_ptr<scalar>(),
-        values.const_data_ptr<scalar>(), table.const_data_ptr<int32_t>(), rows.const_data_ptr<int64_t>(),
-        positions.const_data_ptr<int64_t>(), query.size(1), kv_heads, keys.size(3), values.size(3), keys.size(2),
-        table.size(1), static_cast<float>(scale), static_cast<float>(softcap), window};
-    split(num_tokens * kv_heads, total * query.size(1) * (keys.size(3) + values.size(3)),
-          [&](int64_t begin, int64_t end) {
-            thread_local std::vector<float> buffer;
-            for (int64_t i = begin; i < end; ++i) attention.head_group(i / kv_heads, i % kv_heads, buffer);
-          });
+    using Pages = loraplex::Pages<scalar>;
+    const auto pages = [&](const at::Tensor& pool) {
+      return Pages{pool.const_data_ptr<scalar>(), pool.size(3), kv_heads, pool.size(2), table.size(1),
+                   table.const_data_ptr<int32_t>(), rows.const_data_ptr<int64_t>()};
+    };
+    attend(loraplex::Attention<scalar, Pages>{query.const_data_ptr<scalar>(), out.mutable_data_ptr<scalar>(),
+                                              pages(keys), pages(values), query.size(1), kv_heads,
+                                              static_cast<float>(scale), static_cast<float>(softcap), window,
+                                              positions.const_data_ptr<int64_t>(), nullptr, 0},
+           num_tokens, total * query.size(1) * (keys.size(3) + values.size(3)));
   })
+}
+
+// Attention of one token a row over keys and values [rows, kv_heads, places, dim]; query and the result
+// [rows, heads, dim]; mask [rows, places], true where a place is seen.
+at::Tensor attend_rows(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                       const std::optional<at::Tensor>& mask, double scale) {
+  TORCH_CHECK(query.dim() == 3 && keys.dim() == 4 && values.dim() == 4 && query.is_contiguous() &&
+                  keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type(),
+              "query [rows, heads, dim] must be contiguous, and of the dtype of keys and values [rows, heads, places, dim]");
+  const int64_t num_rows = query.size(0), kv_heads = keys.size(1), places = keys.size(2);
+  const auto fits = [&](const at::Tensor& states) {
+    return states.size(0) == num_rows && states.size(1) == kv_heads && states.size(2) == places &&
+           states.stride(3) == 1 && (places < 2 || states.stride(2) == states.size(3));
+  };
+  TORCH_CHECK(fits(keys) && fits(values) && keys.size(3) == query.size(2) && query.size(1) % kv_heads == 0,
+              "the query doesn't fit keys and values, or these aren't dense along their places");
+  TORCH_CHECK(!mask.has_value() || (mask->dim() == 2 && mask->scalar_type() == at::kBool && mask->size(0) == num_rows &&
+                                    mask->size(1) == places && mask->stride(1) == 1),
+              "the mask must be bool [rows, places]");
+  at::Tensor out = at::empty({num_rows, query.size(1), values.size(3)}, query.options());
+  LORAPLEX_DISPATCH(query, {
+    using Rows = loraplex::Rows<scalar>;
+    const auto in_rows = [&](const at::Tensor& states) {
+      return Rows{states.const_data_ptr<scalar>(), states.size(3), states.stride(0), states.stride(1), places};
+    };
+    attend(loraplex::Attention<scalar, Rows>{query.const_data_ptr<scalar>(), out.mutable_data_ptr<scalar>(),
+                                             in_rows(keys), in_rows(values), query.size(1), kv_heads,
+                                             static_cast<float>(scale), 0.0f, 0, nullptr,
+                                             mask.has_value() ? mask->const_data_ptr<bool>() : nullptr,
+                                             mask.has_value() ? mask->stride(0) : 0},
+           num_rows, num_rows * places * query.size(1) * (keys.size(3) + values.size(3)));
+  })
+  return out;
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool plus_one) {
@@ -283,6 +327,7 @@ TORCH_LIBRARY(loraplex, m) {
   m.def(
       "attend_single_(Tensor query, Tensor(a!) out, Tensor keys, Tensor values, Tensor table, Tensor rows, "
       "Tensor positions, float scale, int window, float softcap) -> ()");
+  m.def("attend_rows(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one) -> Tensor");
   m.def("rotate_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()");
   m.def("gated_silu_(Tensor(a!) gate, Tensor up) -> ()");
@@ -293,6 +338,7 @@ TORCH_LIBRARY_IMPL(loraplex, CPU, m) {
   m.impl("gated_linear", gated_linear);
   m.impl("store_tokens_", store_tokens_);
   m.impl("attend_single_", attend_single_);
+  m.impl("attend_rows", attend_rows);
   m.impl("rms_norm", rms_norm);
   m.impl("rotate_", rotate_);
   m.impl("gated_silu_", gated_silu_);

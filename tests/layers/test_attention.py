@@ -1,0 +1,53 @@
+"""The compiled attention takes single-token steps that decode fast, and nothing else."""
+
+import pytest
+import torch
+
+import loraplex.layers.attention as attention
+from loraplex import MultiLoraModel
+from loraplex.kernels.native import native_available
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The masks of the compiled attention's calls."""
+    masks = []
+    real = attention.attend_rows_native
+    monkeypatch.setattr(attention, "attend_rows_native", lambda *args: masks.append(args[3]) or real(*args))
+    return masks
+
+
+def test_single_token_steps_run_compiled(calls):
+    model = MultiLoraModel(tiny_model("llama"))
+    expected = tiny_model("llama").generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
+    assert calls == [], "a model by itself attends as it did"
+    assert model.generate(IDS, torch.ones_like(IDS), **OPTIONS).tolist() == expected.tolist()
+    assert calls == [None] * 3 * model.base.config.num_hidden_layers  # the first new token comes from the prompt's pass
+
+
+def test_left_padding_is_hidden(calls):
+    model = MultiLoraModel(tiny_model("llama"))
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    both = model.generate(IDS, mask, **OPTIONS)
+    assert [hidden.shape[1] for hidden in calls[:: model.base.config.num_hidden_layers]] == [8, 9, 10]
+    alone = model.generate(IDS[1:, 3:], mask[1:, 3:], **OPTIONS)
+    assert both[1, 7:].tolist() == alone[0, 4:].tolist()
+
+
+def test_forward_training_and_slow_decoding_keep_torchs(calls):
+    fast, slow = MultiLoraModel(tiny_model("llama")), MultiLoraModel(tiny_model("llama"), fast_decode=False)
+    slow.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    fast(IDS[:, :1])
+    assert calls == []
+
+
+def test_joining_twice_changes_nothing():
+    attention.join_attention()
+    attention.join_attention()
+    assert attention._former is not attention.attend
