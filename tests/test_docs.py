@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import typer.main
 
+from benchmarks.run_all import NAMES
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
 from loraplex.xlora.config import XLoraConfig
-from scripts.update_figures import DOCUMENTS, QUALITY, RESULTS, missing, updated
+from scripts.update_figures import DOCUMENTS, FILES, QUALITY, RESULTS, missing, updated
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: Any = typer.main.get_command(cli)
@@ -174,7 +175,7 @@ def test_training_page_names_every_option_of_a_mixtures_training() -> None:
 
 def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> None:
     of_page = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|,]+) \|", read("docs/training.md"), flags=re.MULTILINE))
-    words = {"none": None, "on": True}
+    words = {"none": None, "on": True, "nothing": ()}
     assert len(of_page) > 15
     for config in (AdapterJob, TrainConfig):
         for field in dataclasses.fields(config):
@@ -207,5 +208,9 @@ def test_figures_are_those_of_the_result_files(document: str) -> None:
 def test_every_result_file_has_its_table_and_benchmark() -> None:
     names = {path.removeprefix(f"{RESULTS}/") for path in missing(Path("nowhere"))} - {QUALITY}
     assert {path.name for path in (ROOT / RESULTS).glob("*.json")} <= names
-    for name in names:
-        assert (ROOT / "benchmarks" / name).with_suffix(".py").exists()
+    for file in FILES:
+        if file.engine_command is None:
+            assert (ROOT / "benchmarks" / f"{file.name}.py").exists()
+        else:
+            assert "--full" in options_of(find_command(file.command.split()[1:])[0])
+    assert {file.name for file in FILES} >= set(NAMES), "run_all writes a file that no table shows"

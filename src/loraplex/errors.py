@@ -49,6 +49,10 @@ class CapacityError(LoraplexError):
     """A tier of the store (slots, host memory) has no room for what a call needs at once."""
 
 
+class QueueFullError(CapacityError):
+    """More requests are in the engine than it takes; try again later."""
+
+
 class RequestError(LoraplexError):
     """A request can't be served as written; nothing was run."""
 
@@ -71,6 +75,10 @@ class CheckpointError(LoraplexError):
 
 class TrainingError(LoraplexError):
     """Training can't go on: a job's loss or gradients are no longer finite."""
+
+
+class EngineError(LoraplexError):
+    """A forward pass of the engine failed for a request; the message has what happened."""
 
 
 class BaseModelError(LoraplexError):

@@ -61,7 +61,8 @@ def test_leaving_a_stream_cancels_its_request(model):
                 break
             await stream.aclose()
             task = asyncio.create_task(engine.generate(Request([4, 5], sampling=SamplingParams(max_tokens=200))))
-            await asyncio.sleep(0.05)
+            while not engine.stats().num_running:  # 200 tokens take far longer than one turn of this loop
+                await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -90,7 +90,7 @@ def read_job_file(path: Path) -> dict[str, Settings]:
 
 
 def merge_options(from_file: Mapping[str, Settings], options: Mapping[str, Sequence[str]]) -> dict[str, Settings]:
-    """Every job's settings: the defaults, then the file's, then the options'. Raises ConfigError.
+    """Every job's settings: the file's, then the options'. Raises ConfigError.
 
     The jobs are those of the file and those that --data names.
     """
@@ -107,12 +107,12 @@ def merge_options(from_file: Mapping[str, Settings], options: Mapping[str, Seque
     for setting, values in options.items():
         if setting != "data":
             _apply(jobs, setting, values)
-    return {name: DEFAULTS | settings for name, settings in jobs.items()}
+    return jobs
 
 
 def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
     """An AdapterJob from settings under the options' names. Raises ConfigError."""
-    adapter = _adapter(name, settings, base_model)
+    adapter = _adapter(name, DEFAULTS | settings, base_model)
     settings = {key: value for key, value in settings.items() if key not in _ADAPTER} | adapter
     if "steps" in settings:
         settings["max_steps"] = settings.pop("steps")

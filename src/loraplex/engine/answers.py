@@ -29,6 +29,13 @@ class Answers:
             part = result.part
             if part.scaling is not None:
                 continue
+            if result.error is not None:
+                deltas.append(self._book.end(part.generation, "error", result.error))
+                continue
+            if part.generation.observations is not None:
+                part.generation.observations.saw(part.start, part.stop, result.scalings)
+            if result.all_logits is not None:
+                _keep_prompt_logprobs(result)
             part.track.name_blocks(len(part.track.tokens))
             if part.wants_logits:
                 try:
@@ -63,10 +70,11 @@ class Answers:
             logprobs = (token_logprobs(logits, token, num_top),)
             generation.logprobs += logprobs
         text = generation.text.add(token)
-        reason = self._finish_reason(generation, token)
+        scalings = () if generation.observations is None else generation.observations.step_scalings()
+        reason, error = self._finish_reason(generation, token), None
         if reason is not None:
             text += generation.text.end()
-            self._book.finish(generation, reason)
+            reason, error = self._book.finish(generation, reason)
         return Delta(
             request_id=generation.state.request_id,
             index=generation.index,
@@ -74,6 +82,8 @@ class Answers:
             text=text,
             logprobs=logprobs,
             finish_reason=reason,
+            error=error,
+            scalings=scalings,
         )
 
     def _finish_reason(self, generation: Generation, token: int) -> FinishReason | None:
@@ -84,3 +94,15 @@ class Answers:
             if is_end or is_complete or generation.text.is_stopped:
                 return "stop"
         return "length" if generation.num_new >= generation.state.max_new_tokens else None
+
+
+def _keep_prompt_logprobs(result: PartResult) -> None:
+    """What a chunk of the prompt tells about the token after each of its tokens."""
+    part, generation = result.part, result.part.generation
+    kept, num_top = generation.prompt_logprobs, generation.chooser.sampling.prompt_logprobs
+    assert kept is not None, "logits of a prompt came that weren't asked for"
+    assert num_top is not None, "a prompt's probabilities are kept though they aren't wanted"
+    assert result.all_logits is not None, "a chunk of the prompt returned no logits"
+    for logits, position in zip(result.all_logits, range(part.start + 1, part.stop + 1), strict=True):
+        if position < len(kept):
+            kept[position] = token_logprobs(logits, generation.tokens[position], num_top)

@@ -4,21 +4,15 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
+from loraplex.engine.feed import Event, Feed, deliver
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.stats import EngineStats
 from loraplex.models.multi_lora import MultiLoraModel
 
 _LOADING_PAUSE_S = 0.001  # while all requests wait for their adapters
-
-
-@dataclass(frozen=True)
-class _Listener:
-    loop: asyncio.AbstractEventLoop
-    queue: "asyncio.Queue[Delta | RequestResult]"
 
 
 class AsyncEngine:
@@ -30,7 +24,7 @@ class AsyncEngine:
     def __init__(self, model: MultiLoraModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self._engine = Engine(model, config)
-        self._listeners: dict[str, _Listener] = {}
+        self._feeds: dict[str, Feed] = {}
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
@@ -55,35 +49,77 @@ class AsyncEngine:
         Raises RequestError, LinkSyntaxError, AdapterNotFoundError or CapacityError at the first step of the loop. A
         request that fails later ends with finish_reason "error".
         """
-        async for event in self._events(request):
-            if isinstance(event, Delta):
-                yield event
+        feed = self.feed()
+        request_id = await self.submit(request, feed)
+        try:
+            while True:
+                for event in await feed.take():
+                    if isinstance(event, RequestResult):
+                        return
+                    yield event
+        finally:
+            self.drop(request_id)
 
     async def generate(self, request: Request) -> RequestResult:
         """Run one request to its end; raises what `stream` raises."""
-        async for event in self._events(request):
-            if isinstance(event, RequestResult):
-                return event
-        raise AssertionError("a request ended without a result")
-
-    async def _events(self, request: Request) -> AsyncGenerator[Delta | RequestResult, None]:
-        """What is new, and at last the result."""
-        request_id = f"stream-{next(self._numbers)}"
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
-        self._listeners[request_id] = listener
-        is_finished = False
+        feed = self.feed(wants_deltas=False)
+        request_id = await self.submit(request, feed)
         try:
-            await asyncio.to_thread(self._engine.add_request, request, request_id)  # reading a prompt takes a while
-            self._wake.set()
-            while not is_finished:
-                event = await listener.queue.get()
-                is_finished = isinstance(event, RequestResult)
-                yield event
+            while True:
+                for event in await feed.take():
+                    if isinstance(event, RequestResult):
+                        return event
         finally:
-            self._listeners.pop(request_id, None)
-            if not is_finished:
-                self._engine.cancel(request_id)
-                self._wake.set()
+            self.drop(request_id)
+
+    # Several requests with one reader
+
+    def feed(self, *, wants_deltas: bool = True) -> Feed:
+        """For `submit`: gets the deltas, if wanted, and the results of the requests that are given to it."""
+        return Feed(asyncio.get_running_loop(), wants_deltas=wants_deltas)
+
+    async def submit(self, request: Request, feed: Feed) -> str:
+        """Take a request, or raise what `stream` raises; returns its id. End with `drop`."""
+        request_id = f"stream-{next(self._numbers)}"
+        self._feeds[request_id] = feed
+        adding = asyncio.to_thread(self._engine.add_request, request, request_id)  # reading a prompt takes a while
+        try:
+            await asyncio.shield(task := asyncio.ensure_future(adding))
+        except asyncio.CancelledError:
+            self._feeds.pop(request_id, None)
+            task.add_done_callback(lambda done: self._forget(request_id, done))
+            raise
+        except BaseException:
+            self._feeds.pop(request_id, None)
+            raise
+        self._wake.set()
+        return request_id
+
+    def drop(self, request_id: str) -> None:
+        """Hear no more of a request; cancels it if it isn't finished."""
+        if self._feeds.pop(request_id, None) is not None:
+            self._engine.cancel(request_id)
+            self._wake.set()
+
+    def _forget(self, request_id: str, added: "asyncio.Future[str]") -> None:
+        """Cancel a request whose reader left while it was being taken."""
+        if not added.cancelled() and added.exception() is None:
+            self._engine.cancel(request_id)
+            self._wake.set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread takes requests."""
+        return self._thread.is_alive() and not self._is_closed
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer can have together."""
+        return self._engine.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -103,14 +139,16 @@ class AsyncEngine:
         self._tell(self._engine.close())
 
     def _tell(self, deltas: list[Delta]) -> None:
+        news: dict[Feed, list[Event]] = {}
         for delta in deltas:
-            self._put(delta.request_id, delta)
-            if delta.finish_reason is not None:
-                result = self._engine.pop_result(delta.request_id)
-                if result is not None:
-                    self._put(delta.request_id, result)
-
-    def _put(self, request_id: str, event: Delta | RequestResult) -> None:
-        listener = self._listeners.get(request_id)
-        if listener is not None and not listener.loop.is_closed():
-            listener.loop.call_soon_threadsafe(listener.queue.put_nowait, event)
+            feed = self._feeds.get(delta.request_id)
+            if feed is not None and feed.wants_deltas:
+                news.setdefault(feed, []).append(delta)
+            if delta.finish_reason is None:
+                continue
+            result = self._engine.pop_result(delta.request_id)
+            if result is not None:
+                self._feeds.pop(delta.request_id, None)
+                if feed is not None:
+                    news.setdefault(feed, []).append(result)
+        deliver(news)

@@ -1,28 +1,21 @@
 """Joining a transformers model to packed passes through its public attention interface."""
 
-import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from loraplex.engine.attention import check_terms, packed_attention
 from loraplex.engine.kv_cache import AttentionTerms, LayerShape
 from loraplex.engine.packing import current_batch
 from loraplex.errors import BaseModelError
+from loraplex.residual.joining import AttentionFront, function_behind, join_front, leave_front
 
-_PREFIX = "loraplex_packed_"  # and the name of the attention function that ours stands in front of
-_registering = threading.Lock()
 _probe = threading.local()
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Attachment:
@@ -33,7 +26,6 @@ class Attachment:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._before = base.config._attn_implementation
         self._handles: list[RemovableHandle] = []
         output = base.get_output_embeddings()
         if getattr(base.config, "is_encoder_decoder", False) or output is None or not base.can_generate():
@@ -41,7 +33,12 @@ class Attachment:
                 f"{type(base).__name__} is no causal language model, which the engine needs. Use "
                 "MultiLoraModel.forward or generate for it."
             )
-        self._join()
+        if not join_front(base, _FRONT):
+            raise BaseModelError(
+                f"{type(base).__name__} doesn't follow transformers' attention interface, which the engine needs. Use "
+                "MultiLoraModel.generate for it."
+            )
+        self._is_joined = True
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
         self._handles.append(base.base_model.register_forward_hook(_keep_hidden))
         try:
@@ -51,26 +48,13 @@ class Attachment:
             raise
 
     def detach(self) -> None:
-        """Give the base model back as it was."""
+        """Give the base model back as it was; what else stands in front of its attention stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._base.set_attn_implementation(self._before)
-
-    def _join(self) -> None:
-        former = self._before.removeprefix(_PREFIX)
-        name = _PREFIX + former
-        with _registering:
-            if name not in ALL_ATTENTION_FUNCTIONS:
-                AttentionInterface.register(name, partial(attend, former))
-                if former in ALL_MASK_ATTENTION_FUNCTIONS:
-                    AttentionMaskInterface.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[former]))
-        self._base.set_attn_implementation(name)
-        if self._base.config._attn_implementation != name:
-            raise BaseModelError(
-                f"{type(self._base).__name__} doesn't follow transformers' attention interface, which the engine "
-                "needs. Use MultiLoraModel.generate for it."
-            )
+        if self._is_joined:
+            self._is_joined = False
+            leave_front(self._base, _FRONT)
 
     def _find_layers(self) -> dict[nn.Module, LayerShape]:
         """Run two tokens and see which modules attend, and what they keep for each token."""
@@ -107,7 +91,7 @@ def attend(
             value_dim=value.shape[-1],
             dtype=key.dtype,
         )
-    return _function(former, module)(module, query, key, value, mask, **options)
+    return function_behind(former, module)(module, query, key, value, mask, **options)
 
 
 def _terms(query: Tensor, options: dict[str, Any]) -> AttentionTerms:
@@ -124,11 +108,8 @@ def _mask(former: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return None if current_batch() is not None else former(*args, **options)
 
 
-def _function(name: str, module: nn.Module) -> AttentionFunction:
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
-    # Eager attention is not registered: each architecture has its own, beside its attention class.
-    return sys.modules[type(module).__module__].eager_attention_forward
+# Outside of the front that serves residuals, captures and steering of `generate`: a packed pass serves its own.
+_FRONT = AttentionFront(prefix="loraplex_packed_", place=1, attend=attend, mask=_mask)
 
 
 def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -138,7 +119,9 @@ def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
         return None
     if batch.wants_hidden and batch.last_hidden is None:  # some models (OPT) call their decoder past its own model
         batch.last_hidden = args[0][0]
-    return None if batch.selected is None else (args[0][:, batch.selected], *args[1:])
+    if batch.selected is None or args[0].shape[1] != batch.num_tokens:  # another engine's hook has selected already
+        return None
+    return (args[0][:, batch.selected], *args[1:])
 
 
 def _keep_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -41,6 +41,8 @@ def packed_attention(
     for first, part in batch.chunks():
         rows = slice(first, first + part.count)
         out[rows] = attend_chunk(part, query[rows], keys, values, terms)
+    if batch.attention is not None:
+        batch.attention.attend(module, query, keys, values, out, terms)
     return out
 
 

@@ -10,6 +10,9 @@ from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import AdapterVersion
 from loraplex.engine.tracks import KeyPart, TrackRoute
 from loraplex.models.mixtures import Mixtures
+from loraplex.residual.kinds import FunctionResidual
+from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.rows import ChainLink
 from loraplex.routing.choice import Link
 from loraplex.xlora.mixture import Mixture
 
@@ -42,8 +45,9 @@ class BoundMixture:
 class Binding:
     """A request's leases; `close` ends them."""
 
-    def __init__(self, store: AdapterStore, mixtures: Mixtures, link: Link) -> None:
+    def __init__(self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link) -> None:
         """Raises AdapterNotFoundError, CapacityError (no slot is free now) or AdapterChangedError."""
+        (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
         found, names = mixtures.expand([link])
         self._leases = ExitStack()
         leased = self._leases.enter_context(store.lease(names))
@@ -73,7 +77,16 @@ class Binding:
             active_from = _active_from(version, prompt)
             if version.invocation is None or active_from is not None:
                 parts.append(KeyPart(identity=("adapter", serial(version), weight), active_from=active_from))
-        return parts + [KeyPart(identity=bound.identity) for bound in self.mixtures]
+        parts += [KeyPart(identity=bound.identity) for bound in self.mixtures]
+        return parts + [KeyPart(identity=self._residual_identity(residual)) for residual in self.chain]
+
+    def _residual_identity(self, link: ChainLink) -> tuple[object, ...]:
+        """What keys and values depend on, and u beside them; a function may change, so it shares within its request."""
+        residual = link.residual
+        if isinstance(residual, FunctionResidual):
+            return ("function", serial(self), link.name, link.weight)
+        changes = tuple(tensor._version for tensor in residual.tensors() if not tensor.is_inference())
+        return ("residual", serial(residual), changes, link.weight)
 
     def _bind_mixtures(
         self, link: Link, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]

@@ -18,7 +18,7 @@ from loraplex.engine.request_book import RequestBook
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.stats import EngineStats, StepCounts
-from loraplex.errors import LoraplexError, RequestError
+from loraplex.errors import EngineError, LoraplexError, RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,15 @@ class Engine:
         return self._book.pop_result(request_id)
 
     @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer can have together."""
+        return self._runner.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @property
     def has_work(self) -> bool:
         return self._book.has_work
 
@@ -122,14 +131,17 @@ class Engine:
         except Exception as error:
             return self._run_apart(parts, error)
         self._counts.add(parts)
-        return self._answers.take(results)
+        deltas = self._answers.take(results)
+        if not self._scheduler.running:
+            self._runner.attention.forget_rows()
+        return deltas
 
     def _run_apart(self, parts: list[Part], error: Exception) -> list[Delta]:
         """A pass failed: run its generations one by one, so that only those fail which can't run."""
         logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
         generations = list(dict.fromkeys(part.generation for part in parts))
         if len(generations) == 1:
-            told = error if isinstance(error, LoraplexError) else LoraplexError(f"the forward pass failed: {error}")
+            told = error if isinstance(error, LoraplexError) else _failed_pass(error)
             return [self._book.end(generations[0], "error", told)]
         deltas = []
         for generation in generations:
@@ -154,6 +166,17 @@ class Engine:
         """Forget the keys and values of finished requests."""
         with self._step_lock:
             self._runner.pool.forget_all_idle()
+            if self._runner.pool.num_held == 0:
+                self._runner.attention.responses.clear()
 
     def _new_id(self) -> str:
         return f"request-{next(self._numbers)}"
+
+
+def _failed_pass(error: Exception) -> EngineError:
+    told = EngineError(
+        f"the forward pass failed: {type(error).__name__}: {error}. Only this request was ended; ask again, with fewer "
+        "tokens if memory is what it lacked."
+    )
+    told.__cause__ = error
+    return told

@@ -46,6 +46,8 @@ class FusedModules:
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         former = type(module)
+        if former in _subclasses.values():  # another engine of this base model has it, and gives it back
+            return
         self._taken.append((module, former))
         module.__class__ = _subclass(former, forward)
 

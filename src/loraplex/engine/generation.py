@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from loraplex.adapters.slots import PreparedAdapter
 from loraplex.engine.binding import Binding
 from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.observations import AskedAttention, Observations
 from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
 from loraplex.engine.scaling_pass import ScalingPass
 from loraplex.engine.text import AnswerText
 from loraplex.engine.token_choice import TokenChooser
-from loraplex.engine.tracks import Track
+from loraplex.engine.tracks import KeyPart, Track
 from loraplex.errors import LoraplexError
+from loraplex.residual.rows import RowAttention
 from loraplex.routing.choice import Link
 
 
@@ -45,13 +47,26 @@ class RequestState:
 class Generation:
     """Its tokens, and the passes over them once it runs."""
 
-    def __init__(self, state: RequestState, index: int, chooser: TokenChooser, text: AnswerText) -> None:
+    def __init__(
+        self,
+        state: RequestState,
+        index: int,
+        chooser: TokenChooser,
+        text: AnswerText,
+        observations: Observations | None = None,
+    ) -> None:
         self.state = state
         self.index = index
         self.chooser = chooser
         self.text = text
+        self.observations = observations  # None: it is asked for tokens alone
+        self.asked: AskedAttention | None = None  # of its main pass, once it runs
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
+        # Of the prompt's tokens, as far as they are known; None: they aren't wanted, or another answer has them.
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if state.request.sampling.prompt_logprobs is not None and index == 0:
+            self.prompt_logprobs = [None] * len(state.prompt)
         self.main: Track | None = None
         self.scalings: list[ScalingPass] = []
         self.finish_reason: FinishReason | None = None
@@ -79,15 +94,31 @@ class Generation:
 
     def begin(self, binding: Binding, pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
         """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
-        prompt = self.state.prompt
-        self.main = Track(self.tokens, binding.main_routes(prompt), binding.main_keys(prompt), pool, table)
+        prompt, request = self.state.prompt, self.state.request
+        if self.asked is None:
+            row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
+            buffer = None if self.observations is None else self.observations.buffer
+            self.asked = AskedAttention(row=row, buffer=buffer) if row.asks else None
+        salt = _salt_keys(request)
+        keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
+        self.main = Track(self.tokens, binding.main_routes(prompt), keys, pool, table)
         if reuse:
-            self.main.reuse(len(self.tokens) - 1)
-        for routes, keys in zip(binding.scaling_routes, binding.scaling_keys, strict=True):
-            track = Track(self.tokens, routes, keys, pool, table)
+            self.main.reuse(self.most_reused)
+        for routes, scaling_keys in zip(binding.scaling_routes, binding.scaling_keys, strict=True):
+            track = Track(self.tokens, routes, [*salt, *scaling_keys], pool, table)
             if reuse:
                 track.reuse(self.main.num_computed)
             self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))
+
+    @property
+    def most_reused(self) -> int:
+        """How many tokens the main pass may take from the prefix cache: not the last, nor what is still to be seen."""
+        if self.prompt_logprobs is not None:
+            return 0
+        if self.observations is None:
+            return len(self.tokens) - 1
+        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        return self.observations.most_reused(len(self.tokens) - 1, mixtures)
 
     def drop_passes(self) -> None:
         """Give blocks and table rows back; tokens and their text stay."""
@@ -96,7 +127,10 @@ class Generation:
         self.main, self.scalings = None, []
 
     def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
+        """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
+        observed, self.observations, self.asked = self.observations, None, None
+        mixtures = () if self.state.binding is None else self.state.binding.mixtures
         return Completion(
             index=self.index,
             text=self.text.total,
@@ -104,4 +138,19 @@ class Generation:
             finish_reason=reason,
             logprobs=tuple(self.logprobs) if wants_logprobs else None,
             error=error,
+            capture=None if observed is None else observed.capture(self.tokens),
+            scalings=None if observed is None else observed.scalings(self.tokens, mixtures),
         )
+
+
+def _salt_keys(request: Request) -> list[KeyPart]:
+    return [KeyPart(identity=("salt", request.cache_salt))] if request.cache_salt else []
+
+
+def _steering_keys(request: Request) -> list[KeyPart]:
+    """Tokens before the first span see nothing of the steering."""
+    steerings = tuple(steering for steering in request.steering if steering.strength != 1)
+    if not steerings:
+        return []
+    first = min(start for steering in steerings for start, _ in steering.spans)
+    return [KeyPart(identity=("steering", steerings), active_from=first)]

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.engine.asked import check_attention
 from loraplex.engine.constraints import make_constraint
 from loraplex.engine.generation import Generation, RequestState
+from loraplex.engine.observations import Observations
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.text import AnswerText
 from loraplex.engine.token_choice import TokenChooser
 from loraplex.errors import BaseModelError, CapacityError, RequestError
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.residual.capture import CaptureBuffer
 from loraplex.routing.choice import Link, parse_choice
 from loraplex.xlora.mixture import Mixture
 
@@ -34,7 +37,8 @@ class Intake:
         """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or CapacityError; then nothing has changed."""
         link = parse_choice(request.adapters)
         prompt = self._encode(request.prompt)
-        found, names = self._model.mixtures.expand([link])
+        (others,), (chain,) = self._model.registry.linked.split([link])
+        found, names = self._model.mixtures.expand([others])
         for name in names:
             self._model.store.version(name)
         sampling = request.sampling
@@ -47,10 +51,11 @@ class Intake:
             max_new_tokens=min(sampling.max_tokens, self._runner.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
         )
-        self._check_fits(state, num_passes=1 + len(_pass_kinds(link, found)))
+        self._check_fits(state, num_passes=1 + len(_pass_kinds(others, found)))
         self._check_tokens(request)
+        buffer = check_attention(state, bool(chain), self._model.registry.linked)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        state.generations = [self._generation(state, index, seed + index) for index in range(sampling.n)]
+        state.generations = [self._generation(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state
 
     def end_tokens(self, request: Request) -> frozenset[int]:
@@ -58,14 +63,19 @@ class Intake:
         ends = () if request.sampling.ignore_eos else self._end_tokens
         return frozenset((*ends, *request.sampling.stop_token_ids))
 
-    def _generation(self, state: RequestState, index: int, seed: int) -> Generation:
+    def _generation(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> Generation:
         sampling = state.request.sampling
         schema = sampling.json_schema
         constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self._vocab_size)
         ends = self.end_tokens(state.request)
         chooser = TokenChooser(sampling, state.prompt, ends, seed % 2**63, constraint)
-        text = AnswerText(self._tokenizer(needed=bool(sampling.stop_strings)), state.prompt, sampling.stop_strings)
-        return Generation(state, index, chooser, text)
+        tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
+        text = AnswerText(tokenizer, state.prompt, sampling.stop_strings)
+        wants_scalings = state.request.return_scalings
+        observations = None
+        if buffer is not None or wants_scalings:
+            observations = Observations(buffer, tokenizer, wants_scalings=wants_scalings)
+        return Generation(state, index, chooser, text, observations)
 
     def _tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
         try:

@@ -24,7 +24,7 @@ class Leases:
                 state.loads = list(self._model.store.prefetch(state.names))
             if not all(load.done() for load in state.loads):
                 return False
-            state.binding = Binding(self._model.store, self._model.mixtures, state.link)
+            state.binding = Binding(self._model.store, self._model.mixtures, self._model.registry.linked, state.link)
         except CapacityError as error:
             if not self._holders:
                 self.failures.append((generation, error))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loraplex.engine.binding import BoundMixture
+from loraplex.engine.binding import Binding, BoundMixture
 from loraplex.engine.packing import PackedBatch, Part
 from loraplex.xlora.mixture import Mixture
 
@@ -39,8 +39,20 @@ class MixtureGates:
             hidden.append(part.generation.scalings[bound.scaling].hidden(part.start, part.stop))
             weights += [bound.weight] * part.count
         scalings = mixture.head(torch.cat(hidden))  # [tokens, lora_layers, experts]
+        self._keep_wanted(members, scalings)
         gates = mixture.gates(scalings[None, None], torch.ones(1))[:, :, 0]  # [modules, experts, tokens]
         return self._place(members, gates * torch.tensor(weights))
+
+    def _keep_wanted(self, members: list[tuple[int, int]], scalings: Tensor) -> None:
+        """Give the scalings to the parts whose requests want them, in the order of their links."""
+        offset = 0
+        for i, use in members:
+            part = self._batch.parts[i]
+            observations = part.generation.observations
+            if observations is not None and observations.wants_scalings:
+                kept = self._batch.scalings.setdefault(i, [scalings[:0]] * _num_mixtures(part))
+                kept[use] = scalings[offset : offset + part.count]
+            offset += part.count
 
     def _pass_gates(self, mixture: Mixture, members: list[tuple[int, int]]) -> Tensor:  # [modules, columns]
         num_tokens = sum(self._batch.parts[i].count for i, _ in members)
@@ -57,6 +69,14 @@ class MixtureGates:
 
 
 def _bound(part: Part, use: int) -> BoundMixture:
+    return _binding(part).mixtures[use]
+
+
+def _num_mixtures(part: Part) -> int:
+    return len(_binding(part).mixtures)
+
+
+def _binding(part: Part) -> Binding:
     binding = part.generation.state.binding
     assert binding is not None, "a generation runs without its adapters"
-    return binding.mixtures[use]
+    return binding

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraplex.engine.blocks import BlockTable
 from loraplex.engine.generation import Generation
-from loraplex.engine.kv_cache import KeyValueCache
+from loraplex.engine.kv_cache import AttentionTerms, KeyValueCache
+from loraplex.engine.observations import AskedAttention
 from loraplex.engine.scaling_pass import ScalingPass
 from loraplex.engine.tracks import Track
 from loraplex.kernels.dispatch import native_runs
@@ -25,6 +27,7 @@ class Part:
     start: int  # position of the first token
     count: int
     wants_logits: bool  # of the last token
+    wants_all_logits: bool = False  # of every token
     owner: Generation | None = None  # None: a trial
     scaling: ScalingPass | None = None  # None: the main pass
 
@@ -34,8 +37,17 @@ class Part:
         return self.owner
 
     @property
+    def asked(self) -> AskedAttention | None:
+        """What it asks of attention: main passes alone can."""
+        return None if self.owner is None or self.scaling is not None else self.owner.asked
+
+    @property
     def stop(self) -> int:
         return self.start + self.count
+
+    @property
+    def num_logits(self) -> int:
+        return self.count if self.wants_all_logits else int(self.wants_logits)
 
     @property
     def tokens(self) -> list[int]:
@@ -44,15 +56,30 @@ class Part:
         return [self.scaling.token_at(position) for position in range(self.start, self.stop)]
 
 
+class AttentionCalls(Protocol):
+    """What an attention module calls, once it has attended, in a pass with parts that ask for something."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
+    ) -> None:
+        """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
+        ...
+
+
 class PackedBatch:
     """The parts of one pass, single tokens first, and where their keys and values lie."""
 
     def __init__(self, parts: Sequence[Part], cache: KeyValueCache, table: BlockTable) -> None:
-        self.parts = sorted(parts, key=lambda part: part.count)  # stable: the order among single tokens is the caller's
+        # Main passes beside each other: rows of one mixture share the reading of its experts.
+        self.parts = sorted(parts, key=lambda part: (part.count, part.scaling is not None))
         self.cache = cache
         self.table = table
         self.num_single = sum(part.count == 1 for part in self.parts)
         self.last_hidden: Tensor | None = None  # [tokens, hidden], once the pass has run
+        # By part that wants them: of each mixture of its link [tokens, lora_layers, experts], once they are predicted.
+        self.scalings: dict[int, list[Tensor]] = {}
+        self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
+        self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
         positions: list[int] = []
         rows: list[int] = []
         tokens: list[int] = []
@@ -70,12 +97,14 @@ class PackedBatch:
     @cached_property
     def selected(self) -> Tensor | None:  # [logits]
         """The tokens whose logits are wanted; None is all of them."""
-        wanted = [self.last_token(i) for i, part in enumerate(self.parts) if part.wants_logits]
+        wanted: list[int] = []
+        for i, part in enumerate(self.parts):
+            wanted += range(self.last_token(i) + 1 - part.num_logits, self.last_token(i) + 1)
         return None if len(wanted) == self.num_tokens else torch.tensor(wanted, dtype=torch.int64)
 
     @property
     def num_selected(self) -> int:
-        return sum(part.wants_logits for part in self.parts)
+        return sum(part.num_logits for part in self.parts)
 
     @property
     def wants_hidden(self) -> bool:

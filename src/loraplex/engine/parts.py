@@ -85,6 +85,7 @@ def _main_part(generation: Generation, start: int, stop: int) -> Part:
         start=start,
         count=stop - start,
         wants_logits=stop == len(generation.tokens),
+        wants_all_logits=generation.prompt_logprobs is not None and start + 1 < generation.num_prompt,
     )
 
 

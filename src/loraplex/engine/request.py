@@ -6,10 +6,14 @@ from typing import Literal
 
 from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import LoraplexError
+from loraplex.residual.capture import AttentionCapture, CaptureRequest
+from loraplex.residual.steering import Steering
 from loraplex.routing.choice import RowChoice
+from loraplex.xlora.scalings.row_scalings import RowScalings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+TokenScalings = tuple[tuple[float, ...], ...]  # [mixtures][experts]  means over LoRA layers
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,10 @@ class Request:
     adapters: RowChoice = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher goes first
+    capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1
+    steering: tuple[Steering, ...] = ()  # spans of the prompt's tokens, for all answers
+    return_scalings: bool = False  # of the link's mixtures, for every token that is run
+    cache_salt: str = ""  # requests share keys and values only with those of the same salt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,9 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: LoraplexError | None = None
+    # With return_scalings one entry a token: the scalings of the token before it, which was run to give it. An answer's
+    # first are those of the prompt's last token; its own last token is never run.
+    scalings: tuple[TokenScalings, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,8 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: LoraplexError | None = None
+    capture: AttentionCapture | None = None  # None too for an answer that ended before it ran
+    scalings: tuple[RowScalings, ...] | None = None  # of each mixture of the link, for the tokens that were run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,7 @@ class RequestResult:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]  # n of them
     num_cached_tokens: int  # of the prompt, whose keys and values were there already
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # None for a token that has none: the first
 
     @property
     def text(self) -> str:
@@ -86,3 +100,11 @@ class RequestResult:
     @property
     def error(self) -> LoraplexError | None:
         return self.completions[0].error
+
+    @property
+    def capture(self) -> AttentionCapture | None:
+        return self.completions[0].capture
+
+    @property
+    def scalings(self) -> tuple[RowScalings, ...] | None:
+        return self.completions[0].scalings

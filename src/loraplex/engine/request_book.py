@@ -7,7 +7,7 @@ from loraplex.engine.generation import Generation, RequestState
 from loraplex.engine.leases import Leases
 from loraplex.engine.request import Delta, FinishReason, RequestResult
 from loraplex.engine.scheduler import Scheduler
-from loraplex.errors import CapacityError, LoraplexError, RequestError
+from loraplex.errors import LoraplexError, QueueFullError, RequestError
 
 
 class RequestBook:
@@ -31,12 +31,12 @@ class RequestBook:
         return request_id in self._states or request_id in self._results
 
     def enqueue(self, states: Collection[RequestState]) -> None:
-        """Take requests; raises RequestError (closed) or CapacityError (too many)."""
+        """Take requests; raises RequestError (closed) or QueueFullError (too many)."""
         if self.is_closed:
             raise RequestError("the engine is closed. Make a new one: loraplex.Engine(model).")
         num_known = len(self._states) + len(self._inbox)
         if num_known + len(states) > self._most:
-            raise CapacityError(
+            raise QueueFullError(
                 f"{num_known} requests are in the engine, and {len(states)} more would be over EngineConfig."
                 f"max_waiting and max_running together ({self._most}). Try again later."
             )
@@ -70,7 +70,7 @@ class RequestBook:
     def end(self, generation: Generation, reason: FinishReason, error: LoraplexError | None = None) -> Delta:
         """End a generation without another token."""
         text = generation.text.end()
-        self.finish(generation, reason, error)
+        reason, error = self.finish(generation, reason, error)
         return Delta(
             request_id=generation.state.request_id,
             index=generation.index,
@@ -80,21 +80,35 @@ class RequestBook:
             error=error,
         )
 
-    def finish(self, generation: Generation, reason: FinishReason, error: LoraplexError | None = None) -> None:
-        """Free what a generation holds; with the last of its request, end the leases and keep the result."""
-        generation.finish_reason = reason
+    def finish(
+        self, generation: Generation, reason: FinishReason, error: LoraplexError | None = None
+    ) -> tuple[FinishReason, LoraplexError | None]:
+        """Free what a generation holds; with the last of its request, end the leases and keep the result.
+
+        Returns how it ended: with an error where what it observed can't be told.
+        """
         self._scheduler.remove(generation)
         state = generation.state
-        state.completions.append(generation.completion(reason, error))
-        if not state.is_finished:
-            return
+        try:
+            completion = generation.completion(reason, error)
+        except LoraplexError as untold:  # a head predicted NaN
+            completion = generation.completion("error", error or untold)
+        generation.finish_reason = completion.finish_reason
+        state.completions.append(completion)
+        if state.is_finished:
+            self._keep_result(state)
+        return completion.finish_reason, completion.error
+
+    def _keep_result(self, state: RequestState) -> None:
         self._leases.release(state)
         del self._states[state.request_id]
+        prompt_logprobs = state.generations[0].prompt_logprobs
         self._results[state.request_id] = RequestResult(
             request_id=state.request_id,
             prompt_token_ids=state.prompt,
             completions=tuple(sorted(state.completions, key=lambda completion: completion.index)),
             num_cached_tokens=state.num_cached_tokens,
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
         )
 
     def is_finished(self, request_id: str) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loraplex.engine.mixture_gates import MixtureGates
 from loraplex.engine.packing import PackedBatch
+from loraplex.engine.tracks import TrackRoute
 from loraplex.errors import BatchError
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn
@@ -23,6 +24,19 @@ class Placed(NamedTuple):
     num_tokens: int
 
 
+def _adapter_by_adapter(placed: Sequence[Placed], batch: PackedBatch) -> list[tuple[Placed, TrackRoute]]:
+    """The parts' routes, those through one adapter one after the other; a part's own stay in the order of its link.
+
+    The compiled kernel reads an adapter once for tokens that follow each other, with the same bits for each.
+    """
+    ranked = [
+        (rank, route.slot, item.first, item, route)
+        for item in placed
+        for rank, route in enumerate(batch.parts[item.part].track.routes)
+    ]
+    return [(item, route) for _, _, _, item, route in sorted(ranked, key=lambda entry: entry[:3])]
+
+
 class PackedPlan(RoutingPlan):
     """A plan whose experts take their gates from a table [modules, gates] instead of layer gates."""
 
@@ -33,20 +47,19 @@ class PackedPlan(RoutingPlan):
         own: list[int] = []  # places of the experts' gates among all gates
         columns: list[int] = []  # where the mixtures' gates have them
         num_gates = 0
-        for item in placed:
+        for item, route in _adapter_by_adapter(placed, batch):
             stop = item.start + item.num_tokens
-            for route in batch.parts[item.part].track.routes:
-                start = item.start if route.active_from is None else max(item.start, route.active_from)
-                if start >= stop:
-                    continue
-                gate: float | GateColumn = route.weight
-                if route.use is not None:
-                    gate = GateColumn(num_gates, stop - start)
-                    own += range(num_gates, num_gates + stop - start)
-                    columns += gates.columns(item.part, route.use, route.expert, start, stop)
-                first = item.first + start - item.start
-                segments.append(Segment(first, first + stop - start, route.slot, gate))
-                num_gates += stop - start
+            start = item.start if route.active_from is None else max(item.start, route.active_from)
+            if start >= stop:
+                continue
+            gate: float | GateColumn = route.weight
+            if route.use is not None:
+                gate = GateColumn(num_gates, stop - start)
+                own += range(num_gates, num_gates + stop - start)
+                columns += gates.columns(item.part, route.use, route.expert, start, stop)
+            first = item.first + start - item.start
+            segments.append(Segment(first, first + stop - start, route.slot, gate))
+            num_gates += stop - start
         num_tokens = sum(item.num_tokens for item in placed)
         longest = max((item.num_tokens for item in placed), default=1)
         super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
@@ -89,10 +102,12 @@ class PackedRouting(RowRouting):
                 f"{self._batch.num_selected} want logits. The engine can't run models that cut or pool their tokens."
             )
         if self._selected is None:
-            wanting = [i for i, part in enumerate(self._batch.parts) if part.wants_logits]
-            self._selected = self._plan(
-                [Placed(part, i, self._batch.parts[part].stop - 1, 1) for i, part in enumerate(wanting)]
-            )
+            placed, first = [], 0
+            for i, part in enumerate(self._batch.parts):
+                if part.num_logits:
+                    placed.append(Placed(i, first, part.stop - part.num_logits, part.num_logits))
+                    first += part.num_logits
+            self._selected = self._plan(placed)
         return self._selected
 
     def _plan(self, placed: Sequence[Placed]) -> PackedPlan:

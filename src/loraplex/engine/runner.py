@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.attachment import Attachment
+from loraplex.engine.attention_rows import AttentionRows, PackedScope
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fused import FusedModules
 from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, Part, use_batch
+from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
 from loraplex.engine.tracks import Track
-from loraplex.errors import BaseModelError, ConfigError
+from loraplex.errors import AdapterError, BaseModelError, ConfigError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.residual.scope import use_attention
 from loraplex.routing.bank import SlotBank
 from loraplex.routing.rows import use_routing
 
@@ -33,8 +36,11 @@ class PartResult:
 
     part: Part
     logits: Tensor | None  # [vocab], of its last token
+    all_logits: Tensor | None  # [count, vocab], where they are wanted
     best: int | None  # the largest of them
     hidden: Tensor | None  # [count, hidden], of a scaling pass
+    scalings: list[Tensor]  # of each mixture [count, lora_layers, experts], where they are wanted
+    error: AdapterError | None  # of a function in its link; the rest is then worth nothing
 
 
 class ModelRunner:
@@ -58,6 +64,7 @@ class ModelRunner:
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
         self.table = BlockTable(2 * config.max_running, row_blocks, device)
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
+        self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
         self._fused: FusedModules | None = None
         try:
             self._check_model()
@@ -76,7 +83,7 @@ class ModelRunner:
 
         Raises BaseModelError for a model whose attention is not what its attention function computes.
         """
-        ids = torch.arange(1, 1 + _CHECKED_TOKENS, device=self.model.base.device) % self._vocab_size
+        ids = torch.arange(1, 1 + _CHECKED_TOKENS, device=self.model.base.device) % self.vocab_size
         expected = self.model.base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, -1].float()
         difference = (self._probe(ids) - expected).norm() / (expected - expected.mean()).norm()
         if not difference <= _TOLERANCE.get(self.model.dtype, _LARGEST_TOLERANCE):  # not for NaN
@@ -106,36 +113,54 @@ class ModelRunner:
             track.close()
 
     @property
-    def _vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         return int(self.model.base.get_input_embeddings().num_embeddings)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> list[PartResult]:
         """One forward pass; keys, values and the tracks' progress are kept."""
         batch = PackedBatch(parts, self.cache, self.table)
-        logits = self.forward(batch)
+        scope = self.attention.scope(batch)
+        logits = self.forward(batch, scope)
+        failed = {} if scope is None else scope.finish()
         largest = logits.argmax(dim=-1).tolist()
         results, place = [], 0
         for i, part in enumerate(batch.parts):
             part.track.num_computed = part.stop
             own = best = None
+            stop = place + part.num_logits
             if part.wants_logits:
-                own, best = logits[place], largest[place]
-                place += 1
+                own, best = logits[stop - 1], largest[stop - 1]
+            all_logits = logits[place:stop] if part.wants_all_logits else None
+            place = stop
             hidden = None
             if part.scaling is not None:
                 assert batch.last_hidden is not None, "the decoder's hidden states were not kept"
                 hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + part.count]
-            results.append(PartResult(part=part, logits=own, best=best, hidden=hidden))
+            told = batch.scalings.get(i, [])
+            error = failed.get(i)
+            results.append(
+                PartResult(
+                    part=part,
+                    logits=own,
+                    all_logits=all_logits,
+                    best=best,
+                    hidden=hidden,
+                    scalings=told,
+                    error=error,
+                )
+            )
         return results
 
-    def forward(self, batch: PackedBatch) -> Tensor:  # [logits, vocab]
+    def forward(self, batch: PackedBatch, scope: PackedScope | None = None) -> Tensor:  # [logits, vocab]
         """The logits of the parts that want some, in the batch's order."""
+        batch.attention = scope
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
-        with use_routing(routing), use_batch(batch):
+        with use_routing(routing), use_batch(batch), use_attention(scope):
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
             )
+        batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
         return output.logits[0]
 
     def _model_length(self, config: EngineConfig) -> int:

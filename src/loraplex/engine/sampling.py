@@ -28,6 +28,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # the chosen token's log-probability, and those of so many of the likeliest
+    # the same of each token of the prompt but the first; its keys and values are then computed, not reused
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
 
     def __post_init__(self) -> None:
@@ -35,8 +37,9 @@ class SamplingParams:
         _check_count("min_tokens", self.min_tokens, 0)
         _check_count("top_k", self.top_k, 0)
         _check_count("n", self.n, 1)
-        if self.logprobs is not None:
-            _check_count("logprobs", self.logprobs, 0)
+        for option in ("logprobs", "prompt_logprobs"):
+            if getattr(self, option) is not None:
+                _check_count(option, getattr(self, option), 0)
         if self.seed is not None:
             _check_count("seed", self.seed, 0)
         _check_number("temperature", self.temperature, 0, math.inf)

@@ -172,7 +172,7 @@ class Scheduler:
         size = self._config.block_tokens
         number = len(_main(generation).blocks)
         keys = _main(generation).keys(len(generation.tokens) - 1)
-        if number >= len(keys):
+        if number >= len(keys) or (number + 1) * size > generation.most_reused:
             return False
         for running in self.running:
             main = _main(running)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -65,7 +66,7 @@ class AttentionCapture:
 
 
 class CaptureBuffer:
-    """Collects one row's weights pass by pass in memory that was reserved before the first."""
+    """Collects one row's weights pass by pass, in memory whose size is checked before the first."""
 
     def __init__(
         self,
@@ -90,8 +91,21 @@ class CaptureBuffer:
         self._heads = self._rows_of_heads(row, num_heads)
         shape = (len(self.layers), self._heads, self._last - self._first, self._stop - num_padding)
         self._check_budget(row, shape, norms=has_residuals)
-        self._norms = torch.zeros(shape[0], shape[2]) if has_residuals else None
-        self._kept = torch.zeros(shape, dtype=getattr(torch, request.dtype))
+        self._shape, self._has_norms = shape, has_residuals
+
+    @property
+    def first_query(self) -> int:
+        """The place of the first query that is kept among all tokens that are fed, padding counted."""
+        return self._first
+
+    # Taken when the first weights come: a request may wait for long before that.
+    @cached_property
+    def _kept(self) -> Tensor:  # [layers, heads, queries, keys]
+        return torch.zeros(self._shape, dtype=getattr(torch, self.request.dtype))
+
+    @cached_property
+    def _norms(self) -> Tensor | None:  # [layers, queries]
+        return torch.zeros(self._shape[0], self._shape[2]) if self._has_norms else None
 
     def keep(self, layer: int, weights: AttentionWeights, place: int) -> None:
         """Take what is wanted of one layer's pass; `place` is the row's place among the weights' rows."""

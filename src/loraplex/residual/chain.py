@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loraplex.residual.links import Extend, Part
 from loraplex.residual.plan import LayerPlan
-from loraplex.residual.state import ResidualState
+from loraplex.residual.state import Responses
 from loraplex.residual.weights import AttentionWeights
 
 
@@ -14,7 +14,7 @@ def run_chain(
     layer: int,
     x: Tensor,  # [sequences, tokens, hidden]  the attention block's normed input
     weights: AttentionWeights,
-    state: ResidualState | None,
+    state: Responses | None,
 ) -> Tensor:  # [rows, tokens, hidden]
     """The sum of each row's residuals: the j-th of a link reads x plus the residuals of those before it."""
     chosen = x if plan.index is None else x[plan.index]
@@ -40,7 +40,7 @@ def _places(part: Part, plan: LayerPlan) -> Tensor:
 
 
 def _extender(
-    plan: LayerPlan, part: Part, key: tuple[int, int], weights: AttentionWeights, state: ResidualState | None
+    plan: LayerPlan, part: Part, key: tuple[int, int], weights: AttentionWeights, state: Responses | None
 ) -> Extend:
     def extend(u: Tensor) -> Tensor:  # [rows, tokens, rank] -> [rows, keys, rank]
         if state is not None:

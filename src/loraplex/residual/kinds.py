@@ -1,6 +1,6 @@
 """The kinds of residual that a link may name: trained, constant, or a user's function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from loraplex.residual.config import BaseIdentity, ResidualConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LinkedLayer:
     """A LinkedResidual's weights at one attention layer.
 
@@ -36,7 +36,7 @@ class LinkedLayer:
         return sum(tensor.numel() for tensor in (self.a, self.b, self.head_logits))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LinkedResidual:
     """A Linked Local Response Aggregator: attention, captured, aggregates local responses into a residual.
 
@@ -59,12 +59,16 @@ class LinkedResidual:
     def num_parameters(self) -> int:
         return sum(layer.num_parameters for layer in self.layers.values())
 
+    def tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers.values():
+            yield from (layer.a, layer.b, layer.head_logits)
+
     def to(self, device: torch.device) -> "LinkedResidual":
         """The same residual on a device."""
         return replace(self, layers={number: layer.to(device) for number, layer in self.layers.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SteeringVector:
     """A constant residual: residual[t] = weight * vectors[layer] for every token t."""
 
@@ -79,6 +83,9 @@ class SteeringVector:
     @property
     def num_parameters(self) -> int:
         return sum(vector.numel() for vector in self.vectors.values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.vectors.values()
 
     def to(self, device: torch.device) -> "SteeringVector":
         """The same vectors on a device."""
@@ -101,7 +108,7 @@ class ResidualContext:
 ResidualFunction = Callable[[Tensor, Tensor, ResidualContext], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FunctionResidual:
     """A user's function in the place of a trained residual; called for every row, layer and pass on its own.
 

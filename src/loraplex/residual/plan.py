@@ -11,7 +11,7 @@ from loraplex.residual.capture import CaptureBuffer
 from loraplex.residual.kinds import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.links import FunctionPart, LinkedPart, Part, VectorPart, stack_linked
 from loraplex.residual.rows import ChainLink, RowAttention
-from loraplex.residual.steering import Steering
+from loraplex.residual.steering import Steering, log_strengths
 
 Placed = list[tuple[int, ChainLink]]  # places among the rows concerned, in order
 
@@ -25,6 +25,13 @@ class LayerPlan:
     links: Sequence[Sequence[Part]]  # by place in the link
     captures: Sequence[tuple[int, CaptureBuffer]]  # place among the rows concerned, where to
     steered: Sequence[tuple[int, Sequence[Steering], int]]  # place, steerings, padding on the left
+
+    def log_strength(self, num_heads: int, first_key: int, num_keys: int) -> Tensor | None:
+        """What steering adds to the logits [rows, heads, keys] of the keys from one on; None if no row is steered."""
+        if not self.steered:
+            return None
+        num_rows, device = self.sequences.numel(), self.sequences.device
+        return log_strengths(self.steered, num_rows, num_heads, first_key, num_keys, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ class ChainLink:
         return self.weight != 0 and (layers is None or layer in layers)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowAttention:
     """One row of a batch; by default it asks for nothing."""
 

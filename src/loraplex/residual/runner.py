@@ -129,9 +129,13 @@ def captures(
             continue
         ids = sequences[row, scope.paddings[row] :].tolist()
         ids = ids[: buffer.num_fed(ids, ends)]
-        tokens = [str(token) for token in ids] if tokenizer is None else [str(tokenizer.decode([i])) for i in ids]
-        results.append(buffer.result(ids, tokens))
+        results.append(buffer.result(ids, token_texts(ids, tokenizer)))
     return results
+
+
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Each token's text; without a tokenizer its number."""
+    return [str(token) if tokenizer is None else str(tokenizer.decode([token])) for token in ids]
 
 
 def state_of(cache: Any, rows: Sequence[RowAttention], fed_before: int) -> ResidualState | None:

@@ -1,19 +1,20 @@
 """The attention scope: what the rows of one call ask for, current while the base model runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loraplex.errors import AdapterError, BatchError
 from loraplex.residual.capture import CaptureBuffer
+from loraplex.residual.chain import run_chain
 from loraplex.residual.plan import LayerPlan, LayerPlanner
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.state import ResidualState
-from loraplex.residual.steering import log_strengths
 from loraplex.residual.weights import AttentionWeights
 
 
@@ -54,12 +55,16 @@ class AttentionScope:
         self._fed[layer] = self._fed.get(layer, self.fed_before) + num_tokens
         return self._fed[layer]
 
-    def log_strength(self, plan: LayerPlan, layer: int, first_key: int, num_keys: int) -> Tensor | None:
-        """What steering adds to the logits [rows, heads, keys]; None where no row is steered."""
-        if not plan.steered:
-            return None
-        num_rows, device = plan.sequences.numel(), plan.sequences.device
-        return log_strengths(plan.steered, num_rows, self.num_heads[layer], first_key, num_keys, device)
+    def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """An attention block's output [sequences, tokens, hidden] with the rows' residuals; x is its normed input."""
+        weights = self.pending.pop(layer)
+        plan = self.plan(layer, x)
+        assert plan is not None, "attention weights wait for a layer without residuals"
+        residual = run_chain(plan, layer, x, weights, self.state)
+        for place, buffer in plan.captures:
+            buffer.keep_norms(layer, residual[place].norm(dim=-1), weights.first_key + weights.num_keys - x.shape[1])
+        residual = residual.to(output.dtype)
+        return output + residual if plan.index is None else output.index_add(0, plan.sequences, residual)
 
     def _copies(self, num_sequences: int) -> int:
         if self.copies is not None and num_sequences >= len(self.rows) * self.copies:
@@ -73,16 +78,29 @@ class AttentionScope:
         return self.copies
 
 
-_current: ContextVar[AttentionScope | None] = ContextVar("loraplex_current_attention", default=None)
+class BlockScope(Protocol):
+    """What attention blocks see of the scope of the pass that runs now."""
+
+    @property
+    def pending(self) -> Container[int]:
+        """The layers whose blocks have residuals to add."""
+        ...
+
+    def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """A block's output with the residuals; x [sequences, tokens, hidden] is its normed input."""
+        ...
 
 
-def current_attention() -> AttentionScope | None:
+_current: ContextVar[BlockScope | None] = ContextVar("loraplex_current_attention", default=None)
+
+
+def current_attention() -> BlockScope | None:
     """The scope of the call that runs now; None outside of one."""
     return _current.get()
 
 
 @contextmanager
-def use_attention(scope: AttentionScope | None) -> Iterator[None]:
+def use_attention(scope: BlockScope | None) -> Iterator[None]:
     """Make `scope` current inside the block; None lets the base model attend as it does by itself."""
     token = _current.set(scope)
     try:

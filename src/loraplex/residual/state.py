@@ -11,6 +11,14 @@ from loraplex.errors import RequestError
 Key = tuple[int, int]  # attention layer, place in the link
 
 
+class Responses(Protocol):
+    """What keeps u of the tokens before, for a pass over new ones."""
+
+    def extend(self, key: Key, sequences: Tensor, u: Tensor) -> Tensor:
+        """Keep the new tokens' u [rows, new tokens, rank] of `sequences`, and return that of all tokens."""
+        ...
+
+
 class CacheFollower(Protocol):
     """State whose rows follow a cache's."""
 

@@ -28,6 +28,9 @@ class TrainingBank:
     def layers(self, slot: int) -> Mapping[int, SlotWeights]:
         return self._slots[slot].layers
 
+    def gained(self, slot: int) -> frozenset[int]:
+        return frozenset(index for index, weights in self._slots[slot].layers.items() if weights.gain is not None)
+
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return self._slots[slot].dropout, self._slots[slot].generator
 

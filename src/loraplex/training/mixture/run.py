@@ -94,8 +94,9 @@ def _train(model: MultiLoraModel, state: MixtureState, log: JobLog, identity: di
         budget_bytes=config.hidden_cache_bytes,
         tokens_per_forward=config.tokens_per_forward,
     )
-    needed = state.data.needed()
-    with fast_attention(model.base, max(len(example.ids) for example in needed)):
+    needed = [] if state.is_finished else state.data.needed()  # finished: an earlier run could not write the mixture
+    longest = max((len(example.ids) for example in needed), default=0)
+    with fast_attention(model.base, longest):
         with counting_progress("scaling pass", enabled=config.progress) as on_progress:
             hidden_states.fill(needed, on_progress)
         kept, megabytes = hidden_states.num_kept, hidden_states.num_bytes / 1e6

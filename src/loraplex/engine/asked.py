@@ -1,0 +1,50 @@
+"""What a request asks of attention and of the prefix cache, checked before anything runs."""
+
+from loraplex.engine.generation import RequestState
+from loraplex.engine.request import Request
+from loraplex.errors import RequestError
+from loraplex.residual.capture import CaptureBuffer, CaptureRequest
+from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.steering import Steering, check_steering
+
+
+def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAttention) -> CaptureBuffer | None:
+    """Where its capture will go; takes no memory yet. Raises RequestError, CapacityError or BaseModelError.
+
+    With the first request that captures or steers, the base model's attention is joined.
+    """
+    request = state.request
+    _check_kinds(request)
+    if request.capture is not None and request.sampling.n > 1:
+        raise RequestError(
+            f"the request captures attention and asks for n={request.sampling.n} answers. Ask for one answer a request."
+        )
+    if request.capture is None and not request.steering:
+        return None
+    num_heads = linked.layers.num_heads
+    for steering in request.steering:
+        check_steering(steering, 0, len(state.prompt), num_heads)
+    if request.capture is None:
+        return None
+    return CaptureBuffer(
+        request.capture,
+        0,
+        num_heads,
+        num_padding=0,
+        prompt_stop=len(state.prompt),
+        fed_before=0,
+        max_new_tokens=state.max_new_tokens,
+        has_residuals=has_residuals,
+    )
+
+
+def _check_kinds(request: Request) -> None:
+    if request.capture is not None and not isinstance(request.capture, CaptureRequest):
+        raise RequestError(f"capture is {request.capture!r}; give a loraplex.residual.CaptureRequest, or None.")
+    is_tuple = isinstance(request.steering, tuple)
+    if not is_tuple or not all(isinstance(steering, Steering) for steering in request.steering):
+        raise RequestError(f"steering is {request.steering!r}; give a tuple of loraplex.residual.Steering.")
+    if not isinstance(request.return_scalings, bool):
+        raise RequestError(f"return_scalings is {request.return_scalings!r}; give True or False.")
+    if not isinstance(request.cache_salt, str):
+        raise RequestError(f'cache_salt is {request.cache_salt!r}; give a string, or "" for none.')

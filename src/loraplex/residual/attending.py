@@ -1,0 +1,137 @@
+"""The attention function in front of a base model's own: weights, captures and steering of the current scope's rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.errors import RequestError
+from loraplex.residual.joining import AttentionFront, AttentionOutput, function_behind
+from loraplex.residual.plan import LayerPlan
+from loraplex.residual.scope import AttentionScope, current_attention
+from loraplex.residual.weights import AttentionWeights
+
+_NUMBER = "loraplex_attention_layer"
+# What attention functions may be given that changes the weights in a way that is not computed here.
+_UNKNOWN_TERMS = ("s_aux", "cache", "indices")
+
+
+def give_number(module: nn.Module, number: int) -> None:
+    """Give an attention module its number, as often as it is joined."""
+    setattr(module, _NUMBER, (*getattr(module, _NUMBER, ()), number))
+
+
+def take_number(module: nn.Module) -> None:
+    """Take a number away again; with the last one the module is what it was."""
+    left: tuple[int, ...] = getattr(module, _NUMBER)[:-1]
+    if left:
+        setattr(module, _NUMBER, left)
+    else:
+        delattr(module, _NUMBER)
+
+
+def layer_number(module: nn.Module) -> int | None:
+    """An attention module's number; None for one that isn't joined."""
+    numbers: tuple[int, ...] = getattr(module, _NUMBER, ())
+    return numbers[-1] if numbers else None
+
+
+class AttentionProbe(AttentionScope):
+    """A scope that only notes which modules attend, and with how many heads."""
+
+    def __init__(self) -> None:
+        super().__init__(rows=(), num_heads={}, paddings=())
+        self.found: dict[nn.Module, int] = {}
+
+
+def attend(
+    former: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> AttentionOutput:
+    """The base model's attention function: the former one, and beside it what the current scope asks for.
+
+    query [sequences, heads, queries, head_dim], key and value [sequences, kv_heads, keys, head_dim]; returns
+    [sequences, queries, heads, head_dim].
+    """
+    output, _ = function_behind(former, module)(module, query, key, value, mask, **options)
+    scope = current_attention()
+    if not isinstance(scope, AttentionScope):
+        return output, None
+    if isinstance(scope, AttentionProbe):
+        scope.found[module] = query.shape[1]
+        return output, None
+    layer = layer_number(module)
+    if layer is None:
+        return output, None
+    fed = scope.feed(layer, query.shape[2])
+    plan = scope.plan(layer, query)
+    if plan is None:
+        return output, None
+    _check_terms(options)
+    weights = _weights(scope, plan, layer, module, query, key, mask, fed - key.shape[2], options)
+    for place, buffer in plan.captures:
+        buffer.keep(layer, weights, place)
+    if plan.links:
+        scope.pending[layer] = weights
+    if plan.steered:
+        places = torch.tensor([place for place, _, _ in plan.steered], device=query.device)
+        output = _steer(former, module, query, key, value, weights, places, output, options)
+    return output, None
+
+
+# Where engines' packed passes stand too, they stand outside of this one.
+RESIDUAL_FRONT = AttentionFront(prefix="loraplex_", place=0, attend=attend)
+
+
+def _weights(
+    scope: AttentionScope,
+    plan: LayerPlan,
+    layer: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    first_key: int,
+    options: dict[str, Any],
+) -> AttentionWeights:
+    is_causal = options.get("is_causal")
+    return AttentionWeights(
+        query,
+        key,
+        mask,
+        sequences=plan.sequences,
+        scaling=query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"],
+        softcap=options.get("softcap"),
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        position_bias=options.get("position_bias"),
+        log_strength=plan.log_strength(scope.num_heads[layer], first_key, key.shape[2]),
+        first_key=first_key,
+    )
+
+
+def _steer(
+    former: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: AttentionWeights,
+    places: Tensor,  # of the steered rows among those of the weights
+    output: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """The steered rows once more, by the same function, with a mask that holds their strengths."""
+    rows, mask = weights.sequences[places], weights.steered_mask(places)
+    bias = options.get("position_bias")
+    if bias is not None and bias.shape[0] > 1:
+        options = {**options, "position_bias": bias[rows]}
+    steered, _ = function_behind(former, module)(module, query[rows], key[rows], value[rows], mask, **options)
+    return output.index_copy(0, rows, steered)
+
+
+def _check_terms(options: dict[str, Any]) -> None:
+    present = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
+    if present:
+        raise RequestError(
+            f"this model's attention has the terms {present}, which residuals, capture and steering don't know. Run "
+            "these rows without them."
+        )
