@@ -1,10 +1,12 @@
 """What a mixture is worth: on every domain and on tasks that need several, beside all that is simpler.
 
     python examples/evaluate_mixture.py --mixture examples/mixtures/science --write examples/mixtures/science.json
+    python examples/evaluate_mixture.py --own --limit 400 --write examples/mixtures/science_own.json
 
 The rows of every batch differ in nothing but their adapters: the base model, each expert alone, the experts' uniform
 average, the best static weights (found on validation questions), and the mixture. Right is an answer whose every token
-is the most likely one, which is what greedy generation would write.
+is the most likely one, which is what greedy generation would write. With --own, only the mixture and each domain's own
+expert: enough questions to see differences of two points.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from loraplex.training.evaluation import Question, exact_matches, read_questions
 
 MIXTURE = "science"
 STATIC_WEIGHTS = (0.25, 0.4, 0.6, 0.8, 1.0)  # of every expert, tried on validation questions
+Scores = dict[str, dict[str, float]]  # by task: number of questions, and the share of right answers by column
 console = Console()
 
 
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("--static-limit", type=int, default=20, help="validation questions of each domain")
     parser.add_argument("--tasks", nargs="+", default=None, help="only these, by name")
     parser.add_argument("--only-mixture", action="store_true", help="leave out what the mixture is compared with")
+    parser.add_argument("--own", action="store_true", help="each domain's expert beside the mixture, and nothing else")
     parser.add_argument("--write", type=Path, default=None, help="JSON file for the scores")
     options = parser.parse_args()
 
@@ -87,6 +91,11 @@ def main() -> None:
     experts = model.mixtures.get(MIXTURE).experts
     names = [expert.removeprefix(f"{MIXTURE}/") for expert in experts]
     rename = dict(zip(names, experts, strict=True))
+    if options.own:
+        scores = against_own(model, options.data, rename, options.limit)
+        show(scores, ["its expert", "X-LoRA"])
+        write(options.write, scores)
+        return
     choices: dict[str, str | None] = {}
     if not options.only_mixture:
         static = best_static_weight(model, options.data, rename, options.static_limit)
@@ -94,7 +103,7 @@ def main() -> None:
         choices["uniform average"] = link(experts, round(1 / len(experts), 4))
         choices[f"static {static}"] = link(experts, static)
     choices["X-LoRA"] = MIXTURE
-    scores: dict[str, dict[str, float]] = {}
+    scores = {}
     tasks = tasks_of(options.data, names, options.limit)
     tasks = {name: tasks[name] for name in options.tasks or tasks}
     for task, questions in track(tasks.items(), console=console):
@@ -105,8 +114,22 @@ def main() -> None:
             key: sum(scores[name][key] for name in names) / len(names) for key in (*choices, "num_questions")
         }
     show(scores, list(choices))
-    if options.write is not None:
-        options.write.write_text(json.dumps(scores, indent=2) + "\n")
+    write(options.write, scores)
+
+
+def against_own(model: MultiLoraModel, data: Path, experts: Mapping[str, str], limit: int) -> Scores:
+    """Every domain's questions through its expert and through the mixture."""
+    scores = {}
+    for domain, expert in track(experts.items(), console=console):
+        questions = read_questions(data / domain / "test.jsonl", limit)
+        own, mixed = exact_matches(model, questions, [expert, MIXTURE])
+        scores[domain] = {"num_questions": len(questions), "its expert": own, "X-LoRA": mixed}
+    return scores
+
+
+def write(path: Path | None, scores: Scores) -> None:
+    if path is not None:
+        path.write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def show(scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:

@@ -141,6 +141,58 @@ XLORA_QUESTIONS = {
 }
 
 
+def engine_decode(content: Results) -> str:
+    sides = list(content["results"][0]["tokens_per_s"])
+    rows = [
+        [f"{case['dtype']}, {case['rows']} rows", *(f"{case['tokens_per_s'][side]:.0f}" for side in sides)]
+        for case in content["results"]
+    ]
+    names = {"generate": "transformers' generate", "base": "engine, no adapters", "adapters": "adapters, ranks 4 to 32"}
+    names |= {"rank8": "adapters, rank 8", "mixture": "a mixture of four"}
+    return table(["decoding, tokens/s", *(names[side] for side in sides)], rows)
+
+
+def engine_prefix(content: Results) -> str:
+    keys = ("first", "later", "later_of_first", "last_at_once")
+    cells = [f"{content['results'][key]:.3f}" for key in keys]
+    label = f"{content['workload']['requests']} requests that share {content['workload']['prefix_tokens']} tokens"
+    return table(
+        ["seconds to the first token", "first", "later ones", "ratio", "all at once, the last"], [[label, *cells]]
+    )
+
+
+def engine_load(content: Results) -> str:
+    settings = content["workload"]
+    labels = {
+        "resident": f"the same {settings['resident']}",
+        "zipf": f"{settings['adapters']} on disk, by Zipf's law, {settings['host_adapters']} in memory",
+    }
+    rows = []
+    for side, label in labels.items():
+        report = content["results"][side]
+        first = report["first_token_s"]
+        cells = [f"{report['tokens_per_s']:.0f}", f"{first['p50']:.2f}", f"{first['p99']:.2f}", str(report["requests"])]
+        rows.append([label, *cells])
+    return table(["adapters", "tokens/s", "first token p50, s", "p99, s", "requests"], rows)
+
+
+def engine_churn(content: Results) -> str:
+    keys = ("finished", "checked", "cancelled", "refused", "replaced", "unloaded")
+    counts = content["results"]
+    cells = [*(str(counts[key]) for key in keys), str(len(counts["problems"]))]
+    return table(["model", *keys, "problems"], [[content["workload"]["model"], *cells]])
+
+
+def engine_peers(content: Results) -> str:
+    rows = []
+    for case in content["results"]:
+        speeds = case["tokens_per_s"]
+        peer = next(side for side in speeds if side != "loraplex")
+        label = f"{peer} {case['versions'][peer]}, {case['case'].split(':')[1]}"
+        rows.append([label, f"{speeds[peer]:.1f}", f"{speeds['loraplex']:.1f}", ratio(speeds, "loraplex", peer)])
+    return table(["the engine beside a peer, tokens/s", "peer", "loraplex", "loraplex / peer"], rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResultFile:
     """One file of benchmarks/results: the question that it answers and how it becomes a table."""
@@ -149,10 +201,18 @@ class ResultFile:
     question: str
     render: Callable[[Results], str]
     in_readme: bool = True
+    engine_command: str | None = None  # of `loraplex bench engine`, instead of a script
+
+    @property
+    def command(self) -> str:
+        """What measures it."""
+        if self.engine_command is not None:
+            return f"loraplex bench engine {self.engine_command} --full"
+        return f"python benchmarks/{self.name}.py"
 
     def block(self, root: Path, *, detailed: bool) -> str:
         path = root / RESULTS / f"{self.name}.json"
-        title = f"**{self.question}** (`python benchmarks/{self.name}.py`)"
+        title = f"**{self.question}** (`{self.command}`)"
         if not path.exists():
             return f"{title}\n\nNot measured yet: there is no `{RESULTS}/{self.name}.json`."
         content = json.loads(path.read_text())
@@ -173,6 +233,33 @@ FILES = (
     ),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),
+    ResultFile(
+        name="engine_decode",
+        question="The engine, every row through another adapter",
+        render=engine_decode,
+        engine_command="decode",
+    ),
+    ResultFile(name="engine_peers", question="The engine beside other engines, each by itself", render=engine_peers),
+    ResultFile(
+        name="engine_prefix",
+        question="A prefix that requests share",
+        render=engine_prefix,
+        in_readme=False,
+        engine_command="prefix",
+    ),
+    ResultFile(
+        name="engine_load",
+        question="A thousand adapters, asked for at random times",
+        render=engine_load,
+        engine_command="load",
+    ),
+    ResultFile(
+        name="engine_churn",
+        question="Cancels, bad requests, adapters that change and go",
+        render=engine_churn,
+        in_readme=False,
+        engine_command="churn",
+    ),
     ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels, in_readme=False),
 )
 

@@ -86,7 +86,7 @@ def job(behaviour: str, kind: str, folder: Path, options: argparse.Namespace, **
     )
 
 
-def train(model: MultiLoraModel, output: Path, options: argparse.Namespace) -> tuple[list[TrainResult], float]:
+def train_all(model: MultiLoraModel, output: Path, options: argparse.Namespace) -> tuple[list[TrainResult], float]:
     """First the two behaviours, then the one that is trained as the last of a link; and the CPU minutes of both."""
     data, results, start = output / "data", [], time.process_time()
     apart = [job(behaviour, kind, data, options) for behaviour in BEHAVIOURS for kind in KINDS]
@@ -137,7 +137,7 @@ def main() -> None:
     train, held_out = facts()
     write_data(options.output / "data", train, held_out)
     model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
-    results, minutes = train(model, options.output, options)
+    results, minutes = train_all(model, options.output, options)
     for result in results:
         model.load_adapter(result.name, result.folder)
     names = [f"{behaviour}-{kind}" for behaviour in BEHAVIOURS for kind in KINDS]

@@ -85,6 +85,10 @@ class BaseModelError(LoraplexError):
     """The base model can't be found, converted or loaded."""
 
 
+class RemoteError(LoraplexError):
+    """A server on the network can't be reached, or answers what it shouldn't."""
+
+
 class ScalingsError(LoraplexError):
     """Scalings don't fit their names, one another, or what is asked of them."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex.adapters import peft_write
+from loraplex.adapters import atomic_folder, peft_write
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.peft_write import write_adapter
@@ -168,6 +168,7 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
             raise OSError("the disk fell over")
         return rename(self, target)
 
+    monkeypatch.setattr(atomic_folder, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", failing_rename)
     with pytest.raises(OSError, match="fell over"):
         write_adapter(random_adapter(), folder, overwrite=True)

@@ -1,11 +1,13 @@
-"""Write a folder all or nothing: no reader ever sees half of one."""
+"""Write a folder all or nothing: whatever happens, a reader finds the whole old one or the whole new one."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loraplex.adapters.exchange import exchange
+from loraplex.adapters.leftovers import claim_temporary, remove_leftovers, restore_replaced
 
 
 @contextmanager
@@ -13,25 +15,24 @@ def atomic_folder(folder: Path, check_destination: Callable[[], None]) -> Iterat
     """Yield an empty temporary folder that takes `folder`'s name, files flushed, when the block ends without error.
 
     `check_destination` raises if something at `folder` must not be replaced; it is called before the block and
-    again before the move. What is replaced is moved aside first and removed last.
+    again before the move. A process that is killed leaves the old folder or the new one, and perhaps a temporary
+    beside it, which the next writer removes.
     """
+    restore_replaced(folder)
     check_destination()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    remove_leftovers(folder)
+    with claim_temporary(folder) as temporary:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                flush_to_disk(path)
+        for path in (*temporary.rglob("*"), temporary):
+            flush_to_disk(path)
         check_destination()  # something may have appeared meanwhile
         _move_into_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        flush_to_disk(folder.parent)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Return when the file's bytes are on the disk."""
+    """Return when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +43,14 @@ def flush_to_disk(path: Path) -> None:
 def _move_into_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
-        return
+    elif not exchange(temporary, folder):
+        _replace_by_two_renames(temporary, folder)
+
+
+def _replace_by_two_renames(temporary: Path, folder: Path) -> None:
+    """Where the file system can't exchange two folders. Between the renames nothing is at `folder`; `restore_replaced`
+    brings the old one back if the process ends there.
+    """
     old = temporary.with_suffix(".old")
     folder.rename(old)
     try:
@@ -50,4 +58,5 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     except OSError:
         old.rename(folder)
         raise
-    shutil.rmtree(old)
+    old.rename(temporary)  # so that nobody restores what is half removed
+    shutil.rmtree(temporary)

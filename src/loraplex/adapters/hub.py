@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
@@ -53,6 +54,7 @@ def _resolve(
 ) -> tuple[Path, bool]:
     """The folder, and whether it is a local one."""
     local = Path(path_or_id).expanduser()
+    restore_replaced(local)
     if local.exists():
         return local, True
     if not _may_be_hub_id(path_or_id):

@@ -5,15 +5,18 @@ from pathlib import Path
 from torch import Tensor
 
 from loraplex.adapters.finite import require_finite
+from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE, read_peft_config
 from loraplex.adapters.peft_tensors import ModuleTensors, base_copies, module_tensors
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
+from loraplex.adapters.version import Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter, LoraWeights
-from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from loraplex.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+_MOST_READS = 20  # of a folder that is replaced again and again
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -24,9 +27,33 @@ def read_adapter(folder: str | Path, *, check_finite: bool = True) -> Adapter:
     search for NaN and infinite weights, for a file that passed it before.
 
     Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError
-    (settings or file formats that can't be honoured exactly), before anything is returned.
+    (settings or file formats that can't be honoured exactly), before anything is returned. A folder that is replaced
+    meanwhile is read again: settings and weights are always of one version.
     """
     folder = Path(folder)
+    restore_replaced(folder)
+    for _ in range(_MOST_READS):
+        before = _identity(folder)
+        try:
+            adapter = _read_files(folder, check_finite)
+        except (AdapterError, OSError):
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return adapter
+    raise AdapterFormatError(
+        f"the files of {str(folder)!r} changed {_MOST_READS} times while they were read. Read it when its writer has "
+        "ended."
+    )
+
+
+def _identity(folder: Path) -> tuple[int, Fingerprint]:
+    """Changes when the folder or one of its files is replaced."""
+    return (folder.stat().st_ino if folder.is_dir() else 0), folder_fingerprint(folder)
+
+
+def _read_files(folder: Path, check_finite: bool) -> Adapter:
     check_files(folder)
     config = read_peft_config(folder)
     with open_tensor_file(folder / WEIGHTS_FILE) as file:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ class PreparedAdapter:
 
     layers: Mapping[int, SlotWeights]
     invocation: tuple[int, ...] | None = None  # aLoRA: the tokens from which on it is active
+
+    @cached_property
+    def gained(self) -> frozenset[int]:
+        """The modules where DoRA takes a share of the base output."""
+        return frozenset(index for index, weights in self.layers.items() if weights.gain is not None)
 
     @property
     def num_bytes(self) -> int:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.adapters.host_tier import HostTier
 from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
+from loraplex.adapters.slot_tier import SlotTier
 from loraplex.adapters.slots import PreparedAdapter, Slots
 from loraplex.adapters.version import AdapterState, AdapterVersion, Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter
@@ -20,7 +22,6 @@ from loraplex.errors import (
     AdapterChangedError,
     AdapterExistsError,
     AdapterNotFoundError,
-    CapacityError,
     ConfigError,
 )
 
@@ -57,8 +58,8 @@ class AdapterStore:
         self._prepare = prepare
         self._lock = threading.RLock()
         self._versions: dict[str, AdapterVersion] = {}  # the newest of each name
-        self._in_slot: dict[int, AdapterVersion] = {}
-        self._in_host: dict[int, AdapterVersion] = {}  # by id(), in order of last use: the first is evicted first
+        self._slot_tier = SlotTier(slots, config.slot_bytes)
+        self._host_tier = HostTier(config.host_bytes)
         self._loads: dict[int, Future[PreparedAdapter]] = {}
         self._loader = ThreadPoolExecutor(config.loading_threads, thread_name_prefix="loraplex-load")
 
@@ -99,10 +100,10 @@ class AdapterStore:
                 original=adapter if folder is None else None,
                 pinned=old is not None and old.pinned,
             )
-            self._make_host_room(version, leaving=old)
+            self._make_host_room(version, replaced=old)
             if old is not None:
                 self._retire(old)
-            self._keep_in_host(version, prepared)
+            self._host_tier.keep(version, prepared)
             self._versions[name] = version
 
     def remove(self, name: str) -> None:
@@ -173,63 +174,19 @@ class AdapterStore:
     def _bring_to_slots(self, versions: list[AdapterVersion]) -> None:
         missing = [version for version in versions if version.slot is None]
         with self._lock:
-            self._check_slots_suffice(missing)
+            self._slot_tier.check_room(missing)
             loads = [(version, self._load(version)) for version in missing if version.prepared is None]
         for _, load in loads:
             load.result()
         with self._lock:
             for version in versions:
                 if version.prepared is not None:
-                    self._keep_in_host(version, version.prepared)  # now the most recently used
+                    self._host_tier.keep(version, version.prepared)  # now the most recently used
             for version in missing:
                 if version.slot is None:
-                    self._fill_slot(version)
+                    self._slot_tier.fill(version, self._host_tier)
 
-    def _check_slots_suffice(self, newcomers: list[AdapterVersion]) -> None:
-        """Raise CapacityError, before anything moves, unless the newcomers fit beside what is in use."""
-        needed = [version for version in self._in_slot.values() if not version.evictable] + newcomers
-        budget = self.config.slot_bytes
-        num_bytes = sum(version.num_bytes for version in needed)
-        if len(needed) > self.slots.num_slots or (budget is not None and num_bytes > budget):
-            raise self._no_slots_for(newcomers)
-
-    def _fill_slot(self, version: AdapterVersion) -> None:
-        budget = self.config.slot_bytes
-        assert version.prepared is not None, f"{version.name!r} left host memory while it was leased"
-        while len(self._in_slot) == self.slots.num_slots or (
-            budget is not None and self._slot_bytes() + version.num_bytes > budget
-        ):
-            self._evict_from_slot(version)
-        slot = next(slot for slot in range(self.slots.num_slots) if slot not in self._in_slot)
-        self.slots.put(slot, version.prepared)
-        self._in_slot[slot] = version
-        version.slot = slot
-
-    def _slot_bytes(self) -> int:
-        return sum(version.num_bytes for version in self._in_slot.values())
-
-    def _evict_from_slot(self, newcomer: AdapterVersion) -> None:
-        idle = [version for version in self._in_host.values() if version.slot is not None and version.evictable]
-        if not idle:
-            raise self._no_slots_for([newcomer])
-        self._leave_slot(idle[0])
-
-    def _no_slots_for(self, newcomers: list[AdapterVersion]) -> CapacityError:
-        busy = sorted(version.name for version in self._in_slot.values() if not version.evictable)
-        return CapacityError(
-            f"not enough slots for {listed(v.name for v in newcomers)} ({sum(v.num_bytes for v in newcomers)} bytes): "
-            f"of {self.slots.num_slots} slots (budget {self.config.slot_bytes} bytes) {len(busy)} are in use or pinned "
-            f"by {listed(busy) or 'none'}. Use fewer adapters at once, unpin some, or raise StoreConfig.num_slots or "
-            "slot_bytes."
-        )
-
-    def _leave_slot(self, version: AdapterVersion) -> None:
-        if version.slot is not None:
-            self.slots.clear(version.slot)
-            del self._in_slot[version.slot]
-            version.slot = None
-
-    # Host memory
+    # Reading back from disk
 
     def _load(self, version: AdapterVersion) -> "Future[PreparedAdapter]":
         """Read a version from disk in the background; a second call joins the first."""
@@ -250,38 +207,17 @@ class AdapterStore:
             with self._lock:
                 self._make_host_room(version)
                 if not (version.retired and version.num_leases == 0):
-                    self._keep_in_host(version, prepared)
+                    self._host_tier.keep(version, prepared)
                 self._loads.pop(id(version), None)  # at once: after an eviction a lease must not join this load
             return prepared
         finally:
             with self._lock:
                 self._loads.pop(id(version), None)
 
-    def _keep_in_host(self, version: AdapterVersion, prepared: PreparedAdapter) -> None:
-        version.prepared = prepared
-        self._in_host.pop(id(version), None)
-        self._in_host[id(version)] = version
+    # Leaving
 
-    def _make_host_room(self, newcomer: AdapterVersion, leaving: AdapterVersion | None = None) -> None:
-        budget = self.config.host_bytes
-        if budget is None:
-            return
-        staying = [v for v in self._in_host.values() if not (v is leaving and v.num_leases == 0)]
-        used = sum(version.num_bytes for version in staying)
-        victims = []
-        for version in staying:
-            if used + newcomer.num_bytes <= budget:
-                break
-            if version.evictable and version.folder is not None:
-                victims.append(version)
-                used -= version.num_bytes
-        if used + newcomer.num_bytes > budget:
-            raise CapacityError(
-                f"no host memory for adapter {newcomer.name!r} ({newcomer.num_bytes} bytes): {used} of {budget} "
-                "bytes are in use by running requests, pinned adapters or adapters without a folder to be read back "
-                "from. Raise StoreConfig.host_bytes, or unpin or unload some."
-            )
-        for version in victims:
+    def _make_host_room(self, newcomer: AdapterVersion, replaced: AdapterVersion | None = None) -> None:
+        for version in self._host_tier.leaving_for(newcomer, replaced):
             self._drop(version)
 
     def _retire(self, version: AdapterVersion) -> None:
@@ -290,7 +226,5 @@ class AdapterStore:
             self._drop(version)
 
     def _drop(self, version: AdapterVersion) -> None:
-        """Leave slot and host memory; the weights themselves are freed with their last user."""
-        self._leave_slot(version)
-        self._in_host.pop(id(version), None)
-        version.prepared = None
+        self._slot_tier.leave(version)
+        self._host_tier.leave(version)

@@ -1,5 +1,6 @@
 """One version of a named adapter and where it is."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,5 +67,9 @@ def folder_fingerprint(folder: Path) -> Fingerprint:
     """Names, sizes and modification times of an adapter's files; empty if the folder is gone."""
     if not folder.is_dir():
         return ()
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    entries = []
+    with suppress(FileNotFoundError):  # it is being replaced or removed: not the same, whatever it was
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+            status = path.stat()
+            entries.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(entries)

@@ -3,11 +3,14 @@
 import typer
 
 from loraplex.cli.attention import attention
+from loraplex.cli.bench import bench_app
 from loraplex.cli.demo import demo
 from loraplex.cli.errors import run
 from loraplex.cli.generate import generate
 from loraplex.cli.inspect import inspect
+from loraplex.cli.key import key_app
 from loraplex.cli.scalings import scalings
+from loraplex.cli.serve import serve
 from loraplex.cli.train import train_app
 from loraplex.cli.vector import vector
 
@@ -22,7 +25,10 @@ cli.command()(inspect)
 cli.command()(scalings)
 cli.command()(attention)
 cli.command()(vector)
+cli.command()(serve)
+cli.add_typer(key_app, name="key")
 cli.add_typer(train_app, name="train")
+cli.add_typer(bench_app, name="bench")
 
 
 def app() -> None:

@@ -1,5 +1,6 @@
-"""`loraplex demo`: one batch in which every row goes through its own adapters."""
+"""`loraplex demo`: requests that share forward passes, each through its own adapters."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from loraplex.cli.options import adapters_in
+from loraplex.engine.engine import Engine
+from loraplex.engine.request import Request, RequestResult
+from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import AdapterNotFoundError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import TextBatch, encode_prompts, generate_texts
+from loraplex.models.text import encode_prompts
 from loraplex.training.evaluation import Score, evaluate, read_questions
 from loraplex.xlora.formats.folders import read_mixture_folder
 
@@ -25,7 +29,7 @@ SMALL_TALK = "What is the capital of France?"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRow:
-    """One row of the demo's batch; `truth` is the held-out answer, if the prompt has one."""
+    """One of the demo's requests; `truth` is the held-out answer, if the prompt has one."""
 
     prompt: str
     adapters: str | None
@@ -51,18 +55,19 @@ def demo(
             model.load_adapter(name, folder)
         load_sharing_experts(model, mixture)
     rows = demo_rows(data, list(names))
-    with console.status("one batch, every row through its own adapters ..."):
-        batch = generate_texts(model, [row.prompt for row in rows], adapters=[row.adapters for row in rows])
-    console.print(answers_table(rows, batch))
-    with console.status("drawing what the mixture did ..."):
-        picture = draw_scalings(model, rows, output)
-    console.print(f"the mixture's scalings of its first row, token by token: {picture}\n")
-    with console.status("timing ..."):
-        speeds = demo_speeds(model, rows)
+    with Engine(model) as engine:
+        with console.status("one batch, every row through its own adapters ..."):
+            results = engine.generate(requests_of(rows, SamplingParams(max_tokens=64)))
+        console.print(answers_table(rows, results))
+        with console.status("timing ..."):
+            speeds = demo_speeds(engine, rows)
     console.print(
         f"{len(rows)} rows x {TIMED_TOKENS} tokens in {dtype}: {speeds['mixed']:.0f} tokens/s with these adapters, "
         f"{speeds['base']:.0f} tokens/s with none ({speeds['mixed'] / speeds['base']:.2f}x)\n"
     )
+    with console.status("drawing what the mixture did ..."):
+        picture = draw_scalings(model, rows, output)
+    console.print(f"the mixture's scalings of its first row, token by token: {picture}\n")
     with console.status("judging held-out questions ..."):
         scores = {name: judge(model, data, name, questions) for name in names}
     console.print(quality_table(scores))
@@ -115,17 +120,27 @@ def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
     return rows
 
 
-def demo_speeds(model: MultiLoraModel, rows: list[DemoRow], rounds: int = 3) -> dict[str, float]:
-    """Best tokens/s of the batch with its adapters and with none, alternating."""
-    prompts = [row.prompt for row in rows]
-    choices = {"mixed": [row.adapters for row in rows], "base": None}
-    best = dict.fromkeys(choices, 0.0)
+def requests_of(rows: list[DemoRow], sampling: SamplingParams, *, adapted: bool = True) -> list[Request]:
+    """A user's turn for each row, through its adapters or through none."""
+    return [
+        Request(
+            [{"role": "user", "content": row.prompt}], adapters=row.adapters if adapted else None, sampling=sampling
+        )
+        for row in rows
+    ]
+
+
+def demo_speeds(engine: Engine, rows: list[DemoRow], rounds: int = 3) -> dict[str, float]:
+    """Best tokens/s of the batch with its adapters and with none, alternating; every run reads its prompts again."""
+    sampling = SamplingParams(max_tokens=TIMED_TOKENS, ignore_eos=True)
+    sides = {"mixed": requests_of(rows, sampling), "base": requests_of(rows, sampling, adapted=False)}
+    best = dict.fromkeys(sides, 0.0)
     for _ in range(rounds):
-        for name, adapters in choices.items():
-            batch = generate_texts(
-                model, prompts, adapters=adapters, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS
-            )
-            best[name] = max(best[name], batch.tokens_per_s)
+        for name, requests in sides.items():
+            engine.clear_prefix_cache()
+            start = time.perf_counter()
+            engine.generate(requests)
+            best[name] = max(best[name], len(rows) * TIMED_TOKENS / (time.perf_counter() - start))
     return best
 
 
@@ -134,14 +149,15 @@ def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> list[Scor
     return evaluate(model, read_questions(data / name / "test.jsonl", limit), [None, name, MIXTURE])
 
 
-def answers_table(rows: list[DemoRow], batch: TextBatch) -> Table:
+def answers_table(rows: list[DemoRow], results: list[RequestResult]) -> Table:
     """What each row was asked, through which adapters, and what it said."""
     table = Table(box=SIMPLE_HEAD, title="One batch, one forward pass a token", title_justify="left")
     table.add_column("adapters", style="cyan", no_wrap=True, min_width=27)
     table.add_column("prompt", ratio=3)
     table.add_column("answer", ratio=2, overflow="ellipsis")
     table.add_column("truth", style="dim")
-    for row, text in zip(rows, batch.texts, strict=True):
+    for row, result in zip(rows, results, strict=True):
+        text = result.text.strip()
         right = row.truth is not None and row.truth.lower() in text.lower()
         short = text if len(text) <= 80 else text[:77] + "..."
         style = "green" if right else "yellow"

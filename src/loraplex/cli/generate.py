@@ -1,6 +1,8 @@
-"""`loraplex generate`: answer prompts in one batch, each through its own adapters."""
+"""`loraplex generate`: answer prompts, each through its own adapters, in the engine's shared forward passes."""
 
 import json as json_format
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,25 +10,40 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraplex.cli.options import adapters_in, named_values
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
+from loraplex.engine.request import Request, RequestResult
+from loraplex.engine.sampling import SamplingParams
+from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import TextBatch, generate_texts
 
 
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="Prompts; one is repeated for every --adapters.")],
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
-    load: Annotated[list[str], typer.Option(help="NAME=FOLDER of an adapter to load; repeat.")] = [],  # noqa: B006
+    model: Annotated[
+        str, typer.Option(help="Causal language model: smollm2-135m, a folder, or a hub id. Others are refused.")
+    ] = "smollm2-135m",
+    load: Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")] = [],  # noqa: B006
     load_all: Annotated[Path | None, typer.Option(help="Load every adapter folder below this one.")] = None,
+    load_mixture: Annotated[list[str], typer.Option(help="NAME=FOLDER of an X-LoRA mixture to load; repeat.")] = [],  # noqa: B006
     adapters: Annotated[
         list[str],
         typer.Option(help='A row\'s adapters, in the order of the prompts: "none", "a", or "a:0.7+b:0.3"; repeat.'),
     ] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
+    answers: Annotated[int, typer.Option("--answers", "-n", min=1, help="To every prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Of so many likeliest tokens; 0: of all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    stop: Annotated[list[str], typer.Option(help="End an answer before this text; repeat.")] = [],  # noqa: B006
+    json_schema: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File of a JSON schema that every answer follows.")
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompts as they are, without chat template.")
     ] = False,
@@ -34,29 +51,38 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Answer prompts in one batch, each row through its own adapters."""
+    """Answer prompts together, each through its own adapters."""
     rows = pair_rows(prompts, adapters)
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "n": answers,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "stop": tuple(stop),
+        "json_schema": None if json_schema is None else json_schema.read_text(encoding="utf-8"),
+    }
+    # A seed for each answer, so that equal rows don't get equal answers.
+    sampling = [SamplingParams(seed=seed + row * answers, **options) for row in range(len(rows))]
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    load_named(multi, load, load_all, load_mixture)
+    start = time.perf_counter()
+    results = run(multi, make_requests(multi, rows, sampling, raw=raw), progress=not json and Console().is_terminal)
+    seconds = time.perf_counter() - start
+    if json:
+        typer.echo(json_format.dumps(answers_as_json(rows, results), indent=2, ensure_ascii=False))
+    else:
+        Console().print(answer_table(rows, results, seconds))
+
+
+def load_named(model: MultiLoraModel, load: Sequence[str], load_all: Path | None, load_mixture: Sequence[str]) -> None:
+    """Load what the options name; one of `load` goes before a folder of the same name."""
     folders = {} if load_all is None else {name: str(path) for name, path in adapters_in(load_all).items()}
     for name, folder in {**folders, **named_values(load, "--load")}.items():
-        multi.load_adapter(name, folder)
-    choices = [None if choice == "none" else choice for _, choice in rows]
-    batch = generate_texts(
-        multi,
-        [prompt for prompt, _ in rows],
-        adapters=choices,
-        chat=not raw,
-        max_new_tokens=max_tokens,
-        **sampling(temperature, top_p, seed),
-    )
-    if json:
-        answers = [
-            {"prompt": prompt, "adapters": choice, "text": text, "num_tokens": num_tokens}
-            for (prompt, _), choice, text, num_tokens in zip(rows, choices, batch.texts, batch.num_tokens, strict=True)
-        ]
-        typer.echo(json_format.dumps(answers, indent=2, ensure_ascii=False))
-    else:
-        Console().print(answer_table(rows, batch))
+        model.load_adapter(name, folder)
+    for name, folder in named_values(load_mixture, "--load-mixture").items():
+        model.load_mixture(name, folder)
 
 
 def pair_rows(prompts: list[str], adapters: list[str]) -> list[tuple[str, str]]:
@@ -72,22 +98,59 @@ def pair_rows(prompts: list[str], adapters: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, adapters, strict=True))
 
 
-def sampling(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
-    """transformers' options for a temperature; 0 is greedy."""
-    if temperature == 0:
-        return {"do_sample": False}
-    import torch
+def make_requests(
+    model: MultiLoraModel, rows: Sequence[tuple[str, str]], sampling: Sequence[SamplingParams], *, raw: bool
+) -> list[Request]:
+    """A request for each row. Raises RequestError for a chat with a model that has no template for it."""
+    if not raw and model.tokenizer.chat_template is None:
+        raise RequestError(
+            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass --raw to "
+            "continue the prompt as it is."
+        )
+    return [
+        Request(
+            prompt if raw else [{"role": "user", "content": prompt}],
+            adapters=None if choice == "none" else choice,
+            sampling=params,
+        )
+        for (prompt, choice), params in zip(rows, sampling, strict=True)
+    ]
 
-    torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+def run(model: MultiLoraModel, requests: Sequence[Request], *, progress: bool) -> list[RequestResult]:
+    """All results; raises the error of a request that failed, and BaseModelError for a model that isn't causal."""
+    num_answers = sum(request.sampling.n for request in requests)
+    with Engine(model, EngineConfig(max_running=max(32, num_answers))) as engine:
+        results = engine.generate(requests, progress=progress)
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    return results
 
 
-def answer_table(rows: list[tuple[str, str]], batch: TextBatch) -> Table:
+def answers_as_json(rows: Sequence[tuple[str, str]], results: Sequence[RequestResult]) -> list[dict[str, Any]]:
+    """One object for each answer."""
+    return [
+        {
+            "prompt": prompt,
+            "adapters": None if choice == "none" else choice,
+            "text": answer.text.strip(),
+            "num_tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+        }
+        for (prompt, choice), result in zip(rows, results, strict=True)
+        for answer in result.completions
+    ]
+
+
+def answer_table(rows: Sequence[tuple[str, str]], results: Sequence[RequestResult], seconds: float) -> Table:
     """Prompts, adapters and answers side by side."""
-    table = Table(box=SIMPLE_HEAD, caption=f"{batch.tokens_per_s:.0f} tokens/s", caption_justify="right")
+    num_tokens = sum(len(answer.token_ids) for result in results for answer in result.completions)
+    table = Table(box=SIMPLE_HEAD, caption=f"{num_tokens / seconds:.0f} tokens/s", caption_justify="right")
     table.add_column("adapters", style="cyan", no_wrap=True)
     table.add_column("prompt", style="dim", ratio=1)
     table.add_column("answer", ratio=1)
-    for (prompt, choice), text in zip(rows, batch.texts, strict=True):
-        table.add_row(choice, prompt, text)
+    for (prompt, choice), result in zip(rows, results, strict=True):
+        for answer in result.completions:
+            table.add_row(Text(choice), Text(prompt), Text(answer.text.strip()))
     return table

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import typer
 
+from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
+
 
 def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
     """Read repeated NAME=VALUE options; a wrong or repeated one is a usage error."""
@@ -21,5 +23,6 @@ def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
 
 def adapters_in(folder: Path) -> dict[str, Path]:
     """Every folder of a LoRA or residual adapter directly below `folder`, by its name."""
+    restore_all_replaced(folder)
     found = [*folder.glob("*/adapter_config.json"), *folder.glob("*/residual_config.json")]
-    return {path.parent.name: path.parent for path in sorted(found)}
+    return {path.parent.name: path.parent for path in sorted(found) if not is_leftover(path.parent)}

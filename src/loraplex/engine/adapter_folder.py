@@ -1,6 +1,7 @@
 """A folder of adapters that is watched: what appears there is loaded, what changes replaced, what goes unloaded."""
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class AdapterFolder:
 
     def look(self) -> None:
         """Load, replace and unload what changed since the last look."""
-        found = {path.parent.relative_to(self._folder).as_posix(): path.parent for path in self._config_files()}
+        found = self._adapter_folders()
         for name, folder in sorted(found.items()):
             fingerprint = folder_fingerprint(folder)
             known = self._seen.get(name)
@@ -71,15 +72,15 @@ class AdapterFolder:
         for name in self._seen.keys() - found.keys():
             self._miss(name)
 
-    def _config_files(self) -> list[Path]:
-        """Of all adapters; what begins with a dot is half written, or aside to be removed."""
-        files = self._folder.rglob(_CONFIG_FILE)
-        return [
-            file
-            for file in files
-            if not any(part.startswith(".") for part in file.relative_to(self._folder).parts)
-            and file.parent != self._folder
-        ]
+    def _adapter_folders(self) -> dict[str, Path]:
+        """By name; what begins with a dot is half written, or aside to be removed, and may go at any time."""
+        found = {}
+        for path, folders, files in os.walk(self._folder):  # which doesn't mind folders that go meanwhile
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            folder = Path(path)
+            if _CONFIG_FILE in files and folder != self._folder:
+                found[folder.relative_to(self._folder).as_posix()] = folder
+        return found
 
     def _load(self, name: str, folder: Path, fingerprint: Fingerprint, *, was_loaded: bool) -> None:
         is_loaded = was_loaded

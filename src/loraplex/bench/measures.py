@@ -1,0 +1,38 @@
+"""Figures from runs: sides that take turns, medians, percentiles, resident memory."""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_STATM = Path("/proc/self/statm")  # Linux
+
+
+def alternate(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run every variant once a round, in turn, after one warm-up each: noise of a shared machine hits all alike."""
+    for run in variants.values():
+        run()
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            figures[name].append(run())
+    return figures
+
+
+def medians(figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of every side."""
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def percentiles(values: Sequence[float], at: Sequence[int] = (50, 90, 99)) -> dict[str, float]:
+    """{"p50": ...}, interpolated between neighbours; NaN where there are no values."""
+    return {f"p{q}": float(np.percentile(values, q)) if values else float("nan") for q in at}
+
+
+def resident_bytes() -> int | None:
+    """This process's memory in RAM; None where the system doesn't tell."""
+    if not _STATM.exists():
+        return None
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

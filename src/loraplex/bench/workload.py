@@ -1,0 +1,55 @@
+"""What arrives when: Poisson arrivals, adapters that are asked for as often as Zipf has it, prompts of real lengths."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from loraplex.training.records import read_records
+
+PromptSource = Callable[[random.Random], list[int]]  # draws a prompt's token ids
+NameSource = Callable[[random.Random], str]  # draws an adapter's name
+
+
+def poisson_times(rate: float, seconds: float, draw: random.Random) -> list[float]:
+    """Times of arrival in seconds, `rate` of them a second on average, independent of one another."""
+    gaps = (draw.expovariate(rate) for _ in itertools.count())
+    return list(itertools.takewhile(lambda at: at < seconds, itertools.accumulate(gaps)))
+
+
+def zipf_names(names: Sequence[str], exponent: float, seed: int = 0) -> NameSource:
+    """Draw the k-th most popular name with probability 1 / k**exponent; who is popular is drawn from `seed`."""
+    by_popularity = random.Random(seed).sample(list(names), len(names))
+    weights = list(itertools.accumulate((k + 1) ** -exponent for k in range(len(names))))
+    return lambda draw: draw.choices(by_popularity, cum_weights=weights)[0]
+
+
+def uniform_names(names: Sequence[str]) -> NameSource:
+    """Draw every name equally often."""
+    return lambda draw: draw.choice(names)
+
+
+def random_prompts(vocab_size: int, num_tokens: int) -> PromptSource:
+    """Prompts of one length that have nothing in common, without special tokens, which come first in most models."""
+    first = vocab_size // 8
+    return lambda draw: [draw.randrange(first, vocab_size) for _ in range(num_tokens)]
+
+
+def file_prompts(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path]) -> PromptSource:
+    """The questions of chat files (JSON lines), as often as they occur. Raises DatasetError."""
+    prompts = [tokens for file in files for tokens in _read_prompts(tokenizer, file)]
+    return lambda draw: draw.choice(prompts)
+
+
+def _read_prompts(tokenizer: PreTrainedTokenizerBase, file: Path) -> list[list[int]]:
+    prompts = []
+    for record in read_records(file):
+        if record.messages is not None:
+            turns = [dict(turn) for turn in record.messages[:-1]]
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        else:
+            text = record.prompt or record.text or ""
+        prompts.append(list(tokenizer(text, add_special_tokens=record.messages is None)["input_ids"]))
+    return prompts

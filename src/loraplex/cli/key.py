@@ -1,0 +1,65 @@
+"""`loraplex key`: make, list and revoke API keys."""
+
+import dataclasses
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraplex.server.keys import KeyFile
+
+key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys of `loraplex serve`.")
+
+KeysFile = Annotated[Path, typer.Option("--keys-file", help="The file of keys.")]
+Limit = Annotated[int | None, typer.Option(min=1, show_default=False)]
+
+
+@key_app.command()
+def create(
+    keys_file: KeysFile,
+    note: Annotated[str, typer.Option(help="Whose key it is.")] = "",
+    use: Annotated[list[str] | None, typer.Option(help="Pattern of names that it may use; repeat. Default: *")] = None,
+    load: Annotated[list[str] | None, typer.Option(help="Pattern of names that it may load; repeat.")] = None,
+    manage: Annotated[bool, typer.Option("--manage", help="It may use, load and see everything.")] = False,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="It may use the base model.")] = True,
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    max_concurrent: Limit = None,
+    max_new_tokens: Limit = None,
+    max_priority: Annotated[int, typer.Option(help="Highest priority that it may ask for.")] = 0,
+    shared_prefixes: Annotated[
+        bool, typer.Option("--shared-prefixes", help="Share the prefix cache with other such keys.")
+    ] = False,
+) -> None:
+    """Make a key and print it: it is not kept anywhere, and can't be shown again."""
+    key, record = KeyFile(keys_file).create(
+        note=note,
+        use=("*",) if use is None else tuple(use),
+        load=tuple(load or ()),
+        manage=manage,
+        base=base,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrent=max_concurrent,
+        max_new_tokens=max_new_tokens,
+        max_priority=max_priority,
+        shared_prefixes=shared_prefixes,
+    )
+    typer.echo(key)
+    typer.echo(f"key {record.id} was added to {keys_file}", err=True)
+
+
+@key_app.command("list")
+def list_keys(keys_file: KeysFile) -> None:
+    """Print what every key may do, as JSON lines; never the keys or their hashes."""
+    for record in KeyFile(keys_file).records():
+        shown = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("salt", "hash")}
+        typer.echo(json_format.dumps(shown, ensure_ascii=False))
+
+
+@key_app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="Its id, as `list` shows it.")], keys_file: KeysFile) -> None:
+    """Make a key invalid; a running server sees it within a second."""
+    record = KeyFile(keys_file).revoke(key_id)
+    typer.echo(f"key {record.id} was removed from {keys_file}")

@@ -1,0 +1,77 @@
+"""`loraplex serve`: the HTTP server. Its flags are the settings of server/settings.py."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraplex.cli.options import named_values
+from loraplex.server.settings_sources import Option, as_toml, load_config, options
+
+_SINGULAR = {
+    "adapters": "adapter",
+    "mixtures": "mixture",
+    "adapter_roots": "adapter_root",
+    "cors_origins": "cors_origin",
+}
+
+
+def serve(config: Path | None, print_config: bool, replicas: int, **given: Any) -> None:
+    """Serve the model and its adapters over HTTP, with OpenAI's API (docs/serving.md)."""
+    known = {option.name: option for option in options()}
+    flags = {name: _value(known[name], value) for name, value in given.items() if value not in (None, [])}
+    settings = load_config(config, flags=flags)
+    if print_config:
+        typer.echo(as_toml(settings), nl=False)
+        return
+    if replicas > 1:
+        from loraplex.server.replicas.cluster import run_replicas
+
+        run_replicas(settings, replicas)
+        return
+    from loraplex.server.lifecycle import run  # imports the web framework
+
+    run(settings)
+
+
+def _value(option: Option, value: Any) -> Any:
+    return named_values(value, _flag(option)) if option.kind is Mapping else value
+
+
+def _flag(option: Option) -> str:
+    return "--" + _SINGULAR.get(option.name, option.name).replace("_", "-")
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """A flag that is None where it isn't given, so that other sources count."""
+    flag = _flag(option)
+    declared = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
+    kind: Any = list[str] if option.kind in (tuple, Mapping) else option.kind
+    default = option.default
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    help_text = f"{option.help} [default: {shown}]" if default not in (None, "", (), {}) else option.help
+    # typer shows only what is escaped: a bracket would be read as markup
+    annotation = Annotated[kind | None, typer.Option(declared, help=help_text.replace("[", "\\["), show_default=False)]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command one flag for each setting, in the place of **given."""
+    config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file of settings.", exists=True)]
+    printing = Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML, and end.")]
+    copies = Annotated[int, typer.Option("--replicas", min=1, help="Servers behind one address, through Ray Serve.")]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("config", keyword, default=None, annotation=config),
+        inspect.Parameter("print_config", keyword, default=False, annotation=printing),
+        inspect.Parameter("replicas", keyword, default=1, annotation=copies),
+        *(_parameter(option) for option in options()),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+serve = _with_flags(serve)

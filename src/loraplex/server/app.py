@@ -1,0 +1,126 @@
+"""The application: routes, the gate before them, and errors in OpenAI's shape."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+import loraplex
+from loraplex.errors import LoraplexError
+from loraplex.server.api_errors import (
+    BAD_REQUEST,
+    INTERNAL,
+    METHOD_NOT_ALLOWED,
+    NOT_FOUND,
+    UNSUPPORTED,
+    ApiError,
+    Status,
+    as_api_error,
+)
+from loraplex.server.gate import Gate
+from loraplex.server.json_route import json_response
+from loraplex.server.routes import adapters, generation, health, models, page, tokens, vllm
+from loraplex.server.state import ServerState, context_of
+
+_ROUTERS = (
+    models.router,
+    generation.router,
+    adapters.router,
+    vllm.router,
+    tokens.router,
+    health.router,
+    page.router,
+)
+_MOST_FAULTS = 5
+
+
+def create_app(state: ServerState) -> ASGIApp:
+    """The ASGI application of one server."""
+    app = FastAPI(title="loraplex", version=loraplex.__version__, docs_url=None, redoc_url=None)
+    app.state.server = state
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(LoraplexError, _on_engine_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_crash)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    gate: ASGIApp = Gate(app, state)
+    origins = state.config.network.cors_origins
+    if origins:
+        return CORSMiddleware(gate, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    return gate
+
+
+def _refusal(error: ApiError) -> Response:
+    response = json_response(error.body(), error.status.number)
+    response.headers.update(error.headers())
+    return response
+
+
+async def _on_api_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError), f"{error!r} is no ApiError"
+    return _refusal(error)
+
+
+async def _on_engine_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, LoraplexError), f"{error!r} is no LoraplexError"
+    return _refusal(as_api_error(error, may_see_all=context_of(http).principal.may_manage))
+
+
+async def _on_http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), f"{error!r} is no HTTPException"
+    kinds = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
+    status = kinds.get(error.status_code, Status(error.status_code, "invalid_request_error", "http_error"))
+    response = _refusal(ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}."))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_crash(http: Request, error: Exception) -> Response:
+    """What nobody expected; the gate logs it."""
+    return _refusal(ApiError(INTERNAL, f"internal error; the log has it under {context_of(http).id}."))
+
+
+async def _on_invalid(http: Request, error: Exception) -> Response:
+    """Names every field at fault, never the values."""
+    assert isinstance(error, RequestValidationError), f"{error!r} is no validation error"
+    return _refusal(_invalid(error.errors()))
+
+
+def _invalid(faults: Sequence[Any]) -> ApiError:
+    told, params, unsupported = [], [], False
+    for fault in faults[:_MOST_FAULTS]:
+        place = [str(part)[:100] for part in fault["loc"][1:]]
+        param = ".".join(place)
+        params.append(param)
+        if fault["type"] == "extra_forbidden":
+            unsupported = True
+            told.append(f"{param!r} is not supported here")
+        elif fault["type"] == "json_invalid":
+            params[-1] = ""
+            told.append("the body is no valid JSON")
+        else:
+            told.append(f"{param or 'the body'}: {fault['msg']}")
+    message = "; ".join(told) + (f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else "")
+    return ApiError(UNSUPPORTED if unsupported else BAD_REQUEST, f"{message}.", param=params[0] or None)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, without the 422 that this server doesn't send."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        if app.state.server.keys is not None:
+            schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema

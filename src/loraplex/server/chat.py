@@ -1,0 +1,130 @@
+"""/v1/chat/completions: from its body to a request, and from its result to the answer."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
+from loraplex.routing.choice import RowChoice
+from loraplex.server.answers import Extras, News, new_id, usage
+from loraplex.server.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.extensions import capture_request, steerings
+from loraplex.server.request_options import allowed_tokens, cache_salt, sampling_params
+from loraplex.server.schemas.generation import ChatBody, Message
+from loraplex.server.state import RequestContext, ServerState
+
+
+class ChatCall:
+    """One call: checked when it is made."""
+
+    def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, choice: RowChoice) -> None:
+        self._state = state
+        self.body = body
+        self.n = body.n or 1
+        self.extras = Extras(
+            scalings=bool(body.return_scalings),
+            capture=body.capture_attention is not None,
+            encoding=body.capture_attention.encoding if body.capture_attention else "base64",
+        )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(BAD_REQUEST, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        if body.max_tokens == 0:
+            raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
+        turns = as_turns(body.messages)
+        limits = state.config.limits
+        asked = body.max_completion_tokens or body.max_tokens
+        request = Request(
+            turns,
+            adapters=choice,
+            sampling=sampling_params(
+                body,
+                context.principal,
+                limits,
+                max_tokens=allowed_tokens(context.principal, limits) if asked is None else asked,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            ),
+            priority=body.priority or 0,
+            capture=capture_request(body.capture_attention, limits.max_capture_bytes),
+            steering=steerings(body.steer, state.model.tokenizer, self._rendered(turns), add_special_tokens=False),
+            return_scalings=self.extras.scalings,
+            cache_salt=cache_salt(body, context.principal, isolated=state.config.access.prefix_isolation),
+        )
+        self.requests = [request]
+        self.envelope: dict[str, Any] = {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        self._begun: set[int] = set()
+
+    def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
+        """The whole answer."""
+        (result,) = results
+        choices = [self._choice(completion) for completion in result.completions]
+        return self.envelope | {"choices": choices, "usage": usage(results)}
+
+    def chunk_choice(self, news: News) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if news.index not in self._begun:
+            self._begun.add(news.index)
+            delta = {"role": "assistant", "content": ""}
+        if news.text:
+            delta["content"] = news.text
+        return {
+            "index": news.index,
+            "delta": delta,
+            "logprobs": self._logprobs(news.logprobs),
+            "finish_reason": news.finish_reason,
+        }
+
+    def _choice(self, completion: Completion) -> dict[str, Any]:
+        return {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": self._logprobs(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        } | self.extras.of(completion, self._state.texts)
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        if not self.body.logprobs or entries is None:
+            return None
+        content = [
+            self._token(entry.token_id, entry.logprob)
+            | {"top_logprobs": [self._token(token, logprob) for token, logprob in entry.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._state.texts.of(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _rendered(self, turns: Sequence[dict[str, str]]) -> str | None:
+        """The prompt as a text, if a steering looks for one in it."""
+        if not any(steer.text for steer in self.body.steer or ()):
+            return None
+        return render(self._state, turns)
+
+
+def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
+    turns = []
+    for message in messages:
+        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        turns.append(turn if message.name is None else turn | {"name": message.name})
+    return turns
+
+
+def render(state: ServerState, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """The messages as one text."""
+    tokenizer = state.model.tokenizer
+    if tokenizer.chat_template is None:
+        raise ApiError(BAD_REQUEST, "the model has no chat template. Use /v1/completions.", param="messages")
+    try:
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise ApiError(BAD_REQUEST, f"the chat template refuses these messages: {error}.", param="messages") from error
+    return str(text)

@@ -1,0 +1,73 @@
+"""Server-sent events to one client, at its pace."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex.server.api_errors import ApiError
+from loraplex.server.runs import ClientLeft, until_client_leaves
+
+logger = logging.getLogger(__name__)
+
+ABORT_KEY = "loraplex_abort"  # in a scope: closes the connection without waiting for what is still to be sent
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends chunks as they come. A reader that takes nothing for `stall_timeout_s` is disconnected.
+
+    Only what the connection buffers is made in advance: while a reader is slow, its new tokens gather in the feed, and
+    become one chunk.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        stall_timeout_s: float,
+        on_end: Callable[[], Awaitable[None]],  # however it ends, even before the first chunk was asked for
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._stall_timeout_s = stall_timeout_s
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_client_leaves(receive, self._send_all(send))
+        except ClientLeft:
+            scope["loraplex"].log["ended"] = "disconnected"
+        except TimeoutError:
+            scope["loraplex"].log["ended"] = "stalled"
+            scope[ABORT_KEY]()
+        finally:
+            await self._on_end()
+
+    async def _send_all(self, send: Send) -> None:
+        """The chunks, an error that ends them, and the end."""
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for chunk in self._chunks:
+                    await self._send(send, chunk)
+            except ApiError as error:
+                await self._send(send, sse(error.body()))
+            await self._send(send, DONE)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._chunks.aclose()
+
+    async def _send(self, send: Send, chunk: bytes) -> None:
+        async with asyncio.timeout(self._stall_timeout_s):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -1,0 +1,154 @@
+"""From settings to a server that runs, and from SIGTERM to its end."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from loraplex.engine.adapter_folder import AdapterFolder
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.server.app import create_app
+from loraplex.server.event_stream import ABORT_KEY
+from loraplex.server.logs import set_up_logs
+from loraplex.server.settings import NetworkSettings, ServeConfig
+from loraplex.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_LAST_WORDS_S = 2.0  # for errors of what was cut off to reach their clients
+
+
+class Protocol(HttpToolsProtocol):
+    """Lets the application cut a connection whose reader has stopped reading."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
+
+
+class Server(uvicorn.Server):
+    """Ends in order: new requests get 503, accepted ones finish, or are told so after `drain_s`."""
+
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, on_ready: "Callable[[Server], None] | None" = None
+    ) -> None:
+        super().__init__(config)
+        self.state = state
+        self.port = config.port  # once it listens, the real one
+        self._on_ready = on_ready
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self.started:
+            self.port = self.servers[0].sockets[0].getsockname()[1]
+            logger.info("ready", extra={"host": self.config.host, "port": self.port})
+            if self._on_ready is not None:
+                self._on_ready(self)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end, a second one doesn't wait for it."""
+        if self.state.is_draining or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        self.drain()
+
+    def drain(self) -> None:
+        """Begin to shut down; from any thread."""
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        self.state.is_draining = True
+        drain_s = self.state.config.network.drain_s
+        logger.info("shutting down", extra={"requests": self.state.num_active, "drain_s": drain_s})
+        await self._until_idle(drain_s)
+        if self.state.num_active:
+            logger.warning("requests were cut off", extra={"requests": self.state.num_active})
+            await self.state.engine.close()  # ends them as cancelled, which their clients are told
+            await self._until_idle(_LAST_WORDS_S)
+        self.should_exit = True
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.state.num_active:
+                    await asyncio.sleep(_POLL_S)
+
+
+def load_model(config: ServeConfig) -> MultiLoraModel:
+    """The base model with everything that the settings name."""
+    wanted = config.model
+    model = MultiLoraModel.from_pretrained(wanted.model, dtype=wanted.dtype, device=wanted.device, store=config.store)
+    for name, folder in wanted.adapters.items():
+        model.load_adapter(name, folder)
+    for name, folder in wanted.mixtures.items():
+        model.load_mixture(name, folder)
+    return model
+
+
+async def serve(
+    model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None
+) -> None:
+    """Serve until a signal, or until `drain` of the server that `on_ready` gets."""
+    watched = AdapterFolder(model, config.model.watch) if config.model.watch else None
+    if watched is not None:
+        await asyncio.to_thread(watched.start)
+    async with AsyncEngine(model, config.engine) as engine:
+        state = ServerState(engine, config)
+        if state.keys is not None:
+            state.keys.records()  # a file that can't be read is an error now, not at the first request
+        try:
+            await Server(uvicorn_config(create_app(state), config.network), state, on_ready).serve()
+        finally:
+            if watched is not None:
+                await asyncio.to_thread(watched.stop)
+
+
+def run(config: ServeConfig) -> None:
+    """`loraplex serve`."""
+    set_up_logs(config.logs.log_level)
+    with ThreadPoolExecutor(1) as loader:  # its compute threads end with it; the engine's are then as many as cores
+        model = loader.submit(load_model, config).result()
+    run_server(model, config)
+
+
+def run_server(model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
+    """`serve` on an event loop of its own, of uvloop's where that is installed."""
+    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+        runner.run(serve(model, config, on_ready=on_ready))
+
+
+def uvicorn_config(app: ASGIApp, network: NetworkSettings) -> uvicorn.Config:
+    """Uvicorn's own settings, from ours."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        host=network.host,
+        port=network.port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=max(1, round(network.keep_alive_s)),
+        timeout_graceful_shutdown=1,  # requests have ended by then
+        limit_concurrency=2 * network.max_connections,
+        ssl_certfile=network.tls_certificate or None,
+        ssl_keyfile=network.tls_key or None,
+        ssl_ca_certs=network.tls_client_ca or None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if network.tls_client_ca else ssl.CERT_NONE,
+    )

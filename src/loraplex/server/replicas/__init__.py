@@ -1,0 +1,1 @@
+"""Several replicas of one server, on Ray Serve: `pip install "loraplex[ray]"`, `loraplex serve --replicas N`."""

@@ -1,0 +1,188 @@
+"""The one address in front of all replicas: picks, forwards, and tries again where a replica died unheard."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import Message, Receive, Scope, Send
+
+from loraplex.server.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
+from loraplex.server.event_stream import DONE, sse
+from loraplex.server.keys import KeyFile
+from loraplex.server.rates import Usages
+from loraplex.server.replicas.affinity import adapter_key
+from loraplex.server.runs import ClientLeft, until_client_leaves
+from loraplex.server.settings import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+REPLICA_DIED = Status(503, "server_error", "replica_died")
+NOT_WITH_REPLICAS = Status(501, "invalid_request_error", "not_with_replicas")
+_ATTEMPTS = 3
+_SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
+
+
+class FrontMetrics:
+    """What the front counts; the engines' own metrics are theirs."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("loraplex_http_requests", "HTTP requests", ["status"], registry=registry)
+        self.retries = Counter("loraplex_replica_retries", "Requests sent to another replica", registry=registry)
+        self.losses = Counter("loraplex_replica_losses", "Requests that a dying replica took along", registry=registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def count_request(self, route: str, status: int) -> None:
+        self._requests.labels(str(status)).inc()
+
+
+class Forwards:
+    """Requests on their way through the front; stands where a server's engine does when it shuts down."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, work: Any) -> None:
+        """Raises ApiError if `close` came before the work's end."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            task.cancel()
+            if self.is_closed:
+                raise ApiError(SHUTTING_DOWN, "the server is shutting down. Try again.") from None
+            raise
+        finally:
+            self._tasks.discard(task)
+
+    async def close(self) -> None:
+        self.is_closed = True
+        for task in self._tasks:
+            task.cancel()
+
+
+class FrontState:
+    """The part of a ServerState that the gate and the lifecycle use."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.engine = Forwards()
+        self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
+        self.usages = Usages()
+        self.metrics = FrontMetrics()
+        self.num_active = 0
+        self.is_draining = False
+
+
+class Front:
+    """ASGI application that forwards every request to a replica."""
+
+    def __init__(self, handle: DeploymentHandle, state: FrontState) -> None:
+        self._handle = handle
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/metrics":
+            await _answer(send, self._state.metrics.text(), CONTENT_TYPE_LATEST)
+            return
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _changes_adapters(scope["path"]):
+            message = "several replicas don't change adapters over HTTP. Put folders into the one that `watch` names."
+            raise ApiError(NOT_WITH_REPLICAS, message)
+        body = (await receive())["body"]  # the gate has read all of it
+        answer = _Forwarded(send)
+        try:
+            work = self._state.engine.run(self._forward(scope, body, answer))
+            await until_client_leaves(receive, work)
+        except ClientLeft:
+            scope["loraplex"].log["ended"] = "disconnected"
+        except ApiError as error:
+            await answer.end_with(error)
+
+    async def _forward(self, scope: Scope, body: bytes, answer: "_Forwarded") -> None:
+        """Until an answer is through; a replica that died before it said anything is replaced by another one."""
+        key = adapter_key(_model_of(body), self._state.config.model.base_name)
+        handle = self._handle.options(stream=True, multiplexed_model_id=key)
+        plain = {name: scope[name] for name in _SCOPE if name in scope} | {"asgi": {"version": "3.0"}}
+        for attempt in range(_ATTEMPTS):
+            try:
+                async for batch in _batches(handle.serve.remote(plain, body, key.split("+") if key else [])):
+                    for message in batch:
+                        await answer.send(message)
+                return
+            except BackPressureError as error:
+                raise ApiError(OVERLOADED, "all replicas are full. Try again.") from error
+            except RayActorError as error:
+                logger.warning("a replica died", extra={"attempt": attempt, "begun": answer.has_begun})
+                if answer.has_begun:
+                    self._state.metrics.losses.inc()
+                    raise ApiError(REPLICA_DIED, "the replica died. Try again.", retry_after_s=1) from error
+                self._state.metrics.retries.inc()
+        self._state.metrics.losses.inc()
+        raise ApiError(REPLICA_DIED, f"{_ATTEMPTS} replicas died in a row. Try again.", retry_after_s=1)
+
+
+class _Forwarded:
+    """An answer on its way to the client."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+        self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            # The gate adds the id, which the replica got from the request's own header or made up.
+            headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+            message = {**message, "headers": headers}
+            self._is_stream = any(value.startswith(b"text/event-stream") for _, value in headers)
+        self.has_begun = True
+        await self._send(message)
+
+    async def end_with(self, error: ApiError) -> None:
+        """Tell the error: as an answer, or as the last event of a stream."""
+        if not self.has_begun:
+            raise error
+        if not self._is_stream:
+            raise ConnectionResetError("an answer broke off")  # the server cuts the connection
+        await self._send({"type": "http.response.body", "body": sse(error.body()) + DONE, "more_body": False})
+
+
+async def _batches(response: Any) -> AsyncIterator[list[Message]]:
+    """What a replica yields; it is told where nobody wants more."""
+    is_done = False
+    try:
+        async for batch in response:
+            yield batch
+        is_done = True
+    finally:
+        if not is_done:
+            response.cancel()
+
+
+def _model_of(body: bytes) -> object:
+    try:
+        content = orjson.loads(body) if body else None
+    except orjson.JSONDecodeError:  # any replica can tell the client
+        return None
+    return content.get("model") if isinstance(content, dict) else None
+
+
+def _changes_adapters(path: str) -> bool:
+    changing = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+    return path.rstrip("/") in changing or path.startswith("/v1/adapters/")
+
+
+async def _answer(send: Send, body: bytes, content_type: str) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

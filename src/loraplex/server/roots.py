@@ -1,0 +1,70 @@
+"""Paths that clients name: only folders below the configured roots, whatever links and dots they hold."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError
+
+_LONGEST_PATH = 4096
+_MOST_FILES = 10_000
+
+
+class AdapterRoots:
+    """Turns a client's path into a checked folder."""
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self._roots = [Path(os.path.realpath(root)) for root in roots]
+
+    def folder(self, path: str) -> Path:
+        """The real folder of `path`, absolute or relative to a root; it and all below it lie in a root.
+
+        Whatever leads out of the roots gets the same 403, whether it exists or not.
+        """
+        if not self._roots:
+            raise ApiError(FORBIDDEN, "this server loads no adapters over HTTP: it has no adapter_roots.", param="path")
+        if not path or len(path) > _LONGEST_PATH or "\0" in path:
+            raise ApiError(BAD_REQUEST, "the path is empty, too long, or has a zero byte.", param="path")
+        candidates = [Path(path)] if os.path.isabs(path) else [root / path for root in self._roots]
+        inside = [Path(os.path.realpath(candidate)) for candidate in candidates if self._is_inside(candidate)]
+        if not inside:
+            raise self._forbidden()
+        for folder in inside:
+            if folder.is_dir():
+                self._check_contents(folder)
+                return folder
+        raise ApiError(NOT_FOUND, f"there is no folder {path!r} below this server's adapter_roots.", param="path")
+
+    def contains(self, path: str | Path) -> bool:
+        """Whether a path that a file names (an expert's folder) is a real one below a root."""
+        return os.path.isabs(path) and self._is_inside(Path(path))
+
+    def without_roots(self, message: str) -> str:
+        """A message that doesn't tell where the roots are."""
+        for root in self._roots:
+            message = message.replace(f"{root}{os.sep}", "").replace(str(root), ".")
+        return message
+
+    def _is_inside(self, candidate: Path) -> bool:
+        """Whether it stays in a root as it is written, and when its links are followed."""
+        written, real = Path(os.path.normpath(candidate)), Path(os.path.realpath(candidate))
+        return ".." not in candidate.parts and any(
+            real.is_relative_to(root) and real != root and (written.is_relative_to(root) or os.path.isabs(candidate))
+            for root in self._roots
+        )
+
+    def _check_contents(self, folder: Path) -> None:
+        """No file below the folder may be a link to the outside, or a device."""
+        count = 0
+        for parent, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                count += 1
+                real = Path(os.path.realpath(os.path.join(parent, name)))
+                if count > _MOST_FILES or not any(real.is_relative_to(root) for root in self._roots):
+                    raise self._forbidden()
+                if real.exists() and not (real.is_file() or real.is_dir()):
+                    raise self._forbidden()
+
+    def _forbidden(self) -> ApiError:
+        message = "the path is not below this server's adapter_roots, or holds links or files that may not be read."
+        return ApiError(FORBIDDEN, message, param="path")

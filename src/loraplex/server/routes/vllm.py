@@ -1,0 +1,39 @@
+"""vLLM's calls for loading and unloading, with its bodies and statuses."""
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+
+from loraplex.server.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.json_route import JsonRoute, documented
+from loraplex.server.library import AdapterLibrary
+from loraplex.server.schemas.other import VllmLoadAdapter, VllmUnloadAdapter
+from loraplex.server.state import context_of, state_of
+
+router = APIRouter(route_class=JsonRoute)
+_ERRORS = (400, 401, 403, 404, 409, 429)
+
+
+@router.post("/v1/load_lora_adapter", responses=documented("Loaded.", *_ERRORS, media="text/plain"))
+async def load_lora_adapter(body: VllmLoadAdapter, http: Request) -> Response:
+    """As vLLM's: an adapter that is loaded already is a 400, unless load_inplace."""
+    if not body.lora_name or not body.lora_path:
+        raise ApiError(BAD_REQUEST, "Both 'lora_name' and 'lora_path' must be provided.")
+    library = AdapterLibrary(state_of(http), context_of(http).principal)
+    library.check_load(body.lora_name)
+    if library.is_loaded(body.lora_name) and not body.load_inplace:
+        message = f"The lora adapter '{body.lora_name}' has already been loaded."
+        raise ApiError(BAD_REQUEST, message, param="lora_name")
+    if library.is_loaded(body.lora_name):
+        await library.replace(body.lora_name, body.lora_path)
+    else:
+        await library.load(body.lora_name, body.lora_path)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", responses=documented("Unloaded.", *_ERRORS, media="text/plain"))
+async def unload_lora_adapter(body: VllmUnloadAdapter, http: Request) -> Response:
+    """As vLLM's."""
+    if not body.lora_name:
+        raise ApiError(BAD_REQUEST, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
+    await AdapterLibrary(state_of(http), context_of(http).principal).unload(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

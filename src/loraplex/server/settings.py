@@ -1,0 +1,147 @@
+"""What can be set about the server: the one schema of its file, its environment variables and its flags."""
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.store import StoreConfig
+from loraplex.engine.config import EngineConfig
+from loraplex.errors import ConfigError
+from loraplex.models.smollm2 import ALIAS
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with the text that the command line shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model and what is loaded at the start."""
+
+    model: str = option(ALIAS, "Base model: smollm2-135m, a folder, or a hub id.")
+    served_name: str = option("", "The base model's name in the API; empty: from the model.")
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    adapters: Mapping[str, str] = field(
+        default_factory=dict, metadata={"help": "NAME=FOLDER of an adapter or residual to load; repeat."}
+    )
+    mixtures: Mapping[str, str] = field(
+        default_factory=dict, metadata={"help": "NAME=FOLDER of a mixture to load; repeat."}
+    )
+    watch: str = option("", "A folder whose subfolders are loaded, replaced and unloaded as they change.")
+
+    @property
+    def base_name(self) -> str:
+        """What the API calls the base model."""
+        return self.served_name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """Where the server listens."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on; 0 is any free one.")
+    tls_certificate: str = option("", "PEM file with the certificate chain; turns TLS on.")
+    tls_key: str = option("", "PEM file with the certificate's key.")
+    tls_client_ca: str = option("", "PEM file: only clients with a certificate of this authority.")
+    max_connections: int = option(1024, "Connections and requests at once; more get 503.")
+    keep_alive_s: float = option(30.0, "How long an idle connection stays open.")
+    drain_s: float = option(30.0, "After SIGTERM, how long accepted requests may take.")
+    cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API; repeat.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be 0 to 65535.")
+        if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_certificate):
+            raise ConfigError("tls_certificate, tls_key: give both, or neither; tls_client_ca needs both.")
+        for name in ("tls_certificate", "tls_key", "tls_client_ca"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{name} is {path!r}, which is no file.")
+        _check_least(self, {"max_connections": 1, "keep_alive_s": 0, "drain_s": 0})
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSettings:
+    """Who may do what."""
+
+    keys_file: str = option("", "File of API keys, made by `loraplex key create`; empty: no keys.")
+    allow_anonymous: bool = option(False, "Without keys, listen on addresses that others can reach.")
+    open_metrics: bool = option(False, "Show /metrics, which names adapters, without a key.")
+    adapter_roots: tuple[str, ...] = option((), "Folders below which the API may load adapters; repeat.")
+    prefix_isolation: bool = option(True, "Keys don't share the prefix cache.")
+
+    def __post_init__(self) -> None:
+        for root in self.adapter_roots:
+            if not Path(root).is_dir():
+                raise ConfigError(f"adapter_roots names {root!r}, which is no folder. Make it first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_body_bytes: int = option(2**21, "Of a request's body; more gets 413.")
+    body_timeout_s: float = option(30.0, "For a body to arrive.")
+    stall_timeout_s: float = option(60.0, "A reader that takes nothing for so long is disconnected.")
+    max_new_tokens: int = option(4096, "Of an answer.")
+    max_choices: int = option(16, "n.")
+    max_prompts: int = option(128, "Prompts of one completion request.")
+    max_link_length: int = option(8, "Adapters of one link.")
+    max_capture_bytes: int = option(2**24, "Of captured attention, and of scalings, in one answer.")
+
+    def __post_init__(self) -> None:
+        counts = ("max_body_bytes", "max_new_tokens", "max_choices", "max_prompts", "max_link_length")
+        _check_least(self, dict.fromkeys((*counts, "max_capture_bytes"), 1) | {"body_timeout_s": 0.1})
+        _check_least(self, {"stall_timeout_s": 0.1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is written to standard error, one JSON object a line."""
+
+    log_level: str = option("info", "debug, info, warning or error.")
+    log_requests: bool = option(True, "A line for every request, without its content.")
+    log_prompts: bool = option(False, "Prompts and answers too.")
+
+    def __post_init__(self) -> None:
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"log_level is {self.log_level!r}; it must be debug, info, warning or error.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """All settings of the server, one section for each table of the file."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
+    limits: Limits = field(default_factory=Limits)
+    logs: LogSettings = field(default_factory=LogSettings)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_waiting=1024))
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        if not self.access.keys_file and not self.network.is_local and not self.access.allow_anonymous:
+            raise ConfigError(
+                f"host is {self.network.host!r}, which others can reach, but there is no keys_file: anyone could use "
+                "the server. Make keys with `loraplex key create`, or set allow_anonymous."
+            )
+
+
+def _check_least(settings: object, least: Mapping[str, float]) -> None:
+    for name, value in least.items():
+        if not value <= getattr(settings, name) < float("inf"):
+            raise ConfigError(f"{name} is {getattr(settings, name)!r}; it must be at least {value:g} and finite.")

@@ -1,0 +1,178 @@
+"""Settings from defaults, a file, the environment and flags: each goes before those named earlier."""
+
+import dataclasses
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.errors import ConfigError
+from loraplex.server.settings import ServeConfig
+
+PREFIX = "LORAPLEX_SERVE_"
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One setting: the section that it belongs to, its name, its type and its default."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def is_optional(self) -> bool:
+        return types.NoneType in typing.get_args(self.type)
+
+    @property
+    def kind(self) -> Any:
+        """str, int, float, bool, tuple or Mapping."""
+        kinds = [kind for kind in typing.get_args(self.type) if kind is not types.NoneType]
+        plain = kinds[0] if self.is_optional else self.type
+        return typing.get_origin(plain) or plain
+
+
+def options() -> Iterator[Option]:
+    """Every setting of every section; names are unique."""
+    for section, instance in _sections(ServeConfig()):
+        hints = typing.get_type_hints(type(instance))
+        for field in dataclasses.fields(instance):
+            yield Option(
+                section=section,
+                name=field.name,
+                type=hints[field.name],
+                default=getattr(instance, field.name),
+                help=field.metadata.get("help", f"{section.capitalize()}: docs/engine.md."),
+            )
+
+
+def load_config(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> ServeConfig:
+    """Raises ConfigError, which names the option, where its value came from, and what it may be."""
+    known = {option.name: option for option in options()}
+    values = {option.name: option.default for option in known.values()}
+    if file is not None:
+        values |= _from_file(file, known)
+    values |= _from_environment(os.environ if environment is None else environment, known)
+    for name, value in (flags or {}).items():
+        values[name] = _checked(known[name], value, f"--{name.replace('_', '-')}")
+    sections = {}
+    for section, instance in _sections(ServeConfig()):
+        names = [field.name for field in dataclasses.fields(instance)]
+        sections[section] = type(instance)(**{name: values[name] for name in names})
+    return ServeConfig(**sections)
+
+
+def as_toml(config: ServeConfig) -> str:
+    """The settings as a file that gives them again."""
+    lines = []
+    for section, instance in _sections(config):
+        lines.append(f"[{section}]")
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            lines.append(f"# {field.name}: none" if value is None else f"{field.name} = {_toml(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections(config: ServeConfig) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        yield field.name, getattr(config, field.name)
+
+
+def _from_file(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        tables = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the settings in {str(file)!r} can't be read: {error}.") from error
+    values: dict[str, Any] = {}
+    names = sorted({option.section for option in known.values()})
+    for section, table in tables.items():
+        if section not in names or not isinstance(table, dict):
+            raise ConfigError(f"{file}: {section!r} is no section. Sections: {names}.")
+        for name, value in table.items():
+            if name not in known or known[name].section != section:
+                own = sorted(option.name for option in known.values() if option.section == section)
+                raise ConfigError(f"{file}: [{section}] has no option {name!r}. It has {own}.")
+            values[name] = _checked(known[name], value, f"{file}: [{section}] {name}")
+    return values
+
+
+def _from_environment(environment: Mapping[str, str], known: Mapping[str, Option]) -> dict[str, Any]:
+    by_variable = {option.variable: option for option in known.values()}
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        if variable not in by_variable:
+            raise ConfigError(f"the environment variable {variable} is no option. Options: {sorted(by_variable)}.")
+        option = by_variable[variable]
+        values[option.name] = _checked(option, _from_text(option, text, variable), variable)
+    return values
+
+
+def _from_text(option: Option, text: str, source: str) -> Any:
+    """Lists are separated by commas, mappings are NAME=VALUE separated by commas; "none" where that is possible."""
+    if option.is_optional and text.lower() in ("", "none"):
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if option.kind is tuple:
+        return parts
+    if option.kind is Mapping:
+        if not all("=" in part for part in parts):
+            raise ConfigError(f"{source} is {text!r}; it must be NAME=VALUE,NAME=VALUE.")
+        return dict(part.split("=", 1) for part in parts)
+    if option.kind is bool:
+        if text.lower() not in (*_TRUE, *_FALSE):
+            raise ConfigError(f"{source} is {text!r}; it must be one of {[*_TRUE, *_FALSE]}.")
+        return text.lower() in _TRUE
+    try:
+        return option.kind(text)
+    except ValueError:
+        raise ConfigError(f"{source} is {text!r}; it must be {_name(option)}.") from None
+
+
+def _checked(option: Option, value: Any, source: str) -> Any:
+    """The value, if it has the option's type."""
+    kind = option.kind
+    if value is None and option.is_optional:
+        return None
+    if kind is tuple:
+        is_right = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+        value = tuple(value) if is_right else value
+    elif kind is Mapping:
+        is_right = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+    elif kind is float:
+        is_right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not is_right:
+        raise ConfigError(f"{source} is {value!r}; it must be {_name(option)}.")
+    return value
+
+
+def _name(option: Option) -> str:
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
+    return str(kinds.get(option.kind, "a table of texts"))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(text)}" for key, text in value.items()) + "}"
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,36 @@
+"""A browser, and tabs of it that show the page of a server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.page.browser import TIMEOUT_MS, browsing
+from tests.server.page.driver import NUM_TOKENS
+from tests.server.tiny_server import Running
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright.expect.set_options(timeout=TIMEOUT_MS)
+    with browsing(viewport={"width": 1280, "height": 800}) as context:
+        yield context
+
+
+@pytest.fixture
+def page(context: Any, server: Running) -> Iterator[Any]:
+    """A tab of its own, which must not have complained about anything in the end."""
+    opened = context.new_page()
+    complaints: list[str] = []
+    requests: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda message: "Content Security" in message.text and complaints.append(message.text))
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto(server.url)
+    opened.wait_for_selector("#link-a option[value=mix-ab]", state="attached")
+    opened.fill("#max-tokens", str(NUM_TOKENS))
+    yield opened
+    opened.close()
+    assert not complaints
+    assert all(url.startswith(server.url) for url in requests), "the page asks its own server only"

@@ -1,0 +1,21 @@
+"""The documentation's picture of the page can be made again."""
+
+import pytest
+from PIL import Image
+
+from tests.server.page.browser import chromium
+
+
+@pytest.mark.slow
+def test_the_picture_shows_a_coloured_answer(tmp_path, smollm2):
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    chromium()
+    from scripts.page_picture import SIZE, take
+
+    take(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.size == (SIZE["width"], SIZE["height"])
+        colors = picture.convert("RGB").getcolors(2**20)
+    assert (tmp_path / "page.png").stat().st_size < 300_000
+    quantum = sum(count for count, (red, green, blue) in colors if blue - red > 60)
+    assert quantum > 5_000, "the molecule's tokens are the quantum expert's"

@@ -1,0 +1,35 @@
+"""A server in a process of its own, for signals: python -m tests.server.serve_tiny ROOT DRAIN_S."""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from loraplex.engine.engine import Engine
+from loraplex.server.lifecycle import serve
+from loraplex.server.logs import set_up_logs
+from tests.server.tiny_server import make_model, settings
+
+_STEP_S = 0.1  # the tiny model must not be done before the signal
+
+
+def main(root: str, drain_s: str) -> None:
+    step = Engine.step
+
+    def slow_step(engine: Engine):
+        time.sleep(_STEP_S)
+        return step(engine)
+
+    Engine.step = slow_step
+    set_up_logs("info")
+    asyncio.run(
+        serve(
+            make_model(Path(root)),
+            settings(drain_s=float(drain_s)),
+            on_ready=lambda server: print(server.port, flush=True),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
