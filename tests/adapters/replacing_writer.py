@@ -49,7 +49,9 @@ class Writer:
 
     def __init__(self, folder: Path, *, can_exchange: bool, first: int = 1) -> None:
         self._finished: Any = context.Value("q", 0)
-        self._process: BaseProcess = context.Process(target=_write, args=(folder, can_exchange, first, self._finished))
+        self._process: BaseProcess = context.Process(
+            target=_write, args=(folder, can_exchange, first, self._finished), daemon=True
+        )
         self._process.start()
         while self._process.is_alive() and not self.finished:
             time.sleep(0.001)

@@ -69,11 +69,25 @@ def test_watched_folder_follows_a_writer_that_is_killed(tmp_path: Path, can_exch
             if model.names():
                 loaded_version(model, "adapter")  # is of one version
         writer.kill()
-        for _ in range(3):  # a look that finds nothing, one that finds what was restored
-            watched.look()
+        watched.look()
         assert watched.errors == {}
         assert loaded_version(model, "adapter") in (writer.finished, writer.finished + 1)
         first = loaded_version(model, "adapter") + 1
+
+
+def test_watched_folder_restores_what_it_had_given_up(tmp_path: Path) -> None:
+    """The writer lives through the looks that unload the adapter, and is killed then."""
+    model, folder = MultiLoraModel(tiny_model("llama")), tmp_path / "adapter"
+    write_adapter(versioned_adapter(1), folder)
+    watched = AdapterFolder(model, tmp_path)
+    watched.look()
+    with claim_temporary(folder) as temporary:
+        folder.rename(temporary.with_suffix(".old"))
+        for _ in range(3):
+            watched.look()
+        assert model.names() == []
+    watched.look()
+    assert loaded_version(model, "adapter") == 1
 
 
 def test_reader_beside_a_writer_never_sees_two_versions(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.adapters.leftovers import restore_all_replaced, restore_replaced
+from loraplex.adapters.leftovers import restore_all_replaced
 from loraplex.adapters.names import check_name
 from loraplex.adapters.version import Fingerprint, folder_fingerprint
 from loraplex.errors import ConfigError, LoraplexError
@@ -45,7 +45,6 @@ class AdapterFolder:
             raise ConfigError(f"{str(self._folder)!r} is no folder, so it can't be watched. Make it first.")
         if not interval_s > 0:
             raise ConfigError(f"interval_s is {interval_s!r}; it must be above 0.")
-        restore_all_replaced(self._folder)
 
     def start(self) -> None:
         """Look once, then go on looking in the background."""
@@ -61,6 +60,7 @@ class AdapterFolder:
 
     def look(self) -> None:
         """Load, replace and unload what changed since the last look."""
+        restore_all_replaced(self._folder)  # at any time a writer may have been killed while its folder was away
         found = self._adapter_folders()
         for name, folder in sorted(found.items()):
             fingerprint = folder_fingerprint(folder)
@@ -99,7 +99,6 @@ class AdapterFolder:
         seen = self._seen[name]
         seen.times_missing += 1
         if seen.times_missing < _TIMES_MISSING:
-            restore_replaced(self._folder / name)  # if its writer was killed; the next look finds it
             return
         try:
             if seen.is_loaded and name in self._model.store:
