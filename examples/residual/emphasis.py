@@ -4,7 +4,8 @@
 
 Each prompt has several passages about people with similar names, of which one holds the answer. A retriever knows
 which passage it is looking for; here the case itself does. Nothing is trained: attention to the passage is multiplied
-before the softmax. Every case runs with the passage as it is and with each strength, as rows of one batch.
+before the softmax. Every case runs as rows of one batch: without steering; with the right passage emphasised, by each
+strength; and two controls: strength 1, which must change nothing, and a wrong passage, emphasised as much.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from loraplex import MultiLoraModel
 from loraplex.models.text import as_chat, encode_prompts
@@ -28,11 +30,29 @@ PLACES = ("library", "harbour", "museum", "station", "hospital", "theatre", "sch
 
 
 class Case(NamedTuple):
-    """A question over passages, the passage that answers it, and the answer."""
+    """A question over passages; the answer, and what a wrong passage would answer, with their passages."""
 
     prompt: str
     passage: str
     answer: str
+    wrong_passage: str
+    wrong_answer: str
+
+
+class Row(NamedTuple):
+    """What a row of a case emphasises: the right passage or a wrong one, and how much. Strength None is no steering."""
+
+    name: str
+    strength: float | None = None
+    wrong: bool = False
+
+
+class Answers(NamedTuple):
+    """What the rows of all cases answered, by the row's name."""
+
+    right: dict[str, int]
+    misled: dict[str, int]  # gave what the wrong passage says
+    texts: dict[str, list[str]]
 
 
 def make_case(draw: random.Random, num_passages: int) -> Case:
@@ -45,15 +65,61 @@ def make_case(draw: random.Random, num_passages: int) -> Case:
         f"{who} works at the {where}; the code is {code}."
         for who, where, code in zip(people, places, codes, strict=True)
     ]
-    wanted = draw.randrange(num_passages)
+    wanted, wrong = draw.sample(range(num_passages), 2)
     question = f"What is the code of {people[wanted]}? Answer with the number."
-    return Case(" ".join(passages) + " " + question, passages[wanted], str(codes[wanted]))
+    return Case(
+        prompt=" ".join(passages) + " " + question,
+        passage=passages[wanted],
+        answer=str(codes[wanted]),
+        wrong_passage=passages[wrong],
+        wrong_answer=str(codes[wrong]),
+    )
+
+
+def make_rows(strengths: list[float]) -> list[Row]:
+    """The prompt as it is, the right passage emphasised, and the controls."""
+    rows = [Row("as it is")]
+    rows += [Row(f"right passage, strength {strength:g}", strength) for strength in (1.0, *strengths)]
+    return rows + [Row(f"wrong passage, strength {strength:g}", strength, wrong=True) for strength in strengths]
+
+
+def answer(model: MultiLoraModel, case: Case, rows: list[Row]) -> list[str]:
+    """What the model writes in each row."""
+    chat = as_chat(model.tokenizer, case.prompt)
+    spans = {
+        wrong: spans_of_text(model.tokenizer, chat, passage)
+        for wrong, passage in ((False, case.passage), (True, case.wrong_passage))
+    }
+    steering = [
+        None if row.strength is None else Steering(spans=spans[row.wrong], strength=row.strength) for row in rows
+    ]
+    encoded = encode_prompts(model.tokenizer, [case.prompt] * len(rows))
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    request = AttentionRequest(steering=steering)
+    new = model.generate(ids, mask, attention=request, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :]
+    return [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+
+
+def answer_all(model: MultiLoraModel, cases: list[Case], rows: list[Row]) -> Answers:
+    """Every case in all its rows; prints the first."""
+    names = [row.name for row in rows]
+    found = Answers(dict.fromkeys(names, 0), dict.fromkeys(names, 0), {name: [] for name in names})
+    for case in track(cases, "cases"):
+        texts = answer(model, case, rows)
+        for name, text in zip(names, texts, strict=True):
+            found.right[name] += case.answer in text
+            found.misled[name] += case.wrong_answer in text and case.answer not in text
+            found.texts[name].append(text)
+        if case is cases[0]:
+            lines = (f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+            Console().print(case.prompt, *lines, sep="\n", highlight=False)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--passages", type=int, default=5)
     parser.add_argument("--strengths", type=float, nargs="+", default=[2.0, 4.0, 8.0])
@@ -63,28 +129,22 @@ def main() -> None:
 
     model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
     draw = random.Random(options.seed)
-    strengths = [1.0, *options.strengths]
-    right = dict.fromkeys(strengths, 0)
-    for number in track(range(options.cases), "cases"):
-        case = make_case(draw, options.passages)
-        spans = spans_of_text(model.tokenizer, as_chat(model.tokenizer, case.prompt), case.passage)
-        encoded = encode_prompts(model.tokenizer, [case.prompt] * len(strengths))
-        request = AttentionRequest(steering=[Steering(spans=spans, strength=strength) for strength in strengths])
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        new = model.generate(ids, mask, attention=request, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :]
-        texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in new]
-        for strength, text in zip(strengths, texts, strict=True):
-            right[strength] += case.answer in text
-        if number == 0:
-            Console().print(
-                case.prompt, *(f"strength {s:g}: {t}" for s, t in zip(strengths, texts, strict=True)), sep="\n"
-            )
-    for strength, count in right.items():
-        name = "as it is" if strength == 1 else f"strength {strength:g}"
-        Console().print(f"{name}: {count} of {options.cases} right")
+    cases = [make_case(draw, options.passages) for _ in range(options.cases)]
+    found = answer_all(model, cases, make_rows(options.strengths))
+    table = Table(title=f"{options.cases} questions over {options.passages} passages, {options.dtype}")
+    for column in ("row", "right", "what the wrong passage says"):
+        table.add_column(column)
+    for name in found.right:
+        table.add_row(name, str(found.right[name]), str(found.misled[name]))
+    Console().print(table)
+    pairs = zip(found.texts["as it is"], found.texts["right passage, strength 1"], strict=True)
+    changed = sum(before != after for before, after in pairs)
+    Console().print(f"answers that strength 1 changed: {changed}")
     if options.write is not None:
-        accuracy = {f"{strength:g}": count / options.cases for strength, count in right.items()}
-        content = {"cases": options.cases, "passages": options.passages, "seed": options.seed, "accuracy": accuracy}
+        content = {name: getattr(options, name) for name in ("model", "dtype", "cases", "passages", "seed")}
+        shares = {name: count / options.cases for name, count in found.right.items()}
+        misled = {name: count / options.cases for name, count in found.misled.items()}
+        content |= {"right": shares, "says_wrong_passage": misled, "changed_by_strength_1": changed}
         options.write.write_text(json.dumps(content, indent=2) + "\n")
 
 

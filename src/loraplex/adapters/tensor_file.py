@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,12 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file; raises AdapterFormatError if it is truncated or not one."""
     with path.open("rb") as file:
         try:
-            with safe_open(path, framework="pt"):
-                pass  # checks the whole header against the length of the file
+            # The opened file itself, whatever is at its path by now. It checks the whole header against the length.
+            with safe_open(f"/dev/fd/{file.fileno()}", framework="np"):
+                pass
             tensors = TensorFile(path, file)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             raise AdapterFormatError(
                 f"{path} ({size} bytes) is not a whole safetensors file: {error}. Copy or download it again."
             ) from error
