@@ -1,15 +1,18 @@
 """`loraplex train mixture`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from loraplex import MultiLoraModel, XLoraConfig
+from loraplex.adapters.peft_folder import read_adapter
 from loraplex.cli.train import train_app
 from loraplex.cli.train_mixture import read_sources
-from loraplex.errors import LoraplexError
+from loraplex.errors import ConfigError, LoraplexError
 from loraplex.xlora.formats.folders import read_mixture_folder
 from tests.tiny_models import tiny_model
 from tests.training.mixture.tiny_mixture import FORMS, tiny_sources, write_experts
@@ -63,6 +66,27 @@ def test_trains_from_the_command_line(workplace: Path, layout: str) -> None:
     model = MultiLoraModel.from_pretrained(workplace / "base")
     model.load_mixture("science", workplace / "out" / "science")
     assert "science" in model.names()
+
+
+def test_a_trained_mixture_is_trained_on(workplace: Path) -> None:
+    train(workplace, "--xlora-depth", "2", "--xlora-size", "16")
+    arguments = ["mixture", "--model", str(workplace / "base"), "--output", str(workplace / "on"), "--name", "science"]
+    arguments += ["--init-from", str(workplace / "out" / "science"), "--data", str(workplace / f"{FORMS[0]}.jsonl")]
+    arguments += ["--steps", "1", "--batch-size", "4", "--max-length", "200", "--no-plots", "--learning-rate", "1e-5"]
+    result = CliRunner().invoke(train_app, [*arguments, "--use-trainable-adapters"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    first, on = (read_mixture_folder(workplace / folder / "science") for folder in ("out", "on"))
+    assert on.config == replace(first.config, use_trainable_adapters=True)
+    assert on.expert_names == first.expert_names
+    moved = {key: float((on.head[key] - first.head[key]).abs().max()) for key in first.head}
+    assert 0 < max(moved.values()) < 1e-4, "it starts where the first ended"
+    a, b = (
+        read_adapter(read_mixture_folder(workplace / folder / "science").experts["a"]).layers
+        for folder in ("out", "on")
+    )
+    assert any(not torch.equal(a[path].lora_b, b[path].lora_b) for path in a), "the experts train too"
+    with pytest.raises(ConfigError, match="'xlora_size' can't be changed"):
+        CliRunner().invoke(train_app, [*arguments, "--xlora-size", "8"], catch_exceptions=False)
 
 
 def test_the_same_command_goes_on_or_is_finished(workplace: Path) -> None:

@@ -167,3 +167,31 @@ def test_running_out_of_slots_is_told_before_anything_runs(tmp_path):
     with pytest.raises(CapacityError, match="not enough slots"):
         logits(model, "science")
     assert logits(model, "1").isfinite().all()
+
+
+def test_configured_mixture_is_the_one_made_with_these_settings(tmp_path):
+    model = mixed_model("llama", tmp_path)
+    settings = {"top_k_lora": 2, "softmax_temperature": 0.5, "global_scaling_weight": 2.0, "scaling_pass_value": 0.5}
+    model.create_mixture("made", EXPERTS, XLoraConfig(layerwise_scalings=True, **settings), seed=3)
+    model.create_mixture("changed", EXPERTS, XLoraConfig(layerwise_scalings=True), seed=3)
+    before = logits(model, "changed")
+    model.configure_mixture("changed", **settings)
+    assert torch.equal(logits(model, "changed"), logits(model, "made"))
+    assert not torch.allclose(logits(model, "changed"), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"xlora_depth": 2}, "'xlora_depth' can't be changed"),
+        ({"top_k": 2}, "'top_k' can't be changed"),
+        ({"top_k_lora": 4}, "has 3 experts"),
+        ({"softmax_temperature": 0.0}, "softmax_temperature is 0.0"),
+    ],
+)
+def test_settings_that_cant_be_changed_leave_the_mixture_as_it_was(tmp_path, settings, message):
+    model = mixed_model("llama", tmp_path)
+    before = logits(model, "science")
+    with pytest.raises(ConfigError, match=message):
+        model.configure_mixture("science", **settings)
+    assert torch.equal(logits(model, "science"), before)

@@ -30,11 +30,15 @@ def _number_or_none(text: str) -> float | None:
 def mixture(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
-    experts: Annotated[
-        list[str], typer.Option(help="NAME=FOLDER of adapters in the head's order, joined by commas or repeated.")
-    ],
     data: Annotated[list[str], typer.Option(help="NAME=FILE of JSON lines, or FILE; once for each domain.")],
     output: Annotated[Path, typer.Option(help="Folder for the mixture, its log, plot and checkpoint.")],
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of adapters in the head's order, joined by commas or repeated."),
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Folder of a mixture to start from, instead of experts and a new head.")
+    ] = None,
     name: Annotated[str, typer.Option(help="The mixture's name.")] = "mixture",
     layout: Annotated[str, typer.Option(help="Folder format: peft or xlora (the original package's).")] = "peft",
     share: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER: a domain's part of an epoch.")] = None,
@@ -81,7 +85,7 @@ def mixture(
     """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA)."""
     # The options have the names of the configurations' fields; what is read from text comes after.
     options = dict(context.params)
-    xlora = XLoraConfig(**_fields(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)})
+    settings = _fields(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)}
     config = MixtureTrainConfig(
         **_fields(MixtureTrainConfig, options)
         | {
@@ -91,13 +95,30 @@ def mixture(
         }
     )
     sources = read_sources(data, share or [], "--data")
-    folders = named_values([part for option in experts for part in option.split(",")], "--experts")
+    if (experts is None) == (init_from is None):
+        raise ConfigError(
+            "Give --experts for a new mixture, or --init-from to train one on; not both, and not neither."
+        )
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
-    for expert, folder in folders.items():
-        base.load_adapter(expert, folder)
-    base.create_mixture(name, list(folders), xlora, seed=seed)
+    if init_from is not None:
+        base.load_mixture(name, init_from)
+        base.configure_mixture(name, **{key: settings[key] for key in settings if _is_given(context, key)})
+    else:
+        _create(base, name, experts or [], XLoraConfig(**settings), seed)
     result = train_mixture(base, name, sources, config)
     Console().print(render(result))
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _create(base: MultiLoraModel, name: str, experts: Sequence[str], config: XLoraConfig, seed: int) -> None:
+    folders = named_values([part for option in experts for part in option.split(",")], "--experts")
+    for expert, folder in folders.items():
+        base.load_adapter(expert, folder)
+    base.create_mixture(name, list(folders), config, seed=seed)
 
 
 def read_sources(files: Sequence[str], shares: Sequence[str], option: str) -> list[DataSource]:

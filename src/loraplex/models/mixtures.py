@@ -1,7 +1,10 @@
 """The mixtures of a model: their names, and the rules that keep them and the store's adapters consistent."""
 
+import copy
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +17,14 @@ from loraplex.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     BaseModelMismatchError,
+    ConfigError,
     MixtureError,
     UnsupportedAdapterError,
 )
 from loraplex.layers.injection import AdaptableModel
 from loraplex.routing.choice import Link
 from loraplex.xlora.attach import attach_two_pass
-from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import Mixture, lora_layers
@@ -125,6 +129,27 @@ class Mixtures:
                 self._attached = True
             self._mixtures[name] = mixture
         return mixture
+
+    def configure(self, name: str, changes: Mapping[str, Any]) -> None:
+        """Let a mixture have other settings with the same head and experts; whoever uses it now goes on with the old.
+
+        Raises ConfigError for a setting that the head's weights were made for.
+        """
+        with self._lock:
+            mixture = self.get(name)
+            free = mixture.config.__dataclass_fields__.keys() - HEAD_SETTINGS
+            fixed = sorted(changes.keys() - free)
+            if fixed:
+                raise ConfigError(
+                    f"{fixed[0]!r} can't be changed in mixture {name!r}: it is no setting, or the scaling head's "
+                    f"weights were made for it. What can be changed: {', '.join(sorted(free))}. For another head, "
+                    "create and train a new mixture."
+                )
+            config = replace(mixture.config, **changes)
+            config.check_num_experts(len(mixture.experts))
+            head = copy.deepcopy(mixture.head)
+            head.config = config
+            self._mixtures[name] = replace(mixture, config=config, head=head)
 
     def remove(self, name: str) -> None:
         """Forget a mixture, and the experts that came with it and that no other mixture uses."""

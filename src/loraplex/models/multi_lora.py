@@ -144,6 +144,13 @@ class MultiLoraModel:
         """
         self.registry.load_mixture(name, resolve_mixture_folder(folder).absolute(), experts)
 
+    def configure_mixture(self, name: str, **settings: Any) -> None:
+        """Change settings of XLoraConfig that leave the head's weights as they are, `top_k_lora=2` for example.
+
+        Running requests go on with the settings that they began with. Raises AdapterNotFoundError or ConfigError.
+        """
+        self.mixtures.configure(name, settings)
+
     def save_mixture(self, name: str, folder: str | Path, *, layout: Layout = "peft", overwrite: bool = False) -> None:
         """Write a mixture, experts included, as a folder that PEFT or the original package reads."""
         self.registry.save_mixture(name, Path(folder), layout=layout, overwrite=overwrite)

@@ -6,6 +6,11 @@ from typing import Any
 
 from loraplex.errors import ConfigError
 
+# What the scaling head's weights were made for; all other settings can be changed afterwards.
+HEAD_SETTINGS = frozenset(
+    ("xlora_depth", "xlora_size", "xlora_dropout_p", "layerwise_scalings", "use_bias", "enable_relu_and_dropout")
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class XLoraConfig:
