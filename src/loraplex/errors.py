@@ -85,6 +85,14 @@ class BaseModelError(LoraplexError):
     """The base model can't be found, converted or loaded."""
 
 
+class SeamError(LoraplexError):
+    """vLLM is another version than the plugin knows, or what the plugin builds on is no longer there."""
+
+
+class UnsupportedEngineError(LoraplexError):
+    """vLLM runs in a way in which links or mixtures are not known to be right; the message names it."""
+
+
 class RemoteError(LoraplexError):
     """A server on the network can't be reached, or answers what it shouldn't."""
 

@@ -44,14 +44,19 @@ class EventStream(Response):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        log: dict[str, Any] = scope["loraplex"].log
+
+        def cut() -> None:
+            log["ended"] = "stalled"
+            scope[ABORT_KEY]()  # which the client's end follows
+
+        self._clock = SendClock(self._stall_timeout_s, cut)
         try:
             await until_client_leaves(receive, self._send_all(send))
         except ClientLeft:
-            scope["loraplex"].log["ended"] = "disconnected"
-        except TimeoutError:
-            scope["loraplex"].log["ended"] = "stalled"
-            scope[ABORT_KEY]()
+            log.setdefault("ended", "disconnected")
         finally:
+            self._clock.stop()
             await self._on_end()
 
     async def _send_all(self, send: Send) -> None:
@@ -69,5 +74,37 @@ class EventStream(Response):
             await self._chunks.aclose()
 
     async def _send(self, send: Send, chunk: bytes) -> None:
-        async with asyncio.timeout(self._stall_timeout_s):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._clock.begin()
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._clock.end()
+
+
+class SendClock:
+    """Calls `on_stall` when something is being sent for `limit_s`.
+
+    One timer that now and then looks whether a send lasts: a timer of its own for each chunk costs more than the chunk.
+    """
+
+    def __init__(self, limit_s: float, on_stall: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit_s = limit_s
+        self._on_stall = on_stall
+        self._since: float | None = None  # when what is being sent began
+        self._timer = self._loop.call_later(limit_s, self._look)
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._limit_s
+        if due <= now:
+            self._on_stall()
+        else:
+            self._timer = self._loop.call_at(due, self._look)

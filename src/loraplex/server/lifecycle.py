@@ -119,12 +119,12 @@ async def serve(
                 await asyncio.to_thread(watched.stop)
 
 
-def run(config: ServeConfig) -> None:
+def run(config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
     """`loraplex serve`."""
     set_up_logs(config.logs.log_level)
     with ThreadPoolExecutor(1) as loader:  # its compute threads end with it; the engine's are then as many as cores
         model = loader.submit(load_model, config).result()
-    run_server(model, config)
+    run_server(model, config, on_ready=on_ready)
 
 
 def run_server(model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
