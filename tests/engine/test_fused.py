@@ -16,9 +16,9 @@ from tests.tiny_models import tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22)
 needs_compiler = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
-TAKEN = {  # by architecture: norms, gated activations, attention with rotary positions
-    "llama": {"LlamaRMSNorm": 5, "LlamaMLP": 2, "LlamaAttention": 2},
-    "qwen2": {"Qwen2RMSNorm": 5, "Qwen2MLP": 2, "Qwen2Attention": 2},
+TAKEN = {  # by architecture: norms, gated activations, attention with rotary positions, whole layers
+    "llama": {"LlamaRMSNorm": 5, "LlamaMLP": 2, "LlamaAttention": 2, "LlamaDecoderLayer": 2},
+    "qwen2": {"Qwen2RMSNorm": 5, "Qwen2MLP": 2, "Qwen2Attention": 2, "Qwen2DecoderLayer": 2},
     "qwen3": {"Qwen3RMSNorm": 9, "Qwen3MLP": 2},  # its attention norms queries and keys
     "gemma2": {"Gemma2RMSNorm": 9, "Gemma2Attention": 2},  # its activation is another
     "phi3": {"Phi3RMSNorm": 5},  # joined projections

@@ -4,7 +4,7 @@ Not by architecture: a module is taken over if it has the parts that a formula n
 the formula gives. Outside of packed passes it runs as it did.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 
 from loraplex.engine import native_ops
 from loraplex.engine.attention import packed_attention
+from loraplex.engine.kv_cache import KeyValueCache
+from loraplex.engine.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
 from loraplex.engine.packing import current_batch
 
 # How far the formula's result may be from the module's, relative to its largest value.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
+_STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
 
 
 class FusedModules:
@@ -38,21 +41,43 @@ class FusedModules:
             elif _is_gated_mlp(module):
                 self._take(module, _mlp_forward)
 
+    def stack_layers(
+        self,
+        base: PreTrainedModel,
+        cache: KeyValueCache,
+        module_index: Mapping[nn.Module, int],
+        trial: Callable[[], object],
+    ) -> None:
+        """Let decoder layers run together where single tokens are decoded; `module_index` as in routing plans."""
+        candidates = [module for module in base.modules() if may_be_stacked(module, cache, _is_taken)]
+        for run in _stacks_that_agree(candidates, module_index, trial):
+            stack = LayerStack(run, module_index, _norm_terms)
+            for place, layer in enumerate(run):
+                former = type(layer)
+                vars(layer)[_STACK] = (stack, place)
+                self._take_as(layer, _layer_class(former))
+
     def restore(self) -> None:
         for module, former in self._taken:
             module.__class__ = former
             vars(module).pop(_PLUS_ONE, None)
+            vars(module).pop(_STACK, None)
         self._taken = []
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        former = type(module)
-        if former in _subclasses.values():  # another engine of this base model has it, and gives it back
-            return
-        self._taken.append((module, former))
-        module.__class__ = _subclass(former, forward)
+        if not _is_taken(module):  # else another engine of this base model has it, and gives it back
+            self._take_as(module, _subclass(type(module), forward))
+
+    def _take_as(self, module: nn.Module, subclass: type[nn.Module]) -> None:
+        self._taken.append((module, type(module)))
+        module.__class__ = subclass
 
 
 _subclasses: dict[tuple[type[nn.Module], Callable[..., Any]], type[nn.Module]] = {}
+
+
+def _is_taken(module: nn.Module) -> bool:
+    return type(module) in _subclasses.values()
 
 
 def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
@@ -67,10 +92,13 @@ def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.M
             return former.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
-    # The module's own namespace: transformers looks there for functions that belong to a class.
-    names = {"forward": run, "__module__": former.__module__}
-    _subclasses[former, forward] = type(former.__name__, (former,), names)
+    _subclasses[former, forward] = _with_forward(former, run)
     return _subclasses[former, forward]
+
+
+def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    # The module's own namespace: transformers looks there for functions that belong to a class.
+    return type(former.__name__, (former,), {"forward": forward, "__module__": former.__module__})
 
 
 # Root mean square norms
@@ -160,6 +188,54 @@ def _attention_forward(
     native_ops.rotate(query, key, cos[0], sin[0])
     out = packed_attention(batch, module, query, key, value, batch.cache.shapes[module].terms)
     return module.o_proj(out.view(1, batch.num_tokens, -1)), None  # type: ignore[operator]
+
+
+# Whole decoder layers
+
+
+def _layer_class(former: type[nn.Module]) -> type[nn.Module]:
+    known = _subclasses.get((former, layer_forward))
+    if known is None:
+        known = _subclasses[former, layer_forward] = _with_forward(former, layer_forward(former, _STACK))
+    return known
+
+
+def _norm_terms(norm: nn.Module) -> tuple[float, bool]:
+    return _epsilon(norm), vars(norm)[_PLUS_ONE]
+
+
+def _stacks_that_agree(
+    layers: Sequence[nn.Module], module_index: Mapping[nn.Module, int], trial: Callable[[], object]
+) -> list[list[nn.Module]]:
+    """Those that give what the formula gives in every pass of single tokens, in runs that feed each other."""
+    agreed: dict[nn.Module, bool] = {}
+    seen: dict[object, list[tuple[nn.Module, Any, Any]]] = {}  # by pass
+
+    def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        batch = current_batch()
+        assert batch is not None, "the trial runs packed passes"
+        seen.setdefault(batch, []).append((layer, args[0] if args else None, output))
+        if batch.num_single < batch.num_tokens:
+            return
+        positions = kwargs.get("position_embeddings")
+        made = None
+        if (
+            args
+            and isinstance(output, Tensor)
+            and isinstance(positions, tuple)
+            and positions[0].shape == positions[1].shape
+        ):
+            made = LayerStack([layer], module_index, _norm_terms).run(batch, args[0], positions)
+        agreed[layer] = agreed.get(layer, True) and made is not None and _agree(made, output)
+
+    handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
+    try:
+        if layers:
+            trial()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return chains([layer for layer in layers if agreed.get(layer, False)], list(seen.values()))
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:

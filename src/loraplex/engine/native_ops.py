@@ -48,3 +48,24 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in gate's memory."""
     _operator("gated_silu_")(gate, up)
     return gate
+
+
+def decode_layers(
+    x: Tensor,  # [tokens, hidden]
+    layers: Tensor,
+    constants: Tensor,
+    sizes: list[int],
+    cos: Tensor,  # [tokens, head_dim]
+    sin: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    adapter_table: Tensor,
+    scalings: Tensor,
+    segments: Tensor,
+    gates: Tensor,  # [1 or modules, ..]
+) -> Tensor:  # [tokens, hidden]
+    """A run of decoder layers for one token of each track; the first three come from engine/layer_stack.py."""
+    where = (table, rows, positions)
+    adapters = (adapter_table, scalings, segments, gates)
+    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters)

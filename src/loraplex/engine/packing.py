@@ -80,6 +80,7 @@ class PackedBatch:
         self.scalings: dict[int, list[Tensor]] = {}
         self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
         self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
+        self.stack_done: object = None  # the layers that the first of them has computed together
         positions: list[int] = []
         rows: list[int] = []
         tokens: list[int] = []

@@ -64,10 +64,16 @@ class PackedPlan(RoutingPlan):
         longest = max((item.num_tokens for item in placed), default=1)
         super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
         self._by_module: tuple[Tensor, ...] = ()
+        self.gate_rows = self._gate_table[0].unsqueeze(0)  # [1 or modules, gates]
         if columns:
-            table = self._gate_table[0].repeat(gates.values.shape[0], 1)
-            table[:, own] = gates.values[:, columns].to(table.dtype)
-            self._by_module = table.unbind(0)
+            self.gate_rows = self.gate_rows.repeat(gates.values.shape[0], 1)
+            self.gate_rows[:, own] = gates.values[:, columns].to(self.gate_rows.dtype)
+            self._by_module = self.gate_rows.unbind(0)
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether a DoRA adapter takes a share of any module's base output."""
+        return bool(self._gained)
 
     def gates_of(self, module: int) -> Tensor:
         return self._by_module[module] if self._by_module else super().gates_of(module)

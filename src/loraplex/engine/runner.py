@@ -94,6 +94,10 @@ class ModelRunner:
         if native_runs(self.model.base.device, self.model.dtype):
             attends = self._attachment.shapes.__contains__
             self._fused = FusedModules(self.model.base, attends, lambda: self._probe(ids))
+            index = {
+                module: self.model.adaptable.module_index[path] for path, module in self.model.adaptable.modules.items()
+            }
+            self._fused.stack_layers(self.model.base, self.cache, index, lambda: self._probe(ids))
 
     def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
         """The last token's logits: all but two tokens in one pass, and then each by itself."""

@@ -117,7 +117,7 @@ def _build() -> None:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             load(
                 name="loraplex_kernels",
-                sources=[str(_SOURCES / "ops.cpp")],
+                sources=[str(path) for path in sorted(_SOURCES.glob("*.cpp"))],
                 extra_cflags=list(_FLAGS),
                 build_directory=folder,
                 is_python_module=False,

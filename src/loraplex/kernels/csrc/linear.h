@@ -69,6 +69,12 @@ inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, i
   return totals;
 }
 
+// The share of `thread` in `total` columns, in whole pairs of vectors.
+inline int64_t share(int64_t total, int64_t thread, int64_t num_threads) {
+  const int64_t pairs = (total + kPair - 1) / kPair;
+  return std::min(total, pairs * thread / num_threads * kPair);
+}
+
 template <typename T>
 struct Linear {
   const T* weight;  // [out, in]

@@ -1,27 +1,20 @@
 // The operators: checks, dtypes, and the split over threads.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <omp.h>
 #include <torch/library.h>
 
-#include "adapters.h"
+#include "arguments.h"
 #include "fused.h"
-#include "linear.h"
 
 namespace {
 
 using loraplex::Adapters;
-using loraplex::kPair;
+using loraplex::check_input;
+using loraplex::kSmallWork;
 using loraplex::Linear;
-
-constexpr int64_t kSmallWork = 8192;  // multiply-adds below which one thread does it all
-
-// The share of `thread` in `total` columns, in whole pairs of vectors.
-inline int64_t share(int64_t total, int64_t thread, int64_t num_threads) {
-  const int64_t pairs = (total + kPair - 1) / kPair;
-  return std::min(total, pairs * thread / num_threads * kPair);
-}
+using loraplex::read_adapters;
+using loraplex::share;
 
 // The base product (unless base.weight is null: then y holds it already) and the adapters. Threads are woken once for
 // everything: waking them costs as much as a small adapter's arithmetic.
@@ -55,28 +48,6 @@ void run(const Linear<T>& base, const Adapters& adapters) {
   }
 }
 
-// table [slots, modules, 3]: addresses of lora_a and lora_b, and the rank (0: this module is not adapted).
-// scalings [slots, modules]. segments [n, 4]: start, stop, slot, first gate. gates: float32.
-Adapters read_adapters(const at::Tensor& table, const at::Tensor& scalings, int64_t module,
-                       const at::Tensor& segments, const at::Tensor& gates, int64_t num_tokens) {
-  const int64_t modules = table.size(1);
-  const int64_t* entries = table.const_data_ptr<int64_t>();
-  const int64_t* rows = segments.const_data_ptr<int64_t>();
-  Adapters adapters;
-  adapters.segments.reserve(segments.size(0));
-  for (int64_t i = 0; i < segments.size(0); ++i, rows += 4) {
-    TORCH_CHECK(rows[0] >= 0 && rows[1] <= num_tokens && rows[2] >= 0 && rows[2] < table.size(0), "segment ", i,
-                " lies outside the batch or the table");
-    const int64_t cell = rows[2] * modules + module;
-    const int64_t rank = entries[cell * 3 + 2];
-    if (rank == 0 || rows[0] >= rows[1]) continue;
-    adapters.add({rows[0], rows[1], reinterpret_cast<const void*>(entries[cell * 3]),
-                  reinterpret_cast<const void*>(entries[cell * 3 + 1]), rank,
-                  scalings.const_data_ptr<float>()[cell], gates.const_data_ptr<float>() + rows[3], 0, 0});
-  }
-  return adapters;
-}
-
 template <typename T>
 void dispatch(const at::Tensor& x, const at::Tensor* weight, const std::optional<at::Tensor>& bias, at::Tensor& y,
               const Adapters& adapters) {
@@ -87,20 +58,13 @@ void dispatch(const at::Tensor& x, const at::Tensor* weight, const std::optional
          adapters);
 }
 
-void check_input(const at::Tensor& x, const at::Tensor& other) {
-  TORCH_CHECK(x.is_contiguous() && other.is_contiguous(), "x, the weight and y must be contiguous");
-  TORCH_CHECK(x.scalar_type() == other.scalar_type(), "x, the weight and y must have one dtype");
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "dtype ", x.scalar_type(),
-              " is not supported; use float32 or bfloat16");
-}
-
 // y [.., out] += the adapters' part for x [.., in].
 void gated_lora_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& scalings,
                  int64_t module, const at::Tensor& segments, const at::Tensor& gates) {
   check_input(x, y);
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
   TORCH_CHECK(y.numel() == num_tokens * y.size(-1), "x and y differ in their number of tokens");
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates, num_tokens);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
   if (adapters.segments.empty()) return;
   if (x.scalar_type() == at::kFloat) {
     dispatch<float>(x, nullptr, std::nullopt, y, adapters);
@@ -120,7 +84,7 @@ at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std
   shape.back() = weight.size(0);
   at::Tensor y = at::empty(shape, x.options());
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates, num_tokens);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
   if (x.scalar_type() == at::kFloat) {
     dispatch<float>(x, &weight, bias, y, adapters);
   } else {
@@ -143,15 +107,6 @@ void split(int64_t count, int64_t work, const F& run_part) {
     run_part(count * i / n, count * (i + 1) / n);
   }
 }
-
-#define LORAPLEX_DISPATCH(TENSOR, ...)              \
-  if (TENSOR.scalar_type() == at::kFloat) {         \
-    using scalar = float;                           \
-    __VA_ARGS__;                                    \
-  } else {                                          \
-    using scalar = c10::BFloat16;                   \
-    __VA_ARGS__;                                    \
-  }
 
 void check_cache(const at::Tensor& pool, const at::Tensor& table, const at::Tensor& rows, const at::Tensor& positions) {
   TORCH_CHECK(pool.dim() == 4 && pool.is_contiguous() && table.is_contiguous(), "the cache must be contiguous");

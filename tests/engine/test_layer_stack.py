@@ -1,0 +1,112 @@
+"""Decoder layers that run in one call: the same bits as module by module, and only where nobody looks inside."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loraplex import MultiLoraModel
+from loraplex.engine import layer_stack, native_ops
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
+from loraplex.engine.layer_stack import chains
+from loraplex.kernels.native import native_available
+from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
+from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
+
+CONFIG = EngineConfig(cache_bytes=2**22, prefix_cache=False)
+pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every compiled call."""
+    made: list[int] = []
+    run = native_ops.decode_layers
+
+    def counted(x: torch.Tensor, *args: object) -> torch.Tensor:
+        made.append(len(x))
+        return run(x, *args)
+
+    monkeypatch.setattr(layer_stack.native_ops, "decode_layers", counted)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_same_bits_as_module_by_module(
+    tmp_path: Path, calls: list[int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_adapters(name, tmp_path)
+    monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
+    model = make_model(name, folders)
+    requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11))]
+    with Engine(model, CONFIG) as engine:
+        calls.clear()
+        together = engine.generate(requests)
+        assert max(calls) > len(CHOICES) // 2, "rows of all kinds in one call"
+        calls.clear()
+        handle = model.base.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: None)
+        one_by_one = engine.generate(requests)
+        assert calls == []
+        handle.remove()
+    for ours, theirs in zip(together, one_by_one, strict=True):
+        assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
+
+
+def test_a_hook_of_the_user_sees_its_module_run(tmp_path: Path, calls: list[int]) -> None:
+    model = make_model("llama", write_adapters("llama", tmp_path), mixtures=False)
+    seen: list[int] = []
+    with Engine(model, CONFIG) as engine:
+        model.base.model.layers[0].self_attn.register_forward_hook(lambda *args: seen.append(1))
+        engine.generate([prompts((5,))[0].request(max_tokens=4)])
+    assert len(seen) == 4
+
+
+def test_dora_and_residuals_run_module_by_module(tmp_path: Path, calls: list[int]) -> None:
+    model = add_residuals(make_model("llama", write_adapters("llama", tmp_path)))
+    dora = {"use_dora": True}
+    folder = random_peft_adapter(
+        tiny_model("llama"), tmp_path / "d", targets=linear_targets("llama"), seed=4, options=dora
+    )
+    model.load_adapter("dora", folder)
+    for choice in ("dora", "0+ra"):
+        prompted = prompts((9,), [choice])[0]
+        with Engine(model, CONFIG) as engine:
+            calls.clear()
+            result = engine.generate([prompted.request(max_tokens=6)])[0]
+        assert calls == []
+        assert_same(model, prompted, result, answer(model, prompted, 6))
+
+
+def test_layers_that_compute_something_else_are_left_alone(calls: list[int]) -> None:
+    base = tiny_model("llama")
+    former = type(base.model.layers[1])
+
+    class OddLayer(former):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) * 0.5
+
+    base.model.layers[1].__class__ = OddLayer
+    model = MultiLoraModel(base)
+    prompted = prompts((12,))[0]
+    with Engine(model, CONFIG) as engine:
+        assert type(base.model.layers[1]) is OddLayer
+        assert type(base.model.layers[0]) is not former
+        calls.clear()
+        result = engine.generate([prompted.request(max_tokens=6)])[0]
+        assert calls, "the first layer alone is a stack"
+    assert_same(model, prompted, result, answer(model, prompted, 6))
+
+
+def test_runs_are_cut_where_something_stands_between_layers() -> None:
+    a, b, c = (nn.Identity() for _ in range(3))
+    one, two, three, four = (torch.zeros(1) for _ in range(4))
+    joined = [(a, one, two), (b, two, three), (c, three, four)]
+    cut = [(a, one, two), (b, three, four), (c, four, one)]
+    assert chains([a, b, c], [joined]) == [[a, b, c]]
+    assert chains([a, b, c], [joined, cut]) == [[a], [b, c]]
+    assert chains([a, c], [joined]) == [[a], [c]]
+    assert chains([a, b, c], [joined, [(b, one, two)]]) == [], "another order in each pass"
+    assert chains([a], [[(a, one, two), (a, two, three)]]) == [], "a layer that is used twice"
