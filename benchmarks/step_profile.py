@@ -26,6 +26,7 @@ from loraplex.engine.sampling import SamplingParams
 EXPERTS = ("expert0", "expert1", "expert2", "expert3")
 SIDES = {"base": None, "rank8": "rank8-{}", "mixture": "mixture"}
 GROUPS = {
+    "loraplex::decode_layers": "decoder layers in one call",
     "loraplex::gated_linear": "linear and adapters",
     "loraplex::gated_lora_": "linear and adapters",
     "aten::mm": "linear and adapters",
