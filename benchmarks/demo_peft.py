@@ -3,7 +3,7 @@
     python benchmarks/demo_peft.py
 
 PEFT has no linked rows in a mixed batch, so it gets the link as one more adapter (add_weighted_adapter). It has no rows
-of an X-LoRA mixture in one either: they are left out on both sides.
+of an X-LoRA mixture in one either, and no residual adapters: their rows are left out on both sides.
 """
 
 import time
@@ -14,7 +14,7 @@ from common import alternate, medians, print_table
 from peft import PeftModel
 
 from loraplex import MultiLoraModel
-from loraplex.cli.demo import DEMO_MODEL, MIXTURE, TIMED_TOKENS, demo_adapters, demo_rows
+from loraplex.cli.demo import DEMO_MODEL, TIMED_TOKENS, demo_adapters, demo_rows
 from loraplex.models.loading import load_base_model
 from loraplex.models.text import encode_prompts
 from loraplex.routing.choice import parse_choice
@@ -22,7 +22,11 @@ from loraplex.routing.choice import parse_choice
 
 def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
     folders = demo_adapters(Path("examples/adapters"))
-    rows = [row for row in demo_rows(Path("data"), list(folders)) if row.adapters != MIXTURE]
+    rows = [
+        row
+        for row in demo_rows(Path("data"), list(folders))
+        if all(name in folders for name, _ in parse_choice(row.adapters))
+    ]
     ours = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
     peft_model = None
     for name, folder in folders.items():

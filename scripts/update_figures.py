@@ -193,6 +193,42 @@ def engine_peers(content: Results) -> str:
     return table(["the engine beside a peer, tokens/s", "peer", "loraplex", "loraplex / peer"], rows)
 
 
+def http_overhead(content: Results) -> str:
+    found, settings = content["results"], content["workload"]
+    label = f"{settings['streams']} streams of {settings['tokens']} tokens"
+    speeds = found["tokens_per_s"]
+    cells = [f"{speeds['engine']:.0f}", f"{speeds['http']:.0f}", f"{found['ratio']:.3f}"]
+    columns = ["tokens/s", "engine alone", "over HTTP", "over HTTP / alone", "tokens a chunk"]
+    return table(columns, [[label, *cells, f"{found['tokens_per_chunk']:.2f}"]])
+
+
+def linked(content: Results) -> str:
+    found = content["results"]
+    rows = [[label, f"{speed:.0f}", f"{found['ratio'][label]:.2f}x"] for label, speed in found["tokens_per_s"].items()]
+    return table(["what rows of a batch of 8 ask for", "tokens/s of the batch", "of nothing"], rows)
+
+
+def vllm_plugin(content: Results) -> str:
+    found = content["results"]
+    parts = []
+    if speeds := found.get("without a mixture, tokens/s"):
+        rows = [[case, *(f"{of[side]:.0f}" for side in of), ratio(of, "plugin", "vllm")] for case, of in speeds.items()]
+        columns = ["engine without mixtures, tokens/s", "vLLM", "with the plugin", "plugin / vLLM"]
+        parts.append(table(columns, rows))
+    if speeds := found.get("with mixtures on, tokens/s"):
+        rows = [
+            [case, *(f"{of[side]:.0f}" for side in of), ratio(of, "x-lora", "plain")] for case, of in speeds.items()
+        ]
+        columns = ["engine with a second cache, tokens/s", "base", "plain LoRA", "X-LoRA", "X-LoRA / plain LoRA"]
+        parts.append(table(columns, rows))
+    if answers := found.get("parity with PEFT"):
+        rows = [[case, *(f"{of[key]:g}" for key in of)] for case, of in answers.items()]
+        parts.append(
+            table(["greedy answers beside PEFT's", "tokens", "wrong", "largest difference of a logprob"], rows)
+        )
+    return "\n\n".join(parts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResultFile:
     """One file of benchmarks/results: the question that it answers and how it becomes a table."""
@@ -234,12 +270,23 @@ FILES = (
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),
     ResultFile(
+        name="linked",
+        question="What residuals, captures and steering of some rows cost the whole batch",
+        render=linked,
+        in_readme=False,
+    ),
+    ResultFile(
         name="engine_decode",
         question="The engine, every row through another adapter",
         render=engine_decode,
         engine_command="decode",
     ),
     ResultFile(name="engine_peers", question="The engine beside other engines, each by itself", render=engine_peers),
+    ResultFile(
+        name="http_overhead",
+        question="The HTTP server beside the engine alone",
+        render=http_overhead,
+    ),
     ResultFile(
         name="engine_prefix",
         question="A prefix that requests share",
@@ -259,6 +306,12 @@ FILES = (
         render=engine_churn,
         in_readme=False,
         engine_command="churn",
+    ),
+    ResultFile(
+        name="vllm_plugin",
+        question="What the plugin costs inside vLLM (CPU), and its answers beside PEFT's",
+        render=vllm_plugin,
+        in_readme=False,
     ),
     ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels, in_readme=False),
 )

@@ -1,10 +1,12 @@
 """The examples run as their users run them, on the real base model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from loraplex.adapters.peft_folder import read_adapter
 
@@ -46,3 +48,27 @@ def test_notebook_runs_and_its_mixture_learns(smollm2: Path) -> None:
     images = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(images) == 5
     assert cells[-1].outputs[0]["data"]["text/plain"].count("'") == 4  # two answers, of one mixture loaded twice
+
+
+def test_emphasis_changes_answers_and_strength_one_does_not(smollm2: Path, tmp_path: Path) -> None:
+    run_example("residual/emphasis.py", "--cases", "2", "--strengths", "4", "--write", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = ["as it is", "right passage, strength 1", "right passage, strength 4", "wrong passage, strength 4"]
+    assert list(found["right"]) == rows
+    assert found["right"][rows[1]] == found["right"][rows[0]]
+    assert found["right"][rows[2]] > found["right"][rows[3]]
+    assert found["changed_by_strength_1"] == 0
+
+
+def test_behaviours_are_taught_linked_and_judged(smollm2: Path, tmp_path: Path) -> None:
+    arguments = ("--steps", "1", "--questions", "4", "--output", str(tmp_path))
+    assert "linked, trained in the link: residual" in run_example("residual/behaviours.py", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["scores"]) == 9
+    assert results["scores"]["base"]["source"] == 0
+    assert all(len(losses) == 1 for _, losses in results["held_out_losses"].values())
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    run_example("residual/curves.py", "--picture", str(tmp_path / "curves.png"))
+    assert imread(tmp_path / "curves.png").std() > 0.01

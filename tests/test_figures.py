@@ -48,6 +48,17 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"zipf": SIDE | {"found_in": {"slot": 0.25, "disk": 0.75}}, "fixed": SIDE, "ratio": 0.97},
         "| drawn from 1000, 100 fit into memory | 120 | 2.00 | 3.50 |",
     ),
+    "http_overhead": (
+        {"tokens_per_s": {"engine": 500.4, "http": 480.2}, "ratio": 0.9596, "tokens_per_chunk": 1.0},
+        "| 32 streams of 64 tokens | 500 | 480 | 0.960 | 1.00 |",
+    ),
+    "linked": (
+        {
+            "tokens_per_s": {"nothing": 200.4, "1 row captures": 190.0},
+            "ratio": {"nothing": 1.0, "1 row captures": 0.95},
+        },
+        "| 1 row captures | 190 | 0.95x |",
+    ),
     "xlora": (
         [
             {"question": "peft", "dtype": "float32", "tokens_per_s": {"peft": 2.0, "loraplex": 30.0}},
@@ -98,7 +109,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
 
 def write_results(root: Path, name: str) -> None:
     workload = {"adapters": 1000, "host_adapters": 100, "slots": 8, "no_save": False, "ranks": [8, 16]}
-    workload |= {"requests": 16, "prefix_tokens": 500, "resident": 8, "model": "tiny"}
+    workload |= {"requests": 16, "prefix_tokens": 500, "resident": 8, "model": "tiny", "streams": 32, "tokens": 64}
     content = {"environment": ENVIRONMENT, "workload": workload, "results": SAMPLES[name][0]}
     path = root / RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

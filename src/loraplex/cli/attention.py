@@ -70,7 +70,7 @@ def attention(
 def draw(captures: list[AttentionCapture], labels: list[str], output: Path) -> list[Path]:
     """Write every picture that the captures give, and the page; returns the files."""
     paths = [output / "attention.html", output / "text.png"]
-    write_page(captures, labels, paths[0], title="Attention: " + ", ".join(labels))
+    write_page(captures, labels, paths[0], title="Attention: " + "; ".join(labels))
     plot_text(captures, labels, paths[1])
     for number, (capture, label) in enumerate(zip(captures, labels, strict=True)):
         layer = capture.layers[len(capture.layers) // 2]

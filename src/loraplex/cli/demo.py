@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraplex.cli.options import adapters_in
 from loraplex.engine.engine import Engine
@@ -23,8 +24,11 @@ from loraplex.xlora.formats.folders import read_mixture_folder
 
 DEMO_MODEL = "smollm2-135m"
 MIXTURE = "science"
+REFUSE, THEN_SOURCE = "refuse", "then-source"  # linked residuals; the second was trained behind the first
 TIMED_TOKENS = 32
 SMALL_TALK = "What is the capital of France?"
+MEDICAL = "Can I take ibuprofen with aspirin?"
+REFUSAL = "I can't help"  # how the answer to a medical question begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +45,21 @@ def demo(
     mixture: Annotated[Path, typer.Option(help="Folder of the X-LoRA mixture of them.")] = Path(
         "examples/mixtures/science"
     ),
+    residuals: Annotated[Path, typer.Option(help="Folder of the linked residual adapters.")] = Path(
+        "examples/residual/adapters"
+    ),
     data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 48,
     output: Annotated[Path, typer.Option(help="Folder for the picture of the mixture's scalings.")] = Path("runs/demo"),
     dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
 ) -> None:
-    """Show one batch of base, adapter, linked and X-LoRA rows on a real model, with timings and quality."""
+    """Show one batch of base, adapter, linked, residual and X-LoRA rows on a real model, with timings and quality."""
     console = Console()
     names = demo_adapters(adapters)
+    behaviours = demo_residuals(residuals)
     with console.status(f"loading {DEMO_MODEL} (converted from its package the first time) ..."):
         model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
-        for name, folder in names.items():
+        for name, folder in (names | behaviours).items():
             model.load_adapter(name, folder)
         load_sharing_experts(model, mixture)
     rows = demo_rows(data, list(names))
@@ -84,6 +92,18 @@ def demo_adapters(folder: Path) -> dict[str, Path]:
     return names
 
 
+def demo_residuals(folder: Path) -> dict[str, Path]:
+    """The demo's linked residuals by name. Raises AdapterNotFoundError where one is missing."""
+    found = adapters_in(folder)
+    missing = [name for name in (REFUSE, THEN_SOURCE) if name not in found]
+    if missing:
+        raise AdapterNotFoundError(
+            f"the demo's residual adapters {missing} are not in {str(folder)!r}; found: {list(found)}. Run it in a "
+            "clone of the repository, or pass --residuals."
+        )
+    return {name: found[name] for name in (REFUSE, THEN_SOURCE)}
+
+
 def load_sharing_experts(model: MultiLoraModel, folder: Path) -> None:
     """Load a mixture whose experts are loaded as adapters already; their weights are shared."""
     names = read_mixture_folder(folder, find_experts=False).expert_names
@@ -105,7 +125,7 @@ def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> P
 
 
 def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
-    """The first held-out question of each domain through its adapter, beside base rows and a linked row."""
+    """The first held-out question of each domain through its adapter, beside all other kinds of rows."""
     firsts = {name: read_questions(data / name / "test.jsonl", 1)[0] for name in names}
     rows = [DemoRow(prompt=SMALL_TALK, adapters=None, truth="Paris")]
     for index, name in enumerate(names):
@@ -116,8 +136,19 @@ def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
     first, second = names[0], names[1]
     link = f"{first}:0.6+{second}:0.6"
     rows.append(DemoRow(prompt=firsts[first].prompt, adapters=link, truth=firsts[first].answer))
+    rows += residual_rows(names[-1])
     rows += [DemoRow(prompt=question.prompt, adapters=MIXTURE, truth=question.answer) for question in firsts.values()]
     return rows
+
+
+def residual_rows(lora: str) -> list[DemoRow]:
+    """A residual, a LoRA linked with it, and two residuals linked, beside what the base model says."""
+    return [
+        DemoRow(prompt=MEDICAL, adapters=None),
+        DemoRow(prompt=MEDICAL, adapters=REFUSE, truth=REFUSAL),
+        DemoRow(prompt=MEDICAL, adapters=f"{lora}:0.5+{REFUSE}", truth=REFUSAL),
+        DemoRow(prompt=SMALL_TALK, adapters=f"{REFUSE}+{THEN_SOURCE}", truth="Source: atlas"),
+    ]
 
 
 def requests_of(rows: list[DemoRow], sampling: SamplingParams, *, adapted: bool = True) -> list[Request]:
@@ -157,11 +188,10 @@ def answers_table(rows: list[DemoRow], results: list[RequestResult]) -> Table:
     table.add_column("answer", ratio=2, overflow="ellipsis")
     table.add_column("truth", style="dim")
     for row, result in zip(rows, results, strict=True):
-        text = result.text.strip()
-        right = row.truth is not None and row.truth.lower() in text.lower()
+        text = " ".join(result.text.split())
         short = text if len(text) <= 80 else text[:77] + "..."
-        style = "green" if right else "yellow"
-        table.add_row(row.adapters or "none (base)", row.prompt, f"[{style}]{short}[/]", row.truth or "")
+        style = "" if row.truth is None else "green" if row.truth.lower() in text.lower() else "yellow"
+        table.add_row(row.adapters or "none (base)", row.prompt, Text(short, style), row.truth or "")
     return table
 
 
