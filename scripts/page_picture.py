@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraplex.server.lifecycle import Server, load_model, serve
 from loraplex.server.settings import ModelSettings, NetworkSettings, ServeConfig
@@ -25,14 +25,16 @@ TIMEOUT_S = 300
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=PICTURE)
-    take(parser.parse_args().output)
+    parser.add_argument("--dark", action="store_true", help="in dark colours")
+    options = parser.parse_args()
+    take(options.output, colors="dark" if options.dark else "light")
 
 
-def take(output: Path) -> None:
+def take(output: Path, *, colors: Literal["light", "dark"] = "light") -> None:
     """Serve, ask two questions, hold the pointer over a token, and save what is seen."""
     server = _start()
     try:
-        with browsing(viewport=SIZE, color_scheme="light") as context:
+        with browsing(viewport=SIZE, color_scheme=colors) as context:
             page = context.new_page()
             page.goto(f"http://127.0.0.1:{server.port}")
             page.select_option("#link-a select", "science")

@@ -153,6 +153,7 @@ def test_a_cancelled_request_has_what_it_captured_and_nothing_stays(model):
         ({"steering": (Steering(spans=((0, 41),), strength=2),)}, RequestError, "not in its prompt"),
         ({"steering": Steering(spans=((0, 4),), strength=2)}, RequestError, "tuple"),
         ({"return_scalings": 1}, RequestError, "return_scalings"),
+        ({"scalings_budget_bytes": 0}, RequestError, "scalings_budget_bytes"),
         ({"cache_salt": 5}, RequestError, "cache_salt"),
     ],
 )

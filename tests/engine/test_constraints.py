@@ -46,3 +46,14 @@ def test_answers_follow_the_schema_beside_free_ones(engine):
 def test_schemas_that_cant_be_followed_are_refused(engine, schema):
     with pytest.raises(RequestError, match="json_schema"):
         engine.generate([Request("x", sampling=SamplingParams(json_schema=schema))])
+
+
+def test_whitespace_between_the_parts_has_an_end(engine):
+    """However much a model likes new lines."""
+    (newline,) = engine.model.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    sampling = SamplingParams(max_tokens=60, json_schema=SCHEMA, logit_bias={newline: 100.0})
+    (result,) = engine.generate([Request("Paris?", sampling=sampling)])
+    assert result.finish_reason == "stop"
+    assert "\n" in result.text
+    assert "\n\n" not in result.text
+    assert set(json.loads(result.text)) == {"city", "population"}

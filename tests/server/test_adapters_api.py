@@ -73,13 +73,30 @@ def test_vllms_calls(server):
         body = {"lora_name": "moved", "lora_path": "a"}
         loaded = http.post("/v1/load_lora_adapter", json=body)
         assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'moved' added successfully.")
-        assert http.post("/v1/load_lora_adapter", json=body).status_code == 400
-        assert http.post("/v1/load_lora_adapter", json=body | {"load_inplace": True}).status_code == 200
-        assert http.post("/v1/load_lora_adapter", json={"lora_name": "", "lora_path": "a"}).status_code == 400
+        again = http.post("/v1/load_lora_adapter", json=body)
+        assert (again.status_code, again.json()["error"]["message"]) == (
+            400,
+            "The lora adapter 'moved' has already been loaded. If you want to load the adapter in place, set "
+            "'load_inplace' to True.",
+        )
+        for options in ({"load_inplace": True}, {"load_inplace": True, "is_3d_lora_weight": False}):
+            assert http.post("/v1/load_lora_adapter", json=body | options).status_code == 200
+        for wrong in ({"lora_name": ""}, {"lora_path": ""}, {"load_inplace": "yes"}, {"is_3d_lora_weight": True}):
+            assert http.post("/v1/load_lora_adapter", json=body | wrong).status_code == 400
+        base = http.post("/v1/load_lora_adapter", json=body | {"lora_name": "tiny"})
+        assert (base.status_code, base.json()["error"]["message"]) == (
+            400,
+            "The lora adapter 'tiny' conflicts with a served base model.",
+        )
         assert http.post("/v1/load_lora_adapter", json={"lora_name": "y", "lora_path": "none"}).status_code == 404
         gone = http.post("/v1/unload_lora_adapter", json={"lora_name": "moved", "lora_int_id": None})
         assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'moved' removed successfully.")
-        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "moved"}).status_code == 404
+        missing = http.post("/v1/unload_lora_adapter", json={"lora_name": "moved"})
+        assert (missing.status_code, missing.json()["error"]["message"]) == (
+            404,
+            "The lora adapter 'moved' cannot be found.",
+        )
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": ""}).status_code == 400
 
 
 @pytest.mark.parametrize("name", ["x:1", "a+b", "ä", "x" * 129, "tiny"])

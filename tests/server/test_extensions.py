@@ -81,6 +81,25 @@ def test_capture_over_the_budget_is_refused(server):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_large")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_scalings_over_the_budget_are_refused_before_they_are_made(server, path, stream):
+    asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a b"}]}
+    body = asked | {"model": "mix-ab", "max_tokens": 8, "return_scalings": True, "stream": stream}
+    server.server.state.config.limits.__dict__["max_capture_bytes"] = 1000
+    num_steps = server.server.state.engine.stats().counts.num_steps
+    try:
+        refused = server.http().post(path, json=body)
+        assert server.server.state.engine.stats().counts.num_steps == num_steps
+        plain = server.http().post(path, json=body | {"return_scalings": False})
+    finally:
+        server.server.state.config.limits.__dict__["max_capture_bytes"] = 2**24
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_large")
+    assert "max_tokens" in refused.json()["error"]["message"]
+    assert plain.status_code == 200
+    assert server.http().post(path, json=body).status_code == 200
+
+
 def test_steering_by_text_and_by_tokens(server):
     steering = Steering(spans=((4, 11),), strength=50.0)
     expected = ask_engine(server, steering=(steering,)).text

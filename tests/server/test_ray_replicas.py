@@ -16,6 +16,8 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.server.replica_models import NUM_ADAPTERS, write_folders
 
@@ -117,6 +119,20 @@ def test_links_and_errors_pass_through_unchanged(cluster: Cluster):
     assert "".join(_stream(cluster, "adapter5", 12)) == text
 
 
+def test_metrics_of_all_replicas_come_from_the_front(cluster: Cluster):
+    cluster.wait_for_replicas(2)
+    counts = Counter(cluster.complete(name, 5).headers["x-replica"] for name in NAMES[:20])
+    assert len(counts) == 2
+    families = _metrics(cluster)
+    assert families["loraplex_replicas"][0].value == 2
+    told = {sample.labels["replica"]: sample.value for sample in families["loraplex_new_tokens"]}
+    assert set(told) == set(counts)
+    assert all(told[replica] >= 5 * count for replica, count in counts.items())
+    by_route = families["loraplex_http_requests"]
+    assert {sample.labels["replica"] for sample in by_route} == set(counts)
+    assert sum(sample.value for sample in families["loraplex_front_requests"] if sample.name.endswith("_total")) >= 20
+
+
 def test_nothing_listens_beyond_this_machine(cluster: Cluster):
     listening = [
         connection.laddr.ip
@@ -179,10 +195,14 @@ def _checked(response: httpx.Response, expected: str) -> str:
     return "refused"
 
 
-def _retries(cluster: Cluster) -> float:
+def _metrics(cluster: Cluster) -> dict[str, list[Sample]]:
     text = httpx.get(f"{cluster.url}/metrics", timeout=60, trust_env=False).text
-    line = next(line for line in text.splitlines() if line.startswith("loraplex_replica_retries_total"))
-    return float(line.split()[1])
+    return {family.name: family.samples for family in text_string_to_metric_families(text)}
+
+
+def _retries(cluster: Cluster) -> float:
+    samples = _metrics(cluster)["loraplex_replica_retries"]
+    return next(sample.value for sample in samples if sample.name.endswith("_total"))
 
 
 def _read(cluster: Cluster, model: str, read: list[str]) -> str:

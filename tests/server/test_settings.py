@@ -1,6 +1,7 @@
 """One schema for file, environment and flags."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_every_option_is_a_variable_and_a_flag() -> None:
         'adapter_roots = ["/"]',
     ):
         assert line in printed.output.splitlines()
+
+
+def test_the_documentation_names_every_option_with_its_section() -> None:
+    docs = Path(__file__).parent.parent.parent / "docs"
+    serving, engine = ((docs / name).read_text(encoding="utf-8") for name in ("serving.md", "engine.md"))
+    table = serving[serving.index("## Settings") : serving.index("## Security")]
+    known = list(options())
+    for option in known:
+        assert f"`{option.name}`" in (engine if option.section == "engine" else table), option.name
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, flags=re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert told <= {option.name for option in known}, "the page names options that aren't there"
 
 
 @pytest.mark.slow  # a process of its own

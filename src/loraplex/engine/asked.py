@@ -1,11 +1,14 @@
 """What a request asks of attention and of the prefix cache, checked before anything runs."""
 
+from collections.abc import Sequence
+
 from loraplex.engine.generation import RequestState
 from loraplex.engine.request import Request
-from loraplex.errors import RequestError
+from loraplex.errors import CapacityError, RequestError
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.linked import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering
+from loraplex.xlora.mixture import Mixture
 
 
 def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAttention) -> CaptureBuffer | None:
@@ -38,6 +41,20 @@ def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAtte
     )
 
 
+def check_scalings(state: RequestState, mixtures: Sequence[Mixture]) -> None:
+    """Raises CapacityError if an answer's scalings, [tokens, lora_layers, experts] in float32, could pass a budget."""
+    budget = state.request.scalings_budget_bytes
+    if not state.request.return_scalings or budget is None:
+        return
+    num_tokens = len(state.prompt) + max(0, state.max_new_tokens - 1)  # the last new token is never run
+    needed = sum(num_tokens * len(mixture.layers) * len(mixture.experts) * 4 for mixture in mixtures)
+    if needed > budget:
+        raise CapacityError(
+            f"the scalings of {num_tokens} tokens take {needed} bytes ({len(mixtures)} mixtures), and "
+            f"scalings_budget_bytes is {budget}. Ask for fewer max_tokens, shorten the prompt, or raise the budget."
+        )
+
+
 def _check_kinds(request: Request) -> None:
     if request.capture is not None and not isinstance(request.capture, CaptureRequest):
         raise RequestError(f"capture is {request.capture!r}; give a loraplex.residual.CaptureRequest, or None.")
@@ -46,5 +63,8 @@ def _check_kinds(request: Request) -> None:
         raise RequestError(f"steering is {request.steering!r}; give a tuple of loraplex.residual.Steering.")
     if not isinstance(request.return_scalings, bool):
         raise RequestError(f"return_scalings is {request.return_scalings!r}; give True or False.")
+    budget = request.scalings_budget_bytes
+    if budget is not None and (not isinstance(budget, int) or budget < 1):
+        raise RequestError(f"scalings_budget_bytes is {budget!r}; give a whole number of at least 1, or None.")
     if not isinstance(request.cache_salt, str):
         raise RequestError(f'cache_salt is {request.cache_salt!r}; give a string, or "" for none.')

@@ -17,7 +17,7 @@ _tokenizers: "WeakKeyDictionary[PreTrainedTokenizerBase, Any]" = WeakKeyDictiona
 _lock = threading.Lock()
 # Between JSON's parts: nothing, a space, or a new line with its indentation. The format allows whitespace without an
 # end, and small models write it until they run out of tokens.
-_WHITESPACE = {"whitespace_pattern": r"( |\n[ \t]{0,32})"}
+_WHITESPACE = r"( |\n[ \t]{0,32})"
 
 
 def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
@@ -36,7 +36,7 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
         if known is None:
             known = _tokenizers[tokenizer] = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
     try:
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_WHITESPACE)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
         matcher = llguidance.LLMatcher(known, grammar)
     except ValueError as error:
         raise RequestError(f"json_schema can't be followed: {error}. Give a valid JSON schema.") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.engine.asked import check_attention
+from loraplex.engine.asked import check_attention, check_scalings
 from loraplex.engine.constraints import make_constraint
 from loraplex.engine.generation import Generation, RequestState
 from loraplex.engine.observations import Observations
@@ -54,6 +54,7 @@ class Intake:
         self._check_fits(state, num_passes=1 + len(_pass_kinds(others, found)))
         self._check_tokens(request)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
+        check_scalings(state, [found[name] for name, _ in others if name in found])
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         state.generations = [self._generation(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state

@@ -28,6 +28,7 @@ class Request:
     capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1
     steering: tuple[Steering, ...] = ()  # spans of the prompt's tokens, for all answers
     return_scalings: bool = False  # of the link's mixtures, for every token that is run
+    scalings_budget_bytes: int | None = None  # what an answer's scalings may take; None: no limit
     cache_salt: str = ""  # requests share keys and values only with those of the same salt
 
 

@@ -51,11 +51,20 @@ def create_app(state: ServerState) -> ASGIApp:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_crash)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    gate: ASGIApp = Gate(app, state)
-    origins = state.config.network.cors_origins
-    if origins:
-        return CORSMiddleware(gate, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
-    return gate
+    return with_cors(Gate(app, state), state.config.network.cors_origins)
+
+
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let pages of these origins call the application and read its answers, refusals too."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
 
 
 def _refusal(error: ApiError) -> Response:

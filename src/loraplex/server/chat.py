@@ -49,6 +49,7 @@ class ChatCall:
             capture=capture_request(body.capture_attention, limits.max_capture_bytes),
             steering=steerings(body.steer, state.model.tokenizer, self._rendered(turns), add_special_tokens=False),
             return_scalings=self.extras.scalings,
+            scalings_budget_bytes=limits.max_capture_bytes,
             cache_salt=cache_salt(body, context.principal, isolated=state.config.access.prefix_isolation),
         )
         self.requests = [request]

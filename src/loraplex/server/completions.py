@@ -75,6 +75,7 @@ class CompletionCall:
             capture=capture_request(body.capture_attention, config.limits.max_capture_bytes),
             steering=steerings(body.steer, self._state.model.tokenizer, text, add_special_tokens=True),
             return_scalings=self.extras.scalings,
+            scalings_budget_bytes=config.limits.max_capture_bytes,
             cache_salt=cache_salt(body, context.principal, isolated=config.access.prefix_isolation),
         )
 

@@ -52,6 +52,7 @@ class NetworkSettings:
     keep_alive_s: float = option(30.0, "How long an idle connection stays open.")
     drain_s: float = option(30.0, "After SIGTERM, how long accepted requests may take.")
     cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API; repeat.")
+    replica_loopback: bool = option(True, "With --replicas on one machine, keep all ports of Ray on it.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -100,7 +101,7 @@ class Limits:
     max_choices: int = option(16, "n.")
     max_prompts: int = option(128, "Prompts of one completion request.")
     max_link_length: int = option(8, "Adapters of one link.")
-    max_capture_bytes: int = option(2**24, "Of captured attention, and of scalings, in one answer.")
+    max_capture_bytes: int = option(2**24, "Of captured attention, and of scalings, that an answer may bring.")
 
     def __post_init__(self) -> None:
         counts = ("max_body_bytes", "max_new_tokens", "max_choices", "max_prompts", "max_link_length")

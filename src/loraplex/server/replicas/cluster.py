@@ -8,15 +8,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import uvicorn
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
 
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.server.app import with_cors
 from loraplex.server.gate import Gate
 from loraplex.server.lifecycle import Server, load_model, uvicorn_config
 from loraplex.server.logs import set_up_logs
-from loraplex.server.replicas.loopback import choose_loopback, is_one_machine
+from loraplex.server.replicas.loopback import check_loopback, choose_loopback, is_one_machine
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
 
@@ -46,10 +45,13 @@ def run_replicas(
         from ray import serve
     except ImportError as error:
         raise ConfigError('--replicas needs Ray Serve: pip install "loraplex[ray]".') from error
+    on_loopback = is_one_machine() and config.network.replica_loopback
+    if on_loopback:
+        check_loopback()
     _start_ray(num_replicas)
     try:
         serve.start(proxy_location="Disabled", grpc_options=None)
-        handle = serve.run(_application(config, num_replicas, load), name=NAME, route_prefix=None)
+        handle = serve.run(_application(config, num_replicas, load, on_loopback), name=NAME, route_prefix=None)
         with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
             runner.run(_serve_front(handle, config, on_ready))
     finally:
@@ -70,7 +72,9 @@ def _start_ray(num_replicas: int) -> None:
     )
 
 
-def _application(config: ServeConfig, num_replicas: int, load: Callable[[ServeConfig], MultiLoraModel]) -> Any:
+def _application(
+    config: ServeConfig, num_replicas: int, load: Callable[[ServeConfig], MultiLoraModel], on_loopback: bool
+) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -97,7 +101,7 @@ def _application(config: ServeConfig, num_replicas: int, load: Callable[[ServeCo
         ),
     )
     behind = replace(config, network=replace(config.network, cors_origins=()))  # the front has answered for them
-    return deployment.bind(behind, load, is_one_machine())
+    return deployment.bind(behind, load, on_loopback)
 
 
 async def _serve_front(handle: Any, config: ServeConfig, on_ready: Callable[[Server], None] | None) -> None:
@@ -106,9 +110,5 @@ async def _serve_front(handle: Any, config: ServeConfig, on_ready: Callable[[Ser
     state = cast(ServerState, FrontState(config))  # all that the gate and the lifecycle use of one
     if state.keys is not None:
         state.keys.records()
-    app: ASGIApp = Gate(Front(handle, cast(Any, state)), state)
-    if config.network.cors_origins:
-        app = CORSMiddleware(
-            app, allow_origins=list(config.network.cors_origins), allow_methods=["*"], allow_headers=["*"]
-        )
+    app = with_cors(Gate(Front(handle, cast(Any, state)), state), config.network.cors_origins)
     await Server(uvicorn_config(app, config.network), state, on_ready).serve()

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -17,6 +17,7 @@ from loraplex.server.event_stream import DONE, sse
 from loraplex.server.keys import KeyFile
 from loraplex.server.rates import Usages
 from loraplex.server.replicas.affinity import adapter_key
+from loraplex.server.replicas.replica_metrics import Together
 from loraplex.server.runs import ClientLeft, until_client_leaves
 from loraplex.server.settings import ServeConfig
 
@@ -25,20 +26,24 @@ logger = logging.getLogger(__name__)
 REPLICA_DIED = Status(503, "server_error", "replica_died")
 NOT_WITH_REPLICAS = Status(501, "invalid_request_error", "not_with_replicas")
 _ATTEMPTS = 3
+_METRICS_TIMEOUT_S = 5.0
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
 
 
 class FrontMetrics:
-    """What the front counts; the engines' own metrics are theirs."""
+    """What the front counts by itself."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter("loraplex_http_requests", "HTTP requests", ["status"], registry=registry)
+        self._requests = Counter("loraplex_front_requests", "Requests to the front", ["status"], registry=registry)
+        self._replicas = Gauge("loraplex_replicas", "Replicas that told their metrics", registry=registry)
         self.retries = Counter("loraplex_replica_retries", "Requests sent to another replica", registry=registry)
         self.losses = Counter("loraplex_replica_losses", "Requests that a dying replica took along", registry=registry)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def text(self, replicas: Mapping[str, str]) -> bytes:
+        """With the replicas' own texts, by their ids."""
+        self._replicas.set(len(replicas))
+        return Together(self._registry, replicas).text()
 
     def count_request(self, route: str, status: int) -> None:
         self._requests.labels(str(status)).inc()
@@ -93,7 +98,8 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics":
-            await _answer(send, self._state.metrics.text(), CONTENT_TYPE_LATEST)
+            text = self._state.metrics.text(await self._replica_metrics())
+            await _answer(send, text, CONTENT_TYPE_LATEST)
             return
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _changes_adapters(scope["path"]):
             message = "several replicas don't change adapters over HTTP. Put folders into the one that `watch` names."
@@ -107,6 +113,18 @@ class Front:
             scope["loraplex"].log["ended"] = "disconnected"
         except ApiError as error:
             await answer.end_with(error)
+
+    async def _replica_metrics(self) -> dict[str, str]:
+        """Of those that answer in time: the gauge loraplex_replicas counts them, the log tells why others didn't."""
+        asked = self._handle.broadcast("metrics")
+        try:
+            answers = await asked.results_async(timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True)
+        except TimeoutError as error:
+            answers = [error]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                logger.warning("a replica told no metrics", extra={"error": repr(answer)})
+        return dict(answer for answer in answers if not isinstance(answer, BaseException))
 
     async def _forward(self, scope: Scope, body: bytes, answer: "_Forwarded") -> None:
         """Until an answer is through; a replica that died before it said anything is replaced by another one."""

@@ -37,11 +37,16 @@ class EngineReplica:
             await asyncio.to_thread(AdapterFolder(model, config.model.watch).start)
         self._id = secrets.token_hex(4)
         self._engine = await AsyncEngine(model, config.engine).__aenter__()
-        self._app = create_app(ServerState(self._engine, config))
+        self._state = ServerState(self._engine, config)
+        self._app = create_app(self._state)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What Ray Serve asks now and then, and gives to the router."""
         return {HELD: sorted(self._held())}
+
+    async def metrics(self) -> tuple[str, str]:
+        """The id that `x-replica` tells, and Prometheus' text."""
+        return self._id, self._state.metrics.text().decode()
 
     async def serve(self, scope: dict[str, Any], body: bytes, names: list[str]) -> AsyncIterator[list[Message]]:
         """Run one request; yields what the application sends, together what came together."""

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from loraplex.server.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.api_errors import BAD_REQUEST, NOT_FOUND, ApiError
 from loraplex.server.json_route import JsonRoute, documented
 from loraplex.server.library import AdapterLibrary
 from loraplex.server.schemas.other import VllmLoadAdapter, VllmUnloadAdapter
@@ -19,14 +19,16 @@ async def load_lora_adapter(body: VllmLoadAdapter, http: Request) -> Response:
     if not body.lora_name or not body.lora_path:
         raise ApiError(BAD_REQUEST, "Both 'lora_name' and 'lora_path' must be provided.")
     library = AdapterLibrary(state_of(http), context_of(http).principal)
-    library.check_load(body.lora_name)
-    if library.is_loaded(body.lora_name) and not body.load_inplace:
-        message = f"The lora adapter '{body.lora_name}' has already been loaded."
-        raise ApiError(BAD_REQUEST, message, param="lora_name")
-    if library.is_loaded(body.lora_name):
-        await library.replace(body.lora_name, body.lora_path)
-    else:
-        await library.load(body.lora_name, body.lora_path)
+    try:
+        library.check_load(body.lora_name)
+        if body.load_inplace and library.is_loaded(body.lora_name):
+            await library.replace(body.lora_name, body.lora_path)
+        else:
+            await library.load(body.lora_name, body.lora_path)
+    except ApiError as error:
+        if error.status.code != "adapter_exists":
+            raise
+        raise ApiError(BAD_REQUEST, _taken(body.lora_name, http), param="lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -35,5 +37,18 @@ async def unload_lora_adapter(body: VllmUnloadAdapter, http: Request) -> Respons
     """As vLLM's."""
     if not body.lora_name:
         raise ApiError(BAD_REQUEST, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
-    await AdapterLibrary(state_of(http), context_of(http).principal).unload(body.lora_name)
+    library = AdapterLibrary(state_of(http), context_of(http).principal)
+    library.check_load(body.lora_name)
+    if not library.is_loaded(body.lora_name):
+        raise ApiError(NOT_FOUND, f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name")
+    await library.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _taken(name: str, http: Request) -> str:
+    if name == state_of(http).catalog.base_name:
+        return f"The lora adapter '{name}' conflicts with a served base model."
+    return (
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+        "'load_inplace' to True."
+    )
