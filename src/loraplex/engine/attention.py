@@ -56,8 +56,7 @@ def attend_single(
     """Single tokens of many tracks, each over its own length, in one masked product."""
     num_single = len(query)
     positions, rows = batch.positions[:num_single], batch.rows[:num_single]
-    num_blocks = int(positions.max()) // batch.cache.block_tokens + 1
-    blocks = batch.table.values[rows, :num_blocks].long()  # beyond a track's end: any block, masked
+    blocks = batch.table.values[rows, : batch.num_key_blocks].long()  # beyond a track's end: any block, masked
     k = keys[blocks].transpose(1, 2).flatten(2, 3)  # [single, kv_heads, tokens, head_dim]
     v = values[blocks].transpose(1, 2).flatten(2, 3)
     places = torch.arange(k.shape[2], device=query.device)
@@ -66,7 +65,10 @@ def attend_single(
         seen &= places > positions.unsqueeze(1) - terms.window
     unseen = ~seen[:, None, :, None]  # memory that was never written may hold NaN
     k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
-    return _attend(query.unsqueeze(2), k, v, seen[:, None, None], terms)[:, :, 0]
+    # The queries that share a key head side by side, as if they followed each other: with a mask, fused attention takes
+    # shared heads in no other form.
+    grouped = query.unflatten(1, (k.shape[1], -1))  # [single, kv_heads, groups, head_dim]
+    return _attend(grouped, k, v, seen[:, None, None], terms).flatten(1, 2)
 
 
 def attend_chunk(

@@ -59,6 +59,11 @@ class Binding:
     def close(self) -> None:
         self._leases.close()
 
+    @property
+    def slots(self) -> set[int]:
+        """The slots that it holds."""
+        return {_slot(version) for version, _ in self.plain} | {slot for m in self.mixtures for slot in m.slots}
+
     def main_routes(self, prompt: Sequence[int]) -> list[TrackRoute]:
         """The routes of a main pass: plain adapters, then the experts of all mixtures."""
         routes = [

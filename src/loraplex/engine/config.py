@@ -19,6 +19,7 @@ class EngineConfig:
     prefix_cache: bool = True  # keep keys and values of finished requests for later ones that begin alike
     fair_tokens: int = 256  # by how many tokens one choice of adapters may get ahead of another that waits
     draft: bool = True  # run a mixture's scaling pass for the token that it expects next, beside the main pass
+    cuda_graphs: bool = True  # record the steps of decoding on a GPU and replay them; elsewhere without effect
     max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
 
     def __post_init__(self) -> None:
@@ -26,7 +27,7 @@ class EngineConfig:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1.")
-        for option in ("prefix_cache", "draft"):
+        for option in ("prefix_cache", "draft", "cuda_graphs"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):

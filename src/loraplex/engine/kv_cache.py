@@ -44,13 +44,14 @@ class KeyValueCache:
     ) -> None:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
+        self.spare_block = num_blocks  # which no track has: where the padding rows of recorded steps write
         self.shapes = shapes
         self.dtype = next(iter(shapes.values())).dtype
         # Not zeroed: the system gives memory to what is written, so room that is never used costs nothing.
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {
             module: (
-                torch.empty(num_blocks, s.num_kv_heads, block_tokens, s.key_dim, dtype=s.dtype, device=device),
-                torch.empty(num_blocks, s.num_kv_heads, block_tokens, s.value_dim, dtype=s.dtype, device=device),
+                torch.empty(num_blocks + 1, s.num_kv_heads, block_tokens, s.key_dim, dtype=s.dtype, device=device),
+                torch.empty(num_blocks + 1, s.num_kv_heads, block_tokens, s.value_dim, dtype=s.dtype, device=device),
             )
             for module, s in shapes.items()
         }

@@ -18,7 +18,7 @@ class Leases:
         """Whether its adapters are in slots now. If not, ask again later; or they can't be, which `failures` tells."""
         state = generation.state
         if state.binding is not None:
-            return True
+            return self._have_arrived(state.binding)
         try:
             if state.loads is None:
                 state.loads = list(self._model.store.prefetch(state.names))
@@ -33,7 +33,11 @@ class Leases:
             self.failures.append((generation, error))
             return False
         self._holders.add(state)
-        return True
+        return self._have_arrived(state.binding)
+
+    def _have_arrived(self, binding: Binding) -> bool:
+        """Whether the weights are on the device: until then, others' steps go on without this request."""
+        return all(self._model.store.slots.is_ready(slot) for slot in binding.slots)
 
     def release(self, state: RequestState) -> None:
         """Let a request's adapters go."""

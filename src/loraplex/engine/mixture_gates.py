@@ -41,7 +41,7 @@ class MixtureGates:
         scalings = mixture.head(torch.cat(hidden))  # [tokens, lora_layers, experts]
         self._keep_wanted(members, scalings)
         gates = mixture.gates(scalings[None, None], torch.ones(1))[:, :, 0]  # [modules, experts, tokens]
-        return self._place(members, gates * torch.tensor(weights))
+        return self._place(members, gates * torch.tensor(weights, device=gates.device))
 
     def _keep_wanted(self, members: list[tuple[int, int]], scalings: Tensor) -> None:
         """Give the scalings to the parts whose requests want them, in the order of their links."""

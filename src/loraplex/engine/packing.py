@@ -120,6 +120,12 @@ class PackedBatch:
         yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
 
     @cached_property
+    def num_key_blocks(self) -> int:
+        """How many blocks the longest of the single tokens' tracks reaches into, known without asking the device."""
+        longest = max(part.stop for part in self.parts[: self.num_single])
+        return -(-longest // self.cache.block_tokens)
+
+    @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:  # [tokens] each
         """The block of every token, and its place there."""
         return self.table.slots(self.rows, self.positions, self.cache.block_tokens)

@@ -75,6 +75,9 @@ class PackedPlan(RoutingPlan):
         """Whether a DoRA adapter takes a share of any module's base output."""
         return bool(self._gained)
 
+    def all_gates(self) -> Tensor:
+        return self.gate_rows
+
     def gates_of(self, module: int) -> Tensor:
         return self._by_module[module] if self._by_module else super().gates_of(module)
 
@@ -97,6 +100,11 @@ class PackedRouting(RowRouting):
         ]
         self._all = self._plan(placed)
         self._selected: PackedPlan | None = None
+
+    @property
+    def plan(self) -> PackedPlan:
+        """The plan for all tokens."""
+        return self._all
 
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence

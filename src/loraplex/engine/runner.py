@@ -10,6 +10,7 @@ from loraplex.engine.attachment import Attachment
 from loraplex.engine.attention_rows import AttentionRows, PackedScope
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.cuda_graphs import DecodeGraphs, GraphRecorder, Recorder
 from loraplex.engine.fused import FusedModules
 from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, Part, use_batch
@@ -66,11 +67,29 @@ class ModelRunner:
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
         self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
         self._fused: FusedModules | None = None
+        self.graphs: DecodeGraphs | None = None
         try:
             self._check_model()
+            if device.type == "cuda" and config.cuda_graphs:
+                self.use_graphs(GraphRecorder())
         except BaseException:
             self.close()
             raise
+
+    def use_graphs(self, record: Recorder) -> None:
+        """Run passes of single tokens as recorded steps from now on, where they can be."""
+        adaptable = self.model.adaptable
+        self.graphs = DecodeGraphs(
+            self.model.base,
+            self.cache,
+            self._bank,
+            row_blocks=self.table.row_blocks,
+            embeddings=frozenset(
+                adaptable.module_index[path] for path, shape in adaptable.shapes.items() if shape.kind == "embedding"
+            ),
+            fast_decode=self.model.decodes_fast,
+            record=record,
+        )
 
     def close(self) -> None:
         if self._fused is not None:
@@ -160,6 +179,11 @@ class ModelRunner:
         """The logits of the parts that want some, in the batch's order."""
         batch.attention = scope
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
+        if self.graphs is not None and scope is None:
+            recorded = self.graphs.run(batch, routing.plan)
+            if recorded is not None:
+                logits, batch.last_hidden = recorded
+                return logits if batch.selected is None else logits[batch.selected]
         with use_routing(routing), use_batch(batch), use_attention(scope):
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False

@@ -3,6 +3,8 @@
 y[t] = W x[t] + B ( g[t] * (A x[t]) )
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -62,16 +64,42 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
     training are float32 whatever the base's dtype, which only the segmented kernel takes.
     """
     training = plan.bank.trainable
-    needs_grad = training or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or plan.gates_need_grad))
+    needs_grad = gradients_flow(x, y, plan)
     kernel = plan.kernel(x, needs_grad=needs_grad)
     if plan.has_gain(module):
         y = add_gains(module, y, y.clone(), plan, bias=bias)
     y = y.contiguous()
+    if kernel == "triton":
+        return add_adapters_together([module], [y], x, plan, needs_grad=needs_grad)[0]
     if kernel == "native":
         return gated_lora_native(y, x.contiguous(), *plan.native_arguments(module))
     if kernel == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
     return gated_lora_stacked(y, x, plan.stack(module))
+
+
+def gradients_flow(x: Tensor, y: Tensor, plan: RoutingPlan) -> bool:
+    """Whether the adapters' share needs a kernel with gradients."""
+    if plan.bank.trainable:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or plan.gates_need_grad)
+
+
+def add_adapters_together(
+    modules: Sequence[int], ys: Sequence[Tensor], x: Tensor, plan: RoutingPlan, *, needs_grad: bool
+) -> list[Tensor]:
+    """Add the plan's adapters for modules that read one x to their ys [.., out], in place, in the Triton kernels."""
+    if needs_grad:
+        from loraplex.kernels.triton.autograd import gated_lora_triton_grad
+
+        segments = [plan.lora_segments(module, training=plan.bank.trainable) for module in modules]
+        return gated_lora_triton_grad(ys, x, segments)
+    from loraplex.kernels.triton.gated import gated_lora_triton
+
+    flat_ys = [y.view(-1, y.shape[-1]) for y in ys]
+    flat_x = x.contiguous().view(-1, x.shape[-1])
+    gated_lora_triton(flat_ys, flat_x, plan.factors, modules, plan.work, plan.all_gates())
+    return list(ys)
 
 
 def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.layers.gated import GatedEmbedding, GatedLinear
-from loraplex.layers.linear import become_linear, become_lora_linear, can_become_lora_linear
+from loraplex.layers.linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.shared_input import SharedInputs
 
 
 class AdaptableModel:
@@ -24,6 +25,7 @@ class AdaptableModel:
         self.output_module = output_module(base)
         self._handles: dict[str, RemovableHandle] = {}
         self._lora_linears: set[str] = set()
+        self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
 
     def attach(self, paths: Iterable[str]) -> None:
@@ -38,7 +40,7 @@ class AdaptableModel:
                     continue
                 module, index = self.modules[path], self.module_index[path]
                 if can_become_lora_linear(module):
-                    become_lora_linear(module, index, path)
+                    become_lora_linear(module, index, path, self._shared)
                     self._lora_linears.add(path)
                     continue
                 layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear

@@ -1,10 +1,13 @@
 """A linear module of the base model that runs with its adapters, in one call where few tokens are decoded."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loraplex.kernels.native import gated_linear_native, gated_lora_native
-from loraplex.layers.gated import add_adapters, add_gains, plan_for
+from loraplex.layers.gated import add_adapters, add_adapters_together, add_gains, gradients_flow, plan_for
+from loraplex.layers.shared_input import SharedInputs
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import current_routing
 
@@ -19,6 +22,7 @@ class LoraLinear(nn.Linear):
 
     lora_index: int
     lora_path: str
+    lora_shared: "SharedInputs[LoraLinear]"
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         routing = current_routing()
@@ -27,10 +31,16 @@ class LoraLinear(nn.Linear):
         plan = plan_for(routing, input.shape[:-1], self.lora_path)
         if plan.decodes_fast(input) and input.dtype == self.weight.dtype:
             return self._decode(input.contiguous(), plan)
-        y = functional.linear(input, self.weight, self.bias)
+        if plan.launches_together(input) and input.dtype == self.weight.dtype:
+            return self.lora_shared.run(self, input, plan, run_together)
+        return self.run_alone(input, plan)
+
+    def run_alone(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        """The base product, and the adapters behind it."""
+        y = functional.linear(x, self.weight, self.bias)
         if not plan.adapts(self.lora_index):
             return y
-        return add_adapters(self.lora_index, y, input, plan, bias=self.bias)
+        return add_adapters(self.lora_index, y, x, plan, bias=self.bias)
 
     def _decode(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         index = self.lora_index
@@ -43,19 +53,38 @@ class LoraLinear(nn.Linear):
         return gated_lora_native(y, x, table, scalings, index, rows, gates)
 
 
+def run_together(modules: Sequence[LoraLinear], x: Tensor, plan: RoutingPlan) -> list[Tensor]:
+    """The outputs of modules that read one x, whose adapters share the launches of the Triton kernels."""
+    if len(modules) == 1 or any(plan.has_gain(module.lora_index) for module in modules):
+        return [module.run_alone(x, plan) for module in modules]
+    ys = [functional.linear(x, module.weight, module.bias) for module in modules]
+    needs_grad = gradients_flow(x, ys[0], plan)
+    if plan.kernel(x, needs_grad=needs_grad) != "triton":
+        return [module.run_alone(x, plan) for module in modules]
+    adapted = [i for i, module in enumerate(modules) if plan.adapts(module.lora_index)]
+    if adapted:
+        indices, outputs = [modules[i].lora_index for i in adapted], [ys[i] for i in adapted]
+        changed = add_adapters_together(indices, outputs, x, plan, needs_grad=needs_grad)
+        for i, y in zip(adapted, changed, strict=True):
+            ys[i] = y
+    return ys
+
+
 def can_become_lora_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear one: no subclass, no forward of its own (offloading installs one)."""
     return type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous()
 
 
-def become_lora_linear(module: nn.Module, index: int, path: str) -> None:
+def become_lora_linear(
+    module: nn.Module, index: int, path: str, shared: "SharedInputs[LoraLinear] | None" = None
+) -> None:
     """Change the module's class in place: parameters, names, hooks and references to it stay as they are."""
     # First what LoraLinear.forward reads: another thread may be about to run the module.
-    vars(module).update(lora_index=index, lora_path=path)
+    vars(module).update(lora_index=index, lora_path=path, lora_shared=shared or SharedInputs())
     module.__class__ = LoraLinear
 
 
 def become_linear(module: nn.Module) -> None:
     """Give a LoraLinear back as the nn.Linear that it was."""
     module.__class__ = nn.Linear
-    del module.lora_index, module.lora_path
+    del module.lora_index, module.lora_path, module.lora_shared

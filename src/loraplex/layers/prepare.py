@@ -47,5 +47,6 @@ def dora_norm_ratio(weights: LoraWeights, base_weight: Tensor) -> Tensor:
     """c = m / ||W + scaling * B A||, one for each output row (DoRA, arXiv 2402.09353, section 4), in float32."""
     assert weights.magnitude is not None, "dora_norm_ratio needs a magnitude"
     update = weights.lora_b.float().t() @ weights.lora_a.float()  # [out, in]
+    update = update.to(base_weight.device)
     norm = torch.linalg.norm(base_weight.float() + weights.scaling * update, dim=1)
-    return weights.magnitude.float() / norm
+    return weights.magnitude.float() / norm.to(weights.magnitude.device)

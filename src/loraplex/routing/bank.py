@@ -29,8 +29,12 @@ class Bank(Protocol):
         """The slot's dropout probability and the generator that draws it."""
         ...
 
+    def max_rank(self, slot: int) -> int:
+        """The largest rank of the slot's factors."""
+        ...
+
     def native_table(self) -> tuple[Tensor, Tensor] | None:
-        """Addresses [slots, modules, 3] and LoRA scalings [slots, modules] for the compiled kernel, if kept."""
+        """Addresses [slots, modules, 3] and LoRA scalings [slots, modules] for the compiled kernels, if kept."""
         ...
 
 
@@ -50,6 +54,9 @@ class SlotBank:
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return 0.0, None
+
+    def max_rank(self, slot: int) -> int:
+        return self._slots.held(slot).max_rank
 
     def native_table(self) -> tuple[Tensor, Tensor] | None:
         return self._slots.table, self._slots.scalings

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.slots import SlotWeights
-from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, native_runs
+from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, choose_training_kernel, native_runs
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
+from loraplex.kernels.triton.available import triton_runs
+from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 
@@ -74,10 +76,16 @@ class RoutingPlan:
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and num_tokens <= FEW_ROWS and bank.native_table() is not None
         self._decodes_fast: bool | None = None
+        self._launches_together: bool | None = None
 
     def adapts(self, module: int) -> bool:
         """Whether any row of this batch adapts the module."""
         return module in self._adapted
+
+    @property
+    def adapted(self) -> frozenset[int]:
+        """The modules that any row of this batch adapts."""
+        return frozenset(self._adapted)
 
     def has_gain(self, module: int) -> bool:
         """Whether a DoRA adapter of this batch takes a share of the module's base output."""
@@ -92,11 +100,18 @@ class RoutingPlan:
     def kernel(self, x: Tensor, *, needs_grad: bool) -> Kernel:
         """Which kernel runs this plan on inputs like x; decided once, since a plan meets one dtype and device."""
         if needs_grad:
-            return "segmented"
+            has_dropout = any(self.bank.dropout(segment.slot)[0] > 0 for segment in self.segments)
+            return choose_training_kernel(x.device, x.dtype, has_dropout=has_dropout)
         if self._kernel is None:
             has_table = self.bank.native_table() is not None
             self._kernel = choose_kernel(x.device, x.dtype, self.tokens_per_row, has_table=has_table)
         return self._kernel
+
+    def launches_together(self, x: Tensor) -> bool:
+        """Whether modules that read one x share the launches of their adapters, as they can in the Triton kernels."""
+        if self._launches_together is None:
+            self._launches_together = bool(self._adapted) and triton_runs(x.device, x.dtype)
+        return self._launches_together
 
     def decodes_fast(self, x: Tensor) -> bool:
         """Whether base product and adapters run in one compiled call for inputs like x; decided once."""
@@ -121,8 +136,27 @@ class RoutingPlan:
         return table
 
     @cached_property
-    def rows(self) -> Tensor:  # [segments, 4]  int64: start, stop, slot, first gate
-        """The segments for the compiled kernel; neighbours of one slot are one, which changes none of its bits."""
+    def factors(self) -> SlotFactors:
+        """The bank's table for the Triton kernels."""
+        table, scalings = self.table
+        max_rank = max((self.bank.max_rank(slot) for slot in {segment.slot for segment in self.segments}), default=1)
+        return SlotFactors(
+            table, scalings, max_rank, table.device.type != "cpu"
+        )  # torch aligns what it allocates there
+
+    @cached_property
+    def work(self) -> WorkList:
+        """The segments for the Triton kernels, on the table's device."""
+        return make_work(self.row_list, tokens_of_a_tile(self.tokens_per_row), self.table[0].device)
+
+    @cached_property
+    def rows(self) -> Tensor:  # [segments, 4]  int64
+        """The segments for the compiled kernel."""
+        return torch.tensor(self.row_list, dtype=torch.int64).view(-1, 4)
+
+    @cached_property
+    def row_list(self) -> list[list[int]]:
+        """Start, stop, slot and first gate of each segment; neighbours of one slot are one, which changes no bits."""
         first = 0
         rows: list[list[int]] = []
         for segment in self.segments:
@@ -131,7 +165,7 @@ class RoutingPlan:
             else:
                 rows.append([segment.start, segment.stop, segment.slot, first])
             first += segment.stop - segment.start
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        return rows
 
     def gates_of(self, module: int) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
         """The module's gates, in the order of the segments; all modules share one tensor unless experts take part."""
@@ -140,6 +174,14 @@ class RoutingPlan:
         if self._filled_version != self._layer_gates.version:
             self._fill_gate_table(self._layer_gates)
         return self._gate_table[module]
+
+    def all_gates(self) -> Tensor:  # [gates] or [modules, gates]  float32
+        """The gates of all modules, in the order of the segments, for a kernel that runs several modules."""
+        if self._layer_gates is None:
+            return self._gate_table[0]
+        table = self.gates_of(0)._base
+        assert table is not None, "the rows of the gate table are views of one tensor"
+        return table
 
     @cached_property
     def _gate_table(self) -> tuple[Tensor, ...]:
@@ -150,7 +192,11 @@ class RoutingPlan:
             else torch.full((segment.stop - segment.start,), segment.gate if isinstance(segment.gate, float) else 0.0)
             for segment in self.segments
         ]
-        gates = torch.cat(parts).float() if parts else torch.zeros(0)
+        table = self.bank.native_table()
+        device = torch.device("cpu") if table is None else table[0].device
+        if device.type != "cpu" and any(isinstance(segment.gate, Tensor) for segment in self.segments):
+            parts = [part.to(device) for part in parts]
+        gates = (torch.cat(parts).float() if parts else torch.zeros(0)).to(device)  # one copy
         num_rows = 1 if self._layer_gates is None else self.table[0].shape[1]
         return gates.repeat(num_rows, 1).unbind(0)
 

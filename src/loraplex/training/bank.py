@@ -34,5 +34,8 @@ class TrainingBank:
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return self._slots[slot].dropout, self._slots[slot].generator
 
+    def max_rank(self, slot: int) -> int:
+        return max((weights.lora_a.shape[0] for weights in self._slots[slot].layers.values()), default=0)
+
     def native_table(self) -> tuple[Tensor, Tensor] | None:
         return None

@@ -39,13 +39,17 @@ class Mixture:
         kept = kept_scalings(scalings, self.config).permute(
             3, 0, 4, 1, 2
         )  # [lora_layers, rows, experts, copies, tokens]
-        gates = kept * (weights * self.config.global_scaling_weight).view(1, -1, 1, 1, 1)
+        gates = kept * (weights.to(kept.device) * self.config.global_scaling_weight).view(1, -1, 1, 1, 1)
         return gates[self._layer_of_module].flatten(1, 2)
 
     def pass_gates(self, num_rows: int, copies: int, num_tokens: int) -> Tensor:
         """The gates of the scaling pass: pass_value, through the same top-k as predicted scalings."""
         shape = (num_rows, copies, num_tokens, len(self.modules), len(self.experts))
-        return self.gates(torch.full(shape, self.pass_value), torch.ones(num_rows))
+        return self.gates(torch.full(shape, self.pass_value, device=self.head_device), torch.ones(num_rows))
+
+    @property
+    def head_device(self) -> torch.device:
+        return next(self.head.parameters()).device
 
     @cached_property
     def _layer_of_module(self) -> Tensor:  # [modules]

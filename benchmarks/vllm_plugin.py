@@ -1,0 +1,209 @@
+"""What the plugin costs inside vLLM, and whether its answers are PEFT's; run it in the environment of `make test-vllm`.
+
+    .venv-vllm/bin/python benchmarks/vllm_plugin.py             # all parts, each in a process of its own
+    .venv-vllm/bin/python benchmarks/vllm_plugin.py --part speed
+
+Speed: tokens per second of decoding, SmolLM2-135M, float32, CPU, the same prompts for every side; vLLM without the
+plugin and with it, in turns in one process, and X-LoRA beside plain LoRA of the same total rank. Parity: the grid of
+tests/vllm, with its negative controls.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles functions of its sampler
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {"HF_HUB_OFFLINE": "1"}
+
+RESULT = ROOT / "benchmarks" / "results" / "vllm_plugin.json"
+PARTS = ("speed", "mixtures", "parity")
+EXPERTS, RANK = 4, 8  # of the mixture; the plain LoRA has their product
+PROMPT_TOKENS, NEW_TOKENS = 4, 12  # decoding: vLLM's CPU operators copy an adapter's weights for every token
+WORKLOAD = {
+    "model": "smollm2-135m",
+    "dtype": "float32",
+    "experts": EXPERTS,
+    "rank": RANK,
+    "prompt_tokens": PROMPT_TOKENS,
+    "new_tokens": NEW_TOKENS,
+}
+
+
+def settings(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Of an engine; `options` None is vLLM without the plugin."""
+    from loraplex.models.smollm2 import convert_smollm2
+
+    chosen = {
+        "model": str(convert_smollm2()),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_lora": True,
+        "max_lora_rank": EXPERTS * RANK,
+        "max_loras": 2,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "num_gpu_blocks_override": 64,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    return chosen if options is None else {**chosen, "additional_config": {"loraplex": options}}
+
+
+def write_folders(folder: Path) -> dict[str, Path]:
+    """A plain adapter of the mixture's total rank, and a mixture of random experts with a random head."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loraplex.bench.random_adapters import random_adapter, write_random_folders
+    from loraplex.layers.modules import adaptable_modules
+    from loraplex.models.smollm2 import convert_smollm2
+    from loraplex.xlora.config import XLoraConfig
+    from loraplex.xlora.formats.write_folder import write_mixture_folder
+    from loraplex.xlora.head import ScalingHead
+
+    config = AutoConfig.from_pretrained(convert_smollm2())
+    with torch.device("meta"):
+        shapes = adaptable_modules(AutoModelForCausalLM.from_config(config))
+    plain = write_random_folders(shapes, folder, [EXPERTS * RANK], torch.float32)["adapter0"]
+    experts = {str(i): random_adapter(shapes, RANK, torch.float32, i) for i in range(EXPERTS)}
+    layers = len(experts["0"].layers)
+    mixture = XLoraConfig(layerwise_scalings=True)
+    head = ScalingHead(mixture, hidden_size=config.hidden_size, num_experts=EXPERTS, num_layers=layers)
+    write_mixture_folder(
+        folder / "science",
+        layout="peft",
+        config=mixture,
+        hidden_size=config.hidden_size,
+        head_state=head.state_dict(),
+        experts=experts,
+        base_model_name=None,
+    )
+    return {"plain": plain, "science": folder / "science"}
+
+
+def tokens_per_s(llm: Any, path: Path | None, batch_size: int, times: int) -> float:
+    """Of the median run."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    prompts = [
+        {"prompt_token_ids": [(7 * i + 13 * j) % 40000 + 10 for j in range(PROMPT_TOKENS)]} for i in range(batch_size)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    lora = None if path is None else LoRARequest(path.name, 1 if path.name == "science" else 2, str(path))
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+    return batch_size * NEW_TOKENS / median(seconds)
+
+
+def measure_speed(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Base rows and plain LoRA, without the plugin and with it: the two engines in turns."""
+    from vllm import LLM
+
+    sides = {"vllm": LLM(**settings(None)), "plugin": LLM(**settings({}))}
+    cases = [(kind, path, size) for size in (8, 1) for kind, path in (("base", None), ("plain", folders["plain"]))]
+    results = {}
+    for kind, path, size in cases:
+        found: dict[str, list[float]] = {side: [] for side in sides}
+        for llm in sides.values():
+            tokens_per_s(llm, path, size, 1)
+        for i in range(4):
+            for side in list(sides)[:: 1 if i % 2 else -1]:
+                found[side].append(tokens_per_s(sides[side], path, size, 1))
+        results[f"{kind}, batch {size}"] = {side: round(median(speeds), 1) for side, speeds in found.items()}
+        yield {"without a mixture, tokens/s": results}
+
+
+def measure_mixtures(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """X-LoRA beside base rows and plain LoRA of the same total rank, in one engine with the second cache."""
+    from vllm import LLM
+
+    llm = LLM(**settings({"mixtures": True}))
+    kinds = {"base": None, "plain": folders["plain"], "x-lora": folders["science"]}
+    results: dict[str, Any] = {}
+    for size in (8, 1):
+        found: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for path in kinds.values():
+            tokens_per_s(llm, path, size, 1)
+        for _ in range(3):
+            for kind, path in kinds.items():
+                found[kind].append(tokens_per_s(llm, path, size, 1))
+        results[f"batch {size}"] = {kind: round(median(speeds), 1) for kind, speeds in found.items()}
+        yield {"with mixtures on, tokens/s": results}
+
+
+def measure_parity(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """The grid in one batch with base, adapter and linked rows; and both negative controls."""
+    import torch
+
+    from loraplex.vllm_plugin import mixture_use
+    from tests.vllm.worlds import CHOICES, difference, engine, grid_world, prompts, scaling_pass
+
+    world = grid_world(folders["science"].parent / "world")
+    rows = list(zip(CHOICES, prompts(len(CHOICES)), strict=True))
+    mixtures = [row for row in rows if row[0] and row[0].startswith("mix")]
+    results: dict[str, Any] = {}
+
+    def note(name: str, chosen: Any) -> None:
+        found = difference(llm, world, chosen, 6)
+        results[name] = {"tokens": found.num_tokens, "wrong": found.num_wrong, "largest difference": found.largest}
+
+    with engine(world, {"mixtures": True}, max_loras=16, max_cpu_loras=16, enable_prefix_caching=False) as llm:
+        note("the grid", rows)
+        cache = scaling_pass(llm).cache
+        copies, names = cache.copies, cache.names
+        registry = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        cache.copies, cache.names = {name: registry[name] for name in copies}, {name: name for name in names}
+        note("control: one shared cache", mixtures)
+        cache.copies, cache.names = copies, names
+        kept = mixture_use.kept_scalings
+        mixture_use.kept_scalings = lambda scalings, config: torch.full_like(scalings, 1 / 3)
+        note("control: uniform gates", mixtures)
+        mixture_use.kept_scalings = kept
+    yield {"parity with PEFT": results}
+
+
+def run_part(part: str) -> None:
+    from loraplex.bench.report import environment, package_version
+
+    measure = {"speed": measure_speed, "mixtures": measure_mixtures, "parity": measure_parity}[part]
+    with tempfile.TemporaryDirectory() as folder:
+        for results in measure(write_folders(Path(folder))):  # what is known so far
+            content = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}
+            content["environment"] = environment()
+            content["environment"]["versions"]["vllm-cpu"] = package_version("vllm-cpu")
+            content["workload"] = WORKLOAD
+            content["results"] |= results
+            RESULT.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(results, indent=2), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="one of them; default: all")
+    part = parser.parse_args().part
+    if part is not None:
+        run_part(part)
+        return 0
+    failed = [p for p in PARTS if subprocess.run([sys.executable, __file__, "--part", p], check=False).returncode != 0]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

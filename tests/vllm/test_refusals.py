@@ -1,0 +1,237 @@
+"""What isn't proven is refused by name: versions, seams, settings, models, folders."""
+
+import copy
+import json
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from loraplex.errors import CapacityError, LoraplexError, MixtureError, SeamError, UnsupportedEngineError
+from tests.vllm.worlds import HIDDEN, engine_settings
+
+LINKS, MIXTURES = {}, {"mixtures": True}
+
+
+@pytest.fixture(scope="module")
+def config(world):
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = engine_settings(world, MIXTURES)
+    return EngineArgs(**settings).create_engine_config()
+
+
+def setting(section, name, value):
+    def change(config):
+        part = getattr(config, section) if section else config
+        object.__setattr__(part, name, value)
+
+    return change
+
+
+def in_model(**properties):
+    def change(config):
+        model = SimpleNamespace(
+            **dict.fromkeys(("is_hybrid", "is_attention_free", "is_encoder_decoder", "is_multimodal_model"), False),
+            runner_type="generate",
+            enable_sleep_mode=False,
+        )
+        vars(model).update(properties)
+        object.__setattr__(config, "model_config", model)
+
+    return change
+
+
+REFUSED = [
+    (LINKS, "LoRA off", setting("", "lora_config", None)),
+    (LINKS, "pooling", in_model(runner_type="pooling")),
+    (LINKS, "pipeline_parallel_size", setting("parallel_config", "pipeline_parallel_size", 2)),
+    (MIXTURES, "data_parallel_size", setting("parallel_config", "data_parallel_size", 2)),
+    (MIXTURES, "context parallelism", setting("parallel_config", "decode_context_parallel_size", 2)),
+    (MIXTURES, "KV connector", setting("", "kv_transfer_config", object())),
+    (MIXTURES, "KV offloading", setting("cache_config", "kv_offloading_size", 1.0)),
+    (MIXTURES, "encoder cache", setting("", "ec_transfer_config", object())),
+    (MIXTURES, "speculative", setting("", "speculative_config", object())),
+    (MIXTURES, "causal decoder", in_model(is_hybrid=True)),
+    (MIXTURES, "causal decoder", in_model(is_multimodal_model=True)),
+    (MIXTURES, "microbatches", setting("parallel_config", "enable_dbo", True)),
+    (MIXTURES, "asynchronous", setting("scheduler_config", "async_scheduling", True)),
+    (MIXTURES, "quantized KV", setting("cache_config", "cache_dtype", "fp8")),
+    (MIXTURES, "sleep", in_model(enable_sleep_mode=True)),
+    (MIXTURES, "STOCK_TORCH_COMPILE", setting("compilation_config", "mode", 1)),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "change"), REFUSED, ids=[name for _, name, _ in REFUSED])
+def test_setting_is_refused_by_name(config, options, name, change):
+    from vllm.config import CompilationMode
+
+    from loraplex.vllm_plugin.options import PluginOptions
+    from loraplex.vllm_plugin.refusals import check_config
+
+    changed = copy.copy(config)
+    for section in ("parallel_config", "cache_config", "scheduler_config", "compilation_config"):
+        object.__setattr__(changed, section, copy.copy(getattr(config, section)))
+    check_config(changed, PluginOptions(**options))
+    change(changed)
+    if name == "STOCK_TORCH_COMPILE":
+        object.__setattr__(changed.compilation_config, "mode", CompilationMode.STOCK_TORCH_COMPILE)
+    with pytest.raises(UnsupportedEngineError, match=name):
+        check_config(changed, PluginOptions(**options))
+
+
+@pytest.mark.parametrize("variable", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_LORA_ENABLE_DUAL_STREAM"])
+def test_variable_is_refused_by_name(config, variable, monkeypatch):
+    from loraplex.vllm_plugin.options import PluginOptions
+    from loraplex.vllm_plugin.refusals import check_config
+
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(UnsupportedEngineError, match=variable):
+        check_config(config, PluginOptions(mixtures=True))
+
+
+def test_refusal_comes_when_the_configuration_is_made(world, register):
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(UnsupportedEngineError, match="LoRA off"):
+        EngineArgs(**engine_settings(world, {}, enable_lora=False)).create_engine_config()
+
+
+def test_unknown_option_is_refused_when_the_configuration_is_made(world, register):
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(LoraplexError, match="mixture"):
+        EngineArgs(**engine_settings(world, {"mixture": True})).create_engine_config()
+
+
+def test_other_version_of_vllm_is_refused():
+    from loraplex.vllm_plugin import seams
+
+    with mock.patch.object(seams, "version", return_value="0.33.1"), pytest.raises(SeamError, match=r"0\.33\.1"):
+        seams.check_seams()
+
+
+def test_every_seam_is_in_its_place():
+    from loraplex.vllm_plugin.seams import check_seams
+
+    check_seams()
+
+
+def test_seam_that_moved_is_named(monkeypatch):
+    from vllm.lora import model_manager
+
+    from loraplex.vllm_plugin.seams import check_seams
+
+    monkeypatch.delattr(model_manager.LRUCacheLoRAModelManager, "activate_adapter")
+    monkeypatch.delattr(model_manager.LoRAModelManager, "activate_adapter")
+    with pytest.raises(SeamError, match=r"LRUCacheLoRAModelManager\.activate_adapter is not there"):
+        check_seams()
+
+
+def test_parameter_that_went_is_named(monkeypatch):
+    import vllm.forward_context
+
+    from loraplex.vllm_plugin.seams import check_seams
+
+    monkeypatch.setattr(vllm.forward_context, "override_forward_context", lambda context: None)
+    with pytest.raises(SeamError, match=r"override_forward_context no longer takes forward_context"):
+        check_seams()
+
+
+def test_layers_without_a_causal_cache_are_refused(world):
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from loraplex.vllm_plugin.second_cache import SecondCache
+
+    class Mamba(AttentionLayerBase):
+        def get_attn_backend(self):
+            raise NotImplementedError
+
+        def get_kv_cache_spec(self, vllm_config):
+            raise NotImplementedError
+
+    with pytest.raises(UnsupportedEngineError, match="Mamba"):
+        SecondCache({"model.layers.0.mixer": Mamba()})
+
+
+# Folders that can't be served
+
+
+def loader(world, **options):
+    from loraplex.vllm_plugin.base_modules import BaseModules, LayerPlaces
+    from loraplex.vllm_plugin.catalog import Catalog
+    from loraplex.vllm_plugin.loading import Limits, LinkLoader
+    from loraplex.vllm_plugin.options import PluginOptions
+
+    plugin = PluginOptions(folder=str(world.named), **options)
+    base = BaseModules(world.base.config, trust_remote_code=False)
+    places = LayerPlaces(dict.fromkeys(base.shapes), {}, None)
+    places._modules = {path: i for i, path in enumerate(base.shapes) if "layers" in path}
+    places.num_modules = len(base.shapes)
+    limits = Limits(max_rank=16, dtype=torch.float32, device=torch.device("cpu"), hidden_size=HIDDEN)
+    catalog = Catalog(plugin)
+    return lambda text: LinkLoader(catalog, plugin, base, places, limits).load(1, catalog.find(text))
+
+
+def test_mixture_without_a_second_cache_is_refused(world):
+    with pytest.raises(MixtureError, match="second KV cache"):
+        loader(world)("mix0")
+
+
+def test_rank_and_experts_beyond_the_engines_are_refused(world):
+    load = loader(world, mixtures=True, max_experts=4)
+    assert load("mix0").rank == 15
+    with pytest.raises(CapacityError, match="max_lora_rank"):
+        load("mix0+materials")
+    with pytest.raises(CapacityError, match="max_experts"):
+        load("mix0+mix1")
+
+
+def test_mixtures_of_one_link_need_the_base_models_scaling_pass(world):
+    with pytest.raises(MixtureError, match="scaling_pass_value"):
+        loader(world, mixtures=True)("mix0+mix6")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "targets"),
+    [
+        ("DoRA", {"use_dora": True}, ["q_proj"]),
+        ("aLoRA", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, ["q_proj"]),
+    ],
+)
+def test_adapters_that_vllm_cant_run_are_refused_in_links(world, name, options, targets):
+    from tests.tiny_models import random_peft_adapter
+
+    if not (world.named / name).exists():
+        random_peft_adapter(world.base, world.named / name, targets=targets, options=options)
+    with pytest.raises(LoraplexError, match=name):
+        loader(world)(f"{name}:0.5")
+
+
+def test_embeddings_in_a_mixture_are_refused(world):
+    from loraplex.xlora.config import XLoraConfig
+    from tests.tiny_models import random_peft_adapter
+
+    folder = world.named / "wide"
+    if not folder.exists():
+        world.adapters["wide"] = random_peft_adapter(world.base, folder, targets=["q_proj", "embed_tokens"], r=2)
+        world.add_mixture("mixwide", XLoraConfig(), ["protein", "wide"])
+    with pytest.raises(LoraplexError, match="embed_tokens"):
+        loader(world, mixtures=True)("mixwide")
+
+
+def test_residual_adapters_are_refused(world):
+    folder = world.named / "residual"
+    folder.mkdir(exist_ok=True)
+    (folder / "residual_config.json").write_text(json.dumps({}))
+    with pytest.raises(LoraplexError, match="residual"):
+        loader(world)("residual:0.5")
+
+
+def test_adapter_for_another_base_is_refused(world, tmp_path):
+    from tests.tiny_models import random_peft_adapter, tiny_model
+
+    random_peft_adapter(tiny_model("llama"), world.named / "foreign", targets=["q_proj"])
+    with pytest.raises(LoraplexError, match="base"):
+        loader(world)("foreign:0.5")

@@ -1,0 +1,70 @@
+"""`loraplex serve --engine vllm`: the command line that it writes, and what it refuses."""
+
+import importlib.util
+import json
+from unittest import mock
+
+import pytest
+
+from loraplex.cli import serve_vllm
+from loraplex.cli.app import cli
+from loraplex.cli.serve_vllm import rank_for, vllm_arguments
+from loraplex.errors import ConfigError
+from loraplex.server.settings import AccessSettings, ModelSettings, NetworkSettings, ServeConfig
+from tests.xlora.mixtures import XLoraConfig, write_mixture
+
+ADAPTER = "examples/adapters/protein"
+
+
+def option(arguments, flag):
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_settings_become_vllms_flags(tmp_path):
+    mixture = write_mixture(tmp_path / "science", "peft", XLoraConfig())
+    model = ModelSettings(model="some/model", adapters={"protein": ADAPTER}, mixtures={"science": str(mixture)})
+    settings = ServeConfig(model=model, network=NetworkSettings(port=9000))
+    arguments = vllm_arguments(settings, "--tensor-parallel-size 2")
+    assert option(arguments, "--model") == "some/model"
+    assert option(arguments, "--port") == "9000"
+    assert option(arguments, "--host") == "127.0.0.1"
+    assert option(arguments, "--max-lora-rank") == "16"  # of protein; the mixture's experts have 2 + 3 + 4
+    assert arguments[-2:] == ["--tensor-parallel-size", "2"]
+    options = json.loads(option(arguments, "--additional-config"))["loraplex"]
+    assert options == {"adapters": {"protein": ADAPTER, "science": str(mixture)}, "mixtures": True}
+
+
+def test_watched_folder_is_the_folder_of_names(tmp_path):
+    write_mixture(tmp_path / "team" / "science", "xlora", XLoraConfig())
+    arguments = vllm_arguments(ServeConfig(model=ModelSettings(model="m", watch=str(tmp_path))))
+    options = json.loads(option(arguments, "--additional-config"))["loraplex"]
+    assert options == {"adapters": {}, "mixtures": True, "folder": str(tmp_path)}
+    assert option(arguments, "--max-lora-rank") == "16"
+
+
+def test_ranks_are_those_that_vllm_knows(tmp_path):
+    assert rank_for([]) == 8
+    with mock.patch.object(serve_vllm, "_rank", return_value=65):
+        assert rank_for([tmp_path]) == 128
+    with mock.patch.object(serve_vllm, "_rank", return_value=513), pytest.raises(ConfigError, match="513"):
+        rank_for([tmp_path])
+
+
+def test_settings_without_a_counterpart_are_refused_by_name(tmp_path):
+    (tmp_path / "keys.json").touch()
+    settings = ServeConfig(access=AccessSettings(keys_file=str(tmp_path / "keys.json")))
+    with pytest.raises(ConfigError, match=r"access\.keys_file"):
+        vllm_arguments(settings)
+
+
+def test_vllm_that_is_missing_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"loraplex\[vllm\]"):
+        cli(["serve", "--engine", "vllm"], standalone_mode=False)
+
+
+def test_flags_for_vllm_want_vllm():
+    with pytest.raises(ConfigError, match="--engine vllm"):
+        cli(["serve", "--vllm-args", "--seed 1"], standalone_mode=False)
+    with pytest.raises(ConfigError, match="replicas"):
+        cli(["serve", "--engine", "vllm", "--replicas", "2"], standalone_mode=False)
