@@ -100,6 +100,7 @@ def test_the_same_command_goes_on_or_is_finished(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--init-from", "elsewhere"], "not both"),
         (["--top-k-lora", "4"], "top_k_lora is 4, but the mixture has 3 experts"),
         (["--xlora-depth", "0"], "xlora_depth is 0"),
         (["--layout", "zip"], "layout is 'zip'"),

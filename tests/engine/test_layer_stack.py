@@ -109,4 +109,25 @@ def test_runs_are_cut_where_something_stands_between_layers() -> None:
     assert chains([a, b, c], [joined, cut]) == [[a], [b, c]]
     assert chains([a, c], [joined]) == [[a], [c]]
     assert chains([a, b, c], [joined, [(b, one, two)]]) == [], "another order in each pass"
+    wider = nn.Linear(2, 3)
+    assert chains([a, wider], [[(a, one, two), (wider, two, three)]]) == [[a], [wider]], "of other sizes"
     assert chains([a], [[(a, one, two), (a, two, three)]]) == [], "a layer that is used twice"
+
+
+def test_layers_of_other_sizes_are_stacks_of_their_own(calls: list[int]) -> None:
+    base = tiny_model("llama")
+    mlp = base.model.layers[1].mlp
+    inner = mlp.gate_proj.out_features
+    for name, size_in, size_out in (
+        ("gate_proj", 64, inner * 2),
+        ("up_proj", 64, inner * 2),
+        ("down_proj", inner * 2, 64),
+    ):
+        setattr(mlp, name, nn.Linear(size_in, size_out, bias=False).requires_grad_(False))
+    model = MultiLoraModel(base.eval())
+    prompted = prompts((12,))[0]
+    with Engine(model, CONFIG) as engine:
+        calls.clear()
+        result = engine.generate([prompted.request(max_tokens=6)])[0]
+        assert len(calls) == 2 * 5, "two calls for each token after the prompt's"
+    assert_same(model, prompted, result, answer(model, prompted, 6))

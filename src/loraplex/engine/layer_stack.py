@@ -56,7 +56,7 @@ class LayerStack:
             return None
         if batch.cache not in self._described:
             self._described[batch.cache] = self._describe(batch.cache)
-        adapters = (*plan.table, plan.rows, plan.gate_rows)
+        adapters = (*plan.table, plan.rows, plan.all_gates())
         cos, sin = position_embeddings
         places = (batch.table.values, batch.rows, batch.positions)
         described = self._described[batch.cache]
@@ -113,7 +113,7 @@ def may_be_stacked(layer: nn.Module, cache: KeyValueCache, taken: Callable[[nn.M
 
 
 def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module, Any, Any]]]) -> list[list[nn.Module]]:
-    """`layers` in runs that feed each other; `seen` has (layer, input, output) of each pass.
+    """`layers` in runs of equal sizes that feed each other; `seen` has (layer, input, output) of each pass.
 
     In a pass the layers that are not among `layers` are not seen, so a layer behind one of those begins a run.
     """
@@ -123,6 +123,7 @@ def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module,
     runs: list[list[nn.Module]] = []
     for i, layer in enumerate(orders[0]):
         follows = i > 0 and all(one[i][1] is one[i - 1][2] for one in seen)
+        follows = follows and sizes_of(layer) == sizes_of(orders[0][i - 1])
         if layer not in layers:
             runs.append([])
         elif follows and runs:
@@ -130,6 +131,11 @@ def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module,
         else:
             runs.append([layer])
     return [run for run in runs if run]
+
+
+def sizes_of(layer: nn.Module) -> list[torch.Size]:
+    """What must be equal in all layers of a stack, which the compiled call is told once."""
+    return [parameter.shape for parameter in layer.parameters()]
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear:

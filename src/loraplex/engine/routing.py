@@ -64,11 +64,11 @@ class PackedPlan(RoutingPlan):
         longest = max((item.num_tokens for item in placed), default=1)
         super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
         self._by_module: tuple[Tensor, ...] = ()
-        self.gate_rows = self._gate_table[0].unsqueeze(0)  # [1 or modules, gates]
+        self._gate_rows = self._gate_table[0].unsqueeze(0)  # [1 or modules, gates]
         if columns:
-            self.gate_rows = self.gate_rows.repeat(gates.values.shape[0], 1)
-            self.gate_rows[:, own] = gates.values[:, columns].to(self.gate_rows.dtype)
-            self._by_module = self.gate_rows.unbind(0)
+            self._gate_rows = self._gate_rows.repeat(gates.values.shape[0], 1)
+            self._gate_rows[:, own] = gates.values[:, columns].to(self._gate_rows.dtype)
+            self._by_module = self._gate_rows.unbind(0)
 
     @property
     def has_gains(self) -> bool:
@@ -76,7 +76,7 @@ class PackedPlan(RoutingPlan):
         return bool(self._gained)
 
     def all_gates(self) -> Tensor:
-        return self.gate_rows
+        return self._gate_rows
 
     def gates_of(self, module: int) -> Tensor:
         return self._by_module[module] if self._by_module else super().gates_of(module)
