@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from loraplex.xlora.formats.write_folder import write_mixture_folder
 from tests.parity.oracle import PeftOracle
 from tests.parity.test_xlora import GRID
 from tests.parity.xlora_oracle import peft_xlora
-from tests.tiny_models import LLAMA_LIKE, LLAMA_TARGETS, random_peft_adapter
+from tests.tiny_models import ARCHITECTURES, LLAMA_TARGETS, VOCAB_SIZE, random_peft_adapter
 
 TOP = 5  # logprobs that are compared
 TOLERANCE = 1e-3
-VOCAB = LLAMA_LIKE["vocab_size"]
+VOCAB = VOCAB_SIZE
 HIDDEN = 128  # heads of 32, the smallest that vLLM's CPU attention has
 LINK = "protein:0.7+materials:0.3"
 CHOICES = [None, "protein", LINK, *(f"mix{i}" for i in range(len(GRID))), None]
@@ -105,27 +105,30 @@ class World:
         return answer
 
 
-def make_world(folder: Path, *, num_layers: int = 2, seed: int = 0) -> World:
-    """A random Llama, and adapters "protein", "materials" and "chemistry" of different ranks and modules."""
-    config = transformers.LlamaConfig(
-        **{
-            **LLAMA_LIKE,
-            "hidden_size": HIDDEN,
-            "num_hidden_layers": num_layers,
-            "initializer_range": 0.1,
-            "max_position_embeddings": 512,
-        }
-    )
+def make_base(architecture: str = "llama", *, num_layers: int = 2, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random model of one of the tiny architectures, as large as vLLM's CPU attention wants."""
+    config = ARCHITECTURES[architecture].config()
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": num_layers, "max_position_embeddings": 512}
+    if getattr(config, "head_dim", None) is not None:
+        sizes["head_dim"] = HIDDEN // config.num_attention_heads
+    config = type(config)(**{**config.to_dict(), **sizes, **settings})
     torch.manual_seed(seed)
-    base = transformers.LlamaForCausalLM(config).eval()
+    base = ARCHITECTURES[architecture].model_class(config).eval()
+    base.set_attn_implementation("eager")  # the one that has Gemma 2's soft caps
+    return base
+
+
+def make_world(folder: Path, base: PreTrainedModel | None = None, targets: Sequence[str] = LLAMA_TARGETS) -> World:
+    """A base model, and adapters "protein", "materials" and "chemistry" of different ranks and modules."""
+    base = make_base(initializer_range=0.1) if base is None else base
     base.save_pretrained(folder / "model")
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "model")
-    shapes = {
-        "protein": {"targets": LLAMA_TARGETS, "r": 4, "lora_alpha": 4},
-        "materials": {"targets": LLAMA_TARGETS[:4], "r": 8, "options": {"use_rslora": True}},
-        "chemistry": {"targets": ("q_proj", "o_proj", "down_proj"), "r": 3, "lora_alpha": 6},
+    shapes: dict[str, dict[str, Any]] = {
+        "protein": {"targets": targets, "r": 4, "lora_alpha": 4},
+        "materials": {"targets": targets[:4], "r": 8, "options": {"use_rslora": True}},
+        "chemistry": {"targets": targets[::3], "r": 3, "lora_alpha": 6},
     }
     adapters = {
         name: random_peft_adapter(base, folder / "named" / name, seed=i + 1, **shape)
@@ -135,19 +138,20 @@ def make_world(folder: Path, *, num_layers: int = 2, seed: int = 0) -> World:
 
 
 def grid_world(folder: Path) -> World:
-    """The world with a mixture for each head of the grid, "mix0", "mix1", ..."""
-    world = make_world(folder)
-    for i, config in enumerate(GRID):
-        world.add_mixture(f"mix{i}", config, list(world.adapters), seed=i)
+    """The tiny Llama with a mixture for each head of the grid, "mix0", "mix1", ..."""
+    return add_mixtures(make_world(folder), range(len(GRID)))
+
+
+def add_mixtures(world: World, chosen: Iterable[int]) -> World:
+    """The grid's mixtures with these numbers, of all adapters."""
+    for i in chosen:
+        world.add_mixture(f"mix{i}", GRID[i], list(world.adapters), seed=i)
     return world
 
 
 def make_server_world(folder: Path) -> World:
-    """The world with two of the grid's mixtures."""
-    world = make_world(folder)
-    for i in (1, 6):
-        world.add_mixture(f"mix{i}", GRID[i], list(world.adapters), seed=i)
-    return world
+    """The tiny Llama with two of the grid's mixtures."""
+    return add_mixtures(make_world(folder), (1, 6))
 
 
 def prompts(num: int, length: int = 12, seed: int = 0) -> list[list[int]]:

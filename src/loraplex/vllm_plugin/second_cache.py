@@ -64,10 +64,6 @@ def _check_layer(name: str, layer: Any) -> None:
             "Attention (no state-space or hybrid models, no latent or cross attention). Serve this model without "
             "mixtures."
         )
-    if layer.sliding_window is not None:
-        raise UnsupportedEngineError(
-            f"{name!r} has a sliding window, with which mixtures were not tested. Serve this model without mixtures."
-        )
     if layer.kv_sharing_target_layer_name is not None:
         raise UnsupportedEngineError(
             f"{name!r} shares keys and values with {layer.kv_sharing_target_layer_name!r}, which mixtures don't "

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -14,56 +15,41 @@ namespace loraplex {
 
 // Lane t * R + r of the result is dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums, a power of two, stay
 // in registers. `ahead` > 0 asks the memory for the values that lie so far behind those which are used.
-template <int R, int T>
-inline Floats dots(const float* w, const float* x, int64_t in, int64_t ahead = 0) {
-  Floats acc[16] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= in; i += kLanes) {
-    for (int r = 0; r < R; ++r) {
-      if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
-      const Floats wv = load(w + r * in + i);
-      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * load(x + t * in + i);
-    }
-  }
-  Floats totals = sums<R * T>(acc);
-  for (; i < in; ++i) {
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) totals[t * R + r] += w[r * in + i] * x[t * in + i];
-    }
-  }
-  return totals;
-}
-
-template <int R, int T>
-inline Floats dots(const c10::BFloat16* w, const c10::BFloat16* x, int64_t in, int64_t ahead = 0) {
-  Floats acc[16] = {};
+template <int R, int T, typename S>
+inline Floats dots(const S* w, const S* x, int64_t in, int64_t ahead = 0) {
+  Floats acc[R * T];
+  each<R * T>([&](auto j) { acc[j] = Floats{}; });
   int64_t i = 0;
 #ifdef __AVX512BF16__  // multiplies pairs of bfloat16 and adds them in float32
-  __m512 pairs[R * T];
-  for (int j = 0; j < R * T; ++j) pairs[j] = _mm512_setzero_ps();
-  for (; i + 2 * kLanes <= in; i += 2 * kLanes) {
-    __m512bh wv[R];
-    for (int r = 0; r < R; ++r) {
-      if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
-      wv[r] = (__m512bh)_mm512_loadu_si512(w + r * in + i);
-    }
-    for (int t = 0; t < T; ++t) {
-      const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + t * in + i);
-      for (int r = 0; r < R; ++r) pairs[t * R + r] = _mm512_dpbf16_ps(pairs[t * R + r], wv[r], xv);
+  if constexpr (std::is_same_v<S, c10::BFloat16>) {
+    for (; i + 2 * kLanes <= in; i += 2 * kLanes) {
+      __m512bh wv[R];
+      each<R>([&](auto r) {
+        if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
+        wv[r] = (__m512bh)_mm512_loadu_si512(w + r * in + i);
+      });
+      each<T>([&](auto t) {
+        const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + t * in + i);
+        each<R>([&](auto r) { acc[t * R + r] = (Floats)_mm512_dpbf16_ps((__m512)acc[t * R + r], wv[r], xv); });
+      });
     }
   }
-  for (int j = 0; j < R * T; ++j) std::memcpy(&acc[j], &pairs[j], sizeof(Floats));
 #endif
   for (; i + kLanes <= in; i += kLanes) {
-    for (int r = 0; r < R; ++r) {
-      const Floats wv = load(w + r * in + i);
-      for (int t = 0; t < T; ++t) acc[t * R + r] += wv * load(x + t * in + i);
-    }
+    Floats wv[R];
+    each<R>([&](auto r) {
+      if (ahead > 0) __builtin_prefetch(w + r * in + i + ahead, 0, 2);
+      wv[r] = load(w + r * in + i);
+    });
+    each<T>([&](auto t) {
+      const Floats xv = load(x + t * in + i);
+      each<R>([&](auto r) { acc[t * R + r] += wv[r] * xv; });
+    });
   }
   Floats totals = sums<R * T>(acc);
   for (; i < in; ++i) {
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) totals[t * R + r] += float(w[r * in + i]) * float(x[t * in + i]);
+    for (int t = 0; t < T; ++t) {
+      for (int r = 0; r < R; ++r) totals[t * R + r] += float(w[r * in + i]) * float(x[t * in + i]);
     }
   }
   return totals;

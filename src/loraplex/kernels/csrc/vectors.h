@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace loraplex {
 
@@ -82,6 +83,14 @@ inline Floats shuffle(Floats a, Floats b, Ints order) {
 #endif
 }
 
+// Calls f with the constants 0 .. N - 1: indices that the compiler knows keep an array of vectors in registers.
+template <int N, typename F>
+[[gnu::always_inline]] inline void each(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
 inline float sum(Floats v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -101,18 +110,18 @@ inline Floats sums(Floats* v) {
   constexpr Ints low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
   constexpr Ints high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
   constexpr auto other = [](int i, int step) { return i + step < count ? i + step : i; };
-  for (int i = 0; i < count; i += 2) {
-    const Floats a = v[i], b = v[other(i, 1)];
-    v[i] = shuffle(a, b, even1) + shuffle(a, b, odd1);
-  }
-  for (int i = 0; i < count; i += 4) {
-    const Floats a = v[i], b = v[other(i, 2)];
-    v[i] = shuffle(a, b, even2) + shuffle(a, b, odd2);
-  }
-  for (int i = 0; i < count; i += 8) {
-    const Floats a = v[i], b = v[other(i, 4)];
-    v[i] = shuffle(a, b, even4) + shuffle(a, b, odd4);
-  }
+  each<(count + 1) / 2>([&](auto j) {
+    const Floats a = v[2 * j], b = v[other(2 * j, 1)];
+    v[2 * j] = shuffle(a, b, even1) + shuffle(a, b, odd1);
+  });
+  each<(count + 3) / 4>([&](auto j) {
+    const Floats a = v[4 * j], b = v[other(4 * j, 2)];
+    v[4 * j] = shuffle(a, b, even2) + shuffle(a, b, odd2);
+  });
+  each<(count + 7) / 8>([&](auto j) {
+    const Floats a = v[8 * j], b = v[other(8 * j, 4)];
+    v[8 * j] = shuffle(a, b, even4) + shuffle(a, b, odd4);
+  });
   const Floats a = v[0], b = v[other(0, 8)];
   return shuffle(a, b, low) + shuffle(a, b, high);
 }
