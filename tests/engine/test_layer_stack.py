@@ -40,6 +40,7 @@ def test_same_bits_as_module_by_module(
 ) -> None:
     folders = write_adapters(name, tmp_path)
     monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
+    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # module by module, torch attends to chunks
     model = make_model(name, folders)
     requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11))]
     with Engine(model, CONFIG) as engine:
@@ -53,6 +54,31 @@ def test_same_bits_as_module_by_module(
         handle.remove()
     for ours, theirs in zip(together, one_by_one, strict=True):
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
+
+
+@pytest.mark.parametrize("max_step_tokens", [64, 16])
+def test_a_prompts_chunks_run_in_one_call(tmp_path: Path, calls: list[int], max_step_tokens: int) -> None:
+    model = make_model("llama", write_adapters("llama", tmp_path))
+    config = EngineConfig(cache_bytes=2**22, prefix_cache=False, max_step_tokens=max_step_tokens, block_tokens=8)
+    with Engine(model, config) as engine:
+        for prompted in prompts((37,)):
+            calls.clear()
+            result = engine.generate([prompted.request(max_tokens=4)])[0]
+            assert max(calls) == min(max_step_tokens, 37)
+            assert_same(model, prompted, result, answer(model, prompted, 4))
+
+
+def test_long_chunks_run_module_by_module(tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 100)
+    model = make_model("llama", write_adapters("llama", tmp_path), mixtures=False)
+    with Engine(model, CONFIG) as engine:
+        for length, called in ((13, True), (14, False)):  # 91 and 105 keys
+            calls.clear()
+            prompted = prompts((length,))[0]
+            assert_same(
+                model, prompted, engine.generate([prompted.request(max_tokens=3)])[0], answer(model, prompted, 3)
+            )
+            assert (calls[:1] == [length]) == called
 
 
 def test_a_hook_of_the_user_sees_its_module_run(tmp_path: Path, calls: list[int]) -> None:

@@ -91,7 +91,7 @@ def run_load(bench: LoadBench, tell: Callable[[str], None] = lambda _: None) -> 
         with Engine(model, EngineConfig()) as engine:
             prompts = _prompts(bench, model)
             resident = uniform_names(popular[: bench.resident])
-            flood = _requests(bench, prompts, resident, [0.0] * _FLOOD)
+            flood = _requests(bench, prompts, resident, [0.0] * _FLOOD, draw=f"{bench.seed} flood")
             tell("measuring the capacity ...")
             run_stream(engine, flood[:_WARM_UP])
             capacity = len(flood) / run_stream(engine, flood).seconds
@@ -103,7 +103,8 @@ def run_load(bench: LoadBench, tell: Callable[[str], None] = lambda _: None) -> 
             results: dict[str, Any] = {"capacity_requests_per_s": capacity}
             for side, source in sides.items():
                 tell(f"{side}: {rate:.2f} of {capacity:.2f} possible requests/s for {bench.seconds:.0f} s ...")
-                results[side] = run_stream(engine, _requests(bench, prompts, source, times)).report()
+                requests = _requests(bench, prompts, source, times, draw=f"{bench.seed} {side}")
+                results[side] = run_stream(engine, requests).report()
     return results
 
 
@@ -159,9 +160,9 @@ def _prompts(bench: LoadBench, model: MultiLoraModel) -> PromptSource:
 
 
 def _requests(
-    bench: LoadBench, prompts: PromptSource, names: NameSource, times: Sequence[float]
+    bench: LoadBench, prompts: PromptSource, names: NameSource, times: Sequence[float], draw: str
 ) -> list[tuple[float, Request]]:
-    """One request for each time; the prompts are the same whatever the names."""
-    prompt_draw, name_draw = random.Random(bench.seed + 2), random.Random(bench.seed + 3)
+    """One request for each time, from a draw of its own: prompts that came before would be in the prefix cache."""
+    prompt_draw, name_draw = random.Random(f"prompts {draw}"), random.Random(f"names {draw}")
     sampling = SamplingParams(max_tokens=bench.new_tokens, ignore_eos=True)
     return [(at, Request(prompts(prompt_draw), adapters=names(name_draw), sampling=sampling)) for at in times]

@@ -56,7 +56,7 @@ def decode(
             rows=rows,
             sides=sides,
             prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens or (65 if full else 33),
+            new_tokens=new_tokens or (129 if full else 33),
             rounds=rounds or (5 if full else 1),
         )
         for dtype, rows in map(read_case, cases)

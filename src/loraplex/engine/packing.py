@@ -119,6 +119,11 @@ class PackedBatch:
         """The parts of more than one token, with the place of their first."""
         yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
 
+    @property
+    def num_chunk_keys(self) -> int:
+        """The keys that the tokens of chunks see, counted for each token."""
+        return sum(part.count * (part.start + part.stop + 1) // 2 for _, part in self.chunks())
+
     @cached_property
     def num_key_blocks(self) -> int:
         """How many blocks the longest of the single tokens' tracks reaches into, known without asking the device."""

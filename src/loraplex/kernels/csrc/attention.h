@@ -96,8 +96,14 @@ struct Attention {
       float* weights = buffer.data() + g * padded;
       if (mask != nullptr) hide(mask + token * mask_stride + begin, count, weights);
       softmax(weights, count, padded);
-      sum_values(token, kv_head, begin, count, weights, out + (token * heads + kv_head * group + g) * value_dim);
     }
+    const float* weights = buffer.data();
+    T* result = out + (token * heads + kv_head * group) * value_dim;
+    int64_t g = 0;
+    for (; g + 3 <= group; g += 3)
+      sum_values<3>(token, kv_head, begin, count, weights + g * padded, padded, result + g * value_dim);
+    for (; g < group; ++g)
+      sum_values<1>(token, kv_head, begin, count, weights + g * padded, padded, result + g * value_dim);
   }
 
   static void hide(const bool* seen, int64_t count, float* weights) {
@@ -134,35 +140,45 @@ struct Attention {
     for (int64_t i = 0; i < padded; i += kLanes) store(weights + i, load(weights + i) * factor);
   }
 
-  template <int vectors>
-  void sum_columns(int64_t token, int64_t kv_head, int64_t begin, int64_t count, const float* weights, int64_t column,
-                   T* result) const {
-    Floats acc[vectors] = {};
+  // `vectors` of values for `num` heads that share them, whose weights lie `padded` apart: each is read once for all.
+  template <int num, int vectors>
+  void sum_columns(int64_t token, int64_t kv_head, int64_t begin, int64_t count, const float* weights, int64_t padded,
+                   int64_t column, T* result) const {
+    Floats acc[num * vectors];
+    each<num * vectors>([&](auto j) { acc[j] = Floats{}; });
     for (int64_t i = 0; i < count;) {
       const int64_t run = std::min(count - i, values.run(begin + i));
       const T* v = values.at(token, kv_head, begin + i) + column;
       for (int64_t j = 0; j < run; ++j, v += values.dim) {
-        for (int n = 0; n < vectors; ++n) acc[n] += weights[i + j] * load(v + n * kLanes);
+        each<vectors>([&](auto n) {
+          const Floats value = load(v + n * kLanes);
+          each<num>([&](auto g) { acc[g * vectors + n] += weights[g * padded + i + j] * value; });
+        });
       }
       i += run;
     }
-    for (int n = 0; n < vectors; ++n) store(result + column + n * kLanes, acc[n]);
+    each<num * vectors>([&](auto j) {
+      store(result + j / vectors * values.dim + column + j % vectors * kLanes, acc[j]);
+    });
   }
 
-  void sum_values(int64_t token, int64_t kv_head, int64_t begin, int64_t count, const float* weights, T* result) const {
+  // The outputs of `num` heads that follow each other.
+  template <int num>
+  void sum_values(int64_t token, int64_t kv_head, int64_t begin, int64_t count, const float* weights, int64_t padded,
+                  T* result) const {
     const int64_t value_dim = values.dim;
     int64_t column = 0;
-    for (; column + 8 * kLanes <= value_dim; column += 8 * kLanes)
-      sum_columns<8>(token, kv_head, begin, count, weights, column, result);
     for (; column + 4 * kLanes <= value_dim; column += 4 * kLanes)
-      sum_columns<4>(token, kv_head, begin, count, weights, column, result);
+      sum_columns<num, 4>(token, kv_head, begin, count, weights, padded, column, result);
     for (; column + kLanes <= value_dim; column += kLanes)
-      sum_columns<1>(token, kv_head, begin, count, weights, column, result);
+      sum_columns<num, 1>(token, kv_head, begin, count, weights, padded, column, result);
     for (; column < value_dim; ++column) {
-      float total = 0;
-      for (int64_t i = 0; i < count; ++i)
-        total += weights[i] * float(values.at(token, kv_head, begin + i)[column]);
-      result[column] = static_cast<T>(total);
+      for (int g = 0; g < num; ++g) {
+        float total = 0;
+        for (int64_t i = 0; i < count; ++i)
+          total += weights[g * padded + i] * float(values.at(token, kv_head, begin + i)[column]);
+        result[g * value_dim + column] = static_cast<T>(total);
+      }
     }
   }
 };

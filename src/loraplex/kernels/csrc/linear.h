@@ -16,7 +16,7 @@ namespace loraplex {
 // Lane t * R + r of the result is dot(w[r], x[t]) for R rows of W and T tokens; R * T <= 16 sums, a power of two, stay
 // in registers. `ahead` > 0 asks the memory for the values that lie so far behind those which are used.
 template <int R, int T, typename S>
-inline Floats dots(const S* w, const S* x, int64_t in, int64_t ahead = 0) {
+[[gnu::flatten]] inline Floats dots(const S* w, const S* x, int64_t in, int64_t ahead = 0) {
   Floats acc[R * T];
   each<R * T>([&](auto j) { acc[j] = Floats{}; });
   int64_t i = 0;

@@ -100,7 +100,7 @@ inline float sum(Floats v) {
 // Lane i of the result is the sum of the 16 lanes of v[i], for the first `count` vectors, a power of two up to 16; v is
 // used up. Every vector is summed in the same order, whatever `count` is.
 template <int count>
-inline Floats sums(Floats* v) {
+[[gnu::always_inline]] inline Floats sums(Floats* v) {
   constexpr Ints even1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
   constexpr Ints odd1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
   constexpr Ints even2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
