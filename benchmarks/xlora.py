@@ -8,13 +8,16 @@ long      milliseconds a token at token 50 and at token 500
 draft     prompts of the test data, batch 1: drafted, undrafted, and the base model; how many drafts were right
 batch     batch 8: all rows through the mixture, one row, none
 refresh   what keeping scalings for k tokens saves, and how far it leads away from the exact mixture
+
+long, draft and batch run by `model.generate` and by the engine.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from adapters import write_random_adapters
 from common import alternate, console, medians, print_table, save
 from torch import Tensor
 
-from loraplex import MultiLoraModel, XLoraConfig
+from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.models.loading import load_base_model
 from loraplex.models.text import encode_prompts
 
@@ -71,7 +74,7 @@ def random_prompt(rows: int, length: int) -> Tensor:
     return torch.randint(1000, 40000, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def against_peft(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+def against_peft(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     ours, theirs = with_mixture(options.model, dtype, paths), peft_mixture(options.model, dtype, paths)
     ids = random_prompt(1, 57)
     num_tokens = options.new_tokens
@@ -80,24 +83,52 @@ def against_peft(options: argparse.Namespace, dtype: str, paths: Mapping[str, Pa
         "loraplex": speed(lambda: ours.generate(ids, adapters=[MIXTURE], **exactly(num_tokens)), num_tokens),
     }
     ours.generate(ids, adapters=[MIXTURE], **exactly(4))  # a warm-up; PEFT's run takes minutes, where one counts little
-    return {"tokens_per_s": {side: run() for side, run in sides.items()}}
+    return [{"tokens_per_s": {side: run() for side, run in sides.items()}}]
 
 
-def along_the_sequence(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+Run = Callable[[Tensor, Sequence[str | None], int], object]  # prompts [rows, length], adapters, new tokens
+
+
+@contextmanager
+def both_ways(model: MultiLoraModel, *, draft: bool) -> Iterator[dict[str, Run]]:
+    """The same greedy generation by `model.generate` and by an engine of its own."""
+
+    def generate(ids: Tensor, choices: Sequence[str | None], num_tokens: int) -> None:
+        model.generate(ids, adapters=list(choices), draft=draft, **exactly(num_tokens))
+
+    with Engine(model, EngineConfig(prefix_cache=False, draft=draft)) as engine:
+
+        def serve(ids: Tensor, choices: Sequence[str | None], num_tokens: int) -> None:
+            sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+            rows = zip(ids.tolist(), choices, strict=True)
+            results = engine.generate([Request(prompt, adapters=choice, sampling=sampling) for prompt, choice in rows])
+            assert all(len(result.token_ids) == num_tokens for result in results), "an answer ended early"
+
+        yield {"generate": generate, "engine": serve}
+
+
+def along_the_sequence(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Milliseconds a token around token 50 and around token 500: differences of whole generations."""
     model = with_mixture(options.model, dtype, paths)
     ids = random_prompt(1, 8)
+    with both_ways(model, draft=False) as runs:
 
-    def seconds(num_tokens: int) -> float:
-        start = time.perf_counter()
-        model.generate(ids, adapters=[MIXTURE], draft=False, **exactly(num_tokens))
-        return time.perf_counter() - start
+        def seconds(way: str, num_tokens: int) -> float:
+            start = time.perf_counter()
+            runs[way](ids, [MIXTURE], num_tokens)
+            return time.perf_counter() - start
 
-    times = medians(alternate({str(n): lambda n=n: seconds(n) for n in (20, 80, 470, 530)}, options.rounds))
-    return {
-        "ms_at_50": (times["80"] - times["20"]) / 60 * 1e3,
-        "ms_at_500": (times["530"] - times["470"]) / 60 * 1e3,
-    }
+        lengths = (20, 80, 470, 530)
+        sides = {f"{way} {n}": lambda way=way, n=n: seconds(way, n) for way in runs for n in lengths}
+        times = medians(alternate(sides, options.rounds))
+    return [
+        {
+            "way": way,
+            "ms_at_50": (times[f"{way} 80"] - times[f"{way} 20"]) / 60 * 1e3,
+            "ms_at_500": (times[f"{way} 530"] - times[f"{way} 470"]) / 60 * 1e3,
+        }
+        for way in runs
+    ]
 
 
 def science_or_random(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> MultiLoraModel:
@@ -108,24 +139,35 @@ def science_or_random(options: argparse.Namespace, dtype: str, paths: Mapping[st
     return model
 
 
-def drafted(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+def drafted(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     """The science mixture on held-out questions where it is there; else random experts on the same prompts."""
     model = science_or_random(options, dtype, paths)
     prompts = [encode_prompts(model.tokenizer, [text])["input_ids"] for text in held_out_prompts(options.prompts)]
 
-    def run(choice: str | None, draft: bool) -> Callable[[], float]:
+    def run(way: Run, choice: str | None) -> Callable[[], float]:
         def timed() -> float:
             start = time.perf_counter()
             for ids in prompts:
-                model.generate(ids, adapters=[choice], draft=draft, **exactly(options.draft_tokens))
+                way(ids, [choice], options.draft_tokens)
             return len(prompts) * options.draft_tokens / (time.perf_counter() - start)
 
         return timed
 
-    sides = {"base": run(None, False), "undrafted": run(MIXTURE, False), "drafted": run(MIXTURE, True)}
-    speeds = medians(alternate(sides, options.rounds))
+    with both_ways(model, draft=False) as plain, both_ways(model, draft=True) as drafting:
+        sides = {}
+        for way in plain:
+            sides[f"{way} base"] = run(plain[way], None)
+            sides[f"{way} undrafted"] = run(plain[way], MIXTURE)
+            sides[f"{way} drafted"] = run(drafting[way], MIXTURE)
+        speeds = medians(alternate(sides, options.rounds))
     counts = model.draft_counts
-    return {"tokens_per_s": speeds, "acceptance": counts.accepted / counts.drafted, "mixture": str(options.mixture)}
+    known = {"acceptance": counts.accepted / counts.drafted, "mixture": str(options.mixture)}
+    return [{"way": way, "tokens_per_s": of_way(speeds, way)} | known for way in plain]
+
+
+def of_way(speeds: Mapping[str, float], way: str) -> dict[str, float]:
+    """Those of the sides `way ...`, under the rest of their names."""
+    return {side.removeprefix(f"{way} "): speed for side, speed in speeds.items() if side.startswith(f"{way} ")}
 
 
 def held_out_prompts(num_prompts: int) -> list[str]:
@@ -136,24 +178,27 @@ def held_out_prompts(num_prompts: int) -> list[str]:
     return [json.loads(line)["messages"][0]["content"] for line in texts]
 
 
-def batch_of_8(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+def batch_of_8(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     model = with_mixture(options.model, dtype, paths)
     ids, num_tokens = random_prompt(8, 32), options.new_tokens
-    adapters = [list(paths)[i % len(paths)] for i in range(8)]
-
-    def run(choices: list[str | None]) -> Callable[[], float]:
-        return speed(lambda: model.generate(ids, adapters=choices, **exactly(num_tokens)), 8 * num_tokens)
-
-    sides = {
-        "base": run([None] * 8),
-        "all_mixture": run([MIXTURE] * 8),
-        "one_mixture": run([MIXTURE, *adapters[1:]]),
-        "adapters": run(adapters),
+    adapters: list[str | None] = [list(paths)[i % len(paths)] for i in range(8)]
+    rows: dict[str, list[str | None]] = {
+        "base": [None] * 8,
+        "all_mixture": [MIXTURE] * 8,
+        "one_mixture": [MIXTURE, *adapters[1:]],
+        "adapters": adapters,
     }
-    return {"tokens_per_s": medians(alternate(sides, options.rounds))}
+    with both_ways(model, draft=True) as ways:
+        sides = {
+            f"{way} {name}": speed(lambda run=run, choices=choices: run(ids, choices, num_tokens), 8 * num_tokens)
+            for way, run in ways.items()
+            for name, choices in rows.items()
+        }
+        speeds = medians(alternate(sides, options.rounds))
+    return [{"way": way, "tokens_per_s": of_way(speeds, way)} for way in ways]
 
 
-def refreshed(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+def refreshed(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Speed, and two distances from `refresh=1`: tokens before the first other one, and their probability in it."""
     model = science_or_random(options, dtype, paths)
     prompts = [encode_prompts(model.tokenizer, [text])["input_ids"] for text in held_out_prompts(options.prompts)]
@@ -173,7 +218,8 @@ def refreshed(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]
         same[str(refresh)] = sum(common) / sum(lengths)
         scores = [mean_logprob(model, a, ids.shape[1]) for a, ids in zip(answers, prompts, strict=True)]
         logprob[str(refresh)] = sum(scores) / len(scores)
-    return {"tokens_per_s": speeds, "same_before_the_first_other": same, "mean_logprob_in_the_exact_mixture": logprob}
+    distances = {"same_before_the_first_other": same, "mean_logprob_in_the_exact_mixture": logprob}
+    return [{"tokens_per_s": speeds} | distances]
 
 
 def mean_logprob(model: MultiLoraModel, sequence: Tensor, num_prompt: int) -> float:
@@ -210,9 +256,9 @@ def main() -> None:
         paths = write_random_adapters(base, Path(folder), RANKS)
         for question in options.questions:
             for dtype in options.peft_dtypes if question == "peft" else options.dtypes:
-                result = {"question": question, "dtype": dtype} | RUNS[question](options, dtype, paths)
-                console.print(result)
-                results.append(result)
+                for case in RUNS[question](options, dtype, paths):
+                    results.append({"question": question, "dtype": dtype} | case)
+                    console.print(results[-1])
     report(results)
     if not options.no_save:
         workload = {key: str(value) for key, value in vars(options).items()}
@@ -227,7 +273,8 @@ def report(results: list[dict[str, Any]]) -> None:
         first = next(iter(speeds.values()), None)
         last = [f"{value / first:.2f}" for value in speeds.values()] if first else []
         cells = ", ".join(f"{key} {value:.2f}" for key, value in figures.items())
-        rows.append([f"{result['question']}, {result['dtype']}", cells, " / ".join(last)])
+        label = ", ".join(result[key] for key in ("question", "way", "dtype") if key in result)
+        rows.append([label, cells, " / ".join(last)])
     print_table("Mixtures", ["question", "figures", "relative to the first"], rows)
 
 

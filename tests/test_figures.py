@@ -70,9 +70,22 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         [
             {"question": "peft", "dtype": "float32", "tokens_per_s": {"peft": 2.0, "loraplex": 30.0}},
             {"question": "long", "dtype": "float32", "ms_at_50": 40.0, "ms_at_500": 44.0},
-            {"question": "draft", "dtype": "float32", "tokens_per_s": {"base": 40, "drafted": 30}, "acceptance": 0.6},
+            {
+                "question": "draft",
+                "way": "engine",
+                "dtype": "float32",
+                "tokens_per_s": {"base": 40, "drafted": 30},
+                "acceptance": 0.6,
+            },
+            {
+                "question": "refresh",
+                "dtype": "float32",
+                "tokens_per_s": {"1": 20, "2": 30},
+                "same_before_the_first_other": {"1": 1.0, "2": 0.5},
+            },
         ],
-        "| questions of the test data, batch 1, float32 | base 40.0, drafted 30.0 | 0.75x, 60% of the drafts right |",
+        "| questions of the test data, batch 1, the engine, float32 | base 40.0, drafted 30.0 "
+        "| 0.75x, 60% of the drafts right |",
     ),
     "mixture_training": (
         [{"dtype": "bfloat16", "batch_size": 4, "tokens_per_s": {"peft": 100, "peft_eager": 200, "loraplex": 400}}],

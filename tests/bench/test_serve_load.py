@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ def canned(answer: bytes, wait_s: float = 0.0) -> Iterator[str]:
     ready, found = threading.Event(), []
 
     async def answer_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        assert length is not None, "the client sent no body"
+        await reader.readexactly(int(length[1]))  # closing with something unread would reset the connection
         writer.write(answer)
         await writer.drain()
         await asyncio.sleep(wait_s)

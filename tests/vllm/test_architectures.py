@@ -1,7 +1,5 @@
 """Other architectures inside vLLM against PEFT: base, adapter, linked and mixture rows in one batch."""
 
-import gc
-
 import pytest
 
 from tests.tiny_models import linear_targets
@@ -9,26 +7,32 @@ from tests.vllm.worlds import LINK, add_mixtures, difference, engine, make_base,
 
 HEADS = (1, 4, 6, 7)  # of the grid: layerwise and deep; top-k; scaling_pass_value 0.5, and 1 / experts
 CHOICES = [None, "protein", "materials", LINK, *(f"mix{i}" for i in HEADS), None]
+# vLLM's have no output layer of their own; with small embeddings a model doesn't just repeat its last token.
+GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True, "initializer_range": 0.05}
 ARCHITECTURES = {  # of tests/tiny_models.py, those that vLLM serves with LoRA; what their heads of 32 need
     "mistral": {},
-    "qwen2": {},
+    "qwen2": {"use_sliding_window": False, "layer_types": None, "sliding_window": None},
     "qwen3": {},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    "gemma3": {"query_pre_attn_scalar": 32},
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
     "phi3": {},
     "opt": {"word_embed_proj_dim": 128},
 }
+
+
+def targets(name):
+    """PEFT can't run a mixture in OPT's feed-forward layers, which transformers gives tokens without rows."""
+    return linear_targets(name)[:4] if name == "opt" else linear_targets(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_row_equals_pefts(name, tmp_path):
     base = make_base(name, **ARCHITECTURES[name])
-    world = add_mixtures(make_world(tmp_path, base, linear_targets(name)), HEADS)
-    rows = list(zip(CHOICES, prompts(len(CHOICES), length=40), strict=True))
+    world = add_mixtures(make_world(tmp_path, base, targets(name)), HEADS)
+    rows = list(zip(CHOICES, prompts(len(CHOICES), length=100), strict=True))
     with engine(world, {"mixtures": True}, max_loras=8, max_num_batched_tokens=96) as llm:
         cold = difference(llm, world, rows, 6)
         warm = difference(llm, world, rows, 6)
-    gc.collect()
     assert cold.is_none, cold
     assert warm.is_none, warm

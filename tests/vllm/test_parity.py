@@ -20,6 +20,7 @@ def rows():
     return list(zip(CHOICES, prompts(len(CHOICES)), strict=True))
 
 
+@pytest.mark.vllm_smoke
 def test_every_row_equals_pefts(llm, world, rows):
     found = difference(llm, world, rows, NUM_TOKENS)
     assert found.num_tokens == len(rows) * NUM_TOKENS
@@ -39,6 +40,7 @@ def only_mixtures(rows, without_value=False):
     return chosen if not without_value else chosen[:6]  # those with scaling_pass_value 0
 
 
+@pytest.mark.vllm_smoke
 def test_control_with_one_shared_cache_is_noticed(llm, world, rows, monkeypatch):
     """Tokens alone may still match: it is the log-probabilities that show it."""
     cache = scaling_pass(llm).cache

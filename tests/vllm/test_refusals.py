@@ -91,6 +91,7 @@ def test_variable_is_refused_by_name(config, variable, monkeypatch):
         check_config(config, PluginOptions(mixtures=True))
 
 
+@pytest.mark.vllm_smoke
 def test_refusal_comes_when_the_configuration_is_made(world, register):
     from vllm.engine.arg_utils import EngineArgs
 
@@ -112,6 +113,7 @@ def test_other_version_of_vllm_is_refused():
         seams.check_seams()
 
 
+@pytest.mark.vllm_smoke
 def test_every_seam_is_in_its_place():
     from loraplex.vllm_plugin.seams import check_seams
 
@@ -139,8 +141,10 @@ def test_parameter_that_went_is_named(monkeypatch):
         check_seams()
 
 
-def test_layers_without_a_causal_cache_are_refused(world):
+def test_attention_of_other_kinds_is_refused():
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backend import AttentionType
 
     from loraplex.vllm_plugin.second_cache import SecondCache
 
@@ -151,8 +155,46 @@ def test_layers_without_a_causal_cache_are_refused(world):
         def get_kv_cache_spec(self, vllm_config):
             raise NotImplementedError
 
-    with pytest.raises(UnsupportedEngineError, match="Mamba"):
-        SecondCache({"model.layers.0.mixer": Mamba()})
+    class Chunked(Attention):
+        pass
+
+    def made(kind, **attributes):
+        layer = object.__new__(kind)
+        layer.__dict__.update(attributes)
+        return layer
+
+    causal = {"attn_type": AttentionType.DECODER, "kv_sharing_target_layer_name": None}
+    SecondCache({"layers.0": made(Attention, **causal)})
+    for layer, words in (
+        (Mamba(), "Mamba"),
+        (made(Chunked, **causal), "Chunked"),
+        (made(Attention, **{**causal, "attn_type": AttentionType.ENCODER_ONLY}), "causal"),
+        (made(Attention, **{**causal, "kv_sharing_target_layer_name": "layers.7"}), "layers.7"),
+    ):
+        with pytest.raises(UnsupportedEngineError, match=words):
+            SecondCache({"layers.0": layer})
+
+
+@pytest.mark.parametrize(("has", "words"), [("supports_mm", "reads more than text"), ("_is_moe", "mixture-of-experts")])
+def test_models_whose_layers_cant_be_gated_are_refused(has, words):
+    from loraplex.vllm_plugin.model_manager import LinkModelManager
+    from loraplex.vllm_plugin.options import PluginOptions
+
+    manager = SimpleNamespace(**{"supports_mm": False, "_is_moe": False, "model": None, has: True})
+    with pytest.raises(UnsupportedEngineError, match=words):
+        LinkModelManager._gate_layers(manager, PluginOptions(mixtures=True))
+
+
+@pytest.mark.vllm_smoke
+def test_experts_of_moe_layers_are_refused_in_links():
+    from loraplex.errors import UnsupportedAdapterError
+    from loraplex.vllm_plugin.base_modules import LayerPlaces
+
+    experts = "model.layers.0.mlp.experts"
+    places = LayerPlaces({experts: object(), f"{experts}.0.gate_proj": object()}, {}, None)
+    for path in (experts, f"{experts}.0.gate_proj"):
+        with pytest.raises(UnsupportedAdapterError, match="experts of a mixture of experts"):
+            places.name(path)
 
 
 # Folders that can't be served

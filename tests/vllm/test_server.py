@@ -17,6 +17,7 @@ from tests.vllm.worlds import LINK, TOLERANCE, make_server_world, prompts
 NUM_TOKENS = 6
 NUM_REQUESTS = 200
 CHOICES = [None, "protein", "materials", "chemistry", LINK, "mix1", "mix6"]
+STATIC = {"static": "protein", "both": "protein:0.5+chemistry:2", "gated": "mix6"}  # vLLM's --lora-modules
 
 
 def free_port() -> int:
@@ -33,7 +34,7 @@ def served(tmp_path_factory):
     vllm_args = (
         "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 32 --num-gpu-blocks-override 256 "
         f"--block-size 32 --max-lora-rank 16 --max-logprobs 10 --lora-modules static={world.named / 'protein'} "
-        "both=protein:0.5+chemistry:2"
+        f"both=protein:0.5+chemistry:2 gated={world.named / 'mix6'}"
     )
     command = [sys.executable, "-c", "from loraplex.cli.app import app; app()", "serve", "--engine", "vllm"]
     command += ["--model", world.model]
@@ -92,11 +93,10 @@ pytestmark = pytest.mark.timeout(1200)
 
 def test_names_links_and_static_modules(served):
     world, address = served
-    for i, choice in enumerate([*CHOICES, "static", "both"]):
-        prompt = prompts(9)[i]
+    for i, choice in enumerate([*CHOICES, *STATIC]):
+        prompt = prompts(len(CHOICES) + len(STATIC))[i]
         response = httpx.post(f"{address}/v1/completions", json=body(choice, prompt), timeout=300)
-        as_peft = {"static": "protein", "both": "protein:0.5+chemistry:2"}.get(choice)
-        check(world, choice, prompt, response, as_peft)
+        check(world, choice, prompt, response, STATIC.get(choice))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """A tiny Llama as a folder with adapters and mixtures, what PEFT makes of it, and vLLM engines on it."""
 
+import functools
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class World:
     folder: Path
     base: PreTrainedModel
     adapters: dict[str, Path]
-    mixtures: dict[str, Any] = field(default_factory=dict)  # PEFT's models
+    mixtures: dict[str, Callable[[], Any]] = field(default_factory=dict)  # what makes PEFT's model of each
     answers: dict[str, Answer] = field(default_factory=dict)
 
     @property
@@ -61,14 +62,13 @@ class World:
         """PEFT's mixture with a random head, as a folder."""
         folders = {expert: self.adapters[expert] for expert in experts}
         peft_folders = {str(i): path for i, path in enumerate(folders.values())}
-        model = peft_xlora(self.base, peft_folders, config, seed=seed)
-        self.mixtures[name] = model
+        self.mixtures[name] = functools.partial(peft_xlora, self.base, peft_folders, config, seed=seed)
         write_mixture_folder(
             self.named / name,
             layout="peft",
             config=config,
             hidden_size=self.base.config.hidden_size,
-            head_state=model.base_model.internal_xlora_classifier.state_dict(),
+            head_state=self.mixtures[name]().base_model.internal_xlora_classifier.state_dict(),
             experts=folders,
             base_model_name=None,
         )
@@ -83,16 +83,17 @@ class World:
     @torch.no_grad()
     def _compute(self, choice: str | None, prompt: Sequence[int], num_tokens: int) -> Answer:
         ids, answer = list(prompt), Answer([], [])
+        mixture = self.mixtures[choice]() if choice in self.mixtures else None
         oracle = None
-        if choice is not None and choice not in self.mixtures:
+        if choice is not None and mixture is None:
             oracle = PeftOracle(self.base, self.adapters)
             if choice not in self.adapters:
                 pairs = [part.partition(":") for part in choice.split("+")]
                 oracle.link("link", [(name, float(weight or 1)) for name, _, weight in pairs])
         for _ in range(num_tokens):
             tensor = torch.tensor(ids)
-            if choice in self.mixtures:
-                logits = self.mixtures[choice](input_ids=tensor[None], use_cache=False).logits[0]
+            if mixture is not None:
+                logits = mixture(input_ids=tensor[None], use_cache=False).logits[0]
             elif oracle is not None:
                 logits = oracle.logits(choice if choice in self.adapters else "link", tensor, torch.ones_like(tensor))
             else:
@@ -114,6 +115,9 @@ def make_base(architecture: str = "llama", *, num_layers: int = 2, seed: int = 0
     config = type(config)(**{**config.to_dict(), **sizes, **settings})
     torch.manual_seed(seed)
     base = ARCHITECTURES[architecture].model_class(config).eval()
+    for parameter in base.parameters():
+        if parameter.ndim == 1:  # biases and norms, which start as zeros and ones
+            torch.nn.init.normal_(parameter.data, parameter.data.mean().item(), 0.1)
     base.set_attn_implementation("eager")  # the one that has Gemma 2's soft caps
     return base
 
@@ -137,9 +141,9 @@ def make_world(folder: Path, base: PreTrainedModel | None = None, targets: Seque
     return World(folder, base, adapters)
 
 
-def grid_world(folder: Path) -> World:
-    """The tiny Llama with a mixture for each head of the grid, "mix0", "mix1", ..."""
-    return add_mixtures(make_world(folder), range(len(GRID)))
+def grid_world(folder: Path, base: PreTrainedModel | None = None) -> World:
+    """The tiny Llama, or another base, with a mixture for each head of the grid, "mix0", "mix1", ..."""
+    return add_mixtures(make_world(folder, base), range(len(GRID)))
 
 
 def add_mixtures(world: World, chosen: Iterable[int]) -> World:
@@ -257,7 +261,8 @@ class Difference:
             self.num_tokens += 1
             self.num_wrong += token != wanted
             if right:
-                self.largest = max(self.largest, *(abs(found.get(t, -100.0) - p) for t, p in top.items()))
+                below = min(found.values())  # a token that is not shown is below: by more than what is counted
+                self.largest = max(self.largest, *(abs(found.get(t, below) - p) for t, p in top.items()))
             right = right and token == wanted
 
     @property

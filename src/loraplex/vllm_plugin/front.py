@@ -5,6 +5,7 @@ from vllm.lora.resolver import LoRAResolverRegistry
 
 from loraplex.errors import ConfigError
 from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.lora_ids import check_requests
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
 from loraplex.vllm_plugin.resolver import LinkResolver
@@ -23,5 +24,6 @@ def start_front(config: VllmConfig) -> None:
     check_config(config, options)
     if options.mixtures and not config.parallel_config.worker_extension_cls:
         config.parallel_config.worker_extension_cls = EXTENSION  # so that scalings can be asked for
+    check_requests()
     LoRAResolverRegistry.resolvers.pop(RESOLVER, None)  # of an engine that was configured before in this process
     LoRAResolverRegistry.register_resolver(RESOLVER, LinkResolver(Catalog(options)))

@@ -57,7 +57,7 @@ def _copy_layer(name: str, layer: Any) -> Any:
 
 
 def _check_layer(name: str, layer: Any) -> None:
-    if not isinstance(layer, Attention) or layer.attn_type != AttentionType.DECODER:
+    if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
         kind = type(layer).__name__
         raise UnsupportedEngineError(
             f"{name!r} is a {kind}: mixtures need models whose attention layers are all causal ones of vLLM's class "
