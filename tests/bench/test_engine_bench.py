@@ -16,7 +16,7 @@ TINY = {"model": "tiny", "dtype": "float32"}
 
 
 def test_every_side_decodes():
-    result = run_decode(DecodeBench(**TINY, rows=2, prompt_tokens=4, new_tokens=5))
+    result = run_decode(DecodeBench(**TINY, rows=2, prompt_tokens=4, new_tokens=33))
     assert list(result["tokens_per_s"]) == list(SIDES)
     assert all(speed > 0 for speed in result["tokens_per_s"].values())
 
@@ -28,11 +28,13 @@ def test_later_requests_wait_less_where_a_long_prefix_is_shared():
 
 
 def test_load_reports_both_streams():
-    bench = LoadBench(**TINY, adapters=10, resident=2, host_adapters=3, seconds=0.5, prompt_tokens=4, new_tokens=3)
+    bench = LoadBench(
+        **TINY, adapters=10, resident=2, host_adapters=3, seconds=1, rounds=2, prompt_tokens=4, new_tokens=3
+    )
     told: list[str] = []
     results = run_load(bench, told.append)
     assert results["resident"]["requests"] == results["zipf"]["requests"] > 0
-    assert len(told) == 4
+    assert len(told) == 1 + 2 * 3, "the capacity, and both streams, in each of two turns"
     for side in ("resident", "zipf"):
         assert 0 < results[side]["first_token_s"]["p50"] <= results[side]["first_token_s"]["p99"]
         assert results[side]["first_token_s"]["p50"] < results[side]["request_s"]["p50"]

@@ -1,6 +1,7 @@
 """Do a thousand registered adapters slow the engine down, when requests for them come at random?"""
 
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,8 @@ _IDLE_S = 0.01
 class LoadBench:
     """Requests arrive in a Poisson stream, whatever the engine is doing (open loop), at a share of its capacity.
 
-    The same stream runs twice: with a few adapters that stay in slots, and with all of them, drawn by Zipf's law.
+    Two streams take turns: with a few adapters that stay in slots, and with all of them, drawn by Zipf's law. Before
+    each turn of both the capacity is measured anew: other users of the machine change it.
     """
 
     model: str = "smollm2-135m"
@@ -46,7 +48,8 @@ class LoadBench:
     resident: int = 8  # adapters of the first stream
     host_adapters: int = 12  # that fit into host memory; the others are read from disk
     exponent: float = 1.0
-    seconds: float = 15
+    seconds: float = 15  # of each stream, in all its turns
+    rounds: int = 1
     share: float = 0.7  # of the capacity that the resident adapters reach
     prompt_tokens: int = 32
     prompt_files: tuple[str, ...] = ()  # chat files whose questions are the prompts, instead of random tokens
@@ -56,7 +59,7 @@ class LoadBench:
     def __post_init__(self) -> None:
         if not 1 <= self.resident <= self.adapters:
             raise ConfigError(f"resident is {self.resident}; it must be from 1 to the number of adapters.")
-        for option in ("host_adapters", "prompt_tokens", "new_tokens"):
+        for option in ("host_adapters", "prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least 1.")
         for option in ("seconds", "share"):
@@ -73,6 +76,12 @@ class Stream:
     num_tokens: int = 0
     seconds: float = 0.0
 
+    def extend(self, other: "Stream") -> None:
+        self.first_token_s += other.first_token_s
+        self.request_s += other.request_s
+        self.num_tokens += other.num_tokens
+        self.seconds += other.seconds
+
     def report(self) -> dict[str, Any]:
         return {
             "tokens_per_s": self.num_tokens / self.seconds,
@@ -83,29 +92,33 @@ class Stream:
 
 
 def run_load(bench: LoadBench, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The report of both streams, and the capacity in requests/s; `tell` hears what happens."""
+    """The report of both streams, and the median capacity in requests/s; `tell` hears what happens."""
     with tempfile.TemporaryDirectory() as folder:
         tell(f"writing {bench.adapters} adapters ...")
         model, names = _make_model(bench, Path(folder))
         popular = random.Random(bench.seed + 1).sample(names, len(names))  # the order of zipf_names
+        sources = {
+            "resident": uniform_names(popular[: bench.resident]),
+            "zipf": zipf_names(names, bench.exponent, bench.seed + 1),
+        }
+        streams, capacities = {side: Stream() for side in sources}, []
         with Engine(model, EngineConfig()) as engine:
             prompts = _prompts(bench, model)
-            resident = uniform_names(popular[: bench.resident])
-            flood = _requests(bench, prompts, resident, [0.0] * _FLOOD, draw=f"{bench.seed} flood")
-            tell("measuring the capacity ...")
-            run_stream(engine, flood[:_WARM_UP])
-            capacity = len(flood) / run_stream(engine, flood).seconds
-            rate = bench.share * capacity
-            times = poisson_times(rate, bench.seconds, random.Random(bench.seed))
-            if not times:
-                raise ConfigError(f"no request came in {bench.seconds} s at {rate:.2f} a second; give more seconds.")
-            sides = {"resident": resident, "zipf": zipf_names(names, bench.exponent, bench.seed + 1)}
-            results: dict[str, Any] = {"capacity_requests_per_s": capacity}
-            for side, source in sides.items():
-                tell(f"{side}: {rate:.2f} of {capacity:.2f} possible requests/s for {bench.seconds:.0f} s ...")
-                requests = _requests(bench, prompts, source, times, draw=f"{bench.seed} {side}")
-                results[side] = run_stream(engine, requests).report()
-    return results
+            run_stream(engine, _requests(bench, prompts, sources["resident"], [0.0] * _WARM_UP, draw="warm-up"))
+            for turn in range(bench.rounds):
+                tell("measuring the capacity ...")
+                flood = _requests(bench, prompts, sources["resident"], [0.0] * _FLOOD, draw=f"{turn} flood")
+                capacities.append(len(flood) / run_stream(engine, flood).seconds)
+                rate, seconds = bench.share * capacities[-1], bench.seconds / bench.rounds
+                times = poisson_times(rate, seconds, random.Random(f"{bench.seed} {turn}"))
+                if not times:
+                    raise ConfigError(f"no request came in {seconds} s at {rate:.2f} a second; give more seconds.")
+                for side, source in sources.items():
+                    tell(f"{side}: {rate:.2f} of {capacities[-1]:.2f} possible requests/s for {seconds:.0f} s ...")
+                    requests = _requests(bench, prompts, source, times, draw=f"{turn} {side}")
+                    streams[side].extend(run_stream(engine, requests))
+    reports = {side: stream.report() for side, stream in streams.items()}
+    return {"capacity_requests_per_s": statistics.median(capacities)} | reports
 
 
 def run_stream(engine: Engine, arrivals: Sequence[tuple[float, Request]]) -> Stream:
@@ -163,6 +176,6 @@ def _requests(
     bench: LoadBench, prompts: PromptSource, names: NameSource, times: Sequence[float], draw: str
 ) -> list[tuple[float, Request]]:
     """One request for each time, from a draw of its own: prompts that came before would be in the prefix cache."""
-    prompt_draw, name_draw = random.Random(f"prompts {draw}"), random.Random(f"names {draw}")
+    prompt_draw, name_draw = random.Random(f"{bench.seed} prompts {draw}"), random.Random(f"{bench.seed} names {draw}")
     sampling = SamplingParams(max_tokens=bench.new_tokens, ignore_eos=True)
     return [(at, Request(prompts(prompt_draw), adapters=names(name_draw), sampling=sampling)) for at in times]

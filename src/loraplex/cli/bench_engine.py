@@ -112,7 +112,8 @@ def load(
     adapters: Annotated[int | None, typer.Option(help="On disk, of ranks 4 to 32.")] = None,
     host_adapters: Annotated[int | None, typer.Option(help="That fit into host memory.")] = None,
     exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = 1.0,
-    seconds: Annotated[float | None, typer.Option(help="Of each stream.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Of each stream, in all its turns.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Turns of each stream; the capacity is measured before.")] = None,
     share: Annotated[float, typer.Option(help="Of the capacity that arrives.")] = 0.7,
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Chat files whose questions are the prompts, data/quantum/test.jsonl.")
@@ -133,6 +134,7 @@ def load(
         host_adapters=host_adapters or (300 if full else 12),
         exponent=exponent,
         seconds=seconds or (600 if full else 15),
+        rounds=rounds or (10 if full else 1),
         share=share,
         prompt_tokens=prompt_tokens,
         prompt_files=tuple(str(file) for file in prompts or ()),
