@@ -1,5 +1,6 @@
 #!/bin/sh
-# Train the science mixture of examples/mixtures: its scaling head beside frozen experts, then head and experts together, twice.
+# Train the science mixture of examples/mixtures: its scaling head beside frozen experts, then head and experts together,
+# twice.
 #
 #     sh examples/train_mixture.sh            # some two hours on two cores; goes on where it was if it is stopped
 #
@@ -8,13 +9,14 @@ set -eu
 data=runs/mixed-data
 experts=examples/adapters
 
-[ -d "$data" ] || python examples/mixed_data.py --output "$data"
-sources=""
-for source in quantum materials protein peptides conversations; do
-    sources="$sources --data $source=$data/$source.train.jsonl --eval-data $source=$data/$source.valid.jsonl"
-done
+sources_in() {
+    for source in quantum materials protein peptides conversations; do
+        echo "--data $source=$1/$source.train.jsonl --eval-data $source=$1/$source.valid.jsonl"
+    done
+}
 
-# $sources is a list of words.
+[ -d "$data" ] || python examples/mixed_data.py --output "$data"
+sources=$(sources_in "$data") # a list of words
 loraplex train mixture --model smollm2-135m --dtype bfloat16 --name science --layout xlora --output runs/mixture \
     --experts "quantum=$experts/quantum,materials=$experts/materials,protein=$experts/protein,peptides=$experts/peptides" \
     $sources --xlora-depth 2 --xlora-size 256 --xlora-dropout-p 0 \
@@ -27,10 +29,7 @@ loraplex train mixture --model smollm2-135m --dtype bfloat16 --name science --la
 
 # More records, and peptides twice as often: their answers suffered most from sharing a prompt's beginning.
 [ -d "$data-more" ] || python examples/mixed_data.py --train 2500 --output "$data-more"
-sources=""
-for source in quantum materials protein peptides conversations; do
-    sources="$sources --data $source=$data-more/$source.train.jsonl --eval-data $source=$data-more/$source.valid.jsonl"
-done
+sources=$(sources_in "$data-more")
 loraplex train mixture --model smollm2-135m --dtype bfloat16 --name science --layout xlora --output runs/mixture-more \
     --init-from runs/mixture-joint/science --use-trainable-adapters \
     $sources --share quantum=1 --share materials=1 --share protein=1 --share peptides=2 --share conversations=1 \
