@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 # all of them wins; beyond it, a matrix product for each segment does. Measured by benchmarks/kernel_choice.py.
 FEW_TOKENS = 8
 
-# Up to this many rows of one token, the compiled base product is faster than torch's.
-FEW_ROWS = 64
+# Up to this many tokens of a pass, the compiled base product is as fast as torch's or faster.
+FEW_ROWS = 256
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, tokens_per_row: int, *, has_table: bool) -> Kernel:

@@ -56,11 +56,11 @@ inline void shrink_rows(const Segment& s, int64_t token, const T* a, const T* x,
   };
   constexpr int wide = N == 1 ? 8 : 4;
   int64_t r = 0;
-  for (; r + wide <= rows; r += wide) keep(r, wide, dots<wide, N>(a + r * in, x + token * in, in));
+  for (; r + wide <= rows; r += wide) keep(r, wide, dots<wide, N, false>(a + r * in, in, x + token * in, in));
   if constexpr (wide == 8) {
-    for (; r + 4 <= rows; r += 4) keep(r, 4, dots<4, N>(a + r * in, x + token * in, in));
+    for (; r + 4 <= rows; r += 4) keep(r, 4, dots<4, N, false>(a + r * in, in, x + token * in, in));
   }
-  for (; r < rows; ++r) keep(r, 1, dots<1, N>(a + r * in, x + token * in, in));
+  for (; r < rows; ++r) keep(r, 1, dots<1, N, false>(a + r * in, in, x + token * in, in));
 }
 
 // h[t, row .. row+kRows) of the tokens [begin, end) of one segment
@@ -176,7 +176,7 @@ struct Adapters {
       row = 0;
     }
     const int64_t rows = std::min<int64_t>(kRows, segments[i].rank - row);
-    prefetch_rows(static_cast<const T*>(segments[i].lora_a) + row * in, 1, rows * in * sizeof(T), 0);
+    ask_for_rows(static_cast<const T*>(segments[i].lora_a) + row * in, 1, rows * in * sizeof(T), 0);
   }
 
   template <typename T>
@@ -184,7 +184,7 @@ struct Adapters {
     for (size_t i = 0; i < segments.size(); ++i) {
       if (i + 1 < segments.size()) {
         const Segment& next = segments[i + 1];
-        prefetch_rows(static_cast<const T*>(next.lora_b) + begin, next.rank, (end - begin) * sizeof(T),
+        ask_for_rows(static_cast<const T*>(next.lora_b) + begin, next.rank, (end - begin) * sizeof(T),
                       out * sizeof(T));
       }
       expand_columns<T>(segments[i], begin, end, hidden, y, out);

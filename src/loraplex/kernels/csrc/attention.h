@@ -115,14 +115,14 @@ struct Attention {
     float values[kLanes];
     int64_t i = 0;
     for (; i + 16 <= run; i += 16) {
-      store(values, dots<16, 1>(k + i * key_dim, q, key_dim));
+      store(values, dots<16, 1, false>(k + i * key_dim, key_dim, q, key_dim));
       std::memcpy(result + i, values, 16 * sizeof(float));
     }
     for (; i + 4 <= run; i += 4) {
-      store(values, dots<4, 1>(k + i * key_dim, q, key_dim));
+      store(values, dots<4, 1, false>(k + i * key_dim, key_dim, q, key_dim));
       std::memcpy(result + i, values, 4 * sizeof(float));
     }
-    for (; i < run; ++i) result[i] = dots<1, 1>(k + i * key_dim, q, key_dim)[0];
+    for (; i < run; ++i) result[i] = dots<1, 1, false>(k + i * key_dim, key_dim, q, key_dim)[0];
     for (i = 0; i < run; ++i) result[i] = softcap > 0 ? softcap * std::tanh(result[i] * scale / softcap) : result[i] * scale;
   }
 

@@ -104,10 +104,11 @@ struct Decoder {
   void linear(size_t l, std::initializer_list<Module> modules, const T* input, int64_t i, int64_t n) const {
     bool has_adapters = false;
     float* space = rank_space;
+    const T* together = packed(input, sizes.in(*modules.begin()), sizes.tokens);
     for (const Module m : modules) {
       const int64_t out = sizes.out(m);
       const Linear<T> base{layers[l].weight[m], layers[l].bias[m], input, made[m], sizes.in(m), out, sizes.tokens};
-      base.columns(share(out, i, n), share(out, i + 1, n));
+      base.columns(share(out, i, n), share(out, i + 1, n), together);
       const Adapters& own = adapters[l * kModules + m];
       own.shrink<T>(own.num_units * i / n, own.num_units * (i + 1) / n, input, sizes.in(m), space);
       space += own.num_hidden;

@@ -24,7 +24,10 @@ void run(const Linear<T>& base, const Adapters& adapters) {
   if (static_cast<int64_t>(buffer.size()) < adapters.num_hidden) buffer.resize(adapters.num_hidden);
   float* hidden = buffer.data();
   auto first_phase = [&](int64_t i, int64_t n) {
-    if (base.weight != nullptr) base.columns(share(base.out, i, n), share(base.out, i + 1, n));
+    if (base.weight != nullptr) {
+      const T* together = loraplex::packed(base.x, base.in, base.num_tokens);
+      base.columns(share(base.out, i, n), share(base.out, i + 1, n), together);
+    }
     adapters.shrink<T>(adapters.num_units * i / n, adapters.num_units * (i + 1) / n, base.x, base.in, hidden);
   };
   auto second_phase = [&](int64_t i, int64_t n) {
