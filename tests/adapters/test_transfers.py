@@ -116,10 +116,11 @@ def test_the_source_stays_until_its_copy_has_ended_even_if_the_slot_is_cleared()
     assert buffer() is None
 
 
-def test_on_a_cpu_nothing_is_staged_or_copied():
+def test_on_a_cpu_staged_adapters_are_in_one_piece_and_slots_share_it():
     slots = Slots(1, ["a", "b", "c"], CPU)
-    original = adapter(0)
-    assert slots.stage(original) is original
-    slots.put(0, original)
+    staged = slots.stage(adapter(0))
+    assert same(staged, adapter(0))
+    assert slots.stage(staged) is staged
+    slots.put(0, staged)
     assert slots.is_ready(0)
-    assert slots.held(0).layers[0].lora_a is original.layers[0].lora_a
+    assert slots.held(0).layers[0].lora_a is staged.layers[0].lora_a

@@ -11,7 +11,7 @@ from loraplex.adapters.peft_config import CONFIG_FILE, read_peft_config
 from loraplex.adapters.peft_tensors import ModuleTensors, base_copies, module_tensors
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.version import Fingerprint, folder_fingerprint
-from loraplex.adapters.weights import Adapter, LoraWeights
+from loraplex.adapters.weights import Adapter, FilePlaces, LoraWeights
 from loraplex.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,7 +62,12 @@ def _read_files(folder: Path, check_finite: bool) -> Adapter:
             path: _read_module(file, tensors, config.scaling_of(path), check_finite)
             for path, tensors in modules.items()
         }
-    return Adapter(config=config, layers=layers)
+        starts = {
+            path: (file.entries[tensors.lora_a].start, file.entries[tensors.lora_b].start)
+            for path, tensors in modules.items()
+        }
+        places = FilePlaces(file=file.path, num_bytes=file.num_bytes, starts=starts)
+    return Adapter(config=config, layers=layers, places=places)
 
 
 def read_base_copies(folder: str | Path) -> dict[str, Tensor]:

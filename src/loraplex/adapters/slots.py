@@ -1,6 +1,6 @@
 """The device tier: numbered slots whose weights the kernels read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,7 @@ class PreparedAdapter:
     layers: Mapping[int, SlotWeights]
     invocation: tuple[int, ...] | None = None  # aLoRA: the tokens from which on it is active
     buffer: Tensor | None = None  # [bytes], if all tensors are in one
+    read_back: "Callable[[], PreparedAdapter] | None" = None  # reads it again, from a file that is as it was
 
     def to(self, device: torch.device) -> "PreparedAdapter":
         layers = {index: weights.to(device) for index, weights in self.layers.items()}
@@ -57,6 +58,14 @@ class PreparedAdapter:
     @property
     def num_bytes(self) -> int:
         return sum(weights.num_bytes for weights in self.layers.values())
+
+    @cached_property
+    def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
+        """The modules, and what the table has for each: addresses and rank, and the LoRA scaling."""
+        rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.lora_a.shape[0]) for w in self.layers.values()]
+        scalings = [w.scaling for w in self.layers.values()]
+        indices = torch.tensor(list(self.layers), dtype=torch.int64)
+        return indices, torch.tensor(rows, dtype=torch.int64).view(-1, 3), torch.tensor(scalings, dtype=torch.float32)
 
 
 class Slots:
@@ -87,13 +96,14 @@ class Slots:
 
     def put(self, slot: int, adapter: PreparedAdapter) -> None:
         """Let `slot` hold `adapter`; what it held before must not be in use."""
-        held = self._begin_copy(slot, adapter) if self._lane is not None else adapter.to(self.device)
-        indices = torch.tensor(list(held.layers), dtype=torch.int64)
-        rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.lora_a.shape[0]) for w in held.layers.values()]
+        if self._lane is not None:
+            held = self._begin_copy(slot, adapter)
+        else:
+            held = adapter if self.device.type == "cpu" else adapter.to(self.device)
+        indices, rows, scalings = held.addresses
         self.table[slot] = 0
-        self.table[slot, indices] = torch.tensor(rows, dtype=torch.int64, device=self.device).view(-1, 3)
-        scalings = [w.scaling for w in held.layers.values()]
-        self.scalings[slot, indices] = torch.tensor(scalings, device=self.device)
+        self.table[slot, indices] = rows.to(self.device)
+        self.scalings[slot, indices] = scalings.to(self.device)
         self._held[slot] = held
 
     def clear(self, slot: int) -> None:
@@ -112,10 +122,16 @@ class Slots:
     # Copies to a device
 
     def stage(self, adapter: PreparedAdapter) -> PreparedAdapter:
-        """The adapter as host memory should keep it for `put`: in one pinned buffer where it will be copied."""
-        if self._lane is None or adapter.buffer is not None:
-            return adapter
-        return pack(adapter, pin=self.device.type == "cuda")
+        """The adapter as host memory should keep it for `put`: in one buffer, pinned where it will be copied.
+
+        On a CPU too: memory that adapters leave in one piece is what the next ones need.
+        """
+        pin = self.device.type == "cuda"
+        if adapter.buffer is None or (pin and not adapter.buffer.is_pinned()):
+            adapter = pack(adapter, pin=pin)
+        if self._lane is None:
+            _ = adapter.addresses  # now: `put` runs between the model's steps
+        return adapter
 
     def is_ready(self, slot: int) -> bool:
         """Whether the slot's weights have arrived: using it doesn't make the device wait."""

@@ -97,6 +97,7 @@ class AdapterStore:
                 num_bytes=prepared.num_bytes,
                 modules=frozenset(prepared.layers),
                 invocation=prepared.invocation,
+                read_back=None if folder is None else prepared.read_back,
                 original=adapter if folder is None else None,
                 pinned=old is not None and old.pinned,
             )
@@ -197,13 +198,7 @@ class AdapterStore:
 
     def _read_back(self, version: AdapterVersion) -> PreparedAdapter:
         try:
-            assert version.folder is not None, f"{version.name!r} has no folder but left host memory"
-            if folder_fingerprint(version.folder) != version.fingerprint:
-                raise AdapterChangedError(
-                    f"the files of adapter {version.name!r} in {version.folder} changed since it was loaded. "
-                    f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
-                )
-            prepared = self.slots.stage(self._prepare(self._read(version.folder)))
+            prepared = self.slots.stage(self._read_unchanged(version))
             with self._lock:
                 self._make_host_room(version)
                 if not (version.retired and version.num_leases == 0):
@@ -213,6 +208,17 @@ class AdapterStore:
         finally:
             with self._lock:
                 self._loads.pop(id(version), None)
+
+    def _read_unchanged(self, version: AdapterVersion) -> PreparedAdapter:
+        """Read the files of a version, which are the same before and after."""
+        assert version.folder is not None, f"{version.name!r} has no folder but left host memory"
+        _check_unchanged(version)
+        try:
+            if version.read_back is not None:
+                return version.read_back()
+            return self._prepare(self._read(version.folder))
+        finally:
+            _check_unchanged(version)
 
     # Leaving
 
@@ -228,3 +234,11 @@ class AdapterStore:
     def _drop(self, version: AdapterVersion) -> None:
         self._slot_tier.leave(version)
         self._host_tier.leave(version)
+
+
+def _check_unchanged(version: AdapterVersion) -> None:
+    if version.folder is not None and folder_fingerprint(version.folder) != version.fingerprint:
+        raise AdapterChangedError(
+            f"the files of adapter {version.name!r} in {version.folder} changed since it was loaded. "
+            f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
+        )

@@ -35,6 +35,7 @@ class TensorFile:
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
         self._file = file
+        self.num_bytes = os.fstat(file.fileno()).st_size
         self.entries = {entry.name: entry for entry in _parse_header(file)}
 
     def read(self, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """One version of a named adapter and where it is."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class AdapterVersion:
     modules: frozenset[int]  # that it adapts, by index
     invocation: tuple[int, ...] | None = None  # aLoRA
     original: Adapter | None = None  # as it was given, if no folder has it
+    read_back: Callable[[], PreparedAdapter] | None = None  # faster than reading it as a new one, where that is known
     prepared: PreparedAdapter | None = None  # in host memory
     slot: int | None = None
     num_leases: int = 0

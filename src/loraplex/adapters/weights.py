@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -61,11 +62,21 @@ class LoraWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilePlaces:
+    """Where a file has the factors."""
+
+    file: Path
+    num_bytes: int  # of the file
+    starts: Mapping[str, tuple[int, int]]  # by module path: bytes before A [rank, in] and before B [out, rank]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A LoRA adapter: its configuration and, by module path of the base model, its weights."""
 
     config: LoraConfig
     layers: Mapping[str, LoraWeights]
+    places: FilePlaces | None = None  # of an adapter that was read from a file
 
     @property
     def num_bytes(self) -> int:

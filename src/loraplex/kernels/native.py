@@ -74,6 +74,14 @@ def attend_rows_native(
     return _attend_rows()(query, keys, values, mask, scale)
 
 
+def place_factors_native(values: Tensor, factors: Tensor, out: Tensor) -> None:
+    """Copy factors from a file's values to `out`, A as it is and B transposed, without Python's lock.
+
+    factors [modules, 6] int64: place in out, rank, places of A [rank, in] and B [out, rank] in values, in, out.
+    """
+    torch.ops.loraplex.place_factors_.default(values, factors, out)
+
+
 @cache
 def _attend_rows() -> Callable[..., Tensor]:
     return torch.ops.loraplex.attend_rows.default

@@ -9,6 +9,7 @@ from loraplex.adapters.slots import PreparedAdapter, SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.modules import embed_scale, weight_matrix
+from loraplex.layers.read_back import read_back_of
 
 
 def prepare_adapter(
@@ -20,7 +21,8 @@ def prepare_adapter(
         for path, weights in adapter.layers.items()
     }
     ordered = {index: layers[index] for index in sorted(layers)}
-    return PreparedAdapter(layers=ordered, invocation=adapter.config.alora_invocation_tokens)
+    again = read_back_of(adapter, ordered, module_index, dtype)
+    return PreparedAdapter(layers=ordered, invocation=adapter.config.alora_invocation_tokens, read_back=again)
 
 
 def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: torch.dtype) -> SlotWeights:
