@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from loraplex.adapters.large_memory import large_buffer
+
 if TYPE_CHECKING:
     from loraplex.adapters.slots import PreparedAdapter, SlotWeights
 
@@ -74,7 +76,7 @@ def pack(adapter: "PreparedAdapter", *, pin: bool) -> "PreparedAdapter":
     for tensor in tensors:
         offsets.append(size)
         size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else large_buffer(size)
     places = {id(tensor): offset for tensor, offset in zip(tensors, offsets, strict=True)}
     packed = _placed(adapter, places, buffer)
     for tensor, copy in zip(tensors, _tensors(packed.layers.values()), strict=True):

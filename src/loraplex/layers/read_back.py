@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraplex.adapters.large_memory import large_buffer
 from loraplex.adapters.slots import PreparedAdapter, SlotWeights
 from loraplex.adapters.weights import Adapter, FilePlaces
 from loraplex.errors import AdapterFormatError
@@ -39,7 +40,7 @@ class ReadBack:
 
     def __call__(self) -> PreparedAdapter:
         """The adapter as it was prepared before. Raises OSError, and AdapterFormatError for a file of another size."""
-        values, memory = self._read_file(), torch.empty(self.num_values, dtype=self.dtype)
+        values, memory = self._read_file(), large_buffer(self.num_values * self.dtype.itemsize).view(self.dtype)
         if native_runs(memory.device, self.dtype):
             place_factors_native(values, self.factors, memory)
         layers = {}
@@ -51,8 +52,9 @@ class ReadBack:
                 lora_a.copy_(values.as_strided((rank, num_in), (num_in, 1), start_a))
                 lora_b.copy_(values.as_strided((rank, num_out), (1, rank), start_b))
             layers[module] = SlotWeights(lora_a=lora_a, lora_b=lora_b, scaling=scaling)
-        buffer = memory.view(torch.uint8)
-        return PreparedAdapter(layers=layers, invocation=self.invocation, buffer=buffer, read_back=self)
+        return PreparedAdapter(
+            layers=layers, invocation=self.invocation, buffer=memory.view(torch.uint8), read_back=self
+        )
 
     def _read_file(self) -> Tensor:  # [values], valid until this thread reads again
         content = _thread_bytes(self.num_bytes)
