@@ -2,8 +2,8 @@
 
     python benchmarks/kernel_choice.py
 
-One block of SmolLM2-135M (7 linear modules), 8 adapters, a segment for each row; and the base product alone. Every
-call uses another copy of the weights, so that they come from memory as in a model. And the attention of one new token
+One block of SmolLM2-135M (7 linear modules), 8 adapters, a segment for each row; and the base product alone, also of a
+larger model's width. Every call uses another copy of the weights, so that they come from memory as in a model. And the attention of one new token
 a row over 500 keys, beside torch's as transformers calls it.
 """
 
@@ -23,6 +23,7 @@ from loraplex.routing.plan import RoutingPlan, Segment
 
 SHAPES = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
+WIDE = [(2048, 2048)]
 COPIES = 20  # of a block: more bytes than the cache holds
 HEADS, KV_HEADS, HEAD_DIM, KEYS = 9, 3, 64, 500
 
@@ -76,11 +77,11 @@ def adapters_alone(dtype: torch.dtype, tokens_per_row: int) -> dict[str, float]:
     }
 
 
-def base_product(dtype: torch.dtype, num_rows: int) -> dict[str, float]:
+def base_product(dtype: torch.dtype, shapes: list[tuple[int, int]], num_rows: int) -> dict[str, float]:
     """torch's product against the compiled one."""
     plan = make_plan(1, 1, dtype)
-    weights = [torch.randn(num_out, num_in).to(dtype) for num_in, num_out in SHAPES * COPIES]
-    x = {n: torch.randn(num_rows, n).to(dtype) for n in {shape[0] for shape in SHAPES}}
+    weights = [torch.randn(num_out, num_in).to(dtype) for num_in, num_out in shapes * COPIES]
+    x = {n: torch.randn(num_rows, n).to(dtype) for n in {shape[0] for shape in shapes}}
     torch_calls = [lambda w=w: torch.nn.functional.linear(x[w.shape[1]], w) for w in weights]
     native_calls = [
         lambda w=w: gated_linear_native(x[w.shape[1]], w, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
@@ -109,23 +110,27 @@ def main() -> None:
         {"dtype": str(dtype), "tokens_per_row": n, **adapters_alone(dtype, n)}
         for dtype, n in itertools.product(dtypes, (1, 2, 4, 8, 16, 32))
     ]
-    products = [
-        {"dtype": str(dtype), "rows": n, **base_product(dtype, n)}
-        for dtype, n in itertools.product(dtypes, (1, 2, 4, 8, 16, 32, 48, 64))
-    ]
+    products, wide = (
+        [
+            {"dtype": str(dtype), "rows": n, **base_product(dtype, shapes, n)}
+            for dtype, n in itertools.product(dtypes, (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        ]
+        for shapes in (SHAPES, WIDE)
+    )
     attentions = [
         {"dtype": str(dtype), "rows": n, **attention(dtype, n)} for dtype, n in itertools.product(dtypes, (1, 2, 8))
     ]
     for title, figures, key in (
         ("adapters of one module, 8 rows: microseconds a call", adapters, "tokens_per_row"),
         ("base product of one module: microseconds a call", products, "rows"),
+        (f"base product of {WIDE[0][0]} by {WIDE[0][1]}: microseconds a call", wide, "rows"),
         (f"attention of one new token a row over {KEYS} keys: microseconds a call", attentions, "rows"),
     ):
         columns = [column for column in figures[0] if column not in ("dtype", key)]
         rows = [[f["dtype"], str(f[key]), *(f"{f[c]:.0f}" for c in columns)] for f in figures]
         print_table(title, ["dtype", key, *columns], rows)
-    results = {"adapters": adapters, "base_product": products, "attention": attentions}
-    save("kernel_choice", {"shapes": SHAPES, "ranks": RANKS, "keys": KEYS}, results)
+    results = {"adapters": adapters, "base_product": products, "wide_product": wide, "attention": attentions}
+    save("kernel_choice", {"shapes": SHAPES, "wide": WIDE, "ranks": RANKS, "keys": KEYS}, results)
 
 
 if __name__ == "__main__":
