@@ -120,7 +120,7 @@ def make_requests(
 def run(model: MultiLoraModel, requests: Sequence[Request], *, progress: bool) -> list[RequestResult]:
     """All results; raises the error of a request that failed, and BaseModelError for a model that isn't causal."""
     num_answers = sum(request.sampling.n for request in requests)
-    with Engine(model, EngineConfig(max_running=max(32, num_answers))) as engine:
+    with Engine(model, EngineConfig(max_running=max(64, num_answers))) as engine:
         results = engine.generate(requests, progress=progress)
     for result in results:
         if result.error is not None:
