@@ -3,8 +3,8 @@
     python benchmarks/kernel_choice.py
 
 One block of SmolLM2-135M (7 linear modules), 8 adapters, a segment for each row; and the base product alone, also of a
-larger model's width. Every call uses another copy of the weights, so that they come from memory as in a model. And the attention of one new token
-a row over 500 keys, beside torch's as transformers calls it.
+larger model's width. Every call uses another copy of the weights, so that they come from memory as in a model. And the
+attention of one new token a row over 500 keys, beside torch's as transformers calls it.
 """
 
 import itertools
