@@ -56,15 +56,15 @@ def test_same_bits_as_module_by_module(
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
 
 
-@pytest.mark.parametrize("max_step_tokens", [64, 16])
-def test_a_prompts_chunks_run_in_one_call(tmp_path: Path, calls: list[int], max_step_tokens: int) -> None:
+@pytest.mark.parametrize(("max_step_tokens", "length"), [(64, 37), (16, 37), (256, 80)])
+def test_a_prompts_chunks_run_in_one_call(tmp_path: Path, calls: list[int], max_step_tokens: int, length: int) -> None:
     model = make_model("llama", write_adapters("llama", tmp_path), mixtures=False)
     config = EngineConfig(cache_bytes=2**22, prefix_cache=False, max_step_tokens=max_step_tokens, block_tokens=8)
     with Engine(model, config) as engine:
-        for prompted in prompts((37,), CHOICES[:5]):
+        for prompted in prompts((length,), CHOICES[:5]):
             calls.clear()
             result = engine.generate([prompted.request(max_tokens=4)])[0]
-            assert max(calls) == min(max_step_tokens, 37)
+            assert max(calls) == min(max_step_tokens, length)
             assert_same(model, prompted, result, answer(model, prompted, 4))
 
 

@@ -41,14 +41,15 @@ class ReadBack:
     def __call__(self) -> PreparedAdapter:
         """The adapter as it was prepared before. Raises OSError, and AdapterFormatError for a file of another size."""
         values, memory = self._read_file(), large_buffer(self.num_values * self.dtype.itemsize).view(self.dtype)
-        if native_runs(memory.device, self.dtype):
+        runs_compiled = native_runs(memory.device, self.dtype)
+        if runs_compiled:
             place_factors_native(values, self.factors, memory)
         layers = {}
         for module, scaling, row in zip(self.modules, self.scalings, self.factors.tolist(), strict=True):
             place, rank, start_a, start_b, num_in, num_out = row
             lora_a = memory.as_strided((rank, num_in), (num_in, 1), place)
             lora_b = memory.as_strided((rank, num_out), (num_out, 1), place + rank * num_in)
-            if not native_runs(memory.device, self.dtype):
+            if not runs_compiled:
                 lora_a.copy_(values.as_strided((rank, num_in), (num_in, 1), start_a))
                 lora_b.copy_(values.as_strided((rank, num_out), (1, rank), start_b))
             layers[module] = SlotWeights(lora_a=lora_a, lora_b=lora_b, scaling=scaling)
