@@ -25,12 +25,14 @@ struct Segment {  // one adapter on the tokens [start, stop)
   float scaling;
   const float* gates;  // [stop - start]
   int64_t first_unit;  // of shrink's work, counted over all segments
+  int64_t first_cost;  // of all units before it
   int64_t first_hidden;  // offset of this segment's h
 };
 
 constexpr int kRows = 8;     // rank rows that share one pass over x
 constexpr int kChunk = 32;   // tokens whose x stays in the cache meanwhile
 constexpr int kTokens = 4;   // that share what is read of lora_a or lora_b
+constexpr int kReading = 4;  // tokens whose arithmetic takes as long as reading the row of lora_a
 
 inline float gate_of(const Segment& s, int64_t token) { return s.gates[token - s.start] * s.scaling; }
 
@@ -142,52 +144,72 @@ void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* h
 struct Adapters {
   std::vector<Segment> segments;
   int64_t num_units = 0;   // blocks of rank rows for chunks of tokens
+  int64_t cost = 0;        // of all units
   int64_t num_hidden = 0;  // floats of h
 
   static int64_t num_chunks(const Segment& s) { return (s.stop - s.start + kChunk - 1) / kChunk; }
 
   void add(Segment segment) {
     segment.first_unit = num_units;
+    segment.first_cost = cost;
     segment.first_hidden = num_hidden;
     num_units += (segment.rank + kRows - 1) / kRows * num_chunks(segment);
+    cost += segment.rank * (segment.stop - segment.start + kReading);
     num_hidden += segment.rank * (segment.stop - segment.start);
     segments.push_back(segment);
   }
 
+  // Where thread i of n begins, so that all have as much to do.
+  int64_t first_unit(int64_t i, int64_t n) const {
+    const int64_t before = cost * i / n;
+    for (size_t k = 0; k < segments.size(); ++k) {
+      const bool is_last = k + 1 == segments.size();
+      const int64_t stop = is_last ? cost : segments[k + 1].first_cost;
+      if (before >= stop) continue;
+      const Segment& s = segments[k];
+      const int64_t units = (is_last ? num_units : segments[k + 1].first_unit) - s.first_unit;
+      return s.first_unit + units * (before - s.first_cost) / (stop - s.first_cost);
+    }
+    return num_units;
+  }
+
   template <typename T>
-  void shrink(int64_t begin, int64_t end, const T* x, int64_t in, float* hidden) const {
+  void shrink(int64_t begin, int64_t end, const T* x, int64_t in, float* hidden, Ahead& ahead) const {
     size_t i = 0;
     for (int64_t unit = begin; unit < end; ++unit) {
       while (i + 1 < segments.size() && segments[i + 1].first_unit <= unit) ++i;
       const Segment& s = segments[i];
       const int64_t chunks = num_chunks(s), block = (unit - s.first_unit) / chunks, chunk = (unit - s.first_unit) % chunks;
-      if (chunk == 0) ask_for_next<T>(i, block, in);
+      if (chunk == 0 || unit == begin) ahead.ask_bytes(kRows * in * sizeof(T));
       const int64_t first = s.start + chunk * kChunk;
       shrink_block<T>(s, block * kRows, first, std::min(first + kChunk, s.stop), x, in, hidden);
     }
   }
 
-  // The rows of lora_a that come after a block of segment i.
+  // What `shrink` will read for the same units.
   template <typename T>
-  void ask_for_next(size_t i, int64_t block, int64_t in) const {
-    int64_t row = (block + 1) * kRows;
-    if (row >= segments[i].rank) {
-      if (++i == segments.size()) return;
-      row = 0;
+  void add_shrink_to(Ahead& ahead, int64_t begin, int64_t end, int64_t in) const {
+    for (const Segment& s : segments) {
+      const int64_t chunks = num_chunks(s), first = std::max<int64_t>(begin - s.first_unit, 0) / chunks * kRows;
+      const int64_t stop = std::min((std::max<int64_t>(end - s.first_unit, 0) + chunks - 1) / chunks * kRows, s.rank);
+      const int64_t stride = in * sizeof(T);
+      if (first < stop) ahead.add(static_cast<const T*>(s.lora_a) + first * in, stop - first, stride, stride);
     }
-    const int64_t rows = std::min<int64_t>(kRows, segments[i].rank - row);
-    ask_for_rows(static_cast<const T*>(segments[i].lora_a) + row * in, 1, rows * in * sizeof(T), 0);
   }
 
   template <typename T>
-  void expand(int64_t begin, int64_t end, const float* hidden, T* y, int64_t out) const {
-    for (size_t i = 0; i < segments.size(); ++i) {
-      if (i + 1 < segments.size()) {
-        const Segment& next = segments[i + 1];
-        ask_for_rows(static_cast<const T*>(next.lora_b) + begin, next.rank, (end - begin) * sizeof(T),
-                      out * sizeof(T));
-      }
-      expand_columns<T>(segments[i], begin, end, hidden, y, out);
+  void expand(int64_t begin, int64_t end, const float* hidden, T* y, int64_t out, Ahead& ahead) const {
+    for (const Segment& s : segments) {
+      ahead.ask_bytes(s.rank * (end - begin) * sizeof(T));
+      expand_columns<T>(s, begin, end, hidden, y, out);
+    }
+  }
+
+  // What `expand` will read for the same columns.
+  template <typename T>
+  void add_expand_to(Ahead& ahead, int64_t begin, int64_t end, int64_t out) const {
+    for (const Segment& s : segments) {
+      ahead.add(static_cast<const T*>(s.lora_b) + begin, s.rank, (end - begin) * sizeof(T), out * sizeof(T));
     }
   }
 };

@@ -33,7 +33,7 @@ inline Adapters read_adapters(const at::Tensor& table, const at::Tensor& scaling
     if (rank == 0 || rows[0] >= rows[1]) continue;
     adapters.add({rows[0], rows[1], reinterpret_cast<const void*>(entries[cell * 3]),
                   reinterpret_cast<const void*>(entries[cell * 3 + 1]), rank,
-                  scalings.const_data_ptr<float>()[cell], gates + rows[3], 0, 0});
+                  scalings.const_data_ptr<float>()[cell], gates + rows[3], 0, 0, 0});
   }
   return adapters;
 }

@@ -102,27 +102,45 @@ struct Decoder {
 
   // Modules of one input; each thread leaves with its own columns made.
   void linear(size_t l, std::initializer_list<Module> modules, const T* input, int64_t i, int64_t n) const {
-    bool has_adapters = false;
+    thread_local Ahead ahead;
+    ahead.clear();
+    const int64_t in = sizes.in(*modules.begin());
+    const auto each_module = [&](const auto& run) {  // with its adapters, the thread's units of them, and its columns
+      for (const Module m : modules) {
+        const Adapters& own = adapters[l * kModules + m];
+        const int64_t out = sizes.out(m);
+        run(m, own, own.first_unit(i, n), own.first_unit(i + 1, n), share(out, i, n), share(out, i + 1, n));
+      }
+    };
+    const auto base = [&](Module m) {
+      return Linear<T>{layers[l].weight[m], layers[l].bias[m], input, made[m], in, sizes.out(m), sizes.tokens};
+    };
+    int64_t num_tiles = 0, num_units = 0;
+    each_module([&](Module m, const Adapters& own, int64_t first, int64_t last, int64_t begin, int64_t end) {
+      own.add_shrink_to<T>(ahead, first, last, in);
+      num_tiles += base(m).num_tiles(begin, end);
+      num_units += own.num_units;
+    });
+    each_module([&](Module m, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
+      own.add_expand_to<T>(ahead, begin, end, sizes.out(m));
+    });
+    const int64_t portions = ahead.share(num_tiles);
+    const T* together = packed(input, in, sizes.tokens);
+    each_module([&](Module m, const Adapters&, int64_t, int64_t, int64_t begin, int64_t end) {
+      base(m).columns(begin, end, together, ahead, portions);
+    });
+    if (num_units == 0) return;
     float* space = rank_space;
-    const T* together = packed(input, sizes.in(*modules.begin()), sizes.tokens);
-    for (const Module m : modules) {
-      const int64_t out = sizes.out(m);
-      const Linear<T> base{layers[l].weight[m], layers[l].bias[m], input, made[m], sizes.in(m), out, sizes.tokens};
-      base.columns(share(out, i, n), share(out, i + 1, n), together);
-      const Adapters& own = adapters[l * kModules + m];
-      own.shrink<T>(own.num_units * i / n, own.num_units * (i + 1) / n, input, sizes.in(m), space);
+    each_module([&](Module, const Adapters& own, int64_t first, int64_t last, int64_t, int64_t) {
+      own.shrink<T>(first, last, input, in, space, ahead);
       space += own.num_hidden;
-      has_adapters |= !own.segments.empty();
-    }
-    if (!has_adapters) return;
+    });
     wait();
     space = rank_space;
-    for (const Module m : modules) {
-      const int64_t out = sizes.out(m);
-      const Adapters& own = adapters[l * kModules + m];
-      own.expand<T>(share(out, i, n), share(out, i + 1, n), space, made[m], out);
+    each_module([&](Module m, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
+      own.expand<T>(begin, end, space, made[m], sizes.out(m), ahead);
       space += own.num_hidden;
-    }
+    });
   }
 
   void rotate_and_store(const Layer<T>& layer, int64_t i, int64_t n) const {
@@ -149,10 +167,25 @@ struct Decoder {
                                            sizes.kv_heads, layer.scale, layer.softcap, layer.window, positions,
                                            nullptr, 0};
     thread_local std::vector<float> buffer;
-    const int64_t groups = sizes.tokens * sizes.kv_heads;
-    for (int64_t g = groups * i / n; g < groups * (i + 1) / n; ++g) {
+    const int64_t stop = first_group(layer, i + 1, n);
+    for (int64_t g = first_group(layer, i, n); g < stop; ++g) {
       attention.head_group(g / sizes.kv_heads, g % sizes.kv_heads, buffer);
     }
+  }
+
+  // Groups of heads are shared out by how many keys they see. A row's first token waits for the memory as long as it
+  // computes; the others find its keys and values in the cache.
+  int64_t first_group(const Layer<T>& layer, int64_t i, int64_t n) const {
+    constexpr int64_t kAlways = 16;  // keys that take as long as a group with none
+    const auto cost = [&](int64_t t) {
+      const int64_t keys = layer.window > 0 ? std::min(layer.window, positions[t] + 1) : positions[t] + 1;
+      return kAlways + (t == 0 || rows[t] != rows[t - 1] ? 2 * keys : keys);
+    };
+    int64_t total = 0, token = 0;
+    for (int64_t t = 0; t < sizes.tokens; ++t) total += cost(t);
+    int64_t before = total * i / n;
+    for (; token < sizes.tokens && before >= cost(token); ++token) before -= cost(token);
+    return token == sizes.tokens ? token * sizes.kv_heads : token * sizes.kv_heads + before * sizes.kv_heads / cost(token);
   }
 
   // gate = silu(gate) * up on the thread's own columns: whole vectors, as the caller has checked.
@@ -170,7 +203,9 @@ struct Decoder {
     for (int64_t t = 0; t < sizes.tokens; ++t) {
       T* target = x + t * sizes.hidden;
       const T* source = made[m] + t * sizes.hidden;
-      for (int64_t c = begin; c < end; ++c) target[c] = static_cast<T>(float(target[c]) + float(source[c]));
+      int64_t c = begin;
+      for (; c + kLanes <= end; c += kLanes) store(target + c, load(target + c) + load(source + c));
+      for (; c < end; ++c) target[c] = static_cast<T>(float(target[c]) + float(source[c]));
     }
     wait();
   }

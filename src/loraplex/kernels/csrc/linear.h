@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "vectors.h"
+#include "ahead.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -113,10 +113,12 @@ const T* packed(const T* x, int64_t in, int64_t num_tokens) {
   if (static_cast<int64_t>(buffer.size()) < in * num_tokens) buffer.resize(in * num_tokens);
   each_group<T>(num_tokens, [&](int64_t token, auto count) {
     T* target = buffer.data() + token * in;
-    for (int64_t i = 0; i < in; i += kStep<T>) {
-      const int64_t size = std::min(kStep<T>, in - i);
-      for (int t = 0; t < count; ++t, target += size) std::memcpy(target, x + (token + t) * in + i, size * sizeof(T));
+    const T* source = x + token * in;
+    int64_t i = 0;
+    for (; i + kStep<T> <= in; i += kStep<T>) {
+      for (int t = 0; t < count; ++t, target += kStep<T>) std::memcpy(target, source + t * in + i, kStepBytes);
     }
+    for (int t = 0; t < count; ++t, target += in - i) std::memcpy(target, source + t * in + i, (in - i) * sizeof(T));
   });
   return buffer.data();
 }
@@ -139,6 +141,7 @@ struct Linear {
     float* sums;
     int64_t token_sums;  // floats that a token's sums take
     bool begins, ends;
+    int64_t portions;  // that each tile asks for
   };
 
   template <int R, int N>
@@ -160,21 +163,28 @@ struct Linear {
   // The passes of all groups over a block share the work of asking for the next one, so that memory is busy during all
   // of them; what remains of the tokens asks only if there is no whole group.
   template <int N>
-  void tiles(const Part& part, int64_t begin, int64_t end, int64_t token) const {
+  void tiles(const Part& part, int64_t begin, int64_t end, int64_t token, Ahead& ahead) const {
     constexpr int R = kLanes / N;
     const int64_t num_shares = std::max<int64_t>(1, num_tokens / kTogether<T>), share = token / kTogether<T>;
     const bool asks = share < num_shares && token % kTogether<T> == 0;
     float* sums = part.sums + token * part.token_sums;
     int64_t row = begin, i = 0;
-    for (; row + R <= end; row += R, ++i, sums += kLanes)
+    for (; row + R <= end; row += R, ++i, sums += kLanes) {
       tile<R, N>(part, row, token, sums, asks && i % num_shares == share ? kBlock * in : 0);
+      ahead.ask(part.portions);
+    }
     for (; row < end; ++row, sums += kLanes) tile<1, N>(part, row, token, sums, 0);
   }
 
-  // The output columns [begin, end) of all tokens, whose x is packed.
-  void columns(int64_t begin, int64_t end, const T* packed_x) const {
+  int64_t num_parts() const { return std::max<int64_t>(1, (in + kDepth - 1) / kDepth); }
+
+  // Of the columns [begin, end): N tokens take N tiles of a block, whatever N is.
+  int64_t num_tiles(int64_t begin, int64_t end) const { return (end - begin) / kBlock * num_parts() * num_tokens; }
+
+  // The output columns [begin, end) of all tokens, whose x is packed. Each tile asks for `portions` of what lies ahead.
+  void columns(int64_t begin, int64_t end, const T* packed_x, Ahead& ahead, int64_t portions) const {
     thread_local std::vector<float> buffer;
-    const int64_t num_parts = std::max<int64_t>(1, (in + kDepth - 1) / kDepth);
+    const int64_t num_parts = this->num_parts();
     const int64_t depth = ((in + num_parts - 1) / num_parts + kStep<T> - 1) / kStep<T> * kStep<T>;
     for (int64_t row = begin; row < end; row += kBlock) {
       const int64_t stop = std::min(row + kBlock, end);
@@ -183,8 +193,8 @@ struct Linear {
       int64_t first = 0;
       do {
         const int64_t count = std::min(depth, in - first);
-        const Part part{packed_x, first, count, buffer.data(), token_sums, first == 0, first + count == in};
-        each_group<T>(num_tokens, [&](int64_t token, auto size) { tiles<size>(part, row, stop, token); });
+        const Part part{packed_x, first, count, buffer.data(), token_sums, first == 0, first + count == in, portions};
+        each_group<T>(num_tokens, [&](int64_t token, auto size) { tiles<size>(part, row, stop, token, ahead); });
         first += count;
       } while (first < in);
     }

@@ -10,6 +10,7 @@
 namespace {
 
 using loraplex::Adapters;
+using loraplex::Ahead;
 using loraplex::check_input;
 using loraplex::kSmallWork;
 using loraplex::Linear;
@@ -23,30 +24,37 @@ void run(const Linear<T>& base, const Adapters& adapters) {
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < adapters.num_hidden) buffer.resize(adapters.num_hidden);
   float* hidden = buffer.data();
-  auto first_phase = [&](int64_t i, int64_t n) {
+  auto first_phase = [&](int64_t i, int64_t n, Ahead& ahead) {
+    const int64_t first = adapters.first_unit(i, n), last = adapters.first_unit(i + 1, n);
+    const int64_t begin = share(base.out, i, n), end = share(base.out, i + 1, n);
+    ahead.clear();
+    adapters.add_shrink_to<T>(ahead, first, last, base.in);
+    adapters.add_expand_to<T>(ahead, begin, end, base.out);
     if (base.weight != nullptr) {
       const T* together = loraplex::packed(base.x, base.in, base.num_tokens);
-      base.columns(share(base.out, i, n), share(base.out, i + 1, n), together);
+      base.columns(begin, end, together, ahead, ahead.share(base.num_tiles(begin, end)));
     }
-    adapters.shrink<T>(adapters.num_units * i / n, adapters.num_units * (i + 1) / n, base.x, base.in, hidden);
+    adapters.shrink<T>(first, last, base.x, base.in, hidden, ahead);
   };
-  auto second_phase = [&](int64_t i, int64_t n) {
-    adapters.expand<T>(share(base.out, i, n), share(base.out, i + 1, n), hidden, base.y, base.out);
+  auto second_phase = [&](int64_t i, int64_t n, Ahead& ahead) {
+    adapters.expand<T>(share(base.out, i, n), share(base.out, i + 1, n), hidden, base.y, base.out, ahead);
   };
   const int64_t work = adapters.num_hidden * base.in + (base.weight == nullptr ? 0 : base.out * base.in);
   const int num_threads = work < kSmallWork ? 1 : at::get_num_threads();
   if (num_threads == 1) {
-    first_phase(0, 1);
-    second_phase(0, 1);
+    thread_local Ahead ahead;
+    first_phase(0, 1, ahead);
+    second_phase(0, 1, ahead);
     return;
   }
 #pragma omp parallel num_threads(num_threads)
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    first_phase(i, n);
+    thread_local Ahead ahead;
+    first_phase(i, n, ahead);
     if (!adapters.segments.empty()) {
 #pragma omp barrier
-      second_phase(i, n);
+      second_phase(i, n, ahead);
     }
   }
 }
