@@ -14,7 +14,9 @@ import time
 import torch
 from common import print_table, save
 
-from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 from loraplex.kernels.native import attend_rows_native, gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import (

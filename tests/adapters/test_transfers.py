@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 from loraplex.adapters.transfers import moved, pack
 
 CPU = torch.device("cpu")
@@ -68,11 +70,44 @@ def test_a_packed_adapter_is_the_same_in_one_aligned_buffer(dtype):
     packed = pack(original, pin=False)
     assert same(packed, original)
     assert packed.invocation == original.invocation
-    start, stop = packed.buffer.data_ptr(), packed.buffer.data_ptr() + packed.buffer.numel()
+    assert packed.packed is not None
+    buffer = packed.packed.buffer
+    start, stop = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
     for tensor in tensors(packed):
         assert start <= tensor.data_ptr() < stop
         assert (tensor.data_ptr() - start) % 256 == 0
-    assert same(moved(packed, packed.buffer.clone()), original)
+    assert same(moved(packed, buffer.clone()), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_packed_adapter_tells_without_its_tensors_is_what_they_tell(dtype):
+    packed = pack(adapter(0, dtype=dtype), pin=False)
+    told = PreparedAdapter(layers=dict(packed.layers))  # from its tensors, one by one
+    assert told.packed is None
+    assert (packed.num_bytes, packed.max_rank, packed.gained) == (told.num_bytes, told.max_rank, told.gained)
+    assert packed.gained == {2}
+    for ours, theirs in zip(packed.addresses, told.addresses, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+def test_an_adapter_of_no_module_can_be_packed():
+    packed = pack(PreparedAdapter(layers={}), pin=False)
+    assert (packed.num_bytes, packed.max_rank, packed.gained, list(packed.layers)) == (0, 0, frozenset(), [])
+
+
+def test_reading_an_adapters_addresses_leaves_no_tensor_for_each_module():
+    packed = pack(adapter(0), pin=False)
+    _ = packed.addresses
+    assert num_tensors_in(packed) == 1  # the buffer
+    _ = packed.layers[2]
+    assert num_tensors_in(packed) > 3
+
+
+def num_tensors_in(adapter: PreparedAdapter) -> int:
+    assert adapter.packed is not None
+    memory = adapter.packed.buffer.untyped_storage().data_ptr()
+    return sum(type(t) is Tensor and t.untyped_storage().data_ptr() == memory for t in gc.get_objects())
 
 
 def test_a_slot_is_ready_and_its_weights_are_there_only_after_the_copy():
@@ -102,7 +137,8 @@ def test_the_source_stays_until_its_copy_has_ended_even_if_the_slot_is_cleared()
     lane = ThreadLane()
     slots = Slots(2, ["a", "b", "c"], CPU, lane)
     source = slots.stage(adapter(0))
-    buffer = weakref.ref(source.buffer)
+    assert source.packed is not None
+    buffer = weakref.ref(source.packed.buffer)
     slots.put(0, source)
     slots.clear(0)
     del source

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.token_choice import TokenChooser, draw, token_logprobs
+from loraplex.engine.token_choice import TokenChooser, draw, largest, token_logprobs
 from loraplex.errors import RequestError
 
 VOCAB = 50
@@ -132,3 +132,16 @@ def test_logprobs_are_the_models_own():
 def test_options_that_cant_be_honoured_are_refused(options):
     with pytest.raises(RequestError, match=str(next(iter(options))).split("_")[0]):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [7, 256, 512, 1000, 1025])
+def test_the_largest_logit_is_argmaxs_at_ties_and_nan_too(vocab: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(vocab)
+    values = torch.randint(-3, 4, (40, vocab), generator=draw).to(dtype)  # many ties
+    values[1] = float("-inf")
+    values[2, vocab // 2] = float("nan")
+    values[3, -1] = 9
+    values[4, 0] = 9
+    assert torch.equal(largest(values), values.argmax(dim=-1))
+    assert torch.equal(largest(values[:0]), torch.empty(0, dtype=torch.int64))

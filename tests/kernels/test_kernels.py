@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 from loraplex.kernels.native import gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.reference import gated_lora
 from loraplex.kernels.segmented import gated_lora_segmented

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.slots import PreparedAdapter
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.store import StoreConfig
 from loraplex.errors import AdapterChangedError, AdapterFormatError
 from loraplex.layers.prepare import prepare_adapter

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from loraplex.adapters.slots import PreparedAdapter, Slots, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 from loraplex.errors import BatchError
 from loraplex.routing.bank import SlotBank
 from loraplex.routing.rows import Route, RowRouting, current_routing, use_routing

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from loraplex.adapters.slots import PreparedAdapter
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.version import AdapterVersion
 from loraplex.errors import CapacityError
 

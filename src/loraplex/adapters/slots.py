@@ -1,71 +1,11 @@
 """The device tier: numbered slots whose weights the kernels read."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.transfers import Arrival, CopyLane, CudaLane, moved, pack
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlotWeights:
-    """One module's factors as the kernels want them: contiguous, in the base model's dtype."""
-
-    lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
-    lora_b: Tensor  # [rank, out]; for DoRA multiplied by c per output
-    scaling: float
-    gain: Tensor | None = None  # [out], c - 1 of DoRA: the share of the base output to add
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = [self.lora_a, self.lora_b] + ([] if self.gain is None else [self.gain])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def to(self, device: torch.device) -> "SlotWeights":
-        return SlotWeights(
-            lora_a=self.lora_a.to(device),
-            lora_b=self.lora_b.to(device),
-            scaling=self.scaling,
-            gain=None if self.gain is None else self.gain.to(device),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedAdapter:
-    """An adapter ready for a slot, by module index of the base model."""
-
-    layers: Mapping[int, SlotWeights]
-    invocation: tuple[int, ...] | None = None  # aLoRA: the tokens from which on it is active
-    buffer: Tensor | None = None  # [bytes], if all tensors are in one
-    read_back: "Callable[[], PreparedAdapter] | None" = None  # reads it again, from a file that is as it was
-
-    def to(self, device: torch.device) -> "PreparedAdapter":
-        layers = {index: weights.to(device) for index, weights in self.layers.items()}
-        return PreparedAdapter(layers=layers, invocation=self.invocation)
-
-    @cached_property
-    def gained(self) -> frozenset[int]:
-        """The modules where DoRA takes a share of the base output."""
-        return frozenset(index for index, weights in self.layers.items() if weights.gain is not None)
-
-    @cached_property
-    def max_rank(self) -> int:
-        return max((weights.lora_a.shape[0] for weights in self.layers.values()), default=0)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(weights.num_bytes for weights in self.layers.values())
-
-    @cached_property
-    def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
-        """The modules, and what the table has for each: addresses and rank, and the LoRA scaling."""
-        rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.lora_a.shape[0]) for w in self.layers.values()]
-        scalings = [w.scaling for w in self.layers.values()]
-        indices = torch.tensor(list(self.layers), dtype=torch.int64)
-        return indices, torch.tensor(rows, dtype=torch.int64).view(-1, 3), torch.tensor(scalings, dtype=torch.float32)
 
 
 class Slots:
@@ -127,7 +67,7 @@ class Slots:
         On a CPU too: memory that adapters leave in one piece is what the next ones need.
         """
         pin = self.device.type == "cuda"
-        if adapter.buffer is None or (pin and not adapter.buffer.is_pinned()):
+        if adapter.packed is None or (pin and not adapter.packed.buffer.is_pinned()):
             adapter = pack(adapter, pin=pin)
         if self._lane is None:
             _ = adapter.addresses  # now: `put` runs between the model's steps
@@ -142,8 +82,8 @@ class Slots:
         assert self._lane is not None, "on a CPU nothing is copied"
         self._sources = [(arrival, source) for arrival, source in self._sources if not arrival.is_done()]
         source = self.stage(adapter)
-        assert source.buffer is not None, "a staged adapter is in one buffer"
-        target, arrival = self._lane.start(source.buffer)
+        assert source.packed is not None, "a staged adapter is in one buffer"
+        target, arrival = self._lane.start(source.packed.buffer)
         self._arrivals[slot] = arrival
         self._sources.append((arrival, source))
         return moved(source, target)

@@ -14,8 +14,9 @@ from pathlib import Path
 from loraplex.adapters.host_tier import HostTier
 from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.slot_tier import SlotTier
-from loraplex.adapters.slots import PreparedAdapter, Slots
+from loraplex.adapters.slots import Slots
 from loraplex.adapters.version import AdapterState, AdapterVersion, Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import (

@@ -1,16 +1,14 @@
 """Weights on their way from host memory to a device, which goes on computing meanwhile."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loraplex.adapters.large_memory import large_buffer
-
-if TYPE_CHECKING:
-    from loraplex.adapters.slots import PreparedAdapter, SlotWeights
+from loraplex.adapters.packed_layers import PackedLayers
+from loraplex.adapters.prepared import PreparedAdapter
 
 _ALIGNMENT = 256  # bytes, as torch aligns what it allocates on a device
 
@@ -69,46 +67,34 @@ class CudaArrival:
             self._target.record_stream(stream)
 
 
-def pack(adapter: "PreparedAdapter", *, pin: bool) -> "PreparedAdapter":
+def pack(adapter: PreparedAdapter, *, pin: bool) -> PreparedAdapter:
     """The same adapter with all its tensors in one buffer, which one copy moves; pinned, so that it needs no host."""
-    tensors = _tensors(adapter.layers.values())
-    offsets, size = [], 0
-    for tensor in tensors:
-        offsets.append(size)
-        size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else large_buffer(size)
-    places = {id(tensor): offset for tensor, offset in zip(tensors, offsets, strict=True)}
-    packed = _placed(adapter, places, buffer)
-    for tensor, copy in zip(tensors, _tensors(packed.layers.values()), strict=True):
-        copy.copy_(tensor)
-    return packed
+    dtypes = {tensor.dtype for weights in adapter.layers.values() for tensor in (weights.lora_a, weights.lora_b)}
+    assert len(dtypes) <= 1, f"a prepared adapter has one dtype, not {dtypes}"
+    size, places = 0, []
+    for weights in adapter.layers.values():
+        row = []
+        for tensor in (weights.lora_a, weights.lora_b, weights.gain):
+            row.append(-1 if tensor is None else size)
+            size += 0 if tensor is None else -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        places.append([*row, *weights.lora_a.shape, weights.lora_b.shape[1]])
+    layers = PackedLayers(
+        torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else large_buffer(size),
+        dtypes.pop() if dtypes else torch.float32,
+        tuple(adapter.layers),
+        torch.tensor(places, dtype=torch.int64).view(-1, 6),
+        [weights.scaling for weights in adapter.layers.values()],
+    )
+    # What is copied through isn't kept: these tensors are not those that the layers make when they are asked.
+    for weights, copies in zip(adapter.layers.values(), layers.on(layers.buffer).values(), strict=True):
+        copies.lora_a.copy_(weights.lora_a)
+        copies.lora_b.copy_(weights.lora_b)
+        if weights.gain is not None and copies.gain is not None:
+            copies.gain.copy_(weights.gain)
+    return replace(adapter, layers=layers)
 
 
-def moved(adapter: "PreparedAdapter", buffer: Tensor) -> "PreparedAdapter":
+def moved(adapter: PreparedAdapter, buffer: Tensor) -> PreparedAdapter:
     """A packed adapter whose tensors are in a copy of its buffer."""
-    assert adapter.buffer is not None, "only a packed adapter can be moved"
-    start = adapter.buffer.data_ptr()
-    places = {id(tensor): tensor.data_ptr() - start for tensor in _tensors(adapter.layers.values())}
-    return _placed(adapter, places, buffer)
-
-
-def _placed(adapter: "PreparedAdapter", places: dict[int, int], buffer: Tensor) -> "PreparedAdapter":
-    def place(tensor: Tensor) -> Tensor:
-        first = places[id(tensor)]
-        part = buffer[first : first + tensor.numel() * tensor.element_size()]
-        return part.view(tensor.dtype).view(tensor.shape)
-
-    layers = {
-        index: replace(
-            weights,
-            lora_a=place(weights.lora_a),
-            lora_b=place(weights.lora_b),
-            gain=None if weights.gain is None else place(weights.gain),
-        )
-        for index, weights in adapter.layers.items()
-    }
-    return replace(adapter, layers=layers, buffer=buffer)
-
-
-def _tensors(layers: Iterable["SlotWeights"]) -> list[Tensor]:
-    return [t for w in layers for t in (w.lora_a, w.lora_b, w.gain) if t is not None]
+    assert adapter.packed is not None, "only a packed adapter can be moved"
+    return replace(adapter, layers=adapter.packed.on(buffer))

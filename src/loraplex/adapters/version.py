@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from loraplex.adapters.slots import PreparedAdapter
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.weights import Adapter
 
 Tier = Literal["slot", "host", "disk"]

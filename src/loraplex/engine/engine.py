@@ -9,6 +9,7 @@ from types import TracebackType
 
 from loraplex.engine.answers import Answers
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.heap import freeze_heap
 from loraplex.engine.intake import Intake
 from loraplex.engine.leases import Leases
 from loraplex.engine.packing import Part
@@ -35,6 +36,7 @@ class Engine:
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig | None = None) -> None:
         """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
+        self._thaw_heap = freeze_heap(self)
         self.model = model
         self.config = config or EngineConfig()
         self._counts = StepCounts()
@@ -63,6 +65,7 @@ class Engine:
                 return []
             deltas = self._book.close()
             self._runner.close()
+            self._thaw_heap()
             return deltas
 
     # Requests

@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from loraplex.adapters.slots import PreparedAdapter
+from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.engine.binding import Binding
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.observations import AskedAttention, Observations

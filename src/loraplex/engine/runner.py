@@ -16,6 +16,7 @@ from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, Part, use_batch
 from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
+from loraplex.engine.token_choice import largest
 from loraplex.engine.tracks import Track
 from loraplex.errors import AdapterError, BaseModelError, ConfigError
 from loraplex.kernels.dispatch import native_runs
@@ -146,14 +147,14 @@ class ModelRunner:
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
-        largest = logits.argmax(dim=-1).tolist()
+        best_tokens = largest(logits).tolist()
         results, place = [], 0
         for i, part in enumerate(batch.parts):
             part.track.num_computed = part.stop
             own = best = None
             stop = place + part.num_logits
             if part.wants_logits:
-                own, best = logits[stop - 1], largest[stop - 1]
+                own, best = logits[stop - 1], best_tokens[stop - 1]
             all_logits = logits[place:stop] if part.wants_all_logits else None
             place = stop
             hidden = None

@@ -10,6 +10,8 @@ from torch import Tensor
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.sampling import SamplingParams
 
+_BLOCK = 256  # logits whose largest is found at once
+
 
 class Constraint(Protocol):
     """What a grammar allows next."""
@@ -107,6 +109,19 @@ def draw(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -
     threshold = torch.rand(1, generator=generator) * cumulated[-1]
     place = int(torch.searchsorted(cumulated, threshold, right=True))
     return int(tokens[min(place, int(kept.nonzero()[-1]))])
+
+
+def largest(logits: Tensor) -> Tensor:  # [n, vocab]
+    """What logits.argmax(dim=-1) gives [n]: the largest block first, as torch's CPU argmax doesn't use vectors."""
+    whole = logits.shape[-1] // _BLOCK * _BLOCK
+    if logits.device.type != "cpu" or whole == 0:
+        return logits.argmax(dim=-1)
+    maxima = [logits[:, :whole].unflatten(-1, (-1, _BLOCK)).amax(dim=-1)]
+    if whole < logits.shape[-1]:
+        maxima.append(logits[:, whole:].amax(dim=-1, keepdim=True))
+    first = torch.cat(maxima, dim=-1).argmax(dim=-1, keepdim=True) * _BLOCK
+    places = (first + torch.arange(_BLOCK)).clamp(max=logits.shape[-1] - 1)
+    return (first + logits.gather(-1, places).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:  # [vocab]

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.slots import PreparedAdapter, SlotWeights
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.modules import embed_scale, weight_matrix

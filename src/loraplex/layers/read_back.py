@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.large_memory import large_buffer
-from loraplex.adapters.slots import PreparedAdapter, SlotWeights
+from loraplex.adapters.packed_layers import PackedLayers
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, FilePlaces
 from loraplex.errors import AdapterFormatError
 from loraplex.kernels.dispatch import native_runs
@@ -40,22 +42,22 @@ class ReadBack:
 
     def __call__(self) -> PreparedAdapter:
         """The adapter as it was prepared before. Raises OSError, and AdapterFormatError for a file of another size."""
-        values, memory = self._read_file(), large_buffer(self.num_values * self.dtype.itemsize).view(self.dtype)
-        runs_compiled = native_runs(memory.device, self.dtype)
-        if runs_compiled:
-            place_factors_native(values, self.factors, memory)
-        layers = {}
-        for module, scaling, row in zip(self.modules, self.scalings, self.factors.tolist(), strict=True):
-            place, rank, start_a, start_b, num_in, num_out = row
-            lora_a = memory.as_strided((rank, num_in), (num_in, 1), place)
-            lora_b = memory.as_strided((rank, num_out), (num_out, 1), place + rank * num_in)
-            if not runs_compiled:
-                lora_a.copy_(values.as_strided((rank, num_in), (num_in, 1), start_a))
-                lora_b.copy_(values.as_strided((rank, num_out), (1, rank), start_b))
-            layers[module] = SlotWeights(lora_a=lora_a, lora_b=lora_b, scaling=scaling)
-        return PreparedAdapter(
-            layers=layers, invocation=self.invocation, buffer=memory.view(torch.uint8), read_back=self
-        )
+        values, memory = self._read_file(), large_buffer(self.num_values * self.dtype.itemsize)
+        place, rank, _, _, num_in, num_out = self.factors.unbind(1)
+        first_a, first_b = (start * self.dtype.itemsize for start in (place, place + rank * num_in))
+        places = torch.stack((first_a, first_b, torch.full_like(place, -1), rank, num_in, num_out), dim=1)
+        layers = PackedLayers(memory, self.dtype, self.modules, places, self.scalings)
+        if native_runs(memory.device, self.dtype):
+            place_factors_native(values, self.factors, memory.view(self.dtype))
+        else:
+            self._copy_into(layers, values)
+        return PreparedAdapter(layers=layers, invocation=self.invocation, read_back=self)
+
+    def _copy_into(self, layers: PackedLayers, values: Tensor) -> None:
+        for weights, row in zip(layers.values(), self.factors.tolist(), strict=True):
+            _, rank, start_a, start_b, num_in, num_out = row
+            weights.lora_a.copy_(values.as_strided((rank, num_in), (num_in, 1), start_a))
+            weights.lora_b.copy_(values.as_strided((rank, num_out), (1, rank), start_b))
 
     def _read_file(self) -> Tensor:  # [values], valid until this thread reads again
         content = _thread_bytes(self.num_bytes)

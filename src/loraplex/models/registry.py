@@ -9,7 +9,8 @@ from loraplex.adapters.fit import check_base_copies, check_fits, check_weights
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft_folder import read_adapter, read_base_copies
-from loraplex.adapters.slots import PreparedAdapter, Slots
+from loraplex.adapters.prepared import PreparedAdapter
+from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
 from loraplex.adapters.version import folder_fingerprint
 from loraplex.adapters.weights import Adapter

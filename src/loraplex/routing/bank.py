@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slots import Slots, SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.slots import Slots
 
 
 class Bank(Protocol):

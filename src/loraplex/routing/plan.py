@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, choose_training_kernel, native_runs
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 
 
 class TrainingSlot(NamedTuple):

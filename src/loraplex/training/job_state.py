@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loraplex.adapters.peft_write import write_adapter
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter
 from loraplex.residual.folder import write_residual
 from loraplex.training.config import AdapterJob

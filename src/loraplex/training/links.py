@@ -11,7 +11,7 @@ from torch import Tensor
 from loraplex.adapters.fit import check_fits
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel

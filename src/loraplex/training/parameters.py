@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import LoraWeights, ModuleShape
 from loraplex.training.seeds import Purpose, generator
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError

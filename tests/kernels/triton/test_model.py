@@ -66,7 +66,7 @@ def use_torch_kernels(monkeypatch):
 
 
 def test_gradients_of_an_adapter_in_training_are_those_of_the_torch_kernel(model, monkeypatch):
-    from loraplex.adapters.slots import SlotWeights
+    from loraplex.adapters.slot_weights import SlotWeights
     from loraplex.layers.gated import add_adapters
     from loraplex.routing.plan import RoutingPlan, Segment
     from loraplex.training.bank import TrainingBank, TrainingSlot

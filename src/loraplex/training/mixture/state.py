@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.slots import SlotWeights
+from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.layers.modules import embed_scale
 from loraplex.models.mixture_folders import expert_at_rest

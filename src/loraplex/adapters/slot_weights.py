@@ -1,0 +1,29 @@
+"""One module's share of an adapter, as the kernels read it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotWeights:
+    """One module's factors as the kernels want them: contiguous, in the base model's dtype."""
+
+    lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
+    lora_b: Tensor  # [rank, out]; for DoRA multiplied by c per output
+    scaling: float
+    gain: Tensor | None = None  # [out], c - 1 of DoRA: the share of the base output to add
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.lora_a, self.lora_b] + ([] if self.gain is None else [self.gain])
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: torch.device) -> "SlotWeights":
+        return SlotWeights(
+            lora_a=self.lora_a.to(device),
+            lora_b=self.lora_b.to(device),
+            scaling=self.scaling,
+            gain=None if self.gain is None else self.gain.to(device),
+        )
