@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.kernels.dispatch import compiled_product_pays
 from loraplex.kernels.native import gated_linear_native, native_available
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
@@ -32,3 +33,41 @@ def test_right_and_the_same_alone(dtype: torch.dtype, width: int, with_bias: boo
     assert (alone.double() - expected).abs().max() <= tolerance
     for num_tokens in (*range(2, 20), 64, 255, 300):
         assert torch.equal(product(x[:num_tokens], weight, bias), alone[:num_tokens]), num_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_right_however_many_threads_share_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    width, counts, ranks = 200, (1, 70, 1, 33, 1, 2), (9, 3, 64, 16, 1, 8)
+    x, weight = torch.randn(sum(counts), width).to(dtype), torch.randn(NUM_OUT, width).to(dtype)
+    factors = [(torch.randn(rank, width).to(dtype), torch.randn(rank, NUM_OUT).to(dtype)) for rank in ranks]
+    table = torch.tensor([[(a.data_ptr(), b.data_ptr(), len(a))] for a, b in factors])
+    stops = torch.tensor(counts).cumsum(0).tolist()
+    segments = torch.tensor(
+        [(stop - count, stop, slot, stop - count) for slot, (count, stop) in enumerate(zip(counts, stops, strict=True))]
+    )
+    gates = torch.rand(sum(counts))
+    gates[5] = 0
+    expected = x.double() @ weight.double().t()
+    for (start, stop, _, _), (a, b) in zip(segments.tolist(), factors, strict=True):
+        hidden = gates[start:stop, None].double() * (x[start:stop].double() @ a.double().t())
+        expected[start:stop] += 0.5 * hidden @ b.double()
+    scalings, before, results = torch.full((len(ranks), 1), 0.5), torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, 5):
+            torch.set_num_threads(num_threads)
+            results.append(gated_linear_native(x, weight, None, table, scalings, 0, segments, gates))
+    finally:
+        torch.set_num_threads(before)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype] * expected.abs().max()
+    assert (results[0].double() - expected).abs().max() <= tolerance
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_wide_passes_leave_the_product_to_torch_in_bfloat16_only() -> None:
+    assert compiled_product_pays(256, 576, torch.bfloat16)
+    assert not compiled_product_pays(257, 576, torch.bfloat16)
+    assert compiled_product_pays(64, 4096, torch.bfloat16)
+    assert not compiled_product_pays(65, 4096, torch.bfloat16)
+    assert compiled_product_pays(256, 4096, torch.float32)

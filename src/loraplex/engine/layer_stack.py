@@ -16,7 +16,6 @@ from loraplex.engine import native_ops
 from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, current_batch
 from loraplex.engine.routing import PackedPlan
-from loraplex.kernels.dispatch import FEW_ROWS
 from loraplex.routing.rows import current_routing
 
 _LINEAR = (
@@ -67,7 +66,7 @@ class LayerStack:
 
     def _plan(self, batch: PackedBatch, hidden: Tensor) -> PackedPlan | None:
         """The routing plan of a pass that the compiled call can run."""
-        if not batch.is_native or batch.num_tokens > FEW_ROWS or batch.num_chunk_keys > _CHUNK_KEYS:
+        if not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
             return None
         routing = current_routing()
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.kernels.dispatch import FEW_ROWS, Kernel, choose_kernel, choose_training_kernel, native_runs
+from loraplex.kernels.dispatch import (
+    Kernel,
+    choose_kernel,
+    choose_training_kernel,
+    compiled_product_pays,
+    native_runs,
+)
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
@@ -74,7 +80,7 @@ class RoutingPlan:
             self._gained.update(bank.gained(slot))
         self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
-        self._fast_decode = fast_decode and num_tokens <= FEW_ROWS and bank.native_table() is not None
+        self._fast_decode = fast_decode and bank.native_table() is not None
         self._decodes_fast: bool | None = None
         self._launches_together: bool | None = None
 
@@ -116,7 +122,8 @@ class RoutingPlan:
     def decodes_fast(self, x: Tensor) -> bool:
         """Whether base product and adapters run in one compiled call for inputs like x; decided once."""
         if self._decodes_fast is None:
-            self._decodes_fast = self._fast_decode and native_runs(x.device, x.dtype)
+            pays = compiled_product_pays(self.num_tokens, x.shape[-1], x.dtype)
+            self._decodes_fast = self._fast_decode and pays and native_runs(x.device, x.dtype)
         return self._decodes_fast and not torch.is_grad_enabled()
 
     def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
