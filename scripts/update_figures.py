@@ -15,6 +15,7 @@ A result file that is missing is said to be missing, in the block and on the ter
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,9 +177,19 @@ def engine_load(content: Results) -> str:
     for side, label in labels.items():
         report = content["results"][side]
         first = report["first_token_s"]
-        cells = [f"{report['tokens_per_s']:.0f}", f"{first['p50']:.2f}", f"{first['p99']:.2f}", str(report["requests"])]
+        times = (first["p50"], first["p99"], statistics.median(report["turn_p99_s"]), max(report["turn_p99_s"]))
+        cells = [f"{report['tokens_per_s']:.0f}", *(f"{seconds:.2f}" for seconds in times), str(report["requests"])]
         rows.append([label, *cells])
-    return table(["adapters", "tokens/s", "first token p50, s", "p99, s", "requests"], rows)
+    header = [
+        "adapters",
+        "tokens/s",
+        "first token p50, s",
+        "p99, s",
+        "of the median turn",
+        "of the slowest",
+        "requests",
+    ]
+    return table(header, rows)
 
 
 def engine_churn(content: Results) -> str:

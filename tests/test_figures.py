@@ -100,8 +100,11 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         "| 16 requests that share 500 tokens | 1.500 | 0.150 | 0.100 | 1.800 |",
     ),
     "engine_load": (
-        {side: {"tokens_per_s": 120.4, "first_token_s": WAITS, "requests": 80} for side in ("resident", "zipf")},
-        "| 1000 on disk, by Zipf's law, 100 in memory | 120 | 0.25 | 2.50 | 80 |",
+        {
+            side: {"tokens_per_s": 120.4, "first_token_s": WAITS, "turn_p99_s": [1.0, 5.0, 0.5], "requests": 80}
+            for side in ("resident", "zipf")
+        },
+        "| 1000 on disk, by Zipf's law, 100 in memory | 120 | 0.25 | 2.50 | 1.00 | 5.00 | 80 |",
     ),
     "engine_churn": (
         {"finished": 9, "checked": 8, "cancelled": 1, "refused": 4, "replaced": 3, "unloaded": 2, "problems": []},

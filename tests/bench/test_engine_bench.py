@@ -38,6 +38,8 @@ def test_load_reports_both_streams():
     for side in ("resident", "zipf"):
         assert 0 < results[side]["first_token_s"]["p50"] <= results[side]["first_token_s"]["p99"]
         assert results[side]["first_token_s"]["p50"] < results[side]["request_s"]["p50"]
+        assert len(results[side]["turn_p99_s"]) == len(results["turn_capacities"]) == 2
+        assert min(results[side]["turn_p99_s"]) > 0
 
 
 def test_stream_counts_every_request_and_waits_for_late_ones():

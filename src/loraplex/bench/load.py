@@ -75,8 +75,10 @@ class Stream:
     request_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     seconds: float = 0.0
+    turn_p99_s: list[float] = field(default_factory=list)  # to the first token: one slow turn may be the machine's
 
-    def extend(self, other: "Stream") -> None:
+    def add_turn(self, other: "Stream") -> None:
+        self.turn_p99_s.append(percentiles(other.first_token_s)["p99"])
         self.first_token_s += other.first_token_s
         self.request_s += other.request_s
         self.num_tokens += other.num_tokens
@@ -86,6 +88,7 @@ class Stream:
         return {
             "tokens_per_s": self.num_tokens / self.seconds,
             "first_token_s": percentiles(self.first_token_s),
+            "turn_p99_s": self.turn_p99_s,
             "request_s": percentiles(self.request_s),
             "requests": len(self.request_s),
         }
@@ -116,9 +119,9 @@ def run_load(bench: LoadBench, tell: Callable[[str], None] = lambda _: None) -> 
                 for side, source in sources.items():
                     tell(f"{side}: {rate:.2f} of {capacities[-1]:.2f} possible requests/s for {seconds:.0f} s ...")
                     requests = _requests(bench, prompts, source, times, draw=f"{turn} {side}")
-                    streams[side].extend(run_stream(engine, requests))
+                    streams[side].add_turn(run_stream(engine, requests))
     reports = {side: stream.report() for side, stream in streams.items()}
-    return {"capacity_requests_per_s": statistics.median(capacities)} | reports
+    return {"capacity_requests_per_s": statistics.median(capacities), "turn_capacities": capacities} | reports
 
 
 def run_stream(engine: Engine, arrivals: Sequence[tuple[float, Request]]) -> Stream:

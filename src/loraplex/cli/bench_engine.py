@@ -1,5 +1,6 @@
 """`loraplex bench engine`: speeds of the engine, and its endurance."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +135,7 @@ def load(
         host_adapters=host_adapters or (300 if full else 12),
         exponent=exponent,
         seconds=seconds or (600 if full else 15),
-        rounds=rounds or (10 if full else 1),
+        rounds=rounds or (20 if full else 1),
         share=share,
         prompt_tokens=prompt_tokens,
         prompt_files=tuple(str(file) for file in prompts or ()),
@@ -145,7 +146,16 @@ def load(
         results = run_load(bench, tell=status.update)
     table = [[f"the same {bench.resident}", *_stream_row(results["resident"])]]
     table.append([f"{bench.adapters} by Zipf's law", *_stream_row(results["zipf"])])
-    columns = ["adapters", "tokens/s", "first token p50, s", "p99", "request p50, s", "p99", "requests"]
+    columns = [
+        "adapters",
+        "tokens/s",
+        "first token p50, s",
+        "p99",
+        "median turn's",
+        "request p50, s",
+        "p99",
+        "requests",
+    ]
     print_table(f"open loop at {share:.0%} of capacity", columns, table)
     _save(output, "engine_load", asdict(bench), results)
 
@@ -189,7 +199,7 @@ def read_case(case: str) -> tuple[str, int]:
 
 def _stream_row(report: dict[str, Any]) -> Sequence[str]:
     first, whole = report["first_token_s"], report["request_s"]
-    times = (first["p50"], first["p99"], whole["p50"], whole["p99"])
+    times = (first["p50"], first["p99"], statistics.median(report["turn_p99_s"]), whole["p50"], whole["p99"])
     return [f"{report['tokens_per_s']:.0f}", *(f"{seconds:.2f}" for seconds in times), str(report["requests"])]
 
 
