@@ -56,6 +56,7 @@ class Holdings:
 
     @classmethod
     def of(cls, model: MultiLoraModel) -> "Holdings":
+        gc.unfreeze()  # an engine's heap is frozen, and what is frozen isn't told
         gc.collect()
         states = model.adapters()
         return cls(
