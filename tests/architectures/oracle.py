@@ -1,0 +1,259 @@
+"""What each row of a variant must get: PEFT, transformers, and formulas in float64, one row at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loraplex.residual.kinds import LinkedResidual, Residual, SteeringVector
+from loraplex.residual.layers import AttentionLayer
+from loraplex.xlora.head import ScalingHead
+from tests.architectures.variants import kind_of, make_model
+from tests.tiny_models import random_peft_adapter
+
+LINK = "0:0.5+1"
+START = 1  # of a decoder beside an encoder
+
+Steps = tuple[list[int], Tensor]  # greedy tokens, and the logits that they were chosen from: [tokens, vocab]
+
+
+class Oracle:
+    """One variant, run by PEFT and transformers; every call is one row by itself, in float32.
+
+    `dtype` is what the base model's weights are rounded to.
+    """
+
+    def __init__(self, name: str, folders: Mapping[str, Path], *, dtype: torch.dtype = torch.float32) -> None:
+        self.name = name
+        self.is_seq2seq = kind_of(name) == "seq2seq"
+        self.base = make_model(name).to(dtype).float()
+        base = make_model(name).to(dtype).float()
+        self._peft = peft.PeftModel.from_pretrained(base, str(folders["0"]), "0").eval()
+        self._peft.load_adapter(str(folders["1"]), "1")
+        self._peft.add_weighted_adapter(["0", "1"], [0.5, 1.0], "link", combination_type="cat")
+        self._peft.eval()
+
+    def model(self, choice: str | None) -> Any:
+        """What runs rows of one choice of adapters: None, "0", "1" or LINK."""
+        if choice is None:
+            return self.base
+        self._peft.set_adapter("link" if choice == LINK else choice)
+        return self._peft
+
+    @torch.no_grad()
+    def logits(self, choice: str | None, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [tokens, vocab]
+        """The logits of every token of a row; of an encoder-decoder's decoder for its own part."""
+        inputs = inputs_of(self.is_seq2seq, ids[None], None if mask is None else mask[None])
+        logits: Tensor = self.model(choice)(**inputs).logits[0]
+        return logits
+
+    def steps(self, choice: str | None, ids: Tensor, mask: Tensor | None, num_tokens: int) -> Steps:
+        """A row's greedy answer."""
+        return greedy(self.model(choice), ids, mask, num_tokens)
+
+
+def inputs_of(is_seq2seq: bool, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """The inputs of a forward pass over [rows, tokens]; a decoder beside an encoder reads their second half."""
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    if is_seq2seq:
+        inputs["decoder_input_ids"] = ids[:, ids.shape[1] // 2 :]
+    return inputs
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, mask: Tensor | None, num_tokens: int, **options: Any) -> Steps:
+    """One row's greedy answer by transformers' generate."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(input_ids=ids[None], attention_mask=mask[None], **generation(num_tokens), **options)
+    tokens = out.sequences[0, -len(out.logits) :].tolist()
+    return tokens, torch.stack(out.logits)[:, 0].float()
+
+
+def generation(num_tokens: int) -> dict[str, Any]:
+    """Greedy search that tells its logits."""
+    return {
+        "max_new_tokens": num_tokens,
+        "min_new_tokens": num_tokens,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+
+
+# Adapters
+
+
+def write_adapters(name: str, folder: Path) -> dict[str, Path]:
+    """Two adapters "0" and "1" of different ranks on the linear modules that PEFT adapts one row at a time."""
+    model = make_model(name)
+    names = linear_names(model)
+    narrow = [suffix for suffix in names if not _is_expert(model, suffix)]
+    without = [suffix for suffix in names if suffix != "out_proj"]  # whose weight state-space mixers read past it
+    for targets in (names, without, narrow):
+        try:
+            folders = {
+                str(i): random_peft_adapter(model, folder / str(i), targets=targets, r=3 + i, seed=i + 1)
+                for i in range(2)
+            }
+        except ValueError:  # PEFT doesn't adapt some of them in this model
+            continue
+        if not peft.LoraConfig.from_pretrained(str(folders["0"])).target_parameters:
+            return folders
+    raise AssertionError(f"PEFT writes no adapter for {name}")
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The last parts of the paths of all linear modules but the output layer."""
+    output = model.get_output_embeddings()
+    names = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not output
+    }
+    return sorted(name for name in names if not name.isdigit())  # a number is a block's name too
+
+
+def _is_expert(model: PreTrainedModel, suffix: str) -> bool:
+    """Whether a module of this name belongs to feed-forward experts or to a state-space mixer."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == suffix]
+    return any(part in path for path in paths for part in ("mlp", "moe", "expert", "feed_forward", "mamba", "mixer"))
+
+
+# Mixtures, by X-LoRA's formula
+
+
+class MixtureOracle:
+    """X-LoRA over one base model: sum_i scaling_i * alpha_i/r_i * B_i A_i x at every adapted module.
+
+    Two whole passes for every token, without a cache, as PEFT and the original package run.
+    """
+
+    def __init__(self, name: str, folders: Mapping[str, Path], head: ScalingHead) -> None:
+        self.is_seq2seq = kind_of(name) == "seq2seq"
+        self.base = make_model(name)
+        self._head = head
+        self._experts = [_factors(self.base, folder) for folder in folders.values()]
+        paths = [path for path, _ in self.base.named_modules()]
+        self._layers = [path for path in paths if any(path in expert for expert in self._experts)]
+        self._scalings: Tensor | None = None  # [1, tokens, layers, experts]
+        for layer, path in enumerate(self._layers):
+            self.base.get_submodule(path).register_forward_hook(self._hook(layer, path))
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:  # [tokens, vocab]
+        inputs = inputs_of(self.is_seq2seq, ids[None], None)
+        self._scalings = None
+        self._scalings = self._head(self._last_hidden(inputs))
+        logits: Tensor = self.base(**inputs, use_cache=False).logits[0]
+        self._scalings = None
+        return logits
+
+    def _last_hidden(self, inputs: dict[str, Tensor]) -> Tensor:  # [1, tokens, hidden]
+        hidden = self.base(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        if hidden.ndim == 3:
+            return hidden
+        found: list[Tensor] = []  # Gemma 3n keeps several streams; the output layer reads the last state
+        output = self.base.get_output_embeddings()
+        handle = output.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        self.base(**inputs, use_cache=False)
+        handle.remove()
+        return found[0]
+
+    def steps(self, ids: Tensor, num_tokens: int) -> Steps:
+        """The greedy answer, every token from the whole sequence."""
+        return whole_steps(self.logits, ids, num_tokens)
+
+    def _hook(self, layer: int, path: str) -> Callable[..., Tensor | None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            if self._scalings is None:
+                return None
+            x = args[0]
+            for i, expert in enumerate(self._experts):
+                if path in expert:
+                    a, b, scaling = expert[path]
+                    gates = self._scalings[0, :, layer, i].reshape(*x.shape[:-1], 1)
+                    y = y + (x * gates) @ a.T @ b.T * scaling
+            return y
+
+        return add
+
+
+def _factors(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and alpha/r by module path, as PEFT's own loader finds them."""
+    adapted = peft.PeftModel.from_pretrained(base.__class__(base.config), str(folder)).eval()
+    found = {}
+    for path, module in adapted.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            found[path] = (a.detach(), b.detach(), float(module.scaling["default"]))
+    return found
+
+
+def whole_steps(logits_of: Callable[[Tensor], Tensor], ids: Tensor, num_tokens: int) -> Steps:
+    """A greedy answer without a cache."""
+    logits, tokens = [], []
+    for _ in range(num_tokens):
+        logits.append(logits_of(torch.cat([ids, ids.new_tensor(tokens)]))[-1].float())
+        tokens.append(int(logits[-1].argmax()))
+    return tokens, torch.stack(logits)
+
+
+# Residuals, by their formula
+
+
+class ResidualOracle:
+    """Eager attention of the base model in float64, and the formula of residuals added to each block's output."""
+
+    def __init__(self, name: str, layers: Mapping[int, AttentionLayer]) -> None:
+        self._layers = layers
+        self.base = make_model(name).double()
+        self.base.set_attn_implementation("eager")
+        if hasattr(self.base.config, "_experts_implementation"):
+            self.base.set_experts_implementation("eager")  # torch's grouped products don't take float64
+
+    @torch.no_grad()
+    def logits(self, residual: Residual, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [tokens, vocab]
+        inputs = inputs_of(False, ids[None], None if mask is None else mask[None])
+        with self._hooked(residual):
+            logits: Tensor = self.base(**inputs).logits[0]
+        return logits.float()
+
+    def steps(self, residual: Residual, ids: Tensor, num_tokens: int) -> Steps:
+        return whole_steps(lambda tokens: self.logits(residual, tokens), ids, num_tokens)
+
+    @contextmanager
+    def _hooked(self, residual: Residual) -> Iterator[None]:
+        handles = [
+            self.base.get_submodule(layer.path).register_forward_hook(_adds(residual, number), with_kwargs=True)
+            for number, layer in self._layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adds(residual: Residual, number: int) -> Callable[..., Any]:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if isinstance(residual, SteeringVector):
+            added = residual.vectors[number].double().expand_as(x[0])
+        else:
+            assert isinstance(residual, LinkedResidual), "the oracle knows vectors and linked residuals"
+            layer, attention = residual.layers[number], output[1][0]  # [heads, tokens, tokens]
+            mix = layer.head_logits.double().softmax(dim=1)  # [rank, heads]
+            u = x[0] @ layer.a.double().T  # [tokens, rank]
+            v = torch.einsum("kh,hts,sk->tk", mix, attention, u)
+            added = residual.config.alpha / residual.config.r * v @ layer.b.double()
+        first = output[0] if isinstance(output, tuple) else output
+        total = torch.nan_to_num(first + added.to(first.dtype))  # padding sees nothing, of which eager attention is NaN
+        return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    return add
