@@ -41,6 +41,8 @@ class Oracle:
 
     def model(self, choice: str | None) -> Any:
         """What runs rows of one choice of adapters: None, "0", "1" or LINK."""
+        forget_lengths(self.base)
+        forget_lengths(self._peft)
         if choice is None:
             return self.base
         self._peft.set_adapter("link" if choice == LINK else choice)
@@ -56,6 +58,15 @@ class Oracle:
     def steps(self, choice: str | None, ids: Tensor, mask: Tensor | None, num_tokens: int) -> Steps:
         """A row's greedy answer."""
         return greedy(self.model(choice), ids, mask, num_tokens)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Let dynamic NTK forget the longest sequence that it has seen, which it goes on with otherwise."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            setattr(module, name, module.original_max_seq_len)
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
 
 
 def inputs_of(is_seq2seq: bool, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -148,6 +159,7 @@ class MixtureOracle:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:  # [tokens, vocab]
         inputs = inputs_of(self.is_seq2seq, ids[None], None)
+        forget_lengths(self.base)
         self._scalings = None
         self._scalings = self._head(self._last_hidden(inputs))
         logits: Tensor = self.base(**inputs, use_cache=False).logits[0]
@@ -220,6 +232,7 @@ class ResidualOracle:
     @torch.no_grad()
     def logits(self, residual: Residual, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [tokens, vocab]
         inputs = inputs_of(False, ids[None], None if mask is None else mask[None])
+        forget_lengths(self.base)
         with self._hooked(residual):
             logits: Tensor = self.base(**inputs).logits[0]
         return logits.float()
