@@ -53,7 +53,7 @@ check: setup ## Lint, format, types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## What CI runs: check, and the tests that are neither slow nor need a GPU
+test: check ## check, and the tests that are neither slow nor need a GPU; the same random examples each time
 	$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
@@ -77,7 +77,7 @@ $(VLLM_SETUP): pyproject.toml
 
 setup-vllm: $(VLLM_SETUP) ## Make the environment of the tests inside vLLM
 
-test-vllm-smoke: $(VLLM_SETUP) ## The tests inside vLLM that CI runs
+test-vllm-smoke: $(VLLM_SETUP) ## A part of the tests inside vLLM, in a minute or two
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm_smoke
 
 test-vllm: $(VLLM_SETUP) ## The tests inside vLLM, in an environment of their own; MARK="" for the slow ones too

@@ -72,7 +72,7 @@ def gradient_sizes(
         for grad, of_one in zip(grads, segments, strict=True):
             for s in doubled(of_one):
                 loss = loss + _size_of_segment(x[s.start : s.stop], grad[s.start : s.stop], s, signed)
-        found.append([gradient.abs() for gradient in torch.autograd.grad(loss, list(leaves))])
+        found.append([gradient.abs() for gradient in torch.autograd.grad(loss, list(leaves), retain_graph=True)])
     return [Sizes(*sizes) for sizes in zip(*found, strict=True)]
 
 
