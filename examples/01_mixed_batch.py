@@ -28,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="or a folder, or a hub id")
     parser.add_argument("--adapters", type=Path, default=Path("examples/adapters"), help="folder of the two adapters")
+    parser.add_argument("--dtype", default="bfloat16", help="or float32, whose answers are the same on any processor")
     options = parser.parse_args()
 
-    model = MultiLoraModel.from_pretrained(options.model, dtype="bfloat16")
+    model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
     for name in ("quantum", "materials"):
         model.load_adapter(name, options.adapters / name)
     prompts, choices = [prompt for prompt, _ in ROWS], [choice for _, choice in ROWS]

@@ -1,4 +1,7 @@
-"""The examples run as their users run them, on the real base model."""
+"""The examples run as their users run them, on the real base model.
+
+Where an answer is told, they run in float32: which of two near answers bfloat16 gives is up to the processor.
+"""
 
 import json
 import subprocess
@@ -22,7 +25,7 @@ def run_example(name: str, *arguments: str) -> str:
 
 
 def test_mixed_batch_answers_every_row_and_keeps_base_rows(smollm2: Path) -> None:
-    output = run_example("01_mixed_batch.py")
+    output = run_example("01_mixed_batch.py", "--dtype", "float32")
     assert "-> The capital of France is Paris" in output
     lines = [line for line in output.splitlines() if line.startswith("row ")]
     assert ["to the bit" in line for line in lines] == [True, True, False, False, False]
@@ -51,7 +54,8 @@ def test_notebook_runs_and_its_mixture_learns(smollm2: Path) -> None:
 
 
 def test_emphasis_changes_answers_and_strength_one_does_not(smollm2: Path, tmp_path: Path) -> None:
-    run_example("residual/emphasis.py", "--cases", "2", "--strengths", "4", "--write", str(tmp_path / "found.json"))
+    arguments = ("--dtype", "float32", "--cases", "2", "--strengths", "4", "--write", str(tmp_path / "found.json"))
+    run_example("residual/emphasis.py", *arguments)
     found = json.loads((tmp_path / "found.json").read_text())
     rows = ["as it is", "right passage, strength 1", "right passage, strength 4", "wrong passage, strength 4"]
     assert list(found["right"]) == rows

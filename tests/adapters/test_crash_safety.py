@@ -15,6 +15,7 @@ from loraplex.adapters.peft_write import write_adapter
 from loraplex.cli.options import adapters_in
 from loraplex.engine.adapter_folder import AdapterFolder
 from tests.adapters.replacing_writer import Writer, version_of, versioned_adapter
+from tests.parts import skip_here
 from tests.tiny_models import tiny_model
 
 KILLS = [8, pytest.param(40, marks=pytest.mark.slow)]
@@ -116,7 +117,7 @@ def test_exchange_swaps_folders(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     if not exchange(tmp_path / "a", tmp_path / "b"):
-        pytest.skip("not on this file system")
+        skip_here("a file system that swaps folders")
     assert (tmp_path / "a" / "b").exists()
     assert (tmp_path / "b" / "a").exists()
     with pytest.raises(FileNotFoundError):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loraplex.adapters.large_memory import large_buffer
+from tests.parts import skip_here
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 1000, 2**20, 2**21, 5_000_001])
@@ -20,7 +21,7 @@ def test_zeros_of_the_size_that_can_be_written(num_bytes: int) -> None:
 
 def test_a_part_keeps_it_and_the_last_one_gives_it_back() -> None:
     if not Path("/proc/self/statm").exists():
-        pytest.skip("tells the memory of a process on Linux only")
+        skip_here("the memory of a process, which Linux tells")
     size = 2**27
     before = _resident()
     part = large_buffer(size).fill_(1)[size // 2 :][:10]

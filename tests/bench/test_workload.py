@@ -9,6 +9,7 @@ import pytest
 
 from loraplex.bench.measures import alternate, medians, percentiles, resident_bytes
 from loraplex.bench.workload import file_prompts, poisson_times, random_prompts, uniform_names, zipf_names
+from tests.parts import skip_here
 
 
 def test_poisson_arrivals_have_the_rate_and_exponential_gaps():
@@ -88,7 +89,7 @@ def test_sides_take_turns_after_a_warm_up():
 def test_resident_memory_grows_with_what_is_held():
     before = resident_bytes()
     if before is None:
-        pytest.skip("this system doesn't tell")
+        skip_here("the memory of a process, which Linux tells")
     held = np.ones(2**23)  # 64 MiB
     assert 2**25 < resident_bytes() - before < 2**28
     del held

@@ -68,7 +68,7 @@ def test_table_shows_answers_as_they_are_on_one_line_and_marks_them() -> None:
 def test_demo_shows_every_row_and_residuals_act(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
-    result = CliRunner().invoke(cli, ["demo", "--questions", "2", "--output", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["demo", "--dtype", "float32", "--questions", "2", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     refused = [line for line in lines if "I can't help with medical questions." in line]

@@ -10,8 +10,9 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import RequestError
+from tests.parts import require
 
-pytest.importorskip("llguidance")
+require("llguidance")
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Rome"]}, "population": {"type": "integer", "maximum": 9}},

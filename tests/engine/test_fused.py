@@ -10,12 +10,11 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.fused import FusedModules
 from loraplex.errors import BaseModelError
-from loraplex.kernels.native import native_available
 from tests.engine.engines import answer, assert_same, prompts
 from tests.tiny_models import tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22)
-needs_compiler = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+needs_compiler = pytest.mark.needs("compiler")
 TAKEN = {  # by architecture: norms, gated activations, attention with rotary positions, whole layers
     "llama": {"LlamaRMSNorm": 5, "LlamaMLP": 2, "LlamaAttention": 2, "LlamaDecoderLayer": 2},
     "qwen2": {"Qwen2RMSNorm": 5, "Qwen2MLP": 2, "Qwen2Attention": 2, "Qwen2DecoderLayer": 2},

@@ -11,12 +11,11 @@ from loraplex.engine import layer_stack, native_ops
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.layer_stack import chains
-from loraplex.kernels.native import native_available
 from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22, prefix_cache=False)
-pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+pytestmark = pytest.mark.needs("compiler")
 
 
 @pytest.fixture

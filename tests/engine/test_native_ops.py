@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.engine import native_ops
-from loraplex.kernels.native import native_available
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)

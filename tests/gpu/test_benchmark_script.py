@@ -1,6 +1,5 @@
 """benchmarks/gpu.py: without a device it says so; on a CPU its tiny sizes run every section."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parts import NOT_THIS_MACHINE
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = "benchmarks/gpu.py"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
-)
+needs_triton = pytest.mark.needs("triton")
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +23,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason=f"{NOT_THIS_MACHINE}a lack of CUDA devices")
 def test_without_a_device_it_says_so_and_ends_with_its_own_status(tmp_path):
     ended = run("--output", str(tmp_path / "gpu.json"))
     assert ended.returncode == 3

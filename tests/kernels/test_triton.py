@@ -1,6 +1,5 @@
 """The Triton kernels in triton's interpreter, each file in a process of its own: it is chosen as triton is imported."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,9 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
-)
+pytestmark = pytest.mark.needs("triton")
 
 
 @pytest.mark.timeout(900)  # a whole file

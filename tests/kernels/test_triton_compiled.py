@@ -1,13 +1,12 @@
 """The Triton kernels compiled for an H100, which needs none: no error, wide loads, products on tensor cores."""
 
-import importlib.util
 import re
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
-)
+from tests.parts import skip_here
+
+pytestmark = pytest.mark.needs("triton")
 _ADDRESSES = {"table": "*i64", "scalings": "*fp32", "gates": "*fp32", "hidden": "*fp32", "grads": "*fp32"}
 _LISTS = {"entries": "*i32", "tiles": "*i32", "segments": "*i64", "offsets": "*i64"}
 _BLOCKS = {"BLOCK_TOKENS": 16, "BLOCK_RANK": 16, "ALIGNED": True, "NUM_PROJECTIONS": 3}
@@ -40,7 +39,7 @@ def not_interpreted():
     from loraplex.kernels.triton.available import is_interpreted
 
     if is_interpreted():
-        pytest.skip("TRITON_INTERPRET=1 compiles nothing")
+        skip_here("a compiler of Triton's kernels, with TRITON_INTERPRET=1")
 
 
 def test_shrink_reads_sixteen_bytes_at_once(tmp_path, monkeypatch):

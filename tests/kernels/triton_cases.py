@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.segments import LoraSegment
+from tests.kernels.rounding import output_sizes, worst_excess
 
-# As `worst_error` tells it.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Span = tuple[int, int, int]  # start, stop, slot
 
 
@@ -59,6 +59,11 @@ class Case:
                 gates = self.gates_of(p, first, stop - start).double() * self.scalings[slot, p].double()
                 total[start:stop] += (self.x[start:stop].double() @ a.t() * gates.unsqueeze(1)) @ b
         return totals
+
+    def excess(self, outs: Sequence[Tensor]) -> float:
+        """The largest error of the outputs, in parts of what rounding explains."""
+        sizes = [output_sizes(y, self.x, of_one) for y, of_one in zip(self.ys, self.segments(), strict=True)]
+        return worst_excess(outs, self.expected(), sizes)
 
     def segments(self) -> list[list[LoraSegment]]:
         """The same for the kernels of training: of each projection, LoRA scaling in the gates."""
@@ -113,15 +118,3 @@ def make_case(
         spans=list(spans),
         gates=values.to(device),
     )
-
-
-def worst_error(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The worst of the tensors' relative errors: of the norm, or half of that of the largest value."""
-    errors = [0.0]
-    for mine, theirs in zip(ours, expected, strict=True):
-        if theirs.numel():
-            difference, size = mine.double() - theirs, theirs.double()
-            of_norm = difference.norm() / size.norm().clamp(min=1e-30)
-            of_largest = difference.abs().max() / size.abs().max().clamp(min=1e-30)
-            errors.append(float(torch.maximum(of_norm, of_largest / 2)))
-    return max(errors)

@@ -5,10 +5,9 @@ import torch
 
 import loraplex.layers.attention as attention
 from loraplex import MultiLoraModel
-from loraplex.kernels.native import native_available
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
+pytestmark = pytest.mark.needs("compiler")
 IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 

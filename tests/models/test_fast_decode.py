@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.kernels.native import native_available
 from loraplex.layers.linear import LoraLinear
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="no C++ compiler: generate uses torch's product anyway")
+pytestmark = pytest.mark.needs("compiler")
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 

@@ -13,6 +13,7 @@ from loraplex.errors import BaseModelError
 from loraplex.models.loading import load_base_model, load_tokenizer
 from loraplex.models.smollm2 import convert_smollm2, default_cache_folder, find_gguf_file, write_folder_once
 
+KNOWN_ANSWER = "The capital of France is Paris."
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -91,15 +92,26 @@ def test_goal_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         write_folder_once(tmp_path / "m", lambda folder: None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chat_template_and_model_give_the_known_answer(smollm2: Path, dtype: str) -> None:
-    model, source = load_base_model("smollm2-135m", dtype=dtype)
+def test_chat_template_and_model_give_the_known_answer(smollm2: Path) -> None:
+    model, source = load_base_model("smollm2-135m", dtype="float32")
     tokenizer = load_tokenizer(source)
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert answer == "The capital of France is Paris."
+    assert answer == KNOWN_ANSWER
     assert source == str(smollm2)
+
+
+def test_known_answer_is_a_likely_one_in_bfloat16(smollm2: Path) -> None:
+    """Its first token is but 0.08 above the next: which one is the likeliest depends on the processor's rounding."""
+    model, source = load_base_model("smollm2-135m", dtype="bfloat16")
+    tokenizer = load_tokenizer(source)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    answer = tokenizer(KNOWN_ANSWER, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, answer], dim=1)).logits[0, prompt.shape[1] - 1 : -1].float()
+    behind = logits.max(dim=-1).values - logits.gather(1, answer[0].unsqueeze(1)).squeeze(1)
+    assert behind.max() < 0.5
 
 
 def test_converted_model_is_dense_float32_with_tied_embeddings(smollm2: Path) -> None:

@@ -38,7 +38,7 @@ def test_folder_holds_a_small_trained_residual_of_smollm2(name: str) -> None:
 
 @pytest.mark.slow
 def test_residuals_act_alone_and_linked_and_leave_other_rows_alone(smollm2: Path) -> None:
-    model = MultiLoraModel.from_pretrained("smollm2-135m", dtype="bfloat16")
+    model = MultiLoraModel.from_pretrained("smollm2-135m", dtype="float32")  # bfloat16's texts differ by processor
     for name in NAMES:
         model.load_adapter(name, EXAMPLES / "adapters" / name)
     medical, capital = "Can I take ibuprofen with aspirin?", "What is the capital of France?"

@@ -1,4 +1,4 @@
-"""lm-eval over its `local-completions` model, on tasks made here: pip install 'lm_eval[api]==0.4.13' first."""
+"""lm-eval over its `local-completions` model, on tasks made here."""
 
 import json
 import subprocess
@@ -10,8 +10,7 @@ import torch
 
 from tests.server.tiny_server import Running, character_tokenizer
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'lm_eval[api]==0.4.13'")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.needs("lm_eval"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTIONS = [
     {"question": "DNA is a", "choices": [" molecule", " mineral"], "answer": 0},

@@ -126,8 +126,8 @@ def test_chat_logprobs(server):
 
 
 @pytest.mark.slow  # loads SmolLM2: grammars need a tokenizer that knows bytes
+@pytest.mark.needs("llguidance")
 def test_answers_follow_a_json_schema(smollm2):
-    pytest.importorskip("llguidance")
     schema = {
         "type": "object",
         "properties": {"x": {"enum": [1, 2]}},

@@ -21,8 +21,7 @@ from prometheus_client.samples import Sample
 
 from tests.server.replica_models import NUM_ADAPTERS, write_folders
 
-pytest.importorskip("ray.serve", reason="needs the extra: pip install 'loraplex[ray]'")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.needs("ray"), pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = [f"adapter{i}" for i in range(NUM_ADAPTERS)]

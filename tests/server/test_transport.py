@@ -1,6 +1,5 @@
 """TLS, certificates of clients, and pages of other origins."""
 
-import shutil
 import ssl
 import subprocess
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 from loraplex.errors import ConfigError
 from loraplex.server.keys import KeyFile
 from loraplex.server.settings import NetworkSettings
+from tests.parts import require
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings
 
 ORIGIN, OTHER = "https://page.example", "https://elsewhere.example"
@@ -32,8 +32,7 @@ def certificate(folder: Path, name: str, *extensions: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def server_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the command openssl")
+    require("openssl")
     return certificate(tmp_path_factory.mktemp("tls"), "server", "subjectAltName=IP:127.0.0.1")
 
 

@@ -1,4 +1,4 @@
-"""Settings of vLLM, which it reads when it is imported, and the skip where it isn't installed."""
+"""Settings of vLLM, which it reads when it is imported, and what isn't run where it isn't installed."""
 
 import importlib.util
 import os
@@ -22,14 +22,14 @@ if HAS_VLLM:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles small functions of its sampler, a minute each
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs vLLM: run make test-vllm")
-    for item in items:
-        if item.path.parent != Path(__file__).parent or item.path.stem in WITHOUT:
-            continue
-        if not HAS_VLLM:
-            item.add_marker(skip)
-        elif item.get_closest_marker("timeout") is None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    inside = [item for item in items if item.path.parent == Path(__file__).parent and item.path.stem not in WITHOUT]
+    if not HAS_VLLM:
+        config.hook.pytest_deselected(items=inside)
+        items[:] = [item for item in items if item not in set(inside)]
+        return
+    for item in inside:
+        if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(900))  # an engine starts in half a minute, on a busy machine in more
 
 

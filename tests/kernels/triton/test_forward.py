@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.kernels.triton.available import is_interpreted
 from loraplex.kernels.triton.work import FEW_TOKENS, MANY_TOKENS, SlotFactors, cut_work, make_work
-from tests.kernels.triton_cases import TOLERANCE, Case, make_case, worst_error
-
-pytestmark = pytest.mark.skipif(not is_interpreted(), reason="in a process of its own: tests/kernels/test_triton.py")
+from tests.examples import examples
+from tests.kernels.triton_cases import DTYPES, Case, make_case
 
 
 def run(case: Case, block_tokens: int = FEW_TOKENS, **changed: Tensor) -> list[Tensor]:
@@ -26,17 +24,17 @@ def run(case: Case, block_tokens: int = FEW_TOKENS, **changed: Tensor) -> list[T
 MIXED = [(0, 1, 0), (1, 5, 1), (1, 5, 2), (6, 12, 3), (5, 6, 4), (3, 3, 0)]  # linked, of rank 0, and empty
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 48), (37, 50), (5, 3), (130, 1)])
 def test_mixed_segments_equal_float64(dtype, num_in, num_out):
     case = make_case([4, 7, 32, 1, 0], MIXED, num_tokens=13, num_in=num_in, outs=[num_out], dtype=dtype)
-    assert worst_error(run(case), case.expected()) <= TOLERANCE[dtype]
+    assert case.excess(run(case)) <= 1
 
 
 @pytest.mark.parametrize("rank", [1, 2, 13, 16, 17, 64, 65, 128])
 def test_every_rank_equals_float64(rank):
     case = make_case([rank, 3], [(0, 3, 0), (3, 4, 1)], num_tokens=4, num_in=40, outs=[33])
-    assert worst_error(run(case), case.expected()) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case)) <= 1
 
 
 @pytest.mark.parametrize("gates", ["dense", "one-hot", "of modules"])
@@ -46,18 +44,18 @@ def test_projections_of_one_input_share_their_launches(gates, block_tokens):
     ranks = [[4, 8, 2], [16, 0, 1], [0, 0, 20]]
     spans = [(0, 20, 0), (0, 20, 1), (20, 21, 2), (22, 40, 1)]
     case = make_case(ranks, spans, num_tokens=40, num_in=48, outs=[64, 16, 24], gates=gates)
-    assert worst_error(run(case, block_tokens), case.expected()) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case, block_tokens)) <= 1
 
 
 def test_more_projections_than_a_launch_takes():
     case = make_case([4, 2], [(0, 2, 0), (2, 3, 1)], num_tokens=3, num_in=32, outs=[16, 8, 24, 32, 5])
-    assert worst_error(run(case), case.expected()) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case)) <= 1
 
 
 def test_features_cut_into_parts_equal_float64():
     """Decoding cuts many features into parts, here of 768 and 432 of them."""
     case = make_case([8, 3], [(0, 1, 0), (1, 2, 1)], num_tokens=2, num_in=1200, outs=[20])
-    assert worst_error(run(case), case.expected()) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case)) <= 1
 
 
 def test_tokens_without_adapters_keep_their_bits():
@@ -86,13 +84,12 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_use():
     assert torch.equal(run(beside, gates=gates)[0][2], run(alone)[0][2])
 
 
-def test_the_error_of_wrong_gates_is_far_above_the_tolerance():
+def test_the_error_of_wrong_gates_is_far_above_that_of_rounding():
     """The comparison sees a kernel that shifts gates by a row, drops them, or mixes up projections."""
     case = make_case([4, 7], [(0, 4, 0), (4, 8, 1)], num_tokens=8, num_in=32, outs=[16, 24], gates="of modules")
-    expected = case.expected()
-    assert worst_error(run(case), expected) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case)) <= 1
     for wrong in (case.gates.roll(1, dims=1), torch.ones_like(case.gates), case.gates.flip(0)):
-        assert worst_error(run(case, gates=wrong.contiguous()), expected) > 20 * TOLERANCE[torch.bfloat16]
+        assert case.excess(run(case, gates=wrong.contiguous())) > 1000
 
 
 @st.composite
@@ -108,10 +105,10 @@ def cases(draw):
     return make_case(ranks, spans, num_tokens=num_tokens, num_in=draw(st.integers(1, 70)), outs=outs, gates=gates)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(case=cases(), block_tokens=st.sampled_from([FEW_TOKENS, MANY_TOKENS]))
 def test_random_batches_equal_float64(case, block_tokens):
-    assert worst_error(run(case, block_tokens), case.expected()) <= TOLERANCE[torch.float32]
+    assert case.excess(run(case, block_tokens)) <= 1
 
 
 @given(

@@ -8,10 +8,8 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.cuda_graphs import run_again
 from loraplex.engine.engine import Engine
 from loraplex.kernels.dispatch import choose_kernel, choose_training_kernel, native_runs
-from loraplex.kernels.triton.available import is_interpreted
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
 
-pytestmark = pytest.mark.skipif(not is_interpreted(), reason="in a process of its own: tests/kernels/test_triton.py")
 CPU = torch.device("cpu")
 
 

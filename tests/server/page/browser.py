@@ -1,15 +1,12 @@
 """A headless Chromium that the system has; playwright's own browsers are not used."""
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
+from tests.parts import find_browser, require
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -25,10 +22,8 @@ TIMEOUT_MS = 60_000
 
 def chromium() -> str:
     """The browser's path; skips the test without one."""
-    found = os.environ.get("LORAPLEX_CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed, and LORAPLEX_CHROMIUM names none")
-    return found
+    require("chromium")
+    return str(find_browser())
 
 
 @contextmanager

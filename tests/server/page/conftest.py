@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.server.page.browser import TIMEOUT_MS, browsing
 from tests.server.page.driver import NUM_TOKENS
@@ -12,8 +13,7 @@ from tests.server.tiny_server import Running
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    playwright.expect.set_options(timeout=TIMEOUT_MS)
+    expect.set_options(timeout=TIMEOUT_MS)
     with browsing(viewport={"width": 1280, "height": 800}) as context:
         yield context
 

@@ -6,12 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 
 from loraplex import Engine
 from tests.server.page.driver import NUM_TOKENS, QUESTION, api_answer, ask, choose, index_of, texts, tokens
 from tests.server.tiny_server import wait_until_idle
-
-expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
 
 def array(described):

@@ -3,12 +3,11 @@
 import re
 
 import pytest
+from playwright.sync_api import expect
 
 from loraplex.server.keys import KeyFile
 from tests.server.page.driver import NUM_TOKENS, QUESTION, api_answer, ask, choose, texts
 from tests.server.tiny_server import make_model, running, settings
-
-expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
 
 def test_a_link_is_made_by_keyboard(page):

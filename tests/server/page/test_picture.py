@@ -3,13 +3,10 @@
 import pytest
 from PIL import Image
 
-from tests.server.page.browser import chromium
-
 
 @pytest.mark.slow
+@pytest.mark.needs("chromium")
 def test_the_picture_shows_a_coloured_answer(tmp_path, smollm2):
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    chromium()
     from scripts.page_picture import SIZE, take
 
     take(tmp_path / "page.png")

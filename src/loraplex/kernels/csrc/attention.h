@@ -176,7 +176,7 @@ struct Attention {
       for (int g = 0; g < num; ++g) {
         float total = 0;
         for (int64_t i = 0; i < count; ++i)
-          total += weights[g * padded + i] * float(values.at(token, kv_head, begin + i)[column]);
+          total = fused(weights[g * padded + i], float(values.at(token, kv_head, begin + i)[column]), total);
         result[g * value_dim + column] = static_cast<T>(total);
       }
     }

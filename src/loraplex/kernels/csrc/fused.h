@@ -17,7 +17,7 @@ void rms_norm(const T* x, const T* weight, T* out, int64_t size, float eps, bool
     squares += v * v;
   }
   float total = sum(squares);
-  for (; i < size; ++i) total += float(x[i]) * float(x[i]);
+  for (; i < size; ++i) total = fused(float(x[i]), float(x[i]), total);
   const float factor = 1.0f / std::sqrt(total / size + eps);
   for (i = 0; i + kLanes <= size; i += kLanes) {
     Floats v = load(x + i) * factor;

@@ -73,7 +73,8 @@ template <int R, int T, bool are_packed, typename S>
   const int64_t rest_stride = are_packed ? in - i : in;
   for (int64_t j = i; j < in; ++j) {
     for (int t = 0; t < T; ++t) {
-      for (int r = 0; r < R; ++r) totals[t * R + r] += float(w[r * stride + j]) * float(rest[t * rest_stride + j - i]);
+      const float value = float(rest[t * rest_stride + j - i]);
+      for (int r = 0; r < R; ++r) totals[t * R + r] = fused(float(w[r * stride + j]), value, totals[t * R + r]);
     }
   }
   return totals;

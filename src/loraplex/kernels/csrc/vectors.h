@@ -30,6 +30,16 @@ inline Floats load(const c10::BFloat16* p) {  // a bfloat16 is the upper half of
   return v;
 }
 
+// a * b + c for single values, rounded once where the processor can. The compiler would choose anew in each copy of a
+// template, and so a token's bits would depend on how many others are beside it.
+inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 
 // bfloat16 in the lower halves: rounded to nearest even, as torch does; NaN stays NaN.
