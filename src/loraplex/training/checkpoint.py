@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import CheckpointError
+from loraplex.json_files import parse_json
 from loraplex.training.learner import Learner
 from loraplex.training.logs import JobLog
 
@@ -50,7 +51,7 @@ def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[s
     path = folder / FILE
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
+            content = parse_json((file.metadata() or {})[_KEY], finite=False)  # the best loss may be infinite
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.errors import AdapterExistsError
 from loraplex.layers.injection import AdaptableModel
+from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual import settings
 from loraplex.residual.layers import AttentionLayers
@@ -78,6 +79,8 @@ def train_adapters(
     """
     jobs = list(jobs)
     check_jobs(jobs)
+    if not isinstance(model, MultiLoraModel):
+        refuse_injected_adapters(model)
     base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
     adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
     check_trainable_base(base)
