@@ -1,4 +1,4 @@
-"""The one reader for JSON that comes from outside: bounded in size and depth, and a ValueError for whatever is wrong."""
+"""The one reader for JSON from outside: bounded in size and depth, and a ValueError for whatever is wrong."""
 
 import json
 import re

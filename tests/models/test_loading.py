@@ -191,9 +191,9 @@ def test_a_model_with_peft_layers_in_it_is_refused(tmp_path: Path, inject: str) 
     for base in given:
         with pytest.raises(BaseModelError, match=r"holds an adapter of PEFT: .* is a (Linear|PeftModel)"):
             MultiLoraModel(base)
+        job, config = tiny_job(tmp_path, "a"), TrainConfig(output=tmp_path / "out")
         with pytest.raises(BaseModelError, match="holds an adapter of PEFT"):
-            job = tiny_job(tmp_path, "a")
-            train_adapters(base, tiny_tokenizer(), jobs=[job], config=TrainConfig(output=tmp_path / "out"))
+            train_adapters(base, tiny_tokenizer(), jobs=[job], config=config)
 
 
 def test_a_model_that_peft_has_left_is_taken(tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_a_model_that_peft_has_left_is_taken(tmp_path: Path) -> None:
 def test_damaged_json_files_are_refused(llama_folder: Path, name: str, content: str) -> None:
     tiny_tokenizer().save_pretrained(llama_folder)
     (llama_folder / name).write_text(content)
+    load = load_tokenizer if name.startswith("tokenizer") else load_base_model
     with pytest.raises(BaseModelError, match=name if name != "tokenizer.json" else "tokenizer"):
-        load_base_model(llama_folder)
-        load_tokenizer(llama_folder)
+        load(llama_folder)
 
 
 def test_infinite_settings_of_a_base_model_are_not_damage(llama_folder: Path) -> None:

@@ -14,6 +14,8 @@ from loraplex.training.links import FrozenLink
 from loraplex.training.parameters import FlatParameters
 from loraplex.training.residual_parameters import ResidualParameters
 
+DIVERGED = ".diverged"
+
 
 class JobState(Learner):
     """A job's parameters and all that decides its next step."""
@@ -38,8 +40,12 @@ class JobState(Learner):
             self.parameters.flat,
             data.num_steps,
             has_held_out=bool(data.held_out),
-            advice=" The other jobs go on from the last checkpoint in a run without it, with another output folder.",
         )
+
+    @property
+    def folder_name(self) -> str:
+        """Where the adapter is written in the output folder; a diverged job's not where a good one is looked for."""
+        return f"{self.job.name}{DIVERGED if self.has_diverged else ''}"
 
     def write(self, folder: Path) -> None:
         """Write the adapter as it is now, in its format."""
