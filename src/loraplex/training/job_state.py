@@ -1,6 +1,7 @@
 """One adapter job while it trains."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex.adapters.peft_write import write_adapter
@@ -50,7 +51,9 @@ class JobState(Learner):
     def write(self, folder: Path) -> None:
         """Write the adapter as it is now, in its format."""
         if isinstance(self.parameters, ResidualParameters):
-            write_residual(self.parameters.trained(), folder, overwrite=True)
+            residual = replace(self.parameters.trained(), end_tokens=self.data.end_tokens)
+            write_residual(residual, folder, overwrite=True)
             return
         assert self.job.lora is not None, "a job trains one of the two"
-        write_adapter(Adapter(config=self.job.lora, layers=self.parameters.layers()), folder, overwrite=True)
+        layers, ends = self.parameters.layers(), self.data.end_tokens
+        write_adapter(Adapter(config=self.job.lora, layers=layers, end_tokens=ends), folder, overwrite=True)

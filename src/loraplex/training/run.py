@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
+from loraplex.adapters.record import RECORD_FILE
 from loraplex.errors import AdapterExistsError, TrainingError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.base_checks import refuse_injected_adapters
@@ -38,7 +39,7 @@ from loraplex.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 
 @dataclass(frozen=True, kw_only=True)

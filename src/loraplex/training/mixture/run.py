@@ -16,6 +16,7 @@ from loraplex.errors import (
     TrainingError,
     UnsupportedAdapterError,
 )
+from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.attention import fast_attention
 from loraplex.training.checkpoint import FILE, load_checkpoint
@@ -82,7 +83,8 @@ def train_mixture(
     check_trainable_base(model.base)
     _check_length(model, config)
     vocab_size = next(model.base.get_input_embeddings().parameters()).shape[0]
-    of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size)
+    ends = training_ends(model.base, model.tokenizer)
+    of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size, ends)
     state = MixtureState(model, trained, of_run, config)
     folder, log = Path(config.output) / mixture, JobLog(Path(config.output) / f"{mixture}.jsonl", enabled=True)
     identity = mixture_identity(state, model.base)

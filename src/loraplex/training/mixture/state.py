@@ -57,7 +57,7 @@ class MixtureState(Learner):
                 )
                 for path, layer in adapter.layers.items()
             }
-            trained[name] = Adapter(config=adapter.config, layers=layers)
+            trained[name] = Adapter(config=adapter.config, layers=layers, end_tokens=adapter.end_tokens)
         return trained
 
 
