@@ -118,7 +118,7 @@ def _build() -> None:
     Each builder works in a folder of its own and moves the result into place: no lock that a killed process leaves
     behind can stop the next one.
     """
-    library = cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
+    library = _library()
     if not library.exists():
         from torch.utils.cpp_extension import load  # imports setuptools: only when something is built
 
@@ -135,6 +135,10 @@ def _build() -> None:
             os.replace(Path(folder) / "loraplex_kernels.so", library)
         return
     torch.ops.load_library(str(library))
+
+
+def _library() -> Path:
+    return cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
 
 
 def _build_key() -> str:
