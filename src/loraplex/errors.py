@@ -1,5 +1,8 @@
 """One exception tree. Every message names the offending value, what was possible, and the fix."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class LoraplexError(Exception):
     """Base of every error that loraplex raises on purpose."""
@@ -74,7 +77,11 @@ class CheckpointError(LoraplexError):
 
 
 class TrainingError(LoraplexError):
-    """Training can't go on: a job's loss or gradients are no longer finite."""
+    """A job's loss or gradients are no longer finite, so it was stopped; `results` tells what became of all jobs."""
+
+    def __init__(self, message: str, results: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.results = tuple(results)
 
 
 class EngineError(LoraplexError):

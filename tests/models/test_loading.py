@@ -1,15 +1,23 @@
 """Loading base models from folders: the class, the dtype, the frozen state, and every way it can fail."""
 
+import json
+import math
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
+from transformers.models.auto import auto_factory
 
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.models.loading import load_base_model, load_tokenizer, parse_device
-from tests.tiny_models import TINY_MODELS, tiny_model
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.training import TrainConfig, train_adapters
+from tests.tiny_models import TINY_MODELS, random_peft_adapter, tiny_model
+from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -151,3 +159,60 @@ def test_classifier_without_a_language_head_is_refused(tmp_path: Path) -> None:
 def test_folder_without_tokenizer_is_refused(llama_folder: Path) -> None:
     with pytest.raises(BaseModelError, match="can't load the tokenizer from the folder"):
         load_tokenizer(llama_folder)
+
+
+def test_an_adapter_beside_the_model_is_refused_with_and_without_peft(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would give another model: the one that the adapter's settings name, with the adapter in it."""
+    other = tmp_path / "other"
+    tiny_model("llama", seed=1).save_pretrained(other)
+    adapter = random_peft_adapter(tiny_model("llama", seed=1), tmp_path / "adapter", targets=["q_proj"])
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(other)}
+    for file in adapter.iterdir():
+        shutil.copy(file, llama_folder)
+    (llama_folder / "adapter_config.json").write_text(json.dumps(settings))
+    hidden = AutoModelForCausalLM.from_pretrained(llama_folder)
+    assert not torch.allclose(hidden(IDS).logits, tiny_model("llama")(IDS).logits, atol=0.1), "nothing to refuse"
+    for installed in (True, False):
+        monkeypatch.setattr(auto_factory, "is_peft_available", lambda installed=installed: installed)
+        with pytest.raises(BaseModelError, match=r"adapter beside it, '.*llama/adapter_config\.json'"):
+            load_base_model(llama_folder)
+
+
+@pytest.mark.parametrize("inject", ["get_peft_model", "add_adapter"])
+def test_a_model_with_peft_layers_in_it_is_refused(tmp_path: Path, inject: str) -> None:
+    model, config = tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"])
+    if inject == "add_adapter":
+        model.add_adapter(config)
+        given = [model]
+    else:
+        given = [peft.get_peft_model(model, config), model]
+    for base in given:
+        with pytest.raises(BaseModelError, match=r"holds an adapter of PEFT: .* is a (Linear|PeftModel)"):
+            MultiLoraModel(base)
+        job, config = tiny_job(tmp_path, "a"), TrainConfig(output=tmp_path / "out")
+        with pytest.raises(BaseModelError, match="holds an adapter of PEFT"):
+            train_adapters(base, tiny_tokenizer(), jobs=[job], config=config)
+
+
+def test_a_model_that_peft_has_left_is_taken(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"])).unload()
+    torch.testing.assert_close(MultiLoraModel(model)(IDS).logits, tiny_model("llama")(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"a": "\\ud800"}', "\0"])
+def test_damaged_json_files_are_refused(llama_folder: Path, name: str, content: str) -> None:
+    tiny_tokenizer().save_pretrained(llama_folder)
+    (llama_folder / name).write_text(content)
+    load = load_tokenizer if name.startswith("tokenizer") else load_base_model
+    with pytest.raises(BaseModelError, match=name if name != "tokenizer.json" else "tokenizer"):
+        load(llama_folder)
+
+
+def test_infinite_settings_of_a_base_model_are_not_damage(llama_folder: Path) -> None:
+    file = llama_folder / "config.json"
+    settings = json.loads(file.read_text()) | {"time_step_limit": [0.0, math.inf]}  # as Mamba's files have it
+    file.write_text(json.dumps(settings))
+    assert load_base_model(llama_folder)[0].config.time_step_limit == [0.0, math.inf]

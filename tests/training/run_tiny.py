@@ -1,14 +1,18 @@
 """Trains two tiny jobs: what test_resume and test_ranks start as a program of its own, to kill it or run it twice.
 
-python -m tests.training.run_tiny FOLDER
+python -m tests.training.run_tiny FOLDER [diverging]
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.errors import TrainingError
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
@@ -33,5 +37,23 @@ def run(folder: Path, output: Path) -> list[TrainResult]:
     return train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs_in(folder), config=config)
 
 
+def run_diverging(folder: Path, output: Path) -> list[TrainResult]:
+    """Job "bad" has no finite loss or gradients in its second step; returns all results."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = LoraConfig(r=4, lora_alpha=8, target_modules=("lm_head",))
+    options: dict[str, Any] = {"max_grad_norm": None, "eval_fraction": 0, "lora": head}
+    jobs = [tiny_job(folder, "good"), tiny_job(folder, "bad", learning_rate=1e37, **options)]
+    config = TrainConfig(output=output, checkpoint_every=3, plots=False)
+    try:
+        return train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs, config=config)
+    except TrainingError as error:
+        return list(error.results)
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[1]) / "out")
+    train = run_diverging if "diverging" in sys.argv[2:] else run
+    results = train(Path(sys.argv[1]), Path(sys.argv[1]) / "out")
+    rank = PartialState().process_index
+    finished = {result.name: [result.finished, result.num_steps] for result in results}
+    Path(sys.argv[1], f"finished-{rank}.json").write_text(json.dumps(finished))

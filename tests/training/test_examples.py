@@ -75,7 +75,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
     once = make_examples([Record(place="file:1", messages=turns("a", "b"))], forgetful, 100)
-    assert len(once[0].answer) == 1
+    assert [once[0].ids[index] for index in once[0].answer] == [forgetful.convert_tokens_to_ids("b"), 3]  # and an end
     with pytest.raises(DatasetError, match="file:2: assistant turn 0"):
         make_examples([Record(place="file:2", messages=turns("a", "b", "c", "d"))], forgetful, 100)
 

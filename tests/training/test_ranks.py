@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.run_tiny import run
+from tests.training.run_tiny import run, run_diverging
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,23 +21,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_processes_follow_the_trajectory_of_one(tmp_path: Path) -> None:
-    port = str(free_port())
-    options = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", port]
+def launch(folder: Path, *arguments: str) -> None:
+    """Run run_tiny in two processes."""
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "tests.training.run_tiny", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "tests.training.run_tiny"]
+    subprocess.run([*command, str(folder), *arguments], cwd=ROOT, env=environment, check=True, timeout=240)
+
+
+def test_two_processes_follow_the_trajectory_of_one(tmp_path: Path) -> None:
+    launch(tmp_path)
     for expected in run(tmp_path, tmp_path / "one"):
         log = [json.loads(line) for line in (tmp_path / "out" / f"{expected.name}.jsonl").read_text().splitlines()]
         losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -47,3 +41,14 @@ def test_two_processes_follow_the_trajectory_of_one(tmp_path: Path) -> None:
         actual = load_file(tmp_path / "out" / expected.name / "adapter_model.safetensors")
         for name, tensor in load_file(expected.folder / "adapter_model.safetensors").items():
             assert (actual[name] - tensor).abs().max().item() < 1e-3 * tensor.abs().max().item() + 1e-6, name
+
+
+def test_two_processes_agree_on_what_diverged(tmp_path: Path) -> None:
+    launch(tmp_path, "diverging")
+    expected = {
+        result.name: [result.finished, result.num_steps] for result in run_diverging(tmp_path, tmp_path / "one")
+    }
+    assert expected == {"good": ["steps", 10], "bad": ["diverged", 1]}
+    for rank in range(2):
+        assert json.loads((tmp_path / f"finished-{rank}.json").read_text()) == expected
+    assert (tmp_path / "out" / "bad.diverged" / "adapter_config.json").exists()

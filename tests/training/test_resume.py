@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.errors import CheckpointError, TrainingError
+from loraplex.errors import CheckpointError
 from loraplex.training import TrainConfig, TrainResult, train_adapters
 from loraplex.training.job_state import JobState
 from tests.tiny_models import tiny_model
@@ -150,14 +150,6 @@ def test_checkpoint_of_another_base_model_or_a_damaged_one_is_refused(tmp_path: 
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a checkpoint that can be read"):
         train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
-
-
-def test_a_diverging_job_is_named_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
-    jobs = [tiny_job(tmp_path, "good"), tiny_job(tmp_path, "bad", learning_rate=1e38, max_grad_norm=None)]
-    config = TrainConfig(output=tmp_path / "out", plots=False, checkpoint_every=1)
-    with pytest.raises(TrainingError, match=r"job 'bad' diverged at step \d.*learning_rate \(1e\+38\)"):
-        train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs, config=config)
-    assert (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 
 def stop_and_check(folder: Path, monkeypatch: pytest.MonkeyPatch, difference: str, change: Any) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
+from loraplex.adapters.record import RECORD_FILE
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 
 
@@ -24,12 +25,12 @@ def resolve_adapter_folder(
 ) -> Path:
     """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
 
-    Only adapter_config.json and adapter_model.safetensors are downloaded, never a pickle file. Files that are
-    in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
+    Only adapter_config.json, adapter_model.safetensors and loraplex.json are downloaded, never a pickle file. Files
+    that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
     from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
     files).
     """
-    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE])
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE])
     if is_local:
         return folder
     if not (folder / CONFIG_FILE).is_file():

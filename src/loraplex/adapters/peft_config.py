@@ -1,6 +1,5 @@
 """PEFT's adapter_config.json to LoraConfig and back; what can't be honoured exactly is refused by name."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.json_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -59,7 +59,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     """
     file = folder / CONFIG_FILE
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(settings, dict):

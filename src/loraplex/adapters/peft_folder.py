@@ -9,6 +9,7 @@ from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE, read_peft_config
 from loraplex.adapters.peft_tensors import ModuleTensors, base_copies, module_tensors
+from loraplex.adapters.record import read_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.version import Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter, FilePlaces, LoraWeights
@@ -21,7 +22,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_adapter(folder: str | Path, *, check_finite: bool = True) -> Adapter:
-    """Read the adapter in `folder` (adapter_config.json and adapter_model.safetensors).
+    """Read the adapter in `folder` (adapter_config.json, adapter_model.safetensors and, if there, loraplex.json).
 
     The tensors keep the file's dtypes, are contiguous and own their memory. `check_finite=False` skips the
     search for NaN and infinite weights, for a file that passed it before.
@@ -67,7 +68,7 @@ def _read_files(folder: Path, check_finite: bool) -> Adapter:
             for path, tensors in modules.items()
         }
         places = FilePlaces(file=file.path, num_bytes=file.num_bytes, starts=starts)
-    return Adapter(config=config, layers=layers, places=places)
+    return Adapter(config=config, layers=layers, places=places, end_tokens=read_record(folder))
 
 
 def read_base_copies(folder: str | Path) -> dict[str, Tensor]:

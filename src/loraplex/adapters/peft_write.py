@@ -14,12 +14,14 @@ from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE, peft_settings
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.adapters.peft_tensors import FACTORS, MAGNITUDE, PREFIX
+from loraplex.adapters.record import RECORD_FILE, write_record
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
 
-_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}  # what PEFT writes; anything else is somebody's work
+# What PEFT and we write; anything else is somebody's work.
+_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 
 def write_adapter(
@@ -71,6 +73,7 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> N
     settings = json.dumps(peft_settings(adapter.config), indent=2, allow_nan=False)
     (folder / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_record(folder, adapter.end_tokens)
     # safetensors makes its file readable by the owner only.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 

@@ -98,6 +98,7 @@ class AdapterStore:
                 num_bytes=prepared.num_bytes,
                 modules=frozenset(prepared.layers),
                 invocation=prepared.invocation,
+                end_tokens=adapter.end_tokens,
                 read_back=None if folder is None else prepared.read_back,
                 original=adapter if folder is None else None,
                 pinned=old is not None and old.pinned,

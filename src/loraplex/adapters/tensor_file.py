@@ -1,6 +1,5 @@
 """Read single tensors of a safetensors file into memory of their own."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import parse_json
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -80,7 +80,7 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
 def _parse_header(file: BufferedReader) -> list[TensorEntry]:
     """The format: 8 bytes length of the header, the header in JSON, the tensors."""
     header_bytes = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(header_bytes))
+    header = parse_json(file.read(header_bytes).decode())
     entries = []
     for name, fields in header.items():
         if name == "__metadata__":

@@ -77,6 +77,7 @@ class Adapter:
     config: LoraConfig
     layers: Mapping[str, LoraWeights]
     places: FilePlaces | None = None  # of an adapter that was read from a file
+    end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
 
     @property
     def num_bytes(self) -> int:
@@ -84,4 +85,4 @@ class Adapter:
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Adapter":
         layers = {path: weights.to(dtype, device) for path, weights in self.layers.items()}
-        return Adapter(config=self.config, layers=layers)
+        return Adapter(config=self.config, layers=layers, end_tokens=self.end_tokens)

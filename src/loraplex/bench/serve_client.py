@@ -1,6 +1,5 @@
 """One client of an OpenAI-compatible server: which models there are, and one streamed request with its times."""
 
-import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import httpx
 
 from loraplex.errors import RemoteError
+from loraplex.json_files import parse_json
 
 _SHOWN = 300  # characters of an answer that make it into an error
 
@@ -106,7 +106,7 @@ async def _read_stream(lines: AsyncIterator[str], outcome: Outcome, due: float) 
         if data == "[DONE]":
             break
         try:
-            chunk = json.loads(data)
+            chunk = parse_json(data)
         except ValueError:
             outcome.status, outcome.message = "bad_stream", data[:_SHOWN]
             return

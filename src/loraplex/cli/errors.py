@@ -1,12 +1,12 @@
 """How the command line shows errors and keeps libraries quiet."""
 
-import os
 import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from loraplex.environment import ON, variable
 from loraplex.errors import LoraplexError
 
 
@@ -17,7 +17,7 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except LoraplexError as error:
-        if os.environ.get("LORAPLEX_DEBUG") == "1":
+        if variable("LORAPLEX_DEBUG", "0").lower() in ON:  # nonsense must not hide the error
             raise
         Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: ", end="")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))

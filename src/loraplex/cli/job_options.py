@@ -78,7 +78,7 @@ def read_job_file(path: Path) -> dict[str, Settings]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the file of jobs {str(path)!r} can't be read as TOML: {error}.") from error
     unknown = content.keys() - {"defaults", "jobs"}
     if unknown or not isinstance(content.get("jobs"), dict):

@@ -15,6 +15,7 @@ from rich.table import Table
 from loraplex.cli.errors import run
 from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
 from loraplex.cli.train_mixture import mixture
+from loraplex.errors import TrainingError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, TrainResult, train_adapters
 
@@ -90,7 +91,15 @@ def adapters(
     )
     place = str(PartialState().device) if device == "auto" else device
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place)
-    results = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)
+    try:
+        results: Sequence[TrainResult] = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)
+    except TrainingError as error:  # the jobs that didn't diverge are done
+        _print(error.results)
+        raise
+    _print(results)
+
+
+def _print(results: Sequence[TrainResult]) -> None:
     if PartialState().is_main_process:
         Console().print(render(results))
 
@@ -115,7 +124,7 @@ def render(results: Sequence[TrainResult]) -> Table:
             result.name,
             str(result.num_steps),
             result.finished,
-            f"{result.train_losses[-1]:.4f}",
+            f"{result.train_losses[-1]:.4f}" if result.train_losses else "-",
             held_out,
             "-" if result.best_step is None else str(result.best_step),
             f"{result.num_tokens:,}",

@@ -89,7 +89,7 @@ class Answers:
     def _finish_reason(self, generation: Generation, token: int) -> FinishReason | None:
         chooser = generation.chooser
         if generation.num_new >= chooser.sampling.min_tokens:
-            is_end = token in self._intake.end_tokens(generation.state.request)
+            is_end = token in chooser.end_tokens
             is_complete = chooser.constraint is not None and chooser.constraint.is_complete
             if is_end or is_complete or generation.text.is_stopped:
                 return "stop"

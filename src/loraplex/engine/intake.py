@@ -3,6 +3,7 @@
 import itertools
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.engine.text import AnswerText
 from loraplex.engine.token_choice import TokenChooser
 from loraplex.errors import BaseModelError, CapacityError, RequestError
+from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer
 from loraplex.routing.choice import Link, parse_choice
@@ -29,9 +31,6 @@ class Intake:
         self._runner = runner
         self._arrivals = itertools.count()
         self._vocab_size = model.base.get_input_embeddings().num_embeddings
-        config = model.base.generation_config
-        ends = None if config is None else config.eos_token_id
-        self._end_tokens = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
     def prepare(self, request: Request, request_id: str) -> RequestState:
         """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or CapacityError; then nothing has changed."""
@@ -59,16 +58,24 @@ class Intake:
         state.generations = [self._generation(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state
 
-    def end_tokens(self, request: Request) -> frozenset[int]:
-        """The tokens that end an answer."""
-        ends = () if request.sampling.ignore_eos else self._end_tokens
-        return frozenset((*ends, *request.sampling.stop_token_ids))
+    def end_tokens(self, state: RequestState) -> frozenset[int]:
+        """The tokens that end an answer: the base model's, its adapters' and the request's."""
+        sampling = state.request.sampling
+        if sampling.ignore_eos:
+            return frozenset(sampling.stop_token_ids)
+        (of_adapters,) = self._model.registry.end_tokens([state.link])
+        known = (token for token in of_adapters if token < self._vocab_size)
+        return frozenset((*self._base_ends, *known, *sampling.stop_token_ids))
+
+    @cached_property
+    def _base_ends(self) -> tuple[int, ...]:
+        return end_token_ids(self._model.base, self._tokenizer(needed=False))
 
     def _generation(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> Generation:
         sampling = state.request.sampling
         schema = sampling.json_schema
         constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self._vocab_size)
-        ends = self.end_tokens(state.request)
+        ends = self.end_tokens(state)
         chooser = TokenChooser(sampling, state.prompt, ends, seed % 2**63, constraint)
         tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
         text = AnswerText(tokenizer, state.prompt, sampling.stop_strings)

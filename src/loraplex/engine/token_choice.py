@@ -44,6 +44,7 @@ class TokenChooser:
         self.sampling = sampling
         self.constraint = constraint
         self._prompt = prompt
+        self.end_tokens = frozenset(end_tokens)
         self._ends = sorted(end_tokens)
         self._counts: Counter[int] = Counter()  # of the answer
         self._generator = torch.Generator().manual_seed(seed) if sampling.temperature > 0 else None

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraplex.environment import cache_folder, switch, variable
+
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "csrc"
@@ -95,10 +97,10 @@ def _gated_linear() -> Callable[..., Tensor]:
 
 @cache
 def _load() -> bool:
-    if os.environ.get("LORAPLEX_NATIVE") == "0":
-        logger.info("the compiled CPU kernel is turned off by LORAPLEX_NATIVE=0; torch kernels are used")
+    if not switch("LORAPLEX_NATIVE", default=True):
+        logger.info("the compiled CPU kernel is turned off by LORAPLEX_NATIVE; torch kernels are used")
         return False
-    compiler = os.environ.get("CXX", "c++")
+    compiler = variable("CXX", "c++")
     if shutil.which(compiler) is None:
         logger.warning("no C++ compiler %r: torch kernels are used, which decode more slowly", compiler)
         return False
@@ -116,7 +118,7 @@ def _build() -> None:
     Each builder works in a folder of its own and moves the result into place: no lock that a killed process leaves
     behind can stop the next one.
     """
-    library = _cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
+    library = _library()
     if not library.exists():
         from torch.utils.cpp_extension import load  # imports setuptools: only when something is built
 
@@ -135,15 +137,15 @@ def _build() -> None:
     torch.ops.load_library(str(library))
 
 
+def _library() -> Path:
+    return cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
+
+
 def _build_key() -> str:
     """What the library depends on. With -march=native, a shared cache must tell machines apart by their features."""
     sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
     parts = [*sources, " ".join(_FLAGS).encode(), torch.__version__.encode(), _cpu_features().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("LORAPLEX_CACHE", Path.home() / ".cache" / "loraplex"))
 
 
 def _cpu_features() -> str:

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
+from loraplex.models.end_tokens import stop_rows
 from loraplex.models.registry import Registry
 from loraplex.models.scope import adapter_scope
 from loraplex.residual.linked import AttentionRequest
 from loraplex.residual.scope import AttentionScope
-from loraplex.routing.choice import RowChoice, parse_choices
+from loraplex.routing.choice import Link, RowChoice, parse_choices
 from loraplex.xlora.generation import end_tokens, prepare_generation
 from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.scalings.report import collected_scalings
@@ -26,6 +27,7 @@ from loraplex.xlora.two_pass import TwoPass
 class Ran:
     """What ran in one call, for its report."""
 
+    row_ends: list[tuple[int, ...]]  # by row, the tokens after which what was generated is padding
     two_pass: TwoPass | None = None
     attention: AttentionScope | None = None
 
@@ -51,6 +53,7 @@ class Call:
         tokens = self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
         links = parse_choices(self.adapters, 0 if tokens is None else tokens.shape[0])
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
+        ends = self._row_ends(links)
         links, chains = self.registry.linked.split(links)
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
         with scope as two_pass:
@@ -65,7 +68,7 @@ class Call:
                 generates=self.generates,
                 new_cache=None if two_pass is None else two_pass.new_cache,
             ) as attention:
-                yield Ran(two_pass=two_pass, attention=attention)
+                yield Ran(row_ends=ends, two_pass=two_pass, attention=attention)
 
     def _adapters(self, links: Sequence[Any]) -> Any:
         return adapter_scope(
@@ -79,16 +82,27 @@ class Call:
             options=self.options,
         )
 
-    def end_tokens(self) -> tuple[int, ...]:
-        """The tokens after which a generated row is padding."""
-        return end_tokens(self.base, self.inputs) if self.generates else ()
+    def _row_ends(self, links: Sequence[Link]) -> list[tuple[int, ...]]:
+        """By row, the tokens after which what is generated is padding: also what ends its adapters' answers.
+
+        `generate` is told, by its options, of those that it doesn't know. A call's own eos_token_id counts alone.
+        """
+        if not self.generates:
+            return [()] * len(links)
+        known = end_tokens(self.base, self.inputs)
+        if "eos_token_id" in self.inputs:
+            return [known] * len(links)
+        more = [tuple(end for end in ends if end not in known) for ends in self.registry.end_tokens(links)]
+        if any(more):
+            stop_rows(self.inputs, more, self.base)
+        return [(*known, *ends) for ends in more]
 
     def report_attention(
         self, ran: Ran, sequences: Tensor | None, tokenizer: Callable[[], PreTrainedTokenizerBase | None]
     ) -> None:
         """Fill the attention request with what its rows captured."""
         if self.attention is not None:
-            self.registry.linked.report(ran.attention, self.attention, sequences, tokenizer(), self.end_tokens())
+            self.registry.linked.report(ran.attention, self.attention, sequences, tokenizer(), ran.row_ends)
 
     def scalings(self, ran: Ran, sequences: Tensor | None, *, wanted: bool) -> list[tuple[RowScalings, ...]]:
         """The rows' scalings; if only a log wants them, none rather than an error where they can't be told."""
@@ -96,7 +110,7 @@ class Call:
         if mask is None and self.input_ids is not None:
             mask = torch.ones_like(self.input_ids)
         try:
-            return collected_scalings(ran.two_pass, sequences, mask, self.end_tokens())
+            return collected_scalings(ran.two_pass, sequences, mask, ran.row_ends)
         except RequestError:
             if wanted:
                 raise

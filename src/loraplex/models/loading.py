@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -21,12 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loraplex.errors import BaseModelError, ConfigError
+from loraplex.errors import BaseModelError, ConfigError, LoraplexError
+from loraplex.models.base_checks import refuse_damaged_json, refuse_hidden_adapter
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What transformers, safetensors and the hub raise for files that are missing, damaged or not understood.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
 
 
 def load_base_model(
@@ -43,12 +41,14 @@ def load_base_model(
     "auto" for the checkpoint's own; `attn_implementation` is transformers'.
 
     Raises ConfigError for a dtype or device that can't be used, BaseModelError for a model that can't be
-    loaded whole.
+    loaded whole, or has an adapter beside it.
     """
     torch_dtype = parse_dtype(dtype)
     torch_device = parse_device(device)
     source = resolve_base_model(path_or_id)
+    refuse_damaged_json(source)
     try:
+        refuse_hidden_adapter(source)
         config = AutoConfig.from_pretrained(source)
         model, loading = auto_class_for(config).from_pretrained(
             source,
@@ -57,7 +57,9 @@ def load_base_model(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except LOADING_ERRORS as error:
+    except LoraplexError:
+        raise
+    except Exception as error:  # transformers, tokenizers and the hub raise all kinds for files that are damaged
         raise _unloadable("base model", source, error) from error
     if loading["missing_keys"]:
         raise BaseModelError(
@@ -73,9 +75,10 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     Raises BaseModelError where there is none.
     """
     source = resolve_base_model(path_or_id)
+    refuse_damaged_json(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise _unloadable("tokenizer", source, error) from error
     return tokenizer
 

@@ -17,6 +17,7 @@ from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attention import join_attention
 from loraplex.layers.injection import AdaptableModel
+from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
 from loraplex.models.loading import load_base_model, load_tokenizer
 from loraplex.models.mixtures import Mixtures
@@ -46,6 +47,7 @@ class MultiLoraModel:
         store: StoreConfig | None = None,
         fast_decode: bool = True,
     ) -> None:
+        refuse_injected_adapters(base)
         self.base = base.eval().requires_grad_(False)
         self._source = source
         self.dtype = base.dtype

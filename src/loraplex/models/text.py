@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from loraplex.errors import BatchError, RequestError
+from loraplex.models.end_tokens import end_token_ids, generation_ends, stop_rows
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.choice import RowChoice, parse_choices
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat that end with a user's
 
@@ -57,21 +58,45 @@ def generate_texts(
     """Answer every prompt through its own adapters, in one batch; greedy unless `do_sample=True`."""
     encoded = encode_prompts(model.tokenizer, prompts, chat=chat).to(model.base.device)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation}
+    ends = _row_ends(model, adapters, len(prompts), options)
     start = time.perf_counter()
     sequences = model.generate(encoded["input_ids"], encoded["attention_mask"], adapters=adapters, **options)
     seconds = time.perf_counter() - start
     new_tokens = sequences[:, encoded["input_ids"].shape[1] :]
-    eos = options.get("eos_token_id", model.base.generation_config.eos_token_id)  # some models have several
-    end_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return decode_batch(model.tokenizer, new_tokens, seconds, end_tokens=end_tokens)
+    return decode_batch(model.tokenizer, new_tokens, seconds, row_ends=ends)
+
+
+def _row_ends(
+    model: MultiLoraModel, adapters: Sequence[RowChoice] | None, num_rows: int, options: dict[str, Any]
+) -> list[tuple[int, ...]]:
+    """What ends each row; tells `generate` by its options of what it doesn't know. A call's own choice counts."""
+    if "eos_token_id" in options:
+        eos = options["eos_token_id"]
+        return [(eos,) if isinstance(eos, int) else tuple(eos or ())] * num_rows
+    known, base_ends = generation_ends(model.base), end_token_ids(model.base, model.tokenizer)
+    unknown = tuple(end for end in base_ends if end not in known)
+    if unknown:
+        stop_rows(options, [unknown] * num_rows, model.base)
+    of_adapters = model.registry.end_tokens(parse_choices(adapters, num_rows))
+    return [(*base_ends, *of_row) for of_row in of_adapters]
 
 
 def decode_batch(
-    tokenizer: PreTrainedTokenizerBase, new_tokens: Tensor, seconds: float, *, end_tokens: Sequence[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: Tensor,
+    seconds: float,
+    *,
+    end_tokens: Sequence[int] = (),
+    row_ends: Sequence[Sequence[int]] | None = None,  # of each row; None: `end_tokens` are all rows'
 ) -> TextBatch:
     """Text and length of each row's new tokens [rows, tokens], up to the tokenizer's end or one of `end_tokens`."""
-    ends = [token for token in (tokenizer.eos_token_id, *end_tokens) if token is not None]
-    ended = torch.isin(new_tokens, torch.tensor(ends, dtype=torch.int64, device=new_tokens.device)).long()
+    always = [token for token in (tokenizer.eos_token_id, *end_tokens) if token is not None]
+    ended = torch.stack(
+        [
+            torch.isin(row, torch.tensor([*always, *ends], dtype=torch.int64, device=new_tokens.device))
+            for row, ends in zip(new_tokens, row_ends or [()] * len(new_tokens), strict=True)
+        ]
+    ).long()
     past_end = (ended.cumsum(dim=1) - ended) > 0
     lengths = (~past_end).sum(dim=1).tolist()
     texts = [

@@ -10,6 +10,7 @@ from torch import Tensor
 from loraplex.adapters.atomic_folder import atomic_folder
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.listing import listed
+from loraplex.adapters.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
 from loraplex.residual.config import BaseIdentity, ResidualConfig
@@ -22,7 +23,7 @@ from loraplex.residual.settings import (
     settings_as_json,
 )
 
-_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 
 def is_residual_folder(folder: str | Path) -> bool:
@@ -62,7 +63,7 @@ def read_residual(folder: str | Path) -> LinkedResidual | SteeringVector:
         )
         for layer in settings.layers
     }
-    return LinkedResidual(config=settings.config, layers=layers, base=settings.base)
+    return LinkedResidual(config=settings.config, layers=layers, base=settings.base, end_tokens=read_record(folder))
 
 
 def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -80,6 +81,7 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
             raise AdapterFormatError(f"{name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}.")
     with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
         (temporary / CONFIG_FILE).write_text(settings_as_json(settings), encoding="utf-8")
+        write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual) else ())
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors' own is for the owner only
 

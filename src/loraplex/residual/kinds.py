@@ -54,6 +54,7 @@ class LinkedResidual:
     config: ResidualConfig
     layers: Mapping[int, LinkedLayer]
     base: BaseIdentity
+    end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
 
     @property
     def num_parameters(self) -> int:

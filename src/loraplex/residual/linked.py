@@ -156,7 +156,7 @@ class LinkedAttention:
         request: AttentionRequest | None,
         sequences: Tensor | None,  # [rows, tokens]  prompt and, after generation, what was generated
         tokenizer: PreTrainedTokenizerBase | None,
-        ends: Sequence[int] = (),
+        ends: Sequence[Sequence[int]] | None = None,  # by row
     ) -> None:
         """Put what the rows captured into the request."""
         if request is not None and scope is not None and scope.buffers:

@@ -118,9 +118,12 @@ def generation_scope(
 
 
 def captures(
-    scope: AttentionScope, sequences: Tensor, tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int] = ()
+    scope: AttentionScope,
+    sequences: Tensor,  # [rows, tokens]  all ids
+    tokenizer: PreTrainedTokenizerBase | None,
+    ends: Sequence[Sequence[int]] | None = None,  # by row: it ends at the first of these that was generated
 ) -> list[AttentionCapture | None]:
-    """Each row's capture; `sequences` [rows, tokens] are all ids, a row ends at the first generated one of `ends`."""
+    """Each row's capture."""
     results: list[AttentionCapture | None] = []
     for row in range(len(scope.rows)):
         buffer = scope.buffers.get(row)
@@ -128,7 +131,7 @@ def captures(
             results.append(None)
             continue
         ids = sequences[row, scope.paddings[row] :].tolist()
-        ids = ids[: buffer.num_fed(ids, ends)]
+        ids = ids[: buffer.num_fed(ids, () if ends is None else ends[row])]
         results.append(buffer.result(ids, token_texts(ids, tokenizer)))
     return results
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.json_files import read_json
 from loraplex.residual.config import BaseIdentity, ResidualConfig
 
 CONFIG_FILE = "residual_config.json"
@@ -42,7 +43,7 @@ def read_settings(folder: Path) -> ResidualSettings:
     """Read and check `folder`/residual_config.json. Raises AdapterFormatError or UnsupportedAdapterError."""
     file = folder / CONFIG_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigError
+from loraplex.json_files import read_json
 
 _PREFIX = "lpx"
 _SCRYPT = {"n": 2**10, "r": 8, "p": 1}  # a key's secret is 256 random bits, which no hash has to slow down guessing of
@@ -137,7 +138,7 @@ class KeyFile:
 def _read(path: Path) -> dict[str, KeyRecord]:
     known = {field.name for field in fields(KeyRecord)}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["keys"]
+        entries = read_json(path)["keys"]
         records = {}
         for entry in entries:
             unknown = set(entry) - known
@@ -145,7 +146,7 @@ def _read(path: Path) -> dict[str, KeyRecord]:
                 raise ConfigError(f"{path}: a key has the unknown settings {sorted(unknown)}; known: {sorted(known)}.")
             record = KeyRecord(**entry)
             records[record.id] = replace(record, use=tuple(record.use), load=tuple(record.load))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no file of keys: {error!r}. Make one with `loraplex key create`.") from error
     return records
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
 import types
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
+from loraplex.json_files import parse_json
 from loraplex.server.settings import ServeConfig
 
 PREFIX = "LORAPLEX_SERVE_"
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,11 @@ def _sections(config: ServeConfig) -> Iterator[tuple[str, Any]]:
 def _from_file(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        tables = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+        tables = parse_json(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the settings in {str(file)!r} can't be read: {error}.") from error
+    if not isinstance(tables, dict):
+        raise ConfigError(f"the settings in {str(file)!r} are a JSON {type(tables).__name__}; they must be an object.")
     values: dict[str, Any] = {}
     names = sorted({option.section for option in known.values()})
     for section, table in tables.items():
@@ -122,6 +126,8 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Option
             continue
         if variable not in by_variable:
             raise ConfigError(f"the environment variable {variable} is no option. Options: {sorted(by_variable)}.")
+        if not text.strip():  # the same as not set: it must not undo what a file says
+            continue
         option = by_variable[variable]
         values[option.name] = _checked(option, _from_text(option, text, variable), variable)
     return values
@@ -129,7 +135,7 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Option
 
 def _from_text(option: Option, text: str, source: str) -> Any:
     """Lists are separated by commas, mappings are NAME=VALUE separated by commas; "none" where that is possible."""
-    if option.is_optional and text.lower() in ("", "none"):
+    if option.is_optional and text.lower() == "none":
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if option.kind is tuple:
@@ -139,9 +145,9 @@ def _from_text(option: Option, text: str, source: str) -> Any:
             raise ConfigError(f"{source} is {text!r}; it must be NAME=VALUE,NAME=VALUE.")
         return dict(part.split("=", 1) for part in parts)
     if option.kind is bool:
-        if text.lower() not in (*_TRUE, *_FALSE):
-            raise ConfigError(f"{source} is {text!r}; it must be one of {[*_TRUE, *_FALSE]}.")
-        return text.lower() in _TRUE
+        if text.lower() not in (*ON, *OFF):
+            raise ConfigError(f"{source} is {text!r}; it must be one of {[*ON, *OFF]}.")
+        return text.lower() in ON
     try:
         return option.kind(text)
     except ValueError:
@@ -159,7 +165,7 @@ def _checked(option: Option, value: Any, source: str) -> Any:
     elif kind is Mapping:
         is_right = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     elif kind is float:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     else:
         is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not is_right:

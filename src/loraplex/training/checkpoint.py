@@ -1,6 +1,7 @@
 """One file holds everything a run needs to go on; it is replaced as a whole, so a kill leaves the old or the new."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import CheckpointError
+from loraplex.json_files import parse_json
 from loraplex.training.learner import Learner
 from loraplex.training.logs import JobLog
+
+logger = logging.getLogger(__name__)
 
 FILE = "checkpoint.safetensors"
 VERSION = 1
@@ -44,32 +48,75 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[str, Any]) -> list[int]:
     """Restore the states; return how many bytes of each job's log belong to them.
 
-    Raises CheckpointError where the file is damaged, or was written by a run with other jobs, data or base
-    model.
+    Jobs that diverged may be left out, or have other settings: then they begin anew. Raises CheckpointError where the
+    file is damaged, or was written by a run with other jobs, data or base model.
     """
     path = folder / FILE
+    content, tensors = _read(path)
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    try:
+        before, counters = content["identity"], content["jobs"]
+        names = before.get("names") or [state.name for state in states]  # a mixture is a run's only job
+        given_up = _given_up(names, before, identity, counters)
+        check_same_run(path, _without(before, given_up), _without(identity, given_up))
+        log_bytes = []
+        for state in states:
+            if state.name in given_up:
+                logger.warning("job %r diverged with other settings and begins anew", state.name)
+                log_bytes.append(0)
+                continue
+            index = names.index(state.name)
+            state.restore(_of_job(tensors, index), counters[index])
+            log_bytes.append(int(content["log_bytes"][index]))
+        return log_bytes
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What save_checkpoint wrote. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
+            content = parse_json((file.metadata() or {})[_KEY], finite=False)  # the best loss may be infinite
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        version = content["version"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if version != VERSION:
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read: {error}. Remove it or pass resume=False to start over."
-        ) from error
-    if content["version"] != VERSION:
-        raise CheckpointError(
-            f"{path} has version {content['version']}, this loraplex writes version {VERSION}. Finish the "
+            f"{path} has version {version!r}, this loraplex writes version {VERSION}. Finish the "
             "run with the version that started it, or pass resume=False to start over."
         )
-    check_same_run(path, content["identity"], identity)
-    for index, (state, counters) in enumerate(zip(states, content["jobs"], strict=True)):
-        state.restore(_of_job(tensors, index), counters)
-    return [int(count) for count in content["log_bytes"]]
+    return content, tensors
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a checkpoint that can be read: {type(error).__name__}: {error}. Remove it or pass resume=False "
+        "to start over."
+    )
+
+
+def _given_up(
+    names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]
+) -> set[str]:
+    """The jobs of a run of adapters that diverged and now are not there, or not the same."""
+    diverged = [
+        name for name, of_job in zip(names, counters, strict=True) if of_job["progress"]["finished"] == "diverged"
+    ]
+    jobs = before.get("jobs", {})
+    return {name for name in diverged if name in jobs and jobs[name] != now["jobs"].get(name)}
+
+
+def _without(identity: Mapping[str, Any], given_up: set[str]) -> dict[str, Any]:
+    if not given_up:
+        return dict(identity)
+    jobs = {name: of_job for name, of_job in identity["jobs"].items() if name not in given_up}
+    return {**identity, "names": [name for name in identity["names"] if name not in given_up], "jobs": jobs}
 
 
 def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming the first differences, unless both describe the same run."""
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
     differences = _differences(before, now, "")
     if differences:
         few = "; ".join(differences[:5])

@@ -147,6 +147,10 @@ def check_jobs(jobs: "list[AdapterJob]") -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two jobs are called {name!r}. Give each adapter its own name; names: {names}.")
+        if f"{name}.diverged" in names:
+            raise ConfigError(
+                f"a job is called {name + '.diverged'!r}, where {name!r} would leave its last good weights."
+            )
         inside = [parent.as_posix() for parent in PurePosixPath(name).parents if parent.as_posix() in names]
         if inside:
             raise ConfigError(f"job {name!r} would write into the folder of job {inside[0]!r}. Rename one of them.")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError, DatasetError
+from loraplex.models.end_tokens import TrainingEnds, training_ends
 from loraplex.training.config import AdapterJob
 from loraplex.training.examples import Example, make_examples
 from loraplex.training.records import Record, read_records
@@ -29,6 +30,7 @@ class JobData:
     records_per_step: int
     seed: int
     digest: str  # of the files: a checkpoint belongs to their content
+    end_tokens: tuple[int, ...] = ()  # that answers are trained to end with
 
     @property
     def num_truncated(self) -> int:
@@ -45,12 +47,15 @@ class JobData:
         return [self.train[number] for number in order[first : first + self.records_per_step]]
 
 
-def load_job_data(job: AdapterJob, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> JobData:
+def load_job_data(
+    job: AdapterJob, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds | None = None
+) -> JobData:
     """Read, check, tokenize and split a job's data. Raises DatasetError or ConfigError."""
-    train = _load(job, job.data, tokenizer, vocab_size)
+    ends = ends or training_ends(None, tokenizer)
+    train = _load(job, job.data, tokenizer, vocab_size, ends)
     digest = hashlib.sha256(Path(job.data).read_bytes())
     if job.eval_data is not None:
-        held_out = _load(job, job.eval_data, tokenizer, vocab_size)
+        held_out = _load(job, job.eval_data, tokenizer, vocab_size, ends)
         digest.update(Path(job.eval_data).read_bytes())
     else:
         train, held_out = _split(job, train)
@@ -67,6 +72,7 @@ def load_job_data(job: AdapterJob, tokenizer: PreTrainedTokenizerBase, vocab_siz
         records_per_step=job.records_per_step,
         seed=job.seed,
         digest=digest.hexdigest(),
+        end_tokens=ends.all,
     )
 
 
@@ -74,10 +80,11 @@ def steps_per_epoch(num_records: int, records_per_step: int) -> int:
     return math.ceil(num_records / records_per_step)
 
 
-def _load(job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Example]:
-    examples = load_examples(
-        f"job {job.name!r}", read_records(path), str(path), tokenizer, vocab_size, max_length=job.max_length
-    )
+def _load(
+    job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds
+) -> list[Example]:
+    label, records = f"job {job.name!r}", read_records(path)
+    examples = load_examples(label, records, str(path), tokenizer, vocab_size, max_length=job.max_length, ends=ends)
     if job.invocation is not None:
         for example in examples:
             _check_invocation(job, example)
@@ -92,9 +99,10 @@ def load_examples(
     vocab_size: int,
     *,
     max_length: int,
+    ends: TrainingEnds,
 ) -> list[Example]:
     """Tokenize records, warn of truncated ones, and check that the base model knows all tokens. Raises DatasetError."""
-    examples = make_examples(records, tokenizer, max_length)
+    examples = make_examples(records, tokenizer, max_length, ends)
     num_truncated = sum(example.num_truncated > 0 for example in examples)
     if num_truncated:
         longest = max(len(example.ids) + example.num_truncated for example in examples)

@@ -7,6 +7,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import DatasetError
+from loraplex.models.end_tokens import TrainingEnds, training_ends
 from loraplex.training.records import Record
 
 
@@ -30,15 +31,22 @@ class Example:
         return tuple(self.ids[index] for index in self.answer)
 
 
-def make_examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+def make_examples(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    ends: TrainingEnds | None = None,  # None: what the tokenizer alone says
+) -> list[Example]:
     """Tokenize records and mark their answers.
 
     Conversations go through the tokenizer's chat template; every assistant turn counts, with its end-of-turn
-    token. A completion counts with an end-of-sequence token after it, and is tokenized apart from its prompt,
-    as when the model is asked. Of a text all tokens count, end-of-sequence included. Records of more than
+    token; the last one gets the end of a completion where the template writes none. A completion counts with an
+    end token after it, and is tokenized apart from its prompt, as when the model is asked. Of a text all tokens
+    count, the end token included. Records of more than
     `max_length` tokens lose tokens on the left: the answer and what precedes it closely stay. Raises
     DatasetError.
     """
+    ends = ends or training_ends(None, tokenizer)
     parts_of = [_record_parts(record, tokenizer) for record in records]
     texts = [text for parts in parts_of for text, _ in parts]
     all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -46,9 +54,9 @@ def make_examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase,
     for record, parts in zip(records, parts_of, strict=True):
         ids = [next(all_ids) for _ in parts]
         if record.messages is not None:
-            tokens, answer = _conversation(ids, [is_answer for _, is_answer in parts], record, tokenizer)
+            tokens, answer = _conversation(ids, record, ends)
         else:
-            tokens, answer = _plain(ids, [is_answer for _, is_answer in parts], tokenizer)
+            tokens, answer = _plain(ids, [is_answer for _, is_answer in parts], tokenizer, ends)
         examples.append(_truncated(tokens, answer, record.place, max_length))
     return examples
 
@@ -89,13 +97,9 @@ def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBas
     return str(text)
 
 
-def _conversation(
-    prefixes: Sequence[Sequence[int]],
-    ends_turn: Sequence[bool],
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[int], list[int]]:
+def _conversation(prefixes: Sequence[Sequence[int]], record: Record, ends: TrainingEnds) -> tuple[list[int], list[int]]:
     """The tokens up to the last assistant turn, and the indices of the tokens of all of them."""
+    end = ends.plain if ends.turn is None else ends.turn
     answer: list[int] = []
     for turn in range(0, len(prefixes), 2):
         before, through, last = prefixes[turn], prefixes[turn + 1], prefixes[-1]
@@ -108,22 +112,28 @@ def _conversation(
                 "one turn, or write the record as "
                 '{"prompt": "...", "completion": "..."}.'
             )
-        turn_tokens = range(len(before), _turn_end(through, len(before), tokenizer.eos_token_id))
-        answer += turn_tokens
-    return list(prefixes[-1][: answer[-1] + 1]), answer
+        answer += range(len(before), _turn_end(through, len(before), end))
+    tokens = list(prefixes[-1][: answer[-1] + 1])
+    if end is not None and tokens[-1] != end:  # the template ends its turns with nothing that serving could stop at
+        answer.append(len(tokens))
+        tokens.append(end)
+    return tokens, answer
 
 
-def _turn_end(ids: Sequence[int], start: int, eos: int | None) -> int:
+def _turn_end(ids: Sequence[int], start: int, end: int | None) -> int:
     """After the end-of-turn token, where there is one: what the template writes behind it is never generated."""
-    ends = [index for index in range(start, len(ids)) if ids[index] == eos]
+    ends = [index for index in range(start, len(ids)) if ids[index] == end]
     return ends[-1] + 1 if ends else len(ids)
 
 
 def _plain(
-    parts: Sequence[Sequence[int]], is_answer: Sequence[bool], tokenizer: PreTrainedTokenizerBase
+    parts: Sequence[Sequence[int]],
+    is_answer: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: TrainingEnds,
 ) -> tuple[list[int], list[int]]:
     bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    eos = [ends.plain] if ends.plain is not None else []
     tokens, answer = list(bos), []
     for ids, counts in zip(parts, is_answer, strict=True):
         if counts:

@@ -1,6 +1,7 @@
 """One adapter job while it trains."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex.adapters.peft_write import write_adapter
@@ -13,6 +14,8 @@ from loraplex.training.learner import Learner
 from loraplex.training.links import FrozenLink
 from loraplex.training.parameters import FlatParameters
 from loraplex.training.residual_parameters import ResidualParameters
+
+DIVERGED = ".diverged"
 
 
 class JobState(Learner):
@@ -38,13 +41,19 @@ class JobState(Learner):
             self.parameters.flat,
             data.num_steps,
             has_held_out=bool(data.held_out),
-            advice=" The other jobs go on from the last checkpoint in a run without it, with another output folder.",
         )
+
+    @property
+    def folder_name(self) -> str:
+        """Where the adapter is written in the output folder; a diverged job's not where a good one is looked for."""
+        return f"{self.job.name}{DIVERGED if self.has_diverged else ''}"
 
     def write(self, folder: Path) -> None:
         """Write the adapter as it is now, in its format."""
         if isinstance(self.parameters, ResidualParameters):
-            write_residual(self.parameters.trained(), folder, overwrite=True)
+            residual = replace(self.parameters.trained(), end_tokens=self.data.end_tokens)
+            write_residual(residual, folder, overwrite=True)
             return
         assert self.job.lora is not None, "a job trains one of the two"
-        write_adapter(Adapter(config=self.job.lora, layers=self.parameters.layers()), folder, overwrite=True)
+        layers, ends = self.parameters.layers(), self.data.end_tokens
+        write_adapter(Adapter(config=self.job.lora, layers=layers, end_tokens=ends), folder, overwrite=True)

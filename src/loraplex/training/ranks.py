@@ -29,6 +29,12 @@ class Ranks:
         """The sum over all processes, on each of them."""
         return tensor if self._state.num_processes == 1 else reduce(tensor, "sum")
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process; the same answer on each of them."""
+        if self._state.num_processes == 1:
+            return flag
+        return bool(self.add_up(torch.tensor([float(flag)], device=self._state.device)) > 0)
+
     def wait(self) -> None:
         """Go on when every process has come here."""
         self._state.wait_for_everyone()

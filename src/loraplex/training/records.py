@@ -1,11 +1,11 @@
 """Training files: JSON lines, each a conversation, a prompt with its completion, or a text."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraplex.errors import DatasetError
+from loraplex.json_files import parse_json
 
 FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,7 +42,7 @@ def read_records(path: str | Path) -> list[Record]:
 def parse_record(line: str, place: str) -> Record:
     """Read one line. Raises DatasetError."""
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError as error:
         raise DatasetError(f"{place} is not JSON: {error}. Write one JSON object a line: {FORMS}.") from None
     if not isinstance(content, dict):

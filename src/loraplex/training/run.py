@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
-from loraplex.errors import AdapterExistsError
+from loraplex.adapters.record import RECORD_FILE
+from loraplex.errors import AdapterExistsError, TrainingError
 from loraplex.layers.injection import AdaptableModel
+from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual import settings
 from loraplex.residual.layers import AttentionLayers
@@ -22,8 +24,8 @@ from loraplex.training.checkpoint import FILE, load_checkpoint
 from loraplex.training.config import AdapterJob, TrainConfig, check_jobs
 from loraplex.training.forward import LossComputer
 from loraplex.training.identity import run_identity
-from loraplex.training.job_state import JobState
-from loraplex.training.learner import Finish
+from loraplex.training.job_state import DIVERGED, JobState
+from loraplex.training.learner import Divergence, Finish
 from loraplex.training.links import needs_attention
 from loraplex.training.logs import JobLog
 from loraplex.training.plots import plot_losses
@@ -37,7 +39,7 @@ from loraplex.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,10 @@ class TrainResult:
     """What became of one job."""
 
     name: str
-    folder: Path  # the adapter in PEFT's format
+    folder: Path  # the adapter in its format; of a job that diverged, its last good weights: NAME.diverged
     log: Path  # JSON lines
     num_steps: int
-    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling
+    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling; "diverged"
     train_losses: tuple[float, ...]  # one for each step
     eval_steps: tuple[int, ...]
     eval_losses: tuple[float, ...]
@@ -56,6 +58,8 @@ class TrainResult:
     num_tokens: int  # of all records trained on, without padding
     num_truncated: int  # records that lost tokens on the left
     seconds: float  # of steps, evaluations excluded; shared with the other jobs
+    divergence: Divergence | None = None  # in which step, and what was no longer finite
+    zero_gradient_since: int | None = None  # from this step to the last the gradient was exactly 0
 
 
 def train_adapters(
@@ -73,11 +77,15 @@ def train_adapters(
     on after a kill exactly where it would have been.
 
     Everything is checked before the first step. Raises ConfigError, DatasetError, UnsupportedAdapterError,
-    BaseModelError, CheckpointError (the checkpoint is of another run), AdapterExistsError (an adapter is in
-    the output folder but no checkpoint) and TrainingError (a job diverged).
+    BaseModelError, CheckpointError (the checkpoint is of another run) and AdapterExistsError (an adapter is in
+    the output folder but no checkpoint). A job whose loss, gradients or weights are no longer finite is stopped,
+    and its last good weights are written to `<output>/<name>.diverged/`; when the others are done, TrainingError
+    names it, and its `results` are what would have been returned.
     """
     jobs = list(jobs)
     check_jobs(jobs)
+    if not isinstance(model, MultiLoraModel):
+        refuse_injected_adapters(model)
     base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
     adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
     check_trainable_base(base)
@@ -92,7 +100,27 @@ def train_adapters(
         if not isinstance(model, MultiLoraModel):
             adaptable.detach()
             linked.detach()
-    return [_result(state, Path(config.output)) for state in states]
+    results = [_result(state, Path(config.output)) for state in states]
+    if any(state.has_diverged for state in states):
+        raise TrainingError(_divergences(states, Path(config.output)), results)
+    return results
+
+
+def _divergences(states: Sequence[JobState], output: Path) -> str:
+    """What diverged, where its last good weights are, and how to go on."""
+    told = [
+        f"{state.divergence_message()}. Its last good weights, of step {state.progress.divergence.last_good_step}, are "
+        f"in {str(output / state.folder_name)!r}."
+        for state in states
+        if state.progress.divergence is not None
+    ]
+    if len(told) < len(states):
+        told.append("The other jobs are done and written.")
+    told.append(
+        "In a run with the same output folder, a job that diverged begins anew with its new settings, or may be left "
+        "out; the others are kept."
+    )
+    return " ".join(told)
 
 
 def _train(
@@ -124,7 +152,7 @@ def _train(
     with fast_attention(base, longest), training_progress(states, enabled=show) as on_step:
         trainer.run(on_step)
     if config.plots and ranks.is_first:
-        for state in states:
+        for state in (state for state in states if state.progress.train_losses):
             title = f"{state.name}: rank {state.job.rank}, learning rate {state.job.learning_rate:g}"
             plot_losses(state, title, output / f"{state.name}.png")
     ranks.wait()
@@ -149,6 +177,7 @@ def _resume_or_start(
     found = (output / FILE).exists()
     if found and config.resume:
         log_bytes = load_checkpoint(output, states, identity)
+        _check_places_of_diverged(output, states)
         logger.info("going on from %s at step %d", output / FILE, max(s.progress.step for s in states))
         ranks.wait()
         return log_bytes
@@ -160,12 +189,19 @@ def _resume_or_start(
         )
     for name in existing:
         _check_replaceable(output / name)
+    _check_places_of_diverged(output, states)
     ranks.wait()
     if ranks.is_first:
         output.mkdir(parents=True, exist_ok=True)
         (output / FILE).unlink(missing_ok=True)
     ranks.wait()
     return [0] * len(states)
+
+
+def _check_places_of_diverged(output: Path, states: Sequence[JobState]) -> None:
+    for folder in (output / f"{state.job.name}{DIVERGED}" for state in states):
+        if folder.exists():
+            _check_replaceable(folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -183,7 +219,7 @@ def _result(state: JobState, output: Path) -> TrainResult:
     assert progress.finished is not None, f"job {state.job.name!r} is returned before it is finished"
     return TrainResult(
         name=state.job.name,
-        folder=output / state.job.name,
+        folder=output / state.folder_name,
         log=output / f"{state.job.name}.jsonl",
         num_steps=progress.step,
         finished=progress.finished,
@@ -194,4 +230,6 @@ def _result(state: JobState, output: Path) -> TrainResult:
         num_tokens=progress.num_tokens,
         num_truncated=state.data.num_truncated,
         seconds=progress.seconds,
+        divergence=progress.divergence,
+        zero_gradient_since=progress.zero_gradient_since,
     )

@@ -14,6 +14,7 @@ from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.modules import embed_scale
+from loraplex.models.end_tokens import training_ends
 from loraplex.residual.fit import check_residual_fits
 from loraplex.residual.folder import read_residual
 from loraplex.residual.kinds import LinkedResidual
@@ -43,8 +44,9 @@ def make_states(
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
     parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
     links = [frozen_link(job, adaptable, attention, base.device) for job in jobs]
+    ends = training_ends(base, tokenizer)
     return [
-        JobState(job, load_job_data(job, tokenizer, vocab_size), own, slots, link)
+        JobState(job, load_job_data(job, tokenizer, vocab_size, ends), own, slots, link)
         for job, (own, slots), link in zip(jobs, parameters, links, strict=True)
     ]
 

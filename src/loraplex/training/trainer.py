@@ -1,5 +1,6 @@
 """The loop: every unfinished job takes a step at a time, and their rows share the forward passes."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.errors import TrainingError
 from loraplex.training.bank import TrainingBank, TrainingSlot
 from loraplex.training.batches import TrainingRow
 from loraplex.training.checkpoint import save_checkpoint
@@ -20,6 +22,8 @@ from loraplex.training.logs import JobLog
 from loraplex.training.ranks import Ranks
 from loraplex.training.routing import FrozenSlot
 from loraplex.training.seeds import Purpose, generator
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -92,7 +96,11 @@ class Trainer:
         assert gradient is not None, "the flat gradient is never freed"
         gradient.copy_(self._ranks.add_up(gradient))
         rate = state.learning_rate
-        norm = state.update(loss, num_tokens)
+        try:
+            norm = state.update(loss, num_tokens, self._ranks.any)
+        except TrainingError as error:
+            self._stop(index, error)
+            return
         self._logs[index].write(
             {
                 "step": state.progress.step,
@@ -150,14 +158,25 @@ class Trainer:
         for index in due:
             state = self._states[index]
             loss = float(sums[index]) / sum(len(example.answer) for example in state.data.held_out)
-            state.record_evaluation(loss)
+            try:
+                state.record_evaluation(loss)
+            except TrainingError as error:
+                self._stop(index, error)
+                continue
             self._logs[index].write({"step": state.progress.step, "eval_loss": loss})
+
+    def _stop(self, index: int, error: TrainingError) -> None:
+        """Tell of a job that diverged; it is finished, and the others go on."""
+        logger.error("%s The other jobs go on.", error)
+        found = self._states[index].progress.divergence
+        assert found is not None, "a job was stopped that didn't diverge"
+        self._logs[index].write(found.as_json())
 
     def write(self, index: int) -> None:
         """Write a finished job's adapter."""
         state = self._states[index]
         if self._ranks.is_first:
-            state.write(self._output / state.job.name)
+            state.write(self._output / state.folder_name)
 
 
 def _first_adapted(state: JobState, example: Example) -> int:

@@ -151,11 +151,48 @@ def test_a_folder_that_is_no_mixture_is_never_replaced(tmp_path: Path) -> None:
         start(tmp_path, resume=False)
 
 
-def test_divergence_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"mixture 'science' diverged at step \d.*learning_rate \(1e\+38\)"):
-        start(tmp_path, xlora=XLoraConfig(enable_softmax=False), learning_rate=1e38, max_grad_norm=None)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_divergence_keeps_the_last_good_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: bool
+) -> None:
+    """Two good steps, then one that leads to weights without a finite loss."""
+    xlora = XLoraConfig(enable_softmax=False, use_trainable_adapters=trainable)
+    options: dict[str, Any] = {"max_grad_norm": None, "eval_fraction": 0, "xlora": xlora, "schedule": "constant"}
+    two = start(tmp_path, output="two", max_steps=2, **options)
+    update, seen = MixtureState.update, 0
+
+    def explode(self: MixtureState, *arguments: Any) -> float:
+        nonlocal seen
+        seen += 1
+        if self.progress.step == 2:
+            self.optimizer.param_groups[0]["lr"] = 1e37
+        return update(self, *arguments)
+
+    monkeypatch.setattr(MixtureState, "update", explode)
+    message = r"mixture 'science' diverged in step 4.*learning_rate \(0\.01\).*science\.diverged.*resume=False"
+    for _ in range(2):  # the second finds it in the checkpoint
+        with pytest.raises(TrainingError, match=message) as raised:
+            start(tmp_path, max_steps=6, **options)
+        (result,) = raised.value.results
+        assert (result.finished, result.num_steps, result.divergence.last_good_step) == ("diverged", 3, 2)
+        assert (seen, (tmp_path / "out" / NAME).exists()) == (4, False)
+        for file in sorted(path.relative_to(two.folder) for path in two.folder.rglob("*.safetensors")):
+            assert (result.folder / file).read_bytes() == (two.folder / file).read_bytes(), file
+    assert '"diverged"' in result.log.read_text().splitlines()[-1]
+    monkeypatch.setattr(MixtureState, "update", update)
+    assert start(tmp_path, max_steps=6, resume=False, **options).finished == "steps"
 
 
-def start(folder: Path, xlora: XLoraConfig | None = None, **options: Any) -> MixtureTrainResult:
-    config = tiny_config(folder / "out", **{"max_steps": 4} | options)
+def test_a_mixture_that_diverged_is_left_as_it_was_in_memory(tmp_path: Path) -> None:
+    model = tiny_mixture(tmp_path, XLoraConfig(enable_softmax=False))
+    before = {name: tensor.clone() for name, tensor in model.mixtures.get(NAME).head.state_dict().items()}
+    config = tiny_config(tmp_path / "out", max_steps=3, learning_rate=1e38, max_grad_norm=None)
+    with pytest.raises(TrainingError, match="diverged in step 1: its weights"):
+        train_mixture(model, NAME, tiny_sources(tmp_path), config)
+    after = model.mixtures.get(NAME).head.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def start(folder: Path, xlora: XLoraConfig | None = None, output: str = "out", **options: Any) -> MixtureTrainResult:
+    config = tiny_config(folder / output, **{"max_steps": 4} | options)
     return train_mixture(tiny_mixture(folder, xlora), NAME, tiny_sources(folder), config)

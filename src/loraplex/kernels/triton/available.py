@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from loraplex.environment import switch
+
 logger = logging.getLogger(__name__)
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +35,8 @@ def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """What stands against the kernels on a GPU, logged by the first who asks; None: nothing."""
     reason = None
-    if os.environ.get("LORAPLEX_TRITON") == "0":
-        reason = "LORAPLEX_TRITON=0 turns them off"
+    if not switch("LORAPLEX_TRITON", default=True):
+        reason = "LORAPLEX_TRITON turns them off"
     elif dtype not in SUPPORTED_DTYPES:
         reason = f"they take {', '.join(map(str, SUPPORTED_DTYPES))}, not {dtype}"
     elif importlib.util.find_spec("triton") is None:

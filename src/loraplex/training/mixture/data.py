@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError
+from loraplex.models.end_tokens import TrainingEnds, training_ends
 from loraplex.training.dataset import hold_out, load_examples, steps_per_epoch
 from loraplex.training.examples import Example
 from loraplex.training.mixture.config import MixtureTrainConfig
@@ -114,12 +115,15 @@ def load_mixture_data(
     config: MixtureTrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
+    ends: TrainingEnds | None = None,
 ) -> MixtureData:
     """Read, check, tokenize and split all sources. Raises DatasetError or ConfigError."""
+    known_ends = ends or training_ends(None, tokenizer)
 
     def load(source: DataSource) -> list[Example]:
         place = f"data source {source.name!r}"
-        return load_examples(label, read_source(source), place, tokenizer, vocab_size, max_length=config.max_length)
+        records, longest = read_source(source), config.max_length
+        return load_examples(label, records, place, tokenizer, vocab_size, max_length=longest, ends=known_ends)
 
     names = [str(source.name) for source in sources]
     examples = [load(source) for source in sources]

@@ -8,11 +8,20 @@ from typing import Any
 
 from accelerate import PartialState
 
-from loraplex.errors import AdapterExistsError, ConfigError, LoraplexError, MixtureError, UnsupportedAdapterError
+from loraplex.errors import (
+    AdapterExistsError,
+    ConfigError,
+    LoraplexError,
+    MixtureError,
+    TrainingError,
+    UnsupportedAdapterError,
+)
+from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.attention import fast_attention
 from loraplex.training.checkpoint import FILE, load_checkpoint
-from loraplex.training.learner import Finish
+from loraplex.training.job_state import DIVERGED
+from loraplex.training.learner import Divergence, Finish
 from loraplex.training.logs import JobLog
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import load_mixture_data
@@ -20,7 +29,7 @@ from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.identity import mixture_identity
 from loraplex.training.mixture.losses import MixtureLosses
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
-from loraplex.training.mixture.state import MixtureState
+from loraplex.training.mixture.state import MixtureState, write_last_good
 from loraplex.training.mixture.trainer import MixtureTrainer
 from loraplex.training.plots import plot_losses
 from loraplex.training.probe import check_trainable_base
@@ -40,13 +49,15 @@ class MixtureTrainResult:
     folder: Path  # the mixture, in the layout that the config asks for
     log: Path  # JSON lines
     num_steps: int
-    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling
+    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling; "diverged"
     train_losses: tuple[float, ...]  # one for each step, without load balance and sparsity
     eval_steps: tuple[int, ...]
     eval_losses: tuple[float, ...]
     best_step: int | None  # of the lowest held-out loss; with patience, the step whose weights were written
     num_tokens: int  # of all records trained on, without padding
     seconds: float  # of steps, without evaluations and the first scaling pass
+    divergence: Divergence | None = None  # in which step, and what was no longer finite
+    zero_gradient_since: int | None = None  # from this step to the last the gradient was exactly 0
 
 
 def train_mixture(
@@ -62,7 +73,9 @@ def train_mixture(
 
     Everything is checked before the first step. Raises AdapterNotFoundError (no such mixture), ConfigError,
     DatasetError, BaseModelError, MixtureError, UnsupportedAdapterError, CheckpointError (the checkpoint is of another
-    run), AdapterExistsError (a mixture is in the output folder but no checkpoint) and TrainingError (it diverged).
+    run) and AdapterExistsError (a mixture is in the output folder but no checkpoint). TrainingError: loss, gradients or
+    weights were no longer finite; the mixture in memory is as it was, and `<output>/<mixture>.diverged/` has the last
+    good weights.
     """
     trained = model.mixtures.get(mixture)
     sources = as_sources(data)
@@ -70,13 +83,22 @@ def train_mixture(
     check_trainable_base(model.base)
     _check_length(model, config)
     vocab_size = next(model.base.get_input_embeddings().parameters()).shape[0]
-    of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size)
+    ends = training_ends(model.base, model.tokenizer)
+    of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size, ends)
     state = MixtureState(model, trained, of_run, config)
     folder, log = Path(config.output) / mixture, JobLog(Path(config.output) / f"{mixture}.jsonl", enabled=True)
     identity = mixture_identity(state, model.base)
     log.start(_resume_or_start(state, folder, identity))
     if not state.is_finished:
         _train(model, state, log, identity)
+    if state.has_diverged:
+        folder = folder.with_name(f"{folder.name}{DIVERGED}")
+        write_last_good(model, state, folder)
+        raise TrainingError(
+            f"{state.divergence_message()}. Its last good weights are in {str(folder)!r}. Start over with "
+            "resume=False (--no-resume), or with another output folder.",
+            [_result(state, folder, log)],
+        )
     _give_back(model, state)
     model.save_mixture(mixture, folder, layout=config.layout, overwrite=True)
     if config.plots:
@@ -206,4 +228,6 @@ def _result(state: MixtureState, folder: Path, log: JobLog) -> MixtureTrainResul
         best_step=progress.best_step,
         num_tokens=progress.num_tokens,
         seconds=progress.seconds,
+        divergence=progress.divergence,
+        zero_gradient_since=progress.zero_gradient_since,
     )

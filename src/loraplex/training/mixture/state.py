@@ -17,6 +17,7 @@ from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import MixtureData
 from loraplex.training.mixture.experts import Experts
 from loraplex.training.parameters import FlatTensors
+from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 
 
@@ -56,8 +57,27 @@ class MixtureState(Learner):
                 )
                 for path, layer in adapter.layers.items()
             }
-            trained[name] = Adapter(config=adapter.config, layers=layers)
+            trained[name] = Adapter(config=adapter.config, layers=layers, end_tokens=adapter.end_tokens)
         return trained
+
+
+def write_last_good(model: MultiLoraModel, state: MixtureState, folder: Path) -> None:
+    """Write the mixture with the weights in training, whatever the one in memory has."""
+    trained = state.trained_experts()
+    experts = {
+        expert.removeprefix(f"{state.name}/"): trained.get(expert) or expert_at_rest(model.store.version(expert))
+        for expert in state.mixture.experts
+    }
+    write_mixture_folder(
+        folder,
+        layout=state.config.layout,
+        config=state.mixture.config,
+        hidden_size=state.head.hidden_size,
+        head_state=state.head.state_dict(),
+        experts=experts,
+        base_model_name=None,
+        overwrite=True,
+    )
 
 
 def frozen_slots(model: MultiLoraModel, mixture: Mixture) -> list[Mapping[int, SlotWeights]]:

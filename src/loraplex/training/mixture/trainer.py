@@ -1,5 +1,6 @@
 """The loop of a mixture's training."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from loraplex.errors import TrainingError
 from loraplex.training.checkpoint import save_checkpoint
 from loraplex.training.logs import JobLog
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.losses import MixtureLosses, Sums
 from loraplex.training.mixture.state import MixtureState
+
+logger = logging.getLogger(__name__)
 
 
 class MixtureTrainer:
@@ -27,9 +31,12 @@ class MixtureTrainer:
         """Train to the end; `on_step` sees the state after each step."""
         state = self._state
         while not state.is_finished:
-            self.step()
-            if state.evaluates_now:
-                self._evaluate()
+            try:
+                self.step()
+                if state.evaluates_now:
+                    self._evaluate()
+            except TrainingError as error:
+                self._stop(error)
             finished = state.progress.finished is not None
             if finished:
                 state.restore_best()
@@ -54,6 +61,13 @@ class MixtureTrainer:
         means = self._named(sums.scalings.sum(dim=0) / sums.num_tokens.sum())
         self._log.write(entry | {"tokens": num_tokens, "scalings": means} | terms)
         state.progress.seconds += time.perf_counter() - started
+
+    def _stop(self, error: TrainingError) -> None:
+        """Tell that it diverged; it is finished, with its last good weights."""
+        logger.error("%s", error)
+        found = self._state.progress.divergence
+        assert found is not None, "training was stopped that didn't diverge"
+        self._log.write(found.as_json())
 
     def _evaluate(self) -> None:
         sums = self._losses.evaluate(self._state.data.held_out)

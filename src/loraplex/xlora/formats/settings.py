@@ -1,6 +1,5 @@
 """A mixture's settings in a JSON file, checked by name."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from loraplex.adapters.names import check_name
 from loraplex.errors import AdapterFormatError, ConfigError, NameFormatError, UnsupportedAdapterError
+from loraplex.json_files import read_json
 from loraplex.xlora.config import XLoraConfig
 
 ORIGINAL_ONLY = ("use_bias", "enable_relu_and_dropout")  # settings that PEFT doesn't have
@@ -18,7 +18,7 @@ PEFT_SETTINGS = tuple(name for name in ALL_SETTINGS if name not in ORIGINAL_ONLY
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; raises AdapterFormatError if it holds none."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(settings, dict):

@@ -13,6 +13,7 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.record import RECORD_FILE
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
 from loraplex.xlora.config import XLoraConfig
@@ -23,7 +24,7 @@ from loraplex.xlora.formats.original_layout import HEAD_FILE, SETTINGS_FILE, wri
 from loraplex.xlora.formats.peft_experts import NAMES_FILE
 from loraplex.xlora.formats.peft_layout import check_peft_can_hold, write_peft_layout
 
-_EXPERT_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+_EXPERT_FILES = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
 _MIXTURE_FILES = _EXPERT_FILES | {NAMES_FILE, SETTINGS_FILE, HEAD_FILE}
 
 
@@ -79,6 +80,8 @@ def _write_expert(expert: Adapter | Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(expert / file, folder / file)
+    if (expert / RECORD_FILE).is_file():
+        shutil.copyfile(expert / RECORD_FILE, folder / RECORD_FILE)
 
 
 def _common_task_type(adapters: Mapping[str, Adapter]) -> str | None:

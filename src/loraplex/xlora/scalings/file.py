@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import ScalingsError, ScalingsFileError
+from loraplex.json_files import parse_json
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 _KEY = "loraplex_scalings"
@@ -56,7 +57,7 @@ def read_scalings(path: str | Path) -> list[RowScalings]:
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
+            content = parse_json((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if content["version"] != _VERSION:
             raise ScalingsFileError(

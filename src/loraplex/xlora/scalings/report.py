@@ -1,6 +1,6 @@
 """From what the passes collected to the scalings of each row's own tokens."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def collected_scalings(
     two_pass: TwoPass | None,
     tokens: Tensor | None,  # [rows, tokens]  what the passes saw, and for `generate` the last token, which none saw
     prompt_mask: Tensor | None,  # [rows, prompt tokens]; None: no padding
-    end_tokens: Collection[int],  # after the first of these past its prompt, a row's tokens are padding
+    end_tokens: Sequence[Collection[int]],  # by row: after the first of these past its prompt, its tokens are padding
 ) -> list[tuple[RowScalings, ...]]:
     """For each row, the scalings of each of its mixtures, without padding.
 
@@ -33,7 +33,7 @@ def collected_scalings(
                 "num_return_sequences above 1). Pass each sequence as a row of its own."
             )
         for use, scalings in zip(group.uses, values[:, 0], strict=True):
-            kept = _own_tokens(tokens[use.row], len(scalings), prompt_mask, use.row, end_tokens)
+            kept = _own_tokens(tokens[use.row], len(scalings), prompt_mask, use.row, end_tokens[use.row])
             report = RowScalings(
                 mixture=group.mixture.name,
                 experts=group.mixture.experts,

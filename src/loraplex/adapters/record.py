@@ -1,0 +1,45 @@
+"""loraplex.json: what an adapter's folder says beyond PEFT's settings, which PEFT does not look at."""
+
+import json
+from pathlib import Path
+
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import read_json
+
+RECORD_FILE = "loraplex.json"
+_VERSION = 1
+_MOST = 64  # end tokens
+
+
+def write_record(folder: Path, end_tokens: tuple[int, ...]) -> None:
+    """Write what ends the adapter's answers; nothing, where that is not known."""
+    if end_tokens:
+        content = {"format_version": _VERSION, "end_tokens": list(end_tokens)}
+        (folder / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> tuple[int, ...]:
+    """The tokens that end the adapter's answers; none without the file.
+
+    Raises AdapterFormatError, or UnsupportedAdapterError for another version or an unknown key.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return ()
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
+    if not isinstance(content, dict) or content.get("format_version") != _VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+        raise UnsupportedAdapterError(f"{file} has format_version {found!r}; this loraplex reads version {_VERSION}.")
+    if content.keys() != {"format_version", "end_tokens"}:
+        raise UnsupportedAdapterError(f"{file} has the keys {sorted(content)}; known: format_version and end_tokens.")
+    tokens = content["end_tokens"]
+    if not (isinstance(tokens, list) and len(tokens) <= _MOST and all(map(_is_token, tokens))):
+        raise AdapterFormatError(f"{file}: end_tokens is not a list of at most {_MOST} token ids.")
+    return tuple(tokens)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
