@@ -30,7 +30,10 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
             "json_schema needs the package llguidance, which is not installed. Install it: pip install "
             "'loraplex[json]'."
         ) from error
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema is no JSON: {error}. Give a valid JSON schema.") from error
     with _lock:
         known = _tokenizers.get(tokenizer)
         if known is None:

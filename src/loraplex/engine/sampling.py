@@ -1,11 +1,17 @@
 """How a request's tokens are chosen from the logits, and when it ends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.errors import RequestError
+
+_LISTS = {
+    "stop": "a text or several",
+    "stop_token_ids": "a tuple of token ids",
+    "logit_bias": "a mapping from token ids to numbers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,10 @@ class SamplingParams:
         )
 
     def _check_lists(self) -> None:
+        kinds = {"stop": str | Sequence, "stop_token_ids": Sequence, "logit_bias": Mapping}
+        for option, kind in kinds.items():
+            if not isinstance(getattr(self, option), kind):
+                raise RequestError(f"{option} is {getattr(self, option)!r}; give {_LISTS[option]}.")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             raise RequestError(f"stop is {self.stop!r}; give texts of at least one character.")
         for token in (*self.stop_token_ids, *self.logit_bias):
