@@ -1,4 +1,4 @@
-"""Streams of requests with several answers: every answer has all its tokens and its end, also when all end in one step."""
+"""Streams of several answers: each has all its tokens and its end, also when all end in one step."""
 
 import asyncio
 from collections import defaultdict

@@ -106,6 +106,8 @@ class AsyncEngine:
         except BaseException:
             self._feeds.pop(request_id, None)
             raise
+        if request_id not in self._feeds:  # a fault came in between: its reader is told by the feed
+            self._engine.cancel(request_id)
         self._wake.set()
         return request_id
 
@@ -210,8 +212,9 @@ class AsyncEngine:
             self._engine.faults.add(another, for_good=True)
         for request_id, feed in list(self._feeds.items()):
             fail([feed], EngineError(f"the engine failed: {type(error).__name__}: {error}. Ask again."))
-            self._engine.pop_result(request_id)
             self._feeds.pop(request_id, None)
+            self._engine.pop_result(request_id)
+            self._engine.cancel(request_id)  # if it came after the engine had ended what it knew
 
     def _stop(self) -> None:
         """The engine takes no more requests: wait to be closed, or end the process if that is wanted."""

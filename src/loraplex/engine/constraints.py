@@ -37,7 +37,13 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
     with _lock:
         known = _tokenizers.get(tokenizer)
         if known is None:
-            known = _tokenizers[tokenizer] = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
+            try:
+                known = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
+            except Exception as error:  # Rust's, of many kinds
+                raise RequestError(
+                    f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without it."
+                ) from error
+            _tokenizers[tokenizer] = known
     try:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
         matcher = llguidance.LLMatcher(known, grammar)
