@@ -52,6 +52,10 @@ class CapacityError(LoraplexError):
     """A tier of the store (slots, host memory) has no room for what a call needs at once."""
 
 
+class TooLargeError(CapacityError):
+    """A request needs more than there is room for at all: waiting doesn't help."""
+
+
 class QueueFullError(CapacityError):
     """More requests are in the engine than it takes; try again later."""
 
@@ -85,7 +89,11 @@ class TrainingError(LoraplexError):
 
 
 class EngineError(LoraplexError):
-    """A forward pass of the engine failed for a request; the message has what happened."""
+    """The engine failed, for one request or for all that it had; the message has what happened."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine has failed too often, and takes no more requests."""
 
 
 class BaseModelError(LoraplexError):

@@ -1,15 +1,16 @@
 """From the results of a pass to the generations' next tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from loraplex.engine.faults import own_fault
 from loraplex.engine.generation import Generation
 from loraplex.engine.intake import Intake
-from loraplex.engine.request import Delta, FinishReason, TokenLogprobs
+from loraplex.engine.request import Delta, FinishReason, TokenLogprobs, TokenScalings
 from loraplex.engine.request_book import RequestBook
 from loraplex.engine.runner import PartResult
 from loraplex.engine.stats import StepCounts
 from loraplex.engine.token_choice import token_logprobs
-from loraplex.errors import LoraplexError
 
 
 class Answers:
@@ -21,41 +22,43 @@ class Answers:
         self._counts = counts
 
     def take(self, results: Sequence[PartResult]) -> list[Delta]:
-        """Use what a pass gave; scaling passes first, whose results the next main passes need."""
-        for result in results:
-            self._keep_scalings(result)
+        """Use what a pass gave; scaling passes first, whose results the next main passes need.
+
+        What fails in a generation's own work ends it; what all share is not touched there.
+        """
         deltas = []
-        for result in results:
-            part = result.part
-            if part.scaling is not None:
+        for result in sorted(results, key=lambda result: result.part.scaling is None):
+            part, generation = result.part, result.part.generation
+            if generation.finish_reason is not None:
                 continue
-            if result.error is not None:
-                deltas.append(self._book.end(part.generation, "error", result.error))
+            try:
+                step = self._own_step(result)
+            except Exception as error:
+                deltas.append(self._book.end(generation, "error", own_fault(error, "using what the pass gave")))
                 continue
-            if part.generation.observations is not None:
-                part.generation.observations.saw(part.start, part.stop, result.scalings)
-            if result.all_logits is not None:
-                _keep_prompt_logprobs(result)
             part.track.name_blocks(len(part.track.tokens))
-            if part.wants_logits:
-                try:
-                    deltas.append(self._next_token(part.generation, result))
-                except LoraplexError as error:
-                    deltas.append(self._book.end(part.generation, "error", error))
+            if step is not None:
+                deltas.append(self._told(generation, step))
         return deltas
 
-    def _keep_scalings(self, result: PartResult) -> None:
-        """Hand a scaling pass's results on; drop those that the main pass has used."""
-        part = result.part
-        if part.scaling is None:
-            for scaling in part.generation.scalings:
-                scaling.forget(part.stop)
-            return
-        assert result.hidden is not None, "a scaling pass returned no hidden states"
-        part.scaling.took(part.start, result.hidden, result.best)
-        part.track.name_blocks(len(part.track.tokens))
+    def _own_step(self, result: PartResult) -> "_Step | None":
+        """What a part's result is to its generation alone."""
+        part, generation = result.part, result.part.generation
+        if part.scaling is not None:
+            assert result.hidden is not None, "a scaling pass returned no hidden states"
+            part.scaling.took(part.start, result.hidden, result.best)
+            return None
+        for scaling in generation.scalings:
+            scaling.forget(part.stop)  # the main pass has used it
+        if result.error is not None:
+            raise result.error
+        if generation.observations is not None:
+            generation.observations.saw(part.start, part.stop, result.scalings)
+        if result.all_logits is not None:
+            _keep_prompt_logprobs(result)
+        return self._next_token(generation, result) if part.wants_logits else None
 
-    def _next_token(self, generation: Generation, result: PartResult) -> Delta:
+    def _next_token(self, generation: Generation, result: PartResult) -> "_Step":
         logits, chooser = result.logits, generation.chooser
         assert logits is not None, "a main pass that ends a generation's tokens returned no logits"
         assert result.best is not None, "logits came without their largest"
@@ -71,19 +74,25 @@ class Answers:
             generation.logprobs += logprobs
         text = generation.text.add(token)
         scalings = () if generation.observations is None else generation.observations.step_scalings()
-        reason, error = self._finish_reason(generation, token), None
+        reason = self._finish_reason(generation, token)
         if reason is not None:
             text += generation.text.end()
+        return _Step(token, text, logprobs, scalings, reason)
+
+    def _told(self, generation: Generation, step: "_Step") -> Delta:
+        """Tell what a token added; end the generation if it was its last."""
+        reason, error = step.reason, None
+        if reason is not None:
             reason, error = self._book.finish(generation, reason)
         return Delta(
             request_id=generation.state.request_id,
             index=generation.index,
-            token_ids=(token,),
-            text=text,
-            logprobs=logprobs,
+            token_ids=(step.token,),
+            text=step.text,
+            logprobs=step.logprobs,
             finish_reason=reason,
             error=error,
-            scalings=scalings,
+            scalings=step.scalings,
         )
 
     def _finish_reason(self, generation: Generation, token: int) -> FinishReason | None:
@@ -94,6 +103,16 @@ class Answers:
             if is_end or is_complete or generation.text.is_stopped:
                 return "stop"
         return "length" if generation.num_new >= generation.state.max_new_tokens else None
+
+
+class _Step(NamedTuple):
+    """A token that was chosen, and what came with it."""
+
+    token: int
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    scalings: tuple[TokenScalings, ...]
+    reason: FinishReason | None  # of the answer's end
 
 
 def _keep_prompt_logprobs(result: PartResult) -> None:

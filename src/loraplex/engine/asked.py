@@ -1,10 +1,11 @@
-"""What a request asks of attention and of the prefix cache, checked before anything runs."""
+"""What the fields of a request are, and what it asks of attention, checked before anything runs."""
 
 from collections.abc import Sequence
 
 from loraplex.engine.generation import RequestState
 from loraplex.engine.request import Request
-from loraplex.errors import CapacityError, RequestError
+from loraplex.engine.sampling import SamplingParams
+from loraplex.errors import RequestError, TooLargeError
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.linked import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering
@@ -17,7 +18,6 @@ def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAtte
     With the first request that captures or steers, the base model's attention is joined.
     """
     request = state.request
-    _check_kinds(request)
     if request.capture is not None and request.sampling.n > 1:
         raise RequestError(
             f"the request captures attention and asks for n={request.sampling.n} answers. Ask for one answer a request."
@@ -42,20 +42,27 @@ def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAtte
 
 
 def check_scalings(state: RequestState, mixtures: Sequence[Mixture]) -> None:
-    """Raises CapacityError if an answer's scalings, [tokens, lora_layers, experts] in float32, could pass a budget."""
+    """Raises TooLargeError if an answer's scalings, [tokens, lora_layers, experts] in float32, could pass a budget."""
     budget = state.request.scalings_budget_bytes
     if not state.request.return_scalings or budget is None:
         return
     num_tokens = len(state.prompt) + max(0, state.max_new_tokens - 1)  # the last new token is never run
     needed = sum(num_tokens * len(mixture.layers) * len(mixture.experts) * 4 for mixture in mixtures)
     if needed > budget:
-        raise CapacityError(
+        raise TooLargeError(
             f"the scalings of {num_tokens} tokens take {needed} bytes ({len(mixtures)} mixtures), and "
             f"scalings_budget_bytes is {budget}. Ask for fewer max_tokens, shorten the prompt, or raise the budget."
         )
 
 
-def _check_kinds(request: Request) -> None:
+def check_kinds(request: Request) -> None:
+    """Raises RequestError for a field that is no such thing at all."""
+    if not isinstance(request, Request):
+        raise RequestError(f"{request!r} is no request. Give a loraplex.Request.")
+    if not isinstance(request.sampling, SamplingParams):
+        raise RequestError(f"sampling is {request.sampling!r}; give a loraplex.SamplingParams.")
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise RequestError(f"priority is {request.priority!r}; give a whole number, a higher one to go first.")
     if request.capture is not None and not isinstance(request.capture, CaptureRequest):
         raise RequestError(f"capture is {request.capture!r}; give a loraplex.residual.CaptureRequest, or None.")
     is_tuple = isinstance(request.steering, tuple)
@@ -64,7 +71,7 @@ def _check_kinds(request: Request) -> None:
     if not isinstance(request.return_scalings, bool):
         raise RequestError(f"return_scalings is {request.return_scalings!r}; give True or False.")
     budget = request.scalings_budget_bytes
-    if budget is not None and (not isinstance(budget, int) or budget < 1):
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise RequestError(f"scalings_budget_bytes is {budget!r}; give a whole number of at least 1, or None.")
     if not isinstance(request.cache_salt, str):
         raise RequestError(f'cache_salt is {request.cache_salt!r}; give a string, or "" for none.')

@@ -2,18 +2,27 @@
 
 import asyncio
 import itertools
+import logging
+import os
 import threading
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.feed import Event, Feed, deliver
+from loraplex.engine.faults import FaultLog
+from loraplex.engine.feed import Event, Feed, deliver, fail
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.stats import EngineStats
+from loraplex.errors import EngineError
 from loraplex.models.multi_lora import MultiLoraModel
 
+logger = logging.getLogger(__name__)
+
+EXIT_STATUS = 70  # of the process, with EngineConfig(on_fault="exit")
 _LOADING_PAUSE_S = 0.001  # while all requests wait for their adapters
+_LAST_WORDS_S = 1.0  # for errors to reach their readers before the process ends
 
 
 class AsyncEngine:
@@ -50,8 +59,9 @@ class AsyncEngine:
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """What each step adds, until every answer of the request has a finish_reason.
 
-        Raises RequestError, LinkSyntaxError, AdapterNotFoundError or CapacityError at the first step of the loop. A
-        request that fails later ends with finish_reason "error".
+        Raises RequestError, LinkSyntaxError, AdapterNotFoundError, CapacityError or EngineStoppedError at the first
+        step of the loop. A request that fails later ends with finish_reason "error"; where not even that can be told,
+        with an EngineError.
         """
         feed = self.feed()
         request_id = await self.submit(request, feed)
@@ -96,6 +106,8 @@ class AsyncEngine:
         except BaseException:
             self._feeds.pop(request_id, None)
             raise
+        if request_id not in self._feeds:  # a fault came in between: its reader is told by the feed
+            self._engine.cancel(request_id)
         self._wake.set()
         return request_id
 
@@ -114,7 +126,17 @@ class AsyncEngine:
     @property
     def is_running(self) -> bool:
         """Whether the engine's thread takes requests."""
-        return self._thread.is_alive() and not self._is_closed
+        return self._thread.is_alive() and not self._is_closed and not self._engine.faults.has_stopped
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether a fault has ended all requests, and those that come wait for new machinery."""
+        return self.is_running and not self._engine.is_up
+
+    @property
+    def faults(self) -> FaultLog:
+        """The faults that ended all requests, and whether the engine has stopped for good."""
+        return self._engine.faults
 
     @property
     def max_length(self) -> int:
@@ -138,27 +160,68 @@ class AsyncEngine:
             return
         made.set_result(self._engine)
         while not self._is_closed:
-            if not self._engine.has_work:
-                self._wake.wait()
-                self._wake.clear()
-                continue
-            deltas = self._engine.step()
-            self._tell(deltas)
-            if not deltas and not self._engine.stats().num_running:
-                self._wake.wait(_LOADING_PAUSE_S)
-        self._tell(self._engine.close())
+            try:
+                self._turn()
+            except Exception as error:
+                self._fail(error)
+        try:
+            self._tell(self._engine.close())
+        except Exception as error:
+            self._fail(error)
+
+    def _turn(self) -> None:
+        """A step, or a wait for something to do."""
+        if self._engine.faults.has_stopped:
+            self._stop()
+            return
+        self._engine.restart()  # if there was a fault: before the next request comes
+        if not self._engine.has_work:
+            self._wake.wait()
+            self._wake.clear()
+            return
+        deltas = self._engine.step()
+        self._tell(deltas)
+        if not deltas and not self._engine.stats().num_running:
+            self._wake.wait(_LOADING_PAUSE_S)
 
     def _tell(self, deltas: list[Delta]) -> None:
+        """Hand out deltas, and behind them the results of the requests that ended."""
         news: dict[Feed, list[Event]] = {}
         for delta in deltas:
             feed = self._feeds.get(delta.request_id)
             if feed is not None and feed.wants_deltas:
                 news.setdefault(feed, []).append(delta)
-            if delta.finish_reason is None:
-                continue
-            result = self._engine.pop_result(delta.request_id)
-            if result is not None:
-                self._feeds.pop(delta.request_id, None)
-                if feed is not None:
-                    news.setdefault(feed, []).append(result)
+        ended = dict.fromkeys(delta.request_id for delta in deltas if delta.finish_reason is not None)
+        results = [result for request_id in ended if (result := self._engine.pop_result(request_id)) is not None]
+        for result in results:
+            feed = self._feeds.get(result.request_id)
+            if feed is not None:
+                news.setdefault(feed, []).append(result)
         deliver(news)
+        for result in results:
+            self._feeds.pop(result.request_id, None)
+
+    # Its faults
+
+    def _fail(self, error: Exception) -> None:
+        """What the engine didn't end by itself: nobody is left waiting for it."""
+        try:
+            self._engine.fail(error)
+        except Exception as another:  # of the remedy
+            logger.critical("the engine can't be trusted any more", exc_info=another)
+            self._engine.faults.add(another, for_good=True)
+        for request_id, feed in list(self._feeds.items()):
+            fail([feed], EngineError(f"the engine failed: {type(error).__name__}: {error}. Ask again."))
+            self._feeds.pop(request_id, None)
+            self._engine.pop_result(request_id)
+            self._engine.cancel(request_id)  # if it came after the engine had ended what it knew
+
+    def _stop(self) -> None:
+        """The engine takes no more requests: wait to be closed, or end the process if that is wanted."""
+        if self._engine.config.on_fault == "exit":
+            time.sleep(_LAST_WORDS_S)
+            logger.critical("the process ends with status %d (on_fault is 'exit')", EXIT_STATUS)
+            os._exit(EXIT_STATUS)
+        while not self._is_closed:
+            self._wake.wait()
+            self._wake.clear()

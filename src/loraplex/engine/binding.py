@@ -49,12 +49,13 @@ class Binding:
         """Raises AdapterNotFoundError, CapacityError (no slot is free now) or AdapterChangedError."""
         (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
         found, names = mixtures.expand([link])
-        self._leases = ExitStack()
-        leased = self._leases.enter_context(store.lease(names))
-        self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
         self.scaling_routes: list[tuple[TrackRoute, ...]] = []  # of each scaling pass
         self.scaling_keys: list[tuple[KeyPart, ...]] = []
-        self.mixtures = self._bind_mixtures(link, found, leased)
+        with ExitStack() as leases:
+            leased = leases.enter_context(store.lease(names))
+            self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
+            self.mixtures = self._bind_mixtures(link, found, leased)
+            self._leases = leases.pop_all()
 
     def close(self) -> None:
         self._leases.close()

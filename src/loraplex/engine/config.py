@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from loraplex.errors import ConfigError
 
 _COUNTS = ("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens")
+_ON_FAULT = ("restart", "exit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class EngineConfig:
     draft: bool = True  # run a mixture's scaling pass for the token that it expects next, beside the main pass
     cuda_graphs: bool = True  # record the steps of decoding on a GPU and replay them; elsewhere without effect
     max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
+    on_fault: str = "restart"  # what follows an error outside of the requests' own work; "exit" ends the process
+    max_restarts: int = 3  # in any restart_window_s; with one fault more the engine stops for good
+    restart_window_s: float = 600.0
 
     def __post_init__(self) -> None:
         for option in _COUNTS:
@@ -30,6 +34,13 @@ class EngineConfig:
         for option in ("prefix_cache", "draft", "cuda_graphs"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
+        if self.on_fault not in _ON_FAULT:
+            raise ConfigError(f"on_fault is {self.on_fault!r}; it must be one of {', '.join(_ON_FAULT)}.")
+        if isinstance(self.max_restarts, bool) or not isinstance(self.max_restarts, int) or self.max_restarts < 0:
+            raise ConfigError(f"max_restarts is {self.max_restarts!r}; it must be a whole number of at least 0.")
+        window = self.restart_window_s
+        if isinstance(window, bool) or not isinstance(window, int | float) or not 0 < window < float("inf"):
+            raise ConfigError(f"restart_window_s is {window!r}; it must be above 0 and finite.")
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(
                 f"max_length is {self.max_length!r}; it must be at least 2 (a prompt token and a new one)."

@@ -30,11 +30,20 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
             "json_schema needs the package llguidance, which is not installed. Install it: pip install "
             "'loraplex[json]'."
         ) from error
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema is no JSON: {error}. Give a valid JSON schema.") from error
     with _lock:
         known = _tokenizers.get(tokenizer)
         if known is None:
-            known = _tokenizers[tokenizer] = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
+            try:
+                known = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
+            except Exception as error:  # Rust's, of many kinds
+                raise RequestError(
+                    f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without it."
+                ) from error
+            _tokenizers[tokenizer] = known
     try:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
         matcher = llguidance.LLMatcher(known, grammar)

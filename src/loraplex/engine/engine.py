@@ -1,5 +1,6 @@
 """The engine: requests come at any time, share forward passes, and get their tokens as they are made."""
 
+import gc
 import itertools
 import logging
 import threading
@@ -7,19 +8,18 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from loraplex.engine.answers import Answers
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.heap import freeze_heap
+from loraplex.engine.faults import FaultLog, interrupted
+from loraplex.engine.generation import RequestState
 from loraplex.engine.intake import Intake
-from loraplex.engine.leases import Leases
-from loraplex.engine.packing import Part
-from loraplex.engine.progress import progress_bar
+from loraplex.engine.machinery import Machinery
+from loraplex.engine.progress import Bar, progress_bar
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.request_book import RequestBook
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.stats import EngineStats, StepCounts
-from loraplex.errors import EngineError, LoraplexError, RequestError
+from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
@@ -36,19 +36,19 @@ class Engine:
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig | None = None) -> None:
         """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
-        self._thaw_heap = freeze_heap(self)
         self.model = model
         self.config = config or EngineConfig()
+        self.faults = FaultLog(self.config)
+        self._is_closed = False
         self._counts = StepCounts()
-        self._runner = ModelRunner(model, self.config)
-        self._intake = Intake(model, self._runner)
-        self._leases = Leases(model)
-        self._scheduler = Scheduler(self.config, self._runner.pool, self._runner.table, self._leases.bring)
-        most = self.config.max_waiting + self.config.max_running
-        self._book = RequestBook(self._scheduler, self._leases, most)
-        self._answers = Answers(self._intake, self._book, self._counts)
+        self._num_preempted = 0  # by machinery that a fault took down
         self._numbers = itertools.count()
         self._step_lock = threading.Lock()
+        self._book = RequestBook(self.config.max_waiting + self.config.max_running)
+        self._machinery: Machinery | None = Machinery(model, self.config)
+        self._room = self._machinery.room
+        self._intake = Intake(model, self._room)
+        self._machinery.join(self._book, self._intake, self._counts)
 
     def __enter__(self) -> "Engine":
         return self
@@ -61,12 +61,17 @@ class Engine:
     def close(self) -> list[Delta]:
         """Cancel what runs and give the model back as it was."""
         with self._step_lock:
-            if self._book.is_closed:
+            if self._is_closed:
                 return []
-            deltas = self._book.close()
-            self._runner.close()
-            self._thaw_heap()
-            return deltas
+            self._is_closed = True
+            self._book.refuse(_closed)
+            try:
+                return self._book.close()
+            except Exception as error:
+                logger.exception("the engine could not be closed in order")
+                return self._book.fail_all(interrupted(error))
+            finally:
+                self._take_down()
 
     # Requests
 
@@ -78,21 +83,41 @@ class Engine:
         """
         states = [self._intake.prepare(request, self._new_id()) for request in requests]
         self._book.enqueue(states)
-        with progress_bar(len(requests), show=progress) as bar:
-            while not all(self._book.is_finished(state.request_id) for state in states):
-                deltas = self.step()
-                for delta in deltas:
-                    bar.update(len(delta.token_ids), self._book.is_finished(delta.request_id))
-                if not deltas and not self._scheduler.running:
-                    time.sleep(_LOADING_PAUSE_S)
+        try:
+            with progress_bar(len(requests), show=progress) as bar:
+                self._finish(states, bar)
+        except BaseException:  # somebody interrupted it
+            self._withdraw(states)
+            raise
         results = [self._book.pop_result(state.request_id) for state in states]
         return [result for result in results if result is not None]
 
+    def _withdraw(self, states: Sequence[RequestState]) -> None:
+        with self._step_lock:
+            try:
+                self._book.withdraw(states)
+            except Exception as error:
+                self._fault(error)
+                self._book.withdraw(states)
+
+    def _finish(self, states: Sequence[RequestState], bar: Bar) -> None:
+        """Step until these requests have ended."""
+        open_ids = {state.request_id for state in states}
+        while open_ids:
+            deltas = self.step()
+            for delta in deltas:
+                has_ended = delta.request_id in open_ids and self._book.is_finished(delta.request_id)
+                bar.update(len(delta.token_ids), has_ended)
+                if has_ended:
+                    open_ids.remove(delta.request_id)
+            if not deltas:
+                open_ids = {request_id for request_id in open_ids if not self._book.is_finished(request_id)}
+                if self.stats().num_running == 0:
+                    time.sleep(_LOADING_PAUSE_S)
+
     def add_request(self, request: Request, request_id: str | None = None) -> str:
         """Take a request; returns its id. Raises what `generate` raises; then nothing has changed."""
-        if request_id is not None and self._book.knows(request_id):
-            raise RequestError(f"the request id {request_id!r} is in use. Choose another one, or none.")
-        state = self._intake.prepare(request, request_id or self._new_id())
+        state = self._intake.prepare(request, self._new_id() if request_id is None else request_id)
         self._book.enqueue([state])
         return state.request_id
 
@@ -107,11 +132,16 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens that prompt and answer can have together."""
-        return self._runner.max_length
+        return self._room.max_length
 
     @property
     def vocab_size(self) -> int:
-        return self._runner.vocab_size
+        return self._intake.vocab_size
+
+    @property
+    def is_up(self) -> bool:
+        """Whether steps can run: not once it is closed or stopped, nor between a fault and the restart."""
+        return self._machinery is not None
 
     @property
     def has_work(self) -> bool:
@@ -120,66 +150,110 @@ class Engine:
     # Steps
 
     def step(self) -> list[Delta]:
-        """Run one forward pass, if anything can run; returns what it added to the requests."""
+        """Run one forward pass, if anything can run; returns what it added to the requests.
+
+        A fault in between ends all requests with an EngineError, and the next step starts with new machinery; after
+        `EngineConfig.max_restarts` of them the engine takes no more requests (EngineStoppedError).
+        """
         with self._step_lock:
-            deltas = self._book.take_in()
-            parts = self._scheduler.plan()
-            failures, self._leases.failures = self._leases.failures, []
-            deltas += [self._book.end(generation, "error", error) for generation, error in failures]
-            return deltas + (self._run(parts) if parts else [])
+            try:
+                self._restart()
+                deltas = [] if self._machinery is None else self._machinery.step()
+                self._book.told()
+                return deltas
+            except Exception as error:
+                return self._fault(error)
+            except BaseException as error:  # an interrupt in the middle of something: no fault, but the same remedy
+                self._book.fail_all(interrupted(error))
+                self._take_down()
+                raise
 
-    def _run(self, parts: list[Part]) -> list[Delta]:
+    def restart(self) -> None:
+        """Make new machinery after a fault now, rather than at the next step."""
+        with self._step_lock:
+            self._restart()
+
+    def fail(self, error: Exception) -> list[Delta]:
+        """Take an error outside of `step` for a fault inside: all requests end."""
+        with self._step_lock:
+            return self._fault(error)
+
+    def stop(self, error: BaseException) -> list[Delta]:
+        """The same, and take no more requests."""
+        with self._step_lock:
+            return self._fault(error, for_good=True)
+
+    # After a fault
+
+    def _fault(self, error: BaseException, *, for_good: bool = False) -> list[Delta]:
+        logger.error("the engine failed; all its requests are ended", exc_info=error)
+        told = self.faults.add(error, for_good=for_good)
+        if self.faults.has_stopped and not self._is_closed:
+            self._book.refuse(self.faults.refusal)
+            logger.critical("%s", self.faults.refusal())
+        deltas = self._book.fail_all(told)
+        self._take_down()
+        return deltas
+
+    def _take_down(self) -> None:
+        """Give the model back as it was; after a fault that may fail too."""
+        machinery, self._machinery = self._machinery, None
+        if machinery is None:
+            return
+        self._num_preempted += machinery.scheduler.num_preempted
         try:
-            results = self._runner.run(parts)
-        except Exception as error:
-            return self._run_apart(parts, error)
-        self._counts.add(parts)
-        deltas = self._answers.take(results)
-        if not self._scheduler.running:
-            self._runner.attention.forget_rows()
-        return deltas
+            machinery.close()
+        except Exception:
+            logger.exception("the engine could not be taken down in order")
 
-    def _run_apart(self, parts: list[Part], error: Exception) -> list[Delta]:
-        """A pass failed: run its generations one by one, so that only those fail which can't run."""
-        logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
-        generations = list(dict.fromkeys(part.generation for part in parts))
-        if len(generations) == 1:
-            told = error if isinstance(error, LoraplexError) else _failed_pass(error)
-            return [self._book.end(generations[0], "error", told)]
-        deltas = []
-        for generation in generations:
-            deltas += self._run([part for part in parts if part.generation is generation])
-        return deltas
+    def _restart(self) -> None:
+        if self._machinery is not None or self._is_closed or self.faults.has_stopped:
+            return
+        gc.collect()  # what is left of the old machinery would be frozen with the heap
+        machinery = Machinery(self.model, self.config)
+        machinery.join(self._book, self._intake, self._counts)
+        self._machinery = machinery
+        logger.warning("the engine has started anew; it has had %d faults", self.faults.count)
 
     # What it holds
 
     def stats(self) -> EngineStats:
         """What is held and what was done."""
+        counts, machinery = self._counts.copy(), self._machinery
+        if machinery is None:  # closed, or between a fault and the restart
+            return EngineStats(num_blocks=self._room.num_blocks, num_preempted=self._num_preempted, counts=counts)
+        pool, scheduler = machinery.runner.pool, machinery.scheduler
         return EngineStats(
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
-            num_blocks=self._runner.pool.num_blocks,
-            num_blocks_held=self._runner.pool.num_held,
-            num_tracks=self._runner.table.num_rows_held,
-            num_preempted=self._scheduler.num_preempted,
-            counts=self._counts.copy(),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_blocks_held=pool.num_held,
+            num_tracks=machinery.runner.table.num_rows_held,
+            num_preempted=self._num_preempted + scheduler.num_preempted,
+            counts=counts,
         )
 
     def clear_prefix_cache(self) -> None:
         """Forget the keys and values of finished requests."""
         with self._step_lock:
-            self._runner.pool.forget_all_idle()
-            if self._runner.pool.num_held == 0:
-                self._runner.attention.responses.clear()
+            if self._machinery is not None:
+                self._runner.pool.forget_all_idle()
+                if self._runner.pool.num_held == 0:
+                    self._runner.attention.responses.clear()
+
+    @property
+    def _runner(self) -> ModelRunner:
+        assert self._machinery is not None, "the engine is closed, or between a fault and its restart"
+        return self._machinery.runner
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        assert self._machinery is not None, "the engine is closed, or between a fault and its restart"
+        return self._machinery.scheduler
 
     def _new_id(self) -> str:
-        return f"request-{next(self._numbers)}"
+        return next(name for number in self._numbers if not self._book.knows(name := f"request-{number}"))
 
 
-def _failed_pass(error: Exception) -> EngineError:
-    told = EngineError(
-        f"the forward pass failed: {type(error).__name__}: {error}. Only this request was ended; ask again, with fewer "
-        "tokens if memory is what it lacked."
-    )
-    told.__cause__ = error
-    return told
+def _closed() -> RequestError:
+    return RequestError("the engine is closed. Make a new one: loraplex.Engine(model).")

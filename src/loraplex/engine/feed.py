@@ -1,9 +1,10 @@
 """What the engine's thread tells one reader on an event loop, gathered until the reader takes it."""
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from loraplex.engine.request import Delta, RequestResult
+from loraplex.errors import EngineError
 
 Event = Delta | RequestResult
 
@@ -15,6 +16,7 @@ class Feed:
         self.loop = loop
         self.wants_deltas = wants_deltas
         self._events: list[Event] = []
+        self._error: EngineError | None = None
         self._arrived = asyncio.Event()
 
     def put(self, events: Sequence[Event]) -> None:
@@ -22,11 +24,22 @@ class Feed:
         self._events += events
         self._arrived.set()
 
+    def fail(self, error: EngineError) -> None:
+        """No more events will come; called on the reader's loop."""
+        self._error = error
+        self._arrived.set()
+
     async def take(self) -> list[Event]:
-        """Everything that is new since the last call; waits until there is something."""
+        """Everything that is new since the last call; waits until there is something.
+
+        Raises EngineError if the engine failed in such a way that no results came.
+        """
         await self._arrived.wait()
-        self._arrived.clear()
         events, self._events = self._events, []
+        if self._error is None:
+            self._arrived.clear()
+        elif not events:
+            raise self._error
         return events
 
 
@@ -36,8 +49,23 @@ def deliver(news: Mapping[Feed, Collection[Event]]) -> None:
     for feed, events in news.items():
         by_loop.setdefault(feed.loop, []).append((feed, list(events)))
     for loop, feeds in by_loop.items():
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_put_all, feeds)
+        _call(loop, _put_all, feeds)
+
+
+def fail(feeds: Collection[Feed], error: EngineError) -> None:
+    """Let no reader wait any longer, each with an error of its own."""
+    for feed in feeds:
+        told = type(error)(str(error))
+        told.__cause__ = error.__cause__
+        _call(feed.loop, feed.fail, told)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        if not loop.is_closed():  # its readers are gone with it
+            raise
 
 
 def _put_all(feeds: Sequence[tuple[Feed, list[Event]]]) -> None:

@@ -11,10 +11,12 @@ from loraplex.engine.request import Completion, FinishReason, Request, TokenLogp
 from loraplex.engine.scaling_pass import ScalingPass
 from loraplex.engine.text import AnswerText
 from loraplex.engine.token_choice import TokenChooser
-from loraplex.engine.tracks import KeyPart, Track
+from loraplex.engine.tracks import KeyPart, Track, TrackRoute
 from loraplex.errors import LoraplexError
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.choice import Link
+
+Pass = tuple[tuple[TrackRoute, ...], tuple[KeyPart, ...]]  # what its tokens go through, and what they depend on
 
 
 @dataclass(eq=False, kw_only=True)
@@ -92,8 +94,8 @@ class Generation:
     def holds_blocks(self) -> bool:
         return self.main is not None
 
-    def begin(self, binding: Binding, pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
-        """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
+    def passes(self, binding: Binding) -> list[Pass]:
+        """What its passes go through: the main one, then the scaling passes. Takes nothing yet."""
         prompt, request = self.state.prompt, self.state.request
         if self.asked is None:
             row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
@@ -101,11 +103,20 @@ class Generation:
             self.asked = AskedAttention(row=row, buffer=buffer) if row.asks else None
         salt = _salt_keys(request)
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
-        self.main = Track(self.tokens, binding.main_routes(prompt), keys, pool, table)
+        scalings = zip(binding.scaling_routes, binding.scaling_keys, strict=True)
+        return [
+            (tuple(binding.main_routes(prompt)), tuple(keys)),
+            *((routes, (*salt, *scaling_keys)) for routes, scaling_keys in scalings),
+        ]
+
+    def begin(self, passes: list[Pass], pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
+        """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
+        (main_routes, main_keys), *scalings = passes
+        self.main = Track(self.tokens, main_routes, main_keys, pool, table)
         if reuse:
             self.main.reuse(self.most_reused)
-        for routes, scaling_keys in zip(binding.scaling_routes, binding.scaling_keys, strict=True):
-            track = Track(self.tokens, routes, [*salt, *scaling_keys], pool, table)
+        for routes, keys in scalings:
+            track = Track(self.tokens, routes, keys, pool, table)
             if reuse:
                 track.reuse(self.main.num_computed)
             self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))

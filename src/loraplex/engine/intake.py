@@ -4,18 +4,21 @@ import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.engine.asked import check_attention, check_scalings
+from loraplex.engine.asked import check_attention, check_kinds, check_scalings
 from loraplex.engine.constraints import make_constraint
 from loraplex.engine.generation import Generation, RequestState
 from loraplex.engine.observations import Observations
 from loraplex.engine.request import Prompt, Request
-from loraplex.engine.runner import ModelRunner
+from loraplex.engine.room import Room, check_slots
+from loraplex.engine.sampling import SamplingParams
 from loraplex.engine.text import AnswerText
 from loraplex.engine.token_choice import TokenChooser
-from loraplex.errors import BaseModelError, CapacityError, RequestError
+from loraplex.errors import BaseModelError, RequestError
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer
@@ -26,20 +29,25 @@ from loraplex.xlora.mixture import Mixture
 class Intake:
     """Checks and prepares requests; safe to use from many threads."""
 
-    def __init__(self, model: MultiLoraModel, runner: ModelRunner) -> None:
+    def __init__(self, model: MultiLoraModel, room: Room) -> None:
         self._model = model
-        self._runner = runner
+        self._room = room
         self._arrivals = itertools.count()
-        self._vocab_size = model.base.get_input_embeddings().num_embeddings
+        self.vocab_size = model.base.get_input_embeddings().num_embeddings
+        output = model.base.get_output_embeddings()
+        self._num_logits = int(getattr(output, "out_features", self.vocab_size))
 
     def prepare(self, request: Request, request_id: str) -> RequestState:
-        """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or CapacityError; then nothing has changed."""
+        """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or TooLargeError; then nothing has changed."""
+        check_kinds(request)
         link = parse_choice(request.adapters)
+        self._check_tokens(request.sampling)
+        self._room.check_answers(request.sampling.n)
         prompt = self._encode(request.prompt)
+        self._room.check_prompt(len(prompt))
         (others,), (chain,) = self._model.registry.linked.split([link])
         found, names = self._model.mixtures.expand([others])
-        for name in names:
-            self._model.store.version(name)
+        check_slots(self._model.store, names)
         sampling = request.sampling
         state = RequestState(
             request_id=request_id,
@@ -47,11 +55,10 @@ class Intake:
             link=link,
             prompt=prompt,
             arrival=next(self._arrivals),
-            max_new_tokens=min(sampling.max_tokens, self._runner.max_length - len(prompt)),
+            max_new_tokens=min(sampling.max_tokens, self._room.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
         )
-        self._check_fits(state, num_passes=1 + len(_pass_kinds(others, found)))
-        self._check_tokens(request)
+        self._room.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
         check_scalings(state, [found[name] for name, _ in others if name in found])
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -74,7 +81,7 @@ class Intake:
     def _generation(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> Generation:
         sampling = state.request.sampling
         schema = sampling.json_schema
-        constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self._vocab_size)
+        constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self.vocab_size)
         ends = self.end_tokens(state)
         chooser = TokenChooser(sampling, state.prompt, ends, seed % 2**63, constraint)
         tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
@@ -94,17 +101,16 @@ class Intake:
             return None
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        tokens: Any = prompt
         if isinstance(prompt, str):
-            tokens = self._model.tokenizer(prompt)["input_ids"]
+            tokens = self._tokenize(prompt)
         elif isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
             tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            tokens = prompt
-        is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, self._vocab_size) for token in tokens)
+        is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, self.vocab_size) for token in tokens)
         if not is_tokens or not tokens:
             raise RequestError(
-                f"the prompt {str(prompt)[:100]!r} can't be read. Give a text, at least one token id from 0 to "
-                f"{self._vocab_size - 1}, or the messages of a chat."
+                f"the prompt {repr(prompt)[:100]} can't be read. Give a text, at least one token id from 0 to "
+                f"{self.vocab_size - 1}, or the messages of a chat."
             )
         return tuple(tokens)
 
@@ -113,33 +119,34 @@ class Intake:
         if tokenizer.chat_template is None:
             raise RequestError("the model's tokenizer has no chat template. Give the prompt as a text.")
         turns = [dict(turn) for turn in messages]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"the chat template refuses these messages: {error}.") from error
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text: str, **options: bool) -> Sequence[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt can't be read: its character {error.start}, {text[error.start]!r}, is half of a surrogate "
+                "pair, which no text has alone. Leave it out, or give the whole character."
+            ) from None
+        ids: Sequence[int] = self._model.tokenizer(text, **options)["input_ids"]
         return ids
 
-    def _check_fits(self, state: RequestState, num_passes: int) -> None:
-        runner = self._runner
-        length = len(state.prompt)
-        if length >= runner.max_length:
-            raise RequestError(
-                f"the prompt has {length} tokens, but prompt and answer together can have {runner.max_length}. Shorten "
-                "it, or raise EngineConfig.max_length or cache_bytes."
-            )
-        size = runner.pool.block_tokens
-        needed = -(-(length + state.max_new_tokens) // size) * num_passes
-        if needed > runner.pool.num_blocks:
-            raise CapacityError(
-                f"the request needs {needed} blocks of keys and values ({num_passes} passes of "
-                f"{length + state.max_new_tokens} tokens), but there are {runner.pool.num_blocks}. Ask for fewer "
-                "max_tokens, or raise EngineConfig.cache_bytes."
-            )
-
-    def _check_tokens(self, request: Request) -> None:
-        for token in (*request.sampling.stop_token_ids, *request.sampling.logit_bias):
-            if token >= self._vocab_size:
+    def _check_tokens(self, sampling: SamplingParams) -> None:
+        most = self._num_logits
+        for token in (*sampling.stop_token_ids, *sampling.logit_bias):
+            if token >= most:
                 raise RequestError(
-                    f"the token id {token} in stop_token_ids or logit_bias is none of this model's 0 to "
-                    f"{self._vocab_size - 1}."
+                    f"the token id {token} in stop_token_ids or logit_bias is none of this model's 0 to {most - 1}."
+                )
+        for option in ("logprobs", "prompt_logprobs"):
+            if (getattr(sampling, option) or 0) > most:
+                raise RequestError(
+                    f"{option} is {getattr(sampling, option)}, but the model has {most} tokens. Ask for at most {most}."
                 )
 
 

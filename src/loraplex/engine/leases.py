@@ -1,6 +1,7 @@
 """Bringing requests' adapters into slots, in the background where they must be read from disk."""
 
 from loraplex.engine.binding import Binding
+from loraplex.engine.faults import own_fault
 from loraplex.engine.generation import Generation, RequestState
 from loraplex.errors import CapacityError, LoraplexError
 from loraplex.models.multi_lora import MultiLoraModel
@@ -29,8 +30,8 @@ class Leases:
             if not self._holders:
                 self.failures.append((generation, error))
             return False  # else slots will be free when others end
-        except LoraplexError as error:
-            self.failures.append((generation, error))
+        except Exception as error:
+            self.failures.append((generation, own_fault(error, "bringing the request's adapters into slots")))
             return False
         self._holders.add(state)
         return self._have_arrived(state.binding)
@@ -42,6 +43,11 @@ class Leases:
     def release(self, state: RequestState) -> None:
         """Let a request's adapters go."""
         self._holders.discard(state)
-        if state.binding is not None:
-            state.binding.close()
-            state.binding = None
+        binding, state.binding = state.binding, None
+        if binding is not None:
+            binding.close()
+
+    def release_all(self) -> None:
+        """Let all go, after a fault."""
+        for state in list(self._holders):
+            self.release(state)

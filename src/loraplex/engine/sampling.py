@@ -1,11 +1,18 @@
 """How a request's tokens are chosen from the logits, and when it ends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.errors import RequestError
+
+_LARGEST = 3.4028234663852886e38  # that float32 can hold
+_LISTS = {
+    "stop": "a text or several",
+    "stop_token_ids": "a tuple of token ids",
+    "logit_bias": "a mapping from token ids to numbers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +76,21 @@ class SamplingParams:
         )
 
     def _check_lists(self) -> None:
+        kinds = {"stop": str | Sequence, "stop_token_ids": Sequence, "logit_bias": Mapping}
+        for option, kind in kinds.items():
+            if not isinstance(getattr(self, option), kind):
+                raise RequestError(f"{option} is {getattr(self, option)!r}; give {_LISTS[option]}.")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             raise RequestError(f"stop is {self.stop!r}; give texts of at least one character.")
         for token in (*self.stop_token_ids, *self.logit_bias):
             _check_count("a token id in stop_token_ids or logit_bias", token, 0)
         for token, bias in self.logit_bias.items():
-            if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias) or bias == math.inf:
-                raise RequestError(f"the logit_bias of token {token} is {bias!r}; it must be a number below infinity.")
+            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not is_number or not (bias == -math.inf or -_LARGEST <= bias <= _LARGEST):  # not for NaN
+                raise RequestError(
+                    f"the logit_bias of token {token} is {bias!r}; it must be a number that float32 can hold, or "
+                    "-infinity."
+                )
         if self.json_schema is not None and not isinstance(self.json_schema, str | Mapping):
             raise RequestError(f"json_schema is {self.json_schema!r}; give a JSON schema as a mapping or a text.")
 
@@ -87,5 +102,5 @@ def _check_count(option: str, value: object, least: int) -> None:
 
 def _check_number(option: str, value: object, least: float, most: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type,operator]
+    if not is_number or not max(least, -_LARGEST) <= value <= min(most, _LARGEST):  # type: ignore[operator]
         raise RequestError(f"{option} is {value!r}; it must be a finite number from {least:g} to {most:g}.")

@@ -5,12 +5,14 @@ from typing import Literal
 
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.faults import own_fault
 from loraplex.engine.generation import Generation
 from loraplex.engine.packing import Part
 from loraplex.engine.parts import PassPlan, TokenBudget, decode_parts, is_decoding, prompt_parts
 from loraplex.engine.shares import Shares
 from loraplex.engine.tracks import Track
 from loraplex.engine.waiting import Waiting
+from loraplex.errors import LoraplexError
 
 # Says whether a generation's adapters are in slots now: if not, ask again later.
 BringAdapters = Callable[[Generation], bool]
@@ -31,6 +33,7 @@ class Scheduler:
         self.shares = Shares()
         self.waiting = Waiting(self.shares)
         self.running: list[Generation] = []
+        self.failures: list[tuple[Generation, LoraplexError]] = []  # of those that can't begin
         self.num_preempted = 0
 
     def add(self, generation: Generation) -> None:
@@ -96,10 +99,10 @@ class Scheduler:
 
     # Who runs
 
-    def _order(self, generation: Generation) -> tuple[int, float, int]:
-        """Sorts by priority, then by how little its share got, then by arrival."""
+    def _order(self, generation: Generation) -> tuple[int, float, int, int]:
+        """Sorts by priority, then by how little its share got, then by arrival. No two are equal: one must give way."""
         state = generation.state
-        return -state.request.priority, self.shares.served(state.share), state.arrival
+        return -state.request.priority, self.shares.served(state.share), state.arrival, generation.index
 
     def _make_way(self) -> None:
         """Pause running generations for waiting ones of higher priority, or whose share is too far behind."""
@@ -149,7 +152,12 @@ class Scheduler:
         if not generation.holds_blocks:
             binding = generation.state.binding
             assert binding is not None, "a generation begins without its adapters"
-            generation.begin(binding, self._pool, self._table, reuse=self._config.prefix_cache)
+            try:
+                passes = generation.passes(binding)
+            except Exception as error:
+                self.failures.append((generation, own_fault(error, "beginning the answer")))
+                return "later"
+            generation.begin(passes, self._pool, self._table, reuse=self._config.prefix_cache)
             has_room = self._has_room(generation)
             if not has_room or (self._config.prefix_cache and self._is_computed_now(generation)):
                 generation.drop_passes()

@@ -39,10 +39,10 @@ class StepCounts:
 class EngineStats:
     """A picture of now. Of an engine without requests nothing is held: all blocks are free or in the prefix cache."""
 
-    num_running: int
-    num_waiting: int
+    num_running: int = 0
+    num_waiting: int = 0
     num_blocks: int
-    num_blocks_held: int
-    num_tracks: int
+    num_blocks_held: int = 0
+    num_tracks: int = 0
     num_preempted: int
     counts: StepCounts

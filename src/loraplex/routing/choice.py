@@ -1,6 +1,5 @@
 """What a row asks for: no adapter, one, or several linked ones with weights."""
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ _GRAMMAR = (
     "A row is None (the base model), 'name', a link 'name:weight+name:weight', or a list of (name, weight) pairs; "
     "weights are finite floats."
 )
+_LARGEST_WEIGHT = 3.4028234663852886e38  # that float32 can hold
 # A weight may carry an exponent's sign ("1e+2"), which is not a link's '+'.
 _PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9.]+[eE][+-]?\d+|[^:+]*))?(?P<end>\+|$)")
 
@@ -82,8 +82,8 @@ def _check_pairs(choice: Sequence[tuple[str, float]]) -> list[tuple[str, float]]
 def _check_weight(weight: object, link: object) -> float:
     try:
         value = float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise LinkSyntaxError(f"the weight {weight!r} in the link {link!r} is not a number. {_GRAMMAR}") from None
-    if not math.isfinite(value):
-        raise LinkSyntaxError(f"the weight {weight!r} in the link {link!r} is not finite. {_GRAMMAR}")
+    if not abs(value) <= _LARGEST_WEIGHT:  # not for NaN
+        raise LinkSyntaxError(f"the weight {weight!r} in the link {link!r} is not finite in float32. {_GRAMMAR}")
     return value

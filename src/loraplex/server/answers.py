@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenLogprobs, TokenScalings
+from loraplex.server.api_errors import ApiError
 from loraplex.server.event_stream import sse
 from loraplex.server.extensions import Encoding, extras
 from loraplex.server.runs import Run
@@ -72,24 +73,30 @@ async def stream_chunks(
     results: list[RequestResult] = []
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
     async for events in run.batches():
-        for news in gather(events, run, holds_end=wanted.any):
+        found, failure = gather(events, run, holds_end=wanted.any)
+        for news in found:
             choice = form.chunk_choice(news) | wanted.live(news, texts)
             if news.completion is not None:
                 choice |= wanted.of(news.completion, texts)
             yield sse(form.envelope | {"choices": [choice]} | nothing)
+        if failure is not None:  # what came before it has been told
+            raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
     if include_usage:
         yield sse(form.envelope | {"choices": [], "usage": usage(results)})
 
 
-def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool) -> list[News]:
-    """One News for each answer. With `holds_end` an answer's finish_reason comes with what extensions add."""
+def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool) -> tuple[list[News], ApiError | None]:
+    """One News for each answer, up to the first failure. With `holds_end` finish_reason comes with what extensions add."""
     found: dict[tuple[int, int], News] = {}
     last: list[News] = []
     for event in events:
         place = run.places[event.request_id]
         if isinstance(event, Delta):
-            run.check(event)
+            try:
+                run.check(event)
+            except ApiError as error:
+                return list(found.values()), error
             news = found.setdefault((place, event.index), News(place, event.index))
             news.add(event)
             if holds_end:
@@ -99,7 +106,7 @@ def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool
                 News(place, completion.index, finish_reason=completion.finish_reason, completion=completion)
                 for completion in event.completions
             ]
-    return [*found.values(), *last]
+    return [*found.values(), *last], None
 
 
 def new_id(prefix: str) -> str:

@@ -10,10 +10,12 @@ from loraplex.errors import (
     AdapterNotFoundError,
     CapacityError,
     ConfigError,
+    EngineStoppedError,
     LoraplexError,
     MixtureError,
     QueueFullError,
     RequestError,
+    TooLargeError,
 )
 
 RETRY_AFTER_S = 1
@@ -28,6 +30,7 @@ class Status:
     code: str
 
 
+ENGINE_STOPPED = Status(503, "server_error", "engine_stopped")
 # The first class that an error is an instance of.
 STATUSES: tuple[tuple[type[LoraplexError], Status], ...] = (
     (RequestError, Status(400, "invalid_request_error", "invalid_request")),
@@ -36,9 +39,11 @@ STATUSES: tuple[tuple[type[LoraplexError], Status], ...] = (
     (AdapterChangedError, Status(409, "invalid_request_error", "adapter_changed")),
     (MixtureError, Status(409, "invalid_request_error", "mixture_conflict")),
     (AdapterError, Status(400, "invalid_request_error", "invalid_adapter")),
+    (TooLargeError, Status(400, "invalid_request_error", "too_large")),
     (QueueFullError, Status(429, "rate_limit_error", "queue_full")),
     (CapacityError, Status(503, "server_error", "no_capacity")),
     (ConfigError, Status(400, "invalid_request_error", "invalid_request")),
+    (EngineStoppedError, ENGINE_STOPPED),
     (LoraplexError, Status(500, "server_error", "internal_error")),
 )
 # What the server itself refuses.
@@ -54,8 +59,10 @@ BODY_TOO_LARGE = Status(413, "invalid_request_error", "body_too_large")
 WRONG_CONTENT_TYPE = Status(415, "invalid_request_error", "wrong_content_type")
 RATE_LIMITED = Status(429, "rate_limit_error", "rate_limit_exceeded")
 INTERNAL = Status(500, "server_error", "internal_error")
+RESTARTING = Status(503, "server_error", "engine_restarting")
 SHUTTING_DOWN = Status(503, "server_error", "shutting_down")
 OVERLOADED = Status(503, "server_error", "overloaded")
+_RETRY = (RATE_LIMITED, SHUTTING_DOWN, OVERLOADED, ENGINE_STOPPED, RESTARTING)
 
 
 class ApiError(Exception):
@@ -66,7 +73,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        retries = status in (RATE_LIMITED, SHUTTING_DOWN, OVERLOADED) or status.code in ("queue_full", "no_capacity")
+        retries = status in _RETRY or status.code in ("queue_full", "no_capacity")
         self.retry_after_s = retry_after_s or (RETRY_AFTER_S if retries else 0)
 
     def body(self) -> dict[str, Any]:
@@ -89,7 +96,7 @@ class ApiError(Exception):
 def as_api_error(error: LoraplexError, *, may_see_all: bool) -> ApiError:
     """An engine's error for a client. What would tell the names of other tenants' adapters is said without them."""
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    if may_see_all or not isinstance(error, _NAMING):
+    if may_see_all or isinstance(error, TooLargeError) or not isinstance(error, _NAMING):
         return ApiError(status, str(error))
     return ApiError(status, _IMPERSONAL.get(status.code, "This can't be done with what is loaded now."))
 

@@ -87,6 +87,7 @@ class EngineCollector(Collector):
         yield _gauge("cache_blocks", "Blocks of keys and values", stats.num_blocks)
         yield _gauge("cache_blocks_held", "Blocks that requests hold", stats.num_blocks_held)
         yield _counter("preemptions", "Answers that gave way", stats.num_preempted)
+        yield _counter("engine_faults", "Errors that ended all requests", self._engine.faults.count)
         yield _counter("steps", "Forward passes", counts.num_steps)
         yield _counter("prompt_tokens", "Tokens of prompts that were computed", counts.num_prompt_tokens)
         yield _counter("new_tokens", "New tokens", counts.num_new_tokens)

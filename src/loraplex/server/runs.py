@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from loraplex.engine.feed import Feed
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
-from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
+from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError, RequestError
 from loraplex.server.access import adapter_names
 from loraplex.server.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError, as_api_error
 from loraplex.server.state import RequestContext, ServerState
@@ -40,7 +40,7 @@ class Run:
         """All results, in the requests' order; raises ApiError for the first that failed."""
         found: dict[int, RequestResult] = {}
         while len(found) < self.num_requests:
-            for event in await self._feed.take():
+            for event in await self._take():
                 if isinstance(event, RequestResult):
                     found[self.places[event.request_id]] = event
                     for completion in event.completions:
@@ -53,7 +53,7 @@ class Run:
         """What is new, until all requests are finished."""
         results: list[RequestResult] = []
         while len(results) < self.num_requests:
-            events = await self._feed.take()
+            events = await self._take()
             if not self._has_begun:
                 self._has_begun = True
                 self._state.metrics.first_token(self._adapters, time.perf_counter() - self._started)
@@ -61,6 +61,12 @@ class Run:
             if len(results) == self.num_requests:
                 self._account(results)
             yield events
+
+    async def _take(self) -> list[Delta | RequestResult]:
+        try:
+            return await self._feed.take()
+        except LoraplexError as error:
+            raise as_api_error(error, may_see_all=self._context.principal.may_manage) from error
 
     def check(self, ended: Completion | Delta) -> None:
         """Raise what a client must be told of an answer that didn't end as it should."""
@@ -111,14 +117,20 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
         raise as_api_error(error, may_see_all=context.principal.may_manage) from error
     except CapacityError as error:  # of one that is refused at once: it could never run
         raise ApiError(TOO_LARGE, str(error)) from error
-    except TemplateError as error:
-        raise ApiError(BAD_REQUEST, f"the chat template refuses these messages: {error}.", param="messages") from error
+    except RequestError as error:
+        if not isinstance(error.__cause__, TemplateError):
+            raise _refused(error, state, context) from error
+        raise ApiError(BAD_REQUEST, str(error), param="messages") from error
     except BaseModelError as error:
         raise ApiError(BAD_REQUEST, str(error)) from error
     except LoraplexError as error:
-        if state.is_draining:
-            raise ApiError(SHUTTING_DOWN, "the server is shutting down. Try again.") from error
-        raise as_api_error(error, may_see_all=context.principal.may_manage) from error
+        raise _refused(error, state, context) from error
+
+
+def _refused(error: LoraplexError, state: ServerState, context: RequestContext) -> ApiError:
+    if state.is_draining:
+        return ApiError(SHUTTING_DOWN, "the server is shutting down. Try again.")
+    return as_api_error(error, may_see_all=context.principal.may_manage)
 
 
 async def until_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:

@@ -44,6 +44,11 @@ class EngineReplica:
         """What Ray Serve asks now and then, and gives to the router."""
         return {HELD: sorted(self._held())}
 
+    def check_health(self) -> None:
+        """What Ray Serve asks now and then: a replica whose engine has stopped is made anew."""
+        if not self._engine.is_running:
+            raise self._engine.faults.refusal()
+
     async def metrics(self) -> tuple[str, str]:
         """The id that `x-replica` tells, and Prometheus' text."""
         return self._id, self._state.metrics.text().decode()

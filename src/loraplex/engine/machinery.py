@@ -1,0 +1,88 @@
+"""The parts of an engine that one fault takes down together, and that are made anew afterwards."""
+
+import logging
+
+from loraplex.engine.answers import Answers
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.faults import failed_pass
+from loraplex.engine.heap import freeze_heap
+from loraplex.engine.intake import Intake
+from loraplex.engine.leases import Leases
+from loraplex.engine.packing import Part
+from loraplex.engine.request import Delta
+from loraplex.engine.request_book import RequestBook
+from loraplex.engine.room import Room
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.stats import StepCounts
+from loraplex.models.multi_lora import MultiLoraModel
+
+logger = logging.getLogger(__name__)
+
+
+class Machinery:
+    """Runner, scheduler, leases: what is joined to the model, and holds blocks and slots."""
+
+    def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
+        """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
+        self._thaw_heap = freeze_heap(self)
+        try:
+            self.runner = ModelRunner(model, config)
+        except BaseException:
+            self._thaw_heap()
+            raise
+        self.leases = Leases(model)
+        self.scheduler = Scheduler(config, self.runner.pool, self.runner.table, self.leases.bring)
+        self.room = Room(
+            max_length=self.runner.max_length,
+            num_blocks=self.runner.pool.num_blocks,
+            block_tokens=self.runner.pool.block_tokens,
+            max_answers=config.max_waiting + config.max_running,
+        )
+
+    def join(self, book: RequestBook, intake: Intake, counts: StepCounts) -> None:
+        """Let the book's requests run here."""
+        book.use(self.scheduler, self.leases)
+        self._book, self._counts = book, counts
+        self._answers = Answers(intake, book, counts)
+
+    def close(self) -> None:
+        """Give the model back as it was, whatever state this is in."""
+        try:
+            self.leases.release_all()
+        finally:
+            try:
+                self.runner.close()
+            finally:
+                self._thaw_heap()
+
+    def step(self) -> list[Delta]:
+        """Run one forward pass, if anything can run."""
+        deltas = self._book.take_in()
+        parts = self.scheduler.plan()
+        for failures in (self.leases.failures, self.scheduler.failures):
+            deltas += [self._book.end(generation, "error", error) for generation, error in failures]
+            failures.clear()
+        return deltas + (self._run(parts) if parts else [])
+
+    def _run(self, parts: list[Part]) -> list[Delta]:
+        try:
+            results = self.runner.run(parts)
+        except Exception as error:
+            return self._run_apart(parts, error)
+        self._counts.add(parts)
+        deltas = self._answers.take(results)
+        if not self.scheduler.running:
+            self.runner.attention.forget_rows()
+        return deltas
+
+    def _run_apart(self, parts: list[Part], error: Exception) -> list[Delta]:
+        """A pass failed: run its generations one by one, so that only those fail which can't run."""
+        logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
+        generations = list(dict.fromkeys(part.generation for part in parts))
+        if len(generations) == 1:
+            return [self._book.end(generations[0], "error", failed_pass(error))]
+        deltas = []
+        for generation in generations:
+            deltas += self._run([part for part in parts if part.generation is generation])
+        return deltas

@@ -1,0 +1,61 @@
+"""Whether a request fits at all: what it needs at most, against what there is when nothing else runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraplex.adapters.listing import listed
+from loraplex.adapters.store import AdapterStore
+from loraplex.errors import RequestError, TooLargeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What an engine has: fixed when it is made."""
+
+    max_length: int  # tokens of prompt and answer
+    num_blocks: int
+    block_tokens: int
+    max_answers: int  # of one request
+
+    def check_answers(self, num_answers: int) -> None:
+        """Raises TooLargeError for more answers than may wait and run at once."""
+        if num_answers > self.max_answers:
+            raise TooLargeError(
+                f"n is {num_answers}; the engine takes {self.max_answers} (EngineConfig.max_waiting and max_running "
+                "together). Ask for fewer answers a request."
+            )
+
+    def check_prompt(self, length: int) -> None:
+        """Raises RequestError for a prompt that leaves no room for an answer."""
+        if length >= self.max_length:
+            raise RequestError(
+                f"the prompt has {length} tokens, but prompt and answer together can have {self.max_length}. Shorten "
+                "it, or raise EngineConfig.max_length or cache_bytes."
+            )
+
+    def check_blocks(self, num_tokens: int, num_passes: int) -> None:
+        """Raises TooLargeError if the passes over one answer's tokens need more blocks than there are."""
+        needed = -(-num_tokens // self.block_tokens) * num_passes
+        if needed > self.num_blocks:
+            raise TooLargeError(
+                f"the request needs {needed} blocks of keys and values ({num_passes} passes of {num_tokens} tokens), "
+                f"but there are {self.num_blocks}. Ask for fewer max_tokens, or raise EngineConfig.cache_bytes."
+            )
+
+
+def check_slots(store: AdapterStore, names: Sequence[str]) -> None:
+    """Raises TooLargeError for adapters that the store's tiers can't hold at once, and AdapterNotFoundError."""
+    versions = [store.version(name) for name in dict.fromkeys(names)]
+    config = store.config
+    if len(versions) > config.num_slots:
+        raise TooLargeError(
+            f"the request needs {len(versions)} adapters at once ({listed(v.name for v in versions)}), but there are "
+            f"{config.num_slots} slots. Link fewer, or raise StoreConfig.num_slots."
+        )
+    num_bytes = sum(version.num_bytes for version in versions)
+    for option, budget in (("slot_bytes", config.slot_bytes), ("host_bytes", config.host_bytes)):
+        if budget is not None and num_bytes > budget:
+            raise TooLargeError(
+                f"the request's adapters ({listed(v.name for v in versions)}) take {num_bytes} bytes at once, but "
+                f"StoreConfig.{option} is {budget}. Link fewer, or raise it."
+            )
