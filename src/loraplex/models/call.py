@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
+from loraplex.layers.output import choosing_tokens
 from loraplex.models.registry import Registry
 from loraplex.models.scope import adapter_scope
 from loraplex.residual.linked import AttentionRequest
@@ -53,7 +54,7 @@ class Call:
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
         links, chains = self.registry.linked.split(links)
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
-        with scope as two_pass:
+        with scope as two_pass, choosing_tokens() if self.generates else nullcontext():
             if two_pass is not None and self.generates:
                 prepare_generation(two_pass, self.base, self.inputs)
             with self.registry.linked.running(
