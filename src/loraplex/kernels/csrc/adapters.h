@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "linear.h"
@@ -118,7 +119,7 @@ void expand_tokens(const Segment& s, int64_t begin, int64_t end, const float* h,
     for (int t = 0; t < N; ++t) {
       float value = float(y[t * out + c]);
       for (int64_t r = 0; r < s.rank; ++r) {
-        value += h[t * s.rank + r] * float(static_cast<const T*>(s.lora_b)[r * out + c]);
+        value = std::fma(h[t * s.rank + r], float(static_cast<const T*>(s.lora_b)[r * out + c]), value);
       }
       y[t * out + c] = static_cast<O>(value);
     }

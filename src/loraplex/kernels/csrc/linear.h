@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -73,7 +74,9 @@ template <int R, int T, bool are_packed, typename S>
   const int64_t rest_stride = are_packed ? in - i : in;
   for (int64_t j = i; j < in; ++j) {
     for (int t = 0; t < T; ++t) {
-      for (int r = 0; r < R; ++r) totals[t * R + r] += float(w[r * stride + j]) * float(rest[t * rest_stride + j - i]);
+      for (int r = 0; r < R; ++r) {  // one rounding, whether or not the compiler would have chosen it for this R and T
+        totals[t * R + r] = std::fma(float(w[r * stride + j]), float(rest[t * rest_stride + j - i]), totals[t * R + r]);
+      }
     }
   }
   return totals;
