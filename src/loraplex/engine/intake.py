@@ -71,7 +71,7 @@ class Intake:
         if sampling.ignore_eos:
             return frozenset(sampling.stop_token_ids)
         (of_adapters,) = self._model.registry.end_tokens([state.link])
-        known = (token for token in of_adapters if token < self._vocab_size)
+        known = (token for token in of_adapters if token < self.vocab_size)
         return frozenset((*self._base_ends, *known, *sampling.stop_token_ids))
 
     @cached_property

@@ -20,6 +20,7 @@ from loraplex.engine.token_choice import largest
 from loraplex.engine.tracks import Track
 from loraplex.errors import AdapterError, BaseModelError, ConfigError
 from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.output import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.scope import use_attention
 from loraplex.routing.bank import SlotBank
@@ -181,11 +182,12 @@ class ModelRunner:
         batch.attention = scope
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
         if self.graphs is not None and scope is None:
-            recorded = self.graphs.run(batch, routing.plan)
+            with choosing_tokens():
+                recorded = self.graphs.run(batch, routing.plan)
             if recorded is not None:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
-        with use_routing(routing), use_batch(batch), use_attention(scope):
+        with use_routing(routing), use_batch(batch), use_attention(scope), choosing_tokens():
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
             )

@@ -96,7 +96,7 @@ def draw(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -
     """
     scaled = logits.cpu() / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
-        values, tokens = scaled.topk(sampling.top_k)
+        values, tokens = top_tokens(scaled, sampling.top_k)
     else:
         values, tokens = scaled.sort(descending=True, stable=True)
     probabilities = torch.softmax(values, dim=-1)
@@ -126,12 +126,22 @@ def largest(logits: Tensor) -> Tensor:  # [n, vocab]
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:  # [vocab]
-    """Of the model's own distribution."""
+    """Of the model's own distribution. Its order is the logits': subtracting their sum can make two of them equal."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    top = logprobs.topk(num_top) if num_top else None
+    top = top_tokens(logits, num_top)[1] if num_top else None
+    before = int((logits > logits[token]).sum()) + int((logits[:token] == logits[token]).sum())
     return TokenLogprobs(
         token_id=token,
         logprob=float(logprobs[token]),
-        rank=int((logprobs > logprobs[token]).sum()) + 1,
-        top=() if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        rank=before + 1,
+        top=() if top is None else tuple(zip(top.tolist(), logprobs[top].tolist(), strict=True)),
     )
+
+
+def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:  # [vocab]
+    """The `count` largest logits and their tokens, largest first; of equal ones the lowest token, as argmax chooses."""
+    count = min(count, len(logits))
+    least = logits.topk(count).values[-1]
+    tokens = (~(logits < least)).nonzero().squeeze(-1)  # ascending; more than `count` where several are equal
+    values, order = logits[tokens].sort(descending=True, stable=True)
+    return values[:count], tokens[order[:count]]

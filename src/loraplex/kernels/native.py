@@ -35,7 +35,7 @@ def native_available() -> bool:
 
 
 def gated_lora_native(
-    y: Tensor,  # [.., out]  contiguous, changed in place
+    y: Tensor,  # [.., out]  contiguous, of x's dtype or float32, changed in place
     x: Tensor,  # [.., in]  contiguous
     table: Tensor,  # [slots, modules, 3]  int64: addresses of lora_a and lora_b, rank
     scalings: Tensor,  # [slots, modules]  float32
@@ -57,12 +57,13 @@ def gated_linear_native(
     module: int,
     segments: Tensor,
     gates: Tensor,
-) -> Tensor:  # [.., out]
+    float_sums: bool = False,
+) -> Tensor:  # [.., out]  of x's dtype, or float32 with `float_sums`: what would be rounded to it
     """The base product and the adapters in one call: W x[t] + bias + the sum that `gated_lora_native` adds.
 
     For few tokens: the weights are read once for all of them, and a token's result has the same bits in any batch.
     """
-    return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates)
+    return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates, float_sums)
 
 
 def attend_rows_native(

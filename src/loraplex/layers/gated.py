@@ -73,6 +73,8 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
         return add_adapters_together([module], [y], x, plan, needs_grad=needs_grad)[0]
     if kernel == "native":
         return gated_lora_native(y, x.contiguous(), *plan.native_arguments(module))
+    if y.dtype != x.dtype:  # an output layer's float32 sums; this kernel takes factors to the dtype of x
+        return gated_lora_segmented(y, x.to(y.dtype), plan.lora_segments(module, training=training))
     if kernel == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(module, training=training))
     return gated_lora_stacked(y, x, plan.stack(module))

@@ -11,6 +11,7 @@ from loraplex.adapters.weights import ModuleShape
 from loraplex.layers.gated import GatedEmbedding, GatedLinear
 from loraplex.layers.linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.output import LoraOutput, rounds_logits
 from loraplex.layers.shared_input import SharedInputs
 
 
@@ -40,7 +41,8 @@ class AdaptableModel:
                     continue
                 module, index = self.modules[path], self.module_index[path]
                 if can_become_lora_linear(module):
-                    become_lora_linear(module, index, path, self._shared)
+                    as_class = LoraOutput if path == self.output_module else LoraLinear
+                    become_lora_linear(module, index, path, self._shared, as_class=as_class)
                     self._lora_linears.add(path)
                     continue
                 layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
@@ -49,6 +51,12 @@ class AdaptableModel:
     def attach_all_plain_linears(self) -> None:
         """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
         self.attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
+
+    def attach_output(self) -> None:
+        """Attach the output layer's where its logits would be rounded to 16 bits; `choosing_tokens` says when not to."""
+        path = self.output_module
+        if path in self.modules and can_become_lora_linear(self.modules[path]) and rounds_logits(self.modules[path]):
+            self.attach([path])
 
     def detach(self) -> None:
         """Give the base model back as it was."""

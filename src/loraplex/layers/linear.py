@@ -30,7 +30,7 @@ class LoraLinear(nn.Linear):
             return functional.linear(input, self.weight, self.bias)
         plan = plan_for(routing, input.shape[:-1], self.lora_path)
         if plan.decodes_fast(input) and input.dtype == self.weight.dtype:
-            return self._decode(input.contiguous(), plan)
+            return self.decode(input.contiguous(), plan)
         if plan.launches_together(input) and input.dtype == self.weight.dtype:
             return self.lora_shared.run(self, input, plan, run_together)
         return self.run_alone(input, plan)
@@ -42,13 +42,14 @@ class LoraLinear(nn.Linear):
             return y
         return add_adapters(self.lora_index, y, x, plan, bias=self.bias)
 
-    def _decode(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+    def decode(self, x: Tensor, plan: RoutingPlan, *, float_sums: bool = False) -> Tensor:
+        """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
         index = self.lora_index
         if not plan.has_gain(index):
-            return gated_linear_native(x, self.weight, self.bias, *plan.native_arguments(index))
+            return gated_linear_native(x, self.weight, self.bias, *plan.native_arguments(index), float_sums)
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
         table, scalings, _, rows, gates = plan.native_arguments(index)
-        y = gated_linear_native(x, self.weight, self.bias, table, scalings, index, rows[:0], gates)
+        y = gated_linear_native(x, self.weight, self.bias, table, scalings, index, rows[:0], gates, float_sums)
         y = add_gains(index, y, y, plan, bias=self.bias)
         return gated_lora_native(y, x, table, scalings, index, rows, gates)
 
@@ -76,12 +77,17 @@ def can_become_lora_linear(module: nn.Module) -> bool:
 
 
 def become_lora_linear(
-    module: nn.Module, index: int, path: str, shared: "SharedInputs[LoraLinear] | None" = None
+    module: nn.Module,
+    index: int,
+    path: str,
+    shared: "SharedInputs[LoraLinear] | None" = None,
+    *,
+    as_class: type[LoraLinear] = LoraLinear,
 ) -> None:
     """Change the module's class in place: parameters, names, hooks and references to it stay as they are."""
     # First what LoraLinear.forward reads: another thread may be about to run the module.
     vars(module).update(lora_index=index, lora_path=path, lora_shared=shared or SharedInputs())
-    module.__class__ = LoraLinear
+    module.__class__ = as_class
 
 
 def become_linear(module: nn.Module) -> None:

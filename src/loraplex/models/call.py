@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
 from loraplex.models.end_tokens import stop_rows
+from loraplex.layers.output import choosing_tokens
 from loraplex.models.registry import Registry
 from loraplex.models.scope import adapter_scope
 from loraplex.residual.linked import AttentionRequest
@@ -56,7 +57,7 @@ class Call:
         ends = self._row_ends(links)
         links, chains = self.registry.linked.split(links)
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
-        with scope as two_pass:
+        with scope as two_pass, choosing_tokens() if self.generates else nullcontext():
             if two_pass is not None and self.generates:
                 prepare_generation(two_pass, self.base, self.inputs)
             with self.registry.linked.running(

@@ -54,6 +54,7 @@ class MultiLoraModel:
         self.registry = Registry(base, store or StoreConfig())
         self.scalings_log = ScalingsLog()
         self.draft_counts = DraftCounts()  # of all calls so far
+        self.adaptable.attach_output()
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()

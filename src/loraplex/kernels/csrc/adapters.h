@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "linear.h"
@@ -87,11 +88,11 @@ void shrink_block(const Segment& s, int64_t row, int64_t begin, int64_t end, con
 }
 
 // y[t, column .. + pairs * kPair) of N tokens; h of token t lies at h + t * rank
-template <int N, int pairs, typename T>
-inline void expand_pairs(const Segment& s, const float* h, int64_t column, T* y, int64_t out) {
+template <int N, int pairs, typename T, typename O>
+inline void expand_pairs(const Segment& s, const float* h, int64_t column, O* y, int64_t out) {
   Pair<T> acc[N][pairs];
   for (int t = 0; t < N; ++t) {
-    for (int v = 0; v < pairs; ++v) acc[t][v] = load_pair(y + t * out + column + v * kPair);
+    for (int v = 0; v < pairs; ++v) acc[t][v] = load_pair_like<T>(y + t * out + column + v * kPair);
   }
   const T* b = static_cast<const T*>(s.lora_b) + column;
   for (int64_t r = 0; r < s.rank; ++r, b += out) {
@@ -109,33 +110,33 @@ inline void expand_pairs(const Segment& s, const float* h, int64_t column, T* y,
 }
 
 // y[t, begin .. end) of N tokens
-template <int N, int wide, typename T>
-void expand_tokens(const Segment& s, int64_t begin, int64_t end, const float* h, T* y, int64_t out) {
+template <int N, int wide, typename T, typename O>
+void expand_tokens(const Segment& s, int64_t begin, int64_t end, const float* h, O* y, int64_t out) {
   int64_t c = begin;
-  for (; c + wide * kPair <= end; c += wide * kPair) expand_pairs<N, wide>(s, h, c, y, out);
-  for (; c + kPair <= end; c += kPair) expand_pairs<N, 1>(s, h, c, y, out);
+  for (; c + wide * kPair <= end; c += wide * kPair) expand_pairs<N, wide, T>(s, h, c, y, out);
+  for (; c + kPair <= end; c += kPair) expand_pairs<N, 1, T>(s, h, c, y, out);
   for (; c < end; ++c) {
     for (int t = 0; t < N; ++t) {
       float value = float(y[t * out + c]);
       for (int64_t r = 0; r < s.rank; ++r) {
         value = fused(h[t * s.rank + r], float(static_cast<const T*>(s.lora_b)[r * out + c]), value);
       }
-      y[t * out + c] = static_cast<T>(value);
+      y[t * out + c] = static_cast<O>(value);
     }
   }
 }
 
 // y[t, begin .. end) of every token of one segment
-template <typename T>
-void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* hidden, T* y, int64_t out) {
+template <typename T, typename O>
+void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* hidden, O* y, int64_t out) {
   for (int64_t t = s.start; t < s.stop;) {
     const float* h = hidden + s.first_hidden + (t - s.start) * s.rank;
     if (t + kTokens <= s.stop && all_open(s, t, kTokens)) {
-      expand_tokens<kTokens, 3>(s, begin, end, h, y + t * out, out);
+      expand_tokens<kTokens, 3, T>(s, begin, end, h, y + t * out, out);
       t += kTokens;
       continue;
     }
-    if (gate_of(s, t) != 0) expand_tokens<1, 6>(s, begin, end, h, y + t * out, out);
+    if (gate_of(s, t) != 0) expand_tokens<1, 6, T>(s, begin, end, h, y + t * out, out);
     ++t;
   }
 }
@@ -197,8 +198,8 @@ struct Adapters {
     }
   }
 
-  template <typename T>
-  void expand(int64_t begin, int64_t end, const float* hidden, T* y, int64_t out, Ahead& ahead) const {
+  template <typename T, typename O>
+  void expand(int64_t begin, int64_t end, const float* hidden, O* y, int64_t out, Ahead& ahead) const {
     for (const Segment& s : segments) {
       ahead.ask_bytes(s.rank * (end - begin) * sizeof(T));
       expand_columns<T>(s, begin, end, hidden, y, out);

@@ -16,6 +16,13 @@ inline void check_input(const at::Tensor& x, const at::Tensor& other) {
               " is not supported; use float32 or bfloat16");
 }
 
+// y may keep float32 sums of what is bfloat16 otherwise.
+inline void check_output(const at::Tensor& x, const at::Tensor& y) {
+  if (y.scalar_type() != at::kFloat) return check_input(x, y);
+  check_input(x, x);
+  TORCH_CHECK(y.is_contiguous(), "y must be contiguous");
+}
+
 // table [slots, modules, 3]: addresses of lora_a and lora_b, and the rank (0: this module is not adapted).
 // scalings [slots, modules]. segments [n, 4]: start, stop, slot, first gate. gates: float32.
 inline Adapters read_adapters(const at::Tensor& table, const at::Tensor& scalings, int64_t module,

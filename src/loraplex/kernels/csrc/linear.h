@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -124,12 +125,12 @@ const T* packed(const T* x, int64_t in, int64_t num_tokens) {
   return buffer.data();
 }
 
-template <typename T>
+template <typename T, typename O = T>  // O float: the sums as they are, not rounded to T
 struct Linear {
   const T* weight;  // [out, in]
   const T* bias;    // [out] or null
   const T* x;       // [tokens, in]
-  T* y;             // [tokens, out]
+  O* y;             // [tokens, out]
   int64_t in, out, num_tokens;
 
   static constexpr int64_t kBlock = 16;  // weight rows that stay in the cache
@@ -156,9 +157,9 @@ struct Linear {
         for (int r = 0; r < R; ++r) values[t * R + r] += float(bias[row + r]);
       }
     }
-    T rounded[kLanes];
+    O rounded[kLanes];
     store(rounded, values);
-    for (int t = 0; t < N; ++t) std::memcpy(y + (token + t) * out + row, rounded + t * R, R * sizeof(T));
+    for (int t = 0; t < N; ++t) std::memcpy(y + (token + t) * out + row, rounded + t * R, R * sizeof(O));
   }
 
   // The passes of all groups over a block share the work of asking for the next one, so that memory is busy during all

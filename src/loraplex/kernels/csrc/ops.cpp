@@ -12,6 +12,7 @@ namespace {
 using loraplex::Adapters;
 using loraplex::Ahead;
 using loraplex::check_input;
+using loraplex::check_output;
 using loraplex::kSmallWork;
 using loraplex::Linear;
 using loraplex::read_adapters;
@@ -19,8 +20,8 @@ using loraplex::share;
 
 // The base product (unless base.weight is null: then y holds it already) and the adapters. Threads are woken once for
 // everything: waking them costs as much as a small adapter's arithmetic.
-template <typename T>
-void run(const Linear<T>& base, const Adapters& adapters) {
+template <typename T, typename O>
+void run(const Linear<T, O>& base, const Adapters& adapters) {
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < adapters.num_hidden) buffer.resize(adapters.num_hidden);
   float* hidden = buffer.data();
@@ -59,48 +60,47 @@ void run(const Linear<T>& base, const Adapters& adapters) {
   }
 }
 
-template <typename T>
+template <typename T, typename O = T>
+void dispatch_to(const at::Tensor& x, const at::Tensor* weight, const std::optional<at::Tensor>& bias, at::Tensor& y,
+                 const Adapters& adapters) {
+  const int64_t in = x.size(-1), out = y.size(-1);
+  run(Linear<T, O>{weight == nullptr ? nullptr : weight->const_data_ptr<T>(),
+                   bias.has_value() ? bias->const_data_ptr<T>() : nullptr, x.const_data_ptr<T>(),
+                   y.mutable_data_ptr<O>(), in, out, in == 0 ? 0 : x.numel() / in},
+      adapters);
+}
+
 void dispatch(const at::Tensor& x, const at::Tensor* weight, const std::optional<at::Tensor>& bias, at::Tensor& y,
               const Adapters& adapters) {
-  const int64_t in = x.size(-1), out = y.size(-1);
-  run<T>(Linear<T>{weight == nullptr ? nullptr : weight->const_data_ptr<T>(),
-                   bias.has_value() ? bias->const_data_ptr<T>() : nullptr, x.const_data_ptr<T>(),
-                   y.mutable_data_ptr<T>(), in, out, in == 0 ? 0 : x.numel() / in},
-         adapters);
+  if (x.scalar_type() == at::kFloat) return dispatch_to<float>(x, weight, bias, y, adapters);
+  if (y.scalar_type() == at::kFloat) return dispatch_to<c10::BFloat16, float>(x, weight, bias, y, adapters);
+  dispatch_to<c10::BFloat16>(x, weight, bias, y, adapters);
 }
 
 // y [.., out] += the adapters' part for x [.., in].
 void gated_lora_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& scalings,
                  int64_t module, const at::Tensor& segments, const at::Tensor& gates) {
-  check_input(x, y);
+  check_output(x, y);
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
   TORCH_CHECK(y.numel() == num_tokens * y.size(-1), "x and y differ in their number of tokens");
   const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
   if (adapters.segments.empty()) return;
-  if (x.scalar_type() == at::kFloat) {
-    dispatch<float>(x, nullptr, std::nullopt, y, adapters);
-  } else {
-    dispatch<c10::BFloat16>(x, nullptr, std::nullopt, y, adapters);
-  }
+  dispatch(x, nullptr, std::nullopt, y, adapters);
 }
 
-// y [.., out] = x [.., in] weight^T + bias + the adapters' part.
+// y [.., out] = x [.., in] weight^T + bias + the adapters' part; with float_sums, y is float32 whatever x is.
 at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         const at::Tensor& table, const at::Tensor& scalings, int64_t module,
-                        const at::Tensor& segments, const at::Tensor& gates) {
+                        const at::Tensor& segments, const at::Tensor& gates, bool float_sums) {
   check_input(x, weight);
   TORCH_CHECK(x.size(-1) == weight.size(1), "x has ", x.size(-1), " features, the weight takes ", weight.size(1));
   if (bias.has_value()) check_input(x, *bias);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
   const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
-  if (x.scalar_type() == at::kFloat) {
-    dispatch<float>(x, &weight, bias, y, adapters);
-  } else {
-    dispatch<c10::BFloat16>(x, &weight, bias, y, adapters);
-  }
+  dispatch(x, &weight, bias, y, adapters);
   return y;
 }
 
@@ -288,7 +288,7 @@ TORCH_LIBRARY(loraplex, m) {
       "Tensor gates) -> ()");
   m.def(
       "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor scalings, int module, "
-      "Tensor segments, Tensor gates) -> Tensor");
+      "Tensor segments, Tensor gates, bool float_sums=False) -> Tensor");
   m.def("store_tokens_(Tensor states, Tensor(a!) pool, Tensor table, Tensor rows, Tensor positions) -> ()");
   m.def(
       "attend_single_(Tensor query, Tensor(a!) out, Tensor keys, Tensor values, Tensor table, Tensor rows, "

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace loraplex {
@@ -91,6 +92,28 @@ inline Floats shuffle(Floats a, Floats b, Ints order) {
 #else
   return __builtin_shuffle(a, b, order);
 #endif
+}
+
+// kPair values at p in the order in which load_pair(const T*) leaves its own: they can be added lane by lane.
+template <typename T>
+Pair<T> load_pair_like(const T* p) {
+  return load_pair(p);
+}
+
+template <typename T>
+  requires std::is_same_v<T, c10::BFloat16>
+inline Pair<T> load_pair_like(const float* p) {
+  constexpr Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  constexpr Ints odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const Floats low = load(p), high = load(p + kLanes);
+  return {shuffle(low, high, even), shuffle(low, high, odd)};
+}
+
+inline void store(float* p, Pair<c10::BFloat16> v) {
+  constexpr Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Ints high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  store(p, shuffle(v.first, v.second, low));
+  store(p + kLanes, shuffle(v.first, v.second, high));
 }
 
 // Calls f with the constants 0 .. N - 1: indices that the compiler knows keep an array of vectors in registers.

@@ -74,6 +74,7 @@ def expand_kernel(
     y0,  # [tokens, out]  changed in place; y1 and y2 likewise, of the other projections
     y1,
     y2,
+    like,  # of the factors' dtype
     table,  # [slots, modules, 3]  int64
     hidden,  # [parts, projections, rows, width]  float32
     tiles,  # [tiles, 4]  int32
@@ -116,14 +117,14 @@ def expand_kernel(
         for number in tl.static_range(NUM_PROJECTIONS):
             module = pick(number, module0, module1, module2, NUM_PROJECTIONS)
             total, width_sum = add_entries(
-                total, width_sum, y0, table, hidden, entries, first_entry, num_entries, num_tokens,
+                total, width_sum, like, table, hidden, entries, first_entry, num_entries, num_tokens,
                 module, projection + number, num_modules, num_rows, num_out, width, outs, is_out,
                 FACTOR, ALIGNED, NUM_PARTS, NUM_PROJECTIONS, BLOCK_TOKENS, BLOCK_RANK,
             )  # fmt: skip
     else:
         module = pick(projection, module0, module1, module2, NUM_PROJECTIONS)
         total, width_sum = add_entries(
-            total, width_sum, y0, table, hidden, entries, first_entry, num_entries, num_tokens,
+            total, width_sum, like, table, hidden, entries, first_entry, num_entries, num_tokens,
             module, projection, num_modules, num_rows, num_out, width, outs, is_out,
             FACTOR, ALIGNED, NUM_PARTS, NUM_PROJECTIONS, BLOCK_TOKENS, BLOCK_RANK,
         )  # fmt: skip
@@ -142,7 +143,7 @@ def expand_kernel(
 
 
 def expand(
-    ys: Sequence[Tensor],  # [tokens, out] each, contiguous, of the factors' dtype; changed in place
+    ys: Sequence[Tensor],  # [tokens, out] each, contiguous, of the factors' dtype or float32; changed in place
     hidden: Tensor,  # [parts, projections, rows, width]
     table: Tensor,
     modules: Sequence[int],
@@ -151,6 +152,7 @@ def expand(
     *,
     column: int = 1,  # of the table: 1 is lora_b, 0 is lora_a
     aligned: bool = False,
+    like: Tensor | None = None,  # of the factors' dtype; None: the ys are
 ) -> None:
     """Add to every projection's output; with one output and several projections, to that one their sum."""
     if not len(work.tiles):
@@ -166,7 +168,7 @@ def expand(
 
     with LAUNCHING:
         expand_kernel[grid](
-            y0, y1, y2, table, hidden, work.tiles, work.entries, m0, m1, m2, *outs,
+            y0, y1, y2, y0 if like is None else like, table, hidden, work.tiles, work.entries, m0, m1, m2, *outs,
             table.shape[1], hidden.shape[2], width,
             FACTOR=column, SUMMED=summed, ALIGNED=aligned and all(out % 16 == 0 for out in outs),
             NUM_PARTS=hidden.shape[0], NUM_PROJECTIONS=len(modules),

@@ -10,7 +10,7 @@ from loraplex.kernels.triton.work import SlotFactors, WorkList
 
 
 def gated_lora_triton(
-    ys: Sequence[Tensor],  # [tokens, out] each, contiguous, changed in place
+    ys: Sequence[Tensor],  # [tokens, out] each, contiguous, of x's dtype or float32, changed in place
     x: Tensor,  # [tokens, in]  contiguous, shared by all
     factors: SlotFactors,
     modules: Sequence[int],  # of the table, one for each y
@@ -31,4 +31,5 @@ def gated_lora_triton(
             work,
             factors.max_rank,
             aligned=factors.aligned,
+            like=x,
         )

@@ -1,0 +1,128 @@
+"""Generations without a model, and a scheduler over few blocks: who runs, with how many tokens, and what is held."""
+
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
+
+import torch
+
+from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.generation import Generation
+from loraplex.engine.packing import Part
+from loraplex.engine.request import Request
+from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.tracks import KeyPart
+
+BLOCK = 4  # tokens
+
+
+class Passes:
+    """What a binding tells of a link: the identity of its main pass, and of each scaling pass."""
+
+    chain = ()
+    mixtures = ()
+
+    def __init__(self, identity: str, scalings: Sequence[str]) -> None:
+        self._identity = identity
+        self.scaling_routes: tuple[tuple[()], ...] = tuple(() for _ in scalings)
+        self.scaling_keys = tuple([KeyPart(identity=(one,))] if one else [] for one in scalings)
+
+    def main_routes(self, prompt: Sequence[int]) -> tuple[()]:
+        return ()
+
+    def main_keys(self, prompt: Sequence[int]) -> list[KeyPart]:
+        return [KeyPart(identity=(self._identity,))] if self._identity else []
+
+
+class Bench:
+    """A scheduler, and passes that compute nothing: every part is done, and an answer's next token is its length."""
+
+    def __init__(self, num_blocks: int = 64, **config: object) -> None:
+        settings = {"max_step_tokens": 16, "max_running": 4, "fair_tokens": 16, "block_tokens": BLOCK} | config
+        self.config = EngineConfig(**settings)
+        self.pool = BlockPool(num_blocks, BLOCK)
+        self.table = BlockTable(4, 64, torch.device("cpu"))
+        self.missing: set[str] = set()  # adapters that are not in memory yet
+        self.scheduler = Scheduler(self.config, self.pool, self.table, self._bring)
+        self.tokens_read: list[list[int]] = []  # by the last pass's parts
+        self._arrivals = 0
+
+    def add(
+        self,
+        num_prompt: int,
+        *,
+        share: str = "",
+        scalings: Sequence[str] = (),
+        priority: int = 0,
+        max_new: int = 100,
+        first: int = 0,
+    ) -> Generation:
+        """A request of `num_prompt` tokens counted from `first`, for the adapter `share`."""
+        prompt = tuple(range(first, first + num_prompt))
+        sampling = SamplingParams(max_tokens=max_new)
+        state = SimpleNamespace(
+            request=Request(prompt, sampling=sampling, priority=priority),
+            prompt=prompt,
+            share=(share,),
+            arrival=self._arrivals,
+            max_new_tokens=max_new,
+            binding=Passes(share, scalings),
+            num_cached_tokens=0,
+        )
+        self._arrivals += 1
+        generation = Generation(state, 0, SimpleNamespace(sampling=sampling), SimpleNamespace())
+        self.scheduler.add(generation)
+        return generation
+
+    def step(self, guesses: Collection[int] | None = None) -> list[Part]:
+        """Plan a pass and take it for done; a scaling pass guesses the next token right unless told otherwise."""
+        parts = self.scheduler.plan()
+        self.tokens_read = [part.tokens for part in parts]
+        for part in parts:
+            part.track.num_computed = part.stop
+        for part in sorted(parts, key=lambda part: part.scaling is None):
+            generation = part.generation
+            if part.scaling is not None:
+                right = self.next_token(generation, part.stop)
+                guess = right if guesses is None else min(guesses)
+                part.scaling.took(part.start, torch.zeros(part.count, 2), guess if part.wants_logits else None)
+                part.track.name_blocks(len(generation.tokens))
+                continue
+            for scaling in generation.scalings:
+                scaling.forget(part.stop)
+            part.track.name_blocks(len(generation.tokens))
+            if part.wants_logits:
+                self._answer(generation)
+        return parts
+
+    def finish(self, limit: int = 10_000) -> list[Generation]:
+        """Step until nothing waits or runs; the generations in the order in which they ended."""
+        ended: list[Generation] = []
+        for _ in range(limit):
+            if not self.scheduler.running and not len(self.scheduler.waiting):
+                return ended
+            before = {*self.scheduler.running, *self.scheduler.waiting}
+            self.step()
+            after = {*self.scheduler.running, *self.scheduler.waiting}
+            ended += sorted(before - after, key=lambda generation: generation.state.arrival)
+        raise AssertionError(f"{len(self.scheduler.waiting)} generations still wait")
+
+    @staticmethod
+    def next_token(generation: Generation, length: int) -> int:
+        return 1000 + length
+
+    def _answer(self, generation: Generation) -> None:
+        generation.tokens.append(self.next_token(generation, len(generation.tokens)))
+        for scaling in generation.scalings:
+            scaling.settle()
+        if generation.num_new >= generation.state.max_new_tokens:
+            self.scheduler.remove(generation)
+
+    def _bring(self, generation: Generation) -> bool:
+        return generation.state.share[0] not in self.missing
+
+
+def main_tokens(parts: Sequence[Part], generation: Generation) -> int:
+    """How many of its main pass's tokens are in a pass."""
+    return sum(part.count for part in parts if part.owner is generation and part.scaling is None)
