@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,7 +73,9 @@ def forward_scope(
 ) -> AttentionScope:
     """The scope of one forward pass. With a cache, u is kept beside keys and values, for passes that go on."""
     cache = inputs.get("past_key_values")
-    uses_cache = cache is not None or (inputs.get("use_cache", base.config.use_cache) and not base.training)
+    by_default = getattr(base.config.get_text_config(decoder=True), "use_cache", False)
+    uses_cache = cache is not None or (inputs.get("use_cache", by_default) and not base.training)
+    _keep_all_tokens(layers, inputs, default=0)
     if uses_cache and cache is None:
         cache = inputs["past_key_values"] = new_cache() if new_cache else FollowedCache(config=base.config)
     fed_before = 0 if cache is None else int(cache.get_seq_length())
@@ -103,6 +106,7 @@ def generation_scope(
     _check_generation(rows, config, generation)
     if config.use_cache is not False and generation.get("past_key_values") is None:
         generation["past_key_values"] = new_cache() if new_cache else FollowedCache(config=base.config)
+    _keep_all_tokens(layers, generation, default=1)
     cache = generation.get("past_key_values")
     state = None if cache is None else state_of(cache, rows, int(cache.get_seq_length()))
     return make_scope(
@@ -115,6 +119,16 @@ def generation_scope(
         state=state,
         record_failures=record_failures,
     )
+
+
+def _keep_all_tokens(layers: AttentionLayers, inputs: dict[str, Any], *, default: int) -> None:
+    """Ask for the logits of the last tokens by their places, where asking for so many cuts tokens from some layers.
+
+    Such layers have no hidden states for the keys of other tokens, and no queries of them to capture.
+    """
+    wanted = inputs.get("logits_to_keep", default)
+    if layers.cuts_tokens and isinstance(wanted, int) and wanted > 0:
+        inputs["logits_to_keep"] = torch.arange(-wanted, 0)
 
 
 def captures(

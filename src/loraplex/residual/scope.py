@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.errors import AdapterError, BatchError
+from loraplex.errors import AdapterError, BatchError, RequestError
 from loraplex.residual.capture import CaptureBuffer
 from loraplex.residual.chain import run_chain
 from loraplex.residual.plan import LayerPlan, LayerPlanner
@@ -54,6 +54,15 @@ class AttentionScope:
         """Count a pass's tokens at a layer; returns how many were fed so far, these included."""
         self._fed[layer] = self._fed.get(layer, self.fed_before) + num_tokens
         return self._fed[layer]
+
+    def check_whole(self, layer: int) -> None:
+        """Raise RequestError for a layer that saw fewer tokens of a pass than one before it."""
+        if self._fed[layer] != max(self._fed.values()):
+            raise RequestError(
+                f"attention layer {layer} was given {self._fed[layer]} of {max(self._fed.values())} tokens, because "
+                "the logits of some only are wanted; residuals and captures there need all of them. Call the base "
+                "model without logits_to_keep."
+            )
 
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """An attention block's output [sequences, tokens, hidden] with the rows' residuals; x is its normed input."""
