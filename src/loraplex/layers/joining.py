@@ -14,6 +14,7 @@ from loraplex.errors import BaseModelError
 from loraplex.layers.fronts import AttentionFront, AttentionOutput, Behind, FrontHandle
 
 NUM_TOKENS = 8  # of the passes that look at a model: some more than the fewest for which attention differs
+_NUMBERS = (bool, int, float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,8 +39,8 @@ class Watched:
     calls: list[AttentionCall] = field(default_factory=list)  # of the attention function, in order
 
 
-def join_front(base: PreTrainedModel, front: AttentionFront, *, user: str, instead: str) -> FrontHandle:
-    """Put a front before a model's attention.
+def join_front(base: PreTrainedModel, front: AttentionFront, *, user: str, instead: str) -> tuple[FrontHandle, Watched]:
+    """Put a front before a model's attention; also returns what the model was seen to do behind it.
 
     Raises BaseModelError, and everything is as before, for a model whose attention layers don't all go through
     transformers' attention interface, or whose own results the front would change. `user` is what needs the front,
@@ -51,25 +52,24 @@ def join_front(base: PreTrainedModel, front: AttentionFront, *, user: str, inste
         with watching(base) as watched:
             after = run_plain(base)
         _check_calls(base, watched, user, instead)
-        same = _same(before, after)
     except BaseException:
         handle.remove()
         raise
-    if not same:
+    if not _same(before, after):
         handle.remove()
         if _same(before, run_plain(base)):  # else its own results change from pass to pass: there is nothing to compare
             raise BaseModelError(
                 f"{type(base).__name__} gives other results once a function of ours stands before its attention, which "
                 f"{user} needs. {instead}"
             )
-        return FrontHandle(base, front)
-    return handle
+        handle = FrontHandle(base, front)
+    return handle, watched
 
 
 def run_plain(base: PreTrainedModel, **inputs: Any) -> Tensor:
     """A few tokens through the model by itself, without what a call that runs now has made current; its logits.
 
-    Raises BaseModelError if it can't be called with tokens alone.
+    Raises BaseModelError if it can't be called with tokens and `inputs` alone.
     """
     vocab_size = base.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(NUM_TOKENS, device=base.device).add(1).remainder(vocab_size).unsqueeze(0)
@@ -78,11 +78,12 @@ def run_plain(base: PreTrainedModel, **inputs: Any) -> Tensor:
     def run() -> Tensor:
         _watched.set(watched)
         with torch.no_grad():
-            output: Tensor = base(input_ids=ids, use_cache=False, **inputs)[0]
+            output: Tensor = base(input_ids=ids, **{"use_cache": False, **inputs})[0]
         return output
 
     try:
-        return Context().run(run)
+        with _kept(base):
+            return Context().run(run)
     except Exception as error:  # a model's code may fail in any way
         raise BaseModelError(
             f"{type(base).__name__} can't be run on {NUM_TOKENS} tokens: {type(error).__name__}: {error}. Check the "
@@ -104,6 +105,18 @@ def watching(base: PreTrainedModel) -> Iterator[Watched]:
         for hook in hooks:
             hook.remove()
         handle.remove()
+
+
+@contextmanager
+def _kept(base: PreTrainedModel) -> Iterator[None]:
+    """Put back the numbers and tensors that modules replace for the input that they see, as dynamic positions do."""
+    tables = [table for module in base.modules() for table in (vars(module), vars(module)["_buffers"])]
+    before = [{name: value for name, value in table.copy().items() if isinstance(value, _NUMBERS)} for table in tables]
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, before, strict=True):
+            table.update({name: value for name, value in values.items() if table.get(name) is not value})
 
 
 def _check_calls(base: PreTrainedModel, watched: Watched, user: str, instead: str) -> None:

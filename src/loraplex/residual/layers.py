@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
 from loraplex.layers.fronts import FrontHandle
-from loraplex.layers.joining import AttentionCall, join_front, run_plain, watching
+from loraplex.layers.joining import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
 from loraplex.residual.attending import RESIDUAL_FRONT, give_number, layer_number, take_number
 from loraplex.residual.config import BaseIdentity
 from loraplex.residual.scope import current_attention
 from loraplex.residual.seen import block_input, block_output, check_block, check_call
+from loraplex.residual.state import FollowedCache
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -45,11 +46,11 @@ class AttentionLayers:
         self._modules: list[nn.Module] = []
         _check_kind(base)
         try:
-            self._handles.append(
-                join_front(base, RESIDUAL_FRONT, user="a residual, capture or steering", instead=_INSTEAD)
-            )
-            self.layers = self._find()
+            handle, watched = join_front(base, RESIDUAL_FRONT, user="a residual, capture or steering", instead=_INSTEAD)
+            self._handles.append(handle)
+            self.layers = self._find(watched)
             self.cuts_tokens = self._cuts_tokens()
+            self.takes_caches = self._takes_caches()
         except BaseException:
             self.detach()
             raise
@@ -71,12 +72,10 @@ class AttentionLayers:
             take_number(module)
         self._handles, self._modules = [], []
 
-    def _find(self) -> dict[int, AttentionLayer]:
-        """See in a pass which modules call the attention function, and with how many heads."""
+    def _find(self, watched: Watched) -> dict[int, AttentionLayer]:
+        """The modules that were seen to call the attention function, checked one by one."""
         hidden_size = self._base.config.get_text_config(decoder=True).hidden_size
         paths = {module: path for path, module in self._base.named_modules()}
-        with watching(self._base) as watched:
-            run_plain(self._base)
         found: dict[nn.Module, AttentionCall] = {}
         for call in watched.calls:
             where = f"{type(self._base).__name__}'s attention block {paths[call.module]!r}"
@@ -110,6 +109,15 @@ class AttentionLayers:
         with watching(self._base) as watched:
             run_plain(self._base, logits_to_keep=1)
         return len({call.query.shape[2] for call in watched.calls}) > 1
+
+    def _takes_caches(self) -> bool:
+        """Whether the model takes a cache of transformers' general kind, beside which state can be kept."""
+        try:
+            cache = FollowedCache(config=self._base.config)
+            run_plain(self._base, past_key_values=cache, use_cache=True)
+        except BaseModelError:
+            return False
+        return int(cache.get_seq_length()) == NUM_TOKENS
 
 
 def _number(module: nn.Module, order: int) -> int:
