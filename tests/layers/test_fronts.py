@@ -3,6 +3,8 @@
 import ast
 import copy
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loraplex.errors import BaseModelError
+from loraplex.layers import fronts
 from loraplex.layers.fronts import TERMS, AttentionFront, FrontHandle, fronts_of
 from loraplex.layers.joining import join_front
 from tests.architectures.variants import make_model
@@ -64,8 +67,8 @@ def test_fronts_stand_by_place_whatever_the_order_they_came_in() -> None:
     base = tiny_model("llama")
     outer, inner = Counting(place=5), Counting(place=1)
     inner.order = outer.order
-    for fronts in ((outer, inner), (inner, outer)):
-        handles = [FrontHandle(base, counting.front) for counting in fronts]
+    for order in ((outer, inner), (inner, outer)):
+        handles = [FrontHandle(base, counting.front) for counting in order]
         outer.order.clear()
         logits(base)
         assert outer.order == [5, 1] * base.config.num_hidden_layers
@@ -87,14 +90,16 @@ def test_a_front_that_is_there_twice_runs_once_and_leaves_with_its_last_handle()
 
 
 def test_copies_have_no_fronts_and_models_that_end_take_theirs_along() -> None:
+    gc.collect()  # what other tests have left
     base, counting = tiny_model("llama"), Counting()
-    before = state_of_base(base)["registries"]
+    before = set(fronts._in_use)
     FrontHandle(base, counting.front)
+    assert len(fronts._in_use) == len(before) + 1
     logits(copy.deepcopy(base))
     assert counting.order == []
     del base
     gc.collect()
-    assert state_of_base(tiny_model("llama"))["registries"] == before
+    assert set(fronts._in_use) == before
 
 
 def test_what_others_put_in_transformers_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +214,22 @@ def calls_of_attention(text: str) -> Iterator[ast.Call]:
         assert isinstance(statement, ast.Expr)
         assert isinstance(statement.value, ast.Call)
         yield statement.value
+
+
+def test_with_the_last_front_transformers_lookups_are_its_own_again() -> None:
+    code = (
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "from tests.tiny_models import tiny_model\n"
+        "own = [dict(vars(c)) for c in (AttentionInterface, AttentionMaskInterface)]\n"
+        "from loraplex import MultiLoraModel\n"
+        "models = [MultiLoraModel(tiny_model('llama')) for _ in range(2)]\n"
+        "_ = models[0].registry.linked.layers\n"
+        "assert [dict(vars(c)) for c in (AttentionInterface, AttentionMaskInterface)] != own\n"
+        "for model in models:\n"
+        "    model.close()\n"
+        "assert [dict(vars(c)) for c in (AttentionInterface, AttentionMaskInterface)] == own\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_every_term_of_transformers_models_is_known() -> None:

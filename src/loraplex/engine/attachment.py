@@ -34,7 +34,8 @@ class Attachment:
                 f"{type(base).__name__} is no causal language model, which the engine needs. Use "
                 "MultiLoraModel.forward or generate for it."
             )
-        self._handles.append(join_front(base, _FRONT, user="the engine", instead="Use MultiLoraModel.generate for it."))
+        handle, _ = join_front(base, _FRONT, user="the engine", instead="Use MultiLoraModel.generate for it.")
+        self._handles.append(handle)
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
         self._handles.append(base.base_model.register_forward_hook(_keep_hidden))
         try:

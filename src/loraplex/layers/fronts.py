@@ -6,6 +6,7 @@ model with fronts goes through them, outermost first; any other calls the functi
 transformers' registries stay as they are, because models do different things under different names.
 """
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -63,9 +64,12 @@ class FrontHandle:
         with _lock:
             for module in self._modules:
                 _fronts[module] = _outermost_first((*fronts_of(module), front))
-            _in_use[id(self)] = front
-            _patch_lookups()
-        self._end = weakref.finalize(base, _end, id(self))
+            key = next(_keys)
+            _in_use[key] = front
+            for patch in _PATCHES:
+                patch.enter()
+        self._end = weakref.finalize(base, _end, key)
+        self._end.atexit = False
 
     def remove(self) -> None:
         """Take the front away; a second time changes nothing."""
@@ -145,21 +149,19 @@ class _Patch:
 _lock = threading.RLock()
 _fronts: "WeakKeyDictionary[nn.Module, tuple[AttentionFront, ...]]" = WeakKeyDictionary()
 _in_use: dict[int, AttentionFront] = {}  # by handle
+_keys = itertools.count()
 _PATCHES = (
     _Patch(AttentionInterface, "get_interface", _Fronted),
     _Patch(AttentionMaskInterface, "__getitem__", _FrontedMask),
 )
 
 
-def _patch_lookups() -> None:
-    for patch in _PATCHES:
-        patch.enter() if _in_use else patch.leave()
-
-
-def _end(handle: int) -> None:
+def _end(key: int) -> None:
     with _lock:
-        del _in_use[handle]
-        _patch_lookups()
+        del _in_use[key]
+        if not _in_use:
+            for patch in _PATCHES:
+                patch.leave()
 
 
 def _outermost_first(fronts: Iterable[AttentionFront]) -> tuple[AttentionFront, ...]:
