@@ -1,6 +1,7 @@
 """Engines and residuals on one base model: they come and go in any order, and all is right at every moment."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
+from loraplex.layers.attention import FAST_DECODE_FRONT
+from loraplex.layers.fronts import fronts_of
 from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.linked import AttentionRequest
 from loraplex.training.attention import fast_attention
 from tests.engine.engines import Prompted, answer, assert_same, make_model
 from tests.residual.tiny_residuals import random_linked
+from tests.tiny_models import tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**20, max_length=60)
 PROMPT = tuple(range(20, 45))
@@ -56,6 +60,7 @@ class Joined:
     def check_base(self) -> None:
         base = self.model.base
         assert base.config._attn_implementation == "sdpa"
+        assert all(set(fronts_of(module)) <= {FAST_DECODE_FRONT} for module in base.modules())
         assert [type(module) for module in base.modules()] == self.kinds
         assert not any(hasattr(module, "loraplex_attention_layer") for module in base.modules())
         assert not base.get_output_embeddings()._forward_pre_hooks
@@ -88,19 +93,49 @@ def test_attention_that_was_given_back_is_joined_again_by_what_needs_it():
     assert request.captures[0] is not None
 
 
-def test_training_changes_the_attention_behind_engines_and_residuals():
+def test_training_stands_behind_engines_and_residuals_and_serves_only_itself():
     joined = Joined()
     for part in PARTS:
         joined.enter(part)
     base = joined.model.base
-    with fast_attention(base, 10):
-        assert base.config._attn_implementation == "loraplex_packed_loraplex_eager"
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    with fast_attention(base, 10), torch.no_grad():
+        assert base.config._attn_implementation == "sdpa"
+        trained = base(input_ids=ids).logits
+        assert trained.allclose(expected, atol=1e-5)
+        assert not trained.equal(expected), "training goes through attention of its own"
+        with ThreadPoolExecutor(1) as other:
+            elsewhere = other.submit(torch.no_grad()(lambda: base(input_ids=ids).logits)).result()
+        assert elsewhere.equal(expected)
         joined.check()
         joined.leave("first")
         joined.check()
     for part in PARTS[1:]:
         joined.leave(part)
     joined.check_base()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_training_gives_the_gradients_of_torchs(name: str, dtype: torch.dtype) -> None:
+    base = tiny_model(name, dtype=dtype)
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+
+    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = base(inputs_embeds=embedded, attention_mask=mask).logits[mask.bool()].float()
+        (gradient,) = torch.autograd.grad(logits.square().sum(), embedded)
+        return logits.detach(), gradient[mask.bool()]
+
+    expected = gradients()
+    with fast_attention(base, 10):
+        found = gradients()
+    for ours, torchs in zip(found, expected, strict=True):
+        assert (ours - torchs).abs().max() <= 16 * torch.finfo(dtype).eps * torchs.abs().max()
 
 
 def test_an_engine_of_one_model_does_not_touch_another() -> None:

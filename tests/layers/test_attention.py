@@ -46,7 +46,22 @@ def test_forward_training_and_slow_decoding_keep_torchs(calls):
     assert calls == []
 
 
-def test_joining_twice_changes_nothing():
-    attention.join_attention()
-    attention.join_attention()
-    assert attention._former is not attention.attend
+def test_other_models_and_other_attention_keep_torchs(calls):
+    model, other = MultiLoraModel(tiny_model("llama")), tiny_model("llama")
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    expected = other.generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
+    assert MultiLoraModel(eager).generate(IDS, torch.ones_like(IDS), **OPTIONS).equal(expected)
+    assert calls == []
+    model.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    assert calls != []
+
+
+def test_two_models_on_one_base_take_over_once(calls):
+    base = tiny_model("llama")
+    first, second = MultiLoraModel(base), MultiLoraModel(base)
+    first.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    assert len(calls) == 3 * base.config.num_hidden_layers
+    second.close()
+    first.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    assert first.decodes_fast

@@ -6,12 +6,40 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loraplex import MultiLoraModel, StoreConfig
 from loraplex.errors import LoraplexError
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+)
 IDS = torch.randint(3, VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+def state_of_base(base: PreTrainedModel) -> dict[str, object]:
+    """What a base model is beside its weights, module by module, and transformers' registries of attention."""
+    configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
+    modules = {
+        path: (
+            type(module),
+            sorted(vars(module)),
+            [sorted(map(str, vars(module)[hooks])) for hooks in HOOKS],
+            id(getattr(module, "config", None)),
+        )
+        for path, module in base.named_modules()
+    }
+    registries = {
+        registry: (dict(registry._global_mapping), dict(vars(registry)))
+        for registry in (AttentionInterface, AttentionMaskInterface)
+    }
+    texts = {key: (str(config), config._attn_implementation) for key, config in configs.items()}
+    return {"modules": modules, "configs": texts, "registries": registries}
 
 
 def five_adapters_for_three_slots(folder: Path) -> MultiLoraModel:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from loraplex.engine.attention import check_terms, packed_attention
+from loraplex.engine.attention import packed_attention
 from loraplex.engine.kv_cache import AttentionTerms, LayerShape
 from loraplex.engine.packing import current_batch
 from loraplex.errors import BaseModelError
-from loraplex.residual.joining import AttentionFront, function_behind, join_front, leave_front
+from loraplex.layers.fronts import AttentionFront, Behind, FrontHandle
+from loraplex.layers.joining import join_front
 
 _probe = threading.local()
 
@@ -26,19 +27,15 @@ class Attachment:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | FrontHandle] = []
         output = base.get_output_embeddings()
         if getattr(base.config, "is_encoder_decoder", False) or output is None or not base.can_generate():
             raise BaseModelError(
                 f"{type(base).__name__} is no causal language model, which the engine needs. Use "
                 "MultiLoraModel.forward or generate for it."
             )
-        if not join_front(base, _FRONT):
-            raise BaseModelError(
-                f"{type(base).__name__} doesn't follow transformers' attention interface, which the engine needs. Use "
-                "MultiLoraModel.generate for it."
-            )
-        self._is_joined = True
+        handle, _ = join_front(base, _FRONT, user="the engine", instead="Use MultiLoraModel.generate for it.")
+        self._handles.append(handle)
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
         self._handles.append(base.base_model.register_forward_hook(_keep_hidden))
         try:
@@ -52,9 +49,6 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._is_joined:
-            self._is_joined = False
-            leave_front(self._base, _FRONT)
 
     def _find_layers(self) -> dict[nn.Module, LayerShape]:
         """Run two tokens and see which modules attend, and what they keep for each token."""
@@ -74,7 +68,13 @@ class Attachment:
 
 
 def attend(
-    former: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    former: Behind,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The base model's attention function: over the packed batch that is current, else the former one."""
     batch = current_batch()
@@ -83,7 +83,7 @@ def attend(
         return packed_attention(batch, module, q, k, v, _terms(query, options)).unsqueeze(0), None
     shapes = getattr(_probe, "shapes", None)
     if shapes is not None:
-        check_terms(options)
+        _check_terms(options)
         shapes[module] = LayerShape(
             terms=_terms(query, options),
             num_kv_heads=key.shape[1],
@@ -91,7 +91,16 @@ def attend(
             value_dim=value.shape[-1],
             dtype=key.dtype,
         )
-    return function_behind(former, module)(module, query, key, value, mask, **options)
+    return former(module, query, key, value, attention_mask, **options)
+
+
+def _check_terms(options: dict[str, Any]) -> None:
+    unknown = _FRONT.unknown_terms(options)
+    if unknown:
+        raise BaseModelError(
+            f"the base model's attention has the terms {unknown}, which the engine doesn't know. Use "
+            "MultiLoraModel.generate for this model."
+        )
 
 
 def _terms(query: Tensor, options: dict[str, Any]) -> AttentionTerms:
@@ -109,7 +118,7 @@ def _mask(former: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 # Outside of the front that serves residuals, captures and steering of `generate`: a packed pass serves its own.
-_FRONT = AttentionFront(prefix="loraplex_packed_", place=1, attend=attend, mask=_mask)
+_FRONT = AttentionFront(place=3, attend=attend, computes=frozenset({"softcap"}), mask=_mask)
 
 
 def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

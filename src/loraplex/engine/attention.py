@@ -7,10 +7,6 @@ from torch import Tensor, nn
 from loraplex.engine import native_ops
 from loraplex.engine.kv_cache import AttentionTerms, gather_blocks
 from loraplex.engine.packing import PackedBatch, Part
-from loraplex.errors import BaseModelError
-
-# Terms of attention functions that are not computed here.
-_UNKNOWN_TERMS = ("s_aux", "position_bias")
 
 
 def packed_attention(
@@ -110,13 +106,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, terms: Attenti
     logits = (torch.tanh(logits / terms.softcap) * terms.softcap).masked_fill(~seen.unsqueeze(2), float("-inf"))
     out = torch.softmax(logits, dim=-1) @ v.float().unsqueeze(2)
     return out.flatten(1, 2).to(v.dtype)
-
-
-def check_terms(options: dict[str, object]) -> None:
-    """Raise BaseModelError for an attention that has terms which are not computed here."""
-    present = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
-    if present:
-        raise BaseModelError(
-            f"the base model's attention has the terms {present}, which the engine doesn't know. Use "
-            "MultiLoraModel.generate for this model."
-        )

@@ -15,7 +15,8 @@ from loraplex.adapters.version import AdapterState
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
-from loraplex.layers.attention import join_attention
+from loraplex.layers.attention import FAST_DECODE_FRONT
+from loraplex.layers.fronts import FrontHandle
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
@@ -56,9 +57,10 @@ class MultiLoraModel:
         self.draft_counts = DraftCounts()  # of all calls so far
         self.adaptable.attach_output()
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
+        self._front: FrontHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
-            join_attention()
+            self._front = FrontHandle(base, FAST_DECODE_FRONT)
 
     @classmethod
     def from_pretrained(
@@ -181,6 +183,25 @@ class MultiLoraModel:
     def prefetch(self, names: Sequence[str]) -> None:
         """Start reading adapters that were evicted to disk, in the background, for batches to come."""
         self.store.prefetch(names)
+
+    def close(self) -> None:
+        """Unload everything and give the base model back as it was: its modules, its attention, its hooks.
+
+        Call it when nothing runs. Whoever uses the model again loads adapters again.
+        """
+        for name in [*self.mixtures.names(), *self.names()]:
+            if name in self.names():  # a mixture takes its own experts along
+                self.unload(name)
+        self._fast_decode = False
+        if self._front is not None:
+            self._front.remove()
+        self.registry.detach()
+
+    def __enter__(self) -> "MultiLoraModel":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # Running
 

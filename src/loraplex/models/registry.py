@@ -140,6 +140,11 @@ class Registry:
             self.mixtures.check_unloadable(name)
             self.store.remove(name)
 
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        self.linked.detach()
+        self.adaptable.detach()
+
     def _check_new_mixture(self, name: str) -> None:
         self.mixtures.check_new(name)
         self.linked.check_free(name)

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.errors import RequestError
-from loraplex.residual.joining import AttentionFront, AttentionOutput, function_behind
+from loraplex.layers.fronts import AttentionFront, AttentionOutput, Behind
 from loraplex.residual.plan import LayerPlan
 from loraplex.residual.scope import AttentionScope, current_attention
 from loraplex.residual.weights import AttentionWeights
 
 _NUMBER = "loraplex_attention_layer"
-# What attention functions may be given that changes the weights in a way that is not computed here.
-_UNKNOWN_TERMS = ("s_aux", "cache", "indices")
 
 
 def give_number(module: nn.Module, number: int) -> None:
@@ -36,38 +34,31 @@ def layer_number(module: nn.Module) -> int | None:
     return numbers[-1] if numbers else None
 
 
-class AttentionProbe(AttentionScope):
-    """A scope that only notes which modules attend, and with how many heads."""
-
-    def __init__(self) -> None:
-        super().__init__(rows=(), num_heads={}, paddings=())
-        self.found: dict[nn.Module, int] = {}
-
-
 def attend(
-    former: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    former: Behind,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> AttentionOutput:
-    """The base model's attention function: the former one, and beside it what the current scope asks for.
+    """The base model's attention function, and beside it what the current scope asks for.
 
     query [sequences, heads, queries, head_dim], key and value [sequences, kv_heads, keys, head_dim]; returns
     [sequences, queries, heads, head_dim].
     """
-    output, _ = function_behind(former, module)(module, query, key, value, mask, **options)
-    scope = current_attention()
-    if not isinstance(scope, AttentionScope):
-        return output, None
-    if isinstance(scope, AttentionProbe):
-        scope.found[module] = query.shape[1]
-        return output, None
-    layer = layer_number(module)
-    if layer is None:
-        return output, None
+    output, own_weights = former(module, query, key, value, attention_mask, **options)
+    scope, layer = current_attention(), layer_number(module)
+    if layer is None or not isinstance(scope, AttentionScope):
+        return output, own_weights
     fed = scope.feed(layer, query.shape[2])
     plan = scope.plan(layer, query)
     if plan is None:
-        return output, None
+        return output, own_weights
     _check_terms(options)
-    weights = _weights(scope, plan, layer, module, query, key, mask, fed - key.shape[2], options)
+    scope.check_whole(layer)
+    weights = _weights(scope, plan, layer, module, query, key, attention_mask, fed - key.shape[2], options)
     for place, buffer in plan.captures:
         buffer.keep(layer, weights, place)
     if plan.links:
@@ -75,11 +66,25 @@ def attend(
     if plan.steered:
         places = torch.tensor([place for place, _, _ in plan.steered], device=query.device)
         output = _steer(former, module, query, key, value, weights, places, output, options)
-    return output, None
+    return output, own_weights
 
 
-# Where engines' packed passes stand too, they stand outside of this one.
-RESIDUAL_FRONT = AttentionFront(prefix="loraplex_", place=0, attend=attend)
+# Where engines' packed passes stand too, they stand outside of this one. What sparse attention leaves out is in its
+# mask, for the implementations that are joined.
+RESIDUAL_FRONT = AttentionFront(
+    place=2, attend=attend, computes=frozenset({"softcap", "position_bias", "block_indices"})
+)
+
+
+def computed_terms(module: nn.Module, query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The terms of an attention call, as AttentionWeights takes them."""
+    scaling, is_causal = options.get("scaling"), options.get("is_causal")
+    return {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": options.get("softcap"),
+        "is_causal": getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        "position_bias": options.get("position_bias"),
+    }
 
 
 def _weights(
@@ -93,23 +98,19 @@ def _weights(
     first_key: int,
     options: dict[str, Any],
 ) -> AttentionWeights:
-    is_causal = options.get("is_causal")
     return AttentionWeights(
         query,
         key,
         mask,
         sequences=plan.sequences,
-        scaling=query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"],
-        softcap=options.get("softcap"),
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        position_bias=options.get("position_bias"),
         log_strength=plan.log_strength(scope.num_heads[layer], first_key, key.shape[2]),
         first_key=first_key,
+        **computed_terms(module, query, options),
     )
 
 
 def _steer(
-    former: str,
+    former: Behind,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -124,14 +125,14 @@ def _steer(
     bias = options.get("position_bias")
     if bias is not None and bias.shape[0] > 1:
         options = {**options, "position_bias": bias[rows]}
-    steered, _ = function_behind(former, module)(module, query[rows], key[rows], value[rows], mask, **options)
+    steered, _ = former(module, query[rows], key[rows], value[rows], mask, **options)
     return output.index_copy(0, rows, steered)
 
 
 def _check_terms(options: dict[str, Any]) -> None:
-    present = [name for name in _UNKNOWN_TERMS if options.get(name) is not None]
-    if present:
+    unknown = RESIDUAL_FRONT.unknown_terms(options)
+    if unknown:
         raise RequestError(
-            f"this model's attention has the terms {present}, which residuals, capture and steering don't know. Run "
+            f"this model's attention has the terms {unknown}, which residuals, capture and steering don't know. Run "
             "these rows without them."
         )

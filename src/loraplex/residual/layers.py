@@ -1,23 +1,25 @@
 """Attention layers of a transformers model, joined to the current attention scope."""
 
-from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.residual.attending import RESIDUAL_FRONT, AttentionProbe, give_number, layer_number, take_number
+from loraplex.layers.fronts import FrontHandle
+from loraplex.layers.joining import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
+from loraplex.residual.attending import RESIDUAL_FRONT, give_number, layer_number, take_number
 from loraplex.residual.config import BaseIdentity
-from loraplex.residual.joining import join_front, leave_front, own_implementation
-from loraplex.residual.scope import current_attention, use_attention
+from loraplex.residual.scope import current_attention
+from loraplex.residual.seen import block_input, block_output, check_block, check_call
+from loraplex.residual.state import FollowedCache
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
+_INSTEAD = "Use a model of transformers whose attention does (most do)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +42,27 @@ class AttentionLayers:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[FrontHandle | RemovableHandle] = []
         self._modules: list[nn.Module] = []
-        self._join()
+        _check_kind(base)
         try:
-            self.layers = self._find()
+            handle, watched = join_front(base, RESIDUAL_FRONT, user="a residual, capture or steering", instead=_INSTEAD)
+            self._handles.append(handle)
+            self.layers = self._find(watched)
+            self.cuts_tokens = self._cuts_tokens()
+            self.takes_caches = self._takes_caches()
         except BaseException:
             self.detach()
             raise
         self.num_heads = {number: layer.num_heads for number, layer in self.layers.items()}
+        text_config = base.config.get_text_config(decoder=True)
         self.identity = BaseIdentity(
             architecture=type(base).__name__,
-            hidden_size=next(iter(self.layers.values())).hidden_size,
-            vocab_size=base.config.get_text_config().vocab_size,
+            hidden_size=text_config.hidden_size,
+            vocab_size=text_config.vocab_size,
             num_heads=tuple(self.num_heads.values()),
             name=_public_name(base.config.name_or_path),
         )
-        self._is_joined = True
 
     def detach(self) -> None:
         """Give the base model back as it was; once."""
@@ -65,57 +71,73 @@ class AttentionLayers:
         for module in self._modules:
             take_number(module)
         self._handles, self._modules = [], []
-        if self._is_joined:
-            self._is_joined = False
-            leave_front(self._base, RESIDUAL_FRONT)
 
-    def _join(self) -> None:
-        self._is_joined = False
-        name = type(self._base).__name__
-        if getattr(self._base.config, "is_encoder_decoder", False):
-            raise BaseModelError(
-                f"{name} is an encoder-decoder; residuals, capture and steering work on decoder-only and encoder-only "
-                "models. Use a causal language model."
-            )
-        implementation = own_implementation(self._base)
-        if implementation not in _KNOWN_IMPLEMENTATIONS:
-            raise BaseModelError(
-                f"{name} runs on attn_implementation={implementation!r}; residuals, capture and steering need one of "
-                f"{list(_KNOWN_IMPLEMENTATIONS)}. Load the base model with attn_implementation='sdpa'."
-            )
-        if not join_front(self._base, RESIDUAL_FRONT):
-            raise BaseModelError(
-                f"{name} doesn't follow transformers' attention interface, so its attention can't be captured, steered "
-                "or given residuals. Use a model of transformers that does (most do)."
-            )
-        self._is_joined = True
-
-    def _run_probe(self, probe: AttentionProbe) -> None:
-        with torch.no_grad(), use_attention(probe):
-            self._base(input_ids=torch.tensor([[1, 2]], device=self._base.device), use_cache=False)
-
-    def _find(self) -> dict[int, AttentionLayer]:
-        """Run two tokens and see which modules call the attention function, and with how many heads."""
+    def _find(self, watched: Watched) -> dict[int, AttentionLayer]:
+        """The modules that were seen to call the attention function, checked one by one."""
+        hidden_size = self._base.config.get_text_config(decoder=True).hidden_size
         paths = {module: path for path, module in self._base.named_modules()}
-        probe = AttentionProbe()
-        Context().run(self._run_probe, probe)  # none of what a call that runs now has made current
-        hidden_size = self._base.config.get_text_config().hidden_size
+        found: dict[nn.Module, AttentionCall] = {}
+        for call in watched.calls:
+            where = f"{type(self._base).__name__}'s attention block {paths[call.module]!r}"
+            check_call(call, where, again=call.module in found)
+            args, kwargs, output = watched.ran[call.module]
+            check_block(block_input(args, kwargs), block_output(output), hidden_size, where)
+            found[call.module] = call
         layers = {}
-        for order, (module, num_heads) in enumerate(probe.found.items()):
-            number = getattr(module, "layer_idx", None)
-            number = order if number is None else int(number)
+        for order, (module, call) in enumerate(found.items()):
+            number = _number(module, order)
             layers[number] = AttentionLayer(
-                number=number, path=paths[module], num_heads=num_heads, hidden_size=hidden_size
+                number=number,
+                path=paths[module],
+                num_heads=call.query.shape[1],
+                hidden_size=hidden_size,
             )
             give_number(module, number)
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(add_residuals, with_kwargs=True))
-        if not layers or len(layers) != len(probe.found):
+        if len(layers) != len(found):
             raise BaseModelError(
-                f"{type(self._base).__name__} has no attention layers that can be told apart by number: "
-                f"{[paths[module] for module in probe.found]}. Use a causal language model of transformers."
+                f"{type(self._base).__name__} has attention layers that can't be told apart by number: "
+                f"{[paths[module] for module in found]}. Use a causal language model of transformers."
             )
         return layers
+
+    def _cuts_tokens(self) -> bool:
+        """Whether some layers see only the tokens whose logits are wanted (those that share keys of earlier ones)."""
+        if not (self._base.can_generate() and self._base._supports_logits_to_keep()):
+            return False
+        with watching(self._base) as watched:
+            run_plain(self._base, logits_to_keep=1)
+        return len({call.query.shape[2] for call in watched.calls}) > 1
+
+    def _takes_caches(self) -> bool:
+        """Whether the model takes a cache of transformers' general kind, beside which state can be kept."""
+        try:
+            cache = FollowedCache(config=self._base.config)
+            run_plain(self._base, past_key_values=cache, use_cache=True)
+        except BaseModelError:
+            return False
+        return int(cache.get_seq_length()) == NUM_TOKENS
+
+
+def _number(module: nn.Module, order: int) -> int:
+    number = getattr(module, "layer_idx", None)
+    return order if number is None else int(number)
+
+
+def _check_kind(base: PreTrainedModel) -> None:
+    name = type(base).__name__
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise BaseModelError(
+            f"{name} is an encoder-decoder; residuals, capture and steering work on decoder-only and encoder-only "
+            "models. Use a causal language model."
+        )
+    implementation = base.config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in _KNOWN_IMPLEMENTATIONS:
+        raise BaseModelError(
+            f"{name} runs on attn_implementation={implementation!r}; residuals, capture and steering need one of "
+            f"{list(_KNOWN_IMPLEMENTATIONS)}. Load the base model with attn_implementation='sdpa'."
+        )
 
 
 def add_residuals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -126,8 +148,7 @@ def add_residuals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     layer = layer_number(module)
     if layer is None or layer not in scope.pending:
         return None
-    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    total = scope.add_residuals(layer, x, output[0] if isinstance(output, tuple) else output)
+    total = scope.add_residuals(layer, block_input(args, kwargs), block_output(output))
     return (total, *output[1:]) if isinstance(output, tuple) else total
 
 

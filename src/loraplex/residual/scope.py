@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.errors import AdapterError, BatchError
+from loraplex.errors import AdapterError, BatchError, RequestError
 from loraplex.residual.capture import CaptureBuffer
 from loraplex.residual.chain import run_chain
 from loraplex.residual.plan import LayerPlan, LayerPlanner
@@ -28,6 +28,7 @@ class AttentionScope:
     buffers: Mapping[int, CaptureBuffer] = field(default_factory=dict)  # by row
     state: ResidualState | None = None  # with a KV cache: u of the tokens before
     fed_before: int = 0  # tokens that the cache held when the scope began
+    cached: bool = True  # whether a pass goes on from those before it; else each has all tokens
     failures: dict[int, AdapterError] | None = None  # by row: recorded there, and the row goes on; None raises
     copies: int | None = None  # sequences a row; the first pass tells, later ones may have others behind them
     pending: dict[int, AttentionWeights] = field(default_factory=dict)  # between attention and its block's output
@@ -52,8 +53,18 @@ class AttentionScope:
 
     def feed(self, layer: int, num_tokens: int) -> int:
         """Count a pass's tokens at a layer; returns how many were fed so far, these included."""
-        self._fed[layer] = self._fed.get(layer, self.fed_before) + num_tokens
+        before = self._fed.get(layer, self.fed_before) if self.cached else self.fed_before
+        self._fed[layer] = before + num_tokens
         return self._fed[layer]
+
+    def check_whole(self, layer: int) -> None:
+        """Raise RequestError for a layer that saw fewer tokens of a pass than one before it."""
+        if self._fed[layer] != max(self._fed.values()):
+            raise RequestError(
+                f"attention layer {layer} was given {self._fed[layer]} of {max(self._fed.values())} tokens, because "
+                "the logits of some only are wanted; residuals and captures there need all of them. Call the base "
+                "model without logits_to_keep."
+            )
 
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """An attention block's output [sequences, tokens, hidden] with the rows' residuals; x is its normed input."""

@@ -176,7 +176,7 @@ def _check_start(
 
 
 def _check_length(job: AdapterJob, base: PreTrainedModel) -> None:
-    longest = getattr(base.config, "max_position_embeddings", None)
+    longest = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and job.max_length > longest:
         raise ConfigError(
             f"job {job.name!r}: max_length is {job.max_length}, but the base model has {longest} positions. Lower it."

@@ -171,7 +171,7 @@ def _check_trainable_experts(model: MultiLoraModel, mixture: Mixture) -> None:
 
 
 def _check_length(model: MultiLoraModel, config: MixtureTrainConfig) -> None:
-    longest = getattr(model.base.config, "max_position_embeddings", None)
+    longest = getattr(model.base.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
         raise ConfigError(f"max_length is {config.max_length}, but the base model has {longest} positions. Lower it.")
 
