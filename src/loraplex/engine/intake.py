@@ -50,6 +50,7 @@ class Intake:
             arrival=next(self._arrivals),
             max_new_tokens=min(sampling.max_tokens, self._runner.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
+            lengths=self._runner.lengths,
         )
         self._check_fits(state, num_passes=1 + len(_pass_kinds(others, found)))
         self._check_tokens(request)
