@@ -1,6 +1,6 @@
 """One forward pass over parts of many generations, side by side in one row of tokens without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,6 +87,7 @@ class PackedBatch:
         self.scalings: dict[int, list[Tensor]] = {}
         self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
         self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
+        self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
         self.stack_done: object = None  # the layers that the first of them has computed together
         positions: list[int] = []
         rows: list[int] = []
