@@ -55,6 +55,11 @@ class Attachment:
             self.detach()
             raise
 
+    def forget_lengths(self) -> None:
+        """Let positions that depend on a sequence's length be those of a fresh model in the next pass of its own."""
+        if self._rotary is not None:
+            self._rotary.forget()
+
     def detach(self) -> None:
         """Give the base model back as it was; what else stands in front of its attention stays."""
         for handle in self._handles:

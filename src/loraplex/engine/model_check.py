@@ -9,12 +9,11 @@ off by its last bit.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from loraplex.engine.packing import current_batch
 from loraplex.engine.trials import TrialPasses, TrialRow
@@ -32,21 +31,36 @@ Key = tuple[nn.Module, int, str]  # a module, the number of its call in one pass
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(eq=False)
-class _Seen:
-    """By group of sequences and tensor, values [rows, tokens, dim] or errors [tokens]."""
+class CacheBehind(DynamicCache):
+    """An empty cache that says that it has seen tokens, whose keys and values have left every window."""
 
-    of: dict[int, dict[Key, Tensor]] = field(default_factory=dict)
+    def __init__(self, num_seen: int, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self._num_seen = num_seen
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self._num_seen
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        return self._num_seen
+
+    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return query_length, self._num_seen
 
 
 class ModelCheck:
     """Runs the comparison on groups of sequences."""
 
     def __init__(
-        self, base: PreTrainedModel, attends: Callable[[nn.Module], bool], groups: Sequence[Sequence[TrialRow]]
+        self,
+        base: PreTrainedModel,
+        attends: Callable[[nn.Module], bool],
+        groups: Sequence[Sequence[TrialRow]],
+        forget_lengths: Callable[[], None],
     ) -> None:
-        """`attends` says which modules are held to the bound at every token."""
-        self._base, self._attends, self._groups = base, attends, groups
+        """`attends` says which modules are held to the bound at every token; see Attachment for `forget_lengths`."""
+        self._base, self._attends, self._groups = base, attends, list(groups)
+        self._forget_lengths = forget_lengths
         self._names = {module: name for name, module in base.named_modules() if list(module.children())}
         self._own: dict[int, dict[Key, Tensor]] = {}
         self._errors: dict[Key, dict[int, list[Tensor]]] = {}
@@ -133,10 +147,14 @@ class ModelCheck:
 
     def _forward(self, group: int) -> None:
         rows = self._groups[group]
+        self._forget_lengths()
         ids = torch.tensor([row.tokens for row in rows], device=self._base.device)
         if any(row.offset for row in rows):
             positions = torch.arange(ids.shape[1]) + torch.tensor([[row.offset] for row in rows])
-            self._base(input_ids=ids, position_ids=positions.to(ids.device), use_cache=False)
+            options: dict[str, Any] = {"use_cache": False}
+            if rows[0].is_cached:
+                options = {"past_key_values": CacheBehind(rows[0].offset, self._base.config), "use_cache": True}
+            self._base(input_ids=ids, position_ids=positions.to(ids.device), **options)
         else:
             self._base(input_ids=ids, use_cache=False)
 

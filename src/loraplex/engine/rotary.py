@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from loraplex.engine.lengths import LengthRule
 from loraplex.engine.packing import PackedBatch, current_batch
@@ -27,24 +27,30 @@ class RotaryPositions:
         """`calls` are those that a forward pass made of its rotary modules. Raises BaseModelError."""
         self.rule = LengthRule()
         self._handles: list[RemovableHandle] = []
-        joined: set[nn.Module] = set()
+        self._joined: dict[nn.Module, Call] = {}
         for module, call in calls:
             rule = _rule_of(module, call, longest)
             if rule.threshold is None:
                 continue
-            if joined and rule != self.rule:
+            if self._joined and rule != self.rule:
                 raise BaseModelError(
                     f"{type(base).__name__} has several positions that change with a sequence's length, one at "
                     f"{self.rule.threshold} tokens and one at {rule.threshold}, which the engine doesn't know. Set "
                     f"EngineConfig.max_length to at most {min(self.rule.threshold or 0, rule.threshold)}."
                 )
             self.rule = rule
-            if module not in joined:
-                joined.add(module)
+            if module not in self._joined:
+                self._joined[module] = call
                 self._join(module)
         if self.rule.threshold is not None and _begins_anew(base, self.rule.threshold):
             step, threshold = self.rule.is_step, self.rule.threshold
             self.rule = LengthRule(threshold=threshold, is_step=step, begins_anew=True)
+
+    def forget(self) -> None:
+        """Let the modules forget the longest sequence that they were asked about: some go on with its frequencies."""
+        for module, call in self._joined.items():
+            args, kwargs = _with_positions(call, torch.zeros(1, dtype=torch.int64, device=_device(call)))
+            module.forward(*args, **kwargs)
 
     def leave(self) -> None:
         for handle in self._handles:
@@ -168,7 +174,7 @@ class _Cache:
 
 def _begins_anew(base: PreTrainedModel, threshold: int) -> bool:
     """Whether `generate` drops what it has computed in the step in which a sequence outgrows the threshold."""
-    if type(base).prepare_inputs_for_generation is PreTrainedModel.prepare_inputs_for_generation:
+    if type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
         return False
     ids = torch.ones(1, threshold + 1, dtype=torch.int64, device=base.device)
     options = {"attention_mask": torch.ones_like(ids), "use_cache": True, "next_sequence_length": 1}

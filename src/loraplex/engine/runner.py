@@ -100,11 +100,12 @@ class ModelRunner:
         Raises BaseModelError for a model whose tokens depend on something that packed passes don't know.
         """
         base, attends = self.model.base, self._attachment.shapes.__contains__
-        groups = trial_groups(base, self.max_length)
+        chunks = [shape.terms.sight.chunk for shape in self._attachment.shapes.values()]
+        groups = trial_groups(base, self.max_length, step=max((chunk for chunk in chunks if chunk), default=1))
         if self.lengths.threshold is not None:  # a pass of the model's own gives all its rows the longest one's length
             groups = [[row] for group in groups for row in group]
         passes = TrialPasses(self.pool, self.table, self.cache, self.forward)
-        ModelCheck(base, attends, groups).run(passes)
+        ModelCheck(base, attends, groups, self._attachment.forget_lengths).run(passes)
         if native_runs(base.device, self.model.dtype):
             adaptable = self.model.adaptable
             index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}

@@ -27,12 +27,14 @@ class TrialRow:
 
     tokens: tuple[int, ...]
     offset: int = 0
+    is_cached: bool = False  # the model by itself is told by a cache that it has seen the tokens before
 
 
-def trial_groups(base: PreTrainedModel, longest: int) -> list[list[TrialRow]]:
+def trial_groups(base: PreTrainedModel, longest: int, step: int = 1) -> list[list[TrialRow]]:
     """Sequences of one length each: a long one, a short one, and many that begin at far positions.
 
     These stand before, at and behind every number of the configuration, and at the end of what the model is run for.
+    One at the end follows tokens of a cache, at a multiple of `step`: some models count their tokens by that.
     """
     settings = _numbers(base.config.get_text_config(decoder=True).to_dict())
     lengths = [n for name, n in settings if any(part in name for part in _LENGTHS) and 2 * n + _SHORT <= _LONG[1]]
@@ -43,7 +45,11 @@ def trial_groups(base: PreTrainedModel, longest: int) -> list[list[TrialRow]]:
     far = list(dict.fromkeys(start for start in starts if _FAR < start <= most))[:_MOST_FAR]
     draw = _Tokens(base)
     groups = [[TrialRow(draw(long))], [TrialRow(draw(min(_SHORT, longest)))]]
-    return groups + ([[TrialRow(draw(_FAR), start) for start in far]] if far else [])
+    if far:
+        groups.append([TrialRow(draw(_FAR), start) for start in far])
+    if most >= step:
+        groups.append([TrialRow(draw(_FAR), most // step * step, is_cached=True)])
+    return groups
 
 
 class _Tokens:
