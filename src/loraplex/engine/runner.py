@@ -110,8 +110,8 @@ class ModelRunner:
             adaptable = self.model.adaptable
             index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
             with torch.inference_mode():
-                self._fused = FusedModules(base, attends, lambda: passes.run(groups))
-                self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups))
+                self._fused = FusedModules(base, attends, lambda: passes.run(groups, 3))
+                self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
 
     @property
     def vocab_size(self) -> int:

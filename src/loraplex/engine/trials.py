@@ -13,7 +13,6 @@ from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, Part
 from loraplex.engine.tracks import Track
 
-_SHORT = 9  # tokens
 _LONG = (40, 264)  # tokens at least, so that many see something that begins behind a short prompt's end; and at most
 _FAR = 6  # tokens of a sequence that begins far behind
 _MOST_FAR = 16  # sequences
@@ -31,20 +30,20 @@ class TrialRow:
 
 
 def trial_groups(base: PreTrainedModel, longest: int, step: int = 1) -> list[list[TrialRow]]:
-    """Sequences of one length each: a long one, a short one, and many that begin at far positions.
+    """Groups of sequences of one length: a long one, and many short ones that begin at far positions.
 
     These stand before, at and behind every number of the configuration, and at the end of what the model is run for.
     One at the end follows tokens of a cache, at a multiple of `step`: some models count their tokens by that.
     """
     settings = _numbers(base.config.get_text_config(decoder=True).to_dict())
-    lengths = [n for name, n in settings if any(part in name for part in _LENGTHS) and 2 * n + _SHORT <= _LONG[1]]
-    long = min(max(_LONG[0], *(2 * n + _SHORT for n in lengths), 0), longest)
+    lengths = [n for name, n in settings if any(part in name for part in _LENGTHS) and 2 * n + _FAR <= _LONG[1]]
+    long = min(max(_LONG[0], *(2 * n + _FAR for n in lengths), 0), longest)
     most = longest - _FAR
     named = [n for name, n in settings if any(part in name for part in (*_LENGTHS, "position", "length"))]
     starts = [most, *(n - _FAR // 2 for n in [*named, *(2**power for power in range(6, most.bit_length()))])]
     far = list(dict.fromkeys(start for start in starts if _FAR < start <= most))[:_MOST_FAR]
     draw = _Tokens(base)
-    groups = [[TrialRow(draw(long))], [TrialRow(draw(min(_SHORT, longest)))]]
+    groups = [[TrialRow(draw(long))]]
     if far:
         groups.append([TrialRow(draw(_FAR), start) for start in far])
     if most >= step:
@@ -103,21 +102,21 @@ class TrialPasses:
         self._pool, self._table, self._cache, self._forward = pool, table, cache, forward
         self.places: Places | None = None  # of the pass that runs
 
-    def run(self, groups: Sequence[Sequence[TrialRow]]) -> None:
-        """As many sequences at once as there is room for."""
+    def run(self, groups: Sequence[Sequence[TrialRow]], most: int | None = None) -> None:
+        """As many sequences at once as there is room for; `most` parts of each, a chunk and then single tokens."""
         chosen: list[tuple[int, int, TrialRow]] = []
         free = self._pool.num_available
         for group, rows in enumerate(groups):
             for i, row in enumerate(rows):
                 needed = -(-len(row.tokens) // self._pool.block_tokens)
                 if needed > free and chosen:
-                    self._run_together(chosen)
+                    self._run_together(chosen, most)
                     chosen, free = [], self._pool.num_available
                 chosen.append((group, i, row))
                 free -= needed
-        self._run_together(chosen)
+        self._run_together(chosen, most)
 
-    def _run_together(self, chosen: Sequence[tuple[int, int, TrialRow]]) -> None:
+    def _run_together(self, chosen: Sequence[tuple[int, int, TrialRow]], most: int | None) -> None:
         tracks: dict[Track, tuple[int, int]] = {}
         parts: list[list[Part]] = []  # of each pass
         try:
@@ -125,7 +124,7 @@ class TrialPasses:
                 track = Track(list(row.tokens), (), (), self._pool, self._table)
                 tracks[track] = (group, i)
                 track.grow(len(row.tokens))
-                for number, (start, stop) in enumerate(_cut(len(row.tokens))):
+                for number, (start, stop) in enumerate(list(_cut(len(row.tokens)))[:most]):
                     parts += [[]] * (number + 1 - len(parts))
                     part = Part(
                         track=track,
@@ -149,7 +148,7 @@ class TrialPasses:
 def _cut(length: int) -> Iterator[tuple[int, int]]:
     """A prompt's first chunk, single tokens, a chunk, single tokens, and the rest."""
     start = 0
-    for size in (max(1, length * 2 // 5), 1, 1, max(1, length // 4), 1, 1, 1):
+    for size in (max(1, length * 2 // 5), 1, 1, max(1, length // 4), 1):
         if start < length:
             yield start, min(start + size, length)
         start += size
