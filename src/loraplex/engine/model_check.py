@@ -216,12 +216,14 @@ class ModelCheck:
             apart = 0.0 if self._attends(module) else _CHOSEN_APART
             noise = torch.cat(self._noise[key]).nan_to_num(0).quantile(1 - apart) if key in self._noise else 0.0
             bound = _TIMES * float(noise) + self._floor
-            for errors in (torch.cat(parts) for parts in by_group.values()):
+            for group, errors in ((group, torch.cat(parts)) for group, parts in by_group.items()):
                 num_off = int((~(errors <= bound)).sum())
                 if num_off > apart * len(errors) + (2 if apart else 0):
+                    far = min(row.offset for row in self._groups[group])
+                    where = f" from position {far} on, which EngineConfig.max_length can exclude" if far else ""
                     return (
                         f"the {tensor} of {self._names[module] or 'the model'} ({type(module).__name__}) is off by up "
-                        f"to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens, where rounding is "
+                        f"to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens{where}, where rounding is "
                         f"below {bound:.1e}"
                     )
         return None

@@ -68,7 +68,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         try:
             self._check_model()
-            if device.type == "cuda" and config.cuda_graphs:
+            if device.type == "cuda" and config.cuda_graphs and self.lengths.is_step:
                 self.use_graphs(GraphRecorder())
         except BaseException:
             self.close()
