@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.engine import native_ops
+from loraplex.engine.kv_cache import AttentionTerms
+from loraplex.engine.sight import Sight
 
 pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.
@@ -58,19 +60,24 @@ def test_gated_silu_for_small_and_huge_values(dtype, size):
     assert_near(result, expected)
 
 
-SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, window, softcap
-    (64, 64, 9, 3, 16, None, None),
-    (16, 16, 4, 2, 4, 6, None),
-    (16, 24, 4, 4, 8, None, 5.0),
-    (80, 160, 8, 1, 16, 50, 30.0),
-    (7, 5, 2, 1, 3, None, None),
+SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, sight, softcap, sinks
+    (64, 64, 9, 3, 16, Sight(), None, None),
+    (16, 16, 4, 2, 4, Sight(window=6), None, None),
+    (16, 24, 4, 4, 8, Sight(), 5.0, None),
+    (80, 160, 8, 1, 16, Sight(window=50), 30.0, None),
+    (7, 5, 2, 1, 3, Sight(), None, None),
+    (16, 16, 4, 2, 4, Sight(chunk=7), None, None),
+    (16, 16, 4, 2, 4, Sight(chunk=5, window=3), None, [0.5, -2.0, 9.0, -1e4]),
+    (16, 16, 4, 4, 4, Sight(), 2.0, [20.0, 0.0, 1.0, 2.0]),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_over_blocks(dtype, shape):
-    key_dim, value_dim, heads, kv_heads, size, window, softcap = shape
+    key_dim, value_dim, heads, kv_heads, size, sight, softcap, sinks = shape
+    sinks = None if sinks is None else torch.tensor(sinks, dtype=dtype)
+    terms = AttentionTerms(scale=0.3, sight=sight, softcap=softcap, sinks=sinks)
     num_blocks = 12
     keys = random(40, kv_heads, size, key_dim, dtype=dtype)
     values = random(40, kv_heads, size, value_dim, dtype=dtype, seed=1)
@@ -83,7 +90,7 @@ def test_attention_over_blocks(dtype, shape):
     native_ops.store_tokens(new_keys, keys, table, rows, positions)
     native_ops.store_tokens(new_values, values, table, rows, positions)
     query, out = random(4, heads, key_dim, dtype=dtype, seed=4), torch.empty(4, heads, value_dim, dtype=dtype)
-    native_ops.attend_single(query, out, keys, values, table, rows, positions, 0.3, window, softcap)
+    native_ops.attend_single(query, out, keys, values, table, rows, positions, terms)
     for token in range(4):
         stop = int(positions[token]) + 1
         blocks = table[rows[token]].long()
@@ -93,8 +100,13 @@ def test_attention_over_blocks(dtype, shape):
         k, v = (states.double().repeat_interleave(heads // kv_heads, dim=0) for states in (k, v))
         logits = torch.einsum("hd,hpd->hp", query[token].double(), k) * 0.3
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        first = 0 if window is None else max(0, stop - window)
-        assert_near(out[token], torch.einsum("hp,hpd->hd", logits[:, first:].softmax(-1), v[:, first:]))
+        seen = [p for p in range(stop) if sight.window is None or p > stop - 1 - sight.window]
+        seen = [p for p in seen if sight.chunk is None or p // sight.chunk == (stop - 1) // sight.chunk]
+        beside = logits.new_empty(heads, 0) if sinks is None else sinks.double().unsqueeze(1)
+        weights = torch.cat([logits[:, seen], beside], dim=1).softmax(-1)[:, : len(seen)]
+        expected = torch.einsum("hp,hpd->hd", weights, v[:, seen])
+        for head in range(heads):
+            assert_near(out[token, head], expected[head])
 
 
 def test_a_tokens_attention_has_the_same_bits_in_any_batch():
@@ -102,10 +114,11 @@ def test_a_tokens_attention_has_the_same_bits_in_any_batch():
     table = torch.arange(8, dtype=torch.int32).view(2, 4)
     rows, positions = torch.tensor([0, 1]), torch.tensor([60, 37])
     query = random(2, 9, 64, dtype=torch.float32, seed=2)
+    terms = AttentionTerms(scale=0.125)
     both, alone = torch.empty(2, 9, 64), torch.empty(1, 9, 64)
-    native_ops.attend_single(query, both, keys, values, table, rows, positions, 0.125, None, None)
+    native_ops.attend_single(query, both, keys, values, table, rows, positions, terms)
     second = (query[1:].contiguous(), alone, keys, values, table, rows[1:].contiguous(), positions[1:].contiguous())
-    native_ops.attend_single(*second, 0.125, None, None)
+    native_ops.attend_single(*second, terms)
     assert torch.equal(both[1:], alone)
 
 

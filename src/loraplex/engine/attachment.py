@@ -4,19 +4,22 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.engine.attention import packed_attention
-from loraplex.engine.kv_cache import AttentionTerms, LayerShape
+from loraplex.engine.kv_cache import LayerShape
 from loraplex.engine.packing import current_batch
-from loraplex.errors import BaseModelError
+from loraplex.engine.probe import ModelProbe
+from loraplex.engine.rotary import RotaryPositions
+from loraplex.errors import BaseModelError, LoraplexError
 from loraplex.layers.fronts import AttentionFront, Behind, FrontHandle
 from loraplex.layers.joining import join_front
 
-_probe = threading.local()
+_current = threading.local()  # its `probe`: the one that runs in this thread
+
+UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 
 
 class Attachment:
@@ -25,8 +28,10 @@ class Attachment:
     Our attention function stands in front of the model's own, which other threads go on using meanwhile.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, longest: int = UNKNOWN_LENGTH) -> None:
+        """No sequence is longer than `longest` tokens. Raises BaseModelError."""
         self._base = base
+        self._rotary: RotaryPositions | None = None
         self._handles: list[RemovableHandle | FrontHandle] = []
         output = base.get_output_embeddings()
         if getattr(base.config, "is_encoder_decoder", False) or output is None or not base.can_generate():
@@ -39,32 +44,48 @@ class Attachment:
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
         self._handles.append(base.base_model.register_forward_hook(_keep_hidden))
         try:
-            self.shapes = self._find_layers()
+            probe = self._probe(longest)
+            self.shapes: dict[nn.Module, LayerShape] = probe.shapes
+            self._rotary = RotaryPositions(base, probe.rotary, longest)
+            self.lengths = self._rotary.rule
         except BaseException:
             self.detach()
             raise
+
+    def forget_lengths(self) -> None:
+        """Let positions that depend on a sequence's length be those of a fresh model in the next pass of its own."""
+        if self._rotary is not None:
+            self._rotary.forget()
 
     def detach(self) -> None:
         """Give the base model back as it was; what else stands in front of its attention stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._rotary is not None:
+            self._rotary.leave()
 
-    def _find_layers(self) -> dict[nn.Module, LayerShape]:
-        """Run two tokens and see which modules attend, and what they keep for each token."""
-        _probe.shapes = {}
+    def _probe(self, longest: int) -> ModelProbe:
+        """Run a few tokens and see which modules attend, how, and what they keep for each token."""
+        name = type(self._base).__name__
+        probe = _current.probe = ModelProbe(self._base, longest, _FRONT.unknown_terms)
         try:
-            with torch.no_grad():
-                self._base(input_ids=torch.tensor([[1, 2]], device=self._base.device), use_cache=False)
-            shapes: dict[nn.Module, LayerShape] = _probe.shapes
-        finally:
-            del _probe.shapes
-        if not shapes:
+            probe.run()
+        except LoraplexError:
+            raise
+        except Exception as error:
             raise BaseModelError(
-                f"no module of {type(self._base).__name__} called the attention function, so its keys and values can't "
-                "be kept by the engine. Use MultiLoraModel.generate for it."
+                f"{name} can't run a few tokens without a cache, which the engine tries first: "
+                f"{type(error).__name__}: {error}. Use MultiLoraModel.generate for it."
+            ) from error
+        finally:
+            del _current.probe
+        if not probe.shapes:
+            raise BaseModelError(
+                f"no module of {name} called the attention function, so its keys and values can't be kept by the "
+                "engine. Use MultiLoraModel.generate for it."
             )
-        return shapes
+        return probe
 
 
 def attend(
@@ -80,45 +101,27 @@ def attend(
     batch = current_batch()
     if batch is not None:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        return packed_attention(batch, module, q, k, v, _terms(query, options)).unsqueeze(0), None
-    shapes = getattr(_probe, "shapes", None)
-    if shapes is not None:
-        _check_terms(options)
-        shapes[module] = LayerShape(
-            terms=_terms(query, options),
-            num_kv_heads=key.shape[1],
-            key_dim=key.shape[-1],
-            value_dim=value.shape[-1],
-            dtype=key.dtype,
-        )
+        return packed_attention(batch, module, q, k, v).unsqueeze(0), None
+    probe: ModelProbe | None = getattr(_current, "probe", None)
+    if probe is not None:
+        probe.note_attention(module, query, key, value, attention_mask, options)
     return former(module, query, key, value, attention_mask, **options)
-
-
-def _check_terms(options: dict[str, Any]) -> None:
-    unknown = _FRONT.unknown_terms(options)
-    if unknown:
-        raise BaseModelError(
-            f"the base model's attention has the terms {unknown}, which the engine doesn't know. Use "
-            "MultiLoraModel.generate for this model."
-        )
-
-
-def _terms(query: Tensor, options: dict[str, Any]) -> AttentionTerms:
-    scaling = options.get("scaling")
-    return AttentionTerms(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=options.get("sliding_window"),
-        softcap=options.get("softcap"),
-    )
 
 
 def _mask(former: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """No mask for a packed batch, whose attention function knows what a token may see."""
-    return None if current_batch() is not None else former(*args, **options)
+    if current_batch() is not None:
+        return None
+    probe: ModelProbe | None = getattr(_current, "probe", None)
+    if probe is None:
+        return former(*args, **options)
+    mask = former(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    probe.note_mask(mask, options)
+    return mask
 
 
 # Outside of the front that serves residuals, captures and steering of `generate`: a packed pass serves its own.
-_FRONT = AttentionFront(place=3, attend=attend, computes=frozenset({"softcap"}), mask=_mask)
+_FRONT = AttentionFront(place=3, attend=attend, computes=frozenset({"softcap", "s_aux"}), mask=_mask)
 
 
 def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

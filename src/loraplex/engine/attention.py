@@ -15,10 +15,12 @@ def packed_attention(
     query: Tensor,  # [tokens, heads, head_dim]
     key: Tensor,  # [tokens, kv_heads, head_dim]
     value: Tensor,
-    terms: AttentionTerms,
 ) -> Tensor:  # [tokens, heads, head_dim]
     """softmax(scale * q k^T, soft-capped, causal, windowed) v for every token; new keys and values are kept."""
+    if batch.stand_in is not None:
+        return batch.stand_in(batch, module, query, key, value)
     keys, values = batch.cache.layers[module]
+    terms = batch.cache.shapes[module].terms
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     single = out[: batch.num_single]
     if batch.is_native:
@@ -26,8 +28,7 @@ def packed_attention(
         native_ops.store_tokens(key, keys, *where)
         native_ops.store_tokens(value, values, *where)
         if batch.num_single:
-            query = query.contiguous()
-            native_ops.attend_single(query, single, keys, values, *where, terms.scale, terms.window, terms.softcap)
+            native_ops.attend_single(query.contiguous(), single, keys, values, *where, terms)
     else:
         blocks, places = batch.slots
         keys[blocks, :, places] = key
@@ -55,12 +56,11 @@ def attend_single(
     blocks = batch.table.values[rows, : batch.num_key_blocks].long()  # beyond a track's end: any block, masked
     k = keys[blocks].transpose(1, 2).flatten(2, 3)  # [single, kv_heads, tokens, head_dim]
     v = values[blocks].transpose(1, 2).flatten(2, 3)
-    places = torch.arange(k.shape[2], device=query.device)
-    seen = places <= positions.unsqueeze(1)
-    if terms.window is not None:
-        seen &= places > positions.unsqueeze(1) - terms.window
+    seen = terms.seen(positions.unsqueeze(1), torch.arange(k.shape[2], device=query.device))
     unseen = ~seen[:, None, :, None]  # memory that was never written may hold NaN
     k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    if terms.sinks is not None:
+        return _attend(query.unsqueeze(2), k, v, seen[:, None, None], terms).squeeze(2)
     # The queries that share a key head side by side, as if they followed each other: with a mask, fused attention takes
     # shared heads in no other form.
     grouped = query.unflatten(1, (k.shape[1], -1))  # [single, kv_heads, groups, head_dim]
@@ -76,17 +76,15 @@ def attend_chunk(
 ) -> Tensor:  # [count, heads, head_dim]
     """Some tokens of one track, over all tokens before them and one another."""
     size = keys.shape[2]
-    first = 0 if terms.window is None else max(0, part.start + 1 - terms.window) // size  # block
+    first = terms.first_seen(part.start) // size  # block
     blocks = part.track.blocks[first : -(-part.stop // size)]
     k, v = (gather_blocks(pool, blocks)[:, : part.stop - first * size] for pool in (keys, values))
     q = query.transpose(0, 1).unsqueeze(0)
-    if part.start == 0 and (terms.window is None or terms.window >= part.stop) and terms.softcap is None:
+    sees_all = part.start == 0 and terms.first_seen(part.stop - 1) == 0
+    if sees_all and terms.softcap is None and terms.sinks is None:
         return _attend(q, k.unsqueeze(0), v.unsqueeze(0), None, terms)[0].transpose(0, 1)
     positions = torch.arange(part.start, part.stop, device=query.device).unsqueeze(1)
-    places = torch.arange(first * size, part.stop, device=query.device)
-    seen = places <= positions
-    if terms.window is not None:
-        seen &= places > positions - terms.window
+    seen = terms.seen(positions, torch.arange(first * size, part.stop, device=query.device))
     return _attend(q, k.unsqueeze(0), v.unsqueeze(0), seen[None, None], terms)[0].transpose(0, 1)
 
 
@@ -95,14 +93,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, terms: Attenti
 
     Without `seen`, query i sees the keys up to i.
     """
-    if terms.softcap is None:
+    if terms.softcap is None and terms.sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=terms.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    assert seen is not None, "a soft-capped attention needs to be told what is seen"
+    assert seen is not None, "an attention with a soft cap or sinks needs to be told what is seen"
     groups = q.shape[1] // k.shape[1]
     q = q.unflatten(1, (k.shape[1], groups)).float()  # [rows, kv_heads, groups, queries, head_dim]
     logits = q @ k.float().unsqueeze(2).transpose(-1, -2) * terms.scale
-    logits = (torch.tanh(logits / terms.softcap) * terms.softcap).masked_fill(~seen.unsqueeze(2), float("-inf"))
-    out = torch.softmax(logits, dim=-1) @ v.float().unsqueeze(2)
-    return out.flatten(1, 2).to(v.dtype)
+    if terms.softcap is not None:
+        logits = torch.tanh(logits / terms.softcap) * terms.softcap
+    logits = logits.masked_fill(~seen.unsqueeze(2), float("-inf"))
+    if terms.sinks is not None:
+        sinks = terms.sinks.to(logits).view(1, k.shape[1], groups, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : k.shape[2]]
+    return (weights @ v.float().unsqueeze(2)).flatten(1, 2).to(v.dtype)

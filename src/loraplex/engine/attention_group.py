@@ -30,14 +30,13 @@ class RowGroup:
         self, plan: LayerPlan, num_heads: int, query: Tensor, keys: Tensor, terms: AttentionTerms
     ) -> AttentionWeights:
         """The weights of the rows that a plan is about; query [tokens, heads, dim], keys are all blocks."""
+        assert terms.sinks is None, "residuals, captures and steering are refused where an attention has sinks"
         first = self._first_block(terms)
         first_key = first * self._batch.cache.block_tokens
         tokens = self.tokens[plan.sequences]
         positions = self._batch.positions[tokens].unsqueeze(2)  # [rows, count, 1]
         places = torch.arange(first_key, self.num_keys, device=query.device)
-        seen = places <= positions
-        if terms.window is not None:
-            seen &= places > positions - terms.window
+        seen = terms.seen(positions, places)
         return AttentionWeights(
             query[tokens].transpose(1, 2),
             self._gather(keys, plan.sequences, first),
@@ -61,9 +60,7 @@ class RowGroup:
         return gathered.masked_fill(beyond[:, None, :, None], 0)
 
     def _first_block(self, terms: AttentionTerms) -> int:
-        if terms.window is None:
-            return 0
-        return max(0, self._start + 1 - terms.window) // self._batch.cache.block_tokens
+        return terms.first_seen(self._start) // self._batch.cache.block_tokens
 
     def _gather(self, pool: Tensor, rows: Tensor, first: int) -> Tensor:  # [rows, kv_heads, keys, dim]
         size = self._batch.cache.block_tokens

@@ -75,7 +75,7 @@ class RecordedStep:
         with use_routing(self._routing), use_batch(self.batch), use_attention(None):
             output = self._base(
                 input_ids=self.batch.token_ids.unsqueeze(0),
-                position_ids=self.batch.positions.unsqueeze(0),
+                position_ids=self.batch.position_ids.unsqueeze(0),
                 use_cache=False,
             )
         hidden = self.batch.last_hidden

@@ -22,14 +22,16 @@ class StaticBatch(PackedBatch):
         self.num_single = self.num_tokens = size
         self.num_key_blocks = num_key_blocks
         device = self.table.values.device
-        self._inputs = torch.zeros(2, size, dtype=torch.int64, device=device)
-        self.token_ids, self.positions = self._inputs
+        self._inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.lengths = self._inputs
+        self.position_ids = self.positions
         self.rows = torch.arange(size, device=device)
 
     def fill(self, batch: PackedBatch) -> None:
         """Take over the tokens of a pass, and the blocks of their tracks."""
         num_tokens, values = batch.num_tokens, self.table.values
         self._inputs[0, :num_tokens], self._inputs[1, :num_tokens] = batch.token_ids, batch.positions
+        self._inputs[2, :num_tokens] = batch.lengths
         self._inputs[:, num_tokens:] = 0
         values[:num_tokens] = batch.table.values[batch.rows, : self.num_key_blocks]
         values[num_tokens:] = self.cache.spare_block

@@ -1,24 +1,22 @@
 """Modules between the linear ones, run by one compiled operator each where a packed batch is decoded.
 
-Not by architecture: a module is taken over if it has the parts that a formula needs and, on random input, gives what
-the formula gives. Outside of packed passes it runs as it did.
+Not by architecture: a module is taken over if it has the parts that a formula needs and gives what the formula gives
+(engine/agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.engine import native_ops
+from loraplex.engine.agreement import SCALES, TOLERANCE, agree, attentions_agree, random_inputs
 from loraplex.engine.attention import packed_attention
 from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
-from loraplex.engine.packing import current_batch
+from loraplex.engine.packing import PackedBatch, current_batch
 
-# How far the formula's result may be from the module's, relative to its largest value.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
 _STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
 
@@ -108,12 +106,13 @@ def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or weight.ndim != 1:
         return False
-    if not isinstance(_epsilon(module), float) or list(module.children()) or weight.dtype not in _TOLERANCE:
+    if not isinstance(_epsilon(module), float) or list(module.children()) or weight.dtype not in TOLERANCE:
         return False
-    x = _random(2, weight.shape[0], like=weight)
-    expected = module(x)
+    inputs = list(random_inputs(3, weight.shape[0], like=weight))
+    expected = [module(x) for x in inputs]
     for plus_one in (False, True):
-        if _agree(native_ops.rms_norm(x, weight, _epsilon(module), plus_one), expected):
+        ours = [native_ops.rms_norm(x, weight, _epsilon(module), plus_one) for x in inputs]
+        if all(map(agree, ours, expected)):
             vars(module)[_PLUS_ONE] = plus_one
             return True
     return False
@@ -135,10 +134,10 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     if names - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
         return False
     gate = module.get_submodule("gate_proj")
-    if not isinstance(gate, nn.Linear) or gate.weight.dtype not in _TOLERANCE:
+    if not isinstance(gate, nn.Linear) or gate.weight.dtype not in TOLERANCE:
         return False
-    x = _random(2, gate.in_features, like=gate.weight)
-    return _agree(_mlp_forward(module, x), module(x))
+    inputs = random_inputs(3, gate.in_features, like=gate.weight)
+    return all(agree(_mlp_forward(module, x), module(x)) for x in inputs)
 
 
 def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
@@ -160,7 +159,7 @@ def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], obj
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
-            agrees = _agree(_attention_forward(module, *args, **kwargs)[0], output[0])
+            agrees = attentions_agree(module, _attention_forward, args, kwargs)
         except (RuntimeError, TypeError):  # other shapes, or other arguments
             agrees = False
         agreed[module] = agreed.get(module, True) and agrees
@@ -186,7 +185,7 @@ def _attention_forward(
     value = module.v_proj(hidden_states).view(shape)  # type: ignore[operator]
     cos, sin = position_embeddings  # [1, tokens, head_dim]
     native_ops.rotate(query, key, cos[0], sin[0])
-    out = packed_attention(batch, module, query, key, value, batch.cache.shapes[module].terms)
+    out = packed_attention(batch, module, query, key, value)
     return module.o_proj(out.view(1, batch.num_tokens, -1)), None  # type: ignore[operator]
 
 
@@ -217,16 +216,7 @@ def _stacks_that_agree(
         seen.setdefault(batch, []).append((layer, args[0] if args else None, output))
         if batch.num_single < batch.num_tokens:
             return
-        positions = kwargs.get("position_embeddings")
-        made = None
-        if (
-            args
-            and isinstance(output, Tensor)
-            and isinstance(positions, tuple)
-            and positions[0].shape == positions[1].shape
-        ):
-            made = LayerStack([layer], module_index, _norm_terms).run(batch, args[0], positions)
-        agreed[layer] = agreed.get(layer, True) and made is not None and _agree(made, output)
+        agreed[layer] = agreed.get(layer, True) and _layers_agree(layer, module_index, batch, args, kwargs)
 
     handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
     try:
@@ -238,11 +228,20 @@ def _stacks_that_agree(
     return chains([layer for layer in layers if agreed.get(layer, False)], list(seen.values()))
 
 
-def _random(*shape: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like)
-
-
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    tolerance = _TOLERANCE[theirs.dtype] * theirs.abs().max()
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)
+def _layers_agree(
+    layer: nn.Module,
+    module_index: Mapping[nn.Module, int],
+    batch: PackedBatch,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether a layer that ran with these arguments gives what the formula gives, for inputs of other sizes too."""
+    positions = kwargs.get("position_embeddings")
+    if not args or not isinstance(positions, tuple) or positions[0].shape != positions[1].shape:
+        return False
+    stack = LayerStack([layer], module_index, _norm_terms)
+    agreed = True
+    for scale in sorted(SCALES, key=lambda scale: scale == 1):  # 1 is the last, whose keys and values stay
+        x = args[0] * scale
+        agreed &= agree(stack.run(batch, x, positions), layer.forward(x, *args[1:], **kwargs))
+    return agreed

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.engine.binding import Binding
 from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.lengths import LengthRule
 from loraplex.engine.observations import AskedAttention, Observations
 from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
 from loraplex.engine.scaling_pass import ScalingPass
@@ -35,6 +36,7 @@ class RequestState:
     loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
+    lengths: LengthRule = field(default_factory=LengthRule)  # what positions make of the sequence's length
 
     @property
     def share(self) -> tuple[str, ...]:
@@ -71,6 +73,7 @@ class Generation:
             self.prompt_logprobs = [None] * len(state.prompt)
         self.main: Track | None = None
         self.scalings: list[ScalingPass] = []
+        self.first_length = len(state.prompt)  # of the sequence in its first pass; each further token is one more
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -101,7 +104,8 @@ class Generation:
             row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
             buffer = None if self.observations is None else self.observations.buffer
             self.asked = AskedAttention(row=row, buffer=buffer) if row.asks else None
-        salt = _salt_keys(request)
+        self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
+        salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
         scalings = zip(binding.scaling_routes, binding.scaling_keys, strict=True)
         return [
@@ -120,6 +124,12 @@ class Generation:
             if reuse:
                 track.reuse(self.main.num_computed)
             self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether its passes have to begin anew, as positions changed for all its tokens with the last one."""
+        first = self.state.lengths.first_length(self.num_prompt, len(self.tokens))
+        return self.holds_blocks and self.state.lengths.keys(first) != self.state.lengths.keys(self.first_length)
 
     @property
     def most_reused(self) -> int:

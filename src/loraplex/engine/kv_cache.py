@@ -1,22 +1,38 @@
 """Keys and values of all generations, in blocks, allocated once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from loraplex.engine.sight import Sight
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionTerms:
     """How one attention module turns queries and keys into weights."""
 
     scale: float
-    window: int | None = None  # tokens that are seen, the own one included
+    sight: Sight = field(default_factory=Sight)
     softcap: float | None = None
+    sinks: Tensor | None = None  # [heads]  logits beside those of the keys, which take weight and give nothing
+
+    def first_seen(self, position: int) -> int:
+        """The position of the first token that a token sees."""
+        return self.sight.first(position)
+
+    def seen(self, positions: Tensor, places: Tensor) -> Tensor:
+        """Whether tokens at `positions` [.., 1] see keys at `places` [keys] of the same sequence."""
+        seen = places <= positions
+        if self.sight.window is not None:
+            seen &= places > positions - self.sight.window
+        if self.sight.chunk is not None:
+            seen &= places >= positions // self.sight.chunk * self.sight.chunk
+        return seen
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerShape:
     """What one attention module keeps for a token, and how it attends."""
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.engine.kv_cache import AttentionTerms
+
 
 @cache
 def _operator(name: str) -> Any:
@@ -26,12 +28,13 @@ def attend_single(
     table: Tensor,
     rows: Tensor,
     positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    terms: AttentionTerms,
 ) -> None:
     """Attention of the first tokens, each over its own track."""
-    _operator("attend_single_")(query, out, keys, values, table, rows, positions, scale, window or 0, softcap or 0.0)
+    sight = (terms.sight.window or 0, terms.sight.chunk or 0)
+    sinks = None if terms.sinks is None else terms.sinks.float().contiguous()
+    where = (table, rows, positions)
+    _operator("attend_single_")(query, out, keys, values, *where, terms.scale, *sight, terms.softcap or 0.0, sinks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """One forward pass over parts of many generations, side by side in one row of tokens without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ class Part:
     wants_all_logits: bool = False  # of every token
     owner: Generation | None = None  # None: a trial
     scaling: ScalingPass | None = None  # None: the main pass
+    offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the track
 
     @property
     def generation(self) -> Generation:
@@ -44,6 +45,12 @@ class Part:
     @property
     def stop(self) -> int:
         return self.start + self.count
+
+    @property
+    def lengths(self) -> list[int]:
+        """How long each token's sequence was when its position was told: see engine/rotary.py. A trial is a prompt."""
+        first = len(self.track.tokens) + self.offset if self.owner is None else self.owner.first_length
+        return [max(first, position + 1) for position in range(self.start + self.offset, self.stop + self.offset)]
 
     @property
     def num_logits(self) -> int:
@@ -80,6 +87,7 @@ class PackedBatch:
         self.scalings: dict[int, list[Tensor]] = {}
         self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
         self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
+        self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
         self.stack_done: object = None  # the layers that the first of them has computed together
         positions: list[int] = []
         rows: list[int] = []
@@ -94,6 +102,16 @@ class PackedBatch:
         device = table.values.device
         self.is_native = native_runs(device, cache.dtype)
         self.token_ids, self.positions, self.rows = torch.tensor([tokens, positions, rows], device=device)
+        self.position_ids = self.positions  # as the model is told them
+        if any(part.offset for part in self.parts):
+            offsets = [part.offset for part in self.parts for _ in range(part.count)]
+            self.position_ids = self.positions + torch.tensor(offsets, device=device)
+
+    @cached_property
+    def lengths(self) -> Tensor:  # [tokens]
+        """Of the sequences, as positions that depend on them are told."""
+        lengths = [length for part in self.parts for length in part.lengths]
+        return torch.tensor(lengths, dtype=torch.int64, device=self.positions.device)
 
     @cached_property
     def selected(self) -> Tensor | None:  # [logits]

@@ -6,31 +6,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.engine.attachment import Attachment
+from loraplex.engine.attachment import UNKNOWN_LENGTH, Attachment
 from loraplex.engine.attention_rows import AttentionRows, PackedScope
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.cuda_graphs import DecodeGraphs, GraphRecorder, Recorder
 from loraplex.engine.fused import FusedModules
 from loraplex.engine.kv_cache import KeyValueCache
+from loraplex.engine.model_check import ModelCheck
 from loraplex.engine.packing import PackedBatch, Part, use_batch
 from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
 from loraplex.engine.token_choice import largest
-from loraplex.engine.tracks import Track
-from loraplex.errors import AdapterError, BaseModelError, ConfigError
+from loraplex.engine.trials import TrialPasses, trial_groups
+from loraplex.errors import AdapterError, ConfigError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.output import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.scope import use_attention
 from loraplex.routing.bank import SlotBank
 from loraplex.routing.rows import use_routing
-
-_CHECKED_TOKENS = 12
-# How far packed logits may be from the model's own, relative to their size: rounding, which 16 bits make large.
-_TOLERANCE = {torch.float32: 1e-3}
-_LARGEST_TOLERANCE = 0.3
-_UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,9 @@ class ModelRunner:
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
         self.model = model
-        self._attachment = Attachment(model.base)
+        longest = self._model_length(config)
+        self._attachment = Attachment(model.base, longest)
+        self.lengths = self._attachment.lengths
         self._bank = SlotBank(model.store.slots)
         device = model.base.device
         token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
@@ -62,7 +59,7 @@ class ModelRunner:
                 f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
                 f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
             )
-        self.max_length = min(self._model_length(config), num_blocks * config.block_tokens)
+        self.max_length = min(longest, num_blocks * config.block_tokens)
         self.pool = BlockPool(num_blocks, config.block_tokens)
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
         self.table = BlockTable(2 * config.max_running, row_blocks, device)
@@ -72,7 +69,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         try:
             self._check_model()
-            if device.type == "cuda" and config.cuda_graphs:
+            if device.type == "cuda" and config.cuda_graphs and self.lengths.is_step:
                 self.use_graphs(GraphRecorder())
         except BaseException:
             self.close()
@@ -98,44 +95,24 @@ class ModelRunner:
             self._fused.restore()
         self._attachment.detach()
 
-    @torch.inference_mode()
     def _check_model(self) -> None:
-        """Compare packed passes with the model's own on a few tokens; take modules over where that changes nothing.
+        """Compare packed passes with the model's own; take modules over where that changes nothing.
 
-        Raises BaseModelError for a model whose attention is not what its attention function computes.
+        Raises BaseModelError for a model whose tokens depend on something that packed passes don't know.
         """
-        ids = torch.arange(1, 1 + _CHECKED_TOKENS, device=self.model.base.device) % self.vocab_size
-        expected = self.model.base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, -1].float()
-        difference = (self._probe(ids) - expected).norm() / (expected - expected.mean()).norm()
-        if not difference <= _TOLERANCE.get(self.model.dtype, _LARGEST_TOLERANCE):  # not for NaN
-            raise BaseModelError(
-                f"packed passes of {type(self.model.base).__name__} give other logits than the model by itself, so it "
-                "has an attention that the engine doesn't know. Use MultiLoraModel.generate for it."
-            )
-        if native_runs(self.model.base.device, self.model.dtype):
-            attends = self._attachment.shapes.__contains__
-            self._fused = FusedModules(self.model.base, attends, lambda: self._probe(ids))
-            index = {
-                module: self.model.adaptable.module_index[path] for path, module in self.model.adaptable.modules.items()
-            }
-            self._fused.stack_layers(self.model.base, self.cache, index, lambda: self._probe(ids))
-
-    def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
-        """The last token's logits: all but two tokens in one pass, and then each by itself."""
-        tokens = ids.tolist()
-        track = Track(tokens, (), (), self.pool, self.table)
-        track.grow(len(tokens))
-        try:
-            for start, stop in (
-                (0, len(tokens) - 2),
-                (len(tokens) - 2, len(tokens) - 1),
-                (len(tokens) - 1, len(tokens)),
-            ):
-                part = Part(track=track, start=start, count=stop - start, wants_logits=True)
-                logits = self.forward(PackedBatch([part], self.cache, self.table))
-            return logits[-1].float()
-        finally:
-            track.close()
+        base, attends = self.model.base, self._attachment.shapes.__contains__
+        chunks = [shape.terms.sight.chunk for shape in self._attachment.shapes.values()]
+        groups = trial_groups(base, self.max_length, step=max((chunk for chunk in chunks if chunk), default=1))
+        if self.lengths.threshold is not None:  # a pass of the model's own gives all its rows the longest one's length
+            groups = [[row] for group in groups for row in group]
+        passes = TrialPasses(self.pool, self.table, self.cache, self.forward)
+        ModelCheck(base, attends, groups, self._attachment.forget_lengths).run(passes)
+        if native_runs(base.device, self.model.dtype):
+            adaptable = self.model.adaptable
+            index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
+            with torch.inference_mode():
+                self._fused = FusedModules(base, attends, lambda: passes.run(groups, 3))
+                self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
 
     @property
     def vocab_size(self) -> int:
@@ -189,7 +166,7 @@ class ModelRunner:
                 return logits if batch.selected is None else logits[batch.selected]
         with use_routing(routing), use_batch(batch), use_attention(scope), choosing_tokens():
             output = self.model.base(
-                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
+                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
             )
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
         return output.logits[0]
@@ -198,4 +175,4 @@ class ModelRunner:
         if config.max_length is not None:
             return config.max_length
         text_config = self.model.base.config.get_text_config(decoder=True)
-        return int(getattr(text_config, "max_position_embeddings", None) or _UNKNOWN_LENGTH)
+        return int(getattr(text_config, "max_position_embeddings", None) or UNKNOWN_LENGTH)

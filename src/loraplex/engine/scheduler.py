@@ -51,6 +51,8 @@ class Scheduler:
 
     def plan(self) -> list[Part]:
         """The parts of the next pass: a token of every answer, then prompts as far as the budget goes."""
+        for generation in [generation for generation in self.running if generation.is_outgrown]:
+            self._evict(generation)
         self._make_way()
         self._admit()
         ranked = sorted(self.running, key=self._order)

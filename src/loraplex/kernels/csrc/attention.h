@@ -2,6 +2,8 @@
 //
 //   out[t, h] = softmax over p of cap(scale * q[t, h] . k[p]) v[p],   first(t) <= p < stop(t), unless mask[t, p] is false
 //
+// where a head may have a sink beside its keys: a logit that takes weight and gives nothing.
+//
 // Heads that share keys and values (grouped queries) are run together, so these are read once. Sums are float32; a
 // token's result never depends on its neighbours.
 #pragma once
@@ -75,10 +77,16 @@ struct Attention {
   const int64_t* positions;  // [tokens] the last place that each sees; null: all places
   const bool* mask;          // [tokens, places] or null
   int64_t mask_stride;
+  int64_t chunk = 0;             // 0: none; else a token sees those of its own chunk
+  const float* sinks = nullptr;  // [heads] or null
 
   int64_t stop(int64_t token) const { return positions == nullptr ? keys.run(0) : positions[token] + 1; }
 
-  int64_t first(int64_t token) const { return window > 0 ? std::max<int64_t>(0, stop(token) - window) : 0; }
+  int64_t first(int64_t token) const {
+    const int64_t last = stop(token) - 1;
+    const int64_t begin = window > 0 ? std::max<int64_t>(0, last + 1 - window) : 0;
+    return chunk > 0 ? std::max(begin, last / chunk * chunk) : begin;
+  }
 
   void head_group(int64_t token, int64_t kv_head, std::vector<float>& buffer) const {
     const int64_t group = heads / kv_heads, begin = first(token), count = stop(token) - begin;
@@ -95,7 +103,7 @@ struct Attention {
     for (int64_t g = 0; g < group; ++g) {
       float* weights = buffer.data() + g * padded;
       if (mask != nullptr) hide(mask + token * mask_stride + begin, count, weights);
-      softmax(weights, count, padded);
+      softmax(weights, count, padded, sinks == nullptr ? -INFINITY : sinks[kv_head * group + g]);
     }
     const float* weights = buffer.data();
     T* result = out + (token * heads + kv_head * group) * value_dim;
@@ -126,8 +134,8 @@ struct Attention {
     for (i = 0; i < run; ++i) result[i] = softcap > 0 ? softcap * std::tanh(result[i] * scale / softcap) : result[i] * scale;
   }
 
-  static void softmax(float* weights, int64_t count, int64_t padded) {
-    const float most = *std::max_element(weights, weights + count);
+  static void softmax(float* weights, int64_t count, int64_t padded, float sink) {
+    const float most = std::max(sink, *std::max_element(weights, weights + count));
     if (most == -INFINITY) return std::fill(weights, weights + padded, 0.0f);  // nothing is seen
     std::fill(weights + count, weights + padded, -INFINITY);
     Floats total = {};
@@ -136,7 +144,7 @@ struct Attention {
       total += w;
       store(weights + i, w);
     }
-    const float factor = 1.0f / sum(total);
+    const float factor = 1.0f / (sum(total) + (sink == -INFINITY ? 0.0f : std::exp(sink - most)));
     for (int64_t i = 0; i < padded; i += kLanes) store(weights + i, load(weights + i) * factor);
   }
 

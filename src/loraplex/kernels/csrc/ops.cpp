@@ -163,7 +163,7 @@ void attend(const A& attention, int64_t num_tokens, int64_t work) {
 // Attention of the first out.size(0) tokens, each over its own track; query and out [tokens, heads, dim].
 void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& keys, const at::Tensor& values,
                     const at::Tensor& table, const at::Tensor& rows, const at::Tensor& positions, double scale,
-                    int64_t window, double softcap) {
+                    int64_t window, int64_t chunk, double softcap, const std::optional<at::Tensor>& sinks) {
   check_cache(keys, table, rows, positions);
   check_input(query, keys);
   check_input(out, values);
@@ -172,6 +172,9 @@ void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& 
   TORCH_CHECK(query.dim() == 3 && query.size(2) == keys.size(3) && out.size(2) == values.size(3) &&
                   query.size(1) % keys.size(1) == 0 && out.size(0) <= query.size(0) && out.size(1) == query.size(1),
               "the query doesn't fit the cache");
+  TORCH_CHECK(!sinks.has_value() || (sinks->scalar_type() == at::kFloat && sinks->is_contiguous() &&
+                                     sinks->numel() == query.size(1)),
+              "sinks must be float32 [heads]");
   const int64_t num_tokens = out.size(0), kv_heads = keys.size(1);
   int64_t total = 0;
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -189,7 +192,8 @@ void attend_single_(const at::Tensor& query, at::Tensor& out, const at::Tensor& 
     attend(loraplex::Attention<scalar, Pages>{query.const_data_ptr<scalar>(), out.mutable_data_ptr<scalar>(),
                                               pages(keys), pages(values), query.size(1), kv_heads,
                                               static_cast<float>(scale), static_cast<float>(softcap), window,
-                                              positions.const_data_ptr<int64_t>(), nullptr, 0},
+                                              positions.const_data_ptr<int64_t>(), nullptr, 0, chunk,
+                                              sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr},
            num_tokens, total * query.size(1) * (keys.size(3) + values.size(3)));
   })
 }
@@ -292,7 +296,7 @@ TORCH_LIBRARY(loraplex, m) {
   m.def("store_tokens_(Tensor states, Tensor(a!) pool, Tensor table, Tensor rows, Tensor positions) -> ()");
   m.def(
       "attend_single_(Tensor query, Tensor(a!) out, Tensor keys, Tensor values, Tensor table, Tensor rows, "
-      "Tensor positions, float scale, int window, float softcap) -> ()");
+      "Tensor positions, float scale, int window, int chunk, float softcap, Tensor? sinks) -> ()");
   m.def("attend_rows(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one) -> Tensor");
   m.def("rotate_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()");
