@@ -43,7 +43,7 @@ class Engine:
         self._runner = ModelRunner(model, self.config)
         self._intake = Intake(model, self._runner)
         self._leases = Leases(model)
-        self._scheduler = Scheduler(self.config, self._runner.pool, self._runner.table, self._leases.bring)
+        self._scheduler = Scheduler(self._runner.config, self._runner.pool, self._runner.table, self._leases.bring)
         most = self.config.max_waiting + self.config.max_running
         self._book = RequestBook(self._scheduler, self._leases, most)
         self._answers = Answers(self._intake, self._book, self._counts)

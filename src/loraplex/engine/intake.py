@@ -118,6 +118,11 @@ class Intake:
                 f"the prompt has {length} tokens, but prompt and answer together can have {runner.max_length}. Shorten "
                 "it, or raise EngineConfig.max_length or cache_bytes."
             )
+        if num_passes > runner.max_tracks:
+            raise CapacityError(
+                f"the request needs the states of {num_passes} passes, but there is room for {runner.max_tracks}. Link "
+                "fewer mixtures, or raise EngineConfig.cache_bytes."
+            )
         size = runner.pool.block_tokens
         needed = -(-(length + state.max_new_tokens) // size) * num_passes
         if needed > runner.pool.num_blocks:

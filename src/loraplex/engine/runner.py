@@ -1,10 +1,10 @@
 """Run packed batches through the base model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraplex.engine.attachment import Attachment
 from loraplex.engine.attention_rows import AttentionRows, PackedScope
@@ -16,7 +16,12 @@ from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.packing import PackedBatch, Part, use_batch
 from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
+from loraplex.engine.state_mixers import join_mixers, leave_mixers
+from loraplex.engine.state_pool import PassStates, StatePool, rows_for_states, track_state_bytes
+from loraplex.engine.state_probe import find_mixers
+from loraplex.engine.state_shapes import MixerShape
 from loraplex.engine.token_choice import largest
+from loraplex.engine.token_flow import check_flow
 from loraplex.engine.tracks import Track
 from loraplex.errors import AdapterError, BaseModelError, ConfigError
 from loraplex.kernels.dispatch import native_runs
@@ -52,11 +57,32 @@ class ModelRunner:
         self.model = model
         self._attachment = Attachment(model.base)
         self._bank = SlotBank(model.store.slots)
-        device = model.base.device
+        self._fused: FusedModules | None = None
+        self._states: StatePool | None = None
+        self.graphs: DecodeGraphs | None = None
+        try:
+            mixers = find_mixers(model.base, set(self._attachment.shapes))
+            # A state is that of all tokens so far: what is known of a prefix isn't enough, and no token can be undone.
+            self.config = replace(config, prefix_cache=False, draft=False, cuda_graphs=False) if mixers else config
+            self._reserve(mixers)
+            check_flow(model.base, self._trial_track, self._pack, torch.inference_mode()(self.forward))
+            self._check_model()
+            if model.base.device.type == "cuda" and self.config.cuda_graphs:
+                self.use_graphs(GraphRecorder())
+        except BaseException:
+            self.close()
+            raise
+
+    def _reserve(self, mixers: dict[nn.Module, MixerShape]) -> None:
+        """Allocate states, and blocks for keys and values. Raises ConfigError where `cache_bytes` is too little."""
+        config, device = self.config, self.model.base.device
+        cache_bytes, num_rows = config.cache_bytes, 2 * config.max_running
+        if mixers:
+            num_rows = rows_for_states(mixers, cache_bytes, num_rows)
+            cache_bytes -= num_rows * track_state_bytes(mixers)
         token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
-        num_blocks = config.cache_bytes // (token_bytes * config.block_tokens)
+        num_blocks = cache_bytes // (token_bytes * config.block_tokens)
         if num_blocks < 1:
-            self._attachment.detach()
             raise ConfigError(
                 f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
                 f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
@@ -64,18 +90,18 @@ class ModelRunner:
         self.max_length = min(self._model_length(config), num_blocks * config.block_tokens)
         self.pool = BlockPool(num_blocks, config.block_tokens)
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
-        self.table = BlockTable(2 * config.max_running, row_blocks, device)
+        self.table = BlockTable(num_rows, row_blocks, device, grows=not mixers)
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
-        self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
-        self._fused: FusedModules | None = None
-        self.graphs: DecodeGraphs | None = None
-        try:
-            self._check_model()
-            if device.type == "cuda" and config.cuda_graphs:
-                self.use_graphs(GraphRecorder())
-        except BaseException:
-            self.close()
-            raise
+        responses = ResponsePool(num_blocks, config.block_tokens, device)
+        self.attention = AttentionRows(self.model.registry.linked, responses)
+        if mixers:
+            self._states = StatePool(mixers, num_rows, device)
+            join_mixers(mixers)
+
+    @property
+    def max_tracks(self) -> int:
+        """How many passes can be under way at once."""
+        return self.pool.num_blocks if self._states is None else self._states.num_rows
 
     def use_graphs(self, record: Recorder) -> None:
         """Run passes of single tokens as recorded steps from now on, where they can be."""
@@ -95,6 +121,8 @@ class ModelRunner:
     def close(self) -> None:
         if self._fused is not None:
             self._fused.restore()
+        if self._states is not None:
+            leave_mixers(self._states.shapes)
         self._attachment.detach()
 
     @torch.inference_mode()
@@ -122,8 +150,7 @@ class ModelRunner:
     def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
         """The last token's logits: all but two tokens in one pass, and then each by itself."""
         tokens = ids.tolist()
-        track = Track(tokens, (), (), self.pool, self.table)
-        track.grow(len(tokens))
+        track = self._trial_track(tokens)
         try:
             for start, stop in (
                 (0, len(tokens) - 2),
@@ -131,10 +158,18 @@ class ModelRunner:
                 (len(tokens) - 1, len(tokens)),
             ):
                 part = Part(track=track, start=start, count=stop - start, wants_logits=True)
-                logits = self.forward(PackedBatch([part], self.cache, self.table))
+                logits = self.forward(self._pack([part]))
             return logits[-1].float()
         finally:
             track.close()
+
+    def _trial_track(self, tokens: list[int]) -> Track:
+        track = Track(tokens, (), (), self.pool, self.table)
+        track.grow(len(tokens))
+        return track
+
+    def _pack(self, parts: Sequence[Part]) -> PackedBatch:
+        return PackedBatch(parts, self.cache, self.table)
 
     @property
     def vocab_size(self) -> int:
@@ -143,7 +178,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> list[PartResult]:
         """One forward pass; keys, values and the tracks' progress are kept."""
-        batch = PackedBatch(parts, self.cache, self.table)
+        batch = self._pack(parts)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
@@ -185,11 +220,15 @@ class ModelRunner:
             if recorded is not None:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
+        if self._states is not None:
+            batch.states = PassStates(self._states, batch)
         with use_routing(routing), use_batch(batch), use_attention(scope):
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
             )
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
+        if batch.states is not None:
+            batch.states.keep()
         return output.logits[0]
 
     def _model_length(self, config: EngineConfig) -> int:

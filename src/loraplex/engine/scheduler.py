@@ -149,6 +149,8 @@ class Scheduler:
         if not generation.holds_blocks:
             binding = generation.state.binding
             assert binding is not None, "a generation begins without its adapters"
+            if not self._table.has_rows(1 + len(binding.scaling_routes)):
+                return "no room"
             generation.begin(binding, self._pool, self._table, reuse=self._config.prefix_cache)
             has_room = self._has_room(generation)
             if not has_room or (self._config.prefix_cache and self._is_computed_now(generation)):
