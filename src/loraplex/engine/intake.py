@@ -118,7 +118,7 @@ class Intake:
                 f"the prompt has {length} tokens, but prompt and answer together can have {runner.max_length}. Shorten "
                 "it, or raise EngineConfig.max_length or cache_bytes."
             )
-        if num_passes > runner.max_tracks:
+        if runner.max_tracks is not None and num_passes > runner.max_tracks:
             raise CapacityError(
                 f"the request needs the states of {num_passes} passes, but there is room for {runner.max_tracks}. Link "
                 "fewer mixtures, or raise EngineConfig.cache_bytes."

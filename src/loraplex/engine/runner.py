@@ -1,10 +1,10 @@
 """Run packed batches through the base model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraplex.engine.attachment import Attachment
 from loraplex.engine.attention_rows import AttentionRows, PackedScope
@@ -17,9 +17,7 @@ from loraplex.engine.packing import PackedBatch, Part, use_batch
 from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
 from loraplex.engine.state_mixers import join_mixers, leave_mixers
-from loraplex.engine.state_pool import PassStates, StatePool, rows_for_states, track_state_bytes
-from loraplex.engine.state_probe import find_mixers
-from loraplex.engine.state_shapes import MixerShape
+from loraplex.engine.state_pool import PassStates, make_states, without_rollback
 from loraplex.engine.token_choice import largest
 from loraplex.engine.token_flow import check_flow
 from loraplex.engine.tracks import Track
@@ -57,32 +55,18 @@ class ModelRunner:
         self.model = model
         self._attachment = Attachment(model.base)
         self._bank = SlotBank(model.store.slots)
-        self._fused: FusedModules | None = None
-        self._states: StatePool | None = None
-        self.graphs: DecodeGraphs | None = None
         try:
-            mixers = find_mixers(model.base, set(self._attachment.shapes))
-            # A state is that of all tokens so far: what is known of a prefix isn't enough, and no token can be undone.
-            self.config = replace(config, prefix_cache=False, draft=False, cuda_graphs=False) if mixers else config
-            self._reserve(mixers)
-            check_flow(model.base, self._trial_track, self._pack, torch.inference_mode()(self.forward))
-            self._check_model()
-            if model.base.device.type == "cuda" and self.config.cuda_graphs:
-                self.use_graphs(GraphRecorder())
+            self._states = make_states(model.base, self._attachment.shapes, config)
         except BaseException:
-            self.close()
+            self._attachment.detach()
             raise
-
-    def _reserve(self, mixers: dict[nn.Module, MixerShape]) -> None:
-        """Allocate states, and blocks for keys and values. Raises ConfigError where `cache_bytes` is too little."""
-        config, device = self.config, self.model.base.device
-        cache_bytes, num_rows = config.cache_bytes, 2 * config.max_running
-        if mixers:
-            num_rows = rows_for_states(mixers, cache_bytes, num_rows)
-            cache_bytes -= num_rows * track_state_bytes(mixers)
+        self.config = config if self._states is None else without_rollback(config)  # as this model can be run
+        device = model.base.device
         token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
-        num_blocks = cache_bytes // (token_bytes * config.block_tokens)
+        state_bytes = 0 if self._states is None else self._states.num_bytes
+        num_blocks = (config.cache_bytes - state_bytes) // (token_bytes * config.block_tokens)
         if num_blocks < 1:
+            self._attachment.detach()
             raise ConfigError(
                 f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
                 f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
@@ -90,18 +74,22 @@ class ModelRunner:
         self.max_length = min(self._model_length(config), num_blocks * config.block_tokens)
         self.pool = BlockPool(num_blocks, config.block_tokens)
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
-        self.table = BlockTable(num_rows, row_blocks, device, grows=not mixers)
+        num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
+        self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
-        responses = ResponsePool(num_blocks, config.block_tokens, device)
-        self.attention = AttentionRows(self.model.registry.linked, responses)
-        if mixers:
-            self._states = StatePool(mixers, num_rows, device)
-            join_mixers(mixers)
-
-    @property
-    def max_tracks(self) -> int:
-        """How many passes can be under way at once."""
-        return self.pool.num_blocks if self._states is None else self._states.num_rows
+        self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
+        self._fused: FusedModules | None = None
+        self.graphs: DecodeGraphs | None = None
+        if self._states is not None:
+            join_mixers(self._states.shapes)
+        try:
+            check_flow(model.base, self._attachment.shapes, self.forward)
+            self._check_model()
+            if device.type == "cuda" and self.config.cuda_graphs:
+                self.use_graphs(GraphRecorder())
+        except BaseException:
+            self.close()
+            raise
 
     def use_graphs(self, record: Recorder) -> None:
         """Run passes of single tokens as recorded steps from now on, where they can be."""
@@ -150,7 +138,8 @@ class ModelRunner:
     def _probe(self, ids: Tensor) -> Tensor:  # [vocab]
         """The last token's logits: all but two tokens in one pass, and then each by itself."""
         tokens = ids.tolist()
-        track = self._trial_track(tokens)
+        track = Track(tokens, (), (), self.pool, self.table)
+        track.grow(len(tokens))
         try:
             for start, stop in (
                 (0, len(tokens) - 2),
@@ -158,18 +147,15 @@ class ModelRunner:
                 (len(tokens) - 1, len(tokens)),
             ):
                 part = Part(track=track, start=start, count=stop - start, wants_logits=True)
-                logits = self.forward(self._pack([part]))
+                logits = self.forward(PackedBatch([part], self.cache, self.table))
             return logits[-1].float()
         finally:
             track.close()
 
-    def _trial_track(self, tokens: list[int]) -> Track:
-        track = Track(tokens, (), (), self.pool, self.table)
-        track.grow(len(tokens))
-        return track
-
-    def _pack(self, parts: Sequence[Part]) -> PackedBatch:
-        return PackedBatch(parts, self.cache, self.table)
+    @property
+    def max_tracks(self) -> int | None:
+        """How many passes can be under way at once; None: as many as there are blocks for."""
+        return None if self._states is None else self._states.num_rows
 
     @property
     def vocab_size(self) -> int:
@@ -178,7 +164,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> list[PartResult]:
         """One forward pass; keys, values and the tracks' progress are kept."""
-        batch = self._pack(parts)
+        batch = PackedBatch(parts, self.cache, self.table)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
@@ -214,14 +200,13 @@ class ModelRunner:
     def forward(self, batch: PackedBatch, scope: PackedScope | None = None) -> Tensor:  # [logits, vocab]
         """The logits of the parts that want some, in the batch's order."""
         batch.attention = scope
+        batch.states = None if self._states is None else PassStates(self._states, batch)
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
         if self.graphs is not None and scope is None:
             recorded = self.graphs.run(batch, routing.plan)
             if recorded is not None:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
-        if self._states is not None:
-            batch.states = PassStates(self._states, batch)
         with use_routing(routing), use_batch(batch), use_attention(scope):
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False

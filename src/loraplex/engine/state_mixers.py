@@ -19,7 +19,8 @@ from loraplex.routing.rows import current_routing
 
 _JOINED = "loraplex_state_mixer"  # on a mixer: how many engines run it apart
 _lock = threading.RLock()
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by a mixer's own
+_formers: dict[type[nn.Module], type[nn.Module]] = {}  # the other way round
 
 
 def join_mixers(mixers: Collection[nn.Module]) -> None:
@@ -39,7 +40,7 @@ def leave_mixers(mixers: Collection[nn.Module]) -> None:
             vars(module)[_JOINED] -= 1
             if vars(module)[_JOINED] == 0:
                 del vars(module)[_JOINED]
-                module.__class__ = type(module).__base__
+                module.__class__ = _formers[type(module)]
 
 
 def _class_of(former: type[nn.Module]) -> type[nn.Module]:
@@ -52,7 +53,8 @@ def _class_of(former: type[nn.Module]) -> type[nn.Module]:
             return _run_apart(self, former, batch.states, args, kwargs)
 
         # The module's own namespace: transformers looks there for functions that belong to a class.
-        _classes[former] = type(former.__name__, (former,), {"forward": run, "__module__": former.__module__})
+        ours = type(former.__name__, (former,), {"forward": run, "__module__": former.__module__})
+        _classes[former], _formers[ours] = ours, former
     return _classes[former]
 
 

@@ -1,14 +1,18 @@
 """The states of all tracks beside their keys and values, and those that a pass changes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.packing import PackedBatch, Part
+from loraplex.engine.state_probe import find_mixers
 from loraplex.engine.state_shapes import MixerShape, StateKey
+from loraplex.engine.token_flow import FLOW_TRACKS
 from loraplex.errors import ConfigError
 
 
@@ -35,6 +39,7 @@ class StatePool:
     def __init__(self, shapes: dict[nn.Module, MixerShape], num_rows: int, device: torch.device) -> None:
         self.shapes = shapes
         self.num_rows = num_rows
+        self.num_bytes = num_rows * sum(shape.sequence_bytes for shape in shapes.values())
         self.lengths = [0] * num_rows  # tokens that each row's states have seen
         # Not zeroed: a track begins without a state.
         self.states: dict[nn.Module, dict[StateKey, Tensor]] = {
@@ -46,20 +51,31 @@ class StatePool:
         }
 
 
-def rows_for_states(shapes: dict[nn.Module, MixerShape], cache_bytes: int, wanted: int) -> int:
-    """How many tracks' states fit in half of `cache_bytes`; `wanted` at most. Raises ConfigError if none does."""
-    track_bytes = track_state_bytes(shapes)
-    num_rows = min(wanted, cache_bytes // 2 // track_bytes)
-    if num_rows < 1:
+def make_states(base: PreTrainedModel, attention: Collection[nn.Module], config: EngineConfig) -> StatePool | None:
+    """Room for the states of a model that keeps some, in up to half of `cache_bytes`.
+
+    Raises ConfigError where not one track's fit there, and BaseModelError for states of an unknown form.
+    """
+    shapes = find_mixers(base, attention)
+    if not shapes:
+        return None
+    track_bytes = sum(shape.sequence_bytes for shape in shapes.values())
+    num_rows = min(2 * config.max_running, config.cache_bytes // 2 // track_bytes)
+    if num_rows < FLOW_TRACKS:
         raise ConfigError(
-            f"cache_bytes is {cache_bytes}, half of which is for states, but this model keeps {track_bytes} bytes of "
-            f"them for a sequence. Raise cache_bytes to at least {2 * track_bytes}."
+            f"cache_bytes is {config.cache_bytes}, half of which is for states, but this model keeps {track_bytes} "
+            f"bytes of them for a sequence. Raise cache_bytes to at least {2 * FLOW_TRACKS * track_bytes}, so that "
+            f"{FLOW_TRACKS} sequences have room."
         )
-    return num_rows
+    return StatePool(shapes, num_rows, base.device)
 
 
-def track_state_bytes(shapes: dict[nn.Module, MixerShape]) -> int:
-    return sum(shape.sequence_bytes for shape in shapes.values())
+def without_rollback(config: EngineConfig) -> EngineConfig:
+    """What a model with states can do of a configuration: a state is that of all tokens so far, and can't go back.
+
+    So a prefix's keys and values are of no use without its state, and a draft could not be undone.
+    """
+    return replace(config, prefix_cache=False, draft=False, cuda_graphs=False)
 
 
 class PassStates:

@@ -4,7 +4,7 @@ Linear attention, state space models and short convolutions do. They are known b
 transformers' cache of such states while the base model runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from loraplex.engine.state_shapes import MixerShape, StateKey, cut_tokens
+from loraplex.engine.state_shapes import MixerShape, StateKey, cut_tokens, state_of
 from loraplex.errors import BaseModelError
 
 _TOKENS = 8
@@ -35,7 +35,7 @@ class MixerCall:
     updated: set[StateKey] = field(default_factory=set)
 
 
-def find_mixers(base: PreTrainedModel, attention: set[nn.Module]) -> dict[nn.Module, MixerShape]:
+def find_mixers(base: PreTrainedModel, attention: Collection[nn.Module]) -> dict[nn.Module, MixerShape]:
     """The state mixers of a base model beside its attention modules. Raises BaseModelError for those of other forms."""
     with torch.no_grad():
         cache = _record(base)
@@ -43,7 +43,7 @@ def find_mixers(base: PreTrainedModel, attention: set[nn.Module]) -> dict[nn.Mod
             return {}
         mixers = {module: _shape(module, call, cache) for module, call in cache.calls.items()}
         for module in mixers:
-            if attention & set(module.modules()):
+            if set(attention) & set(module.modules()):
                 raise _refusal(module, "keeps a state and attends in one")
         for module in {type(module): module for module in mixers}.values():
             _check_goes_on(module, mixers[module], cache.calls[module])
@@ -118,16 +118,14 @@ def _shape(module: nn.Module, call: MixerCall, cache: _RecordingCache) -> MixerS
     if argument is None or not isinstance(hidden, Tensor) or hidden.shape[:2] != (1, _TOKENS):
         raise _refusal(module, "keeps a state and is called in another form than (hidden_states, cache)")
     layer = cache.layers[call.layer]
-    states = {}
-    for key in sorted(call.updated):
-        values = (layer.conv_states if key.kind == "conv" else layer.recurrent_states)[key.index]
-        states[key] = (values.shape[1:], values.dtype)
+    assert isinstance(layer, LinearAttentionCacheLayerMixin), "states were updated in a layer that has none"
+    states = {key: state_of(layer, key) for key in sorted(call.updated)}
     return MixerShape(
         layer=call.layer,
         num_states=layer.number_of_states,
         kernel_sizes=dict(layer.conv_kernel_size),
         cache_argument=argument,
-        states=states,
+        states={key: (values.shape[1:], values.dtype) for key, values in states.items()},
     )
 
 
@@ -155,9 +153,8 @@ def _check_reads(
     stop: int,
 ) -> None:
     """A state of NaN must be seen in the next token: in every dtype, whatever rounding hides."""
-    copies = {
-        key: torch.full_like(value, torch.nan) if key == spoilt else value.clone() for key, value in states.items()
-    }
+    copies = {key: value.clone() for key, value in states.items()}
+    copies[spoilt].fill_(torch.nan)
     out = _run(module, shape, call, shape.new_layer(copies), start, stop)
     if not out[:, 0].isnan().any():
         raise _refusal(module, f"doesn't read its {spoilt.kind} state where {stop - start} tokens follow")

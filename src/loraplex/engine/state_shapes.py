@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 
 class StateKey(NamedTuple):
     """One tensor of a layer's state."""
 
     kind: str  # "conv" or "recurrent"
-    index: int  # transformers numbers the states of a layer
+    number: int  # among the layer's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +34,28 @@ class MixerShape:
         layer = LinearAttentionLayer(number_of_states=self.num_states)
         for key, values in (states or {}).items():
             if key.kind == "conv":
-                layer.conv_states[key.index] = values
-                layer.is_conv_states_initialized[key.index] = True
-                layer.conv_kernel_size[key.index] = self.kernel_sizes[key.index]
-                layer.device, layer.dtype = values.device, values.dtype
+                layer.conv_states[key.number] = values
+                layer.is_conv_states_initialized[key.number] = True
+                layer.conv_kernel_size[key.number] = self.kernel_sizes[key.number]
+                layer.device, layer.dtype = values.device, values.dtype  # type: ignore[assignment]
             else:
-                layer.recurrent_states[key.index] = values
-                layer.is_recurrent_states_initialized[key.index] = True
-            layer.has_previous_state[key.index] = True
+                layer.recurrent_states[key.number] = values
+                layer.is_recurrent_states_initialized[key.number] = True
+            layer.has_previous_state[key.number] = True
         return layer
 
     def cache_with(self, layer: LinearAttentionLayer) -> Cache:
         """A cache that has this layer and no other."""
-        return Cache(layers=[None] * self.layer + [layer])
+        return Cache(layers=[None] * self.layer + [layer])  # type: ignore[arg-type]
 
     def states_of(self, layer: LinearAttentionLayer) -> dict[StateKey, Tensor]:  # [sequences, ...] each
-        return {
-            key: (layer.conv_states if key.kind == "conv" else layer.recurrent_states)[key.index] for key in self.states
-        }
+        return {key: state_of(layer, key) for key in self.states}
+
+
+def state_of(layer: LinearAttentionCacheLayerMixin, key: StateKey) -> Tensor:  # [sequences, ...]
+    states = (layer.conv_states if key.kind == "conv" else layer.recurrent_states)[key.number]
+    assert states is not None, f"a mixer left no {key.kind} state"
+    return states
 
 
 def cut_tokens(value: Any, num_tokens: int, start: int, stop: int, *, apart: bool = False) -> Any:

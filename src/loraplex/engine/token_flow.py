@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.kv_cache import KeyValueCache, LayerShape
 from loraplex.engine.packing import PackedBatch, Part
 from loraplex.engine.tracks import Track
 from loraplex.errors import BaseModelError
@@ -17,32 +19,34 @@ _FIRST = 3  # tokens that each track has run before
 # How many follow in the pass that is looked at: behind a spoilt track stands each time one that must stay clean.
 _COUNTS = (1, 1, 4, 5)
 _SPOILT = (True, False, True, False)
+_BLOCK_TOKENS = 16
+FLOW_TRACKS = len(_COUNTS)  # which have to have room for their states
 
 
+@torch.inference_mode()
 def check_flow(
-    base: PreTrainedModel,
-    begin_track: Callable[[list[int]], Track],
-    pack: Callable[[list[Part]], PackedBatch],
-    forward: Callable[[PackedBatch], Tensor],
+    base: PreTrainedModel, shapes: dict[nn.Module, LayerShape], forward: Callable[[PackedBatch], Tensor]
 ) -> None:
     """Raise BaseModelError where a module of packed passes lets a sequence's tokens reach those of another one.
 
     In one pass, the embeddings of some tracks are NaN, which survives whatever a module computes with them: so this
     holds in every dtype and needs no tolerance.
     """
-    tracks = [begin_track(list(range(1, 1 + _FIRST + count))) for count in _COUNTS]
-    try:
-        forward(pack([_part(track, 0, _FIRST) for track in tracks]))
-        batch = pack([_part(track, _FIRST, count) for track, count in zip(tracks, _COUNTS, strict=True)])
-        is_spoilt = [_SPOILT[tracks.index(part.track)] for part in batch.parts for _ in range(part.count)]
-        clean = ~torch.tensor(is_spoilt, device=base.device)
-        with _spoilt_embeddings(base, clean), _watched(base, clean) as leaks:
-            logits = forward(batch)
-        if logits[clean].isnan().any():
-            raise BaseModelError(_told(base, leaks))
-    finally:
-        for track in tracks:
-            track.close()
+    num_blocks = len(_COUNTS)  # of its own: the engine's may be fewer
+    pool, table = BlockPool(num_blocks, _BLOCK_TOKENS), BlockTable(num_blocks, 1, base.device)
+    cache = KeyValueCache(shapes, num_blocks, _BLOCK_TOKENS, base.device)
+    tracks = [Track(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
+    for track in tracks:
+        track.grow(len(track.tokens))
+    forward(PackedBatch([_part(track, 0, _FIRST) for track in tracks], cache, table))
+    parts = [_part(track, _FIRST, count) for track, count in zip(tracks, _COUNTS, strict=True)]
+    batch = PackedBatch(parts, cache, table)
+    is_clean = [not _SPOILT[tracks.index(part.track)] for part in batch.parts for _ in range(part.count)]
+    clean = torch.tensor(is_clean, device=base.device)
+    with _spoilt_embeddings(base, clean), _watched(base, clean) as leaks:
+        logits = forward(batch)
+    if logits[clean].isnan().any():
+        raise BaseModelError(_told(base, leaks))
 
 
 def _part(track: Track, start: int, count: int) -> Part:
