@@ -121,7 +121,7 @@ class Intake:
         if runner.max_tracks is not None and num_passes > runner.max_tracks:
             raise CapacityError(
                 f"the request needs the states of {num_passes} passes, but there is room for {runner.max_tracks}. Link "
-                "fewer mixtures, or raise EngineConfig.cache_bytes."
+                "fewer mixtures, or raise EngineConfig.max_running and cache_bytes."
             )
         size = runner.pool.block_tokens
         needed = -(-(length + state.max_new_tokens) // size) * num_passes

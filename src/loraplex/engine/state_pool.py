@@ -60,7 +60,7 @@ def make_states(base: PreTrainedModel, attention: Collection[nn.Module], config:
     if not shapes:
         return None
     track_bytes = sum(shape.sequence_bytes for shape in shapes.values())
-    num_rows = min(2 * config.max_running, config.cache_bytes // 2 // track_bytes)
+    num_rows = min(max(2 * config.max_running, FLOW_TRACKS), config.cache_bytes // 2 // track_bytes)
     if num_rows < FLOW_TRACKS:
         raise ConfigError(
             f"cache_bytes is {config.cache_bytes}, half of which is for states, but this model keeps {track_bytes} "
