@@ -57,7 +57,7 @@ class Intake:
             arrival=next(self._arrivals),
             max_new_tokens=min(sampling.max_tokens, self._room.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
-            lengths=self._runner.lengths,
+            lengths=self._room.lengths,
         )
         self._room.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
         buffer = check_attention(state, bool(chain), self._model.registry.linked)

@@ -32,12 +32,14 @@ class Machinery:
             self._thaw_heap()
             raise
         self.leases = Leases(model)
-        self.scheduler = Scheduler(config, self.runner.pool, self.runner.table, self.leases.bring)
+        self.scheduler = Scheduler(self.runner.config, self.runner.pool, self.runner.table, self.leases.bring)
         self.room = Room(
             max_length=self.runner.max_length,
             num_blocks=self.runner.pool.num_blocks,
             block_tokens=self.runner.pool.block_tokens,
             max_answers=config.max_waiting + config.max_running,
+            lengths=self.runner.lengths,
+            max_tracks=self.runner.max_tracks,
         )
 
     def join(self, book: RequestBook, intake: Intake, counts: StepCounts) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from loraplex.engine.observations import AskedAttention
 from loraplex.engine.scaling_pass import ScalingPass
 from loraplex.engine.tracks import Track
 from loraplex.kernels.dispatch import native_runs
+
+if TYPE_CHECKING:
+    from loraplex.engine.state_pool import PassStates
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,8 +80,9 @@ class PackedBatch:
     """The parts of one pass, single tokens first, and where their keys and values lie."""
 
     def __init__(self, parts: Sequence[Part], cache: KeyValueCache, table: BlockTable) -> None:
-        # Main passes beside each other: rows of one mixture share the reading of its experts.
-        self.parts = sorted(parts, key=lambda part: (part.count, part.scaling is not None))
+        # Those that go on from a state first, which run together. Then main passes beside each other: rows of one
+        # mixture share the reading of its experts.
+        self.parts = sorted(parts, key=lambda part: (part.count, part.start == 0, part.scaling is not None))
         self.cache = cache
         self.table = table
         self.num_single = sum(part.count == 1 for part in self.parts)
@@ -88,6 +92,7 @@ class PackedBatch:
         self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
         self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
         self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
+        self.states: PassStates | None = None  # beside keys and values, of models that keep some
         self.stack_done: object = None  # the layers that the first of them has computed together
         positions: list[int] = []
         rows: list[int] = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from loraplex.adapters.listing import listed
 from loraplex.adapters.store import AdapterStore
+from loraplex.engine.lengths import LengthRule
 from loraplex.errors import RequestError, TooLargeError
 
 
@@ -16,6 +17,8 @@ class Room:
     num_blocks: int
     block_tokens: int
     max_answers: int  # of one request
+    lengths: LengthRule = LengthRule()  # when positions change with a sequence's length
+    max_tracks: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
 
     def check_answers(self, num_answers: int) -> None:
         """Raises TooLargeError for more answers than may wait and run at once."""
@@ -35,6 +38,11 @@ class Room:
 
     def check_blocks(self, num_tokens: int, num_passes: int) -> None:
         """Raises TooLargeError if the passes over one answer's tokens need more blocks than there are."""
+        if self.max_tracks is not None and num_passes > self.max_tracks:
+            raise TooLargeError(
+                f"the request needs the states of {num_passes} passes, but there is room for {self.max_tracks}. Link "
+                "fewer mixtures, or raise EngineConfig.max_running and cache_bytes."
+            )
         needed = -(-num_tokens // self.block_tokens) * num_passes
         if needed > self.num_blocks:
             raise TooLargeError(

@@ -1,6 +1,7 @@
 """The routing of a packed batch: for each part's tokens, the slots and gates of its track's routes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -88,7 +89,10 @@ class PackedPlan(RoutingPlan):
 
 
 class PackedRouting(RowRouting):
-    """One plan for all tokens, and one for those whose logits are wanted, which the output layer sees."""
+    """One plan for all tokens, one for those whose logits are wanted, and others for parts that run by themselves.
+
+    The output layer sees the second kind, state mixers the third.
+    """
 
     def __init__(self, batch: PackedBatch, bank: Bank, *, fast_decode: bool) -> None:
         super().__init__([()], bank, fast_decode=fast_decode)
@@ -100,14 +104,32 @@ class PackedRouting(RowRouting):
         ]
         self._all = self._plan(placed)
         self._selected: PackedPlan | None = None
+        self._by_parts: dict[tuple[int, int], PackedPlan] = {}
+        self._only: PackedPlan | None = None  # of the parts that run by themselves now
 
     @property
     def plan(self) -> PackedPlan:
         """The plan for all tokens."""
         return self._all
 
+    @contextmanager
+    def only(self, first: int, stop: int) -> Iterator[None]:
+        """Let layers see the tokens of the parts [first, stop) alone inside the block."""
+        self._only = self._plan_of_parts(first, stop)
+        try:
+            yield
+        finally:
+            self._only = None
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence
+        if self._only is not None:
+            if num_tokens != self._only.num_tokens:
+                raise BatchError(
+                    f"a layer got {num_tokens} tokens of a state mixer that runs {self._only.num_tokens}. The engine "
+                    "can't run models that cut or pool their tokens."
+                )
+            return self._only
         if num_tokens == self._batch.num_tokens:
             return self._all
         if num_tokens != self._batch.num_selected:
@@ -123,6 +145,18 @@ class PackedRouting(RowRouting):
                     first += part.num_logits
             self._selected = self._plan(placed)
         return self._selected
+
+    def _plan_of_parts(self, first: int, stop: int) -> PackedPlan:
+        if (first, stop) == (0, len(self._batch.parts)):
+            return self._all
+        if (first, stop) not in self._by_parts:
+            offset = self._batch.offsets[first]
+            placed = [
+                Placed(i, self._batch.offsets[i] - offset, part.start, part.count)
+                for i, part in enumerate(self._batch.parts[first:stop], first)
+            ]
+            self._by_parts[first, stop] = self._plan(placed)
+        return self._by_parts[first, stop]
 
     def _plan(self, placed: Sequence[Placed]) -> PackedPlan:
         return PackedPlan(placed, self._batch, self._gates, self.bank, fast_decode=self.fast_decode)

@@ -17,7 +17,10 @@ from loraplex.engine.model_check import ModelCheck
 from loraplex.engine.packing import PackedBatch, Part, use_batch
 from loraplex.engine.responses import ResponsePool
 from loraplex.engine.routing import PackedRouting
+from loraplex.engine.state_mixers import join_mixers, leave_mixers
+from loraplex.engine.state_pool import PassStates, make_states, without_rollback
 from loraplex.engine.token_choice import largest
+from loraplex.engine.token_flow import check_flow
 from loraplex.engine.trials import TrialPasses, trial_groups
 from loraplex.errors import AdapterError, ConfigError
 from loraplex.kernels.dispatch import native_runs
@@ -50,9 +53,16 @@ class ModelRunner:
         self._attachment = Attachment(model.base, longest)
         self.lengths = self._attachment.lengths
         self._bank = SlotBank(model.store.slots)
+        try:
+            self._states = make_states(model.base, self._attachment.shapes, config)
+        except BaseException:
+            self._attachment.detach()
+            raise
+        self.config = config if self._states is None else without_rollback(config)  # as this model can be run
         device = model.base.device
         token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
-        num_blocks = config.cache_bytes // (token_bytes * config.block_tokens)
+        state_bytes = 0 if self._states is None else self._states.num_bytes
+        num_blocks = (config.cache_bytes - state_bytes) // (token_bytes * config.block_tokens)
         if num_blocks < 1:
             self._attachment.detach()
             raise ConfigError(
@@ -62,14 +72,18 @@ class ModelRunner:
         self.max_length = min(longest, num_blocks * config.block_tokens)
         self.pool = BlockPool(num_blocks, config.block_tokens)
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
-        self.table = BlockTable(2 * config.max_running, row_blocks, device)
+        num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
+        self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
         self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
         self._fused: FusedModules | None = None
         self.graphs: DecodeGraphs | None = None
+        if self._states is not None:
+            join_mixers(self._states.shapes)
         try:
+            check_flow(model.base, self._attachment.shapes, self.forward)
             self._check_model()
-            if device.type == "cuda" and config.cuda_graphs and self.lengths.is_step:
+            if device.type == "cuda" and self.config.cuda_graphs and self.lengths.is_step:
                 self.use_graphs(GraphRecorder())
         except BaseException:
             self.close()
@@ -93,6 +107,8 @@ class ModelRunner:
     def close(self) -> None:
         if self._fused is not None:
             self._fused.restore()
+        if self._states is not None:
+            leave_mixers(self._states.shapes)
         self._attachment.detach()
 
     def _check_model(self) -> None:
@@ -113,6 +129,11 @@ class ModelRunner:
             with torch.inference_mode():
                 self._fused = FusedModules(base, attends, lambda: passes.run(groups, 3))
                 self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
+
+    @property
+    def max_tracks(self) -> int | None:
+        """How many passes can be under way at once; None: as many as there are blocks for."""
+        return None if self._states is None else self._states.num_rows
 
     @property
     def vocab_size(self) -> int:
@@ -157,6 +178,7 @@ class ModelRunner:
     def forward(self, batch: PackedBatch, scope: PackedScope | None = None) -> Tensor:  # [logits, vocab]
         """The logits of the parts that want some, in the batch's order."""
         batch.attention = scope
+        batch.states = None if self._states is None else PassStates(self._states, batch)
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
         if self.graphs is not None and scope is None:
             with choosing_tokens():
@@ -169,6 +191,8 @@ class ModelRunner:
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
             )
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
+        if batch.states is not None:
+            batch.states.keep()
         return output.logits[0]
 
     def _model_length(self, config: EngineConfig) -> int:

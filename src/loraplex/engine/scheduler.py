@@ -159,6 +159,8 @@ class Scheduler:
             except Exception as error:
                 self.failures.append((generation, own_fault(error, "beginning the answer")))
                 return "later"
+            if not self._table.has_rows(len(passes)):
+                return "no room"
             generation.begin(passes, self._pool, self._table, reuse=self._config.prefix_cache)
             has_room = self._has_room(generation)
             if not has_room or (self._config.prefix_cache and self._is_computed_now(generation)):
