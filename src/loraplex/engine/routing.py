@@ -106,6 +106,13 @@ class PackedRouting(RowRouting):
         """The plan for all tokens."""
         return self._all
 
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return self._all.adapts(module)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence
         if num_tokens == self._batch.num_tokens:

@@ -7,10 +7,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from loraplex.adapters.listing import listed
 from loraplex.adapters.weights import ModuleShape
+from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.gated import GatedEmbedding, GatedLinear
 from loraplex.layers.linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.passes import attach_pass_length
+from loraplex.layers.row_order import RowOrder
+from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
 
 
@@ -18,15 +23,34 @@ class AdaptableModel:
     """A base model's adaptable modules and the LoRA layers attached to them so far."""
 
     def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
         self.shapes: dict[str, ModuleShape] = adaptable_modules(base)
         self.paths = list(self.shapes)
         self.module_index = {path: index for index, path in enumerate(self.paths)}
         self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
         self.output_module = output_module(base)
         self._handles: dict[str, RemovableHandle] = {}
+        self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
+        self._pass_handle: RemovableHandle | None = None
+        self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise UnsupportedAdapterError for modules that no adapter can be added to."""
+        with self._lock:
+            wrong = self._probed().not_linear.intersection(paths)
+        if wrong:
+            raise UnsupportedAdapterError(
+                f"the adapter has weights for modules whose output isn't one vector for each input: {listed(wrong)} "
+                "(such as routers, which also choose). PEFT can't adapt them either. Leave them out of target_modules."
+            )
+
+    def order_of(self, path: str) -> RowOrder:
+        """In which order the module sees the tokens of several rows."""
+        with self._lock:
+            return self._probed().orders.get(path, RowOrder.UNKNOWN)
 
     def attach(self, paths: Iterable[str]) -> None:
         """Attach a LoRA layer to each module that has none yet; modules never adapted pay nothing.
@@ -35,20 +59,41 @@ class AdaptableModel:
         class and gets a hook.
         """
         with self._lock:
-            for path in paths:
-                if path in self._handles or path in self._lora_linears:
-                    continue
-                module, index = self.modules[path], self.module_index[path]
-                if can_become_lora_linear(module):
-                    become_lora_linear(module, index, path, self._shared)
-                    self._lora_linears.add(path)
-                    continue
-                layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
-                self._handles[path] = module.register_forward_hook(layer_class(index, path))
+            self._probed()
+            if self._pass_handle is None:
+                self._pass_handle = attach_pass_length(self._base)
+            self._attach(paths)
 
     def attach_all_plain_linears(self) -> None:
         """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
-        self.attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
+        with self._lock:
+            self._attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
+
+    def _attach(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if path in self._handles or path in self._lora_linears:
+                continue
+            module, index = self.modules[path], self.module_index[path]
+            if can_become_lora_linear(module):
+                become_lora_linear(module, index, path, self._shared, self._order(path))
+                self._lora_linears.add(path)
+                continue
+            layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
+            self._hooks[path] = layer_class(index, path, self._order(path))
+            self._handles[path] = module.register_forward_hook(self._hooks[path])
+
+    def _order(self, path: str) -> RowOrder:
+        return RowOrder.ROWS if self._probe is None else self._probe.orders.get(path, RowOrder.UNKNOWN)
+
+    def _probed(self) -> RowProbe:
+        """What a few tokens tell about the modules; they run when the first adapter comes."""
+        if self._probe is None:
+            self._probe = probe_rows(self._base, self.modules, self.shapes)
+            for path in self._lora_linears:
+                vars(self.modules[path])["lora_order"] = self._order(path)
+            for path, hook in self._hooks.items():
+                hook.order = self._order(path)
+        return self._probe
 
     def detach(self) -> None:
         """Give the base model back as it was."""
@@ -57,5 +102,9 @@ class AdaptableModel:
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])
+            if self._pass_handle is not None:
+                self._pass_handle.remove()
+                self._pass_handle = None
             self._handles.clear()
+            self._hooks.clear()
             self._lora_linears.clear()

@@ -37,8 +37,21 @@ class PassRouting(RowRouting):
     def num_rows(self) -> int:
         return self.now.num_rows
 
+    @property
+    def is_uniform(self) -> bool:
+        return self.now.is_uniform
+
+    def adapts(self, module: int) -> bool:
+        return self.now.adapts(module)
+
+    def begin_pass(self, length: int | None) -> None:
+        self.now.begin_pass(length)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         return self.now.plan_for(num_sequences, tokens_per_sequence)
+
+    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
+        return self.now.uniform_plan(num_tokens)
 
 
 class TwoPass:
