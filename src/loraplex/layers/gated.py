@@ -146,9 +146,7 @@ def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias
     return total.view_as(y)
 
 
-def plan_for(
-    routing: RowRouting, layout: torch.Size, module: int, path: str, order: RowOrder
-) -> RoutingPlan | None:
+def plan_for(routing: RowRouting, layout: torch.Size, module: int, path: str, order: RowOrder) -> RoutingPlan | None:
     """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row.
 
     None where the layout is another and no row adapts the module. Raises BatchError where the layout doesn't tell

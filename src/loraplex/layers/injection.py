@@ -1,7 +1,7 @@
 """Attaching LoRA layers to a transformers model."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.listing import listed
 from loraplex.adapters.weights import ModuleShape
-from loraplex.errors import UnsupportedAdapterError
+from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.layers.gated import GatedEmbedding, GatedLinear
 from loraplex.layers.linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
@@ -32,7 +32,8 @@ class AdaptableModel:
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
-        self._pass_handle: RemovableHandle | None = None
+        self._others: dict[str, Sequence[RemovableHandle]] = {}
+        self._was_detached = False
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
@@ -60,9 +61,8 @@ class AdaptableModel:
         """
         with self._lock:
             self._probed()
-            if self._pass_handle is None:
-                self._pass_handle = attach_pass_length(self._base)
             self._attach(paths)
+        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
 
     def attach_all_plain_linears(self) -> None:
         """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
@@ -95,16 +95,37 @@ class AdaptableModel:
                 hook.order = self._order(path)
         return self._probe
 
+    def attach_once(self, name: str, attach: Callable[[], Sequence[RemovableHandle]]) -> None:
+        """Give the base model other hooks, which go when the LoRA layers do; nothing happens if it has them."""
+        with self._lock:
+            if name not in self._others:
+                self._others[name] = attach()
+
+    def check_attached(self, modules: Iterable[int]) -> None:
+        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules."""
+        if not self._was_detached:
+            return
+        missing = [path for path in (self.paths[i] for i in modules) if path not in self._attached_paths()]
+        if missing:
+            raise RequestError(
+                f"the LoRA layers were detached from the base model, so that adapters have no effect at "
+                f"{listed(missing)}. Make a new MultiLoraModel."
+            )
+
+    def _attached_paths(self) -> set[str]:
+        return {*self._handles, *self._lora_linears}
+
     def detach(self) -> None:
         """Give the base model back as it was."""
         with self._lock:
+            self._was_detached = True
+            for handle in (handle for handles in self._others.values() for handle in handles):
+                handle.remove()
+            self._others.clear()
             for handle in self._handles.values():
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])
-            if self._pass_handle is not None:
-                self._pass_handle.remove()
-                self._pass_handle = None
             self._handles.clear()
             self._hooks.clear()
             self._lora_linears.clear()

@@ -26,9 +26,7 @@ def find_order(alone: Sequence[Sequence[Tensor]], together: Sequence[Tensor]) ->
     if not together or any(len(calls) != len(together) for calls in alone):
         return RowOrder.UNKNOWN
     for order in (RowOrder.ROWS, RowOrder.TOKENS):
-        if all(
-            _explains(order, [calls[call] for calls in alone], together[call]) for call in range(len(together))
-        ):
+        if all(_explains(order, [calls[call] for calls in alone], together[call]) for call in range(len(together))):
             return order
     return RowOrder.UNKNOWN
 

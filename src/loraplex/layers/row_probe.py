@@ -7,11 +7,11 @@ each of them do.
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from loraplex.layers.unchanged import left_unchanged
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS, _NUM_DECODER_TOKENS = 6, 5
-_MORE_ROWS = 12  # that tell a module which sees all tokens, or the same one of each row, from one which sees chosen ones
+_MORE_ROWS = 12  # tell a module that sees all tokens, or one of each row, from one that sees chosen ones
 _FEATURES = 256  # of an input that are compared, at most
 
 Calls = dict[str, list[Tensor]]
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,7 @@ class RowProbe:
 
 def probe_rows(base: PreTrainedModel, modules: Mapping[str, nn.Module], shapes: Mapping[str, ModuleShape]) -> RowProbe:
     """Run a few tokens through the base model and see what reaches each module; nothing of it stays."""
-    recorder = _Recorder(modules, shapes)
+    recorder = Recorder(modules, shapes)
     try:
         with left_unchanged(base), torch.no_grad(), recorder.attached():
             orders = _find_orders(base, recorder)
@@ -50,8 +51,8 @@ def probe_rows(base: PreTrainedModel, modules: Mapping[str, nn.Module], shapes: 
     return RowProbe(orders=orders, not_linear=recorder.not_linear)
 
 
-def _find_orders(base: PreTrainedModel, recorder: "_Recorder") -> dict[str, RowOrder]:
-    ids = _different_ids(base, 4 + _MORE_ROWS)
+def _find_orders(base: PreTrainedModel, recorder: "Recorder") -> dict[str, RowOrder]:
+    ids = different_ids(base, 4 + _MORE_ROWS)
     alone = [recorder.run(base, ids[row : row + 1]) for row in (0, 1)]
     together = recorder.run(base, ids[:2])
     orders = {path: find_order([calls.get(path, []) for calls in alone], together[path]) for path in together}
@@ -70,7 +71,7 @@ def _find_orders(base: PreTrainedModel, recorder: "_Recorder") -> dict[str, RowO
     return orders
 
 
-class _Recorder:
+class Recorder:
     """Keeps what reaches the modules in the passes of the thread that probes."""
 
     def __init__(self, modules: Mapping[str, nn.Module], shapes: Mapping[str, ModuleShape]) -> None:
@@ -80,11 +81,15 @@ class _Recorder:
         self.not_linear: set[str] = set()
 
     def run(self, base: PreTrainedModel, ids: Tensor) -> Calls:  # [rows, tokens]
-        """The inputs of each module in one pass."""
+        """The inputs of each module in one pass of the base model."""
+        return self.record(lambda: base(**_inputs(base, ids)))[0]
+
+    def record(self, run: Callable[[], Result]) -> tuple[Calls, Result]:
+        """The inputs of each module while `run` runs, and its result."""
         self._calls = {}
         torch.default_generator.manual_seed(0)
-        base(**_inputs(base, ids))
-        return self._calls
+        result = run()
+        return self._calls, result
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -130,7 +135,7 @@ def _inputs(base: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     return {"input_ids": ids} | {name: value for name, value in optional.items() if takes_any or name in parameters}
 
 
-def _different_ids(base: PreTrainedModel, num_rows: int) -> Tensor:  # [rows, tokens]
+def different_ids(base: PreTrainedModel, num_rows: int) -> Tensor:  # [rows, tokens]
     """Rows of different tokens, none of them special (padding, images)."""
     embedding = base.get_input_embeddings()
     vocabulary = int(getattr(embedding, "num_embeddings", 0) or base.config.get_text_config().vocab_size)

@@ -140,8 +140,8 @@ class Registry:
             self._base.config, "is_encoder_decoder", False
         ):
             raise UnsupportedAdapterError(
-                f"alora_invocation_tokens can't be honoured on {type(self._base).__name__}: an aLoRA is active from its "
-                "invocation on, which is a place in the one sequence of a decoder. Use a LoRA on this model."
+                f"alora_invocation_tokens can't be honoured on {type(self._base).__name__}: an aLoRA is active from "
+                "its invocation on, which is a place in the one sequence of a decoder. Use a LoRA on this model."
             )
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:

@@ -42,6 +42,8 @@ def adapter_scope(
     found, names = mixtures.expand(links)
     with store.lease(names) as leased:
         rows = [_routes(link, leased, tokens, row) for row, link in enumerate(links)]
+        for version in leased.values():
+            mixtures.check_attached(version.modules)
         uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
         if not uses:
             with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
@@ -53,6 +55,7 @@ def adapter_scope(
             rows,
             bank,
             options,
+            cache_use=mixtures.cache_use,
             fast_decode=fast_decode,
             around_scaling=lambda: use_attention(None),  # the scaling pass has no residuals, captures or steering
         )
