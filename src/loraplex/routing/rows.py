@@ -71,8 +71,13 @@ class RowRouting:
         """Whether so many sequences are the rows, each equally often."""
         return num_sequences % self.num_rows == 0
 
-    def begin_pass(self, length: int | None) -> None:
-        """Learn how many columns the rows have with the tokens of the pass that begins; None: it can't be told."""
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        """Learn how many columns the pass that begins adds to the rows, and how many they then have.
+
+        Some caches don't tell the latter (None): then each pass goes on from the one before.
+        """
+        if length is None and self._length is not None:
+            length = self._length + num_new
         self._length = length
 
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:

@@ -2,6 +2,8 @@
 
 import logging
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +44,14 @@ def probe_cache(base: PreTrainedModel, adaptable: AdaptableModel) -> CacheUse:
     recorder = Recorder(adaptable.modules, adaptable.shapes)
     try:
         with left_unchanged(base), torch.no_grad(), recorder.attached():
-            whole = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+            whole = _run(decoder, ids, 0, use_cache=False)
             cache = PairedCache(base.config, ())
             cache.begin(1, 1)
-            decoder(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            _run(decoder, ids[:, :-1], 0, past_key_values=cache, use_cache=True)
             cache.main_length = _NUM_PAST
             cache.show_main()
-            calls, last = recorder.record(
-                lambda: decoder(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
+            calls, (last,) = recorder.record(
+                lambda: _run(decoder, ids[:, -1:], _NUM_PAST, past_key_values=cache, use_cache=True)
             )
     except RequestError:  # its layers keep something else, which the call that wants a cache is told
         return CacheUse(works=False)
@@ -59,6 +61,14 @@ def probe_cache(base: PreTrainedModel, adaptable: AdaptableModel) -> CacheUse:
     past = [path for path, inputs in calls.items() if any(x[..., 0].numel() > 1 for x in inputs)]
     sees_past = frozenset(adaptable.module_index[path] for path in past)
     return CacheUse(works=_is_near(last, whole), sees_past=sees_past)
+
+
+def _run(decoder: nn.Module, ids: Tensor, first: int, **inputs: Any) -> Tensor:  # [tokens, hidden]
+    """The hidden states of one sequence's tokens from position `first` on."""
+    if "position_ids" in signature(decoder.forward).parameters:  # else some models take them from an earlier call
+        inputs["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+    hidden: Tensor = decoder(input_ids=ids, **inputs).last_hidden_state
+    return hidden[0]
 
 
 def _is_near(last: Tensor, whole: Tensor) -> bool:  # [hidden], [tokens, hidden]

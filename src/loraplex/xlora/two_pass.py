@@ -35,7 +35,7 @@ class PassRouting(RowRouting):
     def __init__(self, main: RowRouting) -> None:
         super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
         self.now = main
-        self.length: int | None = None  # of the rows, with the tokens of the call that runs now
+        self.last_pass: tuple[int, int | None] = (0, None)  # what `begin_pass` was told of it
 
     @property
     def num_rows(self) -> int:
@@ -48,9 +48,9 @@ class PassRouting(RowRouting):
     def adapts(self, module: int) -> bool:
         return self.now.adapts(module)
 
-    def begin_pass(self, length: int | None) -> None:
-        self.length = length
-        self.now.begin_pass(length)
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        self.last_pass = (num_new, length)
+        self.now.begin_pass(num_new, length)
 
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         return self.now.plan_for(num_sequences, tokens_per_sequence)
@@ -203,7 +203,7 @@ class TwoPass:
 
     def run_both(self) -> None:
         """Let the base model's call that follows run main and scaling sequences as one batch."""
-        self._both.begin_pass(self.routing.length)
+        self._both.begin_pass(*self.routing.last_pass)
         self.routing.now = self._both
         self.captures_hidden = True
 
