@@ -1,4 +1,4 @@
-"""Adapters on one row alone, by hooks that follow PEFT's formula: the oracle where PEFT can't run a model or a method."""
+"""Adapters on one row alone, by hooks that follow PEFT's formula: the oracle where PEFT can't run a model."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
+from loraplex.layers.modules import input_embedding
 from loraplex.layers.row_order import RowOrder, find_order
 from loraplex.layers.unchanged import left_unchanged
 
@@ -137,7 +138,7 @@ def _inputs(base: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 
 def different_ids(base: PreTrainedModel, num_rows: int) -> Tensor:  # [rows, tokens]
     """Rows of different tokens, none of them special (padding, images)."""
-    embedding = base.get_input_embeddings()
+    embedding = input_embedding(base)
     vocabulary = int(getattr(embedding, "num_embeddings", 0) or base.config.get_text_config().vocab_size)
     special = _special_ids(base.config.to_dict())
     generator = torch.Generator().manual_seed(0)
