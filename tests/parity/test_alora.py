@@ -1,5 +1,7 @@
 """Activated LoRA: adapted from the last occurrence of the invocation sequence on, as PEFT does it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,11 @@ from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 from loraplex import MultiLoraModel
+from loraplex.adapters.peft_folder import read_adapter
+from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.models.scope import tokens_from_invocation
+from tests.architectures.variants import make_model
+from tests.layers.hook_oracle import HookOracle, active_from
 from tests.parity.oracle import PeftOracle, assert_close
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -60,6 +66,111 @@ def test_greedy_tokens_equal_peft_in_a_mixed_batch(pair):
     tokens = model.generate(ids, mask, adapters=rows, **options)
     for row, name in enumerate(rows):
         assert torch.equal(tokens[row : row + 1], oracle.generate(name, ids[row], mask[row], **options)), f"row {row}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "use_cache": False}],
+    ids=str,
+)
+@torch.no_grad()
+def test_generated_tokens_equal_peft_whatever_the_search_and_the_cache(pair, options):
+    model, oracle = pair
+    ids, mask = prompts()
+    ids[5, :3], mask[5, :3] = 0, 0  # padding on the left moves nothing
+    ids[5, 7:10] = torch.tensor(INVOCATION)
+    options = {"max_new_tokens": 6, "do_sample": False} | options
+    rows = ["alora", None, "alora", "plain", "alora", "alora"]
+    tokens = model.generate(ids, mask, adapters=rows, **options).view(len(rows), -1, 18)
+    for row, name in enumerate(rows):
+        alone = {**options, "use_cache": False}
+        assert torch.equal(tokens[row], oracle.generate(name, ids[row], mask[row], **alone)), f"row {row}"
+        assert torch.equal(tokens[row], oracle.generate(name, ids[row], mask[row], **options)), f"row {row}, cached"
+
+
+@torch.no_grad()
+def test_tokens_far_behind_a_short_prompts_invocation_are_adapted_without_a_cache(pair):
+    model, oracle = pair
+    ids = torch.randint(20, 100, (2, 5), generator=torch.Generator().manual_seed(2))
+    ids[:, 2:5] = torch.tensor(INVOCATION)
+    options = {"max_new_tokens": 8, "do_sample": False, "use_cache": False}
+    tokens = model.generate(ids, torch.ones_like(ids), adapters=["alora", None], **options)
+    for row, name in enumerate(["alora", None]):
+        alone = oracle.generate(name, ids[row], torch.ones_like(ids[row]), **options)
+        assert torch.equal(tokens[row : row + 1], alone)
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_right_equal_peft(pair):
+    model, oracle = pair
+    ids, mask = prompts()
+    ids[:, 10:], mask[:, 10:] = 0, 0
+    logits = model(ids, mask, adapters=["alora"] * 6).logits
+    for row in range(6):
+        assert_close(logits[row, :10], oracle.logits("alora", ids[row], mask[row])[:10], f"row {row}")
+
+
+@pytest.mark.parametrize("cuts", [(8,), (5,), (8, 9, 10), (1, 5, 11)], ids=str)
+@torch.no_grad()
+def test_going_on_from_a_cache_equals_peft_on_all_tokens(pair, cuts):
+    """The invocation may be among the cached tokens, where only the model that made the cache knows it."""
+    model, oracle = pair
+    ids = torch.randint(20, 100, (3, 12), generator=torch.Generator().manual_seed(4))
+    ids[0, 1:4] = ids[1, 5:8] = torch.tensor(INVOCATION)
+    cache, parts = None, []
+    for start, stop in zip((0, *cuts), (*cuts, 12), strict=True):
+        out = model(ids[:, start:stop], adapters=["alora"] * 3, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    logits = torch.cat(parts, dim=1)
+    for row in range(3):
+        assert_close(logits[row], oracle.logits("alora", ids[row], torch.ones_like(ids[row])), f"row {row}")
+
+
+@torch.no_grad()
+def test_cache_of_tokens_that_are_not_known_is_refused(pair):
+    model, _ = pair
+    ids, _ = prompts()
+    cache = model.base(ids[:1, :8], use_cache=True).past_key_values
+    with pytest.raises(RequestError, match="past_key_values"):
+        model(ids[:1, 8:], adapters=["alora"], past_key_values=cache)
+    logits = model(ids[3:4, :6], adapters=["alora"], past_key_values=cache).logits  # begins with the invocation
+    assert torch.isfinite(logits).all()
+    cache = model(ids[:1, :8], use_cache=True).past_key_values
+    cache.crop(-3)
+    model.generate(ids[:1], adapters=[None], past_key_values=cache, max_new_tokens=2)  # other tokens than were noted
+    with pytest.raises(RequestError, match="past_key_values"):
+        model(ids[:1, 8:], adapters=["alora"], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_latent_attention_sees_past_tokens_again_and_adapts_those_from_the_invocation_on(tmp_path):
+    """What PEFT computes without a cache; with one, it counts from the end of what is cached."""
+    base = make_model("deepseek_v3")
+    targets = ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    settings = {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
+    folder = random_peft_adapter(base, tmp_path / "alora", targets=targets, options=settings)
+    model = MultiLoraModel(make_model("deepseek_v3"))
+    model.load_adapter("alora", folder)
+    ids, mask = prompts()
+    ids, mask, adapter = ids[:3], mask[:3], read_adapter(folder)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(ids, mask, adapters=["alora", None, "alora"], **options)
+    for row, start in ((0, 4), (2, 9)):
+        with HookOracle(base).adapted({"alora": (adapter, active_from(start))}) as alone:
+            expected = alone.generate(ids[row : row + 1], attention_mask=mask[:1], use_cache=False, **options)
+        assert torch.equal(tokens[row : row + 1], expected), f"row {row}"
+
+
+def test_alora_on_an_encoder_and_decoder_is_refused(tmp_path):
+    base = tiny_model("t5")
+    folder = random_peft_adapter(base, tmp_path / "a", targets=["q"])
+    adapter = read_adapter(folder)
+    adapter = replace(adapter, config=replace(adapter.config, alora_invocation_tokens=tuple(INVOCATION)))
+    model = MultiLoraModel(base)
+    with pytest.raises(UnsupportedAdapterError, match="alora_invocation_tokens"):
+        model.load_adapter("a", adapter)
+    assert model.names() == []
 
 
 @settings(max_examples=200, deadline=None)

@@ -45,10 +45,49 @@ def test_beams_of_a_row_take_the_rows_routes(bank):
     assert segments(routing, 6, 2) == [(0, 6, 1, 1.0)]
 
 
-def test_alora_is_active_on_the_last_tokens_of_each_beam_only(bank):
-    routing = RowRouting([[Route(slot=0, last_tokens=2)], [Route(slot=1, last_tokens=0)]], bank)
+def test_alora_is_active_from_its_column_on_in_each_beam(bank):
+    routing = RowRouting([[Route(slot=0, active_from=1)], [Route(slot=1, active_from=4)]], bank)
+    routing.begin_pass(3, 3)
     assert segments(routing, 4, 3) == [(1, 3, 0, 1.0), (4, 6, 0, 1.0)]
-    assert segments(routing, 2, 1) == [(0, 1, 0, 1.0)]  # a later decoding step
+    assert segments(routing, 2, 1) == [(0, 1, 0, 1.0)]  # a layer that sees the last token only
+    routing.begin_pass(1, 5)  # decoding, with a cache
+    assert segments(routing, 2, 1) == [(0, 1, 0, 1.0), (1, 2, 1, 1.0)]
+    assert segments(routing, 2, 5) == [(1, 5, 0, 1.0), (9, 10, 1, 1.0)]  # a layer that sees the cache too
+
+
+def test_alora_goes_on_where_a_cache_does_not_tell_its_length(bank):
+    routing = RowRouting([[Route(slot=0, active_from=4)]], bank)
+    routing.begin_pass(3, 3)
+    routing.begin_pass(2, None)
+    assert segments(routing, 1, 2) == [(1, 2, 0, 1.0)]
+
+
+def test_alora_in_tokens_of_which_it_is_not_known_where_they_are_is_refused(bank):
+    routing = RowRouting([[Route(slot=0, active_from=1)]], bank)
+    with pytest.raises(BatchError, match="3 tokens a row"):
+        routing.plan_for(1, 3)
+    routing.begin_pass(1, 2)
+    with pytest.raises(BatchError, match="3 tokens a row"):
+        routing.plan_for(1, 3)
+
+
+def test_rows_of_the_same_adapters_are_uniform(bank):
+    def is_uniform(*rows):
+        return RowRouting(rows, bank).is_uniform
+
+    assert is_uniform([Route(slot=1)], [Route(slot=1)])
+    assert is_uniform([], [])
+    assert not is_uniform([Route(slot=1)], [])
+    assert not is_uniform([Route(slot=1)], [Route(slot=1, weight=0.5)])
+    assert not is_uniform([Route(slot=1, active_from=2)], [Route(slot=1, active_from=2)])
+    assert not is_uniform([Route(slot=1, column=0)])
+
+
+def test_plans_that_are_kept_are_not_without_number(bank):
+    routing = RowRouting([[Route(slot=1)]], bank)
+    for length in range(1, 200):
+        routing.plan_for(1, length)
+    assert len(routing._plans) < 100
 
 
 def test_layout_that_does_not_keep_rows_is_refused(bank):

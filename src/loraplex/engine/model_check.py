@@ -223,8 +223,8 @@ class ModelCheck:
                     where = f" from position {far} on, which EngineConfig.max_length can exclude" if far else ""
                     return (
                         f"the {tensor} of {self._names[module] or 'the model'} ({type(module).__name__}) is off by up "
-                        f"to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens{where}, where rounding is "
-                        f"below {bound:.1e}"
+                        f"to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens{where}, where "
+                        f"rounding is below {bound:.1e}"
                     )
         return None
 

@@ -1,7 +1,7 @@
 """Whether a request fits at all: what it needs at most, against what there is when nothing else runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplex.adapters.listing import listed
 from loraplex.adapters.store import AdapterStore
@@ -17,7 +17,7 @@ class Room:
     num_blocks: int
     block_tokens: int
     max_answers: int  # of one request
-    lengths: LengthRule = LengthRule()  # when positions change with a sequence's length
+    lengths: LengthRule = field(default_factory=LengthRule)  # when positions change with a sequence's length
     max_tracks: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
 
     def check_answers(self, num_answers: int) -> None:

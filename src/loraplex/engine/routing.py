@@ -121,6 +121,13 @@ class PackedRouting(RowRouting):
         finally:
             self._only = None
 
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return self._all.adapts(module)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence
         if self._only is not None:

@@ -3,6 +3,7 @@
 y[t] = W x[t] + B ( g[t] * (A x[t]) )
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from loraplex.errors import BatchError
 from loraplex.kernels.native import gated_lora_native
 from loraplex.kernels.segmented import gated_lora_embedding, gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
+from loraplex.layers.row_order import RowOrder
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import RowRouting, current_routing
 
@@ -23,38 +25,63 @@ class GatedLinear:
     quantized or sharded linear) stays in charge of it, and a row without adapters gets exactly that.
     """
 
-    def __init__(self, index: int, path: str) -> None:
+    def __init__(self, index: int, path: str, order: RowOrder = RowOrder.ROWS) -> None:
         self.index = index
         self.path = path
+        self.order = order
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         routing = current_routing()
-        if routing is None:
+        if routing is None or not routing.adapts(self.index):
             return None
         x = args[0]
-        plan = plan_for(routing, x.shape[:-1], self.path)
-        if not plan.adapts(self.index):
-            return None
+        if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+            raise BatchError(
+                f"module {self.path!r} answers with something else than one vector for each input, to which no adapter "
+                "can be added. Load the adapter without it."
+            )
         bias = getattr(module, "bias", None)
+        if self.order is RowOrder.TOKENS:
+            return add_tokens_first(self.index, self.path, y, x, routing, bias=bias)
+        plan = plan_for(routing, x.shape[:-1], self.index, self.path, self.order)
+        if plan is None or not plan.adapts(self.index):
+            return None
         return add_adapters(self.index, y, x, plan, bias=bias)
 
 
 class GatedEmbedding:
     """The same for the input embedding, whose x[t] is the one-hot row of a token's id."""
 
-    def __init__(self, index: int, path: str) -> None:
+    def __init__(self, index: int, path: str, order: RowOrder = RowOrder.ROWS) -> None:
         self.index = index
         self.path = path
+        self.order = order
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         routing = current_routing()
-        if routing is None:
+        if routing is None or not routing.adapts(self.index):
             return None
-        plan = plan_for(routing, args[0].shape, self.path)
-        if not plan.adapts(self.index):
+        ids, is_tokens_first = args[0], self.order is RowOrder.TOKENS
+        if is_tokens_first:
+            ids, y = ids.transpose(0, 1).contiguous(), y.transpose(0, 1).contiguous()
+        plan = plan_for(routing, ids.shape, self.index, self.path, self.order)
+        if plan is None or not plan.adapts(self.index):
             return None
         gained = add_gains(self.index, y, y, plan, bias=None)
-        return gated_lora_embedding(gained, args[0], plan.lora_segments(self.index))
+        y = gated_lora_embedding(gained, ids, plan.lora_segments(self.index))
+        return y.transpose(0, 1).contiguous() if is_tokens_first else y
+
+
+def add_tokens_first(
+    module: int, path: str, y: Tensor, x: Tensor, routing: RowRouting, *, bias: Tensor | None
+) -> Tensor:  # [tokens, rows, ..]
+    """Add the adapters for `module` where it sees the rows' tokens beside each other."""
+    x = x.transpose(0, 1)
+    plan = plan_for(routing, x.shape[:-1], module, path, RowOrder.TOKENS)
+    if plan is None or not plan.adapts(module):
+        return y
+    changed = add_adapters(module, y.transpose(0, 1).contiguous(), x.contiguous(), plan, bias=bias)
+    return changed.transpose(0, 1).contiguous()
 
 
 def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:
@@ -121,15 +148,25 @@ def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias
     return total.view_as(y)
 
 
-def plan_for(routing: RowRouting, layout: torch.Size, path: str) -> RoutingPlan:
-    """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row."""
-    if len(layout) == 2:
-        return routing.plan_for(layout[0], layout[1])
-    if len(layout) > 2:
-        return routing.plan_for(layout[0], layout[1:].numel())
-    num_tokens, num_rows = layout.numel(), routing.num_rows
-    if num_tokens % num_rows != 0:
-        raise BatchError(
-            f"module {path!r} got {num_tokens} flattened tokens for {num_rows} rows; each row must have equally many."
-        )
-    return routing.plan_for(num_rows, num_tokens // num_rows)
+def plan_for(routing: RowRouting, layout: torch.Size, module: int, path: str, order: RowOrder) -> RoutingPlan | None:
+    """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row.
+
+    None where the layout is another and no row adapts the module. Raises BatchError where the layout doesn't tell
+    which tokens are whose and that makes a difference.
+    """
+    if layout.numel() == 0:
+        return None
+    if order is not RowOrder.UNKNOWN:
+        num_sequences = layout[0] if len(layout) > 1 else math.gcd(layout.numel(), routing.num_rows)
+        if routing.takes(num_sequences):
+            return routing.plan_for(num_sequences, layout.numel() // num_sequences)
+    if not routing.adapts(module):
+        return None
+    if routing.is_uniform:
+        return routing.uniform_plan(layout.numel())
+    raise BatchError(
+        f"module {path!r} got a tensor [{', '.join(str(size) for size in layout)}, features] for {routing.num_rows} "
+        "rows with different adapters, and which of it belongs to which row can't be told (images, or tokens that an "
+        "expert was chosen for, for example). Run rows with different adapters in calls of their own, or use adapters "
+        "without this module."
+    )

@@ -6,10 +6,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraplex.kernels.native import gated_linear_native, gated_lora_native
-from loraplex.layers.gated import add_adapters, add_adapters_together, add_gains, gradients_flow, plan_for
+from loraplex.layers.gated import (
+    add_adapters,
+    add_adapters_together,
+    add_gains,
+    add_tokens_first,
+    gradients_flow,
+    plan_for,
+)
+from loraplex.layers.row_order import RowOrder
 from loraplex.layers.shared_input import SharedInputs
 from loraplex.routing.plan import RoutingPlan
-from loraplex.routing.rows import current_routing
+from loraplex.routing.rows import RowRouting, current_routing
 
 
 class LoraLinear(nn.Linear):
@@ -23,12 +31,17 @@ class LoraLinear(nn.Linear):
     lora_index: int
     lora_path: str
     lora_shared: "SharedInputs[LoraLinear]"
+    lora_order: RowOrder
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         routing = current_routing()
         if routing is None:
             return functional.linear(input, self.weight, self.bias)
-        plan = plan_for(routing, input.shape[:-1], self.lora_path)
+        if self.lora_order is RowOrder.TOKENS:
+            return self._run_tokens_first(input, routing)
+        plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
+        if plan is None:
+            return functional.linear(input, self.weight, self.bias)
         if plan.decodes_fast(input) and input.dtype == self.weight.dtype:
             return self.decode(input.contiguous(), plan)
         if plan.launches_together(input) and input.dtype == self.weight.dtype:
@@ -41,6 +54,11 @@ class LoraLinear(nn.Linear):
         if not plan.adapts(self.lora_index):
             return y
         return add_adapters(self.lora_index, y, x, plan, bias=self.bias)
+
+    def _run_tokens_first(self, x: Tensor, routing: RowRouting) -> Tensor:  # [tokens, rows, in]
+        """The base product as the model computes it; the adapters see the rows one after the other."""
+        y = functional.linear(x, self.weight, self.bias)
+        return add_tokens_first(self.lora_index, self.lora_path, y, x, routing, bias=self.bias)
 
     def decode(self, x: Tensor, plan: RoutingPlan, *, float_sums: bool = False) -> Tensor:
         """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
@@ -81,16 +99,17 @@ def become_lora_linear(
     index: int,
     path: str,
     shared: "SharedInputs[LoraLinear] | None" = None,
+    order: RowOrder = RowOrder.ROWS,
     *,
     as_class: type[LoraLinear] = LoraLinear,
 ) -> None:
     """Change the module's class in place: parameters, names, hooks and references to it stay as they are."""
     # First what LoraLinear.forward reads: another thread may be about to run the module.
-    vars(module).update(lora_index=index, lora_path=path, lora_shared=shared or SharedInputs())
+    vars(module).update(lora_index=index, lora_path=path, lora_shared=shared or SharedInputs(), lora_order=order)
     module.__class__ = as_class
 
 
 def become_linear(module: nn.Module) -> None:
     """Give a LoraLinear back as the nn.Linear that it was."""
     module.__class__ = nn.Linear
-    del module.lora_index, module.lora_path, module.lora_shared
+    del module.lora_index, module.lora_path, module.lora_shared, module.lora_order

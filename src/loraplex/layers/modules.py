@@ -13,7 +13,7 @@ def adaptable_modules(base: PreTrainedModel) -> dict[str, ModuleShape]:
 
     Other embeddings (positions, token types) don't see one id per token and row, so no row can own their output.
     """
-    embedding = base.get_input_embeddings()
+    embedding = input_embedding(base)
     shapes = {}
     for path, module in base.named_modules():
         if isinstance(module, Conv1D):
@@ -25,6 +25,14 @@ def adaptable_modules(base: PreTrainedModel) -> dict[str, ModuleShape]:
                 kind="embedding", in_features=module.num_embeddings, out_features=module.embedding_dim
             )
     return shapes
+
+
+def input_embedding(base: PreTrainedModel) -> nn.Module | None:
+    """The module that looks tokens up; None for a model that has no such module (it hashes them, or reads bytes)."""
+    try:
+        return base.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def output_module(base: PreTrainedModel) -> str | None:

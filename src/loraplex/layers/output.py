@@ -1,8 +1,8 @@
 """The output layer, whose logits choose tokens.
 
 Two logits that differ by less than a 16-bit number can tell are equal once they are rounded to one, and then the order
-of the vocabulary chooses. So where tokens are chosen, a 16-bit model's output layer keeps its float32 sums, and what the
-model does to logits behind it (a scale, a cap) is computed in float32 too.
+of the vocabulary chooses. So where tokens are chosen, a 16-bit model's output layer keeps its float32 sums, and what
+the model does to logits behind it (a scale, a cap) is computed in float32 too.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.kernels.float_product import float_product
-from loraplex.layers.gated import add_adapters, plan_for
+from loraplex.layers.gated import add_adapters, add_tokens_first, plan_for
 from loraplex.layers.linear import LoraLinear
+from loraplex.layers.row_order import RowOrder
 from loraplex.routing.rows import current_routing
 
 _chooses: ContextVar[bool] = ContextVar("loraplex_chooses_tokens", default=False)
@@ -39,11 +40,16 @@ class LoraOutput(LoraLinear):
         routing = current_routing()
         if routing is None:
             return float_product(input, self.weight, self.bias)
-        plan = plan_for(routing, input.shape[:-1], self.lora_path)
-        if plan.decodes_fast(input):
+        if self.lora_order is RowOrder.TOKENS:
+            y = float_product(input, self.weight, self.bias)
+            return add_tokens_first(self.lora_index, self.lora_path, y, input, routing, bias=self.bias)
+        plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
+        if plan is not None and plan.decodes_fast(input):
             return self.decode(input.contiguous(), plan, float_sums=True)
         y = float_product(input, self.weight, self.bias)
-        return add_adapters(self.lora_index, y, input, plan, bias=self.bias) if plan.adapts(self.lora_index) else y
+        if plan is None or not plan.adapts(self.lora_index):
+            return y
+        return add_adapters(self.lora_index, y, input, plan, bias=self.bias)
 
 
 def rounds_logits(module: nn.Module) -> bool:

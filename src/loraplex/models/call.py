@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.models.end_tokens import stop_rows
 from loraplex.layers.output import choosing_tokens
+from loraplex.layers.passes import cached_length
+from loraplex.models.end_tokens import stop_rows
 from loraplex.models.registry import Registry
-from loraplex.models.scope import adapter_scope
+from loraplex.models.scope import RowTokens, adapter_scope
 from loraplex.residual.linked import AttentionRequest
 from loraplex.residual.scope import AttentionScope
 from loraplex.routing.choice import Link, RowChoice, parse_choices
@@ -51,6 +53,7 @@ class Call:
     @contextmanager
     def running(self) -> Iterator[Ran]:
         """Run the base model's call inside. Raises what is wrong with the request before anything runs."""
+        _ = self.row_tokens
         tokens = self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
         links = parse_choices(self.adapters, 0 if tokens is None else tokens.shape[0])
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
@@ -78,7 +81,7 @@ class Call:
             self.registry.mixtures,
             self.registry.bank,
             links,
-            self.input_ids,
+            self.row_tokens,
             fast_decode=self.fast_decode,
             options=self.options,
         )
@@ -97,6 +100,22 @@ class Call:
         if any(more):
             stop_rows(self.inputs, more, self.base)
         return [(*known, *ends) for ends in more]
+
+    @cached_property
+    def row_tokens(self) -> RowTokens:
+        """The rows' tokens, those in the cache included; asked for before the base model runs, which changes it."""
+        cache, ids = self.inputs.get("past_key_values"), self.input_ids
+        if cache is None or self.generates or ids is None:  # `generate` is given all tokens beside a cache
+            return RowTokens(new=ids)
+        return RowTokens(new=ids, cached=self.registry.cached_ids.of(cache, len(ids)), num_cached=cached_length(cache))
+
+    def note_cached(self, output: Any) -> None:
+        """Remember which tokens the cache holds that `forward` returned."""
+        cached_ids = self.registry.cached_ids
+        if self.generates:
+            cached_ids.forget(self.inputs.get("past_key_values"))
+        elif self.input_ids is not None:
+            cached_ids.note(getattr(output, "past_key_values", None), self.row_tokens.cached, self.input_ids)
 
     def report_attention(
         self, ran: Ran, sequences: Tensor | None, tokenizer: Callable[[], PreTrainedTokenizerBase | None]

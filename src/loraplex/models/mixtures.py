@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from loraplex.errors import (
 from loraplex.layers.injection import AdaptableModel
 from loraplex.routing.choice import Link
 from loraplex.xlora.attach import attach_two_pass
+from loraplex.xlora.cache_probe import CacheUse, find_decoder, probe_cache
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.head import ScalingHead
@@ -38,13 +39,21 @@ class Mixtures:
         self._adaptable = adaptable
         self._store = store
         self._mixtures: dict[str, Mixture] = {}
-        self._attached = False
+        self._cache_use: CacheUse | None = None
         self._lock = threading.RLock()
 
     @property
     def hidden_size(self) -> int:
         """The width of the hidden states that scaling heads read."""
         return self._base.config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """How the base model goes on from a cache; tried out when the first mixture is made."""
+        with self._lock:
+            if self._cache_use is None:
+                self._cache_use = probe_cache(self._base, self._adaptable)
+            return self._cache_use
 
     def __contains__(self, name: str) -> bool:
         return name in self._mixtures
@@ -122,11 +131,10 @@ class Mixtures:
             num_modules=len(self._adaptable.paths),
             owned=frozenset(owned),
         )
+        _ = self.cache_use
         with self._lock:
             self.check_new(name)
-            if not self._attached:
-                attach_two_pass(self._base)
-                self._attached = True
+            self._adaptable.attach_once("two passes", lambda: attach_two_pass(self._base))
             self._mixtures[name] = mixture
         return mixture
 
@@ -188,6 +196,10 @@ class Mixtures:
                         "that adapts the same modules, or unload the mixture first."
                     )
 
+    def check_attached(self, modules: Iterable[int]) -> None:
+        """Raise RequestError if the modules have lost their LoRA layers."""
+        self._adaptable.check_attached(modules)
+
     def expand(self, links: Sequence[Link]) -> tuple[dict[str, Mixture], list[str]]:
         """The mixtures that links name, and all adapters that they need: named ones and experts."""
         with self._lock:
@@ -205,6 +217,11 @@ class Mixtures:
             raise UnsupportedAdapterError(
                 f"mixtures need a causal language model, but {type(self._base).__name__} is none: X-LoRA's scalings "
                 "are predicted from the hidden states of a decoder. Use plain adapters on this model."
+            )
+        if find_decoder(self._base) is None:
+            raise UnsupportedAdapterError(
+                f"mixtures read the hidden states of a model's decoder, but {type(self._base).__name__} has no module "
+                "that is one. Use plain adapters on this model."
             )
 
     def _check_experts(self, name: str, experts: Sequence[str], config: XLoraConfig) -> None:

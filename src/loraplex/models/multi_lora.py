@@ -272,6 +272,7 @@ class MultiLoraModel:
     def _run(self, call: Call, run: Callable[..., Any], return_scalings: bool) -> Any:
         with call.running() as ran:
             output = run(input_ids=call.input_ids, attention_mask=call.attention_mask, **call.inputs)
+        call.note_cached(output)
         sequences = call.input_ids
         if call.generates:
             sequences = output if isinstance(output, Tensor) else output.sequences

@@ -14,9 +14,10 @@ from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
 from loraplex.adapters.version import folder_fingerprint
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterExistsError
+from loraplex.errors import AdapterExistsError, UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.cached_ids import CachedIds
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.residual.folder import is_residual_folder
@@ -41,6 +42,7 @@ class Registry:
         self.store = AdapterStore(slots, _read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
+        self.cached_ids = CachedIds()
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -71,6 +73,8 @@ class Registry:
             adapter = read_adapter(folder)
             check_base_copies(read_base_copies(folder), dict(self._base.named_parameters(remove_duplicate=False)))
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        self._check_alora(adapter)
+        self.adaptable.check(adapter.layers)
         self.mixtures.check_replaceable(name, adapter.layers.keys())
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
@@ -148,6 +152,15 @@ class Registry:
     def _check_new_mixture(self, name: str) -> None:
         self.mixtures.check_new(name)
         self.linked.check_free(name)
+
+    def _check_alora(self, adapter: Adapter) -> None:
+        if adapter.config.alora_invocation_tokens is not None and getattr(
+            self._base.config, "is_encoder_decoder", False
+        ):
+            raise UnsupportedAdapterError(
+                f"alora_invocation_tokens can't be honoured on {type(self._base).__name__}: an aLoRA is active from "
+                "its invocation on, which is a place in the one sequence of a decoder. Use a LoRA on this model."
+            )
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)

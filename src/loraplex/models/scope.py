@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def adapter_scope(
     mixtures: Mixtures,
     bank: Bank,
     links: Sequence[Link],
-    input_ids: Tensor | None,
+    tokens: "RowTokens",
     *,
     fast_decode: bool = False,
     options: TwoPassOptions,
@@ -40,7 +41,9 @@ def adapter_scope(
     """
     found, names = mixtures.expand(links)
     with store.lease(names) as leased:
-        rows = [_routes(link, leased, input_ids, row) for row, link in enumerate(links)]
+        rows = [_routes(link, leased, tokens, row) for row, link in enumerate(links)]
+        for version in leased.values():
+            mixtures.check_attached(version.modules)
         uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
         if not uses:
             with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
@@ -52,6 +55,7 @@ def adapter_scope(
             rows,
             bank,
             options,
+            cache_use=mixtures.cache_use,
             fast_decode=fast_decode,
             around_scaling=lambda: use_attention(None),  # the scaling pass has no residuals, captures or steering
         )
@@ -74,23 +78,46 @@ def _slot(version: AdapterVersion) -> int:
     return version.slot
 
 
-def _routes(link: Link, leased: Mapping[str, AdapterVersion], input_ids: Tensor | None, row: int) -> list[Route]:
-    """The routes of the plain adapters of a link."""
+def _routes(link: Link, leased: Mapping[str, AdapterVersion], tokens: "RowTokens", row: int) -> list[Route]:
+    """The routes of the plain adapters of a link; an aLoRA that isn't invoked has none."""
     routes = []
     for name, weight in link:
         if name not in leased:
             continue
-        version = leased[name]
-        last_tokens = None
+        version, start = leased[name], None
         if version.invocation is not None:
-            if input_ids is None:
-                raise RequestError(
-                    f"row {row} asks for the aLoRA {name!r}, whose start is found in input_ids, but only embeddings "
-                    "were given. Pass input_ids."
-                )
-            last_tokens = tokens_from_invocation(input_ids[row], version.invocation)
-        routes.append(Route(slot=_slot(version), weight=weight, last_tokens=last_tokens))
+            start = tokens.invoked_at(row, version.invocation, name)
+            if start is None:
+                continue
+        routes.append(Route(slot=_slot(version), weight=weight, active_from=start))
     return routes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTokens:
+    """The tokens of a call's rows, where an aLoRA's invocation is looked for."""
+
+    new: Tensor | None  # [rows, tokens]  those of the call; None: embeddings were given
+    cached: Tensor | None = None  # [rows, tokens]  those in the cache before them, where they are known
+    num_cached: int | None = 0  # None: there is a cache, and it isn't known how many tokens are in it
+
+    def invoked_at(self, row: int, invocation: Sequence[int], name: str) -> int | None:
+        """The column where the row's last invocation begins; None without one. Raises RequestError if unknown."""
+        if self.new is None:
+            raise RequestError(
+                f"row {row} asks for the aLoRA {name!r}, whose start is found in input_ids, but only embeddings "
+                "were given. Pass input_ids."
+            )
+        ids = self.new[row] if self.cached is None else torch.cat([self.cached[row], self.new[row]])
+        num_before = 0 if self.cached is not None else self.num_cached
+        num_active = tokens_from_invocation(ids, invocation)
+        if num_before is None or (num_before > 0 and num_active == 0):
+            raise RequestError(
+                f"row {row} asks for the aLoRA {name!r}, but which tokens past_key_values holds is not known, and its "
+                "invocation may be among them. Pass a cache that this model's forward returned, or all tokens of the "
+                "row without past_key_values."
+            )
+        return None if num_active == 0 else num_before + ids.numel() - num_active
 
 
 def tokens_from_invocation(ids: Tensor, invocation: Sequence[int]) -> int:

@@ -208,10 +208,10 @@ class RoutingPlan:
         return gates.repeat(num_rows, 1).unbind(0)
 
     def _fill_gate_table(self, layer_gates: LayerGates) -> None:
-        assert layer_gates.values is not None, "a forward pass with experts began before its gates were set"
         columns, positions = self._expert_columns
         length = next(s.gate.length for s in self.segments if isinstance(s.gate, GateColumn))
-        values = layer_gates.values[:, columns, :, -length:].flatten(1)  # [modules, experts' gates]
+        known = layer_gates.of_tokens(length)
+        values = known[:, columns, :, -length:].flatten(1)  # [modules, experts' gates]
         table = self._gate_table[0]._base
         assert table is not None, "the rows of the gate table are views of one tensor"
         table[:, positions] = values.to(table.dtype)
@@ -234,7 +234,7 @@ class RoutingPlan:
         if not isinstance(segment.gate, GateColumn):
             return segment.gate
         assert self._layer_gates is not None, "an expert's segment was planned without layer gates"
-        return segment.gate.of(self._layer_gates.of_module(module))
+        return segment.gate.of(self._layer_gates.of_module(module, segment.gate.length))
 
     def weights_of(self, module: int) -> list[tuple[Segment, SlotWeights]]:
         """The segments whose adapters adapt `module`, with the weights they have there."""

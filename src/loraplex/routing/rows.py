@@ -1,6 +1,6 @@
 """A batch's rows and the routes they take, turned into a routing plan for whatever layout reaches a layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
 
+_MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
@@ -17,7 +19,7 @@ class Route:
 
     slot: int
     weight: float = 1.0
-    last_tokens: int | None = None  # aLoRA: active on the row's last tokens only; None means on all
+    active_from: int | None = None  # aLoRA: the column of the row from which on it is active; None: from the first
     column: int | None = None  # an expert of a mixture: its column of the layer gates, which replace the weight
 
 
@@ -25,8 +27,8 @@ class RowRouting:
     """The routes of every row; a plan for each layout of tokens that layers see.
 
     A layer may see the rows' tokens as [rows, tokens, features], flattened, expanded by beams (a row's beams
-    follow each other), cut to the last tokens (lm_head) or taken from another sequence (cross-attention): in
-    each case a row's tokens are contiguous and rows have equal shares.
+    follow each other), cut to the last tokens (lm_head), with those in the cache before them, or taken from another
+    sequence (cross-attention): in each case a row's tokens are contiguous and rows have equal shares.
     """
 
     def __init__(
@@ -36,24 +38,74 @@ class RowRouting:
         *,
         fast_decode: bool = False,
         layer_gates: LayerGates | None = None,
+        empty_columns: int = 0,  # before a row's first token, where a layer sees what is in the cache
     ) -> None:
         self.rows = rows
         self.bank = bank
         self.fast_decode = fast_decode
         self.layer_gates = layer_gates
-        self._plans: dict[tuple[int, int], RoutingPlan] = {}
+        self._empty_columns = empty_columns
+        self._starts = [route.active_from for row in rows for route in row if route.active_from is not None]
+        self._length: int | None = None
+        self._adapted: set[int] | None = None
+        self._plans: dict[tuple[int, ...], RoutingPlan] = {}
 
     @property
     def num_rows(self) -> int:
         return len(self.rows)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tokens go through the same adapters with the same gates, so that their order doesn't matter."""
+        plain = all(route.active_from is None and route.column is None for route in self.rows[0])
+        return plain and all(row == self.rows[0] for row in self.rows[1:])
+
+    def adapts(self, module: int) -> bool:
+        """Whether any row adapts the module."""
+        if self._adapted is None:
+            slots = {route.slot for row in self.rows for route in row}
+            self._adapted = {module for slot in slots for module in self.bank.layers(slot)}
+        return module in self._adapted
+
+    def takes(self, num_sequences: int) -> bool:
+        """Whether so many sequences are the rows, each equally often."""
+        return num_sequences % self.num_rows == 0
+
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        """Learn how many columns the pass that begins adds to the rows, and how many they then have.
+
+        Some caches don't tell the latter (None): then each pass goes on from the one before.
+        """
+        if length is None and self._length is not None:
+            length = self._length + num_new
+        self._length = length
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         """The plan for `num_sequences` sequences: the rows, or a multiple of them (beams)."""
-        key = (num_sequences, tokens_per_sequence)
+        active = self._active_tokens(tokens_per_sequence) if self._starts else ()
+        key = (num_sequences, tokens_per_sequence, *active)
+        return self._kept(key, lambda: self._build(num_sequences, tokens_per_sequence))
+
+    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
+        """The plan for tokens in any order, where the routing is uniform."""
+        return self._kept((num_tokens,), lambda: self._build_uniform(num_tokens))
+
+    def _kept(self, key: tuple[int, ...], build: Callable[[], RoutingPlan]) -> RoutingPlan:
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._build(num_sequences, tokens_per_sequence)
+            if len(self._plans) >= _MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
+            plan = self._plans[key] = build()
         return plan
+
+    def _active_tokens(self, length: int) -> list[int]:
+        """How many of the last of `length` tokens each aLoRA adapts, in the order of the rows' routes."""
+        if self._length is None or length > self._length + self._empty_columns:
+            raise BatchError(
+                f"a layer sees {length} tokens a row of which it can't be told where in the row they are, but an aLoRA "
+                "is active from its invocation on. Use a dynamic cache, or leave the aLoRA out of this call."
+            )
+        return [min(max(self._length - start, 0), length) for start in self._starts]
 
     def _build(self, num_sequences: int, length: int) -> RoutingPlan:
         if num_sequences % len(self.rows) != 0:
@@ -62,17 +114,18 @@ class RowRouting:
                 "rows in order, each repeated equally often (as beam search and num_return_sequences do)."
             )
         copies = num_sequences // len(self.rows)
+        active = iter(self._active_tokens(length) if self._starts else ())
         ranked: list[tuple[int, Segment]] = []  # place in the row's link, segment
         for row, routes in enumerate(self.rows):
             first = row * copies * length
             for rank, route in enumerate(routes):
-                if route.last_tokens is None:
+                if route.active_from is None:
                     gate = route.weight if route.column is None else GateColumn(route.column, length)
                     ranked.append((rank, Segment(first, first + copies * length, route.slot, gate)))
                     continue
-                active = min(route.last_tokens, length)
+                num_active = next(active)
                 stops = [first + (copy + 1) * length for copy in range(copies)]
-                ranked += [(rank, Segment(stop - active, stop, route.slot, route.weight)) for stop in stops]
+                ranked += [(rank, Segment(stop - num_active, stop, route.slot, route.weight)) for stop in stops]
         # Those of one adapter follow each other, so that a kernel reads it once; a row's own stay in the link's order.
         ranked.sort(key=lambda entry: (entry[0], entry[1].slot, entry[1].start))
         segments = [segment for _, segment in ranked]
@@ -84,6 +137,10 @@ class RowRouting:
             fast_decode=self.fast_decode and length == 1,
             layer_gates=self.layer_gates,
         )
+
+    def _build_uniform(self, num_tokens: int) -> RoutingPlan:
+        segments = [Segment(0, num_tokens, route.slot, route.weight) for route in self.rows[0]]
+        return RoutingPlan(segments, num_tokens, self.bank)
 
 
 _current: ContextVar[RowRouting | None] = ContextVar("loraplex_current_routing", default=None)

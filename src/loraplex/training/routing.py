@@ -36,6 +36,13 @@ class TrainingRouting(RowRouting):
         self._spans = spans
         self._padded_length = padded_length
 
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def takes(self, num_sequences: int) -> bool:
+        return True  # its two layouts are known
+
     def _build(self, num_sequences: int, length: int) -> RoutingPlan:
         if (num_sequences, length) == (len(self._spans), self._padded_length):
             segments = self._padded_segments()

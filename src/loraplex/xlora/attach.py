@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
@@ -24,7 +25,7 @@ def use_two_pass(two_pass: TwoPass) -> Iterator[None]:
         _current.reset(token)
 
 
-def attach_two_pass(base: PreTrainedModel) -> None:
+def attach_two_pass(base: PreTrainedModel) -> list[RemovableHandle]:
     """Give the base model the hooks that stand around its calls; they do nothing outside `use_two_pass`."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -41,11 +42,13 @@ def attach_two_pass(base: PreTrainedModel) -> None:
 
     def capture(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         two_pass = _current.get()
-        if two_pass is not None and two_pass.captures_hidden:
+        if two_pass is not None and two_pass.captures_hidden and hasattr(output, "last_hidden_state"):
             two_pass.captured = output.last_hidden_state
 
-    base.register_forward_pre_hook(before, with_kwargs=True)
-    base.register_forward_hook(after, with_kwargs=True)
-    # Some models (OPT) call their decoder past the module around it.
-    for decoder in {base.base_model, base.get_decoder() or base.base_model} - {base}:
-        decoder.register_forward_hook(capture)
+    # Some models (OPT) call their decoder past the module around it; of those that are called, the outermost is last.
+    parts = [module for module in base.modules() if isinstance(module, PreTrainedModel) and module is not base]
+    return [
+        base.register_forward_pre_hook(before, with_kwargs=True),
+        base.register_forward_hook(after, with_kwargs=True),
+        *(part.register_forward_hook(capture) for part in parts),
+    ]

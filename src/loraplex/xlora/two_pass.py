@@ -13,8 +13,10 @@ from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
+from loraplex.xlora.cache_probe import CacheUse, find_decoder
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
+from loraplex.xlora.gate_history import GateHistory
 from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.uses import MixtureRows
 
@@ -24,6 +26,7 @@ LEAST_RIGHT_STEPS = 0.25
 
 # What the base model's decoder needs of a call's inputs in a scaling pass; all have one row a sequence.
 _ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+_OTHER_INPUTS = ("labels", "logits_to_keep", "past_key_values", "cache_position")  # that it doesn't need
 
 
 class PassRouting(RowRouting):
@@ -32,13 +35,28 @@ class PassRouting(RowRouting):
     def __init__(self, main: RowRouting) -> None:
         super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
         self.now = main
+        self.last_pass: tuple[int, int | None] = (0, None)  # what `begin_pass` was told of it
 
     @property
     def num_rows(self) -> int:
         return self.now.num_rows
 
+    @property
+    def is_uniform(self) -> bool:
+        return self.now.is_uniform
+
+    def adapts(self, module: int) -> bool:
+        return self.now.adapts(module)
+
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        self.last_pass = (num_new, length)
+        self.now.begin_pass(num_new, length)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         return self.now.plan_for(num_sequences, tokens_per_sequence)
+
+    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
+        return self.now.uniform_plan(num_tokens)
 
 
 class TwoPass:
@@ -56,10 +74,16 @@ class TwoPass:
         bank: Bank,
         options: TwoPassOptions,
         *,
+        cache_use: CacheUse,
         fast_decode: bool = False,
         around_scaling: Callable[[], AbstractContextManager[None]] = nullcontext,  # what else the pass runs outside of
     ) -> None:
         self._base = base
+        decoder = find_decoder(base)
+        assert decoder is not None, "mixtures are made for models with a decoder only"
+        self._decoder = decoder
+        self._cache_use = cache_use
+        self._history: GateHistory | None = None  # of the call that runs now
         self._around_scaling = around_scaling
         self.mixture_rows = mixture_rows
         self._num_rows = len(routes)
@@ -68,7 +92,9 @@ class TwoPass:
         scaling_routes = mixture_rows.scaling_routes()
         self._gates, self._pass_gates = LayerGates(), LayerGates()
         self._main = RowRouting(main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates)
-        self._both = RowRouting(main_routes + scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._gates)
+        self._both = RowRouting(
+            main_routes + scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._gates, empty_columns=1
+        )
         self._scaling = RowRouting(scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._pass_gates)
         self._bank, self._fast_decode = bank, fast_decode
         self._base_routings: dict[int, RowRouting] = {}  # by number of sequences
@@ -82,13 +108,25 @@ class TwoPass:
         self.captured: Tensor | None = None
 
     def new_cache(self) -> PairedCache:
-        """An empty cache for both passes."""
-        return PairedCache(self._base.config, self.mixture_rows.scaling_rows)
+        """An empty cache for both passes. Raises RequestError for a model that can't go on from one."""
+        cache = PairedCache(self._base.config, self.mixture_rows.scaling_rows)
+        if not self._cache_use.works:
+            raise RequestError(
+                f"mixtures keep keys and values of two passes, but {type(self._base).__name__} doesn't compute "
+                "the same when it goes on from them. Pass use_cache=False."
+            )
+        return cache
 
     # Around the base model's call
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run what the main pass needs beforehand; returns the inputs to call the base model with."""
+        unknown = [k for k, v in inputs.items() if isinstance(v, Tensor) and k not in (*_ROW_INPUTS, *_OTHER_INPUTS)]
+        if unknown:
+            raise RequestError(
+                f"the base model is given {', '.join(unknown)}, but the scaling pass of a mixture sees tokens only. "
+                "Use plain adapters for rows with images or other inputs."
+            )
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         copies = tokens.shape[0] // self._num_rows
         cache = self._cache(inputs)
@@ -96,6 +134,7 @@ class TwoPass:
             inputs["past_key_values"] = cache
             if cache.num_main == 0:
                 cache.begin(tokens.shape[0], copies)
+            self._history = self._history_of(cache)
         self.num_new_tokens = tokens.shape[1]
         if cache is not None and self._drafts(inputs, cache, copies):
             self._drafted = DraftedStep(self, cache)
@@ -124,7 +163,7 @@ class TwoPass:
     def scaling_hidden(self, inputs: dict[str, Any], cache: PairedCache | None, copies: int) -> Tensor:
         """Run the scaling pass of a call's new tokens; returns [scaling sequences, tokens, hidden]."""
         rows = self._sequences(copies)
-        part = {name: _rows_of(inputs[name], rows) for name in _ROW_INPUTS if inputs.get(name) is not None}
+        part = {name: _rows_of(name, inputs[name], rows) for name in _ROW_INPUTS if inputs.get(name) is not None}
         if cache is None:
             return self.run_scaling(part, None)
         if self.options.refresh > 1 and self.num_new_tokens == 1:
@@ -140,13 +179,14 @@ class TwoPass:
         tokens = part["input_ids"] if part.get("input_ids") is not None else part["inputs_embeds"]
         num_sequences, num_tokens = tokens.shape[:2]
         if not subset:
-            self._set_pass_gates(num_sequences // len(self.mixture_rows.scaling_rows), num_tokens)
+            num_past = 0 if cache is None else cache.get_seq_length()
+            self._set_pass_gates(num_sequences // len(self.mixture_rows.scaling_rows), num_past + num_tokens)
         with (
             self._routed(self._base_rows(num_sequences) if subset else self._scaling),
             torch.no_grad(),
             self._around_scaling(),
         ):
-            output = self._base.base_model(**part, past_key_values=cache, use_cache=cache is not None)
+            output = self._decoder(**part, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state
 
     def set_gates(self, hidden: Tensor, copies: int) -> None:  # [scaling sequences, tokens, hidden]
@@ -158,10 +198,12 @@ class TwoPass:
             if self.options.collect:
                 self.collected[i].append(scalings.detach())
             gates.append(group.mixture.gates(scalings, group.weights))
-        self._gates.set(gates[0] if len(gates) == 1 else torch.cat(gates, dim=1))
+        values = gates[0] if len(gates) == 1 else torch.cat(gates, dim=1)
+        self._gates.set(values, None if self._history is None else self._history.append(values))
 
     def run_both(self) -> None:
         """Let the base model's call that follows run main and scaling sequences as one batch."""
+        self._both.begin_pass(*self.routing.last_pass)
         self.routing.now = self._both
         self.captures_hidden = True
 
@@ -208,7 +250,8 @@ class TwoPass:
         joined = dict(part)  # the newest attention mask covers all
         for name in ("input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
             if name in part:
-                joined[name] = torch.cat([earlier[name] for earlier in parts], dim=1)
+                dim = -1 if name == "position_ids" else 1
+                joined[name] = torch.cat([earlier[name] for earlier in parts], dim=dim)
         cache.show_scaling()
         hidden = self.run_scaling(joined, cache)
         cache.scaling_length += hidden.shape[1]
@@ -235,6 +278,17 @@ class TwoPass:
             use_cache = getattr(self._base.config.get_text_config(decoder=True), "use_cache", False)
         return self.new_cache() if use_cache and not torch.is_grad_enabled() else None
 
+    def _history_of(self, cache: PairedCache) -> GateHistory | None:
+        """The gates of the cache's tokens, where modules with experts see these again."""
+        modules = {module for group in self.mixture_rows.groups for module in group.mixture.modules}
+        if not modules & self._cache_use.sees_past:
+            return None
+        known = next((follower for follower in cache.followers if isinstance(follower, GateHistory)), None)
+        if known is None:
+            known = GateHistory(self.mixture_rows.column_rows)
+            cache.followers.append(known)
+        return known
+
     def _drafts(self, inputs: dict[str, Any], cache: PairedCache, copies: int) -> bool:
         can_draft = (
             self.mixture_rows.pass_is_base
@@ -244,6 +298,7 @@ class TwoPass:
             and copies == 1
             and inputs.get("input_ids") is not None
             and inputs.get("position_ids") is not None
+            and inputs["position_ids"].ndim == 2
             and (inputs.get("attention_mask") is None or inputs["attention_mask"].ndim == 2)
             and inputs.get("return_dict", True)
             and not inputs.get("output_hidden_states")
@@ -259,7 +314,11 @@ class TwoPass:
         return rows.flatten()
 
 
-def _rows_of(value: Any, rows: Tensor) -> Any:
+def _rows_of(name: str, value: Any, rows: Tensor) -> Any:
     if isinstance(value, dict):  # masks by layer type
-        return {key: _rows_of(part, rows) for key, part in value.items()}
-    return value[rows.to(value.device)] if isinstance(value, Tensor) else value
+        return {key: _rows_of(name, part, rows) for key, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    # Positions of images and videos have several numbers a token, [numbers, rows, tokens].
+    dim = 1 if name == "position_ids" and value.ndim == 3 else 0
+    return value.index_select(dim, rows.to(value.device))

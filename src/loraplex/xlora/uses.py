@@ -42,6 +42,11 @@ class MixtureRows:
     scaling_rows: tuple[int, ...]  # the batch row of each scaling row
     scaling_groups: tuple[int | None, ...]  # of each scaling row: the group whose experts take part; None: base model
 
+    @property
+    def column_rows(self) -> list[int]:
+        """The batch row of each column of the layer gates."""
+        return [use.row for group in self.groups for use in group.uses for _ in use.slots]
+
     def main_routes(self, rows: Sequence[Sequence[Route]]) -> list[list[Route]]:
         """The batch's routes with those of the experts, which take their gates from the layer gates."""
         routes = [list(row) for row in rows]

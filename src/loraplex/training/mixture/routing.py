@@ -58,6 +58,16 @@ class MixtureTrainingRouting(RowRouting):
         self._selected = selected
         self._dropout_bank = bank
 
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return any(module in self.bank.layers(expert) for expert in range(self._experts.num_experts))
+
+    def takes(self, num_sequences: int) -> bool:
+        return True  # its two layouts are known
+
     def _build(self, num_sequences: int, length: int) -> RoutingPlan:
         positions = None
         if (num_sequences, length) != (self.num_rows, self._padded_length):

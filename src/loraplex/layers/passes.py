@@ -1,0 +1,54 @@
+"""How many columns the rows of a pass have, for what begins at one of them (an aLoRA)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from loraplex.routing.rows import current_routing
+
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+
+def attach_pass_length(base: PreTrainedModel) -> RemovableHandle:
+    """Tell the current routing of each call of the base model how long its rows are."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing = current_routing()
+        if routing is not None:
+            num_new, length = pass_length(args, kwargs)
+            routing.begin_pass(num_new, length)
+
+    # In front of what changes the call's inputs (the two passes of mixtures).
+    return base.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+
+
+def pass_length(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int | None]:
+    """The new columns of a row, and those with what is in the cache; None where the cache doesn't tell."""
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs.get("inputs_embeds")
+    if tokens is None and args:
+        tokens = args[0]
+    if not isinstance(tokens, Tensor):
+        return 0, None
+    num_new, mask = int(tokens.shape[1]), inputs.get("attention_mask")
+    if all(inputs.get(name) is None for name in _CACHES):
+        return num_new, num_new
+    num_past = cached_length(inputs.get("past_key_values"))
+    if num_past is not None:
+        return num_new, num_past + num_new
+    if isinstance(mask, Tensor) and mask.ndim == 2:  # of all tokens, where `generate` passes one
+        return num_new, int(mask.shape[1])
+    return num_new, None
+
+
+def cached_length(cache: Any) -> int | None:
+    """How many tokens are in a cache; None where it doesn't say."""
+    if cache is None:
+        return None
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError, NotImplementedError, IndexError):
+        return None
