@@ -1,4 +1,4 @@
-"""Faults of the engine itself, driven by hand: what is told, what is given back, when it starts anew, when it doesn't."""
+"""Faults of the engine itself, driven by hand: what is told and given back, when it starts anew, when it stops."""
 
 import gc
 import logging

@@ -138,13 +138,13 @@ def hooks(model: MultiLoraModel) -> list[tuple[int, int, object]]:
 
 
 @pytest.mark.parametrize(
-    "chosen", [slice(0, None, 16), pytest.param(slice(None), marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    "chosen", [slice(0, None, 40), pytest.param(slice(None), marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_an_error_in_any_function_of_a_step_leaves_no_request_waiting(model, injector, chosen):
     before, frozen = (hooks(model), model.base.config._attn_implementation), gc.get_freeze_count()
     counts = asyncio.run(sweep(model, injector, chosen))
     print(counts)
-    assert counts["raised"] > 10
+    assert counts["raised"] > 5
     assert counts["restarts"] > 0
     assert counts["right"] > 0
     assert (hooks(model), model.base.config._attn_implementation) == before

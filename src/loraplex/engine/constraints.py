@@ -41,8 +41,7 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
                 known = from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
             except Exception as error:  # Rust's, of many kinds
                 raise RequestError(
-                    f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask "
-                    "without it."
+                    f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without."
                 ) from error
             _tokenizers[tokenizer] = known
     try:

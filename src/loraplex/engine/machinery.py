@@ -2,19 +2,22 @@
 
 import logging
 
+import torch
+
 from loraplex.engine.answers import Answers
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.faults import failed_pass
 from loraplex.engine.heap import freeze_heap
 from loraplex.engine.intake import Intake
 from loraplex.engine.leases import Leases
-from loraplex.engine.packing import Part
+from loraplex.engine.packing import PackedBatch, Part
 from loraplex.engine.request import Delta
 from loraplex.engine.request_book import RequestBook
 from loraplex.engine.room import Room
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.stats import StepCounts
+from loraplex.engine.tracks import Track
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
@@ -83,8 +86,23 @@ class Machinery:
         logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
         generations = list(dict.fromkeys(part.generation for part in parts))
         if len(generations) == 1:
+            self._try_out()
             return [self._book.end(generations[0], "error", failed_pass(error))]
         deltas = []
         for generation in generations:
             deltas += self._run([part for part in parts if part.generation is generation])
         return deltas
+
+    @torch.inference_mode()
+    def _try_out(self) -> None:
+        """Run one token of the base model: if that raises too, no request is to blame, and it is a fault."""
+        runner = self.runner
+        if runner.pool.num_available == 0:
+            return
+        track = Track([0], (), (), runner.pool, runner.table)
+        try:
+            track.grow(1)
+            part = Part(track=track, start=0, count=1, wants_logits=True)
+            runner.forward(PackedBatch([part], runner.cache, runner.table))
+        finally:
+            track.close()

@@ -67,3 +67,10 @@ def check_slots(store: AdapterStore, names: Sequence[str]) -> None:
                 f"the request's adapters ({listed(v.name for v in versions)}) take {num_bytes} bytes at once, but "
                 f"StoreConfig.{option} is {budget}. Link fewer, or raise it."
             )
+
+
+def fits_beside_pinned(store: AdapterStore, names: Sequence[str]) -> bool:
+    """Whether the adapters have room in slots once nothing else is in use: what is pinned stays."""
+    busy = [state for state in store.states() if state.pinned or state.name in names]
+    budget = store.config.slot_bytes
+    return len(busy) <= store.config.num_slots and (budget is None or sum(s.num_bytes for s in busy) <= budget)

@@ -87,7 +87,10 @@ async def stream_chunks(
 
 
 def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool) -> tuple[list[News], ApiError | None]:
-    """One News for each answer, up to the first failure. `holds_end`: finish_reason comes with what extensions add."""
+    """One News for each answer, up to the first failure.
+
+    With `holds_end` an answer's finish_reason comes with what extensions add.
+    """
     found: dict[tuple[int, int], News] = {}
     last: list[News] = []
     for event in events:
