@@ -53,7 +53,7 @@ class AdaptableModel:
         self.attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
 
     def attach_output(self) -> None:
-        """Attach the output layer's where its logits would be rounded to 16 bits; `choosing_tokens` says when not to."""
+        """Attach the output layer's if it rounds logits to 16 bits; under `choosing_tokens` it then doesn't."""
         path = self.output_module
         if path in self.modules and can_become_lora_linear(self.modules[path]) and rounds_logits(self.modules[path]):
             self.attach([path])

@@ -1,8 +1,8 @@
 """The output layer, whose logits choose tokens.
 
 Two logits that differ by less than a 16-bit number can tell are equal once they are rounded to one, and then the order
-of the vocabulary chooses. So where tokens are chosen, a 16-bit model's output layer keeps its float32 sums, and what the
-model does to logits behind it (a scale, a cap) is computed in float32 too.
+of the vocabulary chooses. So where tokens are chosen, a 16-bit model's output layer keeps its float32 sums, and what
+the model does to logits behind it (a scale, a cap) is computed in float32 too.
 """
 
 from collections.abc import Iterator
