@@ -118,7 +118,7 @@ class AdaptableModel:
         return {*self._handles, *self._lora_linears}
 
     def attach_output(self) -> None:
-        """Attach the output layer's where its logits would be rounded to 16 bits, which `choosing_tokens` prevents."""
+        """Attach the output layer's if it rounds logits to 16 bits; under `choosing_tokens` it then doesn't."""
         path = self.output_module
         if path in self.modules and can_become_lora_linear(self.modules[path]) and rounds_logits(self.modules[path]):
             with self._lock:
