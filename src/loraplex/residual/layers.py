@@ -1,5 +1,6 @@
 """Attention layers of a transformers model, joined to the current attention scope."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class AttentionLayers:
 
     def _cuts_tokens(self) -> bool:
         """Whether some layers see only the tokens whose logits are wanted (those that share keys of earlier ones)."""
-        if not (self._base.can_generate() and self._base._supports_logits_to_keep()):
+        if "logits_to_keep" not in inspect.signature(self._base.forward).parameters:
             return False
         with watching(self._base) as watched:
             run_plain(self._base, logits_to_keep=1)
