@@ -41,11 +41,10 @@ def constant(weight: float) -> Gate:
 
 
 def active_from(start: int) -> Gate:
-    """An aLoRA of a row whose tokens are [1, tokens], [tokens], or any layout that ends with those."""
+    """An aLoRA of a row, or its beams, whose tokens are [beams, tokens], [tokens], or [.., tokens]."""
 
     def gate(path: str, x: Tensor) -> Tensor:
-        layout = x.shape[:-1]
-        return (torch.arange(layout.numel()) >= start).float().view(*layout, 1)
+        return (torch.arange(x.shape[-2]) >= start).float().unsqueeze(-1)
 
     return gate
 

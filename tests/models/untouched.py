@@ -86,3 +86,44 @@ def assert_refused(model: MultiLoraModel, call: Callable[[], object], error: typ
     for word in words:
         assert word in str(caught.value)
     before.check()
+
+
+class BaseSnapshot:
+    """Everything of a base model that loading could change: compare it after all was unloaded and detached."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.modules = self._modules()
+        self.weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        self.config = base.config.to_dict()
+        self.generation = base.generation_config.to_dict() if base.generation_config is not None else None
+        self.attention = base.config._attn_implementation
+
+    def _modules(self) -> dict[str, tuple[object, ...]]:
+        """Of each module: its class, the names and objects of its attributes, and all of its hooks."""
+        return {path: _module_state(module) for path, module in self.base.named_modules()}
+
+    def check(self) -> None:
+        now = self._modules()
+        assert now.keys() == self.modules.keys()
+        for path, state in self.modules.items():
+            assert now[path] == state, f"module {path!r} is not as it was"
+        weights = self.base.state_dict()
+        assert weights.keys() == self.weights.keys()
+        assert all(torch.equal(tensor, self.weights[name]) for name, tensor in weights.items())
+        assert self.base.config.to_dict() == self.config
+        assert self.base.config._attn_implementation == self.attention
+        if self.generation is not None:
+            assert self.base.generation_config.to_dict() == self.generation
+        assert not [name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and _is_filled(name)]
+
+
+def _module_state(module: torch.nn.Module) -> tuple[object, ...]:
+    attributes = {name: id(value) for name, value in vars(module).items()}
+    hooks = {name: list(value) for name, value in vars(module).items() if "hooks" in name and value is not None}
+    tables = [{key: id(part) for key, part in vars(module)[name].items()} for name in ("_modules", "_parameters")]
+    return type(module), module.training, attributes, hooks, tables
+
+
+def _is_filled(name: str) -> bool:
+    return "hooks" in name and bool(getattr(torch.nn.modules.module, name))
