@@ -36,7 +36,8 @@ $(SETUP): requirements.txt pyproject.toml
 
 # By the versions of requirements.txt, so that nothing here brings another torch.
 $(EXTRAS_SETUP): $(SETUP)
-	$(PIP) install --no-build-isolation -c requirements.txt -e ".[ray,lm_eval]"
+	$(PIP) install --no-build-isolation -c requirements.txt -e ".[ray,eval]"
+	$(BIN)/python -c 'import lm_eval, ray.serve'
 	@touch $@
 
 setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the tests needs

@@ -31,7 +31,7 @@ def excess(result: Tensor, expected: Tensor, sizes: Sizes) -> float:
     if result.dtype.itemsize < 4:
         bound = bound + torch.finfo(result.dtype).eps * sizes.kept
     error = (result.double() - expected).abs()
-    return float((error / (_NUM_EPS * bound).clamp(min=1e-300)).max())
+    return float((error / (_NUM_EPS * bound).clamp(min=1e-300)).detach().max())
 
 
 def worst_excess(results: Sequence[Tensor], expected: Sequence[Tensor], sizes: Sequence[Sizes]) -> float:

@@ -48,7 +48,7 @@ def gradients(kernel, arguments, wanted):
     ys, x, segments = arguments
     outs = kernel([y * 1.0 for y in ys], x, segments)
     loss = sum((out * weight).sum() for out, weight in zip(outs, weights_of(outs), strict=True))
-    return [out.detach() for out in outs], list(torch.autograd.grad(loss, wanted))
+    return [out.detach() for out in outs], list(torch.autograd.grad(loss, wanted, retain_graph=True))
 
 
 def torch_kernel(ys, x, segments):
