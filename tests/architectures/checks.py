@@ -16,6 +16,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import LoraplexError
+from loraplex.layers.row_positions import depends_on_length
 from loraplex.residual.kinds import Residual
 from tests.architectures.oracle import (
     LINK,
@@ -191,19 +192,30 @@ def check_engine_in_bfloat16(case: Case) -> None:
         results = engine.generate(requests)
     exact = Oracle(case.name, case.folders, dtype=torch.bfloat16)
     rounded = make_model(case.name).to(torch.bfloat16)
+    told_by = step_by_step if any(map(depends_on_length, rounded.modules())) else at_once
     errors, noise = [], []
     for request, prompt, result in zip(requests, (*case.rows, *case.rows), results, strict=True):
         assert result.error is None, f"engine in bfloat16: {result.error}"
         ids = torch.cat([prompt, torch.tensor(result.token_ids)])[:-1]
         first, chosen = len(prompt) - 1, torch.tensor(result.token_ids)[:, None]
-        expected = exact.logits(request.adapters, ids)[first:].log_softmax(-1).gather(1, chosen)
+        expected = told_by(lambda tokens: exact.logits(request.adapters, tokens), ids, first).gather(1, chosen)
         told = torch.tensor([step.logprob for step in result.logprobs or ()])
         errors.append((told - expected[:, 0]).abs())
         if request.adapters is None:
-            own = rounded(ids[None]).logits[0, first:].float().log_softmax(-1).gather(1, chosen)
+            own = told_by(lambda tokens: rounded(tokens[None]).logits[0], ids, first).gather(1, chosen)
             noise.append((own - expected).abs())
     worst, bound = torch.cat(errors).max().item(), 4 * torch.cat(noise).max().item()
     assert worst <= bound, f"engine in bfloat16: off by {worst:.2g}, the model itself by {bound / 4:.2g}"
+
+
+def at_once(logits_of: Callable[[Tensor], Tensor], ids: Tensor, first: int) -> Tensor:  # [tokens, vocab]
+    """The log probabilities of what follows each token from the `first` on."""
+    return logits_of(ids)[first:].float().log_softmax(-1)
+
+
+def step_by_step(logits_of: Callable[[Tensor], Tensor], ids: Tensor, first: int) -> Tensor:  # [tokens, vocab]
+    """The same for models whose positions depend on how long a sequence is: that of the moment."""
+    return torch.stack([at_once(logits_of, ids[:stop], -1)[0] for stop in range(first + 1, len(ids) + 1)])
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def forget_lengths(model: nn.Module) -> None:
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
             prefix = name.removesuffix("max_seq_len_cached")
             setattr(module, name, module.original_max_seq_len)
-            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").clone())
 
 
 def inputs_of(is_seq2seq: bool, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

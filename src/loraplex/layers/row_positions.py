@@ -29,9 +29,9 @@ def join_positions(base: nn.Module) -> list[RemovableHandle]:
 
 
 @contextmanager
-def use_row_positions(active: bool = True) -> Iterator[None]:
+def use_row_positions() -> Iterator[None]:
     """Inside the block every row of a batch has the positions that it has alone."""
-    token = _active.set(active)
+    token = _active.set(True)
     try:
         yield
     finally:

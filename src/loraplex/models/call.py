@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraplex.errors import RequestError
 from loraplex.layers.output import choosing_tokens
 from loraplex.layers.passes import cached_length
+from loraplex.layers.row_positions import use_row_positions
 from loraplex.models.end_tokens import stop_rows
 from loraplex.models.registry import Registry
 from loraplex.models.scope import RowTokens, adapter_scope
@@ -60,7 +61,8 @@ class Call:
         ends = self._row_ends(links)
         links, chains = self.registry.linked.split(links)
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
-        with scope as two_pass, choosing_tokens() if self.generates else nullcontext():
+        chooses = choosing_tokens() if self.generates else nullcontext()
+        with scope as two_pass, chooses, use_row_positions():
             if two_pass is not None and self.generates:
                 prepare_generation(two_pass, self.base, self.inputs)
             with self.registry.linked.running(

@@ -18,6 +18,7 @@ from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attention import FAST_DECODE_FRONT
 from loraplex.layers.fronts import FrontHandle
 from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.row_positions import join_positions
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
 from loraplex.models.loading import load_base_model, load_tokenizer
@@ -56,6 +57,7 @@ class MultiLoraModel:
         self.scalings_log = ScalingsLog()
         self.draft_counts = DraftCounts()  # of all calls so far
         self.adaptable.attach_output()
+        self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
         self._front: FrontHandle | None = None
         if self._fast_decode:
