@@ -150,10 +150,8 @@ def test_what_clips_large_values_is_not_taken_over(path, dtype):
     former = type(module)
 
     class Clipping(former):
-        def forward(self, *args, **kwargs):
-            out = former.forward(self, *args, **kwargs)
-            clipped = (out[0] if isinstance(out, tuple) else out).clamp(-40, 40)
-            return (clipped, *out[1:]) if isinstance(out, tuple) else clipped
+        def forward(self, hidden_states, *args, **kwargs):
+            return former.forward(self, hidden_states.clamp(-40, 40), *args, **kwargs)
 
     Clipping.__name__, Clipping.__module__ = former.__name__, former.__module__
     module.__class__ = Clipping
