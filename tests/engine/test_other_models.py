@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from loraplex import MultiLoraModel
@@ -40,8 +41,6 @@ def _assert_right(base, oracle, lengths=(9, 30, 57)) -> None:
 
 def _llama4_without_own_positions():
     """Its attention counts positions by itself, to scale queries; without that scale it is known."""
-    import transformers
-
     config = make_config("llama4_text")
     config.attn_temperature_tuning = False
     with torch.random.fork_rng(devices=[]):
@@ -50,7 +49,14 @@ def _llama4_without_own_positions():
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2_moe", "phimoe", "ministral3", "gpt_oss", "olmo-clip", "afmoe", "mimo_v2_flash", "vlm-gemma3"]
+    "name",
+    [
+        *("qwen2_moe", "ministral3", "gpt_oss"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("phimoe", "olmo-clip", "afmoe", "mimo_v2_flash", "vlm-gemma3")
+        ),
+    ],
 )
 def test_answers_are_those_of_generate(name):
     """Windows that stand in masks alone, query scales by position, sinks, clips, keyword arguments, text of a VLM."""
@@ -122,6 +128,7 @@ def test_what_depends_on_told_positions_alone_is_right():
     _assert_right(bases[0], bases[1], lengths=(9, 95))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3_moe", "deepseek_v3", "gpt_oss", "jetmoe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_not_taken_for_a_fault(name, dtype):
@@ -150,10 +157,8 @@ def test_what_clips_large_values_is_not_taken_over(path, dtype):
     former = type(module)
 
     class Clipping(former):
-        def forward(self, *args, **kwargs):
-            out = former.forward(self, *args, **kwargs)
-            clipped = (out[0] if isinstance(out, tuple) else out).clamp(-40, 40)
-            return (clipped, *out[1:]) if isinstance(out, tuple) else clipped
+        def forward(self, hidden_states, *args, **kwargs):
+            return former.forward(self, hidden_states.clamp(-40, 40), *args, **kwargs)
 
     Clipping.__name__, Clipping.__module__ = former.__name__, former.__module__
     module.__class__ = Clipping

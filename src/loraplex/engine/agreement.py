@@ -1,5 +1,6 @@
 """Whether a formula gives what a module gives: for small and huge inputs, and wherever its tokens stand."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.engine.packing import PackedBatch, current_batch
+
+logger = logging.getLogger(__name__)
 
 # How far the formula's result for a token may be from the module's, relative to its largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -25,6 +28,15 @@ def agree(ours: object, theirs: object) -> bool:
         return False
     bound = TOLERANCE[theirs.dtype] * theirs.float().abs().amax(dim=-1, keepdim=True)
     return bool(((ours.float() - theirs.float()).abs() <= bound).all())
+
+
+def holds(agrees: Callable[[], bool]) -> bool:
+    """The result of a comparison; False where it can't be made, as a module takes other arguments or shapes."""
+    try:
+        return agrees()
+    except Exception as error:
+        logger.debug("a module is not taken over: %s: %s", type(error).__name__, error)
+        return False
 
 
 def random_inputs(*shape: int, like: Tensor) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.engine import native_ops
-from loraplex.engine.agreement import SCALES, TOLERANCE, agree, attentions_agree, random_inputs
+from loraplex.engine.agreement import SCALES, TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.attention import packed_attention
 from loraplex.engine.kv_cache import KeyValueCache
 from loraplex.engine.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
@@ -34,9 +34,9 @@ class FusedModules:
         for module in _attention_that_agrees(attention, trial):
             self._take(module, _attention_forward)
         for module in modules:
-            if _is_norm(module):
+            if holds(lambda module=module: _is_norm(module)):
                 self._take(module, _norm_forward)
-            elif _is_gated_mlp(module):
+            elif holds(lambda module=module: _is_gated_mlp(module)):
                 self._take(module, _mlp_forward)
 
     def stack_layers(
@@ -158,10 +158,7 @@ def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], obj
     agreed: dict[nn.Module, bool] = {}
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        try:
-            agrees = attentions_agree(module, _attention_forward, args, kwargs)
-        except (RuntimeError, TypeError):  # other shapes, or other arguments
-            agrees = False
+        agrees = holds(lambda: attentions_agree(module, _attention_forward, args, kwargs))
         agreed[module] = agreed.get(module, True) and agrees
 
     handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
@@ -216,7 +213,9 @@ def _stacks_that_agree(
         seen.setdefault(batch, []).append((layer, args[0] if args else None, output))
         if batch.num_single < batch.num_tokens:
             return
-        agreed[layer] = agreed.get(layer, True) and _layers_agree(layer, module_index, batch, args, kwargs)
+        agreed[layer] = agreed.get(layer, True) and holds(
+            lambda: _layers_agree(layer, module_index, batch, args, kwargs)
+        )
 
     handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
     try:

@@ -211,7 +211,7 @@ class ModelCheck:
     def _difference(self) -> str | None:
         """The first difference that rounding doesn't explain, in words."""
         for key, by_group in self._errors.items():
-            module, _, tensor = key
+            module = key[0]
             # Where experts are chosen, rounding may choose others for some tokens: attention alone is held at all.
             apart = 0.0 if self._attends(module) else _CHOSEN_APART
             noise = torch.cat(self._noise[key]).nan_to_num(0).quantile(1 - apart) if key in self._noise else 0.0
@@ -219,14 +219,17 @@ class ModelCheck:
             for group, errors in ((group, torch.cat(parts)) for group, parts in by_group.items()):
                 num_off = int((~(errors <= bound)).sum())
                 if num_off > apart * len(errors) + (2 if apart else 0):
-                    far = min(row.offset for row in self._groups[group])
-                    where = f" from position {far} on, which EngineConfig.max_length can exclude" if far else ""
-                    return (
-                        f"the {tensor} of {self._names[module] or 'the model'} ({type(module).__name__}) is off by up "
-                        f"to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens{where}, where "
-                        f"rounding is below {bound:.1e}"
-                    )
+                    told = f"is off by up to {errors.max():.1e} of its size at {num_off} of {len(errors)} tokens"
+                    return f"{self._named(key)} {told}{self._far(group)}, where rounding is below {bound:.1e}"
         return None
+
+    def _named(self, key: Key) -> str:
+        module, _, tensor = key
+        return f"the {tensor} of {self._names[module] or 'the model'} ({type(module).__name__})"
+
+    def _far(self, group: int) -> str:
+        first = min(row.offset for row in self._groups[group])
+        return f" from position {first} on, which EngineConfig.max_length can exclude" if first else ""
 
 
 def _errors(value: Tensor, own: Tensor) -> Tensor:  # [tokens]

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.masking_utils import sdpa_mask
 
 from loraplex.engine.kv_cache import AttentionTerms, LayerShape
@@ -16,6 +22,8 @@ from loraplex.errors import BaseModelError
 _NUM_TOKENS = 3
 # What attention functions are given that says nothing about a packed pass, or is read here.
 _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux")
+
+_KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of transformers' cache; one that keeps nothing
 
 
 class ModelProbe:
@@ -33,6 +41,7 @@ class ModelProbe:
 
     def run(self) -> None:
         """Raises BaseModelError for attention that the engine doesn't know."""
+        self._check_cache()
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.rotary.append((module, (args, kwargs)))
@@ -46,6 +55,17 @@ class ModelProbe:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_cache(self) -> None:
+        """Some models keep more than keys and values, of which they make something once there are enough tokens."""
+        kinds = {type(layer) for layer in DynamicCache(config=self._base.config).layers}
+        states = LinearAttentionCacheLayerMixin
+        unknown = [kind.__name__ for kind in kinds if kind not in _KNOWN_LAYERS and not issubclass(kind, states)]
+        if unknown:
+            raise BaseModelError(
+                f"{type(self._base).__name__} keeps something beside keys and values ({unknown[0]}), which "
+                "the engine doesn't know. Use MultiLoraModel.generate for this model."
+            )
 
     def note_mask(self, mask: Tensor | None, options: dict[str, Any]) -> None:
         """A mask was made, by these options of transformers' mask functions."""

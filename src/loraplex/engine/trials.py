@@ -17,7 +17,7 @@ _LONG = (40, 264)  # tokens at least, so that many see something that begins beh
 _FAR = 6  # tokens of a sequence that begins far behind
 _MOST_FAR = 16  # sequences
 # Settings that may be the number of tokens from which on something changes inside a sequence, by their names.
-_LENGTHS = ("window", "chunk", "topk", "top_k", "block", "local", "keep", "original", "floor")
+_LENGTHS = ("window", "chunk", "topk", "top_k", "block", "local", "keep", "original", "floor", "compress")
 
 
 @dataclass(frozen=True)
