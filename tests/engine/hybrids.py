@@ -1,6 +1,6 @@
 """Hybrid models with adapters of every kind, and what PEFT and transformers give a request of theirs alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.tiny_models import random_peft_adapter
 
 # By what they keep beside keys and values.
 SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe")
-DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear")
+DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "vlm-qwen3_5", "olmo_hybrid", "kimi_linear")
 STATE_SPACES = ("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "zamba2")
 HYBRIDS = (*SHORT_CONVOLUTIONS, *DELTA_NETS, *STATE_SPACES)
 # By the module that the refusal must name, or its model.
@@ -80,6 +80,7 @@ def _linears(base: PreTrainedModel) -> list[str]:
     """All linear modules but the output layer, and but those that PEFT can't adapt in these models."""
     output = base.get_output_embeddings()
     names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not output]
+    names = [name for name in names if "visual" not in name]
     if any("experts" in name for name, _ in base.named_modules()):  # they see tokens without their sequences
         names = [name for name in names if not any(part in name for part in ("mlp", "moe", "feed_forward"))]
     refused = ("out_proj",) if base.config.model_type in ("falcon_h1", "nemotron_h") else ("kv_b_proj",)
@@ -106,3 +107,15 @@ def assert_greedy(hybrid: Hybrid, prompted: Prompted, result: RequestResult) -> 
         taken = logits[torch.arange(len(logits)), torch.tensor(completion.token_ids)]
         gaps = (logits.max(dim=-1).values - taken) / (logits.max(dim=-1).values - logits.min(dim=-1).values)
         assert gaps.max() < TIE, f"{prompted.adapters}: tokens apart by {gaps.max():.1e} of the logits' range"
+
+
+@torch.no_grad()
+def logprobs_alone(base: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:  # [answer]
+    """What transformers gives the tokens of an answer: the prompt in one pass, then each token, with its cache."""
+    out = base(torch.tensor([prompt]), use_cache=True)
+    logits = [out.logits[0, -1]]
+    for place, token in enumerate(answer[:-1], len(prompt)):  # Bamba counts positions anew unless it is told them
+        cache, positions = out.past_key_values, torch.tensor([[place]])
+        out = base(torch.tensor([[token]]), past_key_values=cache, position_ids=positions, use_cache=True)
+        logits.append(out.logits[0, -1])
+    return torch.stack(logits).float().log_softmax(dim=-1)[torch.arange(len(answer)), torch.tensor(answer)]

@@ -1,5 +1,6 @@
 """Models that keep a state for each sequence beside keys and values: right in any batch, or refused by type."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +8,21 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.errors import BaseModelError, CapacityError, ConfigError
+from loraplex.residual.capture import CaptureRequest
+from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.steering import Steering
 from tests.architectures.variants import make_model
-from tests.engine.engines import prompts
-from tests.engine.hybrids import CHOICES, HYBRIDS, REFUSED, Hybrid, assert_greedy, make_hybrid, tight_config
+from tests.engine.engines import add_residuals, answer, assert_same, prompts
+from tests.engine.hybrids import (
+    CHOICES,
+    HYBRIDS,
+    REFUSED,
+    Hybrid,
+    assert_greedy,
+    logprobs_alone,
+    make_hybrid,
+    tight_config,
+)
 
 LENGTHS = (3, 57, 17, 30, 24, 1, 41, 9)
 FAST = ("lfm2", "qwen3_next")
@@ -45,6 +58,35 @@ def test_a_mixed_batch_gives_what_each_request_gets_alone(name, tmp_path):
     assert [type(module) for module in hybrid.model.base.modules()] == kinds
     for prompted, result in zip(asked, results, strict=True):
         assert_greedy(hybrid, prompted, result)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_log_probabilities_are_as_near_to_float32_as_alone(name):
+    base, exact = make_model(name).to(torch.bfloat16), make_model(name).to(torch.bfloat16).float()
+    asked = prompts(LENGTHS, (None,) * len(LENGTHS))
+    with Engine(MultiLoraModel(base), EngineConfig(cache_bytes=2**22, max_step_tokens=24)) as engine:
+        results = engine.generate([prompted.request(max_tokens=8, logprobs=0) for prompted in asked])
+    ours, alone = [], []
+    for prompted, result in zip(asked, results, strict=True):
+        expected = logprobs_alone(exact, prompted.prompt, result.token_ids)
+        ours.append(torch.tensor([chosen.logprob for chosen in result.logprobs]) - expected)
+        alone.append(logprobs_alone(base, prompted.prompt, result.token_ids) - expected)
+    noise = torch.cat(alone).square().mean().sqrt()
+    assert torch.cat(ours).square().mean().sqrt() <= 3 * noise, "further from float32 than rounding takes it"
+
+
+def test_residuals_captures_and_steering_go_on_as_they_are(lfm2):
+    add_residuals(lfm2.model)
+    choices = ("ra", "rb:0.5+ra", "0+ra:0.5", "v", None)
+    capture, steering = CaptureRequest(), (Steering(spans=((2, 5),), strength=4.0),)
+    with Engine(lfm2.model, EngineConfig(cache_bytes=2**20, max_step_tokens=16)) as engine:
+        asked = prompts((21, 9, 30), choices)
+        results = engine.generate([prompted.asking(6, capture=capture, steering=steering) for prompted in asked])
+    for prompted, result in zip(asked, results, strict=True):
+        attention = AttentionRequest(capture=[capture], steering=[steering])
+        expected = answer(lfm2.model, prompted, 6, attention)
+        assert_same(lfm2.model, prompted, result, expected, AttentionRequest(steering=[steering]))
+        assert np.abs(result.capture.weights - attention.captures[0].weights).max() <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -15,7 +15,7 @@ class EngineConfig:
     max_running: int = 64  # generations that share steps; the others wait
     max_step_tokens: int = 256  # of one forward pass; a longer prompt is read in chunks beside the others' decoding
     max_waiting: int = 100_000  # requests; more are refused
-    cache_bytes: int = 2**30  # for keys and values; touched only as they are needed
+    cache_bytes: int = 2**30  # for keys, values and (up to half of it) states; touched only as they are needed
     block_tokens: int = 16  # tokens that are allocated, shared and evicted together
     prefix_cache: bool = True  # keep keys and values of finished requests for later ones that begin alike
     fair_tokens: int = 256  # by how many tokens one choice of adapters may get ahead of another that waits
