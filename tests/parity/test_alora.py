@@ -173,6 +173,20 @@ def test_latent_attention_sees_past_tokens_again_and_adapts_those_from_the_invoc
         assert torch.equal(tokens[row : row + 1], expected), f"row {row}"
 
 
+@torch.no_grad()
+def test_cache_whose_first_layer_keeps_a_recurrent_state_is_as_long_as_its_longest_layer(tmp_path):
+    base = make_model("minimax")
+    settings = {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
+    folder = random_peft_adapter(base, tmp_path / "alora", targets=["q_proj", "o_proj"], options=settings)
+    model = MultiLoraModel(make_model("minimax"))
+    model.load_adapter("alora", folder)
+    ids, mask = prompts()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(ids[:1], mask[:1], adapters=["alora"], **options)
+    with HookOracle(base).adapted({"alora": (read_adapter(folder), active_from(4))}) as alone:
+        assert torch.equal(tokens, alone.generate(ids[:1], attention_mask=mask[:1], use_cache=False, **options))
+
+
 def test_alora_on_an_encoder_and_decoder_is_refused(tmp_path):
     base = tiny_model("t5")
     folder = random_peft_adapter(base, tmp_path / "a", targets=["q"])

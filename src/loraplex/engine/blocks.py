@@ -95,7 +95,8 @@ class BlockTable:
         if not self._free:
             assert self.grows, "a track began though no row was free"
             num_rows = self.values.shape[0]
-            self.values = torch.cat([self.values, torch.zeros_like(self.values)])
+            with torch.inference_mode(False):  # also in a trial: it is written to outside of one, too
+                self.values = torch.cat([self.values, torch.zeros_like(self.values)])
             self._free = list(range(2 * num_rows - 1, num_rows - 1, -1))
         return self._free.pop()
 

@@ -16,7 +16,7 @@ def attach_pass_length(base: PreTrainedModel) -> RemovableHandle:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routing = current_routing()
-        if routing is not None:
+        if routing is not None and routing.has_starts:
             num_new, length = pass_length(args, kwargs)
             routing.begin_pass(num_new, length)
 
@@ -45,9 +45,15 @@ def pass_length(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int
 
 
 def cached_length(cache: Any) -> int | None:
-    """How many tokens are in a cache; None where it doesn't say."""
-    if cache is None:
-        return None
+    """How many tokens are in a cache; None where it doesn't say.
+
+    A layer that keeps a recurrent state may call itself empty, so that the longest layer counts.
+    """
+    lengths = [_length(part) for part in (cache, *(getattr(cache, "layers", None) or ()))]
+    return max((length for length in lengths if length is not None), default=None)
+
+
+def _length(cache: Any) -> int | None:
     try:
         return int(cache.get_seq_length())
     except (AttributeError, TypeError, ValueError, NotImplementedError, IndexError):

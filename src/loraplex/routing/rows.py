@@ -60,6 +60,11 @@ class RowRouting:
         plain = all(route.active_from is None and route.column is None for route in self.rows[0])
         return plain and all(row == self.rows[0] for row in self.rows[1:])
 
+    @property
+    def has_starts(self) -> bool:
+        """Whether an adapter begins inside a row, so that the rows' length counts."""
+        return bool(self._starts)
+
     def adapts(self, module: int) -> bool:
         """Whether any row adapts the module."""
         if self._adapted is None:

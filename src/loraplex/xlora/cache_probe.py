@@ -33,7 +33,12 @@ def find_decoder(base: PreTrainedModel) -> nn.Module | None:
     """What computes the last hidden states that the output layer reads; None if the model has no such part."""
     if base.base_model is not base:
         return base.base_model
-    return next((child for child in base.children() if isinstance(child, PreTrainedModel)), None)
+    parts = (part for part in base.modules() if isinstance(part, PreTrainedModel) and part is not base)
+    return next((part for part in parts if _reads_tokens(part) and part.get_output_embeddings() is None), None)
+
+
+def _reads_tokens(part: nn.Module) -> bool:
+    return "input_ids" in signature(part.forward).parameters
 
 
 def probe_cache(base: PreTrainedModel, adaptable: AdaptableModel) -> CacheUse:

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from loraplex.errors import RequestError
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import LayerGates
-from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
 from loraplex.xlora.cache_probe import CacheUse, find_decoder
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.gate_history import GateHistory
 from loraplex.xlora.options import TwoPassOptions
+from loraplex.xlora.pass_routing import PassRouting
 from loraplex.xlora.uses import MixtureRows
 
 # Drafts pay if at least so many steps have no wrong one: such a step saves a pass; in any other, the wrong rows are run
@@ -27,36 +27,6 @@ LEAST_RIGHT_STEPS = 0.25
 # What the base model's decoder needs of a call's inputs in a scaling pass; all have one row a sequence.
 _ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 _OTHER_INPUTS = ("labels", "logits_to_keep", "past_key_values", "cache_position")  # that it doesn't need
-
-
-class PassRouting(RowRouting):
-    """The routing of a call: that of the pass which runs now."""
-
-    def __init__(self, main: RowRouting) -> None:
-        super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
-        self.now = main
-        self.last_pass: tuple[int, int | None] = (0, None)  # what `begin_pass` was told of it
-
-    @property
-    def num_rows(self) -> int:
-        return self.now.num_rows
-
-    @property
-    def is_uniform(self) -> bool:
-        return self.now.is_uniform
-
-    def adapts(self, module: int) -> bool:
-        return self.now.adapts(module)
-
-    def begin_pass(self, num_new: int, length: int | None) -> None:
-        self.last_pass = (num_new, length)
-        self.now.begin_pass(num_new, length)
-
-    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
-        return self.now.plan_for(num_sequences, tokens_per_sequence)
-
-    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
-        return self.now.uniform_plan(num_tokens)
 
 
 class TwoPass:

@@ -1,0 +1,34 @@
+"""The routing of a call with mixtures: that of whichever pass runs now."""
+
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.rows import RowRouting
+
+
+class PassRouting(RowRouting):
+    """The routing of a call: that of the pass which runs now."""
+
+    def __init__(self, main: RowRouting) -> None:
+        super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
+        self.now = main
+        self.last_pass: tuple[int, int | None] = (0, None)  # what `begin_pass` was told of it
+
+    @property
+    def num_rows(self) -> int:
+        return self.now.num_rows
+
+    @property
+    def is_uniform(self) -> bool:
+        return self.now.is_uniform
+
+    def adapts(self, module: int) -> bool:
+        return self.now.adapts(module)
+
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        self.last_pass = (num_new, length)
+        self.now.begin_pass(num_new, length)
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        return self.now.plan_for(num_sequences, tokens_per_sequence)
+
+    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
+        return self.now.uniform_plan(num_tokens)
