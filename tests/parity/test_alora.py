@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 from loraplex import MultiLoraModel
 from loraplex.models.scope import tokens_from_invocation
+from tests.examples import examples
 from tests.parity.oracle import PeftOracle, assert_close
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -62,7 +63,7 @@ def test_greedy_tokens_equal_peft_in_a_mixed_batch(pair):
         assert torch.equal(tokens[row : row + 1], oracle.generate(name, ids[row], mask[row], **options)), f"row {row}"
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_active_tokens_are_counted_as_peft_counts_them(ids, invocation):
     from types import SimpleNamespace
