@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import loraplex.routing.plan
 from loraplex import MultiLoraModel
 from loraplex.routing.choice import RowChoice
+from tests.examples import examples
 from tests.parity.oracle import assert_close
 from tests.parts import require
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
@@ -90,7 +91,7 @@ def row(draw):
     return Row(torch.randint(3, VOCAB_SIZE, (draw(ROW_LENGTHS),), generator=generator), draw(st.sampled_from(CHOICES)))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(rows=st.lists(row(), min_size=1, max_size=6), data=st.data())
 def test_row_is_the_same_alone_and_in_any_batch_in_any_order(model, rows, data):
     together = logits_of_rows(model, rows)
@@ -102,7 +103,7 @@ def test_row_is_the_same_alone_and_in_any_batch_in_any_order(model, rows, data):
         assert_close(shuffled[order.index(i)], alone, f"row {i} ({own.adapters}) in the shuffled batch")
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(rows=st.lists(row(), min_size=2, max_size=5))
 def test_row_generates_the_same_logits_alone_and_in_any_batch(model, rows):
     """Its first step; later ones follow its own tokens, which a near tie may change."""
@@ -136,7 +137,7 @@ def batches_that_differ_in_neighbours(draw):
 
 
 @pytest.mark.parametrize("kernel", ["native", "segmented", None])
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(case=batches_that_differ_in_neighbours())
 def test_row_keeps_its_bits_when_its_neighbours_change_adapters(model_of_dtype, kernel, case):
     fixed, one, other = case
@@ -145,7 +146,7 @@ def test_row_keeps_its_bits_when_its_neighbours_change_adapters(model_of_dtype, 
         assert torch.equal(logits_of_rows(model_of_dtype, one)[fixed], logits_of_rows(model_of_dtype, other)[fixed])
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(case=batches_that_differ_in_neighbours())
 def test_row_stays_close_with_the_stacked_kernel_when_its_neighbours_change_adapters(model, case):
     fixed, one, other = case
@@ -172,7 +173,7 @@ def generate(
 
 
 @pytest.mark.parametrize("kernel", ["native", "segmented", None])
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(case=batches_that_differ_in_neighbours())
 def test_row_decodes_the_same_bits_when_its_neighbours_change_adapters(decoder, kernel, case):
     fixed, one, other = case

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
@@ -14,6 +14,7 @@ from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.models.scope import tokens_from_invocation
 from tests.architectures.variants import make_model
 from tests.layers.hook_oracle import HookOracle, active_from
+from tests.examples import examples
 from tests.parity.oracle import PeftOracle, assert_close
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -198,7 +199,7 @@ def test_alora_on_an_encoder_and_decoder_is_refused(tmp_path):
     assert model.names() == []
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.integers(0, 2), min_size=1, max_size=4))
 def test_active_tokens_are_counted_as_peft_counts_them(ids, invocation):
     from types import SimpleNamespace

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.config import VeloraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -25,6 +25,7 @@ from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from tests.adapters.folders import module_shapes, output_module
+from tests.examples import examples
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied embeddings and saved copies of them
@@ -254,7 +255,7 @@ PATTERN = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     path=PATH,
     ranks=st.dictionaries(PATTERN, st.integers(1, 9), max_size=4),
@@ -272,7 +273,7 @@ def test_rank_and_alpha_of_a_module_are_those_of_peft(
     assert config.scaling_of(path) == (alpha / rank**0.5 if rslora else alpha / rank)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     path=PATH,
     targets=st.lists(PATH, max_size=3),

@@ -56,7 +56,7 @@ class _Tokens:
 
     def __init__(self, base: PreTrainedModel) -> None:
         special = {n for name, n in _numbers(base.config.to_dict()) if "token" in name}
-        size = min(base.get_input_embeddings().num_embeddings, 10_000)
+        size = min(int(base.get_input_embeddings().num_embeddings), 10_000)
         self._ids = [token for token in range(size) if token not in special] or [0]
         self._generator = torch.Generator().manual_seed(0)
 
@@ -109,7 +109,8 @@ class TrialPasses:
         for group, rows in enumerate(groups):
             for i, row in enumerate(rows):
                 needed = -(-len(row.tokens) // self._pool.block_tokens)
-                if needed > free and chosen:
+                has_room = needed <= free and self._table.has_rows(len(chosen) + 1)
+                if chosen and not has_room:
                     self._run_together(chosen, most)
                     chosen, free = [], self._pool.num_available
                 chosen.append((group, i, row))
@@ -157,7 +158,8 @@ def _cut(length: int) -> Iterator[tuple[int, int]]:
 
 
 def _places(batch: PackedBatch, tracks: dict[Track, tuple[int, int]]) -> Places:
-    device, found = batch.positions.device, {}
+    device = batch.positions.device
+    found: dict[int, list[tuple[int, int, int]]] = {}
     for i, part in enumerate(batch.parts):
         group, row = tracks[part.track]
         for token in range(part.count):
