@@ -93,9 +93,10 @@ def test_residuals_captures_and_steering_go_on_as_they_are(lfm2):
 @pytest.mark.parametrize("name", REFUSED)
 def test_states_of_other_forms_are_refused_by_type_in_every_dtype(name, dtype):
     base = make_model(name).to(dtype)
+    model = MultiLoraModel(base, fast_decode=False)
     kinds = [type(module) for module in base.modules()]
     with pytest.raises(BaseModelError, match=f"(?s){REFUSED[name]}.*MultiLoraModel.generate"):
-        Engine(MultiLoraModel(base, fast_decode=False), EngineConfig(cache_bytes=2**22))
+        Engine(model, EngineConfig(cache_bytes=2**22))
     assert [type(module) for module in base.modules()] == kinds
 
 

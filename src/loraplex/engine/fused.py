@@ -5,6 +5,7 @@ Not by architecture: a module is taken over if it has the parts that a formula n
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,9 +35,9 @@ class FusedModules:
         for module in _attention_that_agrees(attention, trial):
             self._take(module, _attention_forward)
         for module in modules:
-            if holds(lambda module=module: _is_norm(module)):
+            if holds(partial(_is_norm, module)):
                 self._take(module, _norm_forward)
-            elif holds(lambda module=module: _is_gated_mlp(module)):
+            elif holds(partial(_is_gated_mlp, module)):
                 self._take(module, _mlp_forward)
 
     def stack_layers(

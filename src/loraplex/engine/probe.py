@@ -81,6 +81,7 @@ class ModelProbe:
                 use_vmap=options.get("use_vmap", False),
                 device=options.get("device", "cpu"),
             )
+            assert made is not None, "a mask was asked for that may not be left out"
             return made[0, 0, 0]
 
         try:

@@ -6,6 +6,7 @@ sequences of many lengths, and only one whose answers differ is joined.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,8 +95,12 @@ def _of_batch(module: nn.Module, call: Call, batch: PackedBatch, rule: LengthRul
         told = _told(module, call, positions[own], length.unsqueeze(0))
         if result is None:
             result = _combine(lambda a, _: a.new_empty(*a.shape[:-2], len(positions), a.shape[-1]), told, told)
-        _combine(lambda a, b, own=own: a.index_copy_(a.ndim - 2, own, b), result, told)
+        _combine(partial(_put, own), result, told)
     return result
+
+
+def _put(places: Tensor, result: Tensor, values: Tensor) -> Tensor:
+    return result.index_copy_(result.ndim - 2, places, values)
 
 
 def _told(module: nn.Module, call: Call, positions: Tensor, length: Tensor) -> Any:
@@ -174,12 +179,13 @@ class _Cache:
 
 def _begins_anew(base: PreTrainedModel, threshold: int) -> bool:
     """Whether `generate` drops what it has computed in the step in which a sequence outgrows the threshold."""
-    if type(base).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+    prepare = getattr(base, "prepare_inputs_for_generation", None)
+    if prepare is None or prepare.__func__ is GenerationMixin.prepare_inputs_for_generation:
         return False
     ids = torch.ones(1, threshold + 1, dtype=torch.int64, device=base.device)
     options = {"attention_mask": torch.ones_like(ids), "use_cache": True, "next_sequence_length": 1}
     try:
-        inputs = base.prepare_inputs_for_generation(ids, past_key_values=_Cache(threshold), **options)
+        inputs = prepare(ids, past_key_values=_Cache(threshold), **options)
     except Exception as error:
         raise BaseModelError(
             f"whether {type(base).__name__} computes sequences anew that outgrow {threshold} tokens can't be told "

@@ -56,7 +56,7 @@ class _Tokens:
 
     def __init__(self, base: PreTrainedModel) -> None:
         special = {n for name, n in _numbers(base.config.to_dict()) if "token" in name}
-        size = min(int(base.get_input_embeddings().num_embeddings), 10_000)
+        size = min(int(getattr(base.get_input_embeddings(), "num_embeddings", 1)), 10_000)
         self._ids = [token for token in range(size) if token not in special] or [0]
         self._generator = torch.Generator().manual_seed(0)
 

@@ -254,6 +254,6 @@ class Learner:
         }
         self.best = tensors["best"].to(flat.device, copy=True) if "best" in tensors else None
         self._good = tensors["good"].to(flat.device, copy=True) if "good" in tensors else None
-        self.progress = Progress(**counters["progress"])
-        if isinstance(self.progress.divergence, dict):  # as JSON has it
-            self.progress.divergence = Divergence(**self.progress.divergence)
+        divergence = counters["progress"].get("divergence")  # as JSON has it
+        found = None if divergence is None else Divergence(**divergence)
+        self.progress = Progress(**{**counters["progress"], "divergence": found})
