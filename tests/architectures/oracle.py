@@ -1,6 +1,6 @@
 """What each row of a variant must get: PEFT, transformers, and formulas in float64, one row at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.layers.row_positions import depends_on_length
 from loraplex.residual.kinds import LinkedResidual, Residual, SteeringVector
 from loraplex.residual.layers import AttentionLayer
 from loraplex.xlora.head import ScalingHead
@@ -24,18 +25,26 @@ Steps = tuple[list[int], Tensor]  # greedy tokens, and the logits that they were
 
 
 class Oracle:
-    """One variant, run by PEFT and transformers; every call is one row by itself, in float32.
+    """One variant, run by PEFT and transformers; every call is one row by itself.
 
-    `dtype` is what the base model's weights are rounded to.
+    `dtype` is what the base model's weights are rounded to, `runs_in` what is computed in.
     """
 
-    def __init__(self, name: str, folders: Mapping[str, Path], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        name: str,
+        folders: Mapping[str, Path],
+        *,
+        dtype: torch.dtype = torch.float32,
+        runs_in: torch.dtype = torch.float32,
+    ) -> None:
         self.name = name
         self.is_seq2seq = kind_of(name) == "seq2seq"
-        self.base = make_model(name).to(dtype).float()
-        base = make_model(name).to(dtype).float()
-        self._peft = peft.PeftModel.from_pretrained(base, str(folders["0"]), "0").eval()
-        self._peft.load_adapter(str(folders["1"]), "1")
+        self.base = make_model(name).to(dtype).to(runs_in)
+        base = make_model(name).to(dtype).to(runs_in)
+        options = {"autocast_adapter_dtype": runs_in == torch.float32}
+        self._peft = peft.PeftModel.from_pretrained(base, str(folders["0"]), "0", **options).eval()
+        self._peft.load_adapter(str(folders["1"]), "1", **options)
         self._peft.add_weighted_adapter(["0", "1"], [0.5, 1.0], "link", combination_type="cat")
         self._peft.eval()
 
@@ -59,14 +68,37 @@ class Oracle:
         """A row's greedy answer."""
         return greedy(self.model(choice), ids, mask, num_tokens)
 
+    def logits_of_answer(self, choice: str | None, ids: Tensor, answer: Sequence[int]) -> Tensor:  # [tokens, vocab]
+        """The logits of every token of a given answer, as `generate` has them."""
+        model = self.model(choice)
+        if not any(map(depends_on_length, self.base.modules())):
+            return self.logits(choice, torch.cat([ids, torch.tensor(answer[:-1])]))[len(ids) - 1 :].float()
+        return greedy(model, ids, None, len(answer), logits_processor=[_Forced(len(ids), answer)])[1]
+
+
+class _Forced:
+    """Lets generate choose given tokens."""
+
+    def __init__(self, num_prompt: int, answer: Sequence[int]) -> None:
+        self._num_prompt, self._answer = num_prompt, answer
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, self._answer[ids.shape[1] - self._num_prompt]] = 0
+        return forced
+
 
 def forget_lengths(model: nn.Module) -> None:
     """Let dynamic NTK forget the longest sequence that it has seen, which it goes on with otherwise."""
     for module in model.modules():
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            prefix = name.removesuffix("max_seq_len_cached")
-            setattr(module, name, module.original_max_seq_len)
-            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").clone())
+        if is_dynamic(module):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.clone()
+
+
+def is_dynamic(module: nn.Module) -> bool:
+    """Whether a module's positions change with every token, so that keys in a cache are not those of a whole pass."""
+    return getattr(module, "rope_type", None) == "dynamic"
 
 
 def inputs_of(is_seq2seq: bool, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

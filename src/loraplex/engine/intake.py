@@ -60,8 +60,10 @@ class Intake:
             lengths=self._room.lengths,
         )
         self._room.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
+        mixtures = [found[name] for name, _ in others if name in found]
+        self._room.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
-        check_scalings(state, [found[name] for name, _ in others if name in found])
+        check_scalings(state, mixtures)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         state.generations = [self._generation(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state

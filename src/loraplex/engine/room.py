@@ -50,6 +50,16 @@ class Room:
                 f"but there are {self.num_blocks}. Ask for fewer max_tokens, or raise EngineConfig.cache_bytes."
             )
 
+    def check_mixtures(self, names: Sequence[str], num_tokens: int) -> None:
+        """Raises RequestError where keys in a cache are not those of the whole passes that define X-LoRA."""
+        threshold = self.lengths.threshold
+        if names and threshold is not None and not self.lengths.is_step and num_tokens > threshold:
+            raise RequestError(
+                f"the mixtures {listed(names)} may reach {num_tokens} tokens, but this model's positions change with "
+                f"every token beyond {threshold}, so that X-LoRA can't be computed with a cache. Use "
+                f"MultiLoraModel.generate, or at most {threshold} tokens."
+            )
+
 
 def check_slots(store: AdapterStore, names: Sequence[str]) -> None:
     """Raises TooLargeError for adapters that the store's tiers can't hold at once, and AdapterNotFoundError."""

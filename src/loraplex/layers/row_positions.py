@@ -47,6 +47,11 @@ def depends_on_length(module: nn.Module) -> bool:
     )
 
 
+def changes_with_every_token(base: nn.Module) -> bool:
+    """Whether positions go on changing as a sequence grows, so that cached keys are not those of a whole pass."""
+    return any(depends_on_length(module) and "dynamic" in str(module.rope_type) for module in base.modules())
+
+
 def _of_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The output with each row as it is alone: [rows, tokens, dim], or several of them."""
     positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]  # [rows or 1, tokens]

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from loraplex.errors import RequestError
+from loraplex.layers.row_positions import changes_with_every_token
 from loraplex.xlora.two_pass import TwoPass
 
 # Ways of generating that call the base model for something else than the batch's next tokens.
@@ -31,7 +32,9 @@ def prepare_generation(two_pass: TwoPass, base: PreTrainedModel, generation: dic
             f"refresh={two_pass.options.refresh} keeps scalings between the steps of one sequence a row, but num_beams "
             "or num_return_sequences asks for several. Use refresh=1."
         )
-    if _setting(base, generation, "use_cache") is not False and generation.get("past_key_values") is None:
+    if changes_with_every_token(base):
+        generation["use_cache"] = False  # X-LoRA is defined on whole passes, which these positions can't be cached for
+    elif _setting(base, generation, "use_cache") is not False and generation.get("past_key_values") is None:
         generation["past_key_values"] = two_pass.new_cache()
 
 
