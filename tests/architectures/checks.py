@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from tests.architectures.oracle import (
     ResidualOracle,
     Steps,
     generation,
+    greedy,
     inputs_of,
     is_dynamic,
+    whole_steps,
     write_adapters,
 )
 from tests.architectures.variants import W, kind_of, make_model
@@ -70,8 +72,15 @@ class Case:
 
     @cached_property
     def is_dynamic(self) -> bool:
-        """Whether keys in a cache are not those that a whole pass has, so that no cache is PEFT's X-LoRA."""
+        """Whether positions change with every token, so that nothing with a cache is PEFT's X-LoRA."""
         return any(map(is_dynamic, self.oracle.base.modules()))
+
+    @cached_property
+    def caches_exactly(self) -> bool:
+        """Whether transformers' own answer with a cache is the one that whole passes give, as it should be."""
+        row, base = self.rows[0], self.oracle.base
+        whole = whole_steps(lambda ids: self.oracle.logits(None, ids), row, NUM_NEW)
+        return largest_error(greedy(base, row, None, NUM_NEW), whole) < 1e-3
 
     @cached_property
     def oracle(self) -> Oracle:
@@ -148,9 +157,12 @@ def check_mixture(case: Case) -> None:
     assert_far(oracle.logits(rows[0]), case.oracle.logits(None, rows[0]), "the mixture")
     if case.kind == "mlm":
         return
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), adapters=choices, **generation(NUM_NEW))
+    options = {**generation(NUM_NEW), **({} if case.caches_exactly else {"use_cache": False})}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), adapters=choices, **options)
     for row in (0, 2):
-        assert_same_steps(steps_of(out, row), oracle.steps(rows[row], NUM_NEW), "generate of a mixture")
+        expected = oracle.steps(rows[row], NUM_NEW)
+        rounding = rounding_of(oracle.logits, rows[row], expected)
+        assert_same_steps(steps_of(out, row), expected, "generate of a mixture", rounding)
 
 
 @torch.no_grad()
@@ -240,11 +252,12 @@ def check_residual(case: Case) -> None:
                 tokens[None],
                 attention_mask=torch.ones(1, len(tokens)),
                 adapters=[name],
-                use_cache=not case.is_dynamic,  # the oracle has no cache
+                use_cache=case.caches_exactly,  # as the oracle has none
                 **generation(NUM_NEW),
             )
             steps = oracle.steps(residuals[name], tokens, NUM_NEW)
-            assert_same_steps(steps_of(out, 0), steps, f"generate of residual {name}")
+            rounding = rounding_of(partial(oracle.logits, residuals[name]), tokens, steps)
+            assert_same_steps(steps_of(out, 0), steps, f"generate of residual {name}", rounding)
 
 
 FEATURES: Mapping[str, Callable[[Case], None]] = {
@@ -280,13 +293,29 @@ def steps_of(out: Any, row: int) -> Steps:
     return tokens, torch.stack(out.logits)[:, row].float()
 
 
-def assert_close(actual: Tensor, expected: Tensor, label: str) -> None:
-    """Equal to TOLERANCE of the expected logits' range."""
+def largest_error(actual: Steps, expected: Steps) -> float:
+    """Of the logits' range, up to the first token that differs."""
+    largest = 0.0
+    for ours, theirs, one, other in zip(actual[0], expected[0], actual[1], expected[1], strict=True):
+        largest = max(largest, ((one - other).abs().max() / (other.max() - other.min())).item())
+        if ours != theirs:
+            break
+    return largest
+
+
+def rounding_of(logits_of: Callable[[Tensor], Tensor], ids: Tensor, steps: Steps) -> float:
+    """How far the oracle's own logits of an answer move if they are computed in one pass."""
+    whole = logits_of(torch.cat([ids, ids.new_tensor(steps[0])]))[len(ids) - 1 : -1]
+    return largest_error((steps[0], whole), steps)
+
+
+def assert_close(actual: Tensor, expected: Tensor, label: str, tolerance: float = TOLERANCE) -> None:
+    """Equal to `tolerance` of the expected logits' range."""
     actual, expected = actual.float(), expected.float()
     assert actual.shape == expected.shape, f"{label}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     span = (expected.max() - expected.min()).item()
     error = (actual - expected).abs().max().item()
-    assert error <= TOLERANCE * span, f"{label}: off by {error / span:.1e} of the logits' range"
+    assert error <= tolerance * span, f"{label}: off by {error / span:.1e} of the logits' range"
 
 
 def assert_far(one: Tensor, other: Tensor, what: str) -> None:
@@ -295,10 +324,14 @@ def assert_far(one: Tensor, other: Tensor, what: str) -> None:
     assert (one - other).abs().max().item() > 100 * TOLERANCE * span, f"{what} makes no difference"
 
 
-def assert_same_steps(actual: Steps, expected: Steps, label: str) -> None:
-    """The same tokens and logits, up to a token where the best two logits are a tie."""
+def assert_same_steps(actual: Steps, expected: Steps, label: str, rounding: float = 0.0) -> None:
+    """The same tokens and logits, up to a token where the best two logits are a tie.
+
+    `rounding` is what the last bits do to the oracle itself, where that is known to be much.
+    """
+    tolerance = min(max(TOLERANCE, 8 * rounding), 10 * TOLERANCE)
     for step, (ours, theirs) in enumerate(zip(actual[0], expected[0], strict=True)):
-        assert_close(actual[1][step], expected[1][step], f"{label}, token {step}")
+        assert_close(actual[1][step], expected[1][step], f"{label}, token {step}", tolerance)
         if ours != theirs:
             assert_tie(expected[1][step], ours, theirs, f"{label}, token {step}")
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -146,7 +147,7 @@ def write_adapters(name: str, folder: Path) -> dict[str, Path]:
             }
         except ValueError:  # PEFT doesn't adapt some of them in this model
             continue
-        if not peft.LoraConfig.from_pretrained(str(folders["0"])).target_parameters:
+        if _is_read_as_written(make_model(name), folders["0"]):
             return folders
     raise AssertionError(f"PEFT writes no adapter for {name}")
 
@@ -154,12 +155,21 @@ def write_adapters(name: str, folder: Path) -> dict[str, Path]:
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The last parts of the paths of all linear modules but the output layer."""
     output = model.get_output_embeddings()
-    names = {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not output
-    }
+    modules = {path: module for path, module in model.named_modules() if module is not output}
+    plain = [path for path, module in modules.items() if type(module) in (nn.Linear, Conv1D)]
+    # A subclass may be a router that returns tuples; Falcon's linear modules are all of a class of their own.
+    paths = plain or [path for path, module in modules.items() if isinstance(module, nn.Linear)]
+    names = {path.rpartition(".")[2] for path in paths}
     return sorted(name for name in names if not name.isdigit())  # a number is a block's name too
+
+
+def _is_read_as_written(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether PEFT reads every tensor of its own file where it was; it takes some for those of fused experts."""
+    if peft.LoraConfig.from_pretrained(str(folder)).target_parameters:
+        return False
+    read = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(model, str(folder)))
+    written = load_file(folder / "adapter_model.safetensors")
+    return read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in written)
 
 
 def _is_expert(model: PreTrainedModel, suffix: str) -> bool:
