@@ -74,7 +74,7 @@ def test_setting_that_cannot_be_honoured_is_refused_by_name(
     [
         ({"r": 0}, ["r is 0"]),
         ({"r": None}, ["r is None"]),
-        ({"lora_alpha": math.nan}, ["lora_alpha is nan"]),
+        ({"lora_alpha": math.nan}, ["the number NaN"]),
         ({"target_modules": 3}, ["target_modules is 3"]),
         ({"target_modules": "*"}, ["not a regular expression"]),
         ({"target_modules": "*", "ensure_weight_tying": True}, ["nothing to repeat"]),

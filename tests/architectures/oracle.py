@@ -139,7 +139,8 @@ def write_adapters(name: str, folder: Path) -> dict[str, Path]:
     names = linear_names(model)
     narrow = [suffix for suffix in names if not _is_expert(model, suffix)]
     without = [suffix for suffix in names if suffix != "out_proj"]  # whose weight state-space mixers read past it
-    for targets in (names, without, narrow):
+    text = rf"(?!.*(vision|visual|embed_)).*\.({'|'.join(names)})"  # Gemma 4's vision tower has layers of its own kind
+    for targets in (names, without, narrow, text):
         try:
             folders = {
                 str(i): random_peft_adapter(model, folder / str(i), targets=targets, r=3 + i, seed=i + 1)

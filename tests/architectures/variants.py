@@ -418,7 +418,7 @@ ARCHS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "youtu": (C, "youtu", MLA_HEADS),
     "gemma3-chat": (C, "gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": SF, "tie_word_embeddings": True}),
-    "xlstm": (C, "xlstm", {"num_heads": 2}),
+    "xlstm": (C, "xlstm", {"num_heads": 2, "qk_dim_factor": 1.0}),
     # VLMs
     "vlm-gemma3": ("vlm", "gemma3", {}),
     "vlm-gemma4": ("vlm", "gemma4", {}),

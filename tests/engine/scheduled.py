@@ -8,6 +8,7 @@ import torch
 from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.generation import Generation
+from loraplex.engine.lengths import LengthRule
 from loraplex.engine.packing import Part
 from loraplex.engine.request import Request
 from loraplex.engine.sampling import SamplingParams
@@ -69,6 +70,7 @@ class Bench:
             max_new_tokens=max_new,
             binding=Passes(share, scalings),
             num_cached_tokens=0,
+            lengths=LengthRule(),
         )
         self._arrivals += 1
         generation = Generation(state, 0, SimpleNamespace(sampling=sampling), SimpleNamespace())

@@ -117,7 +117,7 @@ def _shifted(module: nn.Module, args, kwargs, output):
 def test_a_fault_in_one_layer_is_seen(fault, dtype):
     base = tiny_model("llama", dtype=dtype)
     base.model.layers[1].register_forward_hook(fault, with_kwargs=True)
-    with pytest.raises(BaseModelError, match=r"model.*rounding"):
+    with pytest.raises(BaseModelError, match=r"model.*rounding|mixes the tokens"):
         Engine(MultiLoraModel(base), EngineConfig(cache_bytes=2**22))
 
 

@@ -67,7 +67,7 @@ def test_generated_capture_ends_where_the_row_ended() -> None:
     sequences, scope = generate(
         base, layers, rows, ids, mask, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0
     )
-    result = captures(scope, sequences, None, ends=(end,))[1]
+    result = captures(scope, sequences, None, ends=[(end,)] * 2)[1]
     assert result is not None
     assert len(result.query_positions) == first + 1  # one query for each new token, the end included
     assert len(result.key_tokens) == LENGTH - 1 + first

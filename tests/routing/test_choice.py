@@ -48,7 +48,7 @@ names = st.from_regex(r"[A-Za-z0-9._/-]{1,20}", fullmatch=True)
 
 @given(
     st.lists(
-        st.tuples(names, st.floats(allow_nan=False, allow_infinity=False)),
+        st.tuples(names, st.floats(allow_nan=False, allow_infinity=False, width=32)),
         min_size=1,
         unique_by=lambda p: p[0],
     )

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.layers.fronts import fronts_of
 from loraplex.training.attention import fast_attention
 from loraplex.training.bank import TrainingBank, TrainingSlot
 from loraplex.training.batches import TrainingRow
 from loraplex.training.dataset import load_job_data
 from loraplex.training.forward import LossComputer
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
+from tests.models.untouched import state_of_base
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
@@ -76,8 +78,9 @@ def test_only_the_positions_that_count_reach_the_output_layer(rows: list[Trainin
 
 def test_fast_attention_gives_the_model_back_as_it_was() -> None:
     base = tiny_model("llama")
-    with fast_attention(base, 10):
-        assert base.config._attn_implementation == "eager"
-    assert base.config._attn_implementation == "sdpa"
-    with fast_attention(base, 5000):
-        assert base.config._attn_implementation == "sdpa"
+    before = state_of_base(base)
+    for num_tokens, stands in ((10, True), (5000, False)):
+        with fast_attention(base, num_tokens):
+            assert any(map(fronts_of, base.modules())) == stands
+            assert base.config._attn_implementation == "sdpa"
+        assert state_of_base(base) == before

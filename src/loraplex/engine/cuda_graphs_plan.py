@@ -65,6 +65,13 @@ class StaticRouting(RowRouting):
         super().__init__([()], plan.bank, fast_decode=fast_decode)
         self._plan = plan
 
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return self._plan.adapts(module)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence
         if num_tokens != self._plan.num_tokens:

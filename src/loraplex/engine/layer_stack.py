@@ -66,7 +66,7 @@ class LayerStack:
 
     def _plan(self, batch: PackedBatch, hidden: Tensor) -> PackedPlan | None:
         """The routing plan of a pass that the compiled call can run."""
-        if not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
+        if batch.layer_by_layer or not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
             return None
         routing = current_routing()
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):

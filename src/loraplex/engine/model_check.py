@@ -153,7 +153,7 @@ class ModelCheck:
             return own
 
         with self._watched(is_packed, see):
-            passes.run(self._groups)
+            passes.run(self._groups, layer_by_layer=True)
 
     def _forward(self, group: int) -> None:
         rows = self._groups[group]

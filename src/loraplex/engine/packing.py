@@ -93,6 +93,7 @@ class PackedBatch:
         self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
         self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
         self.states: PassStates | None = None  # beside keys and values, of models that keep some
+        self.layer_by_layer = False  # a trial that looks at what each layer makes
         self.stack_done: object = None  # the layers that the first of them has computed together
         positions: list[int] = []
         rows: list[int] = []

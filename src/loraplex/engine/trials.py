@@ -102,8 +102,13 @@ class TrialPasses:
         self._pool, self._table, self._cache, self._forward = pool, table, cache, forward
         self.places: Places | None = None  # of the pass that runs
 
-    def run(self, groups: Sequence[Sequence[TrialRow]], most: int | None = None) -> None:
-        """As many sequences at once as there is room for; `most` parts of each, a chunk and then single tokens."""
+    def run(
+        self, groups: Sequence[Sequence[TrialRow]], most: int | None = None, *, layer_by_layer: bool = False
+    ) -> None:
+        """As many sequences at once as there is room for; `most` parts of each, a chunk and then single tokens.
+
+        `layer_by_layer` also where another engine runs layers of this base model in one call.
+        """
         chosen: list[tuple[int, int, TrialRow]] = []
         free = self._pool.num_available
         for group, rows in enumerate(groups):
@@ -111,13 +116,15 @@ class TrialPasses:
                 needed = -(-len(row.tokens) // self._pool.block_tokens)
                 has_room = needed <= free and self._table.has_rows(len(chosen) + 1)
                 if chosen and not has_room:
-                    self._run_together(chosen, most)
+                    self._run_together(chosen, most, layer_by_layer)
                     chosen, free = [], self._pool.num_available
                 chosen.append((group, i, row))
                 free -= needed
-        self._run_together(chosen, most)
+        self._run_together(chosen, most, layer_by_layer)
 
-    def _run_together(self, chosen: Sequence[tuple[int, int, TrialRow]], most: int | None) -> None:
+    def _run_together(
+        self, chosen: Sequence[tuple[int, int, TrialRow]], most: int | None, layer_by_layer: bool
+    ) -> None:
         tracks: dict[Track, tuple[int, int]] = {}
         parts: list[list[Part]] = []  # of each pass
         try:
@@ -138,6 +145,7 @@ class TrialPasses:
                     parts[number] = [*parts[number], part]
             for together in parts:
                 batch = PackedBatch(together, self._cache, self._table)
+                batch.layer_by_layer = layer_by_layer
                 self.places = _places(batch, tracks)
                 self._forward(batch)
         finally:

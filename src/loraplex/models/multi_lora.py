@@ -21,6 +21,7 @@ from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.row_positions import join_positions
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
+from loraplex.models.generate_checks import check_generates
 from loraplex.models.loading import load_base_model, load_tokenizer
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
@@ -256,6 +257,7 @@ class MultiLoraModel:
         main pass, which gives the same tokens in less time (None: where that pays). `refresh` keeps scalings for so
         many new tokens; above 1 is approximate. `attention` and `return_scalings` as in `forward`.
         """
+        check_generates(self.base, 1 if input_ids is None else len(input_ids))
         collect = return_scalings or self.scalings_log.is_enabled
         call = Call(
             base=self.base,

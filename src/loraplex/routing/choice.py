@@ -9,11 +9,11 @@ from loraplex.errors import BatchError, LinkSyntaxError, NameFormatError
 Link = tuple[tuple[str, float], ...]  # (adapter, weight) in the order of travel; () is the base model
 RowChoice = None | str | Sequence[tuple[str, float]]
 
+_INFINITE_IN_FLOAT32 = 2.0**128 - 2.0**103  # what float32 rounds to infinity, from here on
 _GRAMMAR = (
     "A row is None (the base model), 'name', a link 'name:weight+name:weight', or a list of (name, weight) pairs; "
     "weights are finite floats."
 )
-_LARGEST_WEIGHT = 3.4028234663852886e38  # that float32 can hold
 # A weight may carry an exponent's sign ("1e+2"), which is not a link's '+'.
 _PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9.]+[eE][+-]?\d+|[^:+]*))?(?P<end>\+|$)")
 
@@ -84,6 +84,6 @@ def _check_weight(weight: object, link: object) -> float:
         value = float(weight)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise LinkSyntaxError(f"the weight {weight!r} in the link {link!r} is not a number. {_GRAMMAR}") from None
-    if not abs(value) <= _LARGEST_WEIGHT:  # not for NaN
+    if not abs(value) < _INFINITE_IN_FLOAT32:  # not for NaN
         raise LinkSyntaxError(f"the weight {weight!r} in the link {link!r} is not finite in float32. {_GRAMMAR}")
     return value

@@ -244,8 +244,9 @@ class TwoPass:
                 f"past_key_values is a {type(cache).__name__}, but a batch with mixtures needs the cache that its "
                 "first pass returned. Leave it out at first, and then pass out.past_key_values."
             )
-        if use_cache is None:
-            use_cache = getattr(self._base.config.get_text_config(decoder=True), "use_cache", False)
+        if use_cache is None:  # what nobody asked for is no reason to refuse a model that can't go on from a cache
+            is_default = getattr(self._base.config.get_text_config(decoder=True), "use_cache", False)
+            use_cache = is_default and self._cache_use.works
         return self.new_cache() if use_cache and not torch.is_grad_enabled() else None
 
     def _history_of(self, cache: PairedCache) -> GateHistory | None:
