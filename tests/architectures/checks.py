@@ -221,7 +221,10 @@ def check_engine_in_bfloat16(case: Case) -> None:
         told = torch.tensor([step.logprob for step in result.logprobs or ()])
         errors.append((told - exactly).abs())
         noise.append((own - exactly).abs())
-    worst, bound = torch.cat(errors).max().item(), 4 * torch.cat(noise).max().item()
+    bound, found = 4 * torch.cat(noise).max().item(), torch.cat(errors)
+    # Where experts are chosen, a last bit may choose another one.
+    num_free = len(found) // 50 if any("expert" in path for path, _ in rounded.base.named_modules()) else 0
+    worst = found.sort(descending=True).values[num_free].item()
     assert worst <= bound, f"engine in bfloat16: off by {worst:.2g}, the model itself by {bound / 4:.2g}"
 
 

@@ -1,6 +1,7 @@
 """What a base model must be able to do before `generate` runs rows of different adapters on it."""
 
 from contextvars import Context
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,27 +19,29 @@ def check_generates(base: PreTrainedModel, num_rows: int) -> None:
     """Raise BaseModelError for a model without `generate`, or one whose rows change each other's tokens there."""
     name = type(base).__name__
     if not base.can_generate():
+        raise BaseModelError(f"{name} can't generate text. Use forward, or load a causal language model.")
+    if num_rows > 1 and not _uses_caches(base) and not keeps_rows_apart(base):
         raise BaseModelError(
-            f"{name} can't generate text: it has no output layer for it. Use forward, or another model."
+            f"{name} keeps a state of its own instead of transformers' cache, and gives a row other tokens beside "
+            "others than alone. Generate one row at a time."
         )
-    if num_rows > 1 and not base._supports_default_dynamic_cache() and not keeps_rows_apart(base):
-        raise BaseModelError(
-            f"{name} keeps a state of its own instead of transformers' cache, and gives a row other tokens beside other "
-            "rows than alone. Generate one row at a time."
-        )
+
+
+def _uses_caches(base: Any) -> bool:
+    return bool(base._supports_default_dynamic_cache())
 
 
 def keeps_rows_apart(base: PreTrainedModel) -> bool:
     """Whether two rows' answers are those that they get alone; tried once, on a few tokens."""
     if base not in _keeps_rows_apart:
-        size = int(base.get_input_embeddings().weight.shape[0])
+        size = int(getattr(base.get_input_embeddings(), "num_embeddings", 2))
         ids = torch.arange(1, 1 + 2 * _NUM_TOKENS, device=base.device).remainder(size).view(2, -1)
         together, *alone = (Context().run(_logits, base, rows) for rows in (ids, ids[:1], ids[1:]))
         _keeps_rows_apart[base] = all(_is_near(together[:, row], own[:, 0]) for row, own in enumerate(alone))
     return _keeps_rows_apart[base]
 
 
-def _logits(base: PreTrainedModel, ids: Tensor) -> Tensor:  # [new tokens, rows, vocab]
+def _logits(base: Any, ids: Tensor) -> Tensor:  # [new tokens, rows, vocab]
     """Each answer goes on with the same tokens, whatever the logits say."""
     out = base.generate(
         ids,
