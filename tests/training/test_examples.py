@@ -91,6 +91,6 @@ def test_a_missing_or_failing_template_is_refused() -> None:
 
 def test_a_record_without_anything_to_predict_is_refused() -> None:
     headless = tiny_tokenizer()
-    headless.eos_token = None
+    headless.eos_token = headless.chat_template = None
     with pytest.raises(DatasetError, match="file:4 has no token to learn"):
         make_examples([Record(place="file:4", text="a")], headless, 100)

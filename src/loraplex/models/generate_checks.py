@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.errors import BaseModelError
+from loraplex.errors import BaseModelError, RequestError
 
 _NUM_TOKENS, _NUM_NEW = 6, 3
 _TOLERANCE = 0.05  # of the logits' range: rounding in 16 bits stays below, states of other rows don't
 _keeps_rows_apart: "WeakKeyDictionary[PreTrainedModel, bool]" = WeakKeyDictionary()
 
 
-def check_generates(base: PreTrainedModel, num_rows: int) -> None:
-    """Raise BaseModelError for a model without `generate`, or one whose rows change each other's tokens there."""
+def check_generates(base: PreTrainedModel, num_rows: int, *, use_cache: bool) -> None:
+    """Raise BaseModelError for a model without `generate`, RequestError where rows change each other's tokens there."""
     name = type(base).__name__
     if not base.can_generate():
         raise BaseModelError(f"{name} can't generate text. Use forward, or load a causal language model.")
-    if num_rows > 1 and not _uses_caches(base) and not keeps_rows_apart(base):
-        raise BaseModelError(
+    if use_cache and num_rows > 1 and not _uses_caches(base) and not keeps_rows_apart(base):
+        raise RequestError(
             f"{name} keeps a state of its own instead of transformers' cache, and gives a row other tokens beside "
-            "others than alone. Generate one row at a time."
+            "others than alone. Pass use_cache=False, or generate one row at a time."
         )
 
 

@@ -257,7 +257,8 @@ class MultiLoraModel:
         main pass, which gives the same tokens in less time (None: where that pays). `refresh` keeps scalings for so
         many new tokens; above 1 is approximate. `attention` and `return_scalings` as in `forward`.
         """
-        check_generates(self.base, 1 if input_ids is None else len(input_ids))
+        num_rows = 1 if input_ids is None else len(input_ids)
+        check_generates(self.base, num_rows, use_cache=generation.get("use_cache") is not False)
         collect = return_scalings or self.scalings_log.is_enabled
         call = Call(
             base=self.base,
