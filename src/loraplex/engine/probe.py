@@ -5,13 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from loraplex.engine.kv_cache import AttentionTerms, LayerShape
@@ -23,7 +18,8 @@ _NUM_TOKENS = 3
 # What attention functions are given that says nothing about a packed pass, or is read here.
 _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux")
 
-_KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # of transformers' cache; one that keeps nothing
+# Of transformers' cache. One that keeps nothing is new in 5.20.
+_KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 
 class ModelProbe:
