@@ -22,7 +22,7 @@ def ptx_of(kernel, dtype, constants, tmp_path, monkeypatch) -> str:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = kernel.fn  # without its tuner
     given = {name: value for name, value in constants.items() if name in function.arg_names}
-    types = {**_ADDRESSES, **_LISTS, **dict.fromkeys(("x", "y0", "y1", "y2"), f"*{dtype}")}
+    types = {**_ADDRESSES, **_LISTS, **dict.fromkeys(("x", "y0", "y1", "y2", "like"), f"*{dtype}")}
     signature = {name: "constexpr" if name in given else types.get(name, "i32") for name in function.arg_names}
     divisible = {
         (i,): [["tt.divisibility", 16]]

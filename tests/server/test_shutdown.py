@@ -38,6 +38,7 @@ async def one(client: httpx.AsyncClient, number: int) -> str:
     """How a request ended: finished, error, refused; anything else is a silent drop."""
     stream = number % 2 == 0
     body = {"model": "ab"[number % 2], "prompt": "x" * (1 + number), "max_tokens": NUM_TOKENS, "temperature": 0}
+    body["ignore_eos"] = True
     if not stream:
         answer = await client.post("/v1/completions", json=body)
         if answer.status_code == 200:
@@ -89,7 +90,7 @@ def test_accepted_requests_finish_or_are_told(root, drain_s, endings):
 
 
 def test_second_signal_does_not_wait(root):
-    body = {"model": "a", "prompt": "x", "max_tokens": 200, "stream": True}
+    body = {"model": "a", "prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
     with served(root, 100) as (process, port):
         url = f"http://127.0.0.1:{port}"
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as answer:
