@@ -184,9 +184,10 @@ def test_values_that_change_nothing_are_accepted(server):
         user="someone",
         presence_penalty=0.0,
         service_tier="auto",
+        extra_body={"ignore_eos": True},
         **GREEDY,
     )
-    assert answer.choices[0].finish_reason == "stop" or answer.usage.completion_tokens == 8
+    assert answer.usage.completion_tokens == 8
 
 
 def test_numbers_that_are_none_are_refused_as_json(server):
