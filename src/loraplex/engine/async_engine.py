@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
@@ -20,6 +20,7 @@ from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
 
+_INTAKE_THREADS = 4  # that read prompts and compile grammars
 EXIT_STATUS = 70  # of the process, with EngineConfig(on_fault="exit")
 _LOADING_PAUSE_S = 0.001  # while all requests wait for their adapters
 _LAST_WORDS_S = 1.0  # for errors to reach their readers before the process ends
@@ -37,6 +38,7 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
+        self._intake = ThreadPoolExecutor(_INTAKE_THREADS, thread_name_prefix="loraplex-intake")
         # The engine is made in its thread: what computes in another one gets compute threads of its own, and with more
         # of them than cores OpenMP puts all to sleep between operators, which makes steps 1.4 times slower.
         made: Future[Engine] = Future()
@@ -96,12 +98,13 @@ class AsyncEngine:
         """Take a request, or raise what `stream` raises; returns its id. End with `drop`."""
         request_id = f"stream-{next(self._numbers)}"
         self._feeds[request_id] = feed
-        adding = asyncio.to_thread(self._engine.add_request, request, request_id)  # reading a prompt takes a while
+        adding = self._intake.submit(self._engine.add_request, request, request_id)  # reading a prompt takes a while
         try:
-            await asyncio.shield(task := asyncio.ensure_future(adding))
+            await asyncio.shield(asyncio.wrap_future(adding))
         except asyncio.CancelledError:
             self._feeds.pop(request_id, None)
-            task.add_done_callback(lambda done: self._forget(request_id, done))
+            if not adding.cancel():  # it has begun
+                adding.add_done_callback(lambda done: self._forget(request_id, done))
             raise
         except BaseException:
             self._feeds.pop(request_id, None)
@@ -117,7 +120,7 @@ class AsyncEngine:
             self._engine.cancel(request_id)
             self._wake.set()
 
-    def _forget(self, request_id: str, added: "asyncio.Future[str]") -> None:
+    def _forget(self, request_id: str, added: "Future[str]") -> None:
         """Cancel a request whose reader left while it was being taken."""
         if not added.cancelled() and added.exception() is None:
             self._engine.cancel(request_id)

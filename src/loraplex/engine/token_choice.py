@@ -43,9 +43,12 @@ class TokenChooser:
     ) -> None:
         self.sampling = sampling
         self.constraint = constraint
-        self._prompt = prompt
+        seen = sorted(set(prompt)) if sampling.repetition_penalty != 1 else []
+        self._prompt_tokens = torch.tensor(seen, dtype=torch.int64)
         self.end_tokens = frozenset(end_tokens)
         self._ends = sorted(end_tokens)
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
+        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._counts: Counter[int] = Counter()  # of the answer
         self._generator = torch.Generator().manual_seed(seed) if sampling.temperature > 0 else None
 
@@ -72,7 +75,8 @@ class TokenChooser:
     def _changed(self, logits: Tensor) -> Tensor:
         sampling = self.sampling
         if sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*self._prompt, *self._counts}), device=logits.device)
+            new = torch.tensor(list(self._counts), dtype=torch.int64)
+            seen = torch.cat([self._prompt_tokens, new]).to(logits.device)  # some twice, which get one value
             values = logits[seen]
             penalty = sampling.repetition_penalty
             logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -80,8 +84,8 @@ class TokenChooser:
             tokens = torch.tensor(list(self._counts), device=logits.device)
             counts = torch.tensor(list(self._counts.values()), device=logits.device)
             logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        for token, bias in sampling.logit_bias.items():
-            logits[token] += bias
+        if sampling.logit_bias:
+            logits[self._biased] += self._biases.to(logits.device)
         if self._ends and self._counts.total() < sampling.min_tokens:
             logits[self._ends] = float("-inf")
         if self.constraint is not None:

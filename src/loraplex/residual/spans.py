@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
 from loraplex.residual.steering import Span
 
 OPEN, CLOSE = "<<", ">>"
+Range = tuple[int, int]  # characters [start, stop)
+MAX_RANGES = 256  # places of one text: each costs time in every layer of every step
+_LONGEST_QUOTE = 200  # characters of a prompt that an error shows
 
 
 class MarkedText(NamedTuple):
@@ -48,20 +52,33 @@ def unmark(marked: str, opening: str = OPEN, closing: str = CLOSE) -> MarkedText
 def spans_of_text(
     tokenizer: PreTrainedTokenizerBase, prompt: str, part: str, *, add_special_tokens: bool = False
 ) -> tuple[Span, ...]:
-    """Every place of `part` in `prompt`, in tokens. Raises RequestError if it is not there."""
-    ranges, start = [], prompt.find(part) if part else -1
+    """Every place of `part` in `prompt`, in tokens. Raises RequestError if it is not there, or too often."""
+    return spans_of_ranges(tokenizer, prompt, ranges_of_text(prompt, part), add_special_tokens=add_special_tokens)
+
+
+def ranges_of_text(prompt: str, part: str, most: int = MAX_RANGES) -> list[Range]:
+    """Every place of `part` in `prompt`, in characters. Raises RequestError if it is not there, or too often."""
+    ranges: list[Range] = []
+    start = prompt.find(part) if part else -1
     while start >= 0:
+        if len(ranges) == most:
+            raise RequestError(
+                f"{_shortened(part)} is in the prompt more than {most} times, the most that can be looked up. Give a "
+                "longer part, or spans as token ranges."
+            )
         ranges.append((start, start + len(part)))
         start = prompt.find(part, start + len(part))
     if not ranges:
-        raise RequestError(f"{part!r} is not in the prompt {prompt!r}. Give a part of the prompt as it is written.")
-    return spans_of_ranges(tokenizer, prompt, ranges, add_special_tokens=add_special_tokens)
+        raise RequestError(
+            f"{_shortened(part)} is not in the prompt {_shortened(prompt)}. Give a part of the prompt as it is written."
+        )
+    return ranges
 
 
 def spans_of_ranges(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    ranges: Sequence[tuple[int, int]],  # characters [start, stop)
+    ranges: Sequence[Range],
     *,
     add_special_tokens: bool = False,
 ) -> tuple[Span, ...]:
@@ -71,13 +88,33 @@ def spans_of_ranges(
             f"{type(tokenizer).__name__} doesn't tell which characters a token stands for. Give spans as token ranges."
         )
     encoded = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
-    offsets = encoded["offset_mapping"]
-    spans = []
-    for start, stop in ranges:
-        tokens = [place for place, (first, last) in enumerate(offsets) if first < stop and last > start]
-        if not tokens:
-            raise RequestError(
-                f"no token stands for the characters {start} to {stop} of {prompt!r}. Give a range with some text."
-            )
-        spans.append((tokens[0], tokens[-1] + 1))
-    return tuple(spans)
+    return TokenOffsets(encoded["offset_mapping"]).spans(ranges, prompt)
+
+
+class TokenOffsets:
+    """Which characters the tokens of a text stand for, made to be looked up: O(tokens) once, then O(log tokens)."""
+
+    def __init__(self, offsets: Sequence[Range]) -> None:
+        pairs = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        self._tokens = np.flatnonzero(pairs[:, 1] > pairs[:, 0])  # those that stand for characters
+        kept = pairs[self._tokens]
+        # As they stand in the text, starts and stops ascend; made sure of, as searching depends on it.
+        self._stops = np.maximum.accumulate(kept[:, 1])
+        self._starts = np.minimum.accumulate(kept[::-1, 0])[::-1]
+
+    def spans(self, ranges: Sequence[Range], prompt: str) -> tuple[Span, ...]:
+        """The tokens that have at least one character of each range. Raises RequestError if there is none."""
+        wanted = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        first = np.searchsorted(self._stops, wanted[:, 0], side="right")
+        last = np.searchsorted(self._starts, wanted[:, 1], side="left")
+        for (start, stop), is_empty in zip(ranges, first >= last, strict=True):
+            if is_empty:
+                raise RequestError(
+                    f"no token stands for the characters {start} to {stop} of {_shortened(prompt)}. Give a range with "
+                    "some text."
+                )
+        return tuple(zip(self._tokens[first].tolist(), (self._tokens[last - 1] + 1).tolist(), strict=True))
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]!r}... ({len(text)} characters)"

@@ -96,7 +96,15 @@ def log_strengths(
     for place, steerings, padding in steered:
         for steering in steerings:
             heads = slice(None) if steering.heads is None else list(steering.heads)
-            for start, stop in steering.spans:
-                keys = slice(max(0, start + padding - first_key), max(0, stop + padding - first_key))
-                added[place, heads, keys] += steering.log_strength
+            times = _times_spanned(steering, padding - first_key, num_keys).to(device)
+            added[place, heads] += torch.where(times > 0, times * steering.log_strength, 0)  # 0 * -inf is no number
     return added
+
+
+def _times_spanned(steering: Steering, shift: int, num_keys: int) -> Tensor:  # [keys]  float32
+    """How many of the spans each key is in: the running sum of +1 where one starts, and -1 where it stops."""
+    edges = torch.tensor(steering.spans, dtype=torch.int64).add_(shift).clamp_(0, num_keys)  # [spans, 2]
+    changes = torch.zeros(num_keys + 1)
+    changes.index_add_(0, edges[:, 0], torch.ones(len(edges)))
+    changes.index_add_(0, edges[:, 1], -torch.ones(len(edges)))
+    return changes[:num_keys].cumsum(0)

@@ -1,9 +1,12 @@
 """The parts that answers of both APIs have: ids, usage, what extensions add."""
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+import orjson
 
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenLogprobs, TokenScalings
 from loraplex.server.api_errors import ApiError
@@ -11,6 +14,9 @@ from loraplex.server.event_stream import sse
 from loraplex.server.extensions import Encoding, extras
 from loraplex.server.runs import Run
 from loraplex.server.token_texts import TokenTexts
+
+InThread = Callable[[Callable[[], bytes]], Awaitable[bytes]]
+_FEW_TOKENS = 32
 
 
 @dataclass
@@ -25,6 +31,11 @@ class News:
     scalings: tuple[TokenScalings, ...] = ()
     finish_reason: str | None = None
     completion: Completion | None = None  # with its last
+
+    @property
+    def is_large(self) -> bool:
+        """Whether writing it would hold up the event loop."""
+        return self.completion is not None or len(self.logprobs) + len(self.scalings) > _FEW_TOKENS
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -67,18 +78,22 @@ class Extras:
 
 
 async def stream_chunks(
-    run: Run, form: Format, wanted: Extras, texts: TokenTexts, *, include_usage: bool
+    run: Run, form: Format, wanted: Extras, texts: TokenTexts, *, include_usage: bool, in_thread: InThread
 ) -> AsyncGenerator[bytes, None]:
     """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
     results: list[RequestResult] = []
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    def chunk(news: News) -> bytes:
+        choice = form.chunk_choice(news) | wanted.live(news, texts)
+        if news.completion is not None:
+            choice |= wanted.of(news.completion, texts)
+        return sse(form.envelope | {"choices": [choice]} | nothing)
+
     async for events in run.batches():
         found, failure = gather(events, run, holds_end=wanted.any)
         for news in found:
-            choice = form.chunk_choice(news) | wanted.live(news, texts)
-            if news.completion is not None:
-                choice |= wanted.of(news.completion, texts)
-            yield sse(form.envelope | {"choices": [choice]} | nothing)
+            yield await in_thread(partial(chunk, news)) if news.is_large else chunk(news)
         if failure is not None:  # what came before it has been told
             raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
@@ -110,6 +125,11 @@ def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool
                 for completion in event.completions
             ]
     return [*found.values(), *last], None
+
+
+def written(choice: dict[str, Any]) -> orjson.Fragment:
+    """A choice as JSON: an answer is written choice by choice, between which other threads may run."""
+    return orjson.Fragment(orjson.dumps(choice))
 
 
 def new_id(prefix: str) -> str:

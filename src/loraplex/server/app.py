@@ -25,6 +25,7 @@ from loraplex.server.api_errors import (
 from loraplex.server.gate import Gate
 from loraplex.server.json_route import json_response
 from loraplex.server.routes import adapters, generation, health, models, page, tokens, vllm
+from loraplex.server.runs import ClientLeft
 from loraplex.server.state import ServerState, context_of
 
 _ROUTERS = (
@@ -49,6 +50,7 @@ def create_app(state: ServerState) -> ASGIApp:
     app.add_exception_handler(LoraplexError, _on_engine_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientLeft, _on_client_left)
     app.add_exception_handler(Exception, _on_crash)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return with_cors(Gate(app, state), state.config.network.cors_origins)
@@ -90,6 +92,11 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
     response = _refusal(ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}."))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_client_left(http: Request, error: Exception) -> Response:
+    context_of(http).log["ended"] = "disconnected"
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _on_crash(http: Request, error: Exception) -> Response:

@@ -4,20 +4,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
 from loraplex.routing.choice import RowChoice
-from loraplex.server.answers import Extras, News, new_id, usage
+from loraplex.server.answers import Extras, News, new_id, usage, written
 from loraplex.server.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.extensions import capture_request, steerings
+from loraplex.server.extensions import capture_request
+from loraplex.server.prompts import check_length, steerings
 from loraplex.server.request_options import allowed_tokens, cache_salt, sampling_params
 from loraplex.server.schemas.generation import ChatBody, Message
 from loraplex.server.state import RequestContext, ServerState
 
 
 class ChatCall:
-    """One call: checked when it is made."""
+    """One call: checked, and its messages tokenized, when it is made; that is work for a thread."""
 
     def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, choice: RowChoice) -> None:
         self._state = state
@@ -32,22 +31,25 @@ class ChatCall:
             raise ApiError(BAD_REQUEST, "top_logprobs needs logprobs: true.", param="top_logprobs")
         if body.max_tokens == 0:
             raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
-        turns = as_turns(body.messages)
         limits = state.config.limits
+        self.prompts = [as_turns(body.messages)]
         asked = body.max_completion_tokens or body.max_tokens
+        sampling = sampling_params(
+            body,
+            context.principal,
+            limits,
+            max_tokens=allowed_tokens(context.principal, limits) if asked is None else asked,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        encoded = state.chats.encode(self.prompts[0])
+        check_length(encoded, state.engine.max_length, "messages")
         request = Request(
-            turns,
+            encoded.ids,
             adapters=choice,
-            sampling=sampling_params(
-                body,
-                context.principal,
-                limits,
-                max_tokens=allowed_tokens(context.principal, limits) if asked is None else asked,
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            ),
+            sampling=sampling,
             priority=body.priority or 0,
             capture=capture_request(body.capture_attention, limits.max_capture_bytes),
-            steering=steerings(body.steer, state.model.tokenizer, self._rendered(turns), add_special_tokens=False),
+            steering=steerings(body.steer, encoded, limits.max_steered_spans),
             return_scalings=self.extras.scalings,
             scalings_budget_bytes=limits.max_capture_bytes,
             cache_salt=cache_salt(body, context.principal, isolated=state.config.access.prefix_isolation),
@@ -64,7 +66,7 @@ class ChatCall:
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
         (result,) = results
-        choices = [self._choice(completion) for completion in result.completions]
+        choices = [written(self._choice(completion)) for completion in result.completions]
         return self.envelope | {"choices": choices, "usage": usage(results)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
@@ -103,12 +105,6 @@ class ChatCall:
         text = self._state.texts.of(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    def _rendered(self, turns: Sequence[dict[str, str]]) -> str | None:
-        """The prompt as a text, if a steering looks for one in it."""
-        if not any(steer.text for steer in self.body.steer or ()):
-            return None
-        return render(self._state, turns)
-
 
 def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
@@ -117,15 +113,3 @@ def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
         turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
         turns.append(turn if message.name is None else turn | {"name": message.name})
     return turns
-
-
-def render(state: ServerState, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-    """The messages as one text."""
-    tokenizer = state.model.tokenizer
-    if tokenizer.chat_template is None:
-        raise ApiError(BAD_REQUEST, "the model has no chat template. Use /v1/completions.", param="messages")
-    try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise ApiError(BAD_REQUEST, f"the chat template refuses these messages: {error}.", param="messages") from error
-    return str(text)

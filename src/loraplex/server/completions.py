@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from loraplex.engine.request import Completion, Prompt, Request, RequestResult, TokenLogprobs
+from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
 from loraplex.routing.choice import RowChoice
-from loraplex.server.answers import Extras, News, new_id, top_texts, usage
+from loraplex.server.answers import Extras, News, new_id, top_texts, usage, written
 from loraplex.server.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
-from loraplex.server.extensions import capture_request, steerings
+from loraplex.server.extensions import capture_request
+from loraplex.server.prompts import EncodedPrompt, check_length, encode_text, steerings
 from loraplex.server.request_options import cache_salt, sampling_params
 from loraplex.server.schemas.generation import CompletionBody
 from loraplex.server.state import RequestContext, ServerState
@@ -17,7 +19,7 @@ _DEFAULT_TOKENS = 16  # as OpenAI's
 
 
 class CompletionCall:
-    """One call: checked when it is made."""
+    """One call: checked, and its prompts tokenized, when it is made; that is work for a thread."""
 
     def __init__(self, body: CompletionBody, state: ServerState, context: RequestContext, choice: RowChoice) -> None:
         self._state = state
@@ -41,6 +43,7 @@ class CompletionCall:
             prompt_logprobs=prompt_logprobs,
         )
         self.requests = [self._request(prompt, context, choice) for prompt in self.prompts]
+        self._prompt_text = cache(self._decoded)  # of all its answers
         self.envelope: dict[str, Any] = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -57,6 +60,12 @@ class CompletionCall:
         if len(self.prompts) > most:
             message = f"{len(self.prompts)} prompts; {most} are possible (max_prompts)."
             raise ApiError(TOO_LARGE, message, param="prompt")
+        most, number = self._state.config.limits.max_answers, len(self.prompts) * self.n
+        if number > most:
+            message = (
+                f"{len(self.prompts)} prompts times n={self.n} are {number} answers; {most} are possible (max_answers)."
+            )
+            raise ApiError(TOO_LARGE, message, param="n")
         if self.body.max_tokens == 0 and (not self._echo or self.body.stream):
             raise ApiError(BAD_REQUEST, "max_tokens: 0 needs echo, without stream.", param="max_tokens")
         if self._echo and self.body.stream and self.body.logprobs is not None:
@@ -64,27 +73,31 @@ class CompletionCall:
         if self.extras.capture and len(self.prompts) > 1:
             raise ApiError(BAD_REQUEST, "attention is captured for one prompt.", param="capture_attention")
 
-    def _request(self, prompt: Prompt, context: RequestContext, choice: RowChoice) -> Request:
+    def _request(self, prompt: str | list[int], context: RequestContext, choice: RowChoice) -> Request:
         body, config = self.body, self._state.config
-        text = prompt if isinstance(prompt, str) else None
+        encoded = EncodedPrompt(prompt) if isinstance(prompt, list) else self._encode(prompt)
+        check_length(encoded, self._state.engine.max_length, "prompt")
         return Request(
-            prompt,
+            encoded.ids,
             adapters=choice,
             sampling=self._sampling,
             priority=body.priority or 0,
             capture=capture_request(body.capture_attention, config.limits.max_capture_bytes),
-            steering=steerings(body.steer, self._state.model.tokenizer, text, add_special_tokens=True),
+            steering=steerings(body.steer, encoded, config.limits.max_steered_spans),
             return_scalings=self.extras.scalings,
             scalings_budget_bytes=config.limits.max_capture_bytes,
             cache_salt=cache_salt(body, context.principal, isolated=config.access.prefix_isolation),
         )
+
+    def _encode(self, prompt: str) -> EncodedPrompt:
+        return encode_text(self._state.model.tokenizer, prompt, add_special_tokens=True)
 
     # Answers
 
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
         choices = [
-            self._choice(place, result, completion)
+            written(self._choice(place, result, completion))
             for place, result in enumerate(results)
             for completion in result.completions
         ]
@@ -142,7 +155,7 @@ class CompletionCall:
             offset += len(texts.of(token))
         return listed
 
-    def _prompt_text(self, place: int) -> str:
+    def _decoded(self, place: int) -> str:
         prompt = self.prompts[place]
         return prompt if isinstance(prompt, str) else str(self._state.model.tokenizer.decode(list(prompt)))
 

@@ -1,22 +1,20 @@
-"""What goes beyond OpenAI's API: scalings, captured attention, steering."""
+"""What goes beyond OpenAI's API: scalings and captured attention."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import orjson
 
 from loraplex.engine.request import Completion
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.spans import spans_of_text
-from loraplex.residual.steering import Span, Steering
-from loraplex.server.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.schemas.generation import CaptureAttention, Steer
+from loraplex.server.schemas.generation import CaptureAttention
 from loraplex.server.token_texts import TokenTexts
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 Encoding = Literal["base64", "list"]
+_PIECE = 3 * 2**14  # numbers, or bytes, that are written at once; base64 takes three bytes at a time
 
 
 def capture_request(body: CaptureAttention | None, budget_bytes: int) -> CaptureRequest | None:
@@ -30,23 +28,6 @@ def capture_request(body: CaptureAttention | None, budget_bytes: int) -> Capture
         dtype=body.dtype,
         budget_bytes=budget_bytes,
     )
-
-
-def steerings(
-    body: Sequence[Steer] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | None,  # None: token ids, in which no text can be found
-    *,
-    add_special_tokens: bool,
-) -> tuple[Steering, ...]:
-    """The engine's steerings; texts are looked up in the prompt."""
-    made = []
-    for place, steer in enumerate(body or ()):
-        spans = _spans(steer, f"steer.{place}", tokenizer, prompt, add_special_tokens)
-        layers = None if steer.layers is None else tuple(steer.layers)
-        heads = None if steer.heads is None else tuple(steer.heads)
-        made.append(Steering(spans=spans, strength=steer.strength, layers=layers, heads=heads))
-    return tuple(made)
 
 
 def extras(completion: Completion, texts: TokenTexts, encoding: Encoding) -> dict[str, Any]:
@@ -82,23 +63,36 @@ def capture_json(capture: AttentionCapture, encoding: Encoding) -> dict[str, Any
 
 
 def array_json(array: np.ndarray, encoding: Encoding) -> dict[str, Any]:
-    """Shape, type and numbers: nested lists, or the little-endian bytes in base64."""
+    """Shape, type and numbers: nested lists, or the little-endian bytes in base64.
+
+    The numbers are written in pieces, between which another thread may run: an array can have millions.
+    """
     described = {"shape": list(array.shape), "dtype": str(array.dtype)}
     if encoding == "list":
-        return described | {"data": array.tolist()}
+        return described | {"data": orjson.Fragment(b"".join(_nested(array)))}
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return described | {"data": base64.b64encode(little.tobytes()).decode()}
+    content = memoryview(little.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    pieces = (base64.b64encode(content[start : start + _PIECE]) for start in range(0, len(content), _PIECE))
+    return described | {"data": orjson.Fragment(b'"' + b"".join(pieces) + b'"')}
 
 
-def _spans(
-    steer: Steer, param: str, tokenizer: PreTrainedTokenizerBase, prompt: str | None, add_special_tokens: bool
-) -> tuple[Span, ...]:
-    has_range = steer.start is not None and steer.end is not None
-    if has_range == (steer.text is not None) or (steer.start is None) != (steer.end is None):
-        raise ApiError(BAD_REQUEST, f"{param}: give either text, or start and end.", param=param)
-    if steer.start is not None and steer.end is not None:
-        return ((steer.start, steer.end),)
-    if prompt is None:
-        raise ApiError(BAD_REQUEST, f"{param}: a prompt of token ids is steered by start and end.", param=param)
-    assert steer.text is not None, "a steering has neither range nor text"
-    return spans_of_text(tokenizer, prompt, steer.text, add_special_tokens=add_special_tokens)
+def _nested(array: np.ndarray) -> Iterator[bytes]:
+    """The JSON of nested lists, of at most `_PIECE` numbers at a time."""
+    if array.size <= _PIECE:
+        yield _numbers(array)
+        return
+    separator, row_size = b"[", array[0].size
+    rows = max(1, _PIECE // row_size)
+    for start in range(0, len(array), rows):
+        yield separator
+        separator = b","
+        if row_size > _PIECE:
+            yield from _nested(array[start])
+        else:
+            yield _numbers(array[start : start + rows])[1:-1]
+    yield b"]"
+
+
+def _numbers(array: np.ndarray) -> bytes:
+    exact = np.float64 if array.dtype.kind == "f" else array.dtype  # so that all digits are written
+    return orjson.dumps(np.ascontiguousarray(array, dtype=exact), option=orjson.OPT_SERIALIZE_NUMPY)

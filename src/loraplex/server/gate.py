@@ -44,7 +44,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        context = scope[SCOPE_KEY] = RequestContext(id=_request_id(headers))
+        context = scope[SCOPE_KEY] = RequestContext(id=_request_id(headers), address=_address(scope))
         answer = _Answer(send, context.id)
         started = time.perf_counter()
         self._state.num_active += 1
@@ -186,6 +186,11 @@ def _request_id(headers: MutableMapping[bytes, bytes]) -> str:
     """The client's, if it is harmless, so that its logs and these can be joined."""
     given: Any = headers.get(b"x-request-id", b"")
     return given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 def _too_large(most: int) -> ApiError:

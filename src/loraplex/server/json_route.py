@@ -1,30 +1,66 @@
 """Routes that read JSON with orjson, which knows no NaN, and whose OpenAPI tells the errors."""
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from loraplex.server.bodies import parse_body
+from loraplex.server.runs import until_client_leaves
+from loraplex.server.state import context_of, state_of
+
+T = TypeVar("T")
 
 
-class _JsonRequest(Request):
+_SMALL_BODY = 2**14  # bytes that are parsed faster than a thread is asked
+
+
+class _ParsedRequest(Request):
+    """Whose body is what the route takes, checked: FastAPI takes an instance as it is."""
+
+    parsed: BaseModel
+
     async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = orjson.loads(await self.body())
-        return self._json
+        return self.parsed
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are strict JSON."""
+    """A route whose bodies are strict JSON, parsed in a thread unless they are small."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        kind: Any = None if self.body_field is None else self.body_field.field_info.annotation
 
-        async def with_orjson(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+        async def with_parsed_body(request: Request) -> Response:
+            if kind is None or not _is_json(request):
+                return await handle(request)
+            parsed = _ParsedRequest(request.scope, request.receive)
+            body, state = await parsed.body(), state_of(request)
+            if not body:
+                return await handle(parsed)
+            parse = partial(parse_body, body, kind, state.config.limits.max_body_values)
+            parsed.parsed = parse() if len(body) <= _SMALL_BODY else await in_thread(parsed, parse)
+            return await handle(parsed)
 
-        return with_orjson
+        return with_parsed_body
+
+
+async def in_thread(http: Request, work: Callable[[], T]) -> T:
+    """Do it in one of the server's threads; what hasn't begun when the client leaves is never begun.
+
+    Raises ClientLeft.
+    """
+    return await until_client_leaves(http.receive, state_of(http).workers.run(context_of(http).owner, work))
+
+
+def _is_json(request: Request) -> bool:
+    """As FastAPI decides; other bodies are refused by it."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 
 
 _TEXTS = {

@@ -1,16 +1,18 @@
 """Loading, replacing, pinning and unloading on behalf of one principal."""
 
-import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastapi import Request
+
 from loraplex.errors import LoraplexError
 from loraplex.residual.folder import is_residual_folder
-from loraplex.server.access import Entry, Kind, Principal
+from loraplex.server.access import Entry, Kind
 from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status, as_api_error
-from loraplex.server.state import ServerState
+from loraplex.server.runs import until_client_leaves
+from loraplex.server.state import context_of, state_of
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE
@@ -22,10 +24,12 @@ _NAME_IS_BASE = Status(409, "invalid_request_error", "adapter_exists")
 class AdapterLibrary:
     """Checks names by the key's patterns before anything else, so that refusals don't tell what exists."""
 
-    def __init__(self, state: ServerState, principal: Principal) -> None:
-        self._state = state
-        self._model = state.model
-        self._principal = principal
+    def __init__(self, http: Request) -> None:
+        self._state = state_of(http)
+        self._model = self._state.model
+        self._context = context_of(http)
+        self._principal = self._context.principal
+        self._receive = http.receive
 
     # Asking
 
@@ -55,12 +59,12 @@ class AdapterLibrary:
     ) -> None:
         """Load what is in a folder below the roots."""
         self.check_load(name)
-        folder = await asyncio.to_thread(self._state.roots.folder, path)
+        folder = await self._run(partial(self._state.roots.folder, path))
         kind = kind or await self._run(partial(_kind_of, folder))
         if experts is not None and kind != "mixture":
             raise ApiError(BAD_REQUEST, f"experts are a mixture's, but this folder holds: {kind}.", param="experts")
         if kind == "mixture":
-            sources = None if experts is None else self._expert_sources(experts)
+            sources = None if experts is None else await self._run(partial(self._expert_sources, experts))
             await self._run(partial(self._load_mixture, name, folder, sources))
         elif kind == "residual":
             await self._run(partial(self._model.load_residual, name, folder))
@@ -73,7 +77,7 @@ class AdapterLibrary:
         entry = self._loaded(name)
         if entry.kind == "mixture":
             raise ApiError(BAD_REQUEST, "a mixture can't be replaced. Unload it, and load the new one.", param="name")
-        folder = await asyncio.to_thread(self._state.roots.folder, path)
+        folder = await self._run(partial(self._state.roots.folder, path))
         load = self._model.load_residual if entry.kind == "residual" else self._model.load_adapter
         await self._run(partial(load, name, folder, replace=True))
 
@@ -123,9 +127,12 @@ class AdapterLibrary:
         return entry
 
     async def _run(self, work: Callable[[], Any]) -> Any:
-        """Do it in a thread; errors don't tell paths outside of the roots, or names of others."""
+        """Do it in a thread, unless the client leaves before it begins.
+
+        Errors don't tell paths outside of the roots, or names of others.
+        """
         try:
-            return await asyncio.to_thread(work)
+            return await until_client_leaves(self._receive, self._state.loaders.run(self._context.owner, work))
         except LoraplexError as error:
             told = as_api_error(error, may_see_all=self._principal.may_manage)
             raise ApiError(told.status, self._state.roots.without_roots(told.message)) from error

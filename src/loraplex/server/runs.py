@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from jinja2 import TemplateError
 from starlette.types import Receive
 
 from loraplex.engine.feed import Feed
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
-from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError, RequestError
+from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.server.access import adapter_names
 from loraplex.server.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError, as_api_error
 from loraplex.server.state import RequestContext, ServerState
@@ -98,8 +97,6 @@ async def running(
     feed = state.engine.feed(wants_deltas=wants_deltas)
     run = Run(state, context, requests, feed)
     context.log["model"] = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
-    if state.config.logs.log_prompts:
-        context.log["prompts"] = [request.prompt for request in requests]
     try:
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)
@@ -117,10 +114,6 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
         raise as_api_error(error, may_see_all=context.principal.may_manage) from error
     except CapacityError as error:  # of one that is refused at once: it could never run
         raise ApiError(TOO_LARGE, str(error)) from error
-    except RequestError as error:
-        if not isinstance(error.__cause__, TemplateError):
-            raise _refused(error, state, context) from error
-        raise ApiError(BAD_REQUEST, str(error), param="messages") from error
     except BaseModelError as error:
         raise ApiError(BAD_REQUEST, str(error)) from error
     except LoraplexError as error:

@@ -83,6 +83,7 @@ class AccessSettings:
     open_metrics: bool = option(False, "Show /metrics, which names adapters, without a key.")
     adapter_roots: tuple[str, ...] = option((), "Folders below which the API may load adapters; repeat.")
     prefix_isolation: bool = option(True, "Keys don't share the prefix cache.")
+    allow_special_tokens_in_content: bool = option(False, "Messages of chats may write the model's control tokens.")
 
     def __post_init__(self) -> None:
         for root in self.adapter_roots:
@@ -95,18 +96,20 @@ class Limits:
     """What one request may ask for."""
 
     max_body_bytes: int = option(2**21, "Of a request's body; more gets 413.")
+    max_body_values: int = option(2**18, "JSON values of a body, token ids too; more get 400.")
     body_timeout_s: float = option(30.0, "For a body to arrive.")
     stall_timeout_s: float = option(60.0, "A reader that takes nothing for so long is disconnected.")
     max_new_tokens: int = option(4096, "Of an answer.")
     max_choices: int = option(16, "n.")
     max_prompts: int = option(128, "Prompts of one completion request.")
+    max_answers: int = option(256, "Answers of one request: its prompts times n.")
+    max_steered_spans: int = option(256, "Spans of all steerings of a request.")
     max_link_length: int = option(8, "Adapters of one link.")
     max_capture_bytes: int = option(2**24, "Of captured attention, and of scalings, that an answer may bring.")
 
     def __post_init__(self) -> None:
-        counts = ("max_body_bytes", "max_new_tokens", "max_choices", "max_prompts", "max_link_length")
-        _check_least(self, dict.fromkeys((*counts, "max_capture_bytes"), 1) | {"body_timeout_s": 0.1})
-        _check_least(self, {"stall_timeout_s": 0.1})
+        counts = [name for name in vars(self) if name.startswith("max_")]
+        _check_least(self, dict.fromkeys(counts, 1) | {"body_timeout_s": 0.1, "stall_timeout_s": 0.1})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,18 @@ from fastapi import Request as HttpRequest
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.server.access import Catalog, Principal
+from loraplex.server.chat_prompts import ChatEncoder
 from loraplex.server.keys import KeyFile
 from loraplex.server.metrics import Metrics
 from loraplex.server.rates import KeyUsage, Usages
 from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import ServeConfig
 from loraplex.server.token_texts import TokenTexts
+from loraplex.server.workers import Workers
 
 SCOPE_KEY = "loraplex"
+_NUM_WORKERS = 4  # threads that read requests and write answers
+_NUM_LOADERS = 4  # threads that load adapters, which takes longer
 
 
 class ServerState:
@@ -31,9 +35,16 @@ class ServerState:
         self.roots = AdapterRoots(config.access.adapter_roots)
         self.usages = Usages()
         self.metrics = Metrics(engine)
+        self.workers = Workers(_NUM_WORKERS, "loraplex-work")
+        self.loaders = Workers(_NUM_LOADERS, "loraplex-load")
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
+
+    @cached_property
+    def chats(self) -> ChatEncoder:
+        allowed = self.config.access.allow_special_tokens_in_content
+        return ChatEncoder(self.model.tokenizer, allow_special_tokens=allowed)
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -45,9 +56,15 @@ class RequestContext:
     """One HTTP request: its id, its principal, and what its log line will tell."""
 
     id: str
+    address: str = ""  # the client's
     principal: Principal = field(default_factory=Principal)
     usage: KeyUsage | None = None
     log: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> str:
+        """Whose share of the threads its work takes."""
+        return self.address if self.principal.key is None else self.principal.id
 
     def spend_tokens(self, count: int) -> None:
         if self.usage is not None:

@@ -7,14 +7,13 @@ from fastapi import APIRouter, Request, Response
 from loraplex.server.json_route import JsonRoute, documented, json_response
 from loraplex.server.library import AdapterLibrary
 from loraplex.server.schemas.other import ChangeAdapter, LoadAdapter, ReplaceAdapter
-from loraplex.server.state import context_of, state_of
 
 router = APIRouter(route_class=JsonRoute)
 _STATE = ("name", "kind")
 
 
 def _library(http: Request) -> AdapterLibrary:
-    return AdapterLibrary(state_of(http), context_of(http).principal)
+    return AdapterLibrary(http)
 
 
 @router.get("/v1/adapters", responses=documented("What is loaded.", 401, 429, required=("object", "data")))

@@ -1,10 +1,10 @@
 """/v1/completions and /v1/chat/completions."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from functools import partial
 
+import orjson
 from fastapi import APIRouter, Request, Response
 
 from loraplex.errors import LoraplexError
@@ -14,8 +14,8 @@ from loraplex.server.api_errors import as_api_error
 from loraplex.server.chat import ChatCall
 from loraplex.server.completions import CompletionCall
 from loraplex.server.event_stream import EventStream
-from loraplex.server.json_route import JsonRoute, documented, json_response
-from loraplex.server.runs import ClientLeft, running, until_client_leaves
+from loraplex.server.json_route import JsonRoute, documented, in_thread
+from loraplex.server.runs import running, until_client_leaves
 from loraplex.server.schemas.generation import ChatBody, CompletionBody, GenerationBody
 from loraplex.server.state import RequestContext, ServerState, context_of, state_of
 
@@ -50,24 +50,21 @@ async def _respond(
     state, context = state_of(http), context_of(http)
     choice = state.catalog.choice(body.model, context.principal)
     try:
-        if body.steer:  # tokenizes the prompt
-            call = await asyncio.to_thread(make, state, context, choice)
-        else:
-            call = make(state, context, choice)
+        call = await in_thread(http, partial(make, state, context, choice))
     except LoraplexError as error:
         raise as_api_error(error, may_see_all=context.principal.may_manage) from error
+    if state.config.logs.log_prompts:
+        context.log["prompts"] = call.prompts
     if body.stream:
         return await _stream(call, body, state, context)
-    try:
-        return json_response(await until_client_leaves(http.receive, _whole(call, state, context)))
-    except ClientLeft:
-        context.log["ended"] = "disconnected"
-        return Response(status_code=499)  # nobody reads it
+    content = await until_client_leaves(http.receive, _whole(call, state, context))
+    return Response(content, media_type="application/json")
 
 
-async def _whole(call: Call, state: ServerState, context: RequestContext) -> dict[str, Any]:
+async def _whole(call: Call, state: ServerState, context: RequestContext) -> bytes:
     async with running(state, context, call.requests, wants_deltas=False) as run:
-        return call.answer(await run.results())
+        results = await run.results()
+    return await state.workers.run(context.owner, lambda: orjson.dumps(call.answer(results)))
 
 
 async def _stream(call: Call, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:
@@ -75,5 +72,6 @@ async def _stream(call: Call, body: GenerationBody, state: ServerState, context:
     stack = AsyncExitStack()
     run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    chunks = stream_chunks(run, call, call.extras, state.texts, include_usage=include_usage)
+    writing = partial(state.workers.run, context.owner)
+    chunks = stream_chunks(run, call, call.extras, state.texts, include_usage=include_usage, in_thread=writing)
     return EventStream(chunks, state.config.limits.stall_timeout_s, stack.aclose)

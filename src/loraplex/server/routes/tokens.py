@@ -1,12 +1,14 @@
 """/tokenize and /detokenize, as vLLM's."""
 
-import asyncio
+from functools import partial
 
+import orjson
 from fastapi import APIRouter, Request, Response
 
 from loraplex.server.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.chat import as_turns, render
-from loraplex.server.json_route import JsonRoute, documented, json_response
+from loraplex.server.chat import as_turns
+from loraplex.server.json_route import JsonRoute, documented, in_thread
+from loraplex.server.prompts import encode_text
 from loraplex.server.schemas.other import Detokenize, Tokenize
 from loraplex.server.state import ServerState, context_of, state_of
 
@@ -23,10 +25,8 @@ async def tokenize(body: Tokenize, http: Request) -> Response:
     _check_model(body.model, http)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(BAD_REQUEST, "give either prompt or messages.", param="prompt")
-    ids = await asyncio.to_thread(_ids, body, state)
-    strings = state.model.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-    answer = {"count": len(ids), "max_model_len": state.engine.max_length, "tokens": ids, "token_strs": strings}
-    return json_response(answer)
+    content = await in_thread(http, partial(_tokenized, body, state))
+    return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize", responses=documented("The text.", 400, 401, 404, 429, required=("prompt",)))
@@ -34,11 +34,7 @@ async def detokenize(body: Detokenize, http: Request) -> Response:
     """The text of token ids."""
     state = state_of(http)
     _check_model(body.model, http)
-    most = state.engine.vocab_size
-    wrong = next((token for token in body.tokens if token >= most), None)
-    if wrong is not None:
-        raise ApiError(BAD_REQUEST, f"the token id {wrong} is none of 0 to {most - 1}.", param="tokens")
-    return json_response({"prompt": await asyncio.to_thread(state.model.tokenizer.decode, body.tokens)})
+    return Response(await in_thread(http, partial(_detokenized, body.tokens, state)), media_type="application/json")
 
 
 def _check_model(model: str | None, http: Request) -> None:
@@ -46,12 +42,25 @@ def _check_model(model: str | None, http: Request) -> None:
         state_of(http).catalog.choice(model, context_of(http).principal)
 
 
-def _ids(body: Tokenize, state: ServerState) -> list[int]:
+def _tokenized(body: Tokenize, state: ServerState) -> bytes:
     tokenizer = state.model.tokenizer
-    if body.messages is None:
+    if body.messages is not None:
+        ids = state.chats.encode(
+            as_turns(body.messages),
+            add_generation_prompt=body.add_generation_prompt,
+            add_special_tokens=bool(body.add_special_tokens),
+        ).ids
+    else:
+        assert body.prompt is not None, "there are either messages or a prompt"
         add = True if body.add_special_tokens is None else body.add_special_tokens
-        ids: list[int] = tokenizer(body.prompt, add_special_tokens=add)["input_ids"]
-        return ids
-    text = render(state, as_turns(body.messages), add_generation_prompt=body.add_generation_prompt)
-    ids = tokenizer(text, add_special_tokens=bool(body.add_special_tokens))["input_ids"]
-    return ids
+        ids = encode_text(tokenizer, body.prompt, add_special_tokens=add).ids
+    strings = tokenizer.convert_ids_to_tokens(list(ids)) if body.return_token_strs else None
+    answer = {"count": len(ids), "max_model_len": state.engine.max_length, "tokens": ids, "token_strs": strings}
+    return orjson.dumps(answer)
+
+
+def _detokenized(tokens: list[int], state: ServerState) -> bytes:
+    most, largest = state.engine.vocab_size, max(tokens, default=0)
+    if largest >= most:
+        raise ApiError(BAD_REQUEST, f"the token id {largest} is none of 0 to {most - 1}.", param="tokens")
+    return orjson.dumps({"prompt": state.model.tokenizer.decode(tokens)})

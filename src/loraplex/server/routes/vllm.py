@@ -7,7 +7,7 @@ from loraplex.server.api_errors import BAD_REQUEST, NOT_FOUND, ApiError
 from loraplex.server.json_route import JsonRoute, documented
 from loraplex.server.library import AdapterLibrary
 from loraplex.server.schemas.other import VllmLoadAdapter, VllmUnloadAdapter
-from loraplex.server.state import context_of, state_of
+from loraplex.server.state import state_of
 
 router = APIRouter(route_class=JsonRoute)
 _ERRORS = (400, 401, 403, 404, 409, 429)
@@ -18,7 +18,7 @@ async def load_lora_adapter(body: VllmLoadAdapter, http: Request) -> Response:
     """As vLLM's: an adapter that is loaded already is a 400, unless load_inplace."""
     if not body.lora_name or not body.lora_path:
         raise ApiError(BAD_REQUEST, "Both 'lora_name' and 'lora_path' must be provided.")
-    library = AdapterLibrary(state_of(http), context_of(http).principal)
+    library = AdapterLibrary(http)
     try:
         library.check_load(body.lora_name)
         if body.load_inplace and library.is_loaded(body.lora_name):
@@ -37,7 +37,7 @@ async def unload_lora_adapter(body: VllmUnloadAdapter, http: Request) -> Respons
     """As vLLM's."""
     if not body.lora_name:
         raise ApiError(BAD_REQUEST, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
-    library = AdapterLibrary(state_of(http), context_of(http).principal)
+    library = AdapterLibrary(http)
     library.check_load(body.lora_name)
     if not library.is_loaded(body.lora_name):
         raise ApiError(NOT_FOUND, f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name")

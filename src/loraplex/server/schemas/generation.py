@@ -2,14 +2,16 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
-from loraplex.server.schemas.base import Body, Count, TokenId, one_of
+from loraplex.server.schemas.base import Body, Count, TokenId, is_token_ids, one_of
 
 _MOST_BIASES = 1024
 _MOST_STOPS = 16
 _LONGEST_STOP = 1024
 _MOST_STEERINGS = 64
+_MOST_PROMPTS = 4096  # whatever `max_prompts` allows
+_MOST_PARTS = 1024  # of a message's content
 
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Indices = Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=1, max_length=4096)]
@@ -102,6 +104,8 @@ def _parts_as_text(content: Any) -> Any:
     """OpenAI's content parts, all of type text, as the one text that they are."""
     if not isinstance(content, list):
         return content
+    if len(content) > _MOST_PARTS:
+        raise ValueError(f"has {len(content)} parts; {_MOST_PARTS} are possible")
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
@@ -143,10 +147,24 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
+def _prompt(value: Any) -> str | list[Any]:
+    """Checked here, as pydantic would try each of the four types on all of it."""
+    is_texts = isinstance(value, list) and set(map(type, value)) <= {str}
+    if isinstance(value, str) or is_texts or is_token_ids(value):
+        return value
+    is_lists = isinstance(value, list) and len(value) <= _MOST_PROMPTS and all(map(is_token_ids, value))
+    if not is_lists:
+        raise ValueError(
+            "must be a text, a list of texts, a list of token ids, or a list of such lists, of which there are "
+            f"{_MOST_PROMPTS} at most"
+        )
+    return value
+
+
 class CompletionBody(GenerationBody):
-    prompt: one_of(  # type: ignore[valid-type]
-        str | list[TokenId] | list[str] | list[list[TokenId]],
-        "a text, a list of texts, a list of token ids, or a list of such lists",
-    )
+    prompt: Annotated[
+        str | list[Any],
+        PlainValidator(_prompt, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
+    ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from loraplex.server.schemas.base import Body, TokenId
+from loraplex.server.schemas.base import Body, TokenIds
 from loraplex.server.schemas.generation import Message
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -62,4 +62,4 @@ class Tokenize(Body):
 
 class Detokenize(Body):
     model: str | None = Field(None, max_length=8192)
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -1,0 +1,113 @@
+"""From what a client wrote to the tokens that the engine gets, and to the spans that a steering finds in them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from loraplex.errors import RequestError
+from loraplex.residual.spans import Range, TokenOffsets, ranges_of_text
+from loraplex.residual.steering import Span, Steering
+from loraplex.server.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
+from loraplex.server.schemas.generation import Steer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's tokens; of one that was a text also that, and where in it they stand."""
+
+    ids: Sequence[int]
+    text: str | None = None
+    offsets: Sequence[Range] | None = None  # None: the tokenizer doesn't tell
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> EncodedPrompt:
+    """Raises ApiError for what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"the character {error.start} is half of a surrogate pair, which no text has alone."
+        raise ApiError(BAD_REQUEST, message, param="prompt") from None
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=tokenizer.is_fast)
+    return EncodedPrompt(encoded["input_ids"], text, encoded.get("offset_mapping"))
+
+
+def check_length(prompt: EncodedPrompt, max_length: int, param: str) -> None:
+    """Raise ApiError for a prompt that leaves no room for an answer, before anything is done with it."""
+    if len(prompt.ids) >= max_length:
+        raise ApiError(
+            BAD_REQUEST,
+            f"the prompt has {len(prompt.ids)} tokens, but prompt and answer together can have {max_length}. "
+            "Shorten it.",
+            param=param,
+        )
+
+
+def steerings(body: Sequence[Steer] | None, prompt: EncodedPrompt, most_spans: int) -> tuple[Steering, ...]:
+    """The engine's steerings; texts are looked up in the prompt. Costs no more than tokens + spans * log(tokens)."""
+    if not body:
+        return ()
+    _check_kinds(body, prompt)
+    ranges = [_ranges(steer, prompt, f"steer.{place}", most_spans) for place, steer in enumerate(body)]
+    num_spans = sum(1 if found is None else len(found) for found in ranges)
+    if num_spans > most_spans:
+        message = f"the steerings have {num_spans} spans; {most_spans} are possible (max_steered_spans)."
+        raise ApiError(TOO_LARGE, message, param="steer")
+    offsets = TokenOffsets(prompt.offsets) if prompt.offsets is not None and any(ranges) else None
+    made = []
+    for place, (steer, found) in enumerate(zip(body, ranges, strict=True)):
+        spans = _spans(steer, found, prompt, offsets, f"steer.{place}")
+        layers, heads = _distinct(steer.layers), _distinct(steer.heads)
+        made.append(Steering(spans=spans, strength=steer.strength, layers=layers, heads=heads))
+    return tuple(made)
+
+
+def _check_kinds(body: Sequence[Steer], prompt: EncodedPrompt) -> None:
+    for place, steer in enumerate(body):
+        param = f"steer.{place}"
+        has_range = steer.start is not None and steer.end is not None
+        if has_range == (steer.text is not None) or (steer.start is None) != (steer.end is None):
+            raise ApiError(BAD_REQUEST, f"{param}: give either text, or start and end.", param=param)
+        if steer.text is None:
+            continue
+        if prompt.text is None:
+            raise ApiError(BAD_REQUEST, f"{param}: a prompt of token ids is steered by start and end.", param=param)
+        if prompt.offsets is None:
+            message = f"{param}: the model's tokenizer doesn't tell where its tokens stand. Give start and end."
+            raise ApiError(BAD_REQUEST, message, param=param)
+
+
+def _ranges(steer: Steer, prompt: EncodedPrompt, param: str, most: int) -> list[Range] | None:
+    """Where the text of a steering stands; None for one that names tokens."""
+    if steer.text is None:
+        return None
+    text, wanted = prompt.text, steer.text
+    assert text is not None, "texts are looked up in texts"
+    return _told(lambda: ranges_of_text(text, wanted, most), param)
+
+
+def _spans(
+    steer: Steer, ranges: list[Range] | None, prompt: EncodedPrompt, offsets: TokenOffsets | None, param: str
+) -> tuple[Span, ...]:
+    if ranges is None:
+        assert steer.start is not None, "a steering without a text has a start"
+        assert steer.end is not None, "and an end"
+        return ((steer.start, steer.end),)
+    found, text = offsets, prompt.text
+    assert found is not None, "ranges come from a text with offsets"
+    assert text is not None, "ranges come from a text with offsets"
+    return _told(lambda: found.spans(ranges, text), param)
+
+
+def _told(look: Callable[[], T], param: str) -> T:
+    try:
+        return look()
+    except RequestError as error:
+        raise ApiError(BAD_REQUEST, f"{param}: {error}", param=param) from None
+
+
+def _distinct(places: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if places is None else tuple(dict.fromkeys(places))
