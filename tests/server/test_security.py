@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 from loraplex.errors import ConfigError
+from loraplex.server.api_errors import ApiError
 from loraplex.server.keys import KeyFile
 from loraplex.server.logs import JsonFormatter
+from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import AccessSettings, Limits, NetworkSettings, ServeConfig
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 
@@ -26,7 +28,8 @@ LONG = "one prompt that fills several blocks of sixteen characters each"
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     made = {
-        "a": {"use": ("a", "mix-a*"), "load": ("team-a/*",)},
+        "a": {"use": ("a", "mix-a*"), "load": ("team-a/*",), "roots": (".",)},
+        "of-team-a": {"load": ("team-a/*",), "roots": ("team-a",)},
         "b": {"use": ("b",), "base": False},
         "limited": {"max_concurrent": 1, "max_new_tokens": 20},
         "slow": {"requests_per_minute": 2},
@@ -111,6 +114,41 @@ def test_limits_of_a_key(secured, keys):
     assert int(refused.headers["retry-after"]) > 10
     assert complete(secured, keys["few"], "a", prompt=LONG).status_code == 200
     assert complete(secured, keys["few"], "a").status_code == 429
+    for _ in range(5):  # reading counts against nothing
+        assert secured.http(keys["few"]).get("/v1/models").status_code == 200
+        assert secured.http(keys["slow"]).get("/v1/adapters").status_code == 200
+    assert secured.http(keys["slow"]).post("/tokenize", json={"prompt": "x"}).status_code == 429
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_paid_by_those_who_leave(secured, keys, stream):
+    file = KeyFile(keys[""])
+    key, record = file.create(tokens_per_minute=30)
+    time.sleep(1.2)
+    with contextlib.suppress(httpx.TimeoutException):
+        body = {"model": "a", "prompt": "x" * 20, "max_tokens": 100, "ignore_eos": True, "stream": stream}
+        with httpx.Client(base_url=secured.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as http:
+            if stream:
+                with http.stream("POST", "/v1/completions", json=body) as answer:
+                    next(answer.iter_lines())
+            else:
+                http.post("/v1/completions", json=body, timeout=0.05)
+    wait_until_idle(secured)
+    level = secured.server.state.usages.of(record)._tokens._level
+    assert level < 10, "neither the prompt nor what was made is paid"
+
+
+def test_key_pays_for_each_token_once(secured, keys):
+    file = KeyFile(keys[""])
+    key, record = file.create(tokens_per_minute=1000)
+    time.sleep(1.2)
+    for stream in (False, True):
+        for n in (1, 2):
+            before = secured.server.state.usages.of(record)._tokens._level
+            complete(secured, key, "a", prompt="x" * 20, max_tokens=10, ignore_eos=True, n=n, stream=stream)
+            wait_until_idle(secured)
+            paid = before - secured.server.state.usages.of(record)._tokens._level
+            assert 20 + 10 * n - 5 < paid <= 20 + 10 * n, (stream, n)  # it refills meanwhile
 
 
 def test_concurrent_requests_of_a_key(secured, keys):
@@ -155,6 +193,50 @@ def test_paths_stay_below_the_roots(secured, keys, root, tmp_path):
     assert http.post("/v1/adapters", json={"name": "x", "path": "a\0"}).status_code == 400
     (root / "link").unlink()
     shutil.rmtree(inner)
+
+
+def test_key_loads_only_from_its_own_roots(secured, keys, root, tmp_path):
+    for folder in ("team-a/own", "team-b/theirs", "team-a2/near"):
+        shutil.copytree(root / "a", root / folder)
+    (root / "team-a" / "link").symlink_to(root / "team-b" / "theirs")
+    inner = shutil.copytree(root / "a", root / "team-a" / "inner")
+    (inner / "adapter_model.safetensors").unlink()
+    (inner / "adapter_model.safetensors").symlink_to(root / "team-b" / "theirs" / "adapter_model.safetensors")
+    http = secured.http(keys["of-team-a"])
+    absolute = str(root / "team-b" / "theirs")
+    for path in (
+        "a",
+        "team-b/theirs",
+        "theirs",
+        "../team-b/theirs",
+        absolute,
+        "team-a2/near",
+        "link",
+        "inner",
+        "no/such",
+    ):
+        answer = http.post("/v1/adapters", json={"name": "team-a/x", "path": path})
+        assert answer.status_code in (403, 404), path
+        assert http.post("/v1/load_lora_adapter", json={"lora_name": "team-a/x", "lora_path": path}).is_error
+    for path in ("own", "team-a/own", str(root / "team-a" / "own")):
+        assert http.post("/v1/adapters", json={"name": "team-a/x", "path": path}).status_code == 200, path
+        assert http.put("/v1/adapters/team-a/x", json={"path": absolute}).status_code == 403
+        assert http.delete("/v1/adapters/team-a/x").status_code == 200
+    experts = {"name": "team-a/m", "path": "own", "kind": "mixture", "experts": {"team-a/e": "team-b/theirs"}}
+    assert http.post("/v1/adapters", json=experts).status_code == 403
+    for folder in ("team-a", "team-b", "team-a2"):
+        shutil.rmtree(root / folder)
+
+
+def test_root_of_a_key_that_leads_out_of_the_servers_roots_opens_nothing(root, tmp_path):
+    outside = shutil.copytree(root / "a", tmp_path / "elsewhere" / "a").parent
+    (root / "way-out").symlink_to(outside)
+    roots = AdapterRoots([root])
+    for named in (str(outside), "way-out", "/"):
+        with pytest.raises(ApiError) as refused:
+            roots.within((named,)).folder(str(outside / "a"))
+        assert refused.value.status.number == 403
+    (root / "way-out").unlink()
 
 
 def test_only_safetensors_are_read_and_messages_hide_the_root(secured, keys, root):

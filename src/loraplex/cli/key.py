@@ -1,7 +1,5 @@
 """`loraplex key`: make, list and revoke API keys."""
 
-import dataclasses
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +19,10 @@ def create(
     note: Annotated[str, typer.Option(help="Whose key it is.")] = "",
     use: Annotated[list[str] | None, typer.Option(help="Pattern of names that it may use; repeat. Default: *")] = None,
     load: Annotated[list[str] | None, typer.Option(help="Pattern of names that it may load; repeat.")] = None,
+    root: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder below which it may load, absolute or in an adapter root of the server; repeat."),
+    ] = None,
     manage: Annotated[bool, typer.Option("--manage", help="It may use, load and see everything.")] = False,
     base: Annotated[bool, typer.Option("--base/--no-base", help="It may use the base model.")] = True,
     requests_per_minute: Limit = None,
@@ -37,6 +39,7 @@ def create(
         note=note,
         use=("*",) if use is None else tuple(use),
         load=tuple(load or ()),
+        roots=tuple(root or ()),
         manage=manage,
         base=base,
         requests_per_minute=requests_per_minute,
@@ -54,8 +57,7 @@ def create(
 def list_keys(keys_file: KeysFile) -> None:
     """Print what every key may do, as JSON lines; never the keys or their hashes."""
     for record in KeyFile(keys_file).records():
-        shown = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("salt", "hash")}
-        typer.echo(json_format.dumps(shown, ensure_ascii=False))
+        typer.echo(record.model_dump_json(exclude={"salt", "hash"}))
 
 
 @key_app.command()

@@ -29,6 +29,11 @@ class Feed:
         self._error = error
         self._arrived.set()
 
+    def untaken(self) -> list[Event]:
+        """What came for a reader that won't take it."""
+        events, self._events = self._events, []
+        return events
+
     async def take(self) -> list[Event]:
         """Everything that is new since the last call; waits until there is something.
 

@@ -8,7 +8,7 @@ from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.choice import Link, RowChoice, parse_choice
 from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, TOO_LARGE, ApiError, Status
-from loraplex.server.keys import KeyRecord
+from loraplex.server.key_records import KeyRecord
 
 Kind = Literal["base", "adapter", "mixture", "residual"]
 

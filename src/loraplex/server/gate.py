@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,6 +23,9 @@ from loraplex.server.api_errors import (
     UNAUTHORIZED,
     ApiError,
 )
+from loraplex.server.key_records import KeyRecord
+from loraplex.server.keys import KeyFile
+from loraplex.server.rates import Cost
 from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
 _OPEN_FOLDER = "/page/"  # the page's own files
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
 _WHILE_DRAINING = ("/health", "/metrics")
 
 
@@ -58,7 +63,7 @@ class Gate:
         finally:
             self._state.num_active -= 1
             if context.usage is not None:
-                context.usage.leave()
+                context.usage.leave(context.cost)
             self._tell(scope, context, answer, time.perf_counter() - started)
 
     async def _serve(
@@ -70,14 +75,15 @@ class Gate:
         context: RequestContext,
     ) -> None:
         state, path = self._state, scope["path"]
+        context.cost = _cost(scope["method"], path)
         if state.is_draining and path not in _WHILE_DRAINING:
             raise ApiError(SHUTTING_DOWN, "the server is shutting down. Try another one, or try again.")
         if state.num_active > state.config.network.max_connections:
             raise ApiError(OVERLOADED, "too many requests are running (max_connections). Try again.")
         if not (path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)) and path != "/metrics":
-            self._authenticate(headers, context)
+            await self._authenticate(headers, context)
         elif path == "/metrics" and not state.config.access.open_metrics:
-            self._authenticate(headers, context)
+            await self._authenticate(headers, context)
             context.principal.check_manage()
         body = await self._body(headers, receive)
         if body is None:
@@ -86,13 +92,16 @@ class Gate:
         answer.body_is_read = True
         await self._app(scope, _Replay(body, receive), answer)
 
-    def _authenticate(self, headers: MutableMapping[bytes, bytes], context: RequestContext) -> None:
+    async def _authenticate(self, headers: MutableMapping[bytes, bytes], context: RequestContext) -> None:
         keys = self._state.keys
         if keys is None:
             return
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        key = key.strip()
         try:
-            record = keys.find(key.strip()) if scheme.lower() == "bearer" and 0 < len(key) <= 256 else None
+            record = (
+                await self._find(keys, key, context) if scheme.lower() == "bearer" and 0 < len(key) <= 256 else None
+            )
         except ConfigError as error:
             logger.error("%s", error)
             raise ApiError(OVERLOADED, "API keys can't be checked at the moment.") from None
@@ -100,8 +109,18 @@ class Gate:
             raise ApiError(UNAUTHORIZED, "a valid API key is needed: send it as Authorization: Bearer KEY.")
         context.principal = Principal(record)
         usage = self._state.usages.of(record)
-        usage.enter()
+        usage.enter(context.cost)
         context.usage = usage
+
+    async def _find(self, keys: KeyFile, key: str, context: RequestContext) -> KeyRecord | None:
+        """A key that is seen for the first time, or is wrong, costs milliseconds: in a thread, and not too often."""
+        record = keys.known(key)
+        if record is None:
+            self._state.attempts.begin(context.address)
+            record = await self._state.checkers.run(context.address, partial(keys.check, key))
+            if record is not None:
+                self._state.attempts.succeeded(context.address)
+        return record
 
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes | None:
         """The whole body, or None if the client left; refuses what is too large or too slow."""
@@ -186,6 +205,12 @@ def _request_id(headers: MutableMapping[bytes, bytes]) -> str:
     """The client's, if it is harmless, so that its logs and these can be joined."""
     given: Any = headers.get(b"x-request-id", b"")
     return given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _cost(method: str, path: str) -> Cost:
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return Cost.READING
+    return Cost.GENERATING if path in _GENERATING else Cost.CHANGING
 
 
 def _address(scope: Scope) -> str:

@@ -1,154 +1,157 @@
 """API keys at rest: a file with salted hashes, never the keys themselves."""
 
+import contextlib
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from loraplex.errors import ConfigError
-from loraplex.json_files import read_json
+from loraplex.server.key_records import KeyRecord, make_record, parse_keys, write_keys
 
 _PREFIX = "lpx"
 _SCRYPT = {"n": 2**10, "r": 8, "p": 1}  # a key's secret is 256 random bits, which no hash has to slow down guessing of
 _RELOAD_S = 1.0  # how soon a changed file is seen
+_LOCK_TIMEOUT_S = 10.0
+_LARGEST_FILE = 2**26  # bytes
 
-
-@dataclass(frozen=True, kw_only=True)
-class KeyRecord:
-    """What a key may do, and the hash by which it is known."""
-
-    id: str
-    salt: str
-    hash: str
-    note: str = ""
-    use: tuple[str, ...] = ("*",)  # patterns of the names that requests may use; experts of a mixture count
-    load: tuple[str, ...] = ()  # of those that it may load, replace, pin and unload
-    manage: bool = False  # everything: all names, all adapters
-    base: bool = True  # the base model itself
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # prompt and answers
-    max_concurrent: int | None = None  # requests at once
-    max_new_tokens: int | None = None  # of an answer
-    max_priority: int = 0
-    shared_prefixes: bool = False  # share the prefix cache with other keys that do
-    created: int = 0  # seconds since 1970
-
-    def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "tokens_per_minute", "max_concurrent", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"key {self.id!r}: {name} is {value!r}; it must be a whole number of at least 1.")
+_Records = dict[str, KeyRecord]
+_Version = tuple[int, int, int]  # time of the last change, size and inode of a file
 
 
 class KeyFile:
-    """The keys of a file. Changes of the file are seen within a second."""
+    """The keys of a file. Changes of the file are seen within a second; a file in doubt opens nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._records: dict[str, KeyRecord] = {}
-        self._changed = -1
         self._looked = -_RELOAD_S
-        self._seen: dict[bytes, KeyRecord] = {}  # by a hash of the whole key, which only this process can compute
+        self._version: _Version | None = None
+        self._fault: ConfigError | None = None
+        # Replaced together: the records, and those of keys that were checked against them, by a hash of the whole key
+        # that only this process can compute.
+        self._known: tuple[_Records, dict[bytes, KeyRecord]] = ({}, {})
         self._pepper = secrets.token_bytes(32)
 
     # Asking
 
     def find(self, key: str) -> KeyRecord | None:
-        """The record of a key, or None; as slow for an unknown id as for a wrong secret."""
+        """The record of a key, or None. Raises ConfigError for a file that is in doubt."""
+        return self.known(key) or self.check(key)
+
+    def known(self, key: str) -> KeyRecord | None:
+        """The record of a key that was found before, in microseconds; reads the file again if it has changed."""
         self._reload()
-        digest = hmac.digest(self._pepper, key.encode(), "sha256")
-        known = self._seen.get(digest)
-        if known is not None:
-            return known
+        return self._known[1].get(self._digest(key))
+
+    def check(self, key: str) -> KeyRecord | None:
+        """The record of any key, in milliseconds; as slow for an unknown id as for a wrong secret. From any thread."""
+        records, seen = self._known
         _, _, rest = key.partition(f"{_PREFIX}_")
         key_id, _, secret = rest.partition("_")
-        record = self._records.get(key_id)
+        record = records.get(key_id)
         salt, expected = (record.salt, record.hash) if record is not None else ("00" * 16, "00" * 32)
         matches = hmac.compare_digest(_hashed(secret, salt), expected)
-        if record is None or not matches:
+        if record is None or not matches or not key.startswith(f"{_PREFIX}_"):
             return None
-        self._seen[digest] = record
+        seen[self._digest(key)] = record
         return record
 
     def records(self) -> list[KeyRecord]:
         """All keys, oldest first. Raises ConfigError for a file that can't be read."""
-        self._looked = -_RELOAD_S
-        self._changed = -1
+        self._looked, self._version = -_RELOAD_S, None
         self._reload()
-        return list(self._records.values())
+        return list(self._known[0].values())
 
     # Changing
 
     def create(self, **permissions: Any) -> tuple[str, KeyRecord]:
-        """Make a key; returns it, which is written nowhere, and its record."""
-        if self.path.exists():
-            self.records()
+        """Make a key; returns it, which is written nowhere, and its record. Raises ConfigError."""
         key_id, secret, salt = secrets.token_hex(4), secrets.token_urlsafe(32), secrets.token_hex(16)
-        record = KeyRecord(id=key_id, salt=salt, hash=_hashed(secret, salt), created=int(time.time()), **permissions)
-        self._write({**self._records, key_id: record})
+        created = int(time.time())
+        record = make_record(id=key_id, salt=salt, hash=_hashed(secret, salt), created=created, **permissions)
+        if record.load and not record.roots and not record.manage:
+            raise ConfigError("a key with load patterns needs roots, the folders that it may load from. Give --root.")
+        with self._locked():
+            kept = {known.id: known for known in self.records()} if self.path.exists() else {}
+            self._write({**kept, key_id: record})
         return f"{_PREFIX}_{key_id}_{secret}", record
 
     def revoke(self, key_id: str) -> KeyRecord:
         """Forget a key. Raises ConfigError for an unknown id."""
-        self.records()
-        if key_id not in self._records:
-            raise ConfigError(f"{self.path} has no key {key_id!r}. It has {sorted(self._records)}.")
-        record = self._records[key_id]
-        self._write({name: kept for name, kept in self._records.items() if name != key_id})
+        with self._locked():
+            kept = {known.id: known for known in self.records()}
+            if key_id not in kept:
+                raise ConfigError(f"{self.path} has no key {key_id!r}. It has {sorted(kept)}.")
+            record = kept.pop(key_id)
+            self._write(kept)
         return record
 
-    def _write(self, records: Mapping[str, KeyRecord]) -> None:
-        """Replace the file at once; nobody but its owner may read it."""
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Reading, changing and writing is one step: nobody's change is lost."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"keys": [asdict(record) for record in records.values()]}, indent=2) + "\n"
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            with FileLock(lock, timeout=_LOCK_TIMEOUT_S, mode=0o600):
+                yield
+        except Timeout:
+            raise ConfigError(
+                f"{str(self.path)!r} is being changed by someone else, who holds {str(lock)!r} for more than "
+                f"{_LOCK_TIMEOUT_S:g} seconds. Try again."
+            ) from None
+
+    def _write(self, records: _Records) -> None:
+        """Replace the file at once, and for good; nobody but its owner may read it."""
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, self.path)
-        self._records = dict(records)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(write_keys(records))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        self._looked, self._version = -_RELOAD_S, None
+
+    # Reading
 
     def _reload(self) -> None:
         now = time.monotonic()
-        if now - self._looked < _RELOAD_S:
-            return
-        self._looked = now
+        if now - self._looked >= _RELOAD_S:
+            self._looked = now
+            try:
+                self._read()
+                self._fault = None
+            except ConfigError as error:
+                self._known, self._version, self._fault = ({}, {}), None, error
+        if self._fault is not None:
+            raise self._fault
+
+    def _read(self) -> None:
+        """Take the file's records if it has changed. Raises ConfigError."""
         try:
-            changed = self.path.stat().st_mtime_ns
-            if changed != self._changed:
-                self._records = _read(self.path)
-                self._seen.clear()
-                self._changed = changed
-        except OSError as error:
-            self._records, self._changed = {}, -1  # a file that is gone or can't be read opens nothing
-            self._seen.clear()
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                version = (status.st_mtime_ns, status.st_size, status.st_ino)
+                if version == self._version:
+                    return
+                text = file.read(_LARGEST_FILE + 1).decode()
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the keys in {str(self.path)!r} can't be read: {error}.") from error
-        except ConfigError:
-            self._records, self._changed = {}, -1
-            self._seen.clear()
-            raise
+        if len(text) > _LARGEST_FILE:
+            raise ConfigError(f"{str(self.path)!r} has more than {_LARGEST_FILE} bytes, which no file of keys has.")
+        self._known, self._version = (parse_keys(text, str(self.path)), {}), version
 
-
-def _read(path: Path) -> dict[str, KeyRecord]:
-    known = {field.name for field in fields(KeyRecord)}
-    try:
-        entries = read_json(path)["keys"]
-        records = {}
-        for entry in entries:
-            unknown = set(entry) - known
-            if unknown:
-                raise ConfigError(f"{path}: a key has the unknown settings {sorted(unknown)}; known: {sorted(known)}.")
-            record = KeyRecord(**entry)
-            records[record.id] = replace(record, use=tuple(record.use), load=tuple(record.load))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no file of keys: {error!r}. Make one with `loraplex key create`.") from error
-    return records
+    def _digest(self, key: str) -> bytes:
+        return hmac.digest(self._pepper, key.encode(), "sha256")
 
 
 def _hashed(secret: str, salt: str) -> str:

@@ -1,7 +1,7 @@
 """Loading, replacing, pinning and unloading on behalf of one principal."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from loraplex.errors import LoraplexError
 from loraplex.residual.folder import is_residual_folder
 from loraplex.server.access import Entry, Kind
 from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status, as_api_error
+from loraplex.server.roots import AdapterRoots
 from loraplex.server.runs import until_client_leaves
 from loraplex.server.state import context_of, state_of
 from loraplex.xlora.formats.folders import read_mixture_folder
@@ -30,6 +31,12 @@ class AdapterLibrary:
         self._context = context_of(http)
         self._principal = self._context.principal
         self._receive = http.receive
+
+    @cached_property
+    def _roots(self) -> AdapterRoots:
+        """The folders that the principal may load from."""
+        key = self._principal.key
+        return self._state.roots if key is None or key.manage else self._state.roots.within(key.roots)
 
     # Asking
 
@@ -59,7 +66,7 @@ class AdapterLibrary:
     ) -> None:
         """Load what is in a folder below the roots."""
         self.check_load(name)
-        folder = await self._run(partial(self._state.roots.folder, path))
+        folder = await self._run(lambda: self._roots.folder(path))
         kind = kind or await self._run(partial(_kind_of, folder))
         if experts is not None and kind != "mixture":
             raise ApiError(BAD_REQUEST, f"experts are a mixture's, but this folder holds: {kind}.", param="experts")
@@ -77,7 +84,7 @@ class AdapterLibrary:
         entry = self._loaded(name)
         if entry.kind == "mixture":
             raise ApiError(BAD_REQUEST, "a mixture can't be replaced. Unload it, and load the new one.", param="name")
-        folder = await self._run(partial(self._state.roots.folder, path))
+        folder = await self._run(lambda: self._roots.folder(path))
         load = self._model.load_residual if entry.kind == "residual" else self._model.load_adapter
         await self._run(partial(load, name, folder, replace=True))
 
@@ -107,17 +114,17 @@ class AdapterLibrary:
                 sources[name] = None
             else:
                 self.check_load(name)
-                sources[name] = self._state.roots.folder(path)
+                sources[name] = self._roots.folder(path)
         return sources
 
     def _load_mixture(self, name: str, folder: Path, sources: Mapping[str, Path | None] | None) -> None:
         if sources is None:
             for expert, path in read_mixture_folder(folder).experts.items():
                 self._principal.check_load(f"{name}/{expert}")
-                if not self._state.roots.contains(path):
+                if not self._roots.contains(path):
                     message = f"the folder names its expert {expert!r} in a place that is not below adapter_roots."
                     raise ApiError(FORBIDDEN, message, param="path")
-                self._state.roots.folder(str(path))
+                self._roots.folder(str(path))
         self._model.load_mixture(name, folder, experts=sources)
 
     def _loaded(self, name: str) -> Entry:
@@ -135,7 +142,7 @@ class AdapterLibrary:
             return await until_client_leaves(self._receive, self._state.loaders.run(self._context.owner, work))
         except LoraplexError as error:
             told = as_api_error(error, may_see_all=self._principal.may_manage)
-            raise ApiError(told.status, self._state.roots.without_roots(told.message)) from error
+            raise ApiError(told.status, self._roots.without_roots(told.message)) from error
 
     def _describe(self, entry: Entry) -> dict[str, Any]:
         described: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "experts": list(entry.experts)}

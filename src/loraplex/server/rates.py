@@ -2,15 +2,24 @@
 
 import time
 from collections.abc import Callable
+from enum import Enum
 
 from loraplex.server.api_errors import RATE_LIMITED, ApiError
-from loraplex.server.keys import KeyRecord
+from loraplex.server.key_records import KeyRecord
 
 _MINUTE_S = 60.0
 
 
+class Cost(Enum):
+    """What a request counts against."""
+
+    READING = "nothing"
+    CHANGING = "requests and concurrency"
+    GENERATING = "requests, concurrency and tokens"
+
+
 class Bucket:
-    """Refills steadily; may be overdrawn once by what is known only afterwards."""
+    """Refills steadily; may be overdrawn by what is known only afterwards."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._size = per_minute
@@ -38,12 +47,20 @@ class KeyUsage:
         self._requests = None if record.requests_per_minute is None else Bucket(record.requests_per_minute, clock)
         self._tokens = None if record.tokens_per_minute is None else Bucket(record.tokens_per_minute, clock)
 
-    def enter(self) -> None:
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens must be told as they are made."""
+        return self._tokens is not None
+
+    def enter(self, cost: Cost) -> None:
         """Begin a request, or raise the 429 that tells which limit it is and when to try again."""
+        if cost is Cost.READING:
+            return
         most = self.record.max_concurrent
         if most is not None and self.num_running >= most:
             raise ApiError(RATE_LIMITED, f"this key has {self.num_running} requests running, its limit.")
-        for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, 0.5, "tokens")):
+        tokens = self._tokens if cost is Cost.GENERATING else None
+        for bucket, amount, what in ((self._requests, 1, "requests"), (tokens, 0.5, "tokens")):
             wait_s = 0.0 if bucket is None else bucket.wait_s(amount)
             if wait_s > 0:
                 message = f"this key has used its {what} of the minute. Try again in {wait_s:.1f} seconds."
@@ -52,8 +69,9 @@ class KeyUsage:
             self._requests.spend(1)
         self.num_running += 1
 
-    def leave(self) -> None:
-        self.num_running -= 1
+    def leave(self, cost: Cost) -> None:
+        if cost is not Cost.READING:
+            self.num_running -= 1
 
     def spend_tokens(self, count: int) -> None:
         if self._tokens is not None:

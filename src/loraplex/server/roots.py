@@ -13,8 +13,17 @@ _MOST_FILES = 10_000
 class AdapterRoots:
     """Turns a client's path into a checked folder."""
 
-    def __init__(self, roots: Sequence[str]) -> None:
+    def __init__(self, roots: Sequence[str | Path], bases: Sequence[str | Path] = ()) -> None:
         self._roots = [Path(os.path.realpath(root)) for root in roots]
+        # What relative paths are relative to.
+        self._bases = [*self._roots, *(Path(os.path.realpath(base)) for base in bases)]
+
+    def within(self, folders: Sequence[str]) -> "AdapterRoots":
+        """The part of the roots that is below these folders, each absolute or relative to a root."""
+        named = [Path(folder) if os.path.isabs(folder) else root / folder for folder in folders for root in self._roots]
+        real = [Path(os.path.realpath(folder)) for folder in named]
+        inside = [folder for folder in real if any(folder.is_relative_to(root) for root in self._roots)]
+        return AdapterRoots(tuple(dict.fromkeys(inside)), self._roots)
 
     def folder(self, path: str) -> Path:
         """The real folder of `path`, absolute or relative to a root; it and all below it lie in a root.
@@ -22,10 +31,13 @@ class AdapterRoots:
         Whatever leads out of the roots gets the same 403, whether it exists or not.
         """
         if not self._roots:
-            raise ApiError(FORBIDDEN, "this server loads no adapters over HTTP: it has no adapter_roots.", param="path")
+            message = (
+                "no adapters are loaded over HTTP: the server has no adapter_roots, or this key no roots below them."
+            )
+            raise ApiError(FORBIDDEN, message, param="path")
         if not path or len(path) > _LONGEST_PATH or "\0" in path:
             raise ApiError(BAD_REQUEST, "the path is empty, too long, or has a zero byte.", param="path")
-        candidates = [Path(path)] if os.path.isabs(path) else [root / path for root in self._roots]
+        candidates = [Path(path)] if os.path.isabs(path) else [base / path for base in self._bases]
         inside = [Path(os.path.realpath(candidate)) for candidate in candidates if self._is_inside(candidate)]
         if not inside:
             raise self._forbidden()
@@ -41,17 +53,14 @@ class AdapterRoots:
 
     def without_roots(self, message: str) -> str:
         """A message that doesn't tell where the roots are."""
-        for root in self._roots:
+        for root in self._bases:
             message = message.replace(f"{root}{os.sep}", "").replace(str(root), ".")
         return message
 
     def _is_inside(self, candidate: Path) -> bool:
-        """Whether it stays in a root as it is written, and when its links are followed."""
-        written, real = Path(os.path.normpath(candidate)), Path(os.path.realpath(candidate))
-        return ".." not in candidate.parts and any(
-            real.is_relative_to(root) and real != root and (written.is_relative_to(root) or os.path.isabs(candidate))
-            for root in self._roots
-        )
+        """Whether it is below a root when its links are followed, without leading up as it is written."""
+        real = Path(os.path.realpath(candidate))
+        return ".." not in candidate.parts and any(real.is_relative_to(root) and real != root for root in self._roots)
 
     def _check_contents(self, folder: Path) -> None:
         """No file below the folder may be a link to the outside, or a device."""

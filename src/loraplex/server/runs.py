@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -34,6 +35,7 @@ class Run:
         self.places: dict[str, int] = {}  # of the requests, by their ids in the engine
         self.num_requests = len(requests)
         self._has_begun = False
+        self._told: Counter[tuple[str, int]] = Counter()  # tokens of each answer that its deltas have brought
 
     async def results(self) -> list[RequestResult]:
         """All results, in the requests' order; raises ApiError for the first that failed."""
@@ -63,9 +65,25 @@ class Run:
 
     async def _take(self) -> list[Delta | RequestResult]:
         try:
-            return await self._feed.take()
+            events = await self._feed.take()
+            self.charge(events)
+            return events
         except LoraplexError as error:
             raise as_api_error(error, may_see_all=self._context.principal.may_manage) from error
+
+    def charge(self, events: Sequence[Delta | RequestResult]) -> None:
+        """Let the key pay for tokens as they are made, whoever waits for them."""
+        count = 0
+        for event in events:
+            if isinstance(event, Delta):
+                self._told[event.request_id, event.index] += len(event.token_ids)
+                count += len(event.token_ids)
+            else:  # what no delta has told
+                count += sum(
+                    max(0, len(completion.token_ids) - self._told[event.request_id, completion.index])
+                    for completion in event.completions
+                )
+        self._context.spend_tokens(count)
 
     def check(self, ended: Completion | Delta) -> None:
         """Raise what a client must be told of an answer that didn't end as it should."""
@@ -79,7 +97,6 @@ class Run:
         num_prompt = sum(len(result.prompt_token_ids) for result in results)
         num_new = sum(len(completion.token_ids) for result in results for completion in result.completions)
         num_cached = sum(result.num_cached_tokens for result in results)
-        self._context.spend_tokens(num_prompt + num_new)
         self._context.log |= {"prompt_tokens": num_prompt, "new_tokens": num_new, "cached_tokens": num_cached}
         if self._state.config.logs.log_prompts:
             texts = [completion.text for result in results for completion in result.completions]
@@ -94,17 +111,20 @@ async def running(
     state: ServerState, context: RequestContext, requests: Sequence[Request], *, wants_deltas: bool
 ) -> AsyncIterator[Run]:
     """Give the requests to the engine; whatever isn't finished at the end of the block is cancelled."""
-    feed = state.engine.feed(wants_deltas=wants_deltas)
+    counts_tokens = context.usage is not None and context.usage.counts_tokens
+    feed = state.engine.feed(wants_deltas=wants_deltas or counts_tokens)
     run = Run(state, context, requests, feed)
     context.log["model"] = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
     try:
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)
             run.places[request_id] = place
+            context.spend_tokens(len(request.prompt))
         yield run
     finally:
         for request_id in run.places:
             state.engine.drop(request_id)
+        run.charge(feed.untaken())
 
 
 async def _submit(state: ServerState, context: RequestContext, request: Request, feed: Feed) -> str:

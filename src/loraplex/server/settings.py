@@ -79,6 +79,7 @@ class AccessSettings:
     """Who may do what."""
 
     keys_file: str = option("", "File of API keys, made by `loraplex key create`; empty: no keys.")
+    max_wrong_keys_per_minute: int = option(60, "Of one address; more get 429.")
     allow_anonymous: bool = option(False, "Without keys, listen on addresses that others can reach.")
     open_metrics: bool = option(False, "Show /metrics, which names adapters, without a key.")
     adapter_roots: tuple[str, ...] = option((), "Folders below which the API may load adapters; repeat.")
@@ -89,6 +90,7 @@ class AccessSettings:
         for root in self.adapter_roots:
             if not Path(root).is_dir():
                 raise ConfigError(f"adapter_roots names {root!r}, which is no folder. Make it first.")
+        _check_least(self, {"max_wrong_keys_per_minute": 1})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,18 @@ from fastapi import Request as HttpRequest
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.server.access import Catalog, Principal
+from loraplex.server.attempts import Attempts
 from loraplex.server.chat_prompts import ChatEncoder
 from loraplex.server.keys import KeyFile
 from loraplex.server.metrics import Metrics
-from loraplex.server.rates import KeyUsage, Usages
+from loraplex.server.rates import Cost, KeyUsage, Usages
 from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import ServeConfig
 from loraplex.server.token_texts import TokenTexts
 from loraplex.server.workers import Workers
 
 SCOPE_KEY = "loraplex"
+NUM_CHECKERS = 2  # threads that check keys
 _NUM_WORKERS = 4  # threads that read requests and write answers
 _NUM_LOADERS = 4  # threads that load adapters, which takes longer
 
@@ -34,6 +36,8 @@ class ServerState:
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.roots = AdapterRoots(config.access.adapter_roots)
         self.usages = Usages()
+        self.attempts = Attempts(config.access.max_wrong_keys_per_minute)
+        self.checkers = Workers(NUM_CHECKERS, "loraplex-keys")
         self.metrics = Metrics(engine)
         self.workers = Workers(_NUM_WORKERS, "loraplex-work")
         self.loaders = Workers(_NUM_LOADERS, "loraplex-load")
@@ -59,6 +63,7 @@ class RequestContext:
     address: str = ""  # the client's
     principal: Principal = field(default_factory=Principal)
     usage: KeyUsage | None = None
+    cost: Cost = Cost.READING
     log: dict[str, Any] = field(default_factory=dict)
 
     @property

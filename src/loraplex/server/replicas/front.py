@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
+from loraplex.server.attempts import Attempts
 from loraplex.server.event_stream import DONE, sse
 from loraplex.server.keys import KeyFile
 from loraplex.server.rates import Usages
@@ -20,6 +21,8 @@ from loraplex.server.replicas.affinity import adapter_key
 from loraplex.server.replicas.replica_metrics import Together
 from loraplex.server.runs import ClientLeft, until_client_leaves
 from loraplex.server.settings import ServeConfig
+from loraplex.server.state import NUM_CHECKERS
+from loraplex.server.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class FrontState:
         self.engine = Forwards()
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.usages = Usages()
+        self.attempts = Attempts(config.access.max_wrong_keys_per_minute)
+        self.checkers = Workers(NUM_CHECKERS, "loraplex-keys")
         self.metrics = FrontMetrics()
         self.num_active = 0
         self.is_draining = False
