@@ -222,7 +222,7 @@ def test_key_loads_only_from_its_own_roots(secured, keys, root, tmp_path):
         assert http.post("/v1/adapters", json={"name": "team-a/x", "path": path}).status_code == 200, path
         assert http.put("/v1/adapters/team-a/x", json={"path": absolute}).status_code == 403
         assert http.delete("/v1/adapters/team-a/x").status_code == 200
-    experts = {"name": "team-a/m", "path": "own", "kind": "mixture", "experts": {"team-a/e": "team-b/theirs"}}
+    experts = {"name": "team-a/m", "path": "own", "kind": "mixture", "experts": {"team-a/e": absolute}}
     assert http.post("/v1/adapters", json=experts).status_code == 403
     for folder in ("team-a", "team-b", "team-a2"):
         shutil.rmtree(root / folder)

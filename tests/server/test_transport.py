@@ -10,7 +10,9 @@ import openai
 import pytest
 
 from loraplex.errors import ConfigError
+from loraplex.server.api_errors import ApiError
 from loraplex.server.keys import KeyFile
+from loraplex.server.origins import OriginCheck
 from loraplex.server.settings import NetworkSettings
 from tests.parts import require
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings
@@ -137,4 +139,64 @@ def test_answers_can_be_read_by_the_allowed_origin_alone(called_from_pages, orig
 def test_without_origins_no_page_elsewhere_may_call(server):
     assert preflight(server, ORIGIN).status_code == 405
     answer = server.http().post("/v1/completions", json=BODY, headers={"origin": ORIGIN})
+    assert answer.status_code == 403
     assert not any(name.startswith("access-control") for name in answer.headers)
+    own = server.http().post("/v1/completions", json=BODY, headers={"origin": server.url})
+    assert own.status_code == 200
+
+
+@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+def test_what_a_page_may_send_unasked_is_no_request(server, media):
+    headers = {} if media is None else {"content-type": media}
+    content = b'{"lora_name": "a"}'
+    answer = server.http().post("/v1/unload_lora_adapter", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert "a" in server.model.names()
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.x"]
+)
+def test_names_that_were_bound_to_this_machine_are_refused(server, host):
+    headers = {"host": host.format(port=server.server.port)}
+    for method, path in (
+        ("DELETE", "/v1/adapters/a"),
+        ("GET", "/v1/models"),
+        ("GET", "/"),
+        ("POST", "/v1/completions"),
+    ):
+        answer = server.http().request(method, path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert "a" in server.model.names()
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.1.2.3:80", "[::1]:8000", "localhost."])
+def test_own_names_are_taken(server, host):
+    assert server.http().get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_hosts_can_be_allowed():
+    def is_allowed(called: str, **options) -> bool:
+        check = OriginCheck(NetworkSettings(**options))
+        try:
+            check.check("POST", [(b"host", called.encode())])
+        except ApiError:
+            return False
+        return True
+
+    assert is_allowed("lab.example:8000", allowed_hosts=("Lab.example",))
+    assert not is_allowed("other.example", allowed_hosts=("lab.example",))
+    assert is_allowed("other.example", allowed_hosts=("*",))
+    assert is_allowed("192.168.0.5", host="0.0.0.0")
+    assert is_allowed("[fe80::1]:80", host="::")
+    assert not is_allowed("evil.example", host="0.0.0.0")
+    with pytest.raises(ApiError):
+        OriginCheck(NetworkSettings()).check("GET", [(b"host", b"localhost"), (b"host", b"evil.example")])
+    for origin in (b"null", b"http://evil.example"):
+        with pytest.raises(ApiError, match="may not call"):
+            OriginCheck(NetworkSettings()).check("POST", [(b"host", b"localhost"), (b"origin", origin)])
+
+
+def test_with_keys_any_name_may_stand_in_host(called_from_pages):
+    server, key = called_from_pages
+    assert server.http(key).get("/v1/models", headers={"host": "api.example"}).status_code == 200

@@ -17,6 +17,7 @@ _SINGULAR = {
     "mixtures": "mixture",
     "adapter_roots": "adapter_root",
     "cors_origins": "cors_origin",
+    "allowed_hosts": "allowed_host",
 }
 
 

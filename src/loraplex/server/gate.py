@@ -25,6 +25,7 @@ from loraplex.server.api_errors import (
 )
 from loraplex.server.key_records import KeyRecord
 from loraplex.server.keys import KeyFile
+from loraplex.server.origins import OriginCheck
 from loraplex.server.rates import Cost
 from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 
@@ -43,6 +44,7 @@ class Gate:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
+        self._origins = OriginCheck(state.config.network)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,6 +77,8 @@ class Gate:
         context: RequestContext,
     ) -> None:
         state, path = self._state, scope["path"]
+        if state.keys is None:
+            self._origins.check(scope["method"], scope["headers"])
         context.cost = _cost(scope["method"], path)
         if state.is_draining and path not in _WHILE_DRAINING:
             raise ApiError(SHUTTING_DOWN, "the server is shutting down. Try another one, or try again.")

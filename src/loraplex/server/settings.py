@@ -51,6 +51,7 @@ class NetworkSettings:
     max_connections: int = option(1024, "Connections and requests at once; more get 503.")
     keep_alive_s: float = option(30.0, "How long an idle connection stays open.")
     drain_s: float = option(30.0, "After SIGTERM, how long accepted requests may take.")
+    allowed_hosts: tuple[str, ...] = option((), "Without keys, more names by which the server may be called; repeat.")
     cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API; repeat.")
     replica_loopback: bool = option(True, "With --replicas on one machine, keep all ports of Ray on it.")
 
