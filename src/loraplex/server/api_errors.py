@@ -56,13 +56,16 @@ BAD_REQUEST = Status(400, "invalid_request_error", "invalid_request")
 UNSUPPORTED = Status(400, "invalid_request_error", "unsupported_parameter")
 TOO_LARGE = Status(400, "invalid_request_error", "too_large")
 BODY_TIMEOUT = Status(408, "invalid_request_error", "body_timeout")
+HEADERS_TIMEOUT = Status(408, "invalid_request_error", "headers_timeout")
+HEADERS_TOO_LARGE = Status(431, "invalid_request_error", "headers_too_large")
 BODY_TOO_LARGE = Status(413, "invalid_request_error", "body_too_large")
+TOO_MANY_CONNECTIONS = Status(429, "rate_limit_error", "too_many_connections")
 RATE_LIMITED = Status(429, "rate_limit_error", "rate_limit_exceeded")
 INTERNAL = Status(500, "server_error", "internal_error")
 RESTARTING = Status(503, "server_error", "engine_restarting")
 SHUTTING_DOWN = Status(503, "server_error", "shutting_down")
 OVERLOADED = Status(503, "server_error", "overloaded")
-_RETRY = (RATE_LIMITED, SHUTTING_DOWN, OVERLOADED, ENGINE_STOPPED, RESTARTING)
+_RETRY = (RATE_LIMITED, TOO_MANY_CONNECTIONS, SHUTTING_DOWN, OVERLOADED, ENGINE_STOPPED, RESTARTING)
 
 
 class ApiError(Exception):

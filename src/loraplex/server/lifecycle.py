@@ -11,13 +11,12 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
-from loraplex.server.event_stream import ABORT_KEY
+from loraplex.server.connections import protocol_with
 from loraplex.server.logs import set_up_logs
 from loraplex.server.settings import NetworkSettings, ServeConfig
 from loraplex.server.state import ServerState
@@ -26,14 +25,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0  # for errors of what was cut off to reach their clients
-
-
-class Protocol(HttpToolsProtocol):
-    """Lets the application cut a connection whose reader has stopped reading."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
 
 
 class Server(uvicorn.Server):
@@ -137,7 +128,8 @@ def uvicorn_config(app: ASGIApp, network: NetworkSettings) -> uvicorn.Config:
     """Uvicorn's own settings, from ours."""
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=protocol_with(network),
+        ws="none",
         host=network.host,
         port=network.port,
         log_config=None,

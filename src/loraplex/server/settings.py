@@ -49,6 +49,9 @@ class NetworkSettings:
     tls_key: str = option("", "PEM file with the certificate's key.")
     tls_client_ca: str = option("", "PEM file: only clients with a certificate of this authority.")
     max_connections: int = option(1024, "Connections and requests at once; more get 503.")
+    max_connections_per_address: int = option(512, "Connections of one address at once; more get 429.")
+    headers_timeout_s: float = option(10.0, "For a request's headers to arrive.")
+    max_header_bytes: int = option(2**16, "Of a request's headers; more get 431.")
     keep_alive_s: float = option(30.0, "How long an idle connection stays open.")
     drain_s: float = option(30.0, "After SIGTERM, how long accepted requests may take.")
     allowed_hosts: tuple[str, ...] = option((), "Without keys, more names by which the server may be called; repeat.")
@@ -64,7 +67,8 @@ class NetworkSettings:
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"{name} is {path!r}, which is no file.")
-        _check_least(self, {"max_connections": 1, "keep_alive_s": 0, "drain_s": 0})
+        _check_least(self, {"max_connections": 1, "max_connections_per_address": 1, "max_header_bytes": 1024})
+        _check_least(self, {"headers_timeout_s": 0.1, "keep_alive_s": 0, "drain_s": 0})
 
     @property
     def is_local(self) -> bool:
