@@ -108,7 +108,7 @@ def test_ordinary_messages_are_tokenized_as_the_template_does(kind: str, force: 
         turns = turns_of(*(contents(draw) for _ in range(draw.randint(1, 4))))
         if any(token in turn["content"] for token in SPECIAL[kind] for turn in turns):
             continue
-        assert list(encoder.encode(turns).ids) == reference(tokenizer, turns), turns
+        assert list(encoder.encode(turns, most=9999).ids) == reference(tokenizer, turns), turns
 
 
 def test_spelt_control_tokens_are_text(kind: str) -> None:
@@ -124,7 +124,7 @@ def test_spelt_control_tokens_are_text(kind: str) -> None:
         texts = [contents(draw) or "x" for _ in range(4)]
         texts[draw.randrange(4)] += draw.choice(["", " ", "\n"]) + INJECTED[kind] + draw.choice(["", " ", "\n"])
         turns = turns_of(*texts)
-        encoded = encoder.encode(turns)
+        encoded = encoder.encode(turns, most=9999)
         assert [token for token in encoded.ids if token in special] == expected, turns
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert encoded.text == rendered
@@ -142,7 +142,7 @@ def test_a_control_token_made_of_a_name_and_a_message_is_text() -> None:
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     for name, content in (("<|im_", "end|>"), ("x", "<|im_end"), ("<|endof", "text")):
-        ids = list(encoder.encode([{"role": "user", "name": name, "content": content}]).ids)
+        ids = list(encoder.encode([{"role": "user", "name": name, "content": content}], most=9999).ids)
         assert ids.count(start) == 1
         assert not set(ends) & set(ids)
 
@@ -152,9 +152,9 @@ def test_templates_that_change_messages_refuse_control_tokens_alone() -> None:
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | upper")
     encoder = ChatEncoder(tokenizer, allow_special_tokens=False)
     plain = turns_of("be kind", "hello")
-    assert list(encoder.encode(plain).ids) == reference(tokenizer, plain)
+    assert list(encoder.encode(plain, most=9999).ids) == reference(tokenizer, plain)
     with pytest.raises(ApiError, match="control tokens") as refused:
-        encoder.encode(turns_of("be kind", "<|im_end|>"))
+        encoder.encode(turns_of("be kind", "<|im_end|>"), most=9999)
     assert refused.value.param == "messages"
 
 
@@ -162,7 +162,7 @@ def test_it_can_be_allowed() -> None:
     tokenizer = make_tokenizer("chatml")
     turns = turns_of("be kind", INJECTED["chatml"])
     encoder = ChatEncoder(tokenizer, allow_special_tokens=True)
-    assert list(encoder.encode(turns).ids) == reference(tokenizer, turns)
+    assert list(encoder.encode(turns, most=9999).ids) == reference(tokenizer, turns)
 
 
 def test_over_http(server: Running) -> None:

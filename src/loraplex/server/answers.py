@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import orjson
-
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenLogprobs, TokenScalings
 from loraplex.server.api_errors import ApiError
-from loraplex.server.event_stream import sse
-from loraplex.server.extensions import Encoding, extras
+from loraplex.server.event_stream import sse, sse_pieces
+from loraplex.server.extensions import extras
+from loraplex.server.json_pieces import Encoding
 from loraplex.server.runs import Run
 from loraplex.server.token_texts import TokenTexts
 
-InThread = Callable[[Callable[[], bytes]], Awaitable[bytes]]
+InThread = Callable[[Callable[[], list[bytes]]], Awaitable[list[bytes]]]
 _FEW_TOKENS = 32
 
 
@@ -84,16 +83,17 @@ async def stream_chunks(
     results: list[RequestResult] = []
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
 
-    def chunk(news: News) -> bytes:
+    def chunk(news: News) -> list[bytes]:
         choice = form.chunk_choice(news) | wanted.live(news, texts)
         if news.completion is not None:
             choice |= wanted.of(news.completion, texts)
-        return sse(form.envelope | {"choices": [choice]} | nothing)
+        return sse_pieces(form.envelope | {"choices": [choice]} | nothing)
 
     async for events in run.batches():
         found, failure = gather(events, run, holds_end=wanted.any)
         for news in found:
-            yield await in_thread(partial(chunk, news)) if news.is_large else chunk(news)
+            for piece in await in_thread(partial(chunk, news)) if news.is_large else chunk(news):
+                yield piece
         if failure is not None:  # what came before it has been told
             raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
@@ -125,11 +125,6 @@ def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool
                 for completion in event.completions
             ]
     return [*found.values(), *last], None
-
-
-def written(choice: dict[str, Any]) -> orjson.Fragment:
-    """A choice as JSON: an answer is written choice by choice, between which other threads may run."""
-    return orjson.Fragment(orjson.dumps(choice))
 
 
 def new_id(prefix: str) -> str:

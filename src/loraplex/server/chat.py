@@ -6,10 +6,11 @@ from typing import Any
 
 from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
 from loraplex.routing.choice import RowChoice
-from loraplex.server.answers import Extras, News, new_id, usage, written
+from loraplex.server.answers import Extras, News, new_id, usage
 from loraplex.server.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.extensions import capture_request
-from loraplex.server.prompts import check_length, steerings
+from loraplex.server.json_pieces import Choice
+from loraplex.server.prompts import steerings
 from loraplex.server.request_options import allowed_tokens, cache_salt, sampling_params
 from loraplex.server.schemas.generation import ChatBody, Message
 from loraplex.server.state import RequestContext, ServerState
@@ -41,8 +42,7 @@ class ChatCall:
             max_tokens=allowed_tokens(context.principal, limits) if asked is None else asked,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        encoded = state.chats.encode(self.prompts[0])
-        check_length(encoded, state.engine.max_length, "messages")
+        encoded = state.chats.encode(self.prompts[0], most=state.engine.max_length - 1)
         request = Request(
             encoded.ids,
             adapters=choice,
@@ -66,7 +66,7 @@ class ChatCall:
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
         (result,) = results
-        choices = [written(self._choice(completion)) for completion in result.completions]
+        choices = [Choice(self._choice(completion)) for completion in result.completions]
         return self.envelope | {"choices": choices, "usage": usage(results)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:

@@ -2,19 +2,31 @@
 
 import re
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TypedDict
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.server.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.control_tokens import ControlTokens
-from loraplex.server.prompts import EncodedPrompt, encode_text
+from loraplex.server.prompts import EncodedPrompt, encode_text, encode_with
 
 Turn = Mapping[str, str]
 # Around a placeholder: what `trim` takes away and nothing else does, so that it shows on which sides a template trims.
 _LEFT, _RIGHT = "\u2003\x0b", "\x0b\u2003"
+
+
+class _Options(TypedDict):
+    add_special_tokens: bool
+    most: int
+    param: str
+
+
+def _unlimited(options: _Options) -> _Options:
+    return {**options, "most": sys.maxsize}
 
 
 class ChatEncoder:
@@ -25,11 +37,15 @@ class ChatEncoder:
         self._allows_special = allow_special_tokens
 
     def encode(
-        self, turns: Sequence[Turn], *, add_generation_prompt: bool = True, add_special_tokens: bool = False
+        self, turns: Sequence[Turn], *, most: int, add_generation_prompt: bool = True, add_special_tokens: bool = False
     ) -> EncodedPrompt:
-        """Raises ApiError for messages that the template refuses, or whose control tokens can't be told apart."""
+        """Raises ApiError for messages that the template refuses, or whose control tokens can't be told apart.
+
+        And for more than `most` tokens, before they are looked at.
+        """
         text = self._render(turns, add_generation_prompt)
-        encoded = encode_text(self._tokenizer, text, add_special_tokens=add_special_tokens)
+        options: _Options = {"add_special_tokens": add_special_tokens, "most": most, "param": "messages"}
+        encoded = encode_text(self._tokenizer, text, **options)
         if self._allows_special:
             return encoded
         if not self._tokenizer.is_fast:
@@ -38,19 +54,18 @@ class ChatEncoder:
             return encoded
         empty = _Skeleton(turns)
         skeleton = self._render(empty.turns, add_generation_prompt)
-        expected = encode_text(self._tokenizer, skeleton, add_special_tokens=add_special_tokens)
+        expected = encode_text(self._tokenizer, skeleton, **_unlimited(options))
         is_spelt = any(map(self._control.is_spelt_in, _parts(turns)))
         if not is_spelt and self._control_ids(encoded) == self._control_ids(expected):
             return encoded
-        return self._as_text(text, empty.pieces(skeleton), add_special_tokens)
+        return self._as_text(text, empty.pieces(skeleton), options)
 
-    def _as_text(self, text: str, pieces: Sequence[tuple[str, bool]], add_special_tokens: bool) -> EncodedPrompt:
+    def _as_text(self, text: str, pieces: Sequence[tuple[str, bool]], options: "_Options") -> EncodedPrompt:
         """Tokenize a rendered chat of these pieces; each is a message's or the template's."""
         if "".join(piece for piece, _ in pieces) != text or self._control.is_alias_in(text):
             raise _refusal()
         aliased = "".join(piece if is_message else self._control.aliased(piece) for piece, is_message in pieces)
-        encoded = self._control.tokenizer.encode(aliased, add_special_tokens=add_special_tokens)
-        return EncodedPrompt(encoded.ids, text, encoded.offsets)
+        return encode_with(self._control.tokenizer, aliased, text, **options)
 
     def _control_ids(self, prompt: EncodedPrompt) -> list[int]:
         return [token for token in prompt.ids if token in self._control.ids]

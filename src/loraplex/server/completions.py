@@ -7,9 +7,10 @@ from typing import Any
 
 from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
 from loraplex.routing.choice import RowChoice
-from loraplex.server.answers import Extras, News, new_id, top_texts, usage, written
+from loraplex.server.answers import Extras, News, new_id, top_texts, usage
 from loraplex.server.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.extensions import capture_request
+from loraplex.server.json_pieces import Choice
 from loraplex.server.prompts import EncodedPrompt, check_length, encode_text, steerings
 from loraplex.server.request_options import cache_salt, sampling_params
 from loraplex.server.schemas.generation import CompletionBody
@@ -75,8 +76,7 @@ class CompletionCall:
 
     def _request(self, prompt: str | list[int], context: RequestContext, choice: RowChoice) -> Request:
         body, config = self.body, self._state.config
-        encoded = EncodedPrompt(prompt) if isinstance(prompt, list) else self._encode(prompt)
-        check_length(encoded, self._state.engine.max_length, "prompt")
+        encoded = self._encode(prompt)
         return Request(
             encoded.ids,
             adapters=choice,
@@ -89,15 +89,19 @@ class CompletionCall:
             cache_salt=cache_salt(body, context.principal, isolated=config.access.prefix_isolation),
         )
 
-    def _encode(self, prompt: str) -> EncodedPrompt:
-        return encode_text(self._state.model.tokenizer, prompt, add_special_tokens=True)
+    def _encode(self, prompt: str | list[int]) -> EncodedPrompt:
+        most = self._state.engine.max_length - 1  # one for the answer
+        if isinstance(prompt, list):
+            check_length(len(prompt), most, "prompt")
+            return EncodedPrompt(prompt)
+        return encode_text(self._state.model.tokenizer, prompt, add_special_tokens=True, most=most)
 
     # Answers
 
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
         choices = [
-            written(self._choice(place, result, completion))
+            Choice(self._choice(place, result, completion))
             for place, result in enumerate(results)
             for completion in result.completions
         ]

@@ -1,8 +1,8 @@
 """Server-sent events to one client, at its pace."""
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -10,16 +10,22 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex.server.api_errors import ApiError
+from loraplex.server.json_pieces import gathered, json_pieces
 from loraplex.server.runs import ClientLeft, until_client_leaves
+from loraplex.server.send_clock import ABORT_KEY, SendClock
 
 logger = logging.getLogger(__name__)
 
-ABORT_KEY = "loraplex_abort"  # in a scope: closes the connection without waiting for what is still to be sent
 DONE = b"data: [DONE]\n\n"
 
 
 def sse(chunk: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+def sse_pieces(chunk: dict[str, Any]) -> list[bytes]:
+    """The same of a chunk that may be long."""
+    return gathered(chain([b"data: "], json_pieces(chunk), [b"\n\n"]))
 
 
 class EventStream(Response):
@@ -77,34 +83,3 @@ class EventStream(Response):
         self._clock.begin()
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
         self._clock.end()
-
-
-class SendClock:
-    """Calls `on_stall` when something is being sent for `limit_s`.
-
-    One timer that now and then looks whether a send lasts: a timer of its own for each chunk costs more than the chunk.
-    """
-
-    def __init__(self, limit_s: float, on_stall: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._limit_s = limit_s
-        self._on_stall = on_stall
-        self._since: float | None = None  # when what is being sent began
-        self._timer = self._loop.call_later(limit_s, self._look)
-
-    def begin(self) -> None:
-        self._since = self._loop.time()
-
-    def end(self) -> None:
-        self._since = None
-
-    def stop(self) -> None:
-        self._timer.cancel()
-
-    def _look(self) -> None:
-        now = self._loop.time()
-        due = (now if self._since is None else self._since) + self._limit_s
-        if due <= now:
-            self._on_stall()
-        else:
-            self._timer = self._loop.call_at(due, self._look)

@@ -1,20 +1,15 @@
 """What goes beyond OpenAI's API: scalings and captured attention."""
 
-import base64
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import orjson
 
 from loraplex.engine.request import Completion
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
+from loraplex.server.json_pieces import Encoding, Numbers
 from loraplex.server.schemas.generation import CaptureAttention
 from loraplex.server.token_texts import TokenTexts
 from loraplex.xlora.scalings.row_scalings import RowScalings
-
-Encoding = Literal["base64", "list"]
-_PIECE = 3 * 2**14  # numbers, or bytes, that are written at once; base64 takes three bytes at a time
 
 
 def capture_request(body: CaptureAttention | None, budget_bytes: int) -> CaptureRequest | None:
@@ -63,36 +58,5 @@ def capture_json(capture: AttentionCapture, encoding: Encoding) -> dict[str, Any
 
 
 def array_json(array: np.ndarray, encoding: Encoding) -> dict[str, Any]:
-    """Shape, type and numbers: nested lists, or the little-endian bytes in base64.
-
-    The numbers are written in pieces, between which another thread may run: an array can have millions.
-    """
-    described = {"shape": list(array.shape), "dtype": str(array.dtype)}
-    if encoding == "list":
-        return described | {"data": orjson.Fragment(b"".join(_nested(array)))}
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    content = memoryview(little.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    pieces = (base64.b64encode(content[start : start + _PIECE]) for start in range(0, len(content), _PIECE))
-    return described | {"data": orjson.Fragment(b'"' + b"".join(pieces) + b'"')}
-
-
-def _nested(array: np.ndarray) -> Iterator[bytes]:
-    """The JSON of nested lists, of at most `_PIECE` numbers at a time."""
-    if array.size <= _PIECE:
-        yield _numbers(array)
-        return
-    separator, row_size = b"[", array[0].size
-    rows = max(1, _PIECE // row_size)
-    for start in range(0, len(array), rows):
-        yield separator
-        separator = b","
-        if row_size > _PIECE:
-            yield from _nested(array[start])
-        else:
-            yield _numbers(array[start : start + rows])[1:-1]
-    yield b"]"
-
-
-def _numbers(array: np.ndarray) -> bytes:
-    exact = np.float64 if array.dtype.kind == "f" else array.dtype  # so that all digits are written
-    return orjson.dumps(np.ascontiguousarray(array, dtype=exact), option=orjson.OPT_SERIALIZE_NUMPY)
+    """Shape, type and numbers: nested lists, or the little-endian bytes in base64."""
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "data": Numbers(array, encoding)}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
@@ -21,29 +22,49 @@ class EncodedPrompt:
 
     ids: Sequence[int]
     text: str | None = None
-    offsets: Sequence[Range] | None = None  # None: the tokenizer doesn't tell
+    encoding: Encoding | None = None  # None: the tokenizer doesn't tell where its tokens stand
+
+    @property
+    def offsets(self) -> Sequence[Range]:
+        """The characters that each token stands for; made when it is asked for."""
+        assert self.encoding is not None, "only a fast tokenizer's encoding has offsets"
+        return self.encoding.offsets
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> EncodedPrompt:
-    """Raises ApiError for what is no text."""
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool, most: int, param: str = "prompt"
+) -> EncodedPrompt:
+    """Raises ApiError for what is no text, and for more than `most` tokens before anything is done with them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         message = f"the character {error.start} is half of a surrogate pair, which no text has alone."
-        raise ApiError(BAD_REQUEST, message, param="prompt") from None
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=tokenizer.is_fast)
-    return EncodedPrompt(encoded["input_ids"], text, encoded.get("offset_mapping"))
+        raise ApiError(BAD_REQUEST, message, param=param) from None
+    if not tokenizer.is_fast:
+        ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        check_length(len(ids), most, param)
+        return EncodedPrompt(ids, text)
+    backend: Tokenizer = tokenizer.backend_tokenizer  # whose tokens become Python's objects only when asked for
+    return encode_with(backend, text, text, add_special_tokens=add_special_tokens, most=most, param=param)
 
 
-def check_length(prompt: EncodedPrompt, max_length: int, param: str) -> None:
-    """Raise ApiError for a prompt that leaves no room for an answer, before anything is done with it."""
-    if len(prompt.ids) >= max_length:
-        raise ApiError(
-            BAD_REQUEST,
-            f"the prompt has {len(prompt.ids)} tokens, but prompt and answer together can have {max_length}. "
-            "Shorten it.",
-            param=param,
-        )
+def encode_with(
+    backend: Tokenizer, written: str, text: str, *, add_special_tokens: bool, most: int, param: str
+) -> EncodedPrompt:
+    """The tokens of `written`, which stand for the characters of `text`."""
+    if backend.truncation is not None:
+        backend.no_truncation()
+    # A batch, as `encode` would hold Python's interpreter all the while.
+    (encoding,) = backend.encode_batch([written], add_special_tokens=add_special_tokens)
+    check_length(len(encoding), most, param)
+    return EncodedPrompt(encoding.ids, text, encoding)
+
+
+def check_length(length: int, most: int, param: str) -> None:
+    """Raise ApiError for too many tokens."""
+    if length > most:
+        message = f"the prompt has {length} tokens, but can have {most} here. Shorten it."
+        raise ApiError(BAD_REQUEST, message, param=param)
 
 
 def steerings(body: Sequence[Steer] | None, prompt: EncodedPrompt, most_spans: int) -> tuple[Steering, ...]:
@@ -56,7 +77,7 @@ def steerings(body: Sequence[Steer] | None, prompt: EncodedPrompt, most_spans: i
     if num_spans > most_spans:
         message = f"the steerings have {num_spans} spans; {most_spans} are possible (max_steered_spans)."
         raise ApiError(TOO_LARGE, message, param="steer")
-    offsets = TokenOffsets(prompt.offsets) if prompt.offsets is not None and any(ranges) else None
+    offsets = TokenOffsets(prompt.offsets) if any(ranges) else None
     made = []
     for place, (steer, found) in enumerate(zip(body, ranges, strict=True)):
         spans = _spans(steer, found, prompt, offsets, f"steer.{place}")
@@ -75,7 +96,7 @@ def _check_kinds(body: Sequence[Steer], prompt: EncodedPrompt) -> None:
             continue
         if prompt.text is None:
             raise ApiError(BAD_REQUEST, f"{param}: a prompt of token ids is steered by start and end.", param=param)
-        if prompt.offsets is None:
+        if prompt.encoding is None:
             message = f"{param}: the model's tokenizer doesn't tell where its tokens stand. Give start and end."
             raise ApiError(BAD_REQUEST, message, param=param)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from loraplex.errors import LoraplexError
@@ -14,6 +13,7 @@ from loraplex.server.api_errors import as_api_error
 from loraplex.server.chat import ChatCall
 from loraplex.server.completions import CompletionCall
 from loraplex.server.event_stream import EventStream
+from loraplex.server.json_pieces import PiecesResponse, gathered, json_pieces
 from loraplex.server.json_route import JsonRoute, documented, in_thread
 from loraplex.server.runs import running, until_client_leaves
 from loraplex.server.schemas.generation import ChatBody, CompletionBody, GenerationBody
@@ -57,14 +57,14 @@ async def _respond(
         context.log["prompts"] = call.prompts
     if body.stream:
         return await _stream(call, body, state, context)
-    content = await until_client_leaves(http.receive, _whole(call, state, context))
-    return Response(content, media_type="application/json")
+    pieces = await until_client_leaves(http.receive, _whole(call, state, context))
+    return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
 
 
-async def _whole(call: Call, state: ServerState, context: RequestContext) -> bytes:
+async def _whole(call: Call, state: ServerState, context: RequestContext) -> list[bytes]:
     async with running(state, context, call.requests, wants_deltas=False) as run:
         results = await run.results()
-    return await state.workers.run(context.owner, lambda: orjson.dumps(call.answer(results)))
+    return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(results))))
 
 
 async def _stream(call: Call, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:

@@ -43,17 +43,18 @@ def _check_model(model: str | None, http: Request) -> None:
 
 
 def _tokenized(body: Tokenize, state: ServerState) -> bytes:
-    tokenizer = state.model.tokenizer
+    tokenizer, most = state.model.tokenizer, state.config.limits.max_body_values
     if body.messages is not None:
         ids = state.chats.encode(
             as_turns(body.messages),
+            most=most,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         ).ids
     else:
         assert body.prompt is not None, "there are either messages or a prompt"
         add = True if body.add_special_tokens is None else body.add_special_tokens
-        ids = encode_text(tokenizer, body.prompt, add_special_tokens=add).ids
+        ids = encode_text(tokenizer, body.prompt, add_special_tokens=add, most=most).ids
     strings = tokenizer.convert_ids_to_tokens(list(ids)) if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": state.engine.max_length, "tokens": ids, "token_strs": strings}
     return orjson.dumps(answer)
