@@ -46,6 +46,7 @@ def largest_gap(server: Running) -> Iterator[Gap]:
     try:
         yield gap
     finally:
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(5 * _TICK_S), loop).result()  # the tick that was late has come
         ticking.cancel()
 
 

@@ -14,6 +14,7 @@ from loraplex.server.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.schemas.generation import Steer
 
 T = TypeVar("T")
+_SLACK = 64  # tokens by which a part of a text may differ from the same part of the whole
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,29 @@ def encode_text(
 def encode_with(
     backend: Tokenizer, written: str, text: str, *, add_special_tokens: bool, most: int, param: str
 ) -> EncodedPrompt:
-    """The tokens of `written`, which stand for the characters of `text`."""
+    """The tokens of `written`, which stand for the characters of `text`; what is far too long shows it early."""
     if backend.truncation is not None:
         backend.no_truncation()
-    # A batch, as `encode` would hold Python's interpreter all the while.
-    (encoding,) = backend.encode_batch([written], add_special_tokens=add_special_tokens)
+    for num_characters in (int(1.25 * most) + _SLACK, 8 * most):
+        if len(written) > num_characters:
+            num_tokens = len(_encoding(backend, written[:num_characters], add_special_tokens))
+            if num_tokens > 1.1 * most + _SLACK:  # more than the whole could gain by being whole
+                check_length(num_tokens, most, param)
+    encoding = _encoding(backend, written, add_special_tokens)
     check_length(len(encoding), most, param)
     return EncodedPrompt(encoding.ids, text, encoding)
+
+
+def _encoding(backend: Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
+    """As a batch, since `encode` would hold Python's interpreter all the while."""
+    (encoding,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
+    return encoding
 
 
 def check_length(length: int, most: int, param: str) -> None:
     """Raise ApiError for too many tokens."""
     if length > most:
-        message = f"the prompt has {length} tokens, but can have {most} here. Shorten it."
+        message = f"the prompt has {length} tokens or more, but can have {most} here. Shorten it."
         raise ApiError(BAD_REQUEST, message, param=param)
 
 
