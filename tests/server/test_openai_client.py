@@ -142,6 +142,13 @@ def test_answers_follow_a_json_schema(smollm2):
     assert json.loads(answer.choices[0].message.content)["x"] in (1, 2)
 
 
+@pytest.mark.needs("llguidance")
+@pytest.mark.parametrize("form", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {}}}])
+def test_a_schema_beside_a_tokenizer_that_the_grammars_cant_read_is_a_400(server, form):
+    with pytest.raises(openai.BadRequestError, match="can't be followed with this model's"):
+        server.client().chat.completions.create(model="tiny", messages=MESSAGES, response_format=form)
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

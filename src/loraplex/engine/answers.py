@@ -97,10 +97,11 @@ class Answers:
 
     def _finish_reason(self, generation: Generation, token: int) -> FinishReason | None:
         chooser = generation.chooser
+        if chooser.constraint is not None and chooser.constraint.is_complete:
+            return "stop"  # whatever min_tokens is: nothing can follow
         if generation.num_new >= chooser.sampling.min_tokens:
             is_end = token in chooser.end_tokens
-            is_complete = chooser.constraint is not None and chooser.constraint.is_complete
-            if is_end or is_complete or generation.text.is_stopped:
+            if is_end or generation.text.is_stopped:
                 return "stop"
         return "length" if generation.num_new >= generation.state.max_new_tokens else None
 

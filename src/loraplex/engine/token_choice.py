@@ -86,10 +86,13 @@ class TokenChooser:
             logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if sampling.logit_bias:
             logits[self._biased] += self._biases.to(logits.device)
-        if self._ends and self._counts.total() < sampling.min_tokens:
-            logits[self._ends] = float("-inf")
         if self.constraint is not None:
             self.constraint.allow(logits)
+        if self._ends and self._counts.total() < sampling.min_tokens:
+            ends = logits[self._ends]
+            logits[self._ends] = float("-inf")
+            if self.constraint is not None and not logits.isfinite().any():
+                logits[self._ends] = ends  # the grammar lets nothing else follow
         return logits
 
 
