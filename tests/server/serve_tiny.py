@@ -1,19 +1,19 @@
-"""A server in a process of its own, for signals: python -m tests.server.serve_tiny ROOT DRAIN_S."""
+"""A server in a process of its own: python -m tests.server.serve_tiny ROOT DRAIN_S [KEYS_FILE]."""
 
-import asyncio
 import sys
 import time
 from pathlib import Path
 
 from loraplex.engine.engine import Engine
-from loraplex.server.lifecycle import serve
+from loraplex.server.keys import KeyFile
+from loraplex.server.lifecycle import run_server
 from loraplex.server.logs import set_up_logs
 from tests.server.tiny_server import make_model, settings
 
 _STEP_S = 0.1  # the tiny model must not be done before the signal
 
 
-def main(root: str, drain_s: str) -> None:
+def main(root: str, drain_s: str, keys_file: str = "") -> None:
     step = Engine.step
 
     def slow_step(engine: Engine):
@@ -22,13 +22,9 @@ def main(root: str, drain_s: str) -> None:
 
     Engine.step = slow_step
     set_up_logs("info")
-    asyncio.run(
-        serve(
-            make_model(Path(root)),
-            settings(drain_s=float(drain_s)),
-            on_ready=lambda server: print(server.port, flush=True),
-        )
-    )
+    keys = KeyFile(keys_file) if keys_file else None
+    config = settings(keys=keys, roots=(root,), drain_s=float(drain_s))
+    run_server(make_model(Path(root)), config, on_ready=lambda server: print(server.port, flush=True))
 
 
 if __name__ == "__main__":

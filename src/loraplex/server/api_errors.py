@@ -71,10 +71,19 @@ _RETRY = (RATE_LIMITED, TOO_MANY_CONNECTIONS, SHUTTING_DOWN, OVERLOADED, ENGINE_
 class ApiError(Exception):
     """A refusal with its HTTP status; `param` is the field at fault."""
 
-    def __init__(self, status: Status, message: str, *, param: str | None = None, retry_after_s: float = 0) -> None:
+    def __init__(
+        self,
+        status: Status,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float = 0,
+        quotes_request: bool = False,  # the message may hold what a prompt says, which no log does
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.log_message = "(it quotes the request)" if quotes_request else message
         self.param = param
         retries = status in _RETRY or status.code in ("queue_full", "no_capacity")
         self.retry_after_s = retry_after_s or (RETRY_AFTER_S if retries else 0)
@@ -100,7 +109,7 @@ def as_api_error(error: LoraplexError, *, may_see_all: bool) -> ApiError:
     """An engine's error for a client. What would tell the names of other tenants' adapters is said without them."""
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     if may_see_all or isinstance(error, TooLargeError) or not isinstance(error, _NAMING):
-        return ApiError(status, str(error))
+        return ApiError(status, str(error), quotes_request=isinstance(error, RequestError))
     return ApiError(status, _IMPERSONAL.get(status.code, "This can't be done with what is loaded now."))
 
 

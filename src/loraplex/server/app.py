@@ -40,8 +40,8 @@ _ROUTERS = (
 _MOST_FAULTS = 5
 
 
-def create_app(state: ServerState) -> ASGIApp:
-    """The ASGI application of one server."""
+def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
+    """The ASGI application of one server, or of a replica behind a front, which was asked first."""
     app = FastAPI(title="loraplex", version=loraplex.__version__, docs_url=None, redoc_url=None)
     app.state.server = state
     for router in _ROUTERS:
@@ -53,7 +53,7 @@ def create_app(state: ServerState) -> ASGIApp:
     app.add_exception_handler(ClientLeft, _on_client_left)
     app.add_exception_handler(Exception, _on_crash)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return with_cors(Gate(app, state), state.config.network.cors_origins)
+    return with_cors(Gate(app, state, is_first=is_first), state.config.network.cors_origins)
 
 
 def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
@@ -69,7 +69,8 @@ def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     )
 
 
-def _refusal(error: ApiError) -> Response:
+def _refusal(http: Request, error: ApiError) -> Response:
+    context_of(http).note(error)
     response = json_response(error.body(), error.status.number)
     response.headers.update(error.headers())
     return response
@@ -77,19 +78,19 @@ def _refusal(error: ApiError) -> Response:
 
 async def _on_api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), f"{error!r} is no ApiError"
-    return _refusal(error)
+    return _refusal(http, error)
 
 
 async def _on_engine_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, LoraplexError), f"{error!r} is no LoraplexError"
-    return _refusal(as_api_error(error, may_see_all=context_of(http).principal.may_manage))
+    return _refusal(http, as_api_error(error, may_see_all=context_of(http).principal.may_manage))
 
 
 async def _on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"{error!r} is no HTTPException"
     kinds = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
     status = kinds.get(error.status_code, Status(error.status_code, "invalid_request_error", "http_error"))
-    response = _refusal(ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}."))
+    response = _refusal(http, ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}."))
     response.headers.update(error.headers or {})
     return response
 
@@ -101,13 +102,13 @@ async def _on_client_left(http: Request, error: Exception) -> Response:
 
 async def _on_crash(http: Request, error: Exception) -> Response:
     """What nobody expected; the gate logs it."""
-    return _refusal(ApiError(INTERNAL, f"internal error; the log has it under {context_of(http).id}."))
+    return _refusal(http, ApiError(INTERNAL, f"internal error; the log has it under {context_of(http).id}."))
 
 
 async def _on_invalid(http: Request, error: Exception) -> Response:
     """Names every field at fault, never the values."""
     assert isinstance(error, RequestValidationError), f"{error!r} is no validation error"
-    return _refusal(_invalid(error.errors()))
+    return _refusal(http, _invalid(error.errors()))
 
 
 def _invalid(faults: Sequence[Any]) -> ApiError:

@@ -84,7 +84,7 @@ class ChatEncoder:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             message = f"the chat template refuses these messages: {error}."
-            raise ApiError(BAD_REQUEST, message, param="messages") from error
+            raise ApiError(BAD_REQUEST, message, param="messages", quotes_request=True) from error
 
 
 class _Skeleton:

@@ -13,6 +13,7 @@ from loraplex.server.api_errors import ApiError
 from loraplex.server.json_pieces import gathered, json_pieces
 from loraplex.server.runs import ClientLeft, until_client_leaves
 from loraplex.server.send_clock import ABORT_KEY, SendClock
+from loraplex.server.state import SCOPE_KEY, RequestContext
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class EventStream(Response):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        log: dict[str, Any] = scope["loraplex"].log
+        self._context: RequestContext = scope[SCOPE_KEY]
+        log = self._context.log
 
         def cut() -> None:
             log["ended"] = "stalled"
@@ -73,6 +75,7 @@ class EventStream(Response):
                 async for chunk in self._chunks:
                     await self._send(send, chunk)
             except ApiError as error:
+                self._context.note(error)
                 await self._send(send, sse(error.body()))
             await self._send(send, DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})

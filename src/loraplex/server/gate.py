@@ -41,10 +41,11 @@ _WHILE_DRAINING = ("/health", "/metrics")
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, *, is_first: bool = True) -> None:
         self._app = app
         self._state = state
-        self._origins = OriginCheck(state.config.network)
+        # Without keys; behind another gate the check is done.
+        self._origins = OriginCheck(state.config.network) if is_first and state.keys is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +59,7 @@ class Gate:
         try:
             await self._serve(scope, headers, receive, answer, context)
         except ApiError as error:
+            context.note(error)
             await answer.refuse(error)
         except Exception:
             logger.exception("request failed", extra={"request_id": context.id, "path": scope["path"]})
@@ -77,7 +79,7 @@ class Gate:
         context: RequestContext,
     ) -> None:
         state, path = self._state, scope["path"]
-        if state.keys is None:
+        if self._origins is not None:
             self._origins.check(scope["method"], scope["headers"])
         context.cost = _cost(scope["method"], path)
         if state.is_draining and path not in _WHILE_DRAINING:

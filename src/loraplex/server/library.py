@@ -1,5 +1,6 @@
 """Loading, replacing, pinning and unloading on behalf of one principal."""
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE
 from loraplex.xlora.formats.settings import read_json_object
+
+logger = logging.getLogger(__name__)
 
 _NAME_IS_BASE = Status(409, "invalid_request_error", "adapter_exists")
 
@@ -77,6 +80,7 @@ class AdapterLibrary:
             await self._run(partial(self._model.load_residual, name, folder))
         else:
             await self._run(partial(self._model.load_adapter, name, folder))
+        self._log("loaded", name, folder=str(folder))
 
     async def replace(self, name: str, path: str) -> None:
         """Load another version of an adapter or residual."""
@@ -87,6 +91,7 @@ class AdapterLibrary:
         folder = await self._run(lambda: self._roots.folder(path))
         load = self._model.load_residual if entry.kind == "residual" else self._model.load_adapter
         await self._run(partial(load, name, folder, replace=True))
+        self._log("replaced", name, folder=str(folder))
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """Keep an adapter, or all experts of a mixture, in slots."""
@@ -98,12 +103,27 @@ class AdapterLibrary:
             self._principal.check_load(adapter)
         for adapter in entry.experts or (name,):
             await self._run(partial(self._model.pin, adapter, pinned))
+        self._log("pinned" if pinned else "unpinned", name)
 
     async def unload(self, name: str) -> None:
         self._principal.check_load(name)
         self._loaded(name)
+        versions = self._versions(name)
         await self._run(partial(self._model.unload, name))
         self._state.metrics.forget(name)
+        self._log("unloaded", name, versions=versions)
+
+    def _log(self, what: str, name: str, *, versions: Mapping[str, int] | None = None, **fields: str) -> None:
+        """Who has changed what, in a line of its own."""
+        fields |= {"adapter": name, "key": self._principal.id, "request_id": self._context.id}
+        found = self._versions(name) if versions is None else versions
+        logger.info("%s", what, extra={**fields, "versions": dict(found)})
+
+    def _versions(self, name: str) -> dict[str, int]:
+        """Of an adapter, or of all experts of a mixture."""
+        entry = self._state.catalog.entry(name)
+        members = (name,) if entry is None else entry.experts or (name,)
+        return {state.name: state.version for state in self._model.adapters() if state.name in members}
 
     def _expert_sources(self, experts: Mapping[str, str | None]) -> dict[str, Path | None]:
         """The folders of experts; those that are loaded already must be the principal's to use."""

@@ -87,8 +87,10 @@ def load_model(config: ServeConfig) -> MultiLoraModel:
     model = MultiLoraModel.from_pretrained(wanted.model, dtype=wanted.dtype, device=wanted.device, store=config.store)
     for name, folder in wanted.adapters.items():
         model.load_adapter(name, folder)
+        logger.info("loaded", extra={"adapter": name, "folder": str(folder)})
     for name, folder in wanted.mixtures.items():
         model.load_mixture(name, folder)
+        logger.info("loaded", extra={"adapter": name, "folder": str(folder)})
     return model
 
 
@@ -120,8 +122,13 @@ def run(config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None
 
 def run_server(model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
     """`serve` on an event loop of its own, of uvloop's where that is installed."""
-    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=event_loops()) as runner:
         runner.run(serve(model, config, on_ready=on_ready))
+
+
+def event_loops() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes event loops: uvloop's, where that is installed. Without its log_config uvicorn leaves logs alone."""
+    return uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
 
 
 def uvicorn_config(app: ASGIApp, network: NetworkSettings) -> uvicorn.Config:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 import time
 from typing import Any
 
@@ -27,14 +28,25 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logs(level: str) -> None:
-    """Send loraplex's and uvicorn's logs to standard error; the server writes its own line for a request."""
+    """Send all logs to standard error in one format: loraplex's and uvicorn's from `level` on, others' warnings.
+
+    The server writes its own line for a request. Errors that nobody caught in a thread are logged too.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
+    logging.root.handlers = [handler]
+    logging.root.setLevel("WARNING")
+    for known in list(logging.root.manager.loggerDict.values()):
+        if isinstance(known, logging.Logger):  # libraries bring handlers of their own
+            known.handlers, known.propagate = [], True
     for name in ("loraplex", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level.upper())
-        logger.propagate = False
-    logging.getLogger("uvicorn.error").handlers = []
-    access = logging.getLogger("uvicorn.access")
-    access.handlers, access.propagate = [], False
+        logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("uvicorn.access").propagate = False
+    logging.captureWarnings(True)
+    threading.excepthook = _log_uncaught
+
+
+def _log_uncaught(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
+        name = "" if failed.thread is None else failed.thread.name
+        logging.getLogger(__name__).error("a thread failed", exc_info=failed.exc_value, extra={"thread_name": name})

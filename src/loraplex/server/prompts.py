@@ -138,7 +138,7 @@ def _told(look: Callable[[], T], param: str) -> T:
     try:
         return look()
     except RequestError as error:
-        raise ApiError(BAD_REQUEST, f"{param}: {error}", param=param) from None
+        raise ApiError(BAD_REQUEST, f"{param}: {error}", param=param, quotes_request=True) from None
 
 
 def _distinct(places: Sequence[int] | None) -> tuple[int, ...] | None:

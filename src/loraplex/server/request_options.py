@@ -45,7 +45,7 @@ def sampling_params(
     try:
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except RequestError as error:
-        raise ApiError(BAD_REQUEST, str(error)) from error
+        raise ApiError(BAD_REQUEST, str(error), quotes_request=True) from error
 
 
 def allowed_tokens(principal: Principal, limits: Limits) -> int:

@@ -135,7 +135,7 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
     except CapacityError as error:  # of one that is refused at once: it could never run
         raise ApiError(TOO_LARGE, str(error)) from error
     except BaseModelError as error:
-        raise ApiError(BAD_REQUEST, str(error)) from error
+        raise ApiError(BAD_REQUEST, str(error), quotes_request=True) from error
     except LoraplexError as error:
         raise _refused(error, state, context) from error
 

@@ -9,6 +9,7 @@ from fastapi import Request as HttpRequest
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.server.access import Catalog, Principal
+from loraplex.server.api_errors import ApiError
 from loraplex.server.attempts import Attempts
 from loraplex.server.chat_prompts import ChatEncoder
 from loraplex.server.keys import KeyFile
@@ -70,6 +71,12 @@ class RequestContext:
     def owner(self) -> str:
         """Whose share of the threads its work takes."""
         return self.address if self.principal.key is None else self.principal.id
+
+    def note(self, error: ApiError) -> None:
+        """Let the request's log line tell a refusal; not what it quotes of the request."""
+        self.log |= {"code": error.status.code, "error": error.log_message}
+        if error.param is not None:
+            self.log["param"] = error.param
 
     def spend_tokens(self, count: int) -> None:
         if self.usage is not None:

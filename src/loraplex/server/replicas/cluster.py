@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-import uvicorn
-
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import with_cors
 from loraplex.server.gate import Gate
-from loraplex.server.lifecycle import Server, load_model, uvicorn_config
+from loraplex.server.lifecycle import Server, event_loops, load_model, uvicorn_config
 from loraplex.server.logs import set_up_logs
 from loraplex.server.replicas.loopback import check_loopback, choose_loopback, is_one_machine
 from loraplex.server.settings import ServeConfig
@@ -52,7 +50,7 @@ def run_replicas(
     try:
         serve.start(proxy_location="Disabled", grpc_options=None)
         handle = serve.run(_application(config, num_replicas, load, on_loopback), name=NAME, route_prefix=None)
-        with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=event_loops()) as runner:
             runner.run(_serve_front(handle, config, on_ready))
     finally:
         serve.shutdown()

@@ -38,7 +38,7 @@ class EngineReplica:
         self._id = secrets.token_hex(4)
         self._engine = await AsyncEngine(model, config.engine).__aenter__()
         self._state = ServerState(self._engine, config)
-        self._app = create_app(self._state)
+        self._app = create_app(self._state, is_first=False)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What Ray Serve asks now and then, and gives to the router."""
