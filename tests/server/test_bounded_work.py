@@ -4,9 +4,11 @@ import asyncio
 import base64
 import contextlib
 import random
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -144,6 +146,33 @@ def test_requests_that_wait_for_the_engine_are_not_read_once_their_clients_left(
     go.set()
     wait_until_idle(server)
     assert len(begun) == num_begun < 12
+
+
+def test_listing_asks_the_store_once(server: Running, monkeypatch) -> None:
+    calls, adapters = [], server.model.adapters
+    monkeypatch.setattr(server.model, "adapters", lambda: calls.append(1) or adapters())
+    assert len(server.http().get("/v1/adapters").json()["data"]) == 5
+    assert len(calls) == 1, "it costs the square of the number of adapters"
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PUT", "PATCH"])
+def test_long_names_are_not_repeated(server: Running, method: str) -> None:
+    body = {"PUT": {"path": "a"}, "PATCH": {"pinned": True}}.get(method)
+    answer = server.http().request(method, "/v1/adapters/" + "x" * 20_000, json=body)
+    assert answer.status_code == 404
+    assert len(answer.content) < 1000
+
+
+def test_settings_of_many_megabytes_are_not_parsed(server: Running, root: Path) -> None:
+    folder = shutil.copytree(root / "a", root / "large")
+    (folder / "adapter_config.json").write_bytes(b'{"x": [' + b"1," * 2**21 + b"1]}")
+    answer = server.http().post("/v1/adapters", json={"name": "x", "path": "large"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_large")
+    shutil.copy(root / "a" / "adapter_config.json", folder)
+    (folder / "tokenizer.json").write_bytes(b"[" * 2**23)  # is not read
+    assert server.http().post("/v1/adapters", json={"name": "x", "path": "large"}).status_code == 200
+    assert server.http().delete("/v1/adapters/x").status_code == 200
+    shutil.rmtree(folder)
 
 
 def test_offsets_are_found_as_by_trying_all_tokens() -> None:

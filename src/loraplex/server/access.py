@@ -52,7 +52,8 @@ class Principal:
     def check_load(self, name: str) -> None:
         """Refuse a name that this key may not load, whether anything has it or not."""
         if not self.may_load(name):
-            raise ApiError(FORBIDDEN, f"this key may not load, replace, pin or unload {name!r}.", param="name")
+            message = f"this key may not load, replace, pin or unload {name[:300]!r}."
+            raise ApiError(FORBIDDEN, message, param="name")
 
     def check_manage(self) -> None:
         if not self.may_manage:

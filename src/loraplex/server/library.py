@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
+from loraplex.adapters.version import AdapterState
 from loraplex.errors import LoraplexError
 from loraplex.residual.folder import is_residual_folder
 from loraplex.server.access import Entry, Kind
@@ -45,13 +46,14 @@ class AdapterLibrary:
 
     def states(self) -> list[dict[str, Any]]:
         """Of everything that the principal may use."""
-        return [self._describe(entry) for entry in self._state.catalog.visible(self._principal)]
+        states = self._states()
+        return [self._describe(entry, states) for entry in self._state.catalog.visible(self._principal)]
 
     def state(self, name: str) -> dict[str, Any]:
         entry = self._state.catalog.entry(name)
         if entry is None or not self._principal.may_load(name):
             entry = self._state.catalog.find(name, self._principal)
-        return self._describe(entry)
+        return self._describe(entry, self._states())
 
     def is_loaded(self, name: str) -> bool:
         return self._state.catalog.entry(name) is not None
@@ -150,7 +152,7 @@ class AdapterLibrary:
     def _loaded(self, name: str) -> Entry:
         entry = self._state.catalog.entry(name)
         if entry is None:
-            raise ApiError(NOT_FOUND, f"{name!r} is not loaded.", param="name")
+            raise ApiError(NOT_FOUND, f"{name[:300]!r} is not loaded.", param="name")
         return entry
 
     async def _run(self, work: Callable[[], Any]) -> Any:
@@ -164,10 +166,13 @@ class AdapterLibrary:
             told = as_api_error(error, may_see_all=self._principal.may_manage)
             raise ApiError(told.status, self._roots.without_roots(told.message)) from error
 
-    def _describe(self, entry: Entry) -> dict[str, Any]:
+    def _states(self) -> dict[str, AdapterState]:
+        return {state.name: state for state in self._model.adapters()}
+
+    def _describe(self, entry: Entry, known: Mapping[str, AdapterState]) -> dict[str, Any]:
         described: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "experts": list(entry.experts)}
         members = entry.experts or (entry.name,)
-        states = [state for state in self._model.adapters() if state.name in members]
+        states = [known[name] for name in members if name in known]
         described |= {
             "num_bytes": sum(state.num_bytes for state in states),
             "pinned": bool(states) and all(state.pinned for state in states),

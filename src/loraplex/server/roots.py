@@ -4,10 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError
+from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, TOO_LARGE, ApiError
 
 _LONGEST_PATH = 4096
 _MOST_FILES = 10_000
+_LARGEST_JSON = 2**22
+_NOT_READ = ("tokenizer.json", "vocab.json")  # which adapters' folders often have, and nothing here reads
 
 
 class AdapterRoots:
@@ -73,6 +75,14 @@ class AdapterRoots:
                     raise self._forbidden()
                 if real.exists() and not (real.is_file() or real.is_dir()):
                     raise self._forbidden()
+                if name.endswith(".json") and name not in _NOT_READ and real.is_file():
+                    self._check_size(name, real.stat().st_size)
+
+    def _check_size(self, name: str, num_bytes: int) -> None:
+        """Settings are parsed at once, while no other thread runs."""
+        if num_bytes > _LARGEST_JSON:
+            message = f"the folder's {name[:100]!r} has {num_bytes} bytes; {_LARGEST_JSON} are possible."
+            raise ApiError(TOO_LARGE, message, param="path")
 
     def _forbidden(self) -> ApiError:
         message = "the path is not below this server's adapter_roots, or holds links or files that may not be read."

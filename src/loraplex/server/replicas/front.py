@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
 from loraplex.server.attempts import Attempts
+from loraplex.server.bodies import check_num_values
 from loraplex.server.event_stream import DONE, sse
 from loraplex.server.keys import KeyFile
 from loraplex.server.rates import Usages
@@ -103,13 +104,14 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics":
-            text = self._state.metrics.text(await self._replica_metrics())
+            text = await asyncio.to_thread(self._state.metrics.text, await self._replica_metrics())
             await _answer(send, text, CONTENT_TYPE_LATEST)
             return
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _changes_adapters(scope["path"]):
             message = "several replicas don't change adapters over HTTP. Put folders into the one that `watch` names."
             raise ApiError(NOT_WITH_REPLICAS, message)
         body = (await receive())["body"]  # the gate has read all of it
+        check_num_values(body, self._state.config.limits.max_body_values)  # before it is parsed here
         answer = _Forwarded(send)
         try:
             work = self._state.engine.run(self._forward(scope, body, answer))

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex.server.api_errors import ENGINE_STOPPED, RESTARTING, SHUTTING_DOWN, ApiError
-from loraplex.server.json_route import JsonRoute, documented, json_response
+from loraplex.server.json_route import JsonRoute, documented, in_thread, json_response
 from loraplex.server.state import state_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -34,4 +34,5 @@ async def health(http: Request) -> Response:
 @router.get("/metrics", responses=documented("Prometheus' text.", 401, 403, 429, media="text/plain"))
 async def metrics(http: Request) -> Response:
     """For Prometheus."""
-    return Response(state_of(http).metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+    text = await in_thread(http, state_of(http).metrics.text)
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
