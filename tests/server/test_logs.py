@@ -169,4 +169,6 @@ def test_a_client_that_leaves_is_a_line_and_no_traceback(logged: Logged) -> None
         assert logged.request(name)["ended"] == "disconnected"
     assert not any("traceback" in line for line in logged.lines)
     assert "Traceback" not in logged.text
+    (told,) = [line for line in logged.lines if "response_format can't be used" in line["message"]]
+    assert told["level"] == "warning", "it is told at the start that the grammars can't read this tokenizer"
     assert not any(line["level"] in ("error", "critical") for line in logged.lines)

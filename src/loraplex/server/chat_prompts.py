@@ -36,6 +36,11 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._allows_special = allow_special_tokens
 
+    def prepare(self) -> None:
+        """Make the second tokenizer, which takes the first one's reading time once more."""
+        if not self._allows_special and self._tokenizer.is_fast and self._tokenizer.chat_template is not None:
+            _ = self._control.tokenizer
+
     def encode(
         self, turns: Sequence[Turn], *, most: int, add_generation_prompt: bool = True, add_special_tokens: bool = False
     ) -> EncodedPrompt:

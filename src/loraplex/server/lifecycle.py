@@ -105,6 +105,7 @@ async def serve(
         state = ServerState(engine, config)
         if state.keys is not None:
             state.keys.records()  # a file that can't be read is an error now, not at the first request
+        await asyncio.to_thread(state.prepare)
         try:
             await Server(uvicorn_config(create_app(state), config.network), state, on_ready).serve()
         finally:

@@ -1,5 +1,6 @@
 """What all requests of a server share, and what one request carries."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,8 @@ from typing import Any
 from fastapi import Request as HttpRequest
 
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.constraints import make_constraint
+from loraplex.errors import BaseModelError, ConfigError, RequestError
 from loraplex.server.access import Catalog, Principal
 from loraplex.server.api_errors import ApiError
 from loraplex.server.attempts import Attempts
@@ -19,6 +22,8 @@ from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import ServeConfig
 from loraplex.server.token_texts import TokenTexts
 from loraplex.server.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 SCOPE_KEY = "loraplex"
 NUM_CHECKERS = 2  # threads that check keys
@@ -45,6 +50,20 @@ class ServerState:
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
+
+    def prepare(self) -> None:
+        """Make ahead what would hold up all requests when the first one needs it."""
+        try:
+            tokenizer = self.model.tokenizer
+        except BaseModelError:  # token ids alone
+            return
+        self.chats.prepare()
+        try:
+            make_constraint({"type": "object"}, tokenizer, self.engine.vocab_size)
+        except ConfigError as error:  # llguidance is not installed, which a request is told
+            logger.info("%s", error)
+        except RequestError as error:
+            logger.warning("response_format can't be used with this model: %s", error)
 
     @cached_property
     def chats(self) -> ChatEncoder:

@@ -38,6 +38,7 @@ class EngineReplica:
         self._id = secrets.token_hex(4)
         self._engine = await AsyncEngine(model, config.engine).__aenter__()
         self._state = ServerState(self._engine, config)
+        await asyncio.to_thread(self._state.prepare)
         self._app = create_app(self._state, is_first=False)
 
     def record_routing_stats(self) -> dict[str, Any]:
