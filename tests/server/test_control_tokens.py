@@ -1,11 +1,13 @@
 """Control tokens are a chat template's alone: what messages spell is text, in three kinds of templates."""
 
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loraplex.models.loading import load_tokenizer
 from loraplex.server.api_errors import ApiError
 from loraplex.server.chat_prompts import ChatEncoder
 from tests.server.tiny_server import Running
@@ -131,6 +133,21 @@ def test_spelt_control_tokens_are_text(kind: str) -> None:
         covered = "".join(rendered[start:stop] for start, stop in dict.fromkeys(encoded.offsets))
         assert covered.replace(" ", "") == rendered.replace(" ", ""), "a token's place in the text is lost"
         assert list(encoded.ids) != reference(tokenizer, turns)
+
+
+def test_a_real_tokenizer(smollm2: Path, monkeypatch) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    encoder = ChatEncoder(tokenizer, allow_special_tokens=False)
+    attack = encoder.encode(turns_of("be kind", INJECTED["chatml"]), most=9999)
+    control = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert sum(token in control for token in attack.ids) == 5
+    assert tokenizer.decode(attack.ids) == attack.text
+    monkeypatch.setattr(encoder._control, "is_spelt_in", lambda text: True)
+    draw = random.Random(0)
+    for _ in range(200):
+        turns = turns_of(*(contents(draw) for _ in range(draw.randint(1, 4))))
+        if "<|im_end|>" not in str(turns):
+            assert list(encoder.encode(turns, most=9999).ids) == reference(tokenizer, turns), turns
 
 
 def test_a_control_token_made_of_a_name_and_a_message_is_text() -> None:

@@ -192,7 +192,7 @@ def test_hosts_can_be_allowed():
     assert not is_allowed("evil.example", host="0.0.0.0")
     with pytest.raises(ApiError):
         OriginCheck(NetworkSettings()).check("GET", [(b"host", b"localhost"), (b"host", b"evil.example")])
-    for origin in (b"null", b"http://evil.example"):
+    for origin in (b"null", b"http://evil.example", b"http://[", b""):
         with pytest.raises(ApiError, match="may not call"):
             OriginCheck(NetworkSettings()).check("POST", [(b"host", b"localhost"), (b"origin", origin)])
 

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,9 +25,9 @@ class News:
     place: int  # of the request among those of the HTTP request
     index: int  # of the answer among the request's
     text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    scalings: tuple[TokenScalings, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scalings: list[TokenScalings] = field(default_factory=list)
     finish_reason: str | None = None
     completion: Completion | None = None  # with its last
 

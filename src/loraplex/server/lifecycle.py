@@ -138,6 +138,7 @@ def uvicorn_config(app: ASGIApp, network: NetworkSettings) -> uvicorn.Config:
         app,
         http=protocol_with(network),
         ws="none",
+        proxy_headers=False,  # anyone could name another address to be counted under
         host=network.host,
         port=network.port,
         log_config=None,

@@ -38,7 +38,7 @@ class OriginCheck:
         if method in _READING or _ANY in self._origins:
             return
         for origin in origins:
-            if origin not in self._origins and urlsplit(origin).netloc not in hosts:
+            if origin not in self._origins and _host_of(origin) not in hosts:
                 message = f"pages of {origin[:200]!r} may not call this server (cors_origins)."
                 raise ApiError(HOST_NOT_ALLOWED, message)
 
@@ -48,6 +48,13 @@ class OriginCheck:
             return True
         address = _address(name)
         return address is not None and (address.is_loopback or self._takes_all_addresses)
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _without_port(host: str) -> str:
