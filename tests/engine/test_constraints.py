@@ -70,6 +70,7 @@ def test_an_answer_that_is_complete_ends_before_min_tokens(engine):
     (result,) = engine.generate([Request("Paris?", sampling=sampling)])
     assert result.finish_reason == "stop"
     assert json.loads(result.text) in ("Paris", "Rome")
+    assert len(result.token_ids) < 10, "tokens came that the schema doesn't allow"
 
 
 def test_what_the_sampling_forbids_is_an_error_and_no_answer(engine):
@@ -152,10 +153,13 @@ def test_a_schema_is_compiled_once_for_all_answers(engine, monkeypatch):
 
 def test_a_tokenizer_that_cant_be_read_is_a_typed_error_and_read_once(monkeypatch):
     tokenizer = tiny_tokenizer()
+    told = []
     for _ in range(2):
-        with pytest.raises(RequestError, match="can't be followed with this model's"):
+        with pytest.raises(RequestError, match="can't be followed with this model's") as refused:
             make_constraint({"type": "object"}, tokenizer, 128)
+        told.append(str(refused.value))
         monkeypatch.setattr("llguidance.hf.from_tokenizer", None)
+    assert told[0] == told[1]
 
 
 def test_a_panic_is_a_typed_error(monkeypatch):

@@ -1,5 +1,6 @@
 """Connections that never become requests take nobody else's place."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from loraplex.server.settings import NetworkSettings
+from loraplex.server.connections import Protocol
+from loraplex.server.settings import Limits, NetworkSettings
 from tests.server.tiny_server import Running, make_model, running, settings
 
 MOST = 20
@@ -24,7 +26,8 @@ def limited(root) -> Iterator[Running]:
         headers_timeout_s=TIMEOUT_S,
         max_header_bytes=4096,
     )
-    with running(make_model(root), replace(settings(), network=network)) as server:
+    config = settings(limits=Limits(stall_timeout_s=TIMEOUT_S))
+    with running(make_model(root), replace(config, network=network)) as server:
         yield server
 
 
@@ -115,6 +118,48 @@ def test_answers_that_take_longer_than_headers_may_are_not_cut(limited: Running)
         connection.sendall(body)
         assert answer(connection).startswith(b"HTTP/1.1 200 ")
         assert http.get("/health").status_code == 200
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes little of an answer, so that the rest waits in the server."""
+    connected = Protocol.connection_made
+
+    def with_small_buffer(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connected(self, transport)
+
+    monkeypatch.setattr(Protocol, "connection_made", with_small_buffer)
+
+
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+def test_readers_that_take_nothing_of_an_answer_are_cut(limited: Running, connection: str, small_buffers) -> None:
+    body = json.dumps({"prompt": "x" * 250_000, "return_token_strs": True}).encode()
+    head = f"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: {connection}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    stalled = socket.socket()
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stalled.connect(("127.0.0.1", limited.server.port))
+    stalled.sendall(head.encode() + body)
+    time.sleep(1)
+    assert limited.server.server_state.connections
+    wait_until_closed(limited)
+    assert len(answer(stalled)) < len(body), "all of it was kept for a reader that takes nothing"
+
+
+def test_slow_readers_are_not_cut(limited: Running, small_buffers) -> None:
+    body = json.dumps({"prompt": "x" * 250_000}).encode()
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", limited.server.port))
+    slow.sendall(head + body)
+    size = 0
+    while part := slow.recv(16384):
+        size += len(part)
+        time.sleep(0.05)
+    assert size > 500_000
 
 
 def test_places_are_given_back(limited: Running) -> None:

@@ -14,7 +14,8 @@ from loraplex.server.settings import NetworkSettings
 class ConnectionLimits:
     """What all connections of one server share."""
 
-    def __init__(self, network: NetworkSettings) -> None:
+    def __init__(self, network: NetworkSettings, stall_timeout_s: float) -> None:
+        self.stall_timeout_s = stall_timeout_s
         self.per_address = network.max_connections_per_address
         self.headers_timeout_s = network.headers_timeout_s
         self.max_header_bytes = network.max_header_bytes
@@ -70,6 +71,18 @@ class Protocol(HttpToolsProtocol):
         self._end_headers()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_rest(0)
+
+    def _watch_rest(self, before: int) -> None:
+        """Cut a reader that takes nothing of what is still to be sent: closing would wait for it without end."""
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            self.transport.abort()
+        elif left:
+            self.loop.call_later(self.limits.stall_timeout_s, self._watch_rest, left)
+
     def _await_headers(self) -> None:
         self._header_bytes = 0
         self._timer = self.loop.call_later(self.limits.headers_timeout_s, self._on_timeout)
@@ -99,6 +112,6 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def protocol_with(network: NetworkSettings) -> type[Protocol]:
+def protocol_with(network: NetworkSettings, stall_timeout_s: float) -> type[Protocol]:
     """The protocol of one server, whose connections share their limits."""
-    return type("LimitedProtocol", (Protocol,), {"limits": ConnectionLimits(network)})
+    return type("LimitedProtocol", (Protocol,), {"limits": ConnectionLimits(network, stall_timeout_s)})

@@ -18,7 +18,7 @@ from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
 from loraplex.server.connections import protocol_with
 from loraplex.server.logs import set_up_logs
-from loraplex.server.settings import NetworkSettings, ServeConfig
+from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ async def serve(
             state.keys.records()  # a file that can't be read is an error now, not at the first request
         await asyncio.to_thread(state.prepare)
         try:
-            await Server(uvicorn_config(create_app(state), config.network), state, on_ready).serve()
+            await Server(uvicorn_config(create_app(state), config), state, on_ready).serve()
         finally:
             if watched is not None:
                 await asyncio.to_thread(watched.stop)
@@ -132,11 +132,12 @@ def event_loops() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
 
 
-def uvicorn_config(app: ASGIApp, network: NetworkSettings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
     """Uvicorn's own settings, from ours."""
+    network = config.network
     return uvicorn.Config(
         app,
-        http=protocol_with(network),
+        http=protocol_with(network, config.limits.stall_timeout_s),
         ws="none",
         proxy_headers=False,  # anyone could name another address to be counted under
         host=network.host,

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraplex.server.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, TOO_LARGE, ApiError
 
 _LONGEST_PATH = 4096
-_MOST_FILES = 10_000
+_MOST_FILES = 2_000
 _LARGEST_JSON = 2**22
 _NOT_READ = ("tokenizer.json", "vocab.json")  # which adapters' folders often have, and nothing here reads
 

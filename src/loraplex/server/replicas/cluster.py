@@ -109,4 +109,4 @@ async def _serve_front(handle: Any, config: ServeConfig, on_ready: Callable[[Ser
     if state.keys is not None:
         state.keys.records()
     app = with_cors(Gate(Front(handle, cast(Any, state)), state), config.network.cors_origins)
-    await Server(uvicorn_config(app, config.network), state, on_ready).serve()
+    await Server(uvicorn_config(app, config), state, on_ready).serve()
