@@ -11,7 +11,7 @@ from loraplex.residual.linked import AttentionRequest
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.steering import Steering
 from tests.architectures.variants import ARCHS, make_model
-from tests.models.untouched import state_of_base
+from tests.models.untouched import BaseSnapshot
 from tests.parity.oracle import assert_close
 from tests.residual.oracle import as_oracle, logits_with, own_attentions
 from tests.residual.tiny_residuals import forward, random_linked, random_vector, row
@@ -66,7 +66,7 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     base, ids = make_model(name), prompts(4)
     with torch.no_grad():
         alone = base(input_ids=ids).logits
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     layers = AttentionLayers(base)
     linked, vector = random_linked(layers, 1), random_vector(layers, 2)
     rows = [row(), row({"r": (linked, 1.0)}), row({"v": (vector, 1.0)}), RowAttention(capture=CaptureRequest())]
@@ -83,18 +83,18 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     # As exactly as logits are told apart by float32: one of size 1000 moves its weight by a thousandth part of 1e-7.
     assert torch.allclose(torch.stack(expected), found.to(expected[0].dtype), atol=1e-3)
     layers.detach()
-    assert state_of_base(base) == before
+    before.check()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_with_other_attention_are_refused_and_left_as_they_were(name: str) -> None:
     base = make_model(name)
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     model = MultiLoraModel(base, fast_decode=False)
     for _ in range(2):
         with pytest.raises(BaseModelError, match=REFUSED[name]):
             _ = model.registry.linked.layers
-    assert state_of_base(base) == before
+    before.check()
 
 
 SHARED = ("gemma3n_text", "gemma4_text-E", "vlm-gemma4")
