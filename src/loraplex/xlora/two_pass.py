@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
+from loraplex.layers.decoder import find_decoder
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import Route, RowRouting
-from loraplex.xlora.cache_probe import CacheUse, find_decoder
+from loraplex.xlora.cache_probe import CacheUse
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.gate_history import GateHistory
