@@ -65,7 +65,10 @@ def make_served(name: str, folder) -> Served:
     base, folders, linears = tiny_model(name), write_adapters(name, folder), linear_targets(name)
     # PEFT looks for the invocation only in a model whose task it knows.
     options = {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
-    alora = random_peft_adapter(base, folders.pop("alora"), targets=linears, seed=9, options=options)
+    # PEFT's aLoRA can't adapt a module whose input has no dimension of rows, as OPT's fc1 and fc2.
+    flat = {"fc1", "fc2"} if name == "opt" else set()
+    targets = [target for target in linears if target not in flat]
+    alora = random_peft_adapter(base, folders.pop("alora"), targets=targets, seed=9, options=options)
     model = MultiLoraModel(tiny_model(name))
     for adapter, path in {**folders, "alora": alora}.items():
         model.load_adapter(adapter, path)

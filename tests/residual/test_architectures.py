@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BaseModelError, RequestError
@@ -56,6 +57,10 @@ SLOW = [name for name in ARCHS if name not in NAMES and name not in REFUSED]
 ALL = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
+def has_experts(base: PreTrainedModel) -> bool:
+    return any(type(module).__name__.endswith("Experts") for module in base.modules())
+
+
 def prompts(num_rows: int) -> torch.Tensor:
     ids = torch.randint(3, 119, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     return ids.repeat(num_rows, 1)
@@ -72,8 +77,12 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     rows = [row(), row({"r": (linked, 1.0)}), row({"v": (vector, 1.0)}), RowAttention(capture=CaptureRequest())]
     output, scope = forward(base, layers, rows, ids)
     oracle = as_oracle(make_model(name), ids[:1])
-    assert output.logits[0].equal(alone[0])
-    assert output.logits[3].equal(alone[3])
+    for untouched in (0, 3):
+        # To the bit, but where an expert's product has the tokens of all rows in it, of which there are more or fewer.
+        if has_experts(base):
+            assert_close(output.logits[untouched], alone[untouched], f"row {untouched}")
+        else:
+            assert output.logits[untouched].equal(alone[untouched])
     assert_close(output.logits[1], logits_with(oracle, layers, linked, ids[:1])[0], "linked")
     assert_close(output.logits[2], logits_with(oracle, layers, vector, ids[:1])[0], "vector")
     assert not torch.allclose(output.logits[1], alone[1], atol=1e-2)
