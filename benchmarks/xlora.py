@@ -7,7 +7,6 @@ peft      57 prompt tokens and 128 new ones, batch 1, against PEFT's X-LoRA (whi
 long      milliseconds a token at token 50 and at token 500
 draft     prompts of the test data, batch 1: drafted, undrafted, and the base model; how many drafts were right
 batch     batch 8: all rows through the mixture, one row, none
-refresh   what keeping scalings for k tokens saves, and how far it leads away from the exact mixture
 
 long, draft and batch run by `model.generate` and by the engine.
 """
@@ -32,8 +31,7 @@ from loraplex.models.loading import load_base_model
 from loraplex.models.text import encode_prompts
 
 RANKS = (8, 16, 4, 32)
-QUESTIONS = ("peft", "long", "draft", "batch", "refresh")
-REFRESH = (1, 2, 4, 8, 16)
+QUESTIONS = ("peft", "long", "draft", "batch")
 MIXTURE = "mixture"
 
 
@@ -198,42 +196,11 @@ def batch_of_8(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path
     return [{"way": way, "tokens_per_s": of_way(speeds, way)} for way in ways]
 
 
-def refreshed(options: argparse.Namespace, dtype: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Speed, and two distances from `refresh=1`: tokens before the first other one, and their probability in it."""
-    model = science_or_random(options, dtype, paths)
-    prompts = [encode_prompts(model.tokenizer, [text])["input_ids"] for text in held_out_prompts(options.prompts)]
-    speeds: dict[str, float] = {}
-    same: dict[str, float] = {}
-    logprob: dict[str, float] = {}
-    exact: list[Tensor] = []
-    for refresh in REFRESH:
-        start = time.perf_counter()
-        kept = {"draft": False, "refresh": refresh, **exactly(options.draft_tokens)}
-        answers = [model.generate(ids, adapters=[MIXTURE], **kept) for ids in prompts]
-        speeds[str(refresh)] = len(prompts) * options.draft_tokens / (time.perf_counter() - start)
-        exact = exact or answers
-        agreed = [(a == b).long().cumprod(dim=1).sum() for a, b in zip(answers, exact, strict=True)]
-        lengths = [answer.shape[1] - ids.shape[1] for answer, ids in zip(answers, prompts, strict=True)]
-        common = [int(n) - ids.shape[1] for n, ids in zip(agreed, prompts, strict=True)]
-        same[str(refresh)] = sum(common) / sum(lengths)
-        scores = [mean_logprob(model, a, ids.shape[1]) for a, ids in zip(answers, prompts, strict=True)]
-        logprob[str(refresh)] = sum(scores) / len(scores)
-    distances = {"same_before_the_first_other": same, "mean_logprob_in_the_exact_mixture": logprob}
-    return [{"tokens_per_s": speeds} | distances]
-
-
-def mean_logprob(model: MultiLoraModel, sequence: Tensor, num_prompt: int) -> float:
-    """Of the new tokens, in the mixture without approximation."""
-    logits = model(sequence, adapters=[MIXTURE]).logits[0, num_prompt - 1 : -1].float()
-    return float(logits.log_softmax(dim=-1).gather(1, sequence[0, num_prompt:, None]).mean())
-
-
 RUNS = {
     "peft": against_peft,
     "long": along_the_sequence,
     "draft": drafted,
     "batch": batch_of_8,
-    "refresh": refreshed,
 }
 
 

@@ -130,8 +130,6 @@ def xlora(content: Results) -> str:
         if "ms_at_50" in case:
             cells = [f"{case['ms_at_50']:.1f} ms a token at token 50", f"{case['ms_at_500']:.1f} at token 500"]
             ratios = [f"{case['ms_at_500'] / case['ms_at_50']:.2f}x"]
-        if "same_before_the_first_other" in case:
-            ratios.append(f"same tokens {', '.join(f'{x:.2f}' for x in case['same_before_the_first_other'].values())}")
         label = [XLORA_QUESTIONS[case["question"]], XLORA_WAYS[case["way"]] if "way" in case else "", case["dtype"]]
         rows.append([", ".join(part for part in label if part), ", ".join(cells), ", ".join(ratios)])
     return table(["mixtures, tokens/s", "sides", "against the first"], rows)
@@ -142,7 +140,6 @@ XLORA_QUESTIONS = {
     "long": "along a sequence, undrafted",
     "draft": "questions of the test data, batch 1",
     "batch": "batch 8",
-    "refresh": "scalings kept for so many tokens, undrafted",
 }
 XLORA_WAYS = {"generate": "`model.generate`", "engine": "the engine"}
 

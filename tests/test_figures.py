@@ -77,12 +77,6 @@ SAMPLES: dict[str, tuple[Any, str]] = {
                 "tokens_per_s": {"base": 40, "drafted": 30},
                 "acceptance": 0.6,
             },
-            {
-                "question": "refresh",
-                "dtype": "float32",
-                "tokens_per_s": {"1": 20, "2": 30},
-                "same_before_the_first_other": {"1": 1.0, "2": 0.5},
-            },
         ],
         "| questions of the test data, batch 1, the engine, float32 | base 40.0, drafted 30.0 "
         "| 0.75x, 60% of the drafts right |",

@@ -13,7 +13,7 @@ from transformers import (
 
 from loraplex.engine.sampling import SamplingParams
 from loraplex.engine.token_choice import TokenChooser, draw, largest, token_logprobs
-from loraplex.errors import RequestError
+from loraplex.errors import EngineError, RequestError
 
 VOCAB = 50
 PROMPT = (3, 4, 4, 9)
@@ -145,3 +145,42 @@ def test_the_largest_logit_is_argmaxs_at_ties_and_nan_too(vocab: int, dtype: tor
     values[4, 0] = 9
     assert torch.equal(largest(values), values.argmax(dim=-1))
     assert torch.equal(largest(values[:0]), torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+def test_the_smallest_temperatures_give_the_greedy_token(temperature, filters):
+    chooser = TokenChooser(SamplingParams(temperature=temperature, **filters), PROMPT, (), seed=0)
+    for seed in range(10):
+        values = logits(seed)
+        assert chooser.choose(values) == int(values.argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_largest_penalties_and_biases_still_order_tokens(temperature):
+    values = torch.zeros(VOCAB)
+    values[3:5] = 1.0
+    sampling = {"repetition_penalty": 1e-38, "logit_bias": {4: 3e38, 5: -torch.inf}, "presence_penalty": -3e38}
+    chooser = TokenChooser(SamplingParams(temperature=temperature, **sampling), PROMPT, (), seed=0)
+    for _ in range(3):
+        assert chooser.choose(values) == 4
+        chooser.took(4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_whose_options_leave_no_token_is_told(temperature):
+    nothing = SamplingParams(temperature=temperature, logit_bias=dict.fromkeys(range(VOCAB), -torch.inf))
+    with pytest.raises(RequestError, match="logit_bias"):
+        TokenChooser(nothing, PROMPT, (), seed=0).choose(logits())
+    ends = {token: -torch.inf for token in range(VOCAB) if token != 7}
+    only_an_end = SamplingParams(temperature=temperature, logit_bias=ends, min_tokens=2)
+    with pytest.raises(RequestError, match="min_tokens"):
+        TokenChooser(only_an_end, PROMPT, (7,), seed=0).choose(logits())
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"presence_penalty": 1.0}], ids=str)
+def test_logits_that_are_nan_are_told(options):
+    values = logits()
+    values[3] = torch.nan
+    with pytest.raises(EngineError, match="NaN"):
+        TokenChooser(SamplingParams(**options), PROMPT, (), seed=0).choose(values)

@@ -40,6 +40,7 @@ def test_the_full_sizes_are_refused_on_a_cpu():
 
 @needs_triton
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path):
     output = tmp_path / "gpu.json"
     ended = run("--tiny", "--device", "cpu", "--output", str(output))

@@ -19,7 +19,7 @@ from loraplex.layers import fronts
 from loraplex.layers.fronts import TERMS, AttentionFront, FrontHandle, fronts_of
 from loraplex.layers.joining import join_front
 from tests.architectures.variants import make_model
-from tests.models.untouched import state_of_base
+from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -50,17 +50,17 @@ def test_only_the_chosen_model_goes_through_a_front(implementation: str) -> None
     base, other = tiny_model("llama"), tiny_model("llama")
     for model in (base, other):
         model.set_attn_implementation(implementation)
-    before, expected = state_of_base(base), logits(base)
+    before, expected = BaseSnapshot(base), logits(base)
     counting, doubling = Counting(), Counting(factor=2.0)
     handles = [FrontHandle(base, counting.front), FrontHandle(base, doubling.front)]
     assert not logits(base).equal(expected)
     assert logits(other).equal(expected)
     assert len(counting.order) == len(doubling.order) == base.config.num_hidden_layers
-    assert state_of_base(base)["modules"] == before["modules"], "names and modules stay what they are"
+    before.check_modules()
     for handle in (*handles, handles[0]):
         handle.remove()
     assert logits(base).equal(expected)
-    assert state_of_base(base) == before
+    before.check()
 
 
 def test_fronts_stand_by_place_whatever_the_order_they_came_in() -> None:
@@ -143,28 +143,28 @@ def test_masks_are_made_behind_the_fronts_that_have_one() -> None:
 @pytest.mark.parametrize("name", ["falcon", "bloom", "gptj", "mamba", "xglm"])
 def test_models_whose_attention_goes_another_way_are_refused(name: str) -> None:
     base = make_model(name)
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     with pytest.raises(BaseModelError, match="attention interface"):
         join_front(base, Counting().front, **USER)
-    assert state_of_base(base) == before
+    before.check()
 
 
 def test_a_model_some_of_whose_layers_go_another_way_is_refused() -> None:
     base = tiny_model("llama")
     layer = base.model.layers[1].self_attn
     layer.forward = lambda hidden_states, **options: (hidden_states, None)
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     with pytest.raises(BaseModelError, match="some layers"):
         join_front(base, Counting().front, **USER)
-    assert state_of_base(base) == before
+    before.check()
 
 
 def test_a_front_that_changes_a_models_results_is_refused() -> None:
     base = tiny_model("llama")
-    before, expected = state_of_base(base), logits(base)
+    before, expected = BaseSnapshot(base), logits(base)
     with pytest.raises(BaseModelError, match="other results"):
         join_front(base, Counting(factor=1 + 2**-20).front, **USER)
-    assert state_of_base(base) == before
+    before.check()
     assert logits(base).equal(expected)
 
 

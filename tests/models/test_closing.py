@@ -12,7 +12,7 @@ from loraplex.errors import AdapterNotFoundError
 from loraplex.kernels.native import native_available
 from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.linked import AttentionRequest
-from tests.models.untouched import IDS, state_of_base
+from tests.models.untouched import IDS, BaseSnapshot
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -23,7 +23,7 @@ OPTIONS = {"max_new_tokens": 3, "do_sample": False}
 def test_the_base_model_is_what_it_was(name: str, tmp_path: Path) -> None:
     base = tiny_model(name)
     path = random_peft_adapter(tiny_model(name), tmp_path / "a", targets=linear_targets(name), seed=1)
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     with torch.no_grad():
         expected = base(input_ids=IDS).logits
     with MultiLoraModel(base) as model:
@@ -33,7 +33,7 @@ def test_the_base_model_is_what_it_was(name: str, tmp_path: Path) -> None:
         model.generate(IDS, torch.ones_like(IDS), adapters=["a", None, "r", "a+r"], **OPTIONS)
         with Engine(model, EngineConfig(cache_bytes=2**20, max_length=60)):
             pass
-    assert state_of_base(base) == before
+    before.check()
     assert model.names() == []
     with torch.no_grad():
         assert base(input_ids=IDS).logits.equal(expected)
@@ -57,7 +57,7 @@ def test_a_closed_model_refuses_what_it_has_no_more_and_may_be_used_again(tmp_pa
 @pytest.mark.skipif(not native_available(), reason="the compiled kernels can't be built here")
 def test_one_of_two_models_on_a_base_that_closes_leaves_the_other_its_attention() -> None:
     base = tiny_model("llama")
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     first, second = MultiLoraModel(base, fast_decode=False), MultiLoraModel(base, fast_decode=False)
     residual = random_linked(first.registry.linked.layers, 1)
     first.load_residual("r", residual)
@@ -67,4 +67,4 @@ def test_one_of_two_models_on_a_base_that_closes_leaves_the_other_its_attention(
         second.close()
         assert first(IDS, adapters=["r", None, "r", None]).logits.equal(expected)
     first.close()
-    assert state_of_base(base) == before
+    before.check()

@@ -31,7 +31,7 @@ def test_nothing_is_left_of_adapters_and_mixtures(name, tmp_path):
     model.generate(IDS, adapters=rows, max_new_tokens=3)
     for loaded in ("mixture", "other", "a", "b", "c"):
         model.unload(loaded)
-    model.adaptable.detach()
+    model.close()
     before.check()
     assert torch.equal(base(IDS).logits, logits)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import loraplex.models.registry
 from loraplex import MultiLoraModel, StoreConfig
-from loraplex.errors import AdapterChangedError
+from loraplex.errors import AdapterChangedError, CapacityError
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 NAMES = "abcdef"
@@ -45,6 +45,10 @@ def budget_for(folders: dict[str, Path], num_adapters: int) -> int:
 @torch.no_grad()
 def logits(model: MultiLoraModel, adapters: list[str | None]) -> Tensor:
     return model(IDS, adapters=adapters).logits
+
+
+def refuse_reading(version):
+    raise AssertionError(f"{version.name} was read")
 
 
 def tiers(model: MultiLoraModel) -> dict[str, str]:
@@ -85,11 +89,17 @@ def test_prefetched_adapter_is_not_read_again_by_its_request(folders, monkeypatc
         load.result(20)
     assert {tiers(model)[name] for name in "ab"} == {"host"}
 
-    def read(folder):
-        raise AssertionError(f"{folder} was read again")
-
-    monkeypatch.setattr(model.store, "_read", read)
+    monkeypatch.setattr(model.store, "_read_unchanged", refuse_reading)
     assert torch.equal(logits(model, ["a", "b", None]), logits(make_model(folders), ["a", "b", None]))
+
+
+def test_what_there_is_no_host_memory_for_is_not_read(folders, monkeypatch):
+    model = make_model(folders, num_slots=2, host_bytes=budget_for(folders, 2))
+    model.pin("e")
+    model.pin("f")
+    monkeypatch.setattr(model.store, "_read_unchanged", refuse_reading)
+    with pytest.raises(CapacityError, match="no host memory for adapter 'a'"):
+        model.store.prefetch(["a"])[0].result(20)
 
 
 def test_pinned_adapter_stays_in_its_slot(folders):

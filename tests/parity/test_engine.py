@@ -65,7 +65,10 @@ def make_served(name: str, folder) -> Served:
     base, folders, linears = tiny_model(name), write_adapters(name, folder), linear_targets(name)
     # PEFT looks for the invocation only in a model whose task it knows.
     options = {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"}
-    alora = random_peft_adapter(base, folders.pop("alora"), targets=linears, seed=9, options=options)
+    # PEFT's aLoRA and X-LoRA can't adapt a module whose input has no dimension of rows, as OPT's fc1 and fc2.
+    flat = {"fc1", "fc2"} if name == "opt" else set()
+    in_rows = [target for target in linears if target not in flat]
+    alora = random_peft_adapter(base, folders.pop("alora"), targets=in_rows, seed=9, options=options)
     model = MultiLoraModel(tiny_model(name))
     for adapter, path in {**folders, "alora": alora}.items():
         model.load_adapter(adapter, path)
@@ -78,7 +81,7 @@ def make_served(name: str, folder) -> Served:
             oracles[choice] = lambda ids, row=row, oracle=oracle: oracle.logits(row, ids, torch.ones_like(ids))
     experts = {
         f"expert-{i}": random_peft_adapter(base, folder / f"expert-{i}", targets=targets, seed=20 + i, r=2 + i)
-        for i, targets in enumerate((linears, linears[:2], linears))
+        for i, targets in enumerate((in_rows, in_rows[:2], in_rows))
     }
     for expert, path in experts.items():
         model.load_adapter(expert, path)

@@ -72,6 +72,7 @@ def test_logits_of_every_row_equal_peft_alone(pair, batch):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_greedy_tokens_of_every_row_equal_peft_alone(pair, batch):
     model, oracle = pair
     ids, mask = batch

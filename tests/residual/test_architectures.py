@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BaseModelError, RequestError
@@ -11,7 +12,7 @@ from loraplex.residual.linked import AttentionRequest
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.steering import Steering
 from tests.architectures.variants import ARCHS, make_model
-from tests.models.untouched import state_of_base
+from tests.models.untouched import BaseSnapshot
 from tests.parity.oracle import assert_close
 from tests.residual.oracle import as_oracle, logits_with, own_attentions
 from tests.residual.tiny_residuals import forward, random_linked, random_vector, row
@@ -56,6 +57,10 @@ SLOW = [name for name in ARCHS if name not in NAMES and name not in REFUSED]
 ALL = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
+def has_experts(base: PreTrainedModel) -> bool:
+    return any(type(module).__name__.endswith("Experts") for module in base.modules())
+
+
 def prompts(num_rows: int) -> torch.Tensor:
     ids = torch.randint(3, 119, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     return ids.repeat(num_rows, 1)
@@ -66,14 +71,18 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     base, ids = make_model(name), prompts(4)
     with torch.no_grad():
         alone = base(input_ids=ids).logits
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     layers = AttentionLayers(base)
     linked, vector = random_linked(layers, 1), random_vector(layers, 2)
     rows = [row(), row({"r": (linked, 1.0)}), row({"v": (vector, 1.0)}), RowAttention(capture=CaptureRequest())]
     output, scope = forward(base, layers, rows, ids)
     oracle = as_oracle(make_model(name), ids[:1])
-    assert output.logits[0].equal(alone[0])
-    assert output.logits[3].equal(alone[3])
+    for untouched in (0, 3):
+        # To the bit, but where an expert's product has the tokens of all rows in it, of which there are more or fewer.
+        if has_experts(base):
+            assert_close(output.logits[untouched], alone[untouched], f"row {untouched}")
+        else:
+            assert output.logits[untouched].equal(alone[untouched])
     assert_close(output.logits[1], logits_with(oracle, layers, linked, ids[:1])[0], "linked")
     assert_close(output.logits[2], logits_with(oracle, layers, vector, ids[:1])[0], "vector")
     assert not torch.allclose(output.logits[1], alone[1], atol=1e-2)
@@ -83,18 +92,18 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     # As exactly as logits are told apart by float32: one of size 1000 moves its weight by a thousandth part of 1e-7.
     assert torch.allclose(torch.stack(expected), found.to(expected[0].dtype), atol=1e-3)
     layers.detach()
-    assert state_of_base(base) == before
+    before.check()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_with_other_attention_are_refused_and_left_as_they_were(name: str) -> None:
     base = make_model(name)
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     model = MultiLoraModel(base, fast_decode=False)
     for _ in range(2):
         with pytest.raises(BaseModelError, match=REFUSED[name]):
             _ = model.registry.linked.layers
-    assert state_of_base(base) == before
+    before.check()
 
 
 SHARED = ("gemma3n_text", "gemma4_text-E", "vlm-gemma4")

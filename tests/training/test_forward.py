@@ -14,7 +14,7 @@ from loraplex.training.batches import TrainingRow
 from loraplex.training.dataset import load_job_data
 from loraplex.training.forward import LossComputer
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
-from tests.models.untouched import state_of_base
+from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
@@ -78,9 +78,9 @@ def test_only_the_positions_that_count_reach_the_output_layer(rows: list[Trainin
 
 def test_fast_attention_gives_the_model_back_as_it_was() -> None:
     base = tiny_model("llama")
-    before = state_of_base(base)
+    before = BaseSnapshot(base)
     for num_tokens, stands in ((10, True), (5000, False)):
         with fast_attention(base, num_tokens):
             assert any(map(fronts_of, base.modules())) == stands
             assert base.config._attn_implementation == "sdpa"
-        assert state_of_base(base) == before
+        before.check()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraplex import XLoraConfig
-from loraplex.errors import ConfigError, RequestError
+from loraplex.errors import RequestError
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.mixture import Mixture
@@ -151,29 +151,6 @@ def test_forward_goes_on_with_the_cache_that_it_returned(tmp_path):
         model(ids[:, 6:], adapters=choices[::-1], past_key_values=first.past_key_values)
 
 
-def test_refresh_keeps_scalings_for_some_tokens(tmp_path):
-    model = mixed_model("llama", tmp_path)
-    ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
-    out, scalings = model.generate(
-        ids,
-        adapters=["science"],
-        max_new_tokens=13,
-        min_new_tokens=13,
-        do_sample=False,
-        refresh=4,
-        return_scalings=True,
-    )
-    values = scalings[0][0].values
-    # New token i is seen at 8 + i: the prompt's last prediction serves three, and every fourth is fresh.
-    for position in (8, 9, 10, 12, 13, 14, 16, 17, 18):
-        assert torch.allclose(values[position], values[position - 1], atol=1e-5)
-    for position in (11, 15, 19):
-        assert not torch.allclose(values[position], values[position - 1], atol=1e-3)
-    with torch.no_grad():
-        _, exact = model(out[:, :12], adapters=["science"], return_scalings=True)
-    assert_close(values[11], exact[0][0].values[11], "a fresh prediction")
-
-
 def test_scalings_are_returned_for_own_tokens_only(tmp_path):
     model = mixed_model("llama", tmp_path)
     ids, mask = padded_batch(3, 8, "left", VOCAB_SIZE)
@@ -194,7 +171,6 @@ def test_scalings_are_returned_for_own_tokens_only(tmp_path):
     ("options", "message"),
     [
         ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
-        ({"refresh": 2, "num_beams": 2}, "refresh=2 keeps scalings"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is set"),
         ({"return_scalings": True, "num_beams": 2}, "a row has several sequences"),
     ],
@@ -205,14 +181,6 @@ def test_generation_that_mixtures_do_not_support_is_refused(options, message, tm
     with pytest.raises(RequestError, match=message):
         model.generate(ids, adapters=["science"], max_new_tokens=3, **options)
     model.generate(ids, adapters=["science"], max_new_tokens=3)  # the next request runs
-
-
-@pytest.mark.parametrize("options", [{"refresh": 0}, {"refresh": 1.5}, {"refresh": 3, "draft": True}])
-def test_bad_options_are_refused(options, tmp_path):
-    model = mixed_model("llama", tmp_path)
-    ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
-    with pytest.raises(ConfigError, match="refresh"):
-        model.generate(ids, adapters=["science"], max_new_tokens=3, **options)
 
 
 def test_an_enabled_log_records_and_never_refuses(tmp_path):

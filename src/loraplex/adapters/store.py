@@ -200,6 +200,8 @@ class AdapterStore:
 
     def _read_back(self, version: AdapterVersion) -> PreparedAdapter:
         try:
+            with self._lock:
+                self._host_tier.leaving_for(version)  # nothing is read that there is no room for
             prepared = self.slots.stage(self._read_unchanged(version))
             with self._lock:
                 self._make_host_room(version)

@@ -13,7 +13,7 @@ from loraplex.xlora.mixture import Mixture
 
 
 def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAttention) -> CaptureBuffer | None:
-    """Where its capture will go; takes no memory yet. Raises RequestError, CapacityError or BaseModelError.
+    """Where its capture will go; takes no memory yet. Raises RequestError, TooLargeError or BaseModelError.
 
     With the first request that captures or steers, the base model's attention is joined.
     """

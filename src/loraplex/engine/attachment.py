@@ -14,6 +14,7 @@ from loraplex.engine.packing import current_batch
 from loraplex.engine.probe import ModelProbe
 from loraplex.engine.rotary import RotaryPositions
 from loraplex.errors import BaseModelError, LoraplexError
+from loraplex.layers.decoder import find_decoder
 from loraplex.layers.fronts import AttentionFront, Behind, FrontHandle
 from loraplex.layers.joining import join_front
 
@@ -42,7 +43,9 @@ class Attachment:
         handle, _ = join_front(base, _FRONT, user="the engine", instead="Use MultiLoraModel.generate for it.")
         self._handles.append(handle)
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
-        self._handles.append(base.base_model.register_forward_hook(_keep_hidden))
+        decoder = find_decoder(base)
+        if decoder is not None:  # mixtures, which read its states, are refused without one
+            self._handles.append(decoder.register_forward_hook(_keep_hidden))
         try:
             probe = self._probe(longest)
             self.shapes: dict[nn.Module, LayerShape] = probe.shapes

@@ -1,5 +1,6 @@
 """Choose one generation's next token from its logits."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.sampling import SamplingParams
+from loraplex.errors import EngineError, RequestError
 
 _BLOCK = 256  # logits whose largest is found at once
 
@@ -58,10 +60,20 @@ class TokenChooser:
         return self.sampling.temperature == 0 and not self.sampling.changes_logits
 
     def choose(self, logits: Tensor) -> int:  # [vocab], of the model
-        """The next token; penalties, bias and grammar first, then temperature, top-k, top-p and min-p."""
+        """The next token; penalties, bias and grammar first, then temperature, top-k, top-p and min-p.
+
+        Raises RequestError where the request's options leave no token, and EngineError for logits that are NaN.
+        """
         logits = logits.float()
         if self.sampling.changes_logits:
             logits = self._changed(logits.clone())
+        most = float(logits.max())
+        if most == -math.inf:
+            raise RequestError(
+                "no token can follow: logit_bias, min_tokens and json_schema together exclude all of them. Allow some."
+            )
+        if math.isnan(most):
+            raise EngineError("the model's logits for the next token are NaN, so none can be chosen.")
         if self._generator is None:
             return int(logits.argmax())
         return draw(logits, self.sampling, self._generator)
@@ -84,8 +96,11 @@ class TokenChooser:
             tokens = torch.tensor(list(self._counts), device=logits.device)
             counts = torch.tensor(list(self._counts.values()), device=logits.device)
             logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        largest_finite = torch.finfo(logits.dtype).max  # two infinite logits can't be compared
+        logits.clamp_(max=largest_finite)
         if sampling.logit_bias:
-            logits[self._biased] += self._biases.to(logits.device)
+            biased = logits[self._biased] + self._biases.to(logits.device)
+            logits[self._biased] = biased.clamp(max=largest_finite)
         if self.constraint is not None:
             self.constraint.allow(logits)
         if self._ends and self._counts.total() < sampling.min_tokens:
@@ -101,7 +116,9 @@ def draw(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -
 
     One uniform number decides, looked up in the cumulated probabilities, largest first.
     """
-    scaled = logits.cpu() / sampling.temperature
+    logits = logits.cpu()
+    # Below the largest one, so that a temperature near 0 makes others -inf, and not all of them infinite.
+    scaled = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if 0 < sampling.top_k < len(scaled):
         values, tokens = top_tokens(scaled, sampling.top_k)
     else:

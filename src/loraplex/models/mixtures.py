@@ -21,10 +21,11 @@ from loraplex.errors import (
     MixtureError,
     UnsupportedAdapterError,
 )
+from loraplex.layers.decoder import find_decoder
 from loraplex.layers.injection import AdaptableModel
 from loraplex.routing.choice import Link
 from loraplex.xlora.attach import attach_two_pass
-from loraplex.xlora.cache_probe import CacheUse, find_decoder, probe_cache
+from loraplex.xlora.cache_probe import CacheUse, probe_cache
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.head import ScalingHead

@@ -247,15 +247,14 @@ class MultiLoraModel:
         adapters: Sequence[RowChoice] | None = None,
         attention: AttentionRequest | None = None,
         draft: bool | None = None,
-        refresh: int = 1,
         return_scalings: bool = False,
         **generation: Any,  # whatever else transformers' generate takes
     ) -> Any:
         """transformers' generate, every row through its own adapters: greedy, sampling or beam search.
 
         For rows with mixtures: `draft` runs the scaling pass of the token that the base model expects next beside the
-        main pass, which gives the same tokens in less time (None: where that pays). `refresh` keeps scalings for so
-        many new tokens; above 1 is approximate. `attention` and `return_scalings` as in `forward`.
+        main pass, which gives the same tokens in less time (None: where that pays). `attention` and `return_scalings`
+        as in `forward`.
         """
         num_rows = 1 if input_ids is None else len(input_ids)
         check_generates(self.base, num_rows, use_cache=generation.get("use_cache") is not False)
@@ -267,7 +266,7 @@ class MultiLoraModel:
             attention_mask=attention_mask,
             adapters=adapters,
             inputs=generation,
-            options=TwoPassOptions(draft=draft, refresh=refresh, collect=collect),
+            options=TwoPassOptions(draft=draft, collect=collect),
             attention=attention,
             generates=True,
             fast_decode=self._fast_decode,

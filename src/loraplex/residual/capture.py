@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.errors import CapacityError, RequestError
+from loraplex.errors import RequestError, TooLargeError
 from loraplex.residual.steering import check_heads, check_layers
 from loraplex.residual.weights import AttentionWeights
 
@@ -185,7 +185,7 @@ class CaptureBuffer:
         needed += 4 * shape[0] * shape[2] if norms else 0
         if needed > self.request.budget_bytes:
             layers, heads, queries, keys = shape
-            raise CapacityError(
+            raise TooLargeError(
                 f"row {row}: its capture may take {needed} bytes ({layers} layers x {heads} heads x {queries} queries "
                 f"x {keys} keys in {self.request.dtype}), and its budget_bytes is {self.request.budget_bytes}. Ask for "
                 "fewer layers, heads or queries, for reduce='mean' or dtype='float16', or raise budget_bytes."

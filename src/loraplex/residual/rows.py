@@ -1,6 +1,6 @@
 """What a row asks of attention: residuals, a capture, steerings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import BatchError
@@ -60,10 +60,3 @@ def _as_tuple(steering: Sequence[Steering] | Steering | None) -> tuple[Steering,
     if steering is None:
         return ()
     return (steering,) if isinstance(steering, Steering) else tuple(steering)
-
-
-def chain_of(link: Sequence[tuple[str, float]], residuals: Mapping[str, Residual]) -> tuple[ChainLink, ...]:
-    """The part of a link whose names are residuals, in its order."""
-    return tuple(
-        ChainLink(name=name, residual=residuals[name], weight=weight) for name, weight in link if name in residuals
-    )

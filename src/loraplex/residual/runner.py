@@ -31,7 +31,7 @@ def make_scope(
     state: ResidualState | None = None,
     record_failures: bool = False,
 ) -> AttentionScope:
-    """Check every row and reserve its captures. Raises RequestError, CapacityError or BaseModelMismatchError."""
+    """Check every row and reserve its captures. Raises RequestError, TooLargeError or BaseModelMismatchError."""
     paddings = num_left_padding(attention_mask, len(rows))
     failures: dict[int, AdapterError] | None = {} if record_failures else None
     buffers = {}

@@ -9,6 +9,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from loraplex.errors import RequestError
+from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.end_tokens import AdapterEnds
 from loraplex.vllm_plugin.options import options_from
 
 _ATTRIBUTE = "loraplex_ids"  # of an engine's InputProcessor
@@ -41,6 +43,8 @@ class LoraIds:
 def check_requests() -> None:
     """Let every engine of this process refuse another adapter's number before it has the request: only that one fails.
 
+    And let requests stop at their adapters' end tokens.
+
     Requests come in through an engine's `InputProcessor`, adapters that are loaded beforehand through `add_lora`.
     Engines that don't ask for loraplex keep vLLM's behaviour.
     """
@@ -55,16 +59,23 @@ def _with_ids(make: Any) -> Any:
     @functools.wraps(make)
     def make_with_ids(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         make(self, vllm_config, *args, **kwargs)
-        if options_from(vllm_config.additional_config) is None:
+        options = options_from(vllm_config.additional_config)
+        if options is None:
             return
         ids, validate = LoraIds(), self._validate_lora
+        ends, process = AdapterEnds(Catalog(options)), self.process_inputs
 
         def validate_lora(lora_request: LoRARequest | None) -> None:
             validate(lora_request)
             if lora_request is not None:
                 ids.check(lora_request)
 
-        self._validate_lora = validate_lora
+        def process_inputs(*args: Any, **kwargs: Any) -> Any:
+            request = process(*args, **kwargs)
+            ends.add(request.lora_request, request.sampling_params)
+            return request
+
+        self._validate_lora, self.process_inputs = validate_lora, process_inputs
         setattr(self, _ATTRIBUTE, ids)
 
     setattr(make_with_ids, _MARK, True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
+from loraplex.layers.decoder import find_decoder
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.row_probe import Recorder, different_ids
 from loraplex.layers.unchanged import left_unchanged
@@ -27,18 +28,6 @@ class CacheUse:
 
     works: bool = True  # it computes what it computes without one
     sees_past: frozenset[int] = frozenset()  # modules that see the tokens in the cache beside the new ones
-
-
-def find_decoder(base: PreTrainedModel) -> nn.Module | None:
-    """What computes the last hidden states that the output layer reads; None if the model has no such part."""
-    if base.base_model is not base:
-        return base.base_model
-    parts = (part for part in base.modules() if isinstance(part, PreTrainedModel) and part is not base)
-    return next((part for part in parts if _reads_tokens(part) and part.get_output_embeddings() is None), None)
-
-
-def _reads_tokens(part: nn.Module) -> bool:
-    return "input_ids" in signature(part.forward).parameters
 
 
 def probe_cache(base: PreTrainedModel, adaptable: AdaptableModel) -> CacheUse:

@@ -26,12 +26,6 @@ def prepare_generation(two_pass: TwoPass, base: PreTrainedModel, generation: dic
             f"cache_implementation is {implementation!r}, but batches with mixtures keep keys and values of two passes "
             "in a cache of their own. Leave it out."
         )
-    many = max(_setting(base, generation, "num_beams") or 1, _setting(base, generation, "num_return_sequences") or 1)
-    if two_pass.options.refresh > 1 and many > 1:
-        raise RequestError(
-            f"refresh={two_pass.options.refresh} keeps scalings between the steps of one sequence a row, but num_beams "
-            "or num_return_sequences asks for several. Use refresh=1."
-        )
     if changes_with_every_token(base):
         generation["use_cache"] = False  # X-LoRA is defined on whole passes, which these positions can't be cached for
     elif _setting(base, generation, "use_cache") is not False and generation.get("past_key_values") is None:

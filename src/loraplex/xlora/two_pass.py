@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
+from loraplex.layers.decoder import find_decoder
 from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import Route, RowRouting
-from loraplex.xlora.cache_probe import CacheUse, find_decoder
+from loraplex.xlora.cache_probe import CacheUse
 from loraplex.xlora.caches import PairedCache
 from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.gate_history import GateHistory
@@ -72,7 +73,6 @@ class TwoPass:
         self.collected: list[list[Tensor]] = [[] for _ in mixture_rows.groups]
         self.counts = DraftCounts()
         self._drafted: DraftedStep | None = None
-        self._pending: list[dict[str, Any]] = []
         self.num_new_tokens = 0  # of the call that runs now
         self.captures_hidden = False
         self.captured: Tensor | None = None
@@ -136,12 +136,9 @@ class TwoPass:
         part = {name: _rows_of(name, inputs[name], rows) for name in _ROW_INPUTS if inputs.get(name) is not None}
         if cache is None:
             return self.run_scaling(part, None)
-        if self.options.refresh > 1 and self.num_new_tokens == 1:
-            return self._refreshed(part, cache)
         cache.show_scaling()
         hidden = self.run_scaling(part, cache)
         cache.scaling_length += hidden.shape[1]
-        cache.carried["last"] = hidden[:, -1:]
         return hidden
 
     def run_scaling(self, part: dict[str, Any], cache: PairedCache | None, *, subset: bool = False) -> Tensor:
@@ -211,23 +208,6 @@ class TwoPass:
         gates = [group.mixture.pass_gates(len(group.uses), copies, num_tokens) for group in self.mixture_rows.groups]
         self._pass_gates.set(torch.cat(gates, dim=1))
 
-    def _refreshed(self, part: dict[str, Any], cache: PairedCache) -> Tensor:
-        """Keep the last prediction until `refresh` tokens wait; then run the scaling pass on all of them."""
-        self._pending.append(part)
-        if len(self._pending) < self.options.refresh:
-            return cache.carried["last"]
-        parts, self._pending = self._pending, []
-        joined = dict(part)  # the newest attention mask covers all
-        for name in ("input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
-            if name in part:
-                dim = -1 if name == "position_ids" else 1
-                joined[name] = torch.cat([earlier[name] for earlier in parts], dim=dim)
-        cache.show_scaling()
-        hidden = self.run_scaling(joined, cache)
-        cache.scaling_length += hidden.shape[1]
-        cache.carried["last"] = hidden[:, -1:]
-        return cache.carried["last"]
-
     # Choices
 
     def _cache(self, inputs: dict[str, Any]) -> PairedCache | None:
@@ -263,7 +243,6 @@ class TwoPass:
     def _drafts(self, inputs: dict[str, Any], cache: PairedCache, copies: int) -> bool:
         can_draft = (
             self.mixture_rows.pass_is_base
-            and self.options.refresh == 1
             and self.num_new_tokens == 1
             and cache.main_length > 0
             and copies == 1

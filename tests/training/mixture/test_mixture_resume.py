@@ -59,7 +59,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("step", "config"),
-    [(3, DROPOUT), (27, DROPOUT), (20, replace(DROPOUT, use_trainable_adapters=True, scaling_pass_value=0.5))],
+    [
+        (3, DROPOUT),
+        pytest.param(27, DROPOUT, marks=pytest.mark.slow),
+        (20, replace(DROPOUT, use_trainable_adapters=True, scaling_pass_value=0.5)),
+    ],
 )
 def test_interrupted_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, config: XLoraConfig

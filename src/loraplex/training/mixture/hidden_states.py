@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.layers.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import use_routing
 from loraplex.training.batches import RowBatch, cut_sizes
@@ -35,6 +36,9 @@ class HiddenStates:
         tokens_per_forward: int,
     ) -> None:
         self._base = base
+        decoder = find_decoder(base)
+        assert decoder is not None, "mixtures are made for models with a decoder only"
+        self._decoder = decoder
         self._mixture = mixture
         self._experts = experts
         self._gates = LayerGates()
@@ -86,13 +90,13 @@ class HiddenStates:
         """Run the scaling pass: the base model, or the experts with the scaling pass's gates."""
         self.num_computed += len(input_ids)
         if self._mixture.pass_value == 0:
-            hidden: Tensor = self._base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden: Tensor = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
             return hidden
         rows, length = input_ids.shape
         self._gates.set(self._mixture.pass_gates(1, 1, rows * length).to(input_ids.device))
         nothing = no_positions(input_ids.device)
         with use_routing(MixtureTrainingRouting(self._experts, self._gates, rows, length, nothing)):
-            hidden = self._base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def _fitting(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
