@@ -44,8 +44,9 @@ def check_weights(adapter: Adapter) -> None:
 
     For adapters made in memory; those from files are checked while they are read.
     """
+    configured = adapter.config.ranks_of(tuple(adapter.layers))
     for path, weights in adapter.layers.items():
-        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], adapter.config.rank_of(path))
+        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], configured[path])
         if len(set(ranks)) > 1:
             raise AdapterFormatError(
                 f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "

@@ -1,11 +1,11 @@
 """PEFT's adapter_config.json to LoraConfig and back; what can't be honoured exactly is refused by name."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.patterns import find_matches
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_json
 
@@ -67,7 +67,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     try:
         _refuse_unsupported(settings, file)
         return LoraConfig(**_known_fields(settings))
-    except (ConfigError, TypeError, re.error) as error:
+    except (ConfigError, TypeError) as error:
         raise AdapterFormatError(f"{file}: {error}") from error
 
 
@@ -140,7 +140,7 @@ def _refuse_tied_adapters(settings: Mapping[str, Any], file: Path) -> None:
         return
     targets = settings.get("target_modules") or []
     if isinstance(targets, str):
-        tied = [name for name in _EMBEDDING_NAMES if re.fullmatch(targets, name)]
+        tied = list(find_matches("target_modules", targets, _EMBEDDING_NAMES))
     else:
         tied = [name for name in targets if str(name).split(".")[-1] in _EMBEDDING_NAMES]
     if tied:

@@ -59,10 +59,8 @@ def _read_files(folder: Path, check_finite: bool) -> Adapter:
     config = read_peft_config(folder)
     with open_tensor_file(folder / WEIGHTS_FILE) as file:
         modules = module_tensors(file, config)
-        layers = {
-            path: _read_module(file, tensors, config.scaling_of(path), check_finite)
-            for path, tensors in modules.items()
-        }
+        scalings = config.scalings_of(tuple(modules))
+        layers = {path: _read_module(file, tensors, scalings[path], check_finite) for path, tensors in modules.items()}
         starts = {
             path: (file.entries[tensors.lora_a].start, file.entries[tensors.lora_b].start)
             for path, tensors in modules.items()

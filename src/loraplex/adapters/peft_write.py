@@ -98,8 +98,10 @@ def _check_writable(adapter: Adapter) -> None:
         raise UnsupportedAdapterError("the adapter's target_modules is None; set it to the adapted modules' names.")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no weights; nothing was written.")
+    paths = tuple(adapter.layers)
+    ranks, scalings = config.ranks_of(paths), config.scalings_of(paths)
     for path, weights in adapter.layers.items():
-        _check_layer(adapter, path, weights)
+        _check_layer(path, weights, ranks[path], scalings[path], use_dora=config.use_dora)
     targeted = expected_targets(config, {path: weights.shape for path, weights in adapter.layers.items()})
     untargeted = adapter.layers.keys() - set(targeted)
     if untargeted:
@@ -109,20 +111,19 @@ def _check_writable(adapter: Adapter) -> None:
         )
 
 
-def _check_layer(adapter: Adapter, path: str, weights: LoraWeights) -> None:
-    config = adapter.config
-    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], config.rank_of(path))
+def _check_layer(path: str, weights: LoraWeights, rank: int, scaling: float, *, use_dora: bool) -> None:
+    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], rank)
     if len(set(ranks)) > 1:
         raise AdapterFormatError(
             f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must agree."
         )
-    if weights.scaling != config.scaling_of(path):
+    if weights.scaling != scaling:
         raise AdapterFormatError(
             f"{path!r}: the LoRA scaling is {weights.scaling}, but the configuration gives "
-            f"{config.scaling_of(path)}. Set lora_alpha or alpha_pattern to match."
+            f"{scaling}. Set lora_alpha or alpha_pattern to match."
         )
-    if config.use_dora != (weights.magnitude is not None):
+    if use_dora != (weights.magnitude is not None):
         raise AdapterFormatError(
-            f"{path!r}: use_dora is {config.use_dora}, but a magnitude is "
+            f"{path!r}: use_dora is {use_dora}, but a magnitude is "
             f"{'' if weights.magnitude is not None else 'not '}there."
         )

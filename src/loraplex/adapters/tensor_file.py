@@ -14,6 +14,10 @@ from torch import Tensor
 
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import parse_json
+from loraplex.validation import quoted
+
+MAX_HEADER_BYTES = 32 << 20  # 100,000 tensors with long names
+MAX_NAME = 1024  # characters of a tensor's name
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -65,6 +69,7 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file; raises AdapterFormatError if it is truncated or not one."""
     with path.open("rb") as file:
         try:
+            _check_header_size(file)
             # The opened file itself, whatever is at its path by now. It checks the whole header against the length.
             with safe_open(f"/dev/fd/{file.fileno()}", framework="np"):
                 pass
@@ -77,6 +82,13 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
         yield tensors
 
 
+def _check_header_size(file: BufferedReader) -> None:
+    num_bytes = int.from_bytes(file.read(8), "little")
+    file.seek(0)
+    if num_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {num_bytes} bytes, more than the {MAX_HEADER_BYTES} that are read")
+
+
 def _parse_header(file: BufferedReader) -> list[TensorEntry]:
     """The format: 8 bytes length of the header, the header in JSON, the tensors."""
     header_bytes = int.from_bytes(file.read(8), "little")
@@ -85,6 +97,8 @@ def _parse_header(file: BufferedReader) -> list[TensorEntry]:
     for name, fields in header.items():
         if name == "__metadata__":
             continue
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"the name {quoted(name)} is no tensor's: at most {MAX_NAME} printable characters")
         start, end = fields["data_offsets"]
         shape = tuple(fields["shape"])
         entry = TensorEntry(

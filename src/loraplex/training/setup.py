@@ -81,14 +81,13 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     lora = job.lora
     assert lora is not None, f"job {job.name!r} trains no LoRA"
     paths = targeted_paths(job, adaptable)
-    ranks = {path: lora.rank_of(path) for path in paths}
-    scalings = {path: lora.scaling_of(path) for path in paths}
+    ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual):
         raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
     adapter = job.init_from if isinstance(job.init_from, Adapter) else read_adapter(Path(job.init_from))
-    _check_start(job.name, lora, adapter, adaptable, ranks)
+    _check_start(job.name, adapter, adaptable, ranks, scalings)
     return {path: adapter.layers[path] for path in paths}
 
 
@@ -147,7 +146,7 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
 
 
 def _check_start(
-    name: str, lora: LoraConfig, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int]
+    name: str, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int], scalings: dict[str, float]
 ) -> None:
     """Raise unless the adapter to start from has what the job trains: modules, shapes, ranks and LoRA scalings."""
     if adapter.config.use_dora:
@@ -167,10 +166,10 @@ def _check_start(
                 f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
                 f"{(module.kind, module.in_features, module.out_features)} here."
             )
-        if (weights.rank, weights.scaling) != (ranks[path], lora.scaling_of(path)):
+        if (weights.rank, weights.scaling) != (ranks[path], scalings[path]):
             raise ConfigError(
                 f"job {name!r}: init_from has rank {weights.rank} and LoRA scaling {weights.scaling} at "
-                f"{path!r}, the job {ranks[path]} and {lora.scaling_of(path)}. Use the adapter's own "
+                f"{path!r}, the job {ranks[path]} and {scalings[path]}. Use the adapter's own "
                 "LoraConfig: read_adapter(folder).config."
             )
 
