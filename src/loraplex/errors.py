@@ -112,6 +112,10 @@ class RemoteError(LoraplexError):
     """A server on the network can't be reached, or answers what it shouldn't."""
 
 
+class OutputError(LoraplexError):
+    """A result can't be written: no room, no permission, or something in its place that loraplex didn't write."""
+
+
 class ScalingsError(LoraplexError):
     """Scalings don't fit their names, one another, or what is asked of them."""
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from loraplex.errors import CheckpointError
 from loraplex.json_files import parse_json
+from loraplex.output_files import unwritable, whole_file
 from loraplex.training.learner import Learner
 from loraplex.training.logs import JobLog
 
@@ -26,7 +26,7 @@ _KEY = "loraplex_training"
 def save_checkpoint(
     folder: Path, states: Sequence[Learner], logs: Sequence[JobLog], identity: Mapping[str, Any]
 ) -> None:
-    """Write `folder`/checkpoint.safetensors atomically."""
+    """Write `folder`/checkpoint.safetensors atomically. Raises OutputError."""
     tensors = {
         f"{index}.{name}": tensor.detach().cpu().contiguous()
         for index, state in enumerate(states)
@@ -38,11 +38,17 @@ def save_checkpoint(
         "jobs": [state.counters() for state in states],
         "log_bytes": [log.num_bytes for log in logs],
     }
-    temporary = folder / f".{FILE}.tmp"
-    save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE)
+    with whole_file(folder / FILE, is_checkpoint, token="tmp") as temporary:
+        try:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
+        except SafetensorError as error:  # what it makes of an OSError
+            raise unwritable(folder / FILE, error) from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as a checkpoint does, damaged or not: safetensors has the metadata first."""
+    with path.open("rb") as file:
+        return _KEY.encode() in file.read(256)
 
 
 def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[str, Any]) -> list[int]:

@@ -2,12 +2,19 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loraplex.output_files import unwritable
+
 
 class JobLog:
-    """Appends lines to `<output>/<name>.jsonl`; a resumed run cuts off what its checkpoint doesn't know of."""
+    """Appends lines to `<output>/<name>.jsonl`; a resumed run cuts off what its checkpoint doesn't know of.
+
+    Raises OutputError where it can't be written.
+    """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self.path = path
@@ -19,19 +26,28 @@ class JobLog:
         self.num_bytes = num_bytes
         if not self._enabled:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.truncate(num_bytes)
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                self.num_bytes = min(num_bytes, file.tell())  # it may have been removed meanwhile
+                file.truncate(self.num_bytes)
 
     def write(self, entry: dict[str, Any]) -> None:
         line = (json.dumps(entry) + "\n").encode()
         self.num_bytes += len(line)
         if self._enabled:
-            with self.path.open("ab") as file:
+            with self._writing(), self.path.open("ab") as file:
                 file.write(line)
 
     def sync(self) -> None:
         """Bring the lines to the disk: before the checkpoint that counts them."""
         if self._enabled:
-            with self.path.open("ab") as file:
+            with self._writing(), self.path.open("ab") as file:
                 os.fsync(file.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.path, error) from error
