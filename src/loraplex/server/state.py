@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
+from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.server.access import Catalog, Principal
 from loraplex.server.keys import KeyFile
@@ -22,15 +23,16 @@ SCOPE_KEY = "loraplex"
 class ServerState:
     """The engine, the settings, and who is doing what."""
 
-    def __init__(self, engine: AsyncEngine, config: ServeConfig) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServeConfig, watched: AdapterFolder | None = None) -> None:
         self.engine = engine
+        self.watched = watched
         self.config = config
         self.model = engine.model
         self.catalog = Catalog(engine.model, config.model.base_name, config.limits.max_link_length)
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.roots = AdapterRoots(config.access.adapter_roots)
         self.usages = Usages()
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, watched)
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
