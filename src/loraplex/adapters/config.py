@@ -91,7 +91,9 @@ class LoraConfig:
         ranks = {"r": self.r} | {f"rank_pattern[{quoted(key)}]": rank for key, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
             if not (is_whole(rank) and 1 <= rank <= MAX_RANK):
-                raise ConfigError(f"{name} is {quoted(rank)}; a rank must be a whole number from 1 to {MAX_RANK}.")
+                raise ConfigError(
+                    f"{name} is {quoted(rank)}; a rank must be a whole number of at least 1, and {MAX_RANK} at most."
+                )
         alphas = {"lora_alpha": self.lora_alpha}
         alphas |= {f"alpha_pattern[{quoted(key)}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in alphas.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.listing import listed
 from loraplex.adapters.tensor_file import TensorFile
-from loraplex.adapters.weights import ModuleKind
+from loraplex.adapters.weights import ModuleKind, ModuleShape
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 
 PREFIX = "base_model.model."
@@ -53,6 +53,12 @@ def module_tensors(file: TensorFile, config: LoraConfig) -> dict[str, ModuleTens
         raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
     ranks = config.ranks_of(tuple(found))
     return {path: _check_module(file, config, path, names, ranks[path]) for path, names in found.items()}
+
+
+def shape_of(file: TensorFile, tensors: ModuleTensors) -> ModuleShape:
+    """The module that the tensors fit."""
+    shape_a, shape_b = file.entries[tensors.lora_a].shape, file.entries[tensors.lora_b].shape
+    return ModuleShape(kind=tensors.kind, in_features=shape_a[1], out_features=shape_b[0])
 
 
 def base_copies(file: TensorFile) -> dict[str, str]:

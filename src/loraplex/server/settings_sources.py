@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
-from loraplex.json_files import parse_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_text
 from loraplex.server.settings import ServeConfig
 
 PREFIX = "LORAPLEX_SERVE_"
@@ -99,7 +99,7 @@ def _sections(config: ServeConfig) -> Iterator[tuple[str, Any]]:
 
 def _from_file(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MAX_SETTINGS_BYTES)
         tables = parse_json(text) if file.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the settings in {str(file)!r} can't be read: {error}.") from error

@@ -1,6 +1,5 @@
 """What to train: one AdapterJob for each adapter, and one TrainConfig for the run."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,8 @@ from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.config import ResidualConfig
 from loraplex.residual.kinds import LinkedResidual, SteeringVector
-from loraplex.training.checks import check_flags, check_number, check_whole
+from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
+from loraplex.validation import is_finite
 
 Schedule = Literal["constant", "linear", "cosine"]
 LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder or hub id, or from memory
@@ -60,8 +60,10 @@ class AdapterJob:
                 "names without empty parts, '.' and '..', such as 'team/protein'."
             )
         check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
-        check_whole(self, ("warmup_steps", "seed"), minimum=0)
-        check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
+        check_whole(self, ("warmup_steps",), minimum=0)
+        check_whole(self, ("seed",), minimum=0, maximum=2**63 - 1)
+        check_whole(self, ("max_steps",), minimum=1, maximum=MAX_STEPS, optional=True)
+        check_whole(self, ("epochs", "patience", "eval_records"), minimum=1, optional=True)
         check_whole(self, ("max_length",), minimum=2)
         self._check_numbers()
         self._check_combinations()
@@ -100,7 +102,7 @@ class AdapterJob:
                 f"job {self.name!r}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
             )
         for member, weight in self.after:
-            if not isinstance(member, LinkMember) or not math.isfinite(weight):
+            if not isinstance(member, LinkMember) or not is_finite(weight):
                 raise ConfigError(
                     f"job {self.name!r}: after has ({member!r}, {weight!r}); each entry is a folder, hub id, Adapter, "
                     "LinkedResidual or SteeringVector with a finite weight."

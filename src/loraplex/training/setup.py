@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.fit import check_ranks
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.targets import expected_targets
@@ -15,6 +16,7 @@ from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdap
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.modules import embed_scale
 from loraplex.models.end_tokens import training_ends
+from loraplex.residual.config import check_rank
 from loraplex.residual.fit import check_residual_fits
 from loraplex.residual.folder import read_residual
 from loraplex.residual.kinds import LinkedResidual
@@ -82,6 +84,7 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     assert lora is not None, f"job {job.name!r} trains no LoRA"
     paths = targeted_paths(job, adaptable)
     ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
+    check_ranks(ranks, adaptable.shapes)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual):
@@ -131,6 +134,7 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
             f"job {job.name!r}: residual.layers has {unknown}, but the base model has the attention layers "
             f"{min(attention.layers)} to {max(attention.layers)}."
         )
+    check_rank(config.r, attention.identity.hidden_size)
     if job.init_from is None:
         return fresh_residual(config, attention.identity, layers, job.seed)
     start = read_residual(job.init_from) if isinstance(job.init_from, str | Path) else job.init_from

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigError
-from loraplex.training.checks import check_flags, check_number, check_whole
+from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
 from loraplex.training.config import SCHEDULES, Schedule
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
@@ -56,8 +56,10 @@ class MixtureTrainConfig:
     def __post_init__(self) -> None:
         check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
         check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
-        check_whole(self, ("warmup_steps", "seed", "hidden_cache_bytes"), minimum=0)
-        check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
+        check_whole(self, ("warmup_steps",), minimum=0)
+        check_whole(self, ("seed", "hidden_cache_bytes"), minimum=0, maximum=2**63 - 1)
+        check_whole(self, ("max_steps",), minimum=1, maximum=MAX_STEPS, optional=True)
+        check_whole(self, ("epochs", "patience", "eval_records"), minimum=1, optional=True)
         check_whole(self, ("max_length",), minimum=2)
         check_flags(self, ("resume", "progress", "plots"))
         self._check_numbers()
