@@ -15,7 +15,7 @@ from loraplex.validation import quoted
 
 MAX_BYTES = 256 << 20  # the largest tokenizers have tens of megabytes
 MAX_SETTINGS_BYTES = 4 << 20  # of an adapter, with patterns for each of 20,000 modules
-MAX_LINE_BYTES = 64 << 20  # of JSON lines
+MAX_LINE_BYTES = 16 << 20  # of JSON lines
 MAX_DEPTH = 64  # lists and objects in one another; known formats have ten at most
 MAX_DIGITS = 308  # of a whole number: what a float can hold
 
@@ -39,9 +39,10 @@ def damaged_as(error: type[LoraplexError], what: object) -> Iterator[None]:
 def open_regular(file: Path) -> Iterator[BufferedReader]:
     """Open a file to read; a pipe or a device, which may never end, is a ValueError."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
     with os.fdopen(descriptor, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no regular file")
         yield opened
 
 

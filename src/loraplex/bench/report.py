@@ -40,7 +40,9 @@ def save_json(path: Path, workload: Mapping[str, Any], results: Any) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    return path.read_text(encoding="utf-8", errors="replace")[:100].split()[:2] == ["{", '"environment":']
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(100)
+    return head.split()[:2] == ["{", '"environment":']
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.errors import OutputError, ScalingsError, ScalingsFileError
-from loraplex.json_files import parse_json
+from loraplex.json_files import open_regular, parse_json
 from loraplex.output_files import whole_file
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
@@ -49,7 +49,8 @@ def read_scalings(path: str | Path) -> list[RowScalings]:
     """Return the rows of a file that `write_scalings` wrote; raises ScalingsFileError for any other."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # The opened file itself: safetensors would wait for ever for a pipe
+        with open_regular(path) as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
             content = parse_json((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if content["version"] != _VERSION:
@@ -58,7 +59,16 @@ def read_scalings(path: str | Path) -> list[RowScalings]:
                 "the version that wrote it."
             )
         return _rows(content, tensors)
-    except (OSError, SafetensorError, ScalingsError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ScalingsError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, ScalingsFileError):
             raise
         raise ScalingsFileError(
