@@ -75,6 +75,15 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside the block, an OSError becomes an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def unwritable(path: Path, error: Exception) -> OutputError:
     """What to raise for a path that can't be written."""
     return OutputError(f"{str(path)!r} can't be written: {error}. Choose a place with room that you may write to.")

@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loraplex.output_files import unwritable
+from loraplex.output_files import writing
 
 
 class JobLog:
@@ -26,7 +24,7 @@ class JobLog:
         self.num_bytes = num_bytes
         if not self._enabled:
             return
-        with self._writing():
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 self.num_bytes = min(num_bytes, file.tell())  # it may have been removed meanwhile
@@ -36,18 +34,11 @@ class JobLog:
         line = (json.dumps(entry) + "\n").encode()
         self.num_bytes += len(line)
         if self._enabled:
-            with self._writing(), self.path.open("ab") as file:
+            with writing(self.path), self.path.open("ab") as file:
                 file.write(line)
 
     def sync(self) -> None:
         """Bring the lines to the disk: before the checkpoint that counts them."""
         if self._enabled:
-            with self._writing(), self.path.open("ab") as file:
+            with writing(self.path), self.path.open("ab") as file:
                 os.fsync(file.fileno())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise unwritable(self.path, error) from error

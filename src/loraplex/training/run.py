@@ -15,6 +15,7 @@ from loraplex.errors import AdapterExistsError, TrainingError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.output_files import writing
 from loraplex.residual import settings
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.linked import LinkedAttention
@@ -209,8 +210,9 @@ def _resume_or_start(
     _check_places_of_diverged(output, states)
     ranks.wait()
     if ranks.is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / FILE).unlink(missing_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / FILE).unlink(missing_ok=True)
     ranks.wait()
     return [0] * len(states)
 

@@ -18,6 +18,7 @@ from loraplex.errors import (
 )
 from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.output_files import writing
 from loraplex.training.attention import fast_attention
 from loraplex.training.checkpoint import FILE, load_checkpoint
 from loraplex.training.job_state import DIVERGED
@@ -202,8 +203,9 @@ def _resume_or_start(state: MixtureState, folder: Path, identity: dict[str, Any]
                 "folder, or pass resume=False to train the mixture anew and replace it."
             )
         _check_replaceable(folder)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).unlink(missing_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / FILE).unlink(missing_ok=True)
     return 0
 
 
