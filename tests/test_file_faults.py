@@ -6,13 +6,14 @@ A load fails typed, and what was loaded stays. A file or folder on disk is the o
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loraplex import MultiLoraModel, XLoraConfig
+from loraplex import MultiLoraModel, StoreConfig, XLoraConfig
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.peft_write import write_adapter
@@ -218,3 +219,35 @@ def _load(kind: str, model: MultiLoraModel, folder: Path) -> tuple[Callable[[], 
     save = make_save(kind, folder / "other")
     save.write(1)
     return save.version, lambda: None
+
+
+def test_adapter_that_can_not_be_read_back_is_refused_typed_and_served_when_it_can(tmp_path: Path) -> None:
+    model = MultiLoraModel(tiny_model("llama"), store=StoreConfig(host_bytes=6_000))
+    for name in "ab":
+        folder = random_peft_adapter(model.base, tmp_path / name, targets=("q_proj",), seed=ord(name))
+        model.load_adapter(name, folder)
+    with torch.no_grad():
+        expected = {name: model(IDS, adapters=[name]).logits for name in "ab"}
+    tiers = {state.name: state.tier for state in model.adapters()}
+    assert "disk" in tiers.values(), "the budget holds both"
+    failures = []
+    for at in range(30):
+        away = next(state.name for state in model.adapters() if state.tier == "disk")
+        with pytest.MonkeyPatch.context() as patch:
+            read_back = partial(failing, at, model.store._read_back)
+            patch.setattr(model.store, "_read_back", read_back)
+            try:
+                with torch.no_grad():
+                    model(IDS, adapters=[away])
+            except LoraplexError:
+                pass
+            except Exception as error:
+                failures.append(f"call {at}: {type(error).__name__}: {error}")
+        with torch.no_grad():
+            assert torch.equal(model(IDS, adapters=[away]).logits, expected[away])
+    assert not failures, "\n".join(failures)
+
+
+def failing(at: int, work: Callable[..., object], *args: object) -> object:
+    with faults(at, raising(errno.EIO)):
+        return work(*args)

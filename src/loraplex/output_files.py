@@ -52,11 +52,19 @@ def whole_file(
         check_replaceable(path, is_ours)  # something may have appeared meanwhile
         os.replace(temporary, path)
         flush_to_disk(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second for a name that no file can have, or a suffix of no format
         raise unwritable(path, error) from error
     finally:
-        with suppress(OSError):  # it was moved into place, or never made
+        with suppress(OSError, ValueError):  # it was moved into place, or never made
             temporary.unlink()
+
+
+def resolved(path: str | Path) -> Path:
+    """The path to write to, without links. Raises OutputError where they lead nowhere."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unwritable(Path(path), error) from error
 
 
 def save_figure(figure: Any, path: str | Path, dpi: int) -> None:

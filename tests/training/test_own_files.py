@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from loraplex import MultiLoraModel
+from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft_write import write_adapter
 from loraplex.bench.report import save_json
 from loraplex.errors import ConfigError, LoraplexError, OutputError
 from loraplex.output_files import MARK, check_replaceable, save_figure, whole_file
+from loraplex.residual.folder import write_residual
 from loraplex.training import MixtureTrainConfig, TrainConfig, train_adapters, train_mixture
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.scalings.file import write_scalings
+from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -163,3 +167,22 @@ def test_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == f"{MARK} 1"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
     check_replaceable(path)
+
+
+@pytest.mark.parametrize("name", ["loop", "a\0b", "x" * 300])
+def test_place_that_can_not_be_written_is_told_by_every_writer(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    model = MultiLoraModel(tiny_model("llama"))
+    adapter = read_adapter(random_peft_adapter(model.base, tmp_path / "a", targets=("q_proj",)))
+    model.load_adapter("a", adapter)
+    model.create_mixture("m", ["a"], XLoraConfig())
+    writers: list[Callable[[Path], object]] = [
+        *WRITERS.values(),
+        lambda path: write_adapter(adapter, path, overwrite=True),
+        lambda path: write_residual(random_linked(model.registry.linked.layers, 1), path, overwrite=True),
+        lambda path: model.save_mixture("m", path, overwrite=True),
+        lambda path: train(path, resume=False),
+    ]
+    for write in writers:
+        with pytest.raises(LoraplexError):
+            write(tmp_path / name)

@@ -19,6 +19,7 @@ from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.output_files import resolved
 
 # What PEFT and we write; anything else is somebody's work.
 _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
@@ -41,7 +42,7 @@ def write_adapter(
         raise UnsupportedAdapterError(
             f"a {type(adapter).__name__} can't be exported in PEFT's format or merged into weights: {reason}."
         )
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)

@@ -15,6 +15,7 @@ from loraplex.adapters.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
+from loraplex.output_files import resolved
 from loraplex.residual.config import BaseIdentity, ResidualConfig
 from loraplex.residual.kinds import FunctionResidual, LinkedLayer, LinkedResidual, Residual, SteeringVector
 from loraplex.residual.settings import (
@@ -84,7 +85,7 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
     Raises AdapterExistsError (the folder exists and `overwrite` is False, or holds more than a residual adapter),
     AdapterFormatError (weights that `read_residual` would refuse) and UnsupportedAdapterError.
     """
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     settings, tensors = _content(residual)
     expected = _expected_shapes(settings)
     for name, tensor in tensors.items():

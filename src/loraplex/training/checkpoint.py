@@ -23,7 +23,7 @@ from loraplex.training.logs import JobLog
 logger = logging.getLogger(__name__)
 
 FILE = "checkpoint.safetensors"
-VERSION = 1
+VERSION = 2  # 1 had no digest
 _KEY = "loraplex_training"
 _DIGEST = "loraplex_sha256"
 
@@ -93,10 +93,12 @@ def _read(path: Path, states: Sequence[Learner]) -> tuple[dict[str, Any], dict[s
             text = file.metadata[_KEY]
             content = parse_json(text, finite=False)  # the best loss may be infinite
             version = content["version"]
-            _check_sizes(file, most)
-            tensors = {name: file.read(name) for name in file.entries}
-        if file.metadata.get(_DIGEST, "") not in ("", _digest(text, tensors)):  # older ones have none
-            raise ValueError("its content is not what was written")
+            tensors = {}
+            if version == VERSION:
+                _check_sizes(file, most)
+                tensors = {name: file.read(name) for name in file.entries}
+                if file.metadata[_DIGEST] != _digest(text, tensors):
+                    raise ValueError("its content is not what was written")
     except (OSError, AdapterError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
     if version != VERSION:

@@ -9,6 +9,7 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
+from loraplex.output_files import writing
 from loraplex.residual.config import ResidualConfig
 from loraplex.residual.kinds import LinkedResidual, SteeringVector
 from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
@@ -137,7 +138,9 @@ class TrainConfig:
         check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
         check_flags(self, ("resume", "progress", "plots", "share_prefixes"))
         output = Path(self.output)
-        if output.exists() and not output.is_dir():
+        with writing(output):  # a name that is too long, for example
+            is_file = output.exists() and not output.is_dir()
+        if is_file:
             raise ConfigError(f"output {str(output)!r} is a file; give a folder, which need not exist yet.")
 
 

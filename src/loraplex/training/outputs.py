@@ -56,7 +56,7 @@ def _overlap(written: Path, given: Path) -> bool:
         if written.exists() and given.exists() and written.samefile(given):  # hard links too
             return True
         one, other = written.resolve(), given.expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a symbolic link to itself
+    except (OSError, RuntimeError, ValueError) as error:  # a symbolic link to itself
         raise unwritable(written, error) from error
     return one == other or (given.exists() and (one.is_relative_to(other) or other.is_relative_to(one)))
 

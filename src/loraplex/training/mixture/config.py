@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigError
+from loraplex.output_files import writing
 from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
 from loraplex.training.config import SCHEDULES, Schedule
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
@@ -100,5 +101,7 @@ class MixtureTrainConfig:
                 "above 0."
             )
         output = Path(self.output)
-        if output.exists() and not output.is_dir():
+        with writing(output):  # a name that is too long, for example
+            is_file = output.exists() and not output.is_dir()
+        if is_file:
             raise ConfigError(f"output {str(output)!r} is a file; give a folder, which need not exist yet.")
