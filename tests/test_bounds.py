@@ -18,6 +18,7 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.cli.job_options import READERS, read_job_file
 from loraplex.cli.vector import read_pairs
+from loraplex.engine.sampling import MAX_ANSWERS, SamplingParams
 from loraplex.errors import (
     MAX_MESSAGE,
     AdapterError,
@@ -27,6 +28,7 @@ from loraplex.errors import (
     ConfigError,
     DatasetError,
     LoraplexError,
+    RequestError,
     UnsupportedAdapterError,
 )
 from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_lines, read_text
@@ -242,6 +244,20 @@ def test_training_setting_out_of_range_is_refused_by_name(tmp_path: Path, option
         AdapterJob(name="j", data="d.jsonl", lora=lora, **options)
     with pytest.raises(ConfigError, match=option):
         MixtureTrainConfig(output=tmp_path, **options)
+
+
+def test_learning_rate_that_nothing_is_learnt_with_is_refused(tmp_path: Path) -> None:
+    for rate in (101, 1e10, 1e30):
+        with pytest.raises(ConfigError, match="learning_rate is"):
+            AdapterJob(name="j", data="d", lora=LoraConfig(target_modules=("q",)), max_steps=1, learning_rate=rate)
+        with pytest.raises(ConfigError, match="learning_rate is"):
+            MixtureTrainConfig(output=tmp_path, max_steps=1, learning_rate=rate)
+
+
+def test_answers_of_one_request_are_bounded() -> None:
+    assert SamplingParams(n=MAX_ANSWERS).n == MAX_ANSWERS
+    with pytest.raises(RequestError, match="n is 100000"):
+        SamplingParams(n=100_000)
 
 
 def test_epochs_of_a_thousand_years_are_refused(tmp_path: Path) -> None:

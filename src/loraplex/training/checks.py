@@ -7,6 +7,7 @@ from loraplex.validation import is_finite, is_whole, quoted
 
 MAX_STEPS = 10**8  # years
 MAX_COUNT = 2**31 - 1
+MAX_LEARNING_RATE = 100.0  # AdamW moves each weight by about so much a step: beyond, nothing is learnt
 
 
 def check_num_steps(label: str, num_steps: int) -> None:
@@ -15,6 +16,15 @@ def check_num_steps(label: str, num_steps: int) -> None:
         raise ConfigError(
             f"{label}: it would take {quoted(num_steps)} steps; at most {MAX_STEPS} are possible. Lower max_steps or "
             "epochs."
+        )
+
+
+def check_learning_rate(label: str, rate: object) -> None:
+    """Raise ConfigError, which starts with `label`, for a rate that nothing is learnt with."""
+    check_number(label, "learning_rate", rate, above=0)
+    if rate > MAX_LEARNING_RATE:  # type: ignore[operator]
+        raise ConfigError(
+            f"{label}: learning_rate is {rate!r}; it must be at most {MAX_LEARNING_RATE:g}. Usual is 1e-4."
         )
 
 

@@ -12,7 +12,7 @@ from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.output_files import writing
 from loraplex.residual.config import ResidualConfig
 from loraplex.residual.kinds import LinkedResidual, SteeringVector
-from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
+from loraplex.training.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.validation import is_finite
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -91,7 +91,7 @@ class AdapterJob:
         return self.batch_size * self.gradient_accumulation
 
     def _check_numbers(self) -> None:
-        check_number(f"job {self.name!r}", "learning_rate", self.learning_rate, above=0)
+        check_learning_rate(f"job {self.name!r}", self.learning_rate)
         check_number(f"job {self.name!r}", "weight_decay", self.weight_decay, minimum=0)
         check_number(f"job {self.name!r}", "eval_fraction", self.eval_fraction, minimum=0, below=1)
         if self.max_grad_norm is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraplex.errors import ConfigError
 from loraplex.output_files import writing
-from loraplex.training.checks import MAX_STEPS, check_flags, check_number, check_whole
+from loraplex.training.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.training.config import SCHEDULES, Schedule
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
@@ -80,7 +80,7 @@ class MixtureTrainConfig:
 
     def _check_numbers(self) -> None:
         label = "mixture training"
-        check_number(label, "learning_rate", self.learning_rate, above=0)
+        check_learning_rate(label, self.learning_rate)
         for option in ("weight_decay", "load_balance_weight", "sparsity_weight"):
             check_number(label, option, getattr(self, option), minimum=0)
         for option in ("eval_fraction", "expert_dropout"):
