@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
-from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_text
+from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, parse_json, read_text
 from loraplex.server.settings import ServeConfig
 
 PREFIX = "LORAPLEX_SERVE_"
@@ -76,7 +76,8 @@ def load_config(
     sections = {}
     for section, instance in _sections(ServeConfig()):
         names = [field.name for field in dataclasses.fields(instance)]
-        sections[section] = type(instance)(**{name: values[name] for name in names})
+        with damaged_as(ConfigError, f"the section [{section}] of the settings"):  # a path that is too long
+            sections[section] = type(instance)(**{name: values[name] for name in names})
     return ServeConfig(**sections)
 
 
