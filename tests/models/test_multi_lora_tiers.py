@@ -127,8 +127,8 @@ def test_folder_that_is_overwritten_while_it_is_loaded_is_never_served_from_disk
     base, targets = tiny_model("llama"), linear_targets("llama")
     folder = random_peft_adapter(base, tmp_path / "a", targets=targets, seed=0)
 
-    def read_and_overwrite(path):
-        adapter = read_adapter(path)
+    def read_and_overwrite(path, **options):
+        adapter = read_adapter(path, **options)
         random_peft_adapter(base, path, targets=targets, seed=1)
         return adapter
 

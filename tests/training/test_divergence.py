@@ -13,12 +13,18 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import CheckpointError, ConfigError, TrainingError
-from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, TrainResult, checks, train_adapters
 from loraplex.training.learner import Learner
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
 STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def any_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickest way to diverge, which no user can take."""
+    monkeypatch.setattr(checks, "MAX_LEARNING_RATE", 1e39)
 
 
 def train(jobs: list[AdapterJob], output: Path, **options: Any) -> list[TrainResult]:

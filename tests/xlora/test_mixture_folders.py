@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, OutputError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout, MixtureFolder
@@ -163,7 +163,7 @@ def test_a_failed_write_leaves_the_old_mixture(tmp_path: Path, monkeypatch: pyte
         raise OSError("disk full")
 
     monkeypatch.setattr("loraplex.xlora.formats.write_folder._write_expert", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         write_mixture(folder, "xlora", XLoraConfig(), overwrite=True)
     check_same(read_mixture_folder(folder), XLoraConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["mix"]

@@ -123,6 +123,9 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ScalingsFileError, match="can be read"):
         ScalingsLog.load(path)
+    with pytest.raises(ScalingsFileError, match="not known to be of loraplex"):
+        enabled_log(3).flush(path)
+    path.unlink()
     enabled_log(3).flush(path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ScalingsFileError, match="can be read"):

@@ -1,13 +1,15 @@
 """Write a folder all or nothing: whatever happens, a reader finds the whole old one or the whole new one."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from loraplex.adapters.exchange import exchange
 from loraplex.adapters.leftovers import claim_temporary, remove_leftovers, restore_replaced
+from loraplex.output_files import flush_to_disk, unwritable
 
 
 @contextmanager
@@ -16,28 +18,22 @@ def atomic_folder(folder: Path, check_destination: Callable[[], None]) -> Iterat
 
     `check_destination` raises if something at `folder` must not be replaced; it is called before the block and
     again before the move. A process that is killed leaves the old folder or the new one, and perhaps a temporary
-    beside it, which the next writer removes.
+    beside it, which the next writer removes. Raises OutputError where the disk doesn't take it.
     """
-    restore_replaced(folder)
-    check_destination()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    with claim_temporary(folder) as temporary:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            flush_to_disk(path)
-        check_destination()  # something may have appeared meanwhile
-        _move_into_place(temporary, folder)
-        flush_to_disk(folder.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return when a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        restore_replaced(folder)
+        check_destination()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with claim_temporary(folder) as temporary:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                flush_to_disk(path)
+            check_destination()  # something may have appeared meanwhile
+            _move_into_place(temporary, folder)
+            flush_to_disk(folder.parent)
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of the first
+        raise unwritable(folder, error) from error
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:

@@ -1,42 +1,72 @@
 """Check that an adapter belongs to a base model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import Tensor
 
+from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.listing import listed
+from loraplex.adapters.peft_folder import check_copy_shape
 from loraplex.adapters.targets import expected_targets
-from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
+from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError
+from loraplex.validation import quoted
+
+SMALL_RANK = 1024
 
 
 def check_fits(adapter: Adapter, modules: Mapping[str, ModuleShape], *, output_module: str | None = None) -> None:
-    """Raise unless the adapter's layers are exactly the modules that its configuration targets in this base.
+    """`check_shapes_fit` of an adapter's own shapes."""
+    shapes = {path: weights.shape for path, weights in adapter.layers.items()}
+    check_shapes_fit(adapter.config, shapes, modules, output_module=output_module)
 
-    `modules` holds the base's linear and embedding modules by path, `output_module` is the path of its output
-    embedding. Raises BaseModelMismatchError (a module is not in the base, or has another kind or shape) and
-    AdapterFormatError (the files and the configuration disagree about which modules are adapted).
+
+def check_shapes_fit(
+    config: LoraConfig,
+    shapes: Mapping[str, ModuleShape],
+    modules: Mapping[str, ModuleShape],
+    *,
+    output_module: str | None = None,
+) -> None:
+    """Raise unless an adapter's modules are exactly those that its configuration targets in this base.
+
+    `shapes` holds the adapter's modules by path, `modules` the base's linear and embedding modules, `output_module` is
+    the path of its output embedding. Raises BaseModelMismatchError (a module is not in the base, or has another kind or
+    shape) and AdapterFormatError (the files and the configuration disagree about which modules are adapted, or a rank
+    is larger than anything that a module of its shape could need).
     """
-    made_for = f"The adapter was made for base model {adapter.config.base_model_name_or_path!r}"
-    foreign = adapter.layers.keys() - modules.keys()
+    made_for = f"The adapter was made for base model {quoted(config.base_model_name_or_path)}"
+    foreign = shapes.keys() - modules.keys()
     if foreign:
         raise BaseModelMismatchError(
             "the adapter has weights for modules that are no linear or embedding modules of this base "
             f"model: {listed(foreign)}. {made_for}; the base has, for example, {listed(list(modules)[:3])}."
         )
     wrong = {}
-    for path, weights in adapter.layers.items():
-        difference = _difference(weights, modules[path])
+    for path, shape in shapes.items():
+        difference = _difference(shape, modules[path])
         if difference is not None:
             wrong[path] = difference
     if wrong:
         few = "; ".join(f"{path!r}: {wrong[path]}" for path in list(wrong)[:5])
         raise BaseModelMismatchError(
-            f"{len(wrong)} of the adapter's {len(adapter.layers)} modules don't fit this base model: {few}. "
+            f"{len(wrong)} of the adapter's {len(shapes)} modules don't fit this base model: {few}. "
             f"{made_for}; load that one."
         )
-    _check_same_modules(adapter, set(expected_targets(adapter.config, modules, output_module=output_module)))
+    check_ranks(config.ranks_of(tuple(shapes)), shapes)
+    _check_same_modules(config, shapes.keys(), set(expected_targets(config, modules, output_module=output_module)))
+
+
+def check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, ModuleShape]) -> None:
+    """Raise AdapterFormatError for a rank above both sides of its module, where it isn't small anyway."""
+    for path, rank in ranks.items():
+        most = max(shapes[path].in_features, shapes[path].out_features, SMALL_RANK)
+        if rank > most:
+            raise AdapterFormatError(
+                f"{path!r} has rank {rank}, but the module is {_arrow(shapes[path])}: a rank above {most} adds nothing "
+                "to it but memory. Lower r or rank_pattern."
+            )
 
 
 def check_weights(adapter: Adapter) -> None:
@@ -44,8 +74,9 @@ def check_weights(adapter: Adapter) -> None:
 
     For adapters made in memory; those from files are checked while they are read.
     """
+    configured = adapter.config.ranks_of(tuple(adapter.layers))
     for path, weights in adapter.layers.items():
-        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], adapter.config.rank_of(path))
+        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], configured[path])
         if len(set(ranks)) > 1:
             raise AdapterFormatError(
                 f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "
@@ -70,14 +101,8 @@ def check_base_copies(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
     difference.
     """
     for path, copy in copies.items():
-        if path not in base:
-            raise BaseModelMismatchError(f"the adapter comes with {path!r}, which the base model doesn't have.")
+        check_copy_shape(path, tuple(copy.shape), base)
         weight = base[path].detach().to("cpu")
-        if copy.shape != weight.shape:
-            raise BaseModelMismatchError(
-                f"the adapter comes with {path!r} of shape {list(copy.shape)}; in the base model it has "
-                f"{list(weight.shape)}. Load the base model that the adapter was trained on."
-            )
         if not (copy.to(weight.dtype).equal(weight) or weight.to(copy.dtype).equal(copy)):
             raise BaseModelMismatchError(
                 f"the adapter comes with other values of {path!r} than the base model has. Load the base "
@@ -85,25 +110,24 @@ def check_base_copies(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
             )
 
 
-def _difference(weights: LoraWeights, module: ModuleShape) -> str | None:
-    if weights.kind != module.kind:
-        return f"the adapter's is for {_article(weights.kind)} module, the base's is {_article(module.kind)}"
-    if weights.shape != module:
-        return f"the adapter's is {_arrow(weights.shape)}, the base's {_arrow(module)}"
+def _difference(shape: ModuleShape, module: ModuleShape) -> str | None:
+    if shape.kind != module.kind:
+        return f"the adapter's is for {_article(shape.kind)} module, the base's is {_article(module.kind)}"
+    if shape != module:
+        return f"the adapter's is {_arrow(shape)}, the base's {_arrow(module)}"
     return None
 
 
-def _check_same_modules(adapter: Adapter, expected: set[str]) -> None:
-    config = adapter.config
-    base = f"(adapter made for base model {config.base_model_name_or_path!r})"
-    missing = expected - adapter.layers.keys()
+def _check_same_modules(config: LoraConfig, paths: Set[str], expected: Set[str]) -> None:
+    base = f"(adapter made for base model {quoted(config.base_model_name_or_path)})"
+    missing = expected - paths
     if missing:
         raise AdapterFormatError(
             "the configuration targets modules of this base model that the files hold no weights for: "
             f"{listed(missing)} {base}. Narrow target_modules, layers_to_transform or exclude_modules, or "
             "restore the weights."
         )
-    extra = adapter.layers.keys() - expected
+    extra = paths - expected
     if extra:
         raise AdapterFormatError(
             f"the files hold weights for modules that the configuration doesn't target: {listed(extra)} "
@@ -121,4 +145,4 @@ def _arrow(shape: ModuleShape) -> str:
 
 
 def _short(targets: tuple[str, ...] | str | None) -> str:
-    return listed(targets) if isinstance(targets, tuple) else repr(targets)
+    return listed(targets) if isinstance(targets, tuple) else quoted(targets)

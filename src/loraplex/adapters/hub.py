@@ -18,6 +18,7 @@ from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.adapters.record import RECORD_FILE
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
 
 
 def resolve_adapter_folder(
@@ -54,10 +55,11 @@ def _resolve(
     path_or_id: str | Path, revision: str | None, cache_dir: str | Path | None, patterns: list[str]
 ) -> tuple[Path, bool]:
     """The folder, and whether it is a local one."""
-    local = Path(path_or_id).expanduser()
-    restore_replaced(local)
-    if local.exists():
-        return local, True
+    with damaged_as(AdapterNotFoundError, path_or_id):
+        local = Path(path_or_id).expanduser()
+        restore_replaced(local)
+        if local.exists():
+            return local, True
     if not _may_be_hub_id(path_or_id):
         raise AdapterNotFoundError(
             f"adapter folder {str(path_or_id)!r} does not exist, and it is no hub id (owner/name) either. "

@@ -75,7 +75,7 @@ def describe(folder: str | Path) -> AdapterReport:
         rslora=config.use_rslora,
         min_rank=min(ranks),
         max_rank=max(ranks),
-        alphas=_distinct([config.alpha_of(path) for path in layers]),
+        alphas=_distinct(list(config.alphas_of(tuple(layers)).values())),
         scalings=_distinct([weights.scaling for weights in layers.values()]),
         dtypes=_dtypes(adapter),
         num_modules=len(layers),

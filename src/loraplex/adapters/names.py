@@ -3,6 +3,7 @@
 import re
 
 from loraplex.errors import NameFormatError
+from loraplex.validation import quoted
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 
@@ -11,7 +12,7 @@ def check_name(name: str) -> str:
     """Return `name` if an adapter may be called so; ':' and '+' belong to the grammar of links."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise NameFormatError(
-            f"{name!r} can't name an adapter: a name is 1 to 128 characters of letters, digits, '.', '_', '-' and '/'. "
-            "Choose another name, for example 'team/protein-v2'."
+            f"{quoted(name)} can't name an adapter: a name is 1 to 128 characters of letters, digits, '.', '_', "
+            "'-' and '/'. Choose another name, for example 'team/protein-v2'."
         )
     return name

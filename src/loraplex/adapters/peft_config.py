@@ -1,13 +1,14 @@
 """PEFT's adapter_config.json to LoraConfig and back; what can't be honoured exactly is refused by name."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.patterns import find_matches
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
-from loraplex.json_files import read_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
+from loraplex.validation import quoted
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -59,7 +60,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     """
     file = folder / CONFIG_FILE
     try:
-        settings = read_json(file)
+        settings = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(settings, dict):
@@ -67,7 +68,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     try:
         _refuse_unsupported(settings, file)
         return LoraConfig(**_known_fields(settings))
-    except (ConfigError, TypeError, re.error) as error:
+    except (ConfigError, TypeError) as error:
         raise AdapterFormatError(f"{file}: {error}") from error
 
 
@@ -95,16 +96,19 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
     method = settings.get("peft_type")
     if method != "LORA":
         raise UnsupportedAdapterError(
-            f"{file}: peft_type {method!r} names an unsupported method. Supported: 'LORA', with rsLoRA, DoRA or aLoRA."
+            f"{file}: peft_type {quoted(method)} names an unsupported method. Supported: 'LORA', with "
+            "rsLoRA, DoRA or aLoRA."
         )
     if settings.get("bias", "none") not in ("none", None):
         raise UnsupportedAdapterError(
-            f"{file}: bias is {settings['bias']!r}: the base model's biases were trained too. Supported: 'none'."
+            f"{file}: bias is {quoted(settings['bias'])}: the base model's biases were trained too. Supported: 'none'."
         )
     for name, reason in _REFUSED.items():
         # An empty object switches a variant on with its default values, so only an empty list is 'not set'.
         if settings.get(name) not in (None, False, []):
-            raise UnsupportedAdapterError(f"{file}: {name} is {settings[name]!r}, which can't be honoured: {reason}.")
+            raise UnsupportedAdapterError(
+                f"{file}: {name} is {quoted(settings[name])}, which can't be honoured: {reason}."
+            )
     _refuse_changed_base(settings.get("init_lora_weights", True), file)
     _refuse_tied_adapters(settings, file)
     if settings.get("target_modules") is None:
@@ -116,7 +120,7 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
     unknown = {name: value for name, value in settings.items() if name not in known and value}
     if unknown:
         raise UnsupportedAdapterError(
-            f"{file}: unknown settings {unknown!r}. They may change what the adapter computes, so they are "
+            f"{file}: unknown settings {quoted(unknown)}. They may change what the adapter computes, so they are "
             "not ignored; remove them if they don't. Known are those of LoraConfig in PEFT 0.21."
         )
 
@@ -129,7 +133,7 @@ def _refuse_changed_base(init: object, file: Path) -> None:
     changes = isinstance(name, str) and name.startswith(_INITS_CHANGING_THE_BASE)
     what = "changes the base model's weights" if changes else "is unknown"
     raise UnsupportedAdapterError(
-        f"{file}: init_lora_weights is {init!r}, which {what}. Supported: true, false, "
+        f"{file}: init_lora_weights is {quoted(init)}, which {what}. Supported: true, false, "
         f"{', '.join(map(repr, _INITS_KEEPING_THE_BASE))}. Convert to a plain LoRA: PEFT's "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
     )
@@ -140,7 +144,7 @@ def _refuse_tied_adapters(settings: Mapping[str, Any], file: Path) -> None:
         return
     targets = settings.get("target_modules") or []
     if isinstance(targets, str):
-        tied = [name for name in _EMBEDDING_NAMES if re.fullmatch(targets, name)]
+        tied = list(find_matches("target_modules", targets, _EMBEDDING_NAMES))
     else:
         tied = [name for name in targets if str(name).split(".")[-1] in _EMBEDDING_NAMES]
     if tied:

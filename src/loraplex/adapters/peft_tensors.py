@@ -8,7 +8,7 @@ from pathlib import Path
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.listing import listed
 from loraplex.adapters.tensor_file import TensorFile
-from loraplex.adapters.weights import ModuleKind
+from loraplex.adapters.weights import ModuleKind, ModuleShape
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 
 PREFIX = "base_model.model."
@@ -51,7 +51,14 @@ def module_tensors(file: TensorFile, config: LoraConfig) -> dict[str, ModuleTens
     found = _group_by_module(file)
     if not found:
         raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
-    return {path: _check_module(file, config, path, names) for path, names in found.items()}
+    ranks = config.ranks_of(tuple(found))
+    return {path: _check_module(file, config, path, names, ranks[path]) for path, names in found.items()}
+
+
+def shape_of(file: TensorFile, tensors: ModuleTensors) -> ModuleShape:
+    """The module that the tensors fit."""
+    shape_a, shape_b = file.entries[tensors.lora_a].shape, file.entries[tensors.lora_b].shape
+    return ModuleShape(kind=tensors.kind, in_features=shape_a[1], out_features=shape_b[0])
 
 
 def base_copies(file: TensorFile) -> dict[str, str]:
@@ -96,7 +103,7 @@ def _refuse_base_weights(file: Path, unknown: list[str]) -> None:
         )
 
 
-def _check_module(file: TensorFile, config: LoraConfig, path: str, names: dict[str, str]) -> ModuleTensors:
+def _check_module(file: TensorFile, config: LoraConfig, path: str, names: dict[str, str], rank: int) -> ModuleTensors:
     kinds = [kind for kind, parts in FACTORS.items() if names.keys() & set(parts)]
     if len(kinds) > 1:
         raise AdapterFormatError(f"{file.path}: {path!r} has the factors of a linear and of an embedding module.")
@@ -122,12 +129,12 @@ def _check_module(file: TensorFile, config: LoraConfig, path: str, names: dict[s
         lora_b=names[FACTORS[kind][1]],
         magnitude=names.get(MAGNITUDE),
     )
-    _check_shapes(file, config, path, tensors)
+    _check_shapes(file, config, path, tensors, rank)
     _check_base_copy(file, path, tensors, names)
     return tensors
 
 
-def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: ModuleTensors) -> None:
+def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: ModuleTensors, rank: int) -> None:
     shape_a, shape_b = file.entries[tensors.lora_a].shape, file.entries[tensors.lora_b].shape
     for name, shape in ((tensors.lora_a, shape_a), (tensors.lora_b, shape_b)):
         if len(shape) != 2 or 0 in shape:
@@ -135,7 +142,6 @@ def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: Modu
                 f"{file.path}: {name!r} has shape {list(shape)}; a factor has two dimensions, none of them "
                 "empty. Gather the shards before saving; convolutions can't be adapted."
             )
-    rank = config.rank_of(path)
     if not shape_a[0] == shape_b[1] == rank:
         raise AdapterFormatError(
             f"{file.path}: {path!r} has rank {shape_a[0]} in its A {list(shape_a)}, {shape_b[1]} in its B "

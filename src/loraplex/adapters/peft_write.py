@@ -19,6 +19,7 @@ from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.output_files import resolved
 
 # What PEFT and we write; anything else is somebody's work.
 _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
@@ -41,7 +42,7 @@ def write_adapter(
         raise UnsupportedAdapterError(
             f"a {type(adapter).__name__} can't be exported in PEFT's format or merged into weights: {reason}."
         )
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)
@@ -98,8 +99,10 @@ def _check_writable(adapter: Adapter) -> None:
         raise UnsupportedAdapterError("the adapter's target_modules is None; set it to the adapted modules' names.")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no weights; nothing was written.")
+    paths = tuple(adapter.layers)
+    ranks, scalings = config.ranks_of(paths), config.scalings_of(paths)
     for path, weights in adapter.layers.items():
-        _check_layer(adapter, path, weights)
+        _check_layer(path, weights, ranks[path], scalings[path], use_dora=config.use_dora)
     targeted = expected_targets(config, {path: weights.shape for path, weights in adapter.layers.items()})
     untargeted = adapter.layers.keys() - set(targeted)
     if untargeted:
@@ -109,20 +112,19 @@ def _check_writable(adapter: Adapter) -> None:
         )
 
 
-def _check_layer(adapter: Adapter, path: str, weights: LoraWeights) -> None:
-    config = adapter.config
-    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], config.rank_of(path))
+def _check_layer(path: str, weights: LoraWeights, rank: int, scaling: float, *, use_dora: bool) -> None:
+    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], rank)
     if len(set(ranks)) > 1:
         raise AdapterFormatError(
             f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must agree."
         )
-    if weights.scaling != config.scaling_of(path):
+    if weights.scaling != scaling:
         raise AdapterFormatError(
             f"{path!r}: the LoRA scaling is {weights.scaling}, but the configuration gives "
-            f"{config.scaling_of(path)}. Set lora_alpha or alpha_pattern to match."
+            f"{scaling}. Set lora_alpha or alpha_pattern to match."
         )
-    if config.use_dora != (weights.magnitude is not None):
+    if use_dora != (weights.magnitude is not None):
         raise AdapterFormatError(
-            f"{path!r}: use_dora is {config.use_dora}, but a magnitude is "
+            f"{path!r}: use_dora is {use_dora}, but a magnitude is "
             f"{'' if weights.magnitude is not None else 'not '}there."
         )

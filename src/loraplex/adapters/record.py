@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
-from loraplex.json_files import read_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
 
 RECORD_FILE = "loraplex.json"
 _VERSION = 1
@@ -27,7 +27,7 @@ def read_record(folder: Path) -> tuple[int, ...]:
     if not file.is_file():
         return ()
     try:
-        content = read_json(file)
+        content = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(content, dict) or content.get("format_version") != _VERSION:

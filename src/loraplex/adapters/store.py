@@ -22,9 +22,11 @@ from loraplex.adapters.weights import Adapter
 from loraplex.errors import (
     AdapterChangedError,
     AdapterExistsError,
+    AdapterFormatError,
     AdapterNotFoundError,
     ConfigError,
 )
+from loraplex.json_files import damaged_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +218,14 @@ class AdapterStore:
     def _read_unchanged(self, version: AdapterVersion) -> PreparedAdapter:
         """Read the files of a version, which are the same before and after."""
         assert version.folder is not None, f"{version.name!r} has no folder but left host memory"
-        _check_unchanged(version)
-        try:
-            if version.read_back is not None:
-                return version.read_back()
-            return self._prepare(self._read(version.folder))
-        finally:
+        with damaged_as(AdapterFormatError, version.folder):
             _check_unchanged(version)
+            try:
+                if version.read_back is not None:
+                    return version.read_back()
+                return self._prepare(self._read(version.folder))
+            finally:
+                _check_unchanged(version)
 
     # Leaving
 

@@ -1,10 +1,10 @@
 """Which modules of a base model an adapter's configuration targets, by PEFT's rules (PEFT 0.21)."""
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from loraplex.adapters.config import ALL_LINEAR, LoraConfig
+from loraplex.adapters.config import ALL_LINEAR, LoraConfig, index_pattern
+from loraplex.adapters.patterns import find_matches
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import ConfigError
 
@@ -24,25 +24,28 @@ def expected_targets(
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         linear = [path for path, module in modules.items() if module.kind == "linear" and path != output_module]
         config = replace(config, target_modules=tuple(linear))
-    names = config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules or ())
-    return [path for path in modules if not _is_excluded(config, path) and _is_targeted(config, names, path)]
+    excluded = _excluded(config, tuple(modules))
+    included = [path for path in modules if path not in excluded]
+    return _targeted(config, included)
 
 
-def _is_excluded(config: LoraConfig, path: str) -> bool:
+def _excluded(config: LoraConfig, paths: Sequence[str]) -> Collection[str]:
     excluded = config.exclude_modules
     if not excluded:
-        return False
+        return ()
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, path) is not None
-    return _ends_with_any(path, excluded)
+        return find_matches("exclude_modules", excluded, paths)
+    return {path for path in paths if _ends_with_any(path, excluded)}
 
 
-def _is_targeted(config: LoraConfig, names: str | frozenset[str], path: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    if path in names:
-        return True  # a full path is adapted whatever layers_to_transform says
-    return _ends_with_any(path, names) and _is_in_layers(config, path)
+def _targeted(config: LoraConfig, paths: Sequence[str]) -> list[str]:
+    if isinstance(config.target_modules, str):
+        return list(find_matches("target_modules", config.target_modules, paths))
+    names = frozenset(config.target_modules or ())
+    ending = [path for path in paths if path not in names and _ends_with_any(path, names)]
+    in_layers = _in_layers(config, ending)
+    # a full path is adapted whatever layers_to_transform says
+    return [path for path in paths if path in names or path in in_layers]
 
 
 def _ends_with_any(path: str, names: Collection[str]) -> bool:
@@ -51,12 +54,13 @@ def _ends_with_any(path: str, names: Collection[str]) -> bool:
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def _is_in_layers(config: LoraConfig, path: str) -> bool:
+def _in_layers(config: LoraConfig, paths: Sequence[str]) -> set[str]:
+    """Those of `paths` that layers_to_transform names; of several patterns the first that matches a path counts."""
     if not config.layers_to_transform:
-        return True
-    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in config.layers_pattern or ()]
-    for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-        match = re.match(pattern, path)  # finds the first number: not the one of an expert inside the layer
-        if match:
-            return int(match["idx"]) in config.layers_to_transform
-    return False
+        return set(paths)
+    patterns = [index_pattern(pattern) for pattern in config.layers_pattern or ()]
+    found: dict[str, str | None] = {}
+    for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:  # the first number: not that of an expert in the layer
+        found |= find_matches("layers_pattern", pattern, [path for path in paths if path not in found], "match")
+    wanted = set(config.layers_to_transform)
+    return {path for path, number in found.items() if number is not None and int(number) in wanted}

@@ -13,7 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
-from loraplex.json_files import parse_json
+from loraplex.json_files import damaged_as, open_regular, parse_json
+from loraplex.validation import quoted
+
+MAX_HEADER_BYTES = 16 << 20  # 80,000 tensors with long names
+MAX_NAME = 1024  # characters of a tensor's name
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -36,7 +40,8 @@ class TensorFile:
         self.path = path
         self._file = file
         self.num_bytes = os.fstat(file.fileno()).st_size
-        self.entries = {entry.name: entry for entry in _parse_header(file)}
+        entries, self.metadata = _parse_header(file)
+        self.entries = {entry.name: entry for entry in entries}
 
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor, in the file's dtype.
@@ -63,8 +68,9 @@ class TensorFile:
 @contextmanager
 def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file; raises AdapterFormatError if it is truncated or not one."""
-    with path.open("rb") as file:
+    with damaged_as(AdapterFormatError, path), open_regular(path) as file:
         try:
+            _check_header_size(file)
             # The opened file itself, whatever is at its path by now. It checks the whole header against the length.
             with safe_open(f"/dev/fd/{file.fileno()}", framework="np"):
                 pass
@@ -77,7 +83,14 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
         yield tensors
 
 
-def _parse_header(file: BufferedReader) -> list[TensorEntry]:
+def _check_header_size(file: BufferedReader) -> None:
+    num_bytes = int.from_bytes(file.read(8), "little")
+    file.seek(0)
+    if num_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {num_bytes} bytes, more than the {MAX_HEADER_BYTES} that are read")
+
+
+def _parse_header(file: BufferedReader) -> tuple[list[TensorEntry], dict[str, str]]:
     """The format: 8 bytes length of the header, the header in JSON, the tensors."""
     header_bytes = int.from_bytes(file.read(8), "little")
     header = parse_json(file.read(header_bytes).decode())
@@ -85,6 +98,8 @@ def _parse_header(file: BufferedReader) -> list[TensorEntry]:
     for name, fields in header.items():
         if name == "__metadata__":
             continue
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"the name {quoted(name)} is no tensor's: at most {MAX_NAME} printable characters")
         start, end = fields["data_offsets"]
         shape = tuple(fields["shape"])
         entry = TensorEntry(
@@ -98,4 +113,4 @@ def _parse_header(file: BufferedReader) -> list[TensorEntry]:
         if dtype is not None and math.prod(shape) * dtype.itemsize != entry.num_bytes:
             raise ValueError(f"{name!r} has {entry.num_bytes} bytes for shape {shape} of {entry.dtype}")
         entries.append(entry)
-    return entries
+    return entries, header.get("__metadata__") or {}

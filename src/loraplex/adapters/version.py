@@ -67,12 +67,21 @@ class AdapterVersion:
 
 
 def folder_fingerprint(folder: Path) -> Fingerprint:
-    """Names, sizes and modification times of an adapter's files; empty if the folder is gone."""
+    """Names, sizes and modification times of an adapter's files; empty if the folder is gone.
+
+    A file without a status, such as a link to itself, counts as empty.
+    """
     if not folder.is_dir():
         return ()
     entries = []
     with suppress(FileNotFoundError):  # it is being replaced or removed: not the same, whatever it was
         for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise
+            except OSError:
+                entries.append((path.name, 0, 0))
+                continue
             entries.append((path.name, status.st_size, status.st_mtime_ns))
     return tuple(entries)

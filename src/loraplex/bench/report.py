@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from loraplex.output_files import whole_file
+
 console = Console()
 PACKAGES = ("loraplex", "torch", "transformers", "peft")
 
@@ -31,10 +33,16 @@ def environment() -> dict[str, Any]:
 
 def save_json(path: Path, workload: Mapping[str, Any], results: Any) -> None:
     """Write machine, workload and results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(), "workload": workload, "results": results}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with whole_file(path, _is_report) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
+
+
+def _is_report(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(100)
+    return head.split()[:2] == ["{", '"environment":']
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:

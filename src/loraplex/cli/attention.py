@@ -18,6 +18,8 @@ from loraplex.residual.pictures import plot_compared, plot_heads, plot_residual_
 from loraplex.residual.spans import spans_of_ranges, unmark
 from loraplex.residual.steering import Span, Steering
 
+_MAX_SPAN = 1_000_000
+
 
 def attention(
     prompt: Annotated[str, typer.Option(help="The text; <<marks>> name the spans that --strength steers.")],
@@ -106,8 +108,11 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
         return None
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
             raise typer.BadParameter(f"{text!r} is no list of numbers; write '10,11' or '8-15'")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(span) > _MAX_SPAN:
+            raise typer.BadParameter(f"{text[:100]!r} names too many; at most {_MAX_SPAN} by one span")
+        found += span
     return tuple(dict.fromkeys(found))

@@ -118,7 +118,6 @@ def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> P
     inputs = encode_prompts(model.tokenizer, [prompt])
     with torch.no_grad():
         _, ((scalings,),) = model(**inputs, adapters=[MIXTURE], return_scalings=True, logits_to_keep=1)
-    output.mkdir(parents=True, exist_ok=True)
     tokens = [str(model.tokenizer.decode([token])) for token in scalings.token_ids]
     plot_token_heatmap(scalings, tokens, output / "scalings.png")
     return output / "scalings.png"

@@ -18,6 +18,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
 from loraplex.engine.sampling import SamplingParams
 from loraplex.errors import RequestError
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.models.multi_lora import MultiLoraModel
 
 
@@ -61,7 +62,7 @@ def generate(
         "top_k": top_k,
         "min_p": min_p,
         "stop": tuple(stop),
-        "json_schema": None if json_schema is None else json_schema.read_text(encoding="utf-8"),
+        "json_schema": None if json_schema is None else _read_schema(json_schema),
     }
     # A seed for each answer, so that equal rows don't get equal answers.
     sampling = [SamplingParams(seed=seed + row * answers, **options) for row in range(len(rows))]
@@ -74,6 +75,13 @@ def generate(
         typer.echo(json_format.dumps(answers_as_json(rows, results), indent=2, ensure_ascii=False))
     else:
         Console().print(answer_table(rows, results, seconds))
+
+
+def _read_schema(file: Path) -> str:
+    try:
+        return read_text(file, MAX_SETTINGS_BYTES)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the JSON schema in {str(file)!r} can't be read: {error}.") from error
 
 
 def load_named(model: MultiLoraModel, load: Sequence[str], load_all: Path | None, load_mixture: Sequence[str]) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 from loraplex.adapters.config import ALL_LINEAR, LoraConfig
 from loraplex.errors import ConfigError
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.residual.config import ResidualConfig
 from loraplex.training.config import AdapterJob
 
 Settings = dict[str, Any]
+
+_MAX_LAYERS = 10_000
 
 
 def _targets(text: str) -> tuple[str, ...] | str:
@@ -26,7 +29,10 @@ def _layers(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        numbers += range(int(first), int(last if dash else first) + 1)
+        layers = range(int(first), int(last if dash else first) + 1)
+        if len(layers) > _MAX_LAYERS:
+            raise ValueError(f"{part} names {len(layers)} layers")
+        numbers += layers
     return tuple(numbers)
 
 
@@ -77,7 +83,7 @@ def read_job_file(path: Path) -> dict[str, Settings]:
     Raises ConfigError.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path, MAX_SETTINGS_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the file of jobs {str(path)!r} can't be read as TOML: {error}.") from error
     unknown = content.keys() - {"defaults", "jobs"}

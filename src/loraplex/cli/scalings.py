@@ -39,7 +39,6 @@ def scalings(
     experts = named_values(expert, "--expert")
     multi.load_mixture(MIXTURE, mixture, experts=experts or None)
     rows = answer(multi, prompt, max_tokens=max_tokens, chat=not raw)
-    output.mkdir(parents=True, exist_ok=True)
     write_scalings(rows, output / "scalings.safetensors")
     with console.status("drawing ..."):
         files = draw(multi, rows, output, animate=animate)

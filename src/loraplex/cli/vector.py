@@ -1,6 +1,5 @@
 """`loraplex vector`: a steering vector from pairs of contrasting prompts."""
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from loraplex.cli.attention import numbers
 from loraplex.errors import DatasetError
+from loraplex.json_files import parse_json, read_lines
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.text import as_chat
 from loraplex.residual.folder import write_residual
@@ -40,15 +40,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     """Read contrasting texts. Raises DatasetError, which names file and line."""
     form = '{"wanted": "...", "unwanted": "..."}'
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(read_lines(path))
+    except (OSError, ValueError) as error:
         raise DatasetError(f"the file of pairs {str(path)!r} can't be read: {error}.") from error
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            content = json_format.loads(line)
+            content = parse_json(line)
             pair = (content["wanted"], content["unwanted"])
         except (ValueError, KeyError, TypeError):
             raise DatasetError(f"{path}:{number} is not of the form {form}.") from None

@@ -8,6 +8,7 @@ from typing import Any
 from loraplex.errors import RequestError
 
 _LARGEST = 3.4028234663852886e38  # that float32 can hold
+MAX_ANSWERS = 4096  # each holds memory before its first token
 _LISTS = {
     "stop": "a text or several",
     "stop_token_ids": "a tuple of token ids",
@@ -44,6 +45,8 @@ class SamplingParams:
         _check_count("min_tokens", self.min_tokens, 0)
         _check_count("top_k", self.top_k, 0)
         _check_count("n", self.n, 1)
+        if self.n > MAX_ANSWERS:
+            raise RequestError(f"n is {self.n}; at most {MAX_ANSWERS} answers a request are possible. Send several.")
         for option in ("logprobs", "prompt_logprobs"):
             if getattr(self, option) is not None:
                 _check_count(option, getattr(self, option), 0)

@@ -1,26 +1,18 @@
 """The compiled CPU kernel: built once with the machine's C++ compiler, cached, and never required."""
 
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraplex.environment import cache_folder, switch, variable
+from loraplex.environment import switch, variable
+from loraplex.kernels import library
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20")
 _BUILD_LOCK = threading.Lock()
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -101,63 +93,12 @@ def _load() -> bool:
     if not switch("LORAPLEX_NATIVE", default=True):
         logger.info("the compiled CPU kernel is turned off by LORAPLEX_NATIVE; torch kernels are used")
         return False
-    compiler = variable("CXX", "c++")
-    if shutil.which(compiler) is None:
-        logger.warning("no C++ compiler %r: torch kernels are used, which decode more slowly", compiler)
-        return False
     try:
-        _build()
+        path = library.library_path()
+        if not library.is_whole(path):  # a whole one needs no compiler
+            library.build(path, variable("CXX", "c++"))
+        library.load(path)
     except Exception as error:  # a broken toolchain fails in many ways, none of which may stop the model
-        logger.warning("the CPU kernel did not build, torch kernels are used instead: %s", error)
+        logger.warning("no compiled CPU kernel, torch kernels are used, which decode more slowly: %s", error)
         return False
     return True
-
-
-def _build() -> None:
-    """Load the library from the cache, or build it there.
-
-    Each builder works in a folder of its own and moves the result into place: no lock that a killed process leaves
-    behind can stop the next one.
-    """
-    library = _library()
-    if not library.exists():
-        from torch.utils.cpp_extension import load  # imports setuptools: only when something is built
-
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _put_ninja_on_path()
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            load(
-                name="loraplex_kernels",
-                sources=[str(path) for path in sorted(_SOURCES.glob("*.cpp"))],
-                extra_cflags=list(_FLAGS),
-                build_directory=folder,
-                is_python_module=False,
-            )
-            os.replace(Path(folder) / "loraplex_kernels.so", library)
-        return
-    torch.ops.load_library(str(library))
-
-
-def _library() -> Path:
-    return cache_folder() / "kernels" / f"loraplex_{_build_key()}.so"
-
-
-def _build_key() -> str:
-    """What the library depends on. With -march=native, a shared cache must tell machines apart by their features."""
-    sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
-    parts = [*sources, " ".join(_FLAGS).encode(), torch.__version__.encode(), _cpu_features().encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _cpu_features() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.machine() + platform.processor()
-    lines = cpuinfo.read_text(errors="replace").splitlines()
-    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _put_ninja_on_path() -> None:
-    """The package `ninja` puts its program beside the interpreter, which is not on PATH outside an activated venv."""
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from loraplex.adapters.finite import require_finite
 from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
@@ -38,12 +39,23 @@ def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: t
             )
         norm_ratio = dora_norm_ratio(weights, weight_matrix(module))
         lora_b, gain = lora_b.float() * norm_ratio, norm_ratio - 1
-    return SlotWeights(
+    made = SlotWeights(
         lora_a=weights.lora_a.to(dtype).contiguous(),
         lora_b=lora_b.to(dtype).contiguous(),
         scaling=scaling,
         gain=gain,
     )
+    _check_range(path, weights, made, dtype)
+    return made
+
+
+def _check_range(path: str, weights: LoraWeights, made: SlotWeights, dtype: torch.dtype) -> None:
+    """Raise AdapterFormatError where weights that were finite no longer are; a dtype that stays loses nothing."""
+    if made.gain is not None:
+        require_finite(made.gain, f"{path!r}: the ratio of DoRA's magnitude to the norm of the merged weight")
+    for name, before, after in (("lora_a", weights.lora_a, made.lora_a), ("lora_b", weights.lora_b, made.lora_b)):
+        if before.dtype != dtype or made.gain is not None:
+            require_finite(after, f"{path!r}: {name} in the base model's dtype")
 
 
 def dora_norm_ratio(weights: LoraWeights, base_weight: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from pathlib import Path
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.version import AdapterVersion, folder_fingerprint
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterChangedError, MixtureError
+from loraplex.errors import AdapterChangedError, AdapterFormatError, MixtureError
+from loraplex.json_files import damaged_as
 from loraplex.xlora.formats.mixture_folder import Layout, MixtureFolder
 from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
@@ -56,7 +57,9 @@ def expert_at_rest(version: AdapterVersion) -> Adapter | Path:
     if version.folder is None:
         assert version.original is not None, f"{version.name!r} has neither folder nor weights"
         return version.original
-    if folder_fingerprint(version.folder) != version.fingerprint:
+    with damaged_as(AdapterFormatError, version.folder):
+        fingerprint = folder_fingerprint(version.folder)
+    if fingerprint != version.fingerprint:
         raise AdapterChangedError(
             f"the files of expert {version.name!r} in {version.folder} changed since it was loaded, so it can't be "
             f"saved. Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."

@@ -1,6 +1,7 @@
 """The mixtures of a model: their names, and the rules that keep them and the store's adapters consistent."""
 
 import copy
+import math
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +28,11 @@ from loraplex.routing.choice import Link
 from loraplex.xlora.attach import attach_two_pass
 from loraplex.xlora.cache_probe import CacheUse, probe_cache
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
-from loraplex.xlora.formats.head_tensors import check_head
+from loraplex.xlora.formats.head_tensors import check_head, head_shapes
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import Mixture, lora_layers
+
+SMALL_HEAD = 1 << 26  # parameters that a scaling head may have on any base model
 
 
 class Mixtures:
@@ -73,6 +76,30 @@ class Mixtures:
                 )
             return self._mixtures[name]
 
+    def check_head_size(self, config: XLoraConfig, hidden_size: int, num_experts: int, num_layers: int) -> None:
+        """Raise, before a scaling head is read or made, where it is for another base model or larger than the model.
+
+        BaseModelMismatchError or ConfigError.
+        """
+        if hidden_size != self.hidden_size:
+            raise BaseModelMismatchError(
+                f"the mixture was made for hidden states of size {hidden_size}, but this base model's have "
+                f"{self.hidden_size}. Load it on the base model that it was trained with."
+            )
+        if num_layers > len(self._adaptable.paths):
+            raise BaseModelMismatchError(
+                f"the scaling head has scalings for {num_layers} LoRA layers, but this base model has at most "
+                f"{len(self._adaptable.paths)}. Load it on the base model that it was trained with."
+            )
+        shapes = head_shapes(config, hidden_size=hidden_size, num_experts=num_experts, num_layers=num_layers)
+        size = sum(math.prod(shape) for shape in shapes.values())
+        most = max(SMALL_HEAD, sum(parameter.numel() for parameter in self._base.parameters()))
+        if size > most:
+            raise ConfigError(
+                f"with xlora_depth={config.xlora_depth} and xlora_size={config.xlora_size} the scaling head has {size} "
+                f"parameters, more than the {most} that it may have on this base model. Lower them."
+            )
+
     def check_new(self, name: str) -> None:
         """Raise NameFormatError, or AdapterExistsError if an adapter or mixture has this name."""
         check_name(name)
@@ -98,6 +125,7 @@ class Mixtures:
         self._check_base()
         self._check_experts(name, experts, config)
         modules = self._lora_layers(name, experts)
+        self.check_head_size(config, self.hidden_size, len(experts), len(modules))
         if head is not None:
             if hidden_size not in (None, self.hidden_size):
                 raise BaseModelMismatchError(

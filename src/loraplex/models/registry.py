@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.adapters.fit import check_base_copies, check_fits, check_weights
+from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.fit import check_base_copies, check_fits, check_shapes_fit, check_weights
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft_folder import read_adapter, read_base_copies
@@ -13,8 +14,9 @@ from loraplex.adapters.prepared import PreparedAdapter
 from loraplex.adapters.slots import Slots
 from loraplex.adapters.store import AdapterStore, StoreConfig
 from loraplex.adapters.version import folder_fingerprint
-from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterExistsError, UnsupportedAdapterError
+from loraplex.adapters.weights import Adapter, ModuleShape
+from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.cached_ids import CachedIds
@@ -55,9 +57,12 @@ class Registry:
         check_name(name)
         if name in self.mixtures:
             self.mixtures.check_new(name)
-        if isinstance(source, str | Path) and is_residual_folder(source):
-            self.load_residual(name, source, replace=replace)
-            return
+        if isinstance(source, str | Path):
+            with damaged_as(AdapterFormatError, source):
+                is_residual = is_residual_folder(source)
+            if is_residual:
+                self.load_residual(name, source, replace=replace)
+                return
         self.linked.check_free(name)
         if name in self.store and not replace:  # before reading files; the store checks again under its lock
             raise AdapterExistsError(
@@ -68,10 +73,13 @@ class Registry:
             adapter = source
             check_weights(adapter)
         else:
-            folder = resolve_adapter_folder(source, revision=revision).absolute()
-            fingerprint = folder_fingerprint(folder)  # before reading: a file that changes meanwhile counts as changed
-            adapter = read_adapter(folder)
-            check_base_copies(read_base_copies(folder), dict(self._base.named_parameters(remove_duplicate=False)))
+            with damaged_as(AdapterFormatError, source):
+                folder = resolve_adapter_folder(source, revision=revision).absolute()
+                # before reading: a file that changes meanwhile counts as changed
+                fingerprint = folder_fingerprint(folder)
+            adapter = read_adapter(folder, check_shapes=self._check_shapes)
+            parameters = dict(self._base.named_parameters(remove_duplicate=False))
+            check_base_copies(read_base_copies(folder, parameters), parameters)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
@@ -95,7 +103,7 @@ class Registry:
     def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
         self._check_new_mixture(name)
-        found = read_mixture_folder(folder, find_experts=experts is None)
+        found = read_mixture_folder(folder, find_experts=experts is None, check=self.mixtures.check_head_size)
         sources = expert_sources(name, found, experts)
         loaded: list[str] = []
         try:
@@ -161,6 +169,9 @@ class Registry:
                 f"alora_invocation_tokens can't be honoured on {type(self._base).__name__}: an aLoRA is active from "
                 "its invocation on, which is a place in the one sequence of a decoder. Use a LoRA on this model."
             )
+
+    def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)

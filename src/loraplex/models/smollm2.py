@@ -28,7 +28,13 @@ def convert_smollm2(cache_folder: Path | None = None) -> Path:
     folder = (cache_folder or default_cache_folder()) / "models" / ALIAS
     if not folder.is_dir():
         gguf_file = find_gguf_file()
-        write_folder_once(folder, lambda new_folder: _write_converted(gguf_file, new_folder))
+        try:
+            write_folder_once(folder, lambda new_folder: _write_converted(gguf_file, new_folder))
+        except OSError as error:
+            raise BaseModelError(
+                f"{ALIAS!r} can't be converted into {str(folder)!r}: {error}. Set LORAPLEX_CACHE to a folder with "
+                "600 MB of room."
+            ) from error
     return folder
 
 

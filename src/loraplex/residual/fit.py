@@ -6,6 +6,21 @@ from loraplex.adapters.listing import listed
 from loraplex.errors import BaseModelMismatchError
 from loraplex.residual.config import BaseIdentity
 from loraplex.residual.kinds import FunctionResidual, LinkedResidual, Residual
+from loraplex.validation import quoted
+
+
+def check_same_base(name: str, made_for: BaseIdentity, identity: BaseIdentity) -> None:
+    """Raise BaseModelMismatchError unless a residual was made for such a base."""
+    differences = [
+        f"{what} {quoted(getattr(made_for, what))} (here {getattr(identity, what)!r})"
+        for what in ("architecture", "hidden_size", "vocab_size", "num_heads")
+        if getattr(made_for, what) != getattr(identity, what)
+    ]
+    if differences:
+        raise BaseModelMismatchError(
+            f"residual {name!r} was made for another base model ({quoted(made_for.name)}), with "
+            f"{'; '.join(differences)}. Load that one."
+        )
 
 
 def check_residual_fits(name: str, residual: Residual, identity: BaseIdentity, num_heads: Mapping[int, int]) -> None:
@@ -18,17 +33,7 @@ def check_residual_fits(name: str, residual: Residual, identity: BaseIdentity, n
         )
     if isinstance(residual, FunctionResidual):
         return
-    made_for = residual.base
-    differences = [
-        f"{what} {getattr(made_for, what)!r} (here {getattr(identity, what)!r})"
-        for what in ("architecture", "hidden_size", "vocab_size", "num_heads")
-        if getattr(made_for, what) != getattr(identity, what)
-    ]
-    if differences:
-        raise BaseModelMismatchError(
-            f"residual {name!r} was made for another base model ({made_for.name!r}), with {'; '.join(differences)}. "
-            "Load that one."
-        )
+    check_same_base(name, residual.base, identity)
     wrong = []
     for layer, weights in residual.layers.items():
         if isinstance(residual, LinkedResidual):

@@ -1,6 +1,7 @@
 """Residual adapters as folders: residual_config.json and residual_model.safetensors (docs/linked-adapters.md)."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from loraplex.adapters.listing import listed
 from loraplex.adapters.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
+from loraplex.output_files import resolved
 from loraplex.residual.config import BaseIdentity, ResidualConfig
 from loraplex.residual.kinds import FunctionResidual, LinkedLayer, LinkedResidual, Residual, SteeringVector
 from loraplex.residual.settings import (
@@ -31,21 +34,31 @@ def is_residual_folder(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def read_residual(folder: str | Path) -> LinkedResidual | SteeringVector:
+def read_residual(
+    folder: str | Path, *, check: Callable[[ResidualSettings], None] | None = None
+) -> LinkedResidual | SteeringVector:
     """Read a residual adapter, everything checked: settings, names, shapes and numbers.
 
+    `check` sees the settings before a tensor is read, and may raise: a few bytes can ask for more memory than there is.
     Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError (another
     version of the format).
     """
     folder = Path(folder)
+    with damaged_as(AdapterFormatError, folder):
+        return _read(folder, check)
+
+
+def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> LinkedResidual | SteeringVector:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "nothing"
+            found = listed(path.name for path in folder.iterdir()) if folder.is_dir() else "nothing"
             raise AdapterFormatError(
                 f"{str(folder)!r} has no {name}; it holds {found}. A residual adapter is a folder with {CONFIG_FILE} "
                 f"and {WEIGHTS_FILE}."
             )
     settings = read_settings(folder)
+    if check is not None:
+        check(settings)
     with open_tensor_file(folder / WEIGHTS_FILE) as file:
         shapes = _expected_shapes(settings)
         _check_entries(file, shapes)
@@ -72,7 +85,7 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
     Raises AdapterExistsError (the folder exists and `overwrite` is False, or holds more than a residual adapter),
     AdapterFormatError (weights that `read_residual` would refuse) and UnsupportedAdapterError.
     """
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     settings, tensors = _content(residual)
     expected = _expected_shapes(settings)
     for name, tensor in tensors.items():

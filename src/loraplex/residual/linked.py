@@ -13,13 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraplex.adapters.names import check_name
 from loraplex.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, RequestError
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.config import check_rank
+from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.folder import read_residual
 from loraplex.residual.kinds import Residual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.rows import ChainLink, rows_of
 from loraplex.residual.runner import captures, forward_scope, generation_scope
 from loraplex.residual.scope import AttentionScope, use_attention
+from loraplex.residual.settings import ResidualSettings
 from loraplex.residual.steering import Steering
 from loraplex.routing.choice import Link
 
@@ -72,10 +74,18 @@ class LinkedAttention:
             raise AdapterExistsError(
                 f"residual {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
             )
-        residual = read_residual(source) if isinstance(source, str | Path) else source
+        residual = self._read(name, source) if isinstance(source, str | Path) else source
         check_residual_fits(name, residual, self.layers.identity, self.layers.num_heads)
         with self._lock:
             self._residuals[name] = residual.to(self._base.device)
+
+    def _read(self, name: str, folder: str | Path) -> Residual:
+        def check(settings: ResidualSettings) -> None:
+            check_same_base(name, settings.base, self.layers.identity)
+            rank = 1 if settings.config is None else settings.config.r
+            check_rank(rank, self.layers.identity.hidden_size)
+
+        return read_residual(folder, check=check)
 
     def check_free(self, name: str) -> None:
         """Raise AdapterExistsError if `name` is a residual's."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loraplex.errors import RequestError
+from loraplex.output_files import whole_file
 from loraplex.residual.capture import AttentionCapture
 
 
@@ -32,9 +33,8 @@ def write_page(
     template = files("loraplex.residual").joinpath("page.html").read_text(encoding="utf-8")
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")  # a token must not end the script
     page = template.replace("__TITLE__", html.escape(title)).replace("__DATA__", data)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _row(capture: AttentionCapture, label: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from loraplex.errors import RequestError
+from loraplex.output_files import save_figure
 from loraplex.residual.capture import AttentionCapture
 
 COLORS = "viridis"
@@ -243,5 +244,4 @@ def _draw_text(axes: Axes, tokens: Sequence[str], lines: list[list[int]], mean: 
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)

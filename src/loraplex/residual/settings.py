@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
-from loraplex.json_files import read_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
 from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.validation import is_whole, quoted
 
 CONFIG_FILE = "residual_config.json"
 WEIGHTS_FILE = "residual_model.safetensors"
@@ -43,16 +44,16 @@ def read_settings(folder: Path) -> ResidualSettings:
     """Read and check `folder`/residual_config.json. Raises AdapterFormatError or UnsupportedAdapterError."""
     file = folder / CONFIG_FILE
     try:
-        content = read_json(file)
+        content = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise AdapterFormatError(f"{file} has the format {found!r}; expected {FORMAT!r}.")
+        raise AdapterFormatError(f"{file} has the format {quoted(found)}; expected {FORMAT!r}.")
     if content.get("format_version") != VERSION:
         raise UnsupportedAdapterError(
-            f"{file} has format_version {content.get('format_version')!r}; this loraplex reads version {VERSION}. "
-            "Use the loraplex that wrote it, or a newer one."
+            f"{file} has format_version {quoted(content.get('format_version'))}; this loraplex reads version "
+            f"{VERSION}. Use the loraplex that wrote it, or a newer one."
         )
     kind = _kind(file, content.get("kind"))
     _check_keys(file, content, _COMMON | _OF_KIND[kind])
@@ -67,7 +68,7 @@ def read_settings(folder: Path) -> ResidualSettings:
 def _kind(file: Path, kind: object) -> Kind:
     if kind == "linked" or kind == "vector":
         return kind
-    raise UnsupportedAdapterError(f"{file} has the kind {kind!r}; known: {sorted(_OF_KIND)}.")
+    raise UnsupportedAdapterError(f"{file} has the kind {quoted(kind)}; known: {sorted(_OF_KIND)}.")
 
 
 def _check_keys(file: Path, content: Mapping[str, Any], expected: set[str]) -> None:
@@ -78,20 +79,26 @@ def _check_keys(file: Path, content: Mapping[str, Any], expected: set[str]) -> N
 
 def _layers(layers: object) -> tuple[int, ...]:
     if not isinstance(layers, list):
-        raise TypeError(f"layers is {layers!r}; it must be a list of layer numbers.")
+        raise TypeError(f"layers is {quoted(layers)}; it must be a list of layer numbers.")
     return ResidualConfig(layers=tuple(layers)).layers or ()
 
 
 def _base(base: object) -> BaseIdentity:
     if not isinstance(base, dict) or not base.keys() >= _BASE.keys() or base.keys() - _BASE.keys() - {"name"}:
-        raise ValueError(f"base is {base!r}; it must be an object with {sorted(_BASE)} and, if known, name.")
+        raise ValueError(f"base is {quoted(base)}; it must be an object with {sorted(_BASE)} and, if known, name.")
     for key, kind in _BASE.items():
         if type(base[key]) is not kind:
-            raise TypeError(f"base.{key} is {base[key]!r}; it must be a JSON {kind.__name__}.")
+            raise TypeError(f"base.{key} is {quoted(base[key])}; it must be a JSON {kind.__name__}.")
+    num_heads = tuple(base["num_heads"])
+    sizes = (base["hidden_size"], base["vocab_size"], *num_heads)
+    if not num_heads or not all(is_whole(size) and 0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"base is {quoted(base)}; its sizes must be whole numbers.")
+    if base.get("name") is not None and not isinstance(base["name"], str):
+        raise ValueError(f"base.name is {quoted(base['name'])}; it must be a text or null.")
     return BaseIdentity(
         architecture=base["architecture"],
         hidden_size=base["hidden_size"],
         vocab_size=base["vocab_size"],
-        num_heads=tuple(base["num_heads"]),
+        num_heads=num_heads,
         name=base.get("name"),
     )

@@ -102,7 +102,7 @@ async def serve(
     if watched is not None:
         await asyncio.to_thread(watched.start)
     async with AsyncEngine(model, config.engine) as engine:
-        state = ServerState(engine, config)
+        state = ServerState(engine, config, watched)
         if state.keys is not None:
             state.keys.records()  # a file that can't be read is an error now, not at the first request
         await asyncio.to_thread(state.prepare)

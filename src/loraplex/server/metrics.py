@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -16,9 +17,11 @@ _MOST_ADAPTERS = 1000  # label values; what comes later is counted under "other"
 class Metrics:
     """Of one server. Requests are counted on the event loop."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, watched: AdapterFolder | None = None) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(EngineCollector(engine))
+        if watched is not None:
+            registry.register(WatchCollector(watched))
         self._adapters: set[str] = set()
         self._requests = Counter("loraplex_http_requests", "HTTP requests", ["route", "status"], registry=registry)
         self._seconds = Histogram(
@@ -110,6 +113,17 @@ class EngineCollector(Collector):
         yield adapters
         yield sizes
         yield _gauge("adapters_in_use", "Adapters that requests run with", sum(s.num_leases > 0 for s in states))
+
+
+class WatchCollector(Collector):
+    """Reads what is wrong in the watched folder when it is asked."""
+
+    def __init__(self, watched: AdapterFolder) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge("watched_not_loaded", "Watched folders that can't be loaded", len(self._watched.errors))
+        yield _gauge("watch_failing", "1 where the last look at the watched folder failed", bool(self._watched.fault))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

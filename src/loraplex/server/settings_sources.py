@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
-from loraplex.json_files import parse_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, parse_json, read_text
 from loraplex.server.settings import ServeConfig
 
 PREFIX = "LORAPLEX_SERVE_"
@@ -76,7 +76,8 @@ def load_config(
     sections = {}
     for section, instance in _sections(ServeConfig()):
         names = [field.name for field in dataclasses.fields(instance)]
-        sections[section] = type(instance)(**{name: values[name] for name in names})
+        with damaged_as(ConfigError, f"the section [{section}] of the settings"):  # a path that is too long
+            sections[section] = type(instance)(**{name: values[name] for name in names})
     return ServeConfig(**sections)
 
 
@@ -99,7 +100,7 @@ def _sections(config: ServeConfig) -> Iterator[tuple[str, Any]]:
 
 def _from_file(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MAX_SETTINGS_BYTES)
         tables = parse_json(text) if file.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the settings in {str(file)!r} can't be read: {error}.") from error

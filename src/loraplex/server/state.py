@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
+from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.constraints import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, RequestError
@@ -34,8 +35,9 @@ _NUM_LOADERS = 4  # threads that load adapters, which takes longer
 class ServerState:
     """The engine, the settings, and who is doing what."""
 
-    def __init__(self, engine: AsyncEngine, config: ServeConfig) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServeConfig, watched: AdapterFolder | None = None) -> None:
         self.engine = engine
+        self.watched = watched
         self.config = config
         self.model = engine.model
         self.catalog = Catalog(engine.model, config.model.base_name, config.limits.max_link_length)
@@ -44,7 +46,7 @@ class ServerState:
         self.usages = Usages()
         self.attempts = Attempts(config.access.max_wrong_keys_per_minute)
         self.checkers = Workers(NUM_CHECKERS, "loraplex-keys")
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, watched)
         self.workers = Workers(_NUM_WORKERS, "loraplex-work")
         self.loaders = Workers(_NUM_LOADERS, "loraplex-load")
         self.started = int(time.time())

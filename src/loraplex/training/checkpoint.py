@@ -1,32 +1,37 @@
 """One file holds everything a run needs to go on; it is replaced as a whole, so a kill leaves the old or the new."""
 
+import hashlib
 import json
 import logging
-import os
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.errors import CheckpointError
+from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
+from loraplex.errors import AdapterError, CheckpointError
 from loraplex.json_files import parse_json
+from loraplex.output_files import unwritable, whole_file
 from loraplex.training.learner import Learner
 from loraplex.training.logs import JobLog
 
 logger = logging.getLogger(__name__)
 
 FILE = "checkpoint.safetensors"
-VERSION = 1
+VERSION = 2  # 1 had no digest
 _KEY = "loraplex_training"
+_DIGEST = "loraplex_sha256"
 
 
 def save_checkpoint(
     folder: Path, states: Sequence[Learner], logs: Sequence[JobLog], identity: Mapping[str, Any]
 ) -> None:
-    """Write `folder`/checkpoint.safetensors atomically."""
+    """Write `folder`/checkpoint.safetensors atomically. Raises OutputError."""
     tensors = {
         f"{index}.{name}": tensor.detach().cpu().contiguous()
         for index, state in enumerate(states)
@@ -38,11 +43,18 @@ def save_checkpoint(
         "jobs": [state.counters() for state in states],
         "log_bytes": [log.num_bytes for log in logs],
     }
-    temporary = folder / f".{FILE}.tmp"
-    save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE)
+    with whole_file(folder / FILE, is_checkpoint, token="tmp") as temporary:
+        try:
+            text = json.dumps(content)
+            save_file(tensors, temporary, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
+        except SafetensorError as error:  # what it makes of an OSError
+            raise unwritable(folder / FILE, error) from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as a checkpoint does, damaged or not: safetensors has the metadata first."""
+    with path.open("rb") as file:
+        return _KEY.encode() in file.read(512)
 
 
 def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[str, Any]) -> list[int]:
@@ -52,7 +64,7 @@ def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[s
     file is damaged, or was written by a run with other jobs, data or base model.
     """
     path = folder / FILE
-    content, tensors = _read(path)
+    content, tensors = _read(path, states)
     identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
     try:
         before, counters = content["identity"], content["jobs"]
@@ -67,20 +79,27 @@ def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[s
                 continue
             index = names.index(state.name)
             state.restore(_of_job(tensors, index), counters[index])
-            log_bytes.append(int(content["log_bytes"][index]))
+            log_bytes.append(max(0, int(content["log_bytes"][index])))
         return log_bytes
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise _damaged(path, error) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What save_checkpoint wrote. Raises CheckpointError."""
+def _read(path: Path, states: Sequence[Learner]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What save_checkpoint wrote, no more than these states can have. Raises CheckpointError."""
+    most = max((state.flat.numel() for state in states), default=0)
     try:
-        with safe_open(path, framework="pt") as file:
-            content = parse_json((file.metadata() or {})[_KEY], finite=False)  # the best loss may be infinite
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        version = content["version"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        with open_tensor_file(path) as file:
+            text = file.metadata[_KEY]
+            content = parse_json(text, finite=False)  # the best loss may be infinite
+            version = content["version"]
+            tensors = {}
+            if version == VERSION:
+                _check_sizes(file, most)
+                tensors = {name: file.read(name) for name in file.entries}
+                if file.metadata[_DIGEST] != _digest(text, tensors):
+                    raise ValueError("its content is not what was written")
+    except (OSError, AdapterError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
     if version != VERSION:
         raise CheckpointError(
@@ -88,6 +107,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "run with the version that started it, or pass resume=False to start over."
         )
     return content, tensors
+
+
+def _check_sizes(file: TensorFile, most: int) -> None:
+    """Raise ValueError for a tensor of more values than the largest state: a few bytes can ask for any memory."""
+    for entry in file.entries.values():
+        if math.prod(entry.shape) > max(most, 1):
+            raise ValueError(f"{entry.name!r} has {math.prod(entry.shape)} values, the run's jobs {most} at most")
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of everything that a checkpoint holds: a flipped bit is none of the run's."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

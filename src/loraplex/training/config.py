@@ -1,6 +1,5 @@
 """What to train: one AdapterJob for each adapter, and one TrainConfig for the run."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,9 +9,11 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
+from loraplex.output_files import writing
 from loraplex.residual.config import ResidualConfig
 from loraplex.residual.kinds import LinkedResidual, SteeringVector
-from loraplex.training.checks import check_flags, check_number, check_whole
+from loraplex.training.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
+from loraplex.validation import is_finite
 
 Schedule = Literal["constant", "linear", "cosine"]
 LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder or hub id, or from memory
@@ -60,8 +61,10 @@ class AdapterJob:
                 "names without empty parts, '.' and '..', such as 'team/protein'."
             )
         check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
-        check_whole(self, ("warmup_steps", "seed"), minimum=0)
-        check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
+        check_whole(self, ("warmup_steps",), minimum=0)
+        check_whole(self, ("seed",), minimum=0, maximum=2**63 - 1)
+        check_whole(self, ("max_steps",), minimum=1, maximum=MAX_STEPS, optional=True)
+        check_whole(self, ("epochs", "patience", "eval_records"), minimum=1, optional=True)
         check_whole(self, ("max_length",), minimum=2)
         self._check_numbers()
         self._check_combinations()
@@ -88,7 +91,7 @@ class AdapterJob:
         return self.batch_size * self.gradient_accumulation
 
     def _check_numbers(self) -> None:
-        check_number(f"job {self.name!r}", "learning_rate", self.learning_rate, above=0)
+        check_learning_rate(f"job {self.name!r}", self.learning_rate)
         check_number(f"job {self.name!r}", "weight_decay", self.weight_decay, minimum=0)
         check_number(f"job {self.name!r}", "eval_fraction", self.eval_fraction, minimum=0, below=1)
         if self.max_grad_norm is not None:
@@ -100,7 +103,7 @@ class AdapterJob:
                 f"job {self.name!r}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
             )
         for member, weight in self.after:
-            if not isinstance(member, LinkMember) or not math.isfinite(weight):
+            if not isinstance(member, LinkMember) or not is_finite(weight):
                 raise ConfigError(
                     f"job {self.name!r}: after has ({member!r}, {weight!r}); each entry is a folder, hub id, Adapter, "
                     "LinkedResidual or SteeringVector with a finite weight."
@@ -135,7 +138,9 @@ class TrainConfig:
         check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
         check_flags(self, ("resume", "progress", "plots", "share_prefixes"))
         output = Path(self.output)
-        if output.exists() and not output.is_dir():
+        with writing(output):  # a name that is too long, for example
+            is_file = output.exists() and not output.is_dir()
+        if is_file:
             raise ConfigError(f"output {str(output)!r} is a file; give a folder, which need not exist yet.")
 
 

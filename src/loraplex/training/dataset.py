@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError, DatasetError
 from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.training.checks import check_num_steps
 from loraplex.training.config import AdapterJob
 from loraplex.training.examples import Example, make_examples
-from loraplex.training.records import Record, read_records
+from loraplex.training.records import Record, add_content, read_records
 from loraplex.training.seeds import Purpose, generator
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,15 @@ def load_job_data(
     """Read, check, tokenize and split a job's data. Raises DatasetError or ConfigError."""
     ends = ends or training_ends(None, tokenizer)
     train = _load(job, job.data, tokenizer, vocab_size, ends)
-    digest = hashlib.sha256(Path(job.data).read_bytes())
+    digest = hashlib.sha256()
+    add_content(digest, job.data)
     if job.eval_data is not None:
         held_out = _load(job, job.eval_data, tokenizer, vocab_size, ends)
-        digest.update(Path(job.eval_data).read_bytes())
+        add_content(digest, job.eval_data)
     else:
         train, held_out = _split(job, train)
     num_steps = job.max_steps or (job.epochs or 0) * steps_per_epoch(len(train), job.records_per_step)
+    check_num_steps(f"job {job.name!r}", num_steps)
     if job.warmup_steps >= num_steps:
         raise ConfigError(
             f"job {job.name!r}: warmup_steps is {job.warmup_steps}, but the job has only {num_steps} steps. "

@@ -243,6 +243,9 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Become what `tensors` and `counters` were taken from."""
         flat = self.flat
+        for name, tensor in tensors.items():
+            if tensor.shape != (torch.Size() if name == "optimizer.step" else flat.shape):
+                raise ValueError(f"{name!r} of {self._kind} {self.name!r} has shape {list(tensor.shape)}")
         flat.data.copy_(tensors["parameters"])
         self.scheduler.load_state_dict(counters["scheduler"])
         self.optimizer.param_groups[0]["lr"] = self.scheduler.get_last_lr()[0]

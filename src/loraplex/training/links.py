@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.adapters.fit import check_fits
+from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.fit import check_fits, check_shapes_fit
 from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.weights import Adapter
+from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.modules import embed_scale
-from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.config import BaseIdentity
+from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.folder import is_residual_folder, read_residual
 from loraplex.residual.kinds import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.layers import AttentionLayers
@@ -63,7 +65,7 @@ def frozen_link(
         digest.update(f"{place} {weight}".encode())
         if _is_residual(member):
             assert attention is not None, "a residual stands in a link, but the attention layers were not joined"
-            residual = _residual(member).to(device)
+            residual = _residual(name, member, attention.identity).to(device)
             check_residual_fits(name, residual, attention.identity, attention.num_heads)
             chain.append(ChainLink(name=name, residual=residual, weight=weight))
             _add(digest, residual.tensors())
@@ -80,14 +82,25 @@ def _is_residual(member: LinkMember) -> bool:
     return not isinstance(member, Adapter)
 
 
-def _residual(member: LinkMember) -> LinkedResidual | SteeringVector:
-    residual = read_residual(member) if isinstance(member, str | Path) else member
+def _residual(name: str, member: LinkMember, base: BaseIdentity) -> LinkedResidual | SteeringVector:
+    residual = (
+        read_residual(member, check=lambda settings: check_same_base(name, settings.base, base))
+        if isinstance(member, str | Path)
+        else member
+    )
     assert not isinstance(residual, Adapter | FunctionResidual), "AdapterJob takes no such member"
     return residual
 
 
 def _lora(name: str, member: LinkMember, adaptable: AdaptableModel) -> Adapter:
-    adapter = read_adapter(resolve_adapter_folder(member)) if isinstance(member, str | Path) else member
+    def check_shapes(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        check_shapes_fit(config, shapes, adaptable.shapes, output_module=adaptable.output_module)
+
+    adapter = (
+        read_adapter(resolve_adapter_folder(member), check_shapes=check_shapes)
+        if isinstance(member, str | Path)
+        else member
+    )
     assert isinstance(adapter, Adapter), "residuals are told apart before"
     check_fits(adapter, adaptable.shapes, output_module=adaptable.output_module)
     if adapter.config.use_dora or adapter.config.alora_invocation_tokens is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from loraplex.output_files import save_figure
 from loraplex.training.learner import Learner
 
 _SMOOTHING = 0.9  # of the running mean
@@ -35,7 +36,7 @@ def plot_losses(state: Learner, title: str, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def running_mean(losses: list[float]) -> list[float]:

@@ -1,13 +1,17 @@
 """Training files: JSON lines, each a conversation, a prompt with its completion, or a text."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.adapters.listing import listed
 from loraplex.errors import DatasetError
-from loraplex.json_files import parse_json
+from loraplex.json_files import open_regular, parse_json, read_lines
+from loraplex.validation import quoted
 
 FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
+_PART_BYTES = 1 << 20
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -26,17 +30,26 @@ def read_records(path: str | Path) -> list[Record]:
     """Read a JSONL file; blank lines are allowed. Raises DatasetError, which names file and line."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [parse_record(line, f"{path}:{number}") for number, line in read_lines(path)]
     except FileNotFoundError:
         raise DatasetError(
             f"the data file {str(path)!r} does not exist. Give the path of a JSONL file with records {FORMS}."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DatasetError(f"the data file {str(path)!r} can't be read: {error}. It must be UTF-8 text.") from error
-    records = [parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not records:
         raise DatasetError(f"the data file {str(path)!r} has no records. Write one a line: {FORMS}.")
     return records
+
+
+def add_content(digest: "hashlib._Hash", path: str | Path) -> None:
+    """Add a file's bytes to a digest. Raises DatasetError."""
+    try:
+        with open_regular(Path(path)) as file:
+            while part := file.read(_PART_BYTES):
+                digest.update(part)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"the data file {str(path)!r} can't be read: {error}.") from error
 
 
 def parse_record(line: str, place: str) -> Record:
@@ -49,7 +62,7 @@ def parse_record(line: str, place: str) -> Record:
         raise DatasetError(f"{place} holds a JSON {type(content).__name__}; it must be an object: {FORMS}.")
     forms = [key for key in ("messages", "prompt", "text") if key in content]
     if len(forms) != 1:
-        found = f"the keys {sorted(content)}" if not forms else f"all of {forms}, which are different forms"
+        found = f"the keys [{listed(content)}]" if not forms else f"all of {forms}, which are different forms"
         raise DatasetError(f"{place} has {found}; a record is one of {FORMS}.")
     if "messages" in content:
         return Record(place=place, messages=_messages(content["messages"], place))
@@ -62,15 +75,17 @@ def parse_record(line: str, place: str) -> Record:
 def _messages(messages: object, place: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(messages, list) or not messages:
         raise DatasetError(
-            f"{place}: messages is {messages!r}; it must be a list of "
+            f"{place}: messages is {quoted(messages)}; it must be a list of "
             '{"role": ..., "content": ...} with at least one of the role "assistant".'
         )
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DatasetError(f"{place}: message {number} is {message!r}; it needs a role, one of {list(ROLES)}.")
+            raise DatasetError(
+                f"{place}: message {number} is {quoted(message)}; it needs a role, one of {list(ROLES)}."
+            )
         if not isinstance(message.get("content"), str):
             raise DatasetError(
-                f"{place}: message {number} has the content {message.get('content')!r}; it must be a string."
+                f"{place}: message {number} has the content {quoted(message.get('content'))}; it must be a string."
             )
     if not any(message["role"] == "assistant" for message in messages):
         raise DatasetError(
@@ -82,7 +97,7 @@ def _messages(messages: object, place: str) -> tuple[dict[str, Any], ...]:
 def _string(content: dict[str, Any], key: str, place: str) -> str:
     value = content.get(key)
     if not isinstance(value, str):
-        raise DatasetError(f"{place}: {key} is {value!r}; it must be a string. A record is one of {FORMS}.")
+        raise DatasetError(f"{place}: {key} is {quoted(value)}; it must be a string. A record is one of {FORMS}.")
     if value == "" and key != "prompt":
         raise DatasetError(f"{place}: {key} is empty, so there is nothing to learn. Write it or remove the line.")
     return value

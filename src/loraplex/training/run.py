@@ -15,6 +15,7 @@ from loraplex.errors import AdapterExistsError, TrainingError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.output_files import writing
 from loraplex.residual import settings
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.linked import LinkedAttention
@@ -28,6 +29,7 @@ from loraplex.training.job_state import DIVERGED, JobState
 from loraplex.training.learner import Divergence, Finish
 from loraplex.training.links import needs_attention
 from loraplex.training.logs import JobLog
+from loraplex.training.outputs import check_outputs
 from loraplex.training.plots import plot_losses
 from loraplex.training.probe import can_share_prefixes, check_trainable_base
 from loraplex.training.progress import training_progress
@@ -77,13 +79,15 @@ def train_adapters(
     on after a kill exactly where it would have been.
 
     Everything is checked before the first step. Raises ConfigError, DatasetError, UnsupportedAdapterError,
-    BaseModelError, CheckpointError (the checkpoint is of another run) and AdapterExistsError (an adapter is in
-    the output folder but no checkpoint). A job whose loss, gradients or weights are no longer finite is stopped,
-    and its last good weights are written to `<output>/<name>.diverged/`; when the others are done, TrainingError
-    names it, and its `results` are what would have been returned.
+    BaseModelError, CheckpointError (the checkpoint is of another run), AdapterExistsError (an adapter is in
+    the output folder but no checkpoint) and OutputError (no room, or somebody else's file is in the way). A job whose
+    loss, gradients or weights are no longer finite is stopped, and its last good weights are written to
+    `<output>/<name>.diverged/`; when the others are done, TrainingError names it, and its `results` are what would have
+    been returned.
     """
     jobs = list(jobs)
     check_jobs(jobs)
+    check_outputs(Path(config.output), [job.name for job in jobs], _inputs(jobs))
     if not isinstance(model, MultiLoraModel):
         refuse_injected_adapters(model)
     base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
@@ -104,6 +108,20 @@ def train_adapters(
     if any(state.has_diverged for state in states):
         raise TrainingError(_divergences(states, Path(config.output)), results)
     return results
+
+
+def _inputs(jobs: Sequence[AdapterJob]) -> dict[str, list[Path]]:
+    """By what they are, the files and folders that the jobs read."""
+    inputs = {}
+    for job in jobs:
+        inputs[f"data of job {job.name!r}"] = [Path(job.data)]
+        inputs[f"eval_data of job {job.name!r}"] = [] if job.eval_data is None else [Path(job.eval_data)]
+        inputs[f"init_from of job {job.name!r}"] = (
+            [Path(job.init_from)] if isinstance(job.init_from, str | Path) else []
+        )
+        members = [Path(member) for member, _ in job.after if isinstance(member, str | Path)]
+        inputs[f"a member of after of job {job.name!r}"] = members
+    return inputs
 
 
 def _divergences(states: Sequence[JobState], output: Path) -> str:
@@ -192,8 +210,9 @@ def _resume_or_start(
     _check_places_of_diverged(output, states)
     ranks.wait()
     if ranks.is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / FILE).unlink(missing_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / FILE).unlink(missing_ok=True)
     ranks.wait()
     return [0] * len(states)
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.fit import check_ranks
 from loraplex.adapters.peft_folder import read_adapter
 from loraplex.adapters.slot_weights import SlotWeights
 from loraplex.adapters.targets import expected_targets
-from loraplex.adapters.weights import Adapter, LoraWeights
+from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.injection import AdaptableModel
 from loraplex.layers.modules import embed_scale
 from loraplex.models.end_tokens import training_ends
-from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.config import check_rank
+from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.folder import read_residual
 from loraplex.residual.kinds import LinkedResidual
 from loraplex.residual.layers import AttentionLayers
@@ -81,15 +83,28 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     lora = job.lora
     assert lora is not None, f"job {job.name!r} trains no LoRA"
     paths = targeted_paths(job, adaptable)
-    ranks = {path: lora.rank_of(path) for path in paths}
-    scalings = {path: lora.scaling_of(path) for path in paths}
+    ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
+    check_ranks(ranks, adaptable.shapes)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual):
         raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
-    adapter = job.init_from if isinstance(job.init_from, Adapter) else read_adapter(Path(job.init_from))
-    _check_start(job.name, lora, adapter, adaptable, ranks)
+    adapter = job.init_from if isinstance(job.init_from, Adapter) else _read_start(job, adaptable)
+    _check_start(job.name, adapter, adaptable, ranks, scalings)
     return {path: adapter.layers[path] for path in paths}
+
+
+def _read_start(job: AdapterJob, adaptable: AdaptableModel) -> Adapter:
+    """The adapter in a folder; one for modules of other shapes is refused before its weights are read."""
+
+    def check_shapes(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        for path, shape in shapes.items():
+            if path in adaptable.shapes:
+                _check_shape(job.name, path, shape, adaptable.shapes[path])
+        check_ranks(config.ranks_of(tuple(shapes)), shapes)
+
+    assert isinstance(job.init_from, str | Path), "only folders are read"
+    return read_adapter(job.init_from, check_shapes=check_shapes)
 
 
 def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:
@@ -132,9 +147,16 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
             f"job {job.name!r}: residual.layers has {unknown}, but the base model has the attention layers "
             f"{min(attention.layers)} to {max(attention.layers)}."
         )
+    check_rank(config.r, attention.identity.hidden_size)
     if job.init_from is None:
         return fresh_residual(config, attention.identity, layers, job.seed)
-    start = read_residual(job.init_from) if isinstance(job.init_from, str | Path) else job.init_from
+    start = (
+        read_residual(
+            job.init_from, check=lambda settings: check_same_base(job.name, settings.base, attention.identity)
+        )
+        if isinstance(job.init_from, str | Path)
+        else job.init_from
+    )
     if not isinstance(start, LinkedResidual):
         raise ConfigError(f"job {job.name!r}: init_from is no linked residual. Give a folder that one was written to.")
     check_residual_fits(job.name, start, attention.identity, attention.num_heads)
@@ -147,7 +169,7 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
 
 
 def _check_start(
-    name: str, lora: LoraConfig, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int]
+    name: str, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int], scalings: dict[str, float]
 ) -> None:
     """Raise unless the adapter to start from has what the job trains: modules, shapes, ranks and LoRA scalings."""
     if adapter.config.use_dora:
@@ -160,19 +182,22 @@ def _check_start(
             "read_adapter(folder).config."
         )
     for path, weights in adapter.layers.items():
-        module = adaptable.shapes[path]
-        found = (weights.kind, weights.lora_a.shape[1], weights.lora_b.shape[1])
-        if found != (module.kind, module.in_features, module.out_features):
-            raise BaseModelMismatchError(
-                f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
-                f"{(module.kind, module.in_features, module.out_features)} here."
-            )
-        if (weights.rank, weights.scaling) != (ranks[path], lora.scaling_of(path)):
+        _check_shape(name, path, weights.shape, adaptable.shapes[path])
+        if (weights.rank, weights.scaling) != (ranks[path], scalings[path]):
             raise ConfigError(
                 f"job {name!r}: init_from has rank {weights.rank} and LoRA scaling {weights.scaling} at "
-                f"{path!r}, the job {ranks[path]} and {lora.scaling_of(path)}. Use the adapter's own "
+                f"{path!r}, the job {ranks[path]} and {scalings[path]}. Use the adapter's own "
                 "LoraConfig: read_adapter(folder).config."
             )
+
+
+def _check_shape(name: str, path: str, shape: ModuleShape, module: ModuleShape) -> None:
+    found = (shape.kind, shape.in_features, shape.out_features)
+    if shape != module:
+        raise BaseModelMismatchError(
+            f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
+            f"{(module.kind, module.in_features, module.out_features)} here."
+        )
 
 
 def _check_length(job: AdapterJob, base: PreTrainedModel) -> None:

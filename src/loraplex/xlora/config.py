@@ -1,10 +1,13 @@
 """A mixture's settings, under PEFT's names and those that only the original package has."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from loraplex.errors import ConfigError
+from loraplex.validation import is_finite, is_whole, quoted
+
+MAX_DEPTH = 256
+MAX_SIZE = 1 << 17
+MIN_TEMPERATURE = 1e-6  # below, a logit divided by it is infinite in float32
 
 # What the scaling head's weights were made for; all other settings can be changed afterwards.
 HEAD_SETTINGS = frozenset(
@@ -64,36 +67,30 @@ class XLoraConfig:
             *("use_trainable_adapters", "use_bias", "enable_relu_and_dropout"),
         ):
             if not isinstance(getattr(self, option), bool):
-                raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
+                raise ConfigError(f"{option} is {quoted(getattr(self, option))}; it must be True or False.")
         for option in ("xlora_dropout_p", "softmax_temperature", "global_scaling_weight"):
-            if not _is_finite_number(getattr(self, option)):
-                raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be a finite number.")
-        if self.scaling_pass_value is not None and not _is_finite_number(self.scaling_pass_value):
+            if not is_finite(getattr(self, option)):
+                raise ConfigError(f"{option} is {quoted(getattr(self, option))}; it must be a finite number.")
+        if self.scaling_pass_value is not None and not is_finite(self.scaling_pass_value):
             raise ConfigError(
-                f"scaling_pass_value is {self.scaling_pass_value!r}; it must be a finite number, or None for "
+                f"scaling_pass_value is {quoted(self.scaling_pass_value)}; it must be a finite number, or None for "
                 "1 / the number of experts."
             )
 
     def _check_ranges(self) -> None:
-        for option in ("xlora_depth", "xlora_size"):
-            if not _is_count(getattr(self, option)):
-                raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be a whole number, 1 or more.")
-        if self.top_k_lora is not None and not _is_count(self.top_k_lora):
+        for option, most in (("xlora_depth", MAX_DEPTH), ("xlora_size", MAX_SIZE)):
+            value = getattr(self, option)
+            if not (is_whole(value) and 1 <= value <= most):
+                raise ConfigError(f"{option} is {quoted(value)}; it must be a whole number from 1 to {most}.")
+        if self.top_k_lora is not None and not (is_whole(self.top_k_lora) and self.top_k_lora >= 1):
             raise ConfigError(
-                f"top_k_lora is {self.top_k_lora!r}; it must be a whole number, 1 or more, or None to keep all experts."
+                f"top_k_lora is {quoted(self.top_k_lora)}; it must be a whole number, 1 or more, or None to keep all "
+                "experts."
             )
         if not 0 <= self.xlora_dropout_p < 1:
             raise ConfigError(f"xlora_dropout_p is {self.xlora_dropout_p!r}; it must be at least 0 and below 1.")
-        if self.softmax_temperature <= 0:
+        if self.softmax_temperature < MIN_TEMPERATURE:
             raise ConfigError(
-                f"softmax_temperature is {self.softmax_temperature!r}; it must be above 0: 1 changes nothing, less "
-                "is sharper."
+                f"softmax_temperature is {self.softmax_temperature!r}; it must be above 0, at least "
+                f"{MIN_TEMPERATURE:g}: 1 changes nothing, less is sharper."
             )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -33,11 +33,12 @@ class EngineReplica:
         set_up_logs(config.logs.log_level)
         with ThreadPoolExecutor(1) as loader:  # as lifecycle.run does
             model = await asyncio.get_running_loop().run_in_executor(loader, load, config)
-        if config.model.watch:
-            await asyncio.to_thread(AdapterFolder(model, config.model.watch).start)
+        watched = AdapterFolder(model, config.model.watch) if config.model.watch else None
+        if watched is not None:
+            await asyncio.to_thread(watched.start)
         self._id = secrets.token_hex(4)
         self._engine = await AsyncEngine(model, config.engine).__aenter__()
-        self._state = ServerState(self._engine, config)
+        self._state = ServerState(self._engine, config, watched)
         await asyncio.to_thread(self._state.prepare)
         self._app = create_app(self._state, is_first=False)
 

@@ -16,7 +16,8 @@ router = APIRouter(route_class=JsonRoute)
 async def health(http: Request) -> Response:
     """Whether requests are taken; 503 while shutting down or restarting the engine, and once it has stopped.
 
-    After faults it tells how many there were, and the kind of the last; the log has the rest.
+    After faults it tells how many there were, and the kind of the last; of a watched folder, whether the last look
+    failed and how many adapters could not be loaded. The log has the rest.
     """
     state = state_of(http)
     if state.is_draining:
@@ -28,6 +29,8 @@ async def health(http: Request) -> Response:
     if state.engine.is_restarting:
         raise ApiError(RESTARTING, f"the engine starts anew after a fault ({kind}).")
     told: dict[str, Any] = {"faults": faults.count, "last_fault": kind} if faults.count else {}
+    if state.watched is not None and (state.watched.fault or state.watched.errors):
+        told["watch"] = {"failing": state.watched.fault is not None, "not_loaded": len(state.watched.errors)}
     return json_response({"status": "ok"} | told)
 
 

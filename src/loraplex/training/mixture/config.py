@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigError
-from loraplex.training.checks import check_flags, check_number, check_whole
+from loraplex.output_files import writing
+from loraplex.training.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.training.config import SCHEDULES, Schedule
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
@@ -56,8 +57,10 @@ class MixtureTrainConfig:
     def __post_init__(self) -> None:
         check_whole(self, ("batch_size", "gradient_accumulation", "eval_every"), minimum=1)
         check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
-        check_whole(self, ("warmup_steps", "seed", "hidden_cache_bytes"), minimum=0)
-        check_whole(self, ("max_steps", "epochs", "patience", "eval_records"), minimum=1, optional=True)
+        check_whole(self, ("warmup_steps",), minimum=0)
+        check_whole(self, ("seed", "hidden_cache_bytes"), minimum=0, maximum=2**63 - 1)
+        check_whole(self, ("max_steps",), minimum=1, maximum=MAX_STEPS, optional=True)
+        check_whole(self, ("epochs", "patience", "eval_records"), minimum=1, optional=True)
         check_whole(self, ("max_length",), minimum=2)
         check_flags(self, ("resume", "progress", "plots"))
         self._check_numbers()
@@ -77,7 +80,7 @@ class MixtureTrainConfig:
 
     def _check_numbers(self) -> None:
         label = "mixture training"
-        check_number(label, "learning_rate", self.learning_rate, above=0)
+        check_learning_rate(label, self.learning_rate)
         for option in ("weight_decay", "load_balance_weight", "sparsity_weight"):
             check_number(label, option, getattr(self, option), minimum=0)
         for option in ("eval_fraction", "expert_dropout"):
@@ -98,5 +101,7 @@ class MixtureTrainConfig:
                 "above 0."
             )
         output = Path(self.output)
-        if output.exists() and not output.is_dir():
+        with writing(output):  # a name that is too long, for example
+            is_file = output.exists() and not output.is_dir()
+        if is_file:
             raise ConfigError(f"output {str(output)!r} is a file; give a folder, which need not exist yet.")

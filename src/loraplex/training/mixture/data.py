@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError
 from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.training.checks import check_num_steps
 from loraplex.training.dataset import hold_out, load_examples, steps_per_epoch
 from loraplex.training.examples import Example
 from loraplex.training.mixture.config import MixtureTrainConfig
-from loraplex.training.mixture.sources import DataSource, read_source, source_bytes
+from loraplex.training.mixture.sources import DataSource, add_source, read_source
 from loraplex.training.seeds import Purpose, generator
 
 
@@ -141,9 +142,10 @@ def load_mixture_data(
         number = names.index(str(source.name))
         held_out += [Sourced(number, example) for example in load(source)[: config.eval_records]]
     for source in [*sources, *(eval_sources or [])]:
-        digest.update(source_bytes(source))
+        add_source(digest, source)
     per_epoch = records_per_epoch([len(part) for part in examples], [source.share for source in sources])
     num_steps = config.max_steps or (config.epochs or 0) * steps_per_epoch(sum(per_epoch), config.records_per_step)
+    check_num_steps(label, num_steps)
     if config.warmup_steps >= num_steps:
         raise ConfigError(
             f"{label}: warmup_steps is {config.warmup_steps}, but there are only {num_steps} steps. Lower warmup_steps."

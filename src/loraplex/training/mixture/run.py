@@ -18,6 +18,7 @@ from loraplex.errors import (
 )
 from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.output_files import writing
 from loraplex.training.attention import fast_attention
 from loraplex.training.checkpoint import FILE, load_checkpoint
 from loraplex.training.job_state import DIVERGED
@@ -31,6 +32,7 @@ from loraplex.training.mixture.losses import MixtureLosses
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.training.mixture.state import MixtureState, write_last_good
 from loraplex.training.mixture.trainer import MixtureTrainer
+from loraplex.training.outputs import check_outputs
 from loraplex.training.plots import plot_losses
 from loraplex.training.probe import check_trainable_base
 from loraplex.training.progress import counting_progress, training_progress
@@ -73,12 +75,14 @@ def train_mixture(
 
     Everything is checked before the first step. Raises AdapterNotFoundError (no such mixture), ConfigError,
     DatasetError, BaseModelError, MixtureError, UnsupportedAdapterError, CheckpointError (the checkpoint is of another
-    run) and AdapterExistsError (a mixture is in the output folder but no checkpoint). TrainingError: loss, gradients or
+    run), AdapterExistsError (a mixture is in the output folder but no checkpoint) and OutputError (somebody else's file
+    is in the way). TrainingError: loss, gradients or
     weights were no longer finite; the mixture in memory is as it was, and `<output>/<mixture>.diverged/` has the last
     good weights.
     """
     trained = model.mixtures.get(mixture)
     sources = as_sources(data)
+    check_outputs(Path(config.output), [mixture], _inputs(sources, config))
     _check_mixture(model, trained, config)
     check_trainable_base(model.base)
     _check_length(model, config)
@@ -105,6 +109,15 @@ def train_mixture(
         title = f"{mixture}: {len(trained.experts)} experts, learning rate {config.learning_rate:g}"
         plot_losses(state, title, folder.with_name(f"{folder.name}.png"))
     return _result(state, folder, log)
+
+
+def _inputs(sources: Sequence[DataSource], config: MixtureTrainConfig) -> dict[str, list[Path]]:
+    """By what they are, the files that the run reads; experts are read before their mixture's folder is replaced."""
+    return {
+        f"data source {source.name!r}": [Path(source.data)]
+        for source in (*sources, *(config.eval_sources or ()))
+        if isinstance(source.data, str | Path)
+    }
 
 
 def _train(model: MultiLoraModel, state: MixtureState, log: JobLog, identity: dict[str, Any]) -> None:
@@ -190,8 +203,9 @@ def _resume_or_start(state: MixtureState, folder: Path, identity: dict[str, Any]
                 "folder, or pass resume=False to train the mixture anew and replace it."
             )
         _check_replaceable(folder)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).unlink(missing_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / FILE).unlink(missing_ok=True)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Where a mixture's training records come from: files or records in memory, each with a name and a share."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from loraplex.errors import ConfigError, DatasetError
 from loraplex.training.checks import check_number
-from loraplex.training.records import FORMS, Record, parse_record, read_records
+from loraplex.training.records import FORMS, Record, add_content, parse_record, read_records
 
 Data = str | Path | Sequence[Mapping[str, Any]]  # a JSONL file, or what its lines would say
 
@@ -54,15 +55,16 @@ def read_source(source: DataSource) -> list[Record]:
     return [parse_record(_dumped(record, source, i), f"{source.name}:{i}") for i, record in enumerate(source.data)]
 
 
-def source_bytes(source: DataSource) -> bytes:
-    """The content of a source: a checkpoint belongs to it."""
+def add_source(digest: "hashlib._Hash", source: DataSource) -> None:
+    """Add a source's content to a digest: a checkpoint belongs to it. Raises DatasetError."""
     if isinstance(source.data, str | Path):
-        return Path(source.data).read_bytes()
-    return json.dumps(list(source.data), sort_keys=True).encode()
+        add_content(digest, source.data)
+    else:
+        digest.update(json.dumps(list(source.data), sort_keys=True).encode())
 
 
 def _dumped(record: Mapping[str, Any], source: DataSource, number: int) -> str:
     try:
         return json.dumps(record)
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DatasetError(f"{source.name}:{number} can't be a record: {error}. It must be one of {FORMS}.") from error

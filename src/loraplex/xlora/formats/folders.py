@@ -2,23 +2,35 @@
 
 from pathlib import Path
 
+from loraplex.adapters.listing import listed
 from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.errors import AdapterFormatError
+from loraplex.json_files import damaged_as
+from loraplex.xlora.formats.head_file import HeadCheck
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE, read_original_layout
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE, read_peft_layout
 from loraplex.xlora.formats.settings import read_json_object
 
 
-def read_mixture_folder(folder: str | Path, *, find_experts: bool = True) -> MixtureFolder:
+def read_mixture_folder(
+    folder: str | Path, *, find_experts: bool = True, check: HeadCheck | None = None
+) -> MixtureFolder:
     """Read settings and scaling head of the mixture in `folder`, and find its experts.
 
     The experts' weights are not read. `find_experts=False` is for experts that come from elsewhere: `experts`
-    is left empty. Raises AdapterFormatError (files missing, damaged or not matching each
+    is left empty. `check` sees settings and sizes before the head is read, and may raise.
+
+    Raises AdapterFormatError (files missing, damaged or not matching each
     other), UnsupportedAdapterError (settings or file formats that can't be honoured exactly) and
     AdapterNotFoundError (an expert is missing).
     """
     folder = Path(folder)
+    with damaged_as(AdapterFormatError, folder):
+        return _read(folder, find_experts, check)
+
+
+def _read(folder: Path, find_experts: bool, check: HeadCheck | None) -> MixtureFolder:
     needed = (
         f"A mixture is a folder with {CONFIG_FILE} of peft_type {PEFT_TYPE!r} (PEFT's layout) or {SETTINGS_FILE} (the "
         "original package's)."
@@ -33,8 +45,8 @@ def read_mixture_folder(folder: str | Path, *, find_experts: bool = True) -> Mix
             raise AdapterFormatError(
                 f"{str(folder)!r} holds two mixtures, {CONFIG_FILE} and {SETTINGS_FILE}. Remove the files of one."
             )
-        return read_original_layout(folder, find_experts=find_experts)
+        return read_original_layout(folder, find_experts=find_experts, check=check)
     if has_peft:
-        return read_peft_layout(folder, find_experts=find_experts)
+        return read_peft_layout(folder, find_experts=find_experts, check=check)
     found = sorted(path.name for path in folder.iterdir())
-    raise AdapterFormatError(f"mixture folder {str(folder)!r} has no settings; it holds {found}. {needed}")
+    raise AdapterFormatError(f"mixture folder {str(folder)!r} has no settings; it holds [{listed(found)}]. {needed}")

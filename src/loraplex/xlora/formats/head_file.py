@@ -11,6 +11,8 @@ from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head_shapes, count_layers, head_shapes
 
+HeadCheck = Callable[[XLoraConfig, int, int, int], None]  # hidden size, experts, LoRA layers
+
 
 def read_head(
     file: Path,
@@ -20,6 +22,7 @@ def read_head(
     num_experts: int,
     file_name: Callable[[str], str],
     why_missing: Callable[[list[str]], str],
+    check: HeadCheck | None = None,
 ) -> tuple[dict[str, Tensor], int | None]:
     """The head's tensors under ScalingHead's names, and the number of LoRA layers if the head tells.
 
@@ -42,6 +45,8 @@ def read_head(
             file_name=lambda name: file_name(name) if name in ours else name,
             why_missing=why_missing,
         )
+        if check is not None:
+            check(config, hidden_size, num_experts, num_layers or 1)
         head = {ours_name: tensors.read(name) for name, ours_name in names.items()}
     for name, tensor in head.items():
         require_finite(tensor, f"{file}: {file_name(name)!r}")

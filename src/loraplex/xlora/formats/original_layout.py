@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from loraplex.adapters.peft_folder import check_files
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
-from loraplex.xlora.formats.head_file import read_head, require_head_file
+from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.formats.settings import (
     ALL_SETTINGS,
+    base_name_from,
     check_expert_names,
     config_from,
     hidden_size_from,
@@ -35,7 +36,7 @@ _ORDER = (
 )
 
 
-def read_original_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
+def read_original_layout(folder: Path, *, find_experts: bool, check: HeadCheck | None = None) -> MixtureFolder:
     """Read a mixture that the original package, or `write_mixture_folder(layout="xlora")`, saved."""
     file = folder / SETTINGS_FILE
     settings = read_json_object(file)
@@ -57,6 +58,7 @@ def read_original_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
     head, num_layers = read_head(
         folder / HEAD_FILE,
         config,
+        check=check,
         hidden_size=hidden_size,
         num_experts=len(names),
         file_name=head_names(config).__getitem__,
@@ -69,7 +71,7 @@ def read_original_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
         head=head,
         expert_names=tuple(names),
         experts={name: _expert_folder(folder, name) for name in names} if find_experts else {},
-        base_model_name=settings.get("base_model_id"),
+        base_model_name=base_name_from(settings, "base_model_id", file),
         num_layers=num_layers,
     )
 

@@ -10,11 +10,12 @@ from loraplex.adapters.peft_config import CONFIG_FILE
 from loraplex.adapters.peft_folder import WEIGHTS_FILE
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
-from loraplex.xlora.formats.head_file import read_head, require_head_file
+from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.formats.peft_experts import NAMES_FILE, count_experts, expert_folders, expert_names, names_json
 from loraplex.xlora.formats.settings import (
     PEFT_SETTINGS,
+    base_name_from,
     config_from,
     hidden_size_from,
     read_json_object,
@@ -29,7 +30,7 @@ _HARMLESS = ("auto_mapping", "inference_mode", "peft_type", "peft_version", "rev
 _KNOWN = frozenset({*_HARMLESS, *PEFT_SETTINGS, "adapters", "base_model_name_or_path", "hidden_size"})
 
 
-def read_peft_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
+def read_peft_layout(folder: Path, *, find_experts: bool, check: HeadCheck | None = None) -> MixtureFolder:
     """Read a mixture that PEFT, or `write_mixture_folder(layout="peft")`, saved."""
     file = folder / CONFIG_FILE
     settings = read_json_object(file)
@@ -51,6 +52,7 @@ def read_peft_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
     head, num_layers = read_head(
         folder / WEIGHTS_FILE,
         config,
+        check=check,
         hidden_size=hidden_size,
         num_experts=num_experts,
         file_name=lambda name: HEAD_PREFIX + name,
@@ -63,7 +65,7 @@ def read_peft_layout(folder: Path, *, find_experts: bool) -> MixtureFolder:
         head=head,
         expert_names=tuple(names),
         experts=expert_folders(folder, settings, names) if find_experts else {},
-        base_model_name=settings.get("base_model_name_or_path"),
+        base_model_name=base_name_from(settings, "base_model_name_or_path", file),
         num_layers=num_layers,
     )
 

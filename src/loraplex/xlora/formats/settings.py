@@ -7,7 +7,8 @@ from typing import Any
 
 from loraplex.adapters.names import check_name
 from loraplex.errors import AdapterFormatError, ConfigError, NameFormatError, UnsupportedAdapterError
-from loraplex.json_files import read_json
+from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
+from loraplex.validation import quoted
 from loraplex.xlora.config import XLoraConfig
 
 ORIGINAL_ONLY = ("use_bias", "enable_relu_and_dropout")  # settings that PEFT doesn't have
@@ -18,7 +19,7 @@ PEFT_SETTINGS = tuple(name for name in ALL_SETTINGS if name not in ORIGINAL_ONLY
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; raises AdapterFormatError if it holds none."""
     try:
-        settings = read_json(file)
+        settings = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
     if not isinstance(settings, dict):
@@ -40,9 +41,17 @@ def refuse_unknown(settings: Mapping[str, Any], known: frozenset[str], file: Pat
     unknown = {name: value for name, value in settings.items() if name not in known and value}
     if unknown:
         raise UnsupportedAdapterError(
-            f"{file}: unknown settings {unknown!r}. They may change what the mixture computes, so they are not "
+            f"{file}: unknown settings {quoted(unknown)}. They may change what the mixture computes, so they are not "
             f"ignored; remove them if they don't. Known: {sorted(known)}."
         )
+
+
+def base_name_from(settings: Mapping[str, Any], key: str, file: Path) -> str | None:
+    """The base model's name, if the file gives one; raises AdapterFormatError for what is no text."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, str):
+        raise AdapterFormatError(f"{file}: {key} is {quoted(value)}; it must be a text or null.")
+    return value
 
 
 def hidden_size_from(settings: Mapping[str, Any], file: Path) -> int:
@@ -63,5 +72,7 @@ def check_expert_names(names: list[Any], file: Path) -> list[str]:
         except NameFormatError as error:
             raise AdapterFormatError(f"{file}: {error}") from error
     if not names or len(set(names)) < len(names):
-        raise AdapterFormatError(f"{file}: the experts are {names}; a mixture has at least one, each named once.")
+        raise AdapterFormatError(
+            f"{file}: the experts are {quoted(names)}; a mixture has at least one, each named once."
+        )
     return names

@@ -16,6 +16,7 @@ from loraplex.adapters.peft_write import write_adapter
 from loraplex.adapters.record import RECORD_FILE
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
+from loraplex.output_files import resolved
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.head_tensors import check_head
@@ -46,7 +47,7 @@ def write_mixture_folder(
     `overwrite` is False, or it is not only a mixture), ConfigError, AdapterFormatError and
     UnsupportedAdapterError (the result would not be read, or the layout has no place for a setting).
     """
-    folder = Path(folder).resolve()
+    folder = resolved(folder)
     adapters = _check_writable(layout, config, hidden_size, head_state, experts)
     mixture = MixtureFolder(
         layout=layout,

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from loraplex.errors import ConfigError
+from loraplex.output_files import MARK, whole_file
 from loraplex.xlora.scalings.row_scalings import RowScalings
 from loraplex.xlora.scalings.sheet import Sheet, scale_of
 from loraplex.xlora.scalings.style import MONO, SCALE_COLORS, expert_colors, limited, on_white, tick_label
@@ -67,8 +68,8 @@ def animate_tokens(row: RowScalings, tokens: Sequence[str], path: str | Path, *,
     frames = _frames(sheet, panels, row)
     durations_ms = [1000 / frames_per_s] * row.num_tokens
     durations_ms[-1] += _HOLD_MS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations_ms, loop=0)
+    with whole_file(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations_ms, loop=0, comment=MARK)
 
 
 def _frames(sheet: Sheet, panels: Sequence[_Panel], row: RowScalings) -> list[Image.Image]:

@@ -1,10 +1,7 @@
 """Scalings in one safetensors file: the values as tensors, the names as JSON in its metadata."""
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.errors import ScalingsError, ScalingsFileError
-from loraplex.json_files import parse_json
+from loraplex.errors import OutputError, ScalingsError, ScalingsFileError
+from loraplex.json_files import open_regular, parse_json
+from loraplex.output_files import whole_file
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 _KEY = "loraplex_scalings"
@@ -38,25 +36,21 @@ def write_scalings(rows: Sequence[RowScalings], path: str | Path) -> None:
     for index, row in enumerate(rows):
         tensors[f"{index}.values"] = row.values.cpu().contiguous().clone()  # rows may share memory
         tensors[f"{index}.token_ids"] = torch.tensor(row.token_ids, dtype=torch.int64)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        with whole_file(path, _is_scalings) as temporary:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(content)})
+    except (OutputError, SafetensorError) as error:
         raise ScalingsFileError(
             f"{path} can't be written: {error}. Choose a file in a folder with room that you may write to."
         ) from error
-    finally:
-        with suppress(OSError):  # it was moved into place, or never made
-            temporary.unlink()
 
 
 def read_scalings(path: str | Path) -> list[RowScalings]:
     """Return the rows of a file that `write_scalings` wrote; raises ScalingsFileError for any other."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # The opened file itself: safetensors would wait for ever for a pipe
+        with open_regular(path) as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
             content = parse_json((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if content["version"] != _VERSION:
@@ -65,13 +59,27 @@ def read_scalings(path: str | Path) -> list[RowScalings]:
                 "the version that wrote it."
             )
         return _rows(content, tensors)
-    except (OSError, SafetensorError, ScalingsError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ScalingsError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, ScalingsFileError):
             raise
         raise ScalingsFileError(
             f"{path} is not a file of scalings that can be read: {type(error).__name__}: {error}. Expected the "
             "safetensors file that a scalings log or RowScalings was written to."
         ) from error
+
+
+def _is_scalings(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _KEY.encode() in file.read(256)  # safetensors has the metadata first
 
 
 def _rows(content: dict[str, Any], tensors: dict[str, Tensor]) -> list[RowScalings]:

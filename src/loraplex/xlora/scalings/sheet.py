@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from loraplex import output_files
 from loraplex.errors import ConfigError
 from loraplex.xlora.scalings.style import MONO, SCALE_COLORS, expert_colors, tick_label
 
@@ -109,5 +110,4 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
         raise ConfigError(f"{path} has suffix {path.suffix!r}; supported: {sorted(formats)}. Use .png.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    output_files.save_figure(figure, path, dpi)

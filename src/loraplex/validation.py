@@ -1,0 +1,27 @@
+"""What options and settings may be, whoever gives them: whole numbers, numbers that float32 can hold, short quotes."""
+
+import math
+from typing import Any
+
+FLOAT32_MAX = 3.4028234663852886e38
+MAX_QUOTED = 300  # characters of a value in a message
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an int, and not True or False."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that float32 can hold: all that is computed with settings is computed in float32."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -FLOAT32_MAX <= value <= FLOAT32_MAX
+
+
+def quoted(value: Any) -> str:
+    """repr(value) for a message, cut where it is long."""
+    if isinstance(value, str | bytes) and len(value) > MAX_QUOTED:
+        return f"{value[:MAX_QUOTED]!r}... ({len(value)} in all)"
+    if isinstance(value, int) and abs(value) >= 10**MAX_QUOTED:
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}... ({len(text)} characters)"
