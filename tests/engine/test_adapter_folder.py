@@ -70,6 +70,26 @@ def test_what_cant_be_loaded_is_told_and_what_was_there_stays(model, tmp_path):
     assert "broken" not in folder.errors
 
 
+def test_a_folder_that_was_away_while_it_was_read_is_read_again(model, tmp_path, monkeypatch):
+    """A writer that has no exchange moves the old folder aside, and may be killed before the new one is in its place."""
+    written = write(model, tmp_path / "protein", 1)
+    load = model.load_adapter
+
+    def read_while_away(name, path, **options):
+        path.rename(tmp_path / ".aside")
+        load(name, path, **options)
+
+    folder = AdapterFolder(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "load_adapter", read_while_away)
+        folder.look()
+    (tmp_path / ".aside").rename(written)  # the same files
+    assert list(folder.errors) == ["protein"]
+    folder.look()
+    assert model.names() == ["protein"]
+    assert folder.errors == {}
+
+
 def test_half_written_folders_are_left_alone(model, tmp_path):
     write(model, tmp_path / ".protein.1234.tmp", 1)
     folder = AdapterFolder(model, tmp_path)

@@ -20,7 +20,7 @@ _TIMES_MISSING = 2  # looks: a folder that is being replaced is away for a momen
 
 @dataclass
 class _Seen:
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None  # None: to be read again, whatever its files are
     is_loaded: bool
     times_missing: int = 0
 
@@ -107,6 +107,7 @@ class AdapterFolder:
 
     def _load(self, name: str, folder: Path, fingerprint: Fingerprint, *, was_loaded: bool) -> None:
         is_loaded = was_loaded
+        seen: Fingerprint | None = fingerprint
         try:
             check_name(name)
             self._model.load_adapter(name, folder, replace=was_loaded)
@@ -115,7 +116,9 @@ class AdapterFolder:
             logger.info("%s adapter %r from %s", "replaced" if was_loaded else "loaded", name, folder)
         except Exception as error:  # one folder must not end the watch over all others
             self._tell(name, error)
-        self._seen[name] = _Seen(fingerprint, is_loaded)
+            if folder_fingerprint(folder) != fingerprint:  # what was read is not what was looked at: try again
+                seen = None
+        self._seen[name] = _Seen(seen, is_loaded)
 
     def _miss(self, name: str) -> None:
         seen = self._seen[name]
