@@ -16,7 +16,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-all demo check test test-extras test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-all demo check test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,16 @@ test: check ## check, and the tests that are neither slow nor need a GPU; the sa
 
 test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
 	$(PYTEST) -m slow tests/server/test_ray_replicas.py tests/server/test_lm_eval.py tests/server/page
+
+# The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
+SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \
+	tests/kernels/test_attend_rows.py tests/kernels/test_rank_gates.py tests/engine/test_native_ops.py \
+	tests/engine/test_fused.py tests/engine/test_layer_stack.py tests/engine/test_greedy.py
+
+test-sanitize: setup ## The compiled kernels, and engines on them, under AddressSanitizer and UBSan
+	LORAPLEX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest $(SANITIZED)
 
 test-full: check ## All tests, random ones with other examples each time; those for a GPU are skipped without one
 	LORAPLEX_EXAMPLES=random $(PYTEST) -n $(JOBS) --dist loadfile -m ""

@@ -71,7 +71,7 @@ def test_what_cant_be_loaded_is_told_and_what_was_there_stays(model, tmp_path):
 
 
 def test_a_folder_that_was_away_while_it_was_read_is_read_again(model, tmp_path, monkeypatch):
-    """A writer that has no exchange moves the old folder aside, and may be killed before the new one is in its place."""
+    """A writer without exchange moves the old folder aside, and may be killed before the new one is in its place."""
     written = write(model, tmp_path / "protein", 1)
     load = model.load_adapter
 

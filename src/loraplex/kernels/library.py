@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from loraplex.environment import cache_folder
+from loraplex.environment import cache_folder, switch
 from loraplex.output_files import flush_to_disk
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20")
+# With LORAPLEX_SANITIZE=1, in a process that has preloaded the sanitizers' libraries (`make test-sanitize`).
+SANITIZERS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BUILD_TIMEOUT_S = 600.0  # some 10 s are usual
 
 _NAME = "loraplex_kernels"
@@ -75,7 +77,7 @@ def _compile(folder: str) -> None:
     options = {
         "name": _NAME,
         "sources": [str(path) for path in sorted(SOURCES.glob("*.cpp"))],
-        "extra_cflags": list(FLAGS),
+        "extra_cflags": _flags(),
         "build_directory": folder,
     }
     # The package `ninja` puts its program beside the interpreter, which is not on PATH outside an activated venv.
@@ -114,10 +116,14 @@ def load(library: Path) -> None:
     torch.ops.load_library(str(library))
 
 
+def _flags() -> list[str]:
+    return [*FLAGS, *(SANITIZERS if switch("LORAPLEX_SANITIZE", default=False) else ())]
+
+
 def _build_key() -> str:
     """What the library depends on. With -march=native, a shared cache must tell machines apart by their features."""
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    parts = [*sources, " ".join(FLAGS).encode(), torch.__version__.encode(), _cpu_features().encode()]
+    parts = [*sources, " ".join(_flags()).encode(), torch.__version__.encode(), _cpu_features().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
