@@ -252,7 +252,8 @@ def server(folder: Path) -> Iterator[tuple[int, str, str]]:
     write_bad_folders(folder / "bad", good)
     keys = KeyFile(folder / "keys.json")
     good_key, _ = keys.create(use=("good/*",))
-    bad_key, _ = keys.create(use=("bad/*",), load=("bad/*",), tokens_per_minute=1000)
+    roots = (str(folder / "bad"),)
+    bad_key, _ = keys.create(use=("bad/*",), load=("bad/*",), roots=roots, tokens_per_minute=1000)
     command = [
         sys.executable,
         "-c",
