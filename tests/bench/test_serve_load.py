@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,9 @@ def test_questions_of_a_chat_file_are_asked_as_chats(server: Running, tmp_path: 
 def test_refusals_are_counted_by_status(root: Path, tmp_path: Path):
     keys = KeyFile(tmp_path / "keys.json")
     keys.create()
-    with running(make_model(root), settings(keys=keys)) as server:
+    config = settings(keys=keys)
+    config = replace(config, access=replace(config.access, max_wrong_keys_per_minute=10_000))
+    with running(make_model(root), config) as server:
         results = run_serve(ServeBench(url=server.url, rate=20, adapters=("a",), **SHORT), api_key="wrong")
         with pytest.raises(RemoteError, match="401"):
             run_serve(ServeBench(url=server.url, rate=20, **SHORT), api_key="wrong")

@@ -196,6 +196,6 @@ def _drop(value: object) -> None:
 
 def damage(draw: random.Random, folder: Path) -> None:
     """Damage one or two files of a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     for file in draw.sample(files, min(len(files), draw.choice([1, 1, 1, 2]))):
         mutate(draw, file)
