@@ -14,13 +14,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loraplex.errors import ConfigError
+from loraplex.json_files import open_regular
 from loraplex.server.key_records import KeyRecord, make_record, parse_keys, write_keys
 
 _PREFIX = "lpx"
 _SCRYPT = {"n": 2**10, "r": 8, "p": 1}  # a key's secret is 256 random bits, which no hash has to slow down guessing of
 _RELOAD_S = 1.0  # how soon a changed file is seen
 _LOCK_TIMEOUT_S = 10.0
-_LARGEST_FILE = 2**26  # bytes
+_LARGEST_FILE = 2**22  # bytes: some 8,000 keys
 
 _Records = dict[str, KeyRecord]
 _Version = tuple[int, int, int]  # time of the last change, size and inode of a file
@@ -138,16 +139,16 @@ class KeyFile:
     def _read(self) -> None:
         """Take the file's records if it has changed. Raises ConfigError."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 status = os.fstat(file.fileno())
                 version = (status.st_mtime_ns, status.st_size, status.st_ino)
                 if version == self._version:
                     return
-                text = file.read(_LARGEST_FILE + 1).decode()
-        except (OSError, UnicodeDecodeError) as error:
+                if status.st_size > _LARGEST_FILE:
+                    raise ValueError(f"it has more than the {_LARGEST_FILE} bytes that a file of keys may have")
+                text = file.read(_LARGEST_FILE).decode()
+        except (OSError, ValueError) as error:
             raise ConfigError(f"the keys in {str(self.path)!r} can't be read: {error}.") from error
-        if len(text) > _LARGEST_FILE:
-            raise ConfigError(f"{str(self.path)!r} has more than {_LARGEST_FILE} bytes, which no file of keys has.")
         self._known, self._version = (parse_keys(text, str(self.path)), {}), version
 
     def _digest(self, key: str) -> bytes:
