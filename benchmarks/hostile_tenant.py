@@ -29,6 +29,7 @@ RATE = 4.0  # of the good tenant, requests a second
 TOKENS = 12  # of its answers
 PROMPTS = [f"The {thing} of spider silk is" for thing in ("strength", "colour", "structure", "price", "weight", "use")]
 ATTACKS_PER_S = 20.0
+LEAD_S = 2.0  # an attack has begun, and its process has started, before the good tenant's answers are timed
 PATIENCE_S = 2.0  # of an attacker
 
 Attack = Callable[["Client"], Awaitable[None]]
@@ -42,7 +43,7 @@ class Client:
 
     async def send(self, path: str, body: object, *, method: str = "POST", read: bool = True) -> bytes:
         """The whole answer; `body` is JSON, or bytes as they are."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else encoded(body)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**22)
         try:
             writer.write(self.head(method, path, len(content)) + content)
@@ -80,24 +81,46 @@ class Client:
         return "\r\n".join([f"{method} {path} HTTP/1.1", *(f"{n}: {v}" for n, v in fields.items()), "", ""]).encode()
 
 
-# Attacks: each is one try
+def _asks(**options: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": "a", "max_tokens": 4, "temperature": 0} | options
+
+
+def _endless_schema() -> dict[str, Any]:
+    schema: dict[str, Any] = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    for _ in range(8):
+        schema = {"anyOf": [schema, {"type": "array", "items": schema, "maxItems": 10**6}]}
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+# Attacks: each is one try. What they send is made once: the attacker's own work is none of the server's.
+
+
+def encoded(body: object) -> bytes:
+    return json.dumps(body).encode()
+
+
+LONG_STEERED = encoded(_asks(prompt="a" * 300_000, steer=[{"text": "a", "strength": 2}]))
+RANGES = [{"start": i % 90, "end": i % 90 + 1, "strength": 2} for i in range(20_000)]
+MANY_RANGES = encoded(_asks(prompt="a b " * 50, steer=RANGES))
+NUMBER_LISTS = encoded(_asks(prompt=[[1]] * 400_000))
+DEEP_JSON = b'{"model": ' + b"[" * 500_000
+ENDLESS_SCHEMA = encoded(_asks(response_format=_endless_schema()))
 
 
 async def long_steered_prompt(client: Client) -> None:
-    await client.send("/v1/completions", _asks(prompt="a" * 300_000, steer=[{"text": "a", "strength": 2}]))
+    await client.send("/v1/completions", LONG_STEERED)
 
 
 async def many_steered_ranges(client: Client) -> None:
-    ranges = [{"start": i % 90, "end": i % 90 + 1, "strength": 2} for i in range(20_000)]
-    await client.send("/v1/completions", _asks(prompt="a b " * 50, steer=ranges))
+    await client.send("/v1/completions", MANY_RANGES)
 
 
 async def number_lists(client: Client) -> None:
-    await client.send("/v1/completions", _asks(prompt=[[1]] * 500_000))
+    await client.send("/v1/completions", NUMBER_LISTS)
 
 
 async def deep_json(client: Client) -> None:
-    await client.send("/v1/completions", b'{"model": ' + b"[" * 500_000)
+    await client.send("/v1/completions", DEEP_JSON)
 
 
 async def impossible_options(client: Client) -> None:
@@ -110,11 +133,7 @@ async def leaving_early(client: Client) -> None:
 
 
 async def endless_schemas(client: Client) -> None:
-    schema: dict[str, Any] = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
-    for _ in range(200):
-        schema = {"anyOf": [schema, {"type": "array", "items": schema, "maxItems": 10**6}]} if _ < 8 else schema
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    await client.send("/v1/completions", _asks(response_format=form))
+    await client.send("/v1/completions", ENDLESS_SCHEMA)
 
 
 async def attention_as_lists(client: Client) -> None:
@@ -162,10 +181,6 @@ ATTACKS: dict[str, Attack] = {
     },
     **{f"load_{folder}": loading(folder) for folder in FOLDERS},
 }
-
-
-def _asks(**options: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "a", "max_tokens": 4, "temperature": 0} | options
 
 
 def write_bad_folders(root: Path, good: Path) -> None:
@@ -297,8 +312,9 @@ def measure(names: list[str], seconds: float) -> dict[str, Any]:
         for name in [name for attack in names for name in (None, attack)]:
             attacker = None
             if name is not None:
-                own = ["--side", name, "--port", str(port), "--key", bad_key, "--seconds", str(seconds)]
+                own = ["--side", name, "--port", str(port), "--key", bad_key, "--seconds", str(seconds + LEAD_S)]
                 attacker = subprocess.Popen([sys.executable, __file__, *own], env=environment)
+                time.sleep(LEAD_S)
             times, answers, failures = asyncio.run(good_answers(good, seconds))
             if attacker is not None:
                 attacker.wait(120)
@@ -329,6 +345,7 @@ def main() -> None:
     parser.add_argument("--key")
     options = parser.parse_args()
     if options.side is not None:
+        os.nice(19)  # attackers are on other machines: their work is not to take the server's processors
         asyncio.run(attack_for(options.side, Client(options.port, options.key), options.seconds))
         return
     result = measure(options.attack or list(ATTACKS), options.seconds)
