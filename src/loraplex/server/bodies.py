@@ -31,20 +31,22 @@ def check_num_values(body: bytes, most: int) -> None:
     A value begins at the body's start, or behind one of `[`, `{` and `,`. Those in strings don't count, but are taken
     out only where it matters.
     """
-    if _num_marks(body) <= most or _num_marks_outside_strings(body) <= most:
+    if _num_marks(body) <= most or _num_marks_outside_strings(body, most) <= most:
         return
     message = f"the body has more than {most} JSON values (max_body_values). Send a text, or several requests."
     raise ApiError(TOO_LARGE, message)
 
 
-def _num_marks_outside_strings(body: bytes) -> int:
-    """In blocks, between which another thread may run."""
+def _num_marks_outside_strings(body: bytes, most: int) -> int:
+    """In blocks, between which another thread may run, until there are more than `most`."""
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote begins or ends a string
     count, inside = 0, 0
     for start in range(0, len(plain), _BLOCK):
         parts = plain[start : start + _BLOCK].split(b'"')
         count += _num_marks(b"".join(parts[inside::2]))
         inside = (inside + len(parts) - 1) % 2
+        if count > most:
+            break
     return count
 
 
