@@ -164,6 +164,24 @@ def engine_prefix(content: Results) -> str:
     )
 
 
+def hostile_tenant(content: Results) -> str:
+    results = content["results"]
+    alone = [figures["p50_s"] for figures in results["alone"]]
+    rows = [["alone", f"{statistics.median(alone):.3f}", f"{results['p99_alone_s']:.3f}", "", "0"]]
+    for name, figures in results["attacks"].items():
+        failed = figures["wrong"] + len(figures["failures"])
+        rows.append(
+            [
+                name.replace("_", " "),
+                f"{figures['p50_s']:.3f}",
+                f"{figures['p99_s']:.3f}",
+                f"{figures['p99_ratio']:.1f}x",
+                f"{failed}",
+            ]
+        )
+    return table(["beside", "p50", "p99", "p99 of that alone", "wrong or failed"], rows)
+
+
 def engine_load(content: Results) -> str:
     settings = content["workload"]
     labels = {
@@ -299,6 +317,12 @@ FILES = (
         name="http_overhead",
         question="The HTTP server beside the engine alone",
         render=http_overhead,
+    ),
+    ResultFile(
+        name="hostile_tenant",
+        question="One tenant under attack by another: seconds to the first token",
+        render=hostile_tenant,
+        in_readme=False,
     ),
     ResultFile(
         name="engine_prefix",

@@ -89,6 +89,14 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         [{"dtype": "bfloat16", "rows": 8, "tokens_per_s": {"generate": 150, "base": 300, "mixture": 90.4}}],
         "| bfloat16, 8 rows | 150 | 300 | 90 |",
     ),
+    "hostile_tenant": (
+        {
+            "alone": [{"p50_s": 0.05}, {"p50_s": 0.07}],
+            "p99_alone_s": 0.1,
+            "attacks": {"deep_json": {"p50_s": 0.08, "p99_s": 0.25, "p99_ratio": 2.5, "wrong": 1, "failures": ["x"]}},
+        },
+        "| deep json | 0.080 | 0.250 | 2.5x | 2 |",
+    ),
     "engine_prefix": (
         {"first": 1.5, "later": 0.15, "later_of_first": 0.1, "last_at_once": 1.8},
         "| 16 requests that share 500 tokens | 1.500 | 0.150 | 0.100 | 1.800 |",
