@@ -16,8 +16,8 @@ from peft import PeftModel
 from loraplex import MultiLoraModel
 from loraplex.cli.demo import DEMO_MODEL, TIMED_TOKENS, demo_adapters, demo_rows
 from loraplex.models.loading import load_base_model
-from loraplex.models.text import encode_prompts
-from loraplex.routing.choice import parse_choice
+from loraplex.models.prompts import encode_prompts
+from loraplex.routing.adapter_spec import parse_choice
 
 
 def main(dtype: str = "bfloat16", rounds: int = 3) -> None:

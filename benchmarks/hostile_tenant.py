@@ -260,7 +260,7 @@ def server(folder: Path) -> Iterator[tuple[int, str, str]]:
     import torch
 
     from loraplex.bench.random_adapters import load_model, write_random_folders
-    from loraplex.server.keys import KeyFile
+    from loraplex.server.auth.keys import KeyFile
 
     shapes = load_model(MODEL, "float32").adaptable.shapes
     (good,) = write_random_folders(shapes, folder / "good", [8], torch.float32).values()

@@ -14,14 +14,14 @@ import time
 import torch
 from common import print_table, save
 
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.slots import Slots
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
 from loraplex.kernels.native import attend_rows_native, gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
-from loraplex.routing.bank import SlotBank
 from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.weight_provider import SlotBank
 
 SHAPES = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)

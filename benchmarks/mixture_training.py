@@ -24,9 +24,9 @@ from torch import Tensor
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.models.loading import load_base_model
 from loraplex.training import DataSource, MixtureTrainConfig
-from loraplex.training.attention import fast_attention
-from loraplex.training.examples import Example
-from loraplex.training.logs import JobLog
+from loraplex.training.core.logs import JobLog
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.attention import fast_attention
 from loraplex.training.mixture.data import load_mixture_data
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.losses import MixtureLosses

@@ -21,7 +21,7 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 
 EXPERTS = ("expert0", "expert1", "expert2", "expert3")
 SIDES = {"base": None, "rank8": "rank8-{}", "mixture": "mixture"}

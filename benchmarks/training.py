@@ -25,15 +25,15 @@ from transformers import PreTrainedModel
 from loraplex import LoraConfig, MultiLoraModel
 from loraplex.models.loading import load_base_model
 from loraplex.training import AdapterJob, TrainConfig
-from loraplex.training.attention import fast_attention
-from loraplex.training.examples import Example
-from loraplex.training.forward import LossComputer
-from loraplex.training.job_state import JobState
-from loraplex.training.logs import JobLog
-from loraplex.training.probe import can_share_prefixes
-from loraplex.training.ranks import Ranks
-from loraplex.training.setup import make_states
-from loraplex.training.trainer import Trainer
+from loraplex.training.adapters.job_state import JobState
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.adapters.trainer import Trainer
+from loraplex.training.core.distributed import Ranks
+from loraplex.training.core.logs import JobLog
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.loss import LossComputer
+from loraplex.training.forward.probe import can_share_prefixes
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("quantum", "materials", "protein", "peptides")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loraplex import MultiLoraModel
-from loraplex.training.evaluation import evaluate, read_questions
+from loraplex.training.adapters.evaluation import evaluate, read_questions
 
 
 def majority(answers: list[str]) -> float:

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from loraplex import MultiLoraModel
-from loraplex.training.evaluation import Question, exact_matches, read_questions
+from loraplex.training.adapters.evaluation import Question, exact_matches, read_questions
 
 MIXTURE = "science"
 STATIC_WEIGHTS = (0.25, 0.4, 0.6, 0.8, 1.0)  # of every expert, tried on validation questions

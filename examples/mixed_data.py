@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loraplex.training.evaluation import Question, read_questions
+from loraplex.training.adapters.evaluation import Question, read_questions
 
 DOMAINS = ("quantum", "materials", "protein", "peptides")
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from loraplex import MultiLoraModel
-from loraplex.models.text import encode_prompts
-from loraplex.training.evaluation import Question, exact_matches, read_questions
+from loraplex.models.prompts import encode_prompts
+from loraplex.training.adapters.evaluation import Question, exact_matches, read_questions
 
 MIXTURE = "science"
 

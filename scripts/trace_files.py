@@ -31,7 +31,7 @@ from loraplex.models.smollm2 import ALIAS
 from loraplex.server.lifecycle import Server, run_server
 from loraplex.server.settings import ModelSettings, NetworkSettings, ServeConfig
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.trainer import Trainer
+from loraplex.training.adapters.trainer import Trainer
 
 ROOT = Path(loraplex.__file__).parent
 LINK = "protein:0.7+materials:0.3"

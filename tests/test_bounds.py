@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from loraplex import MultiLoraModel
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.cli.job_options import READERS, read_job_file
 from loraplex.cli.vector import read_pairs
-from loraplex.engine.sampling import MAX_ANSWERS, SamplingParams
+from loraplex.engine.sampling.params import MAX_ANSWERS, SamplingParams
 from loraplex.errors import (
     MAX_MESSAGE,
     AdapterError,
@@ -34,8 +34,8 @@ from loraplex.errors import (
 from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_lines, read_text
 from loraplex.residual.config import ResidualConfig
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig, train_adapters
-from loraplex.training.checkpoint import FILE
-from loraplex.training.records import read_records
+from loraplex.training.core.checkpoint import FILE
+from loraplex.training.data.records import read_records
 from loraplex.validation import MAX_QUOTED, is_finite, quoted
 from loraplex.xlora.config import XLoraConfig
 from tests.adapters.folders import SETTINGS, write_folder

@@ -16,7 +16,7 @@ import typer.main
 
 from benchmarks.run_all import NAMES
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_config import _REFUSED
+from loraplex.adapters.peft.config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig

@@ -15,14 +15,14 @@ import torch
 
 from loraplex import MultiLoraModel, StoreConfig, XLoraConfig
 from loraplex.adapters.leftovers import restore_replaced
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import LoraplexError
-from loraplex.residual.folder import read_residual, write_residual
-from loraplex.training.checkpoint import load_checkpoint, save_checkpoint
-from loraplex.training.identity import run_identity
-from loraplex.training.logs import JobLog
-from loraplex.training.setup import make_states
+from loraplex.residual.format import read_residual, write_residual
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.core.checkpoint import load_checkpoint, save_checkpoint
+from loraplex.training.core.logs import JobLog
+from loraplex.training.core.run_fingerprint import run_identity
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.cli.job_options import read_job_file
 from loraplex.errors import (
     AdapterFormatError,
@@ -21,11 +21,11 @@ from loraplex.errors import (
     ScalingsFileError,
 )
 from loraplex.json_files import MAX_DEPTH, parse_json, read_json
-from loraplex.residual.folder import read_residual
-from loraplex.server.keys import KeyFile
+from loraplex.residual.format import read_residual
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings_sources import load_config
-from loraplex.training.checkpoint import load_checkpoint
-from loraplex.training.records import parse_record, read_records
+from loraplex.training.core.checkpoint import load_checkpoint
+from loraplex.training.data.records import parse_record, read_records
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.scalings.file import read_scalings
 

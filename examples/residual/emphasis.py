@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from loraplex import MultiLoraModel
-from loraplex.models.text import as_chat, encode_prompts
-from loraplex.residual.linked import AttentionRequest
+from loraplex.models.prompts import as_chat, encode_prompts
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.spans import spans_of_text
 from loraplex.residual.steering import Steering
 

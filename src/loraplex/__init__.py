@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex.adapters.config import LoraConfig
-    from loraplex.adapters.store import StoreConfig
+    from loraplex.adapters.store.store import StoreConfig
     from loraplex.engine.async_engine import AsyncEngine
     from loraplex.engine.config import EngineConfig
     from loraplex.engine.engine import Engine
     from loraplex.engine.request import Request
-    from loraplex.engine.sampling import SamplingParams
+    from loraplex.engine.sampling.params import SamplingParams
     from loraplex.models.multi_lora import MultiLoraModel
     from loraplex.xlora.config import XLoraConfig
 
@@ -35,8 +35,8 @@ _MODULES = {
     "LoraConfig": "loraplex.adapters.config",
     "MultiLoraModel": "loraplex.models.multi_lora",
     "Request": "loraplex.engine.request",
-    "SamplingParams": "loraplex.engine.sampling",
-    "StoreConfig": "loraplex.adapters.store",
+    "SamplingParams": "loraplex.engine.sampling.params",
+    "StoreConfig": "loraplex.adapters.store.store",
     "XLoraConfig": "loraplex.xlora.config",
 }
 

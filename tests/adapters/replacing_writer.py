@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from loraplex.adapters import atomic_folder
+from loraplex.adapters import atomic_dir as atomic_folder
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights
 
 MODULES = tuple(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2))  # of the tiny Llama

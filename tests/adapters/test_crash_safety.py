@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from loraplex import MultiLoraModel
-from loraplex.adapters import atomic_folder as atomic_folder_module
+from loraplex.adapters import atomic_dir as atomic_folder_module
 from loraplex.adapters.exchange import exchange
 from loraplex.adapters.leftovers import claim_temporary, is_leftover, remove_leftovers, restore_replaced
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.cli.options import adapters_in
-from loraplex.engine.adapter_folder import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterFolder
 from tests.adapters.replacing_writer import Writer, version_of, versioned_adapter
 from tests.parts import skip_here
 from tests.tiny_models import tiny_model

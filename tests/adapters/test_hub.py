@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from loraplex.adapters.hub import resolve_adapter_folder
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.hub import resolve_adapter_folder
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 from tests.adapters.folders import write_folder
 

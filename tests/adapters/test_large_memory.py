@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.adapters.large_memory import large_buffer
+from loraplex.adapters.store.large_memory import large_buffer
 from tests.parts import skip_here
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraplex.adapters.config import LoraConfig, index_pattern
 from loraplex.adapters.patterns import MAX_LENGTH, MAX_SLOW, check_number_of_matches, find_matches
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import AdapterFormatError, ConfigError

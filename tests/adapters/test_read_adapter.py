@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.peft_folder import read_adapter, read_base_copies
+from loraplex.adapters.peft.reader import read_adapter, read_base_copies
 from tests.adapters.folders import LAYER, lora_pair, two_modules, write_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError
 from tests.adapters.folders import LAYER, lora_pair, two_modules, write_folder
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.slots import Slots
-from loraplex.adapters.store import AdapterStore, StoreConfig
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
+from loraplex.adapters.store.store import AdapterStore, StoreConfig
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import (
     AdapterChangedError,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.slots import Slots
-from loraplex.adapters.transfers import moved, pack
+from loraplex.adapters.store.async_copy import moved, pack
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex.adapters import atomic_folder, peft_write
+from loraplex.adapters import atomic_dir as atomic_folder
+from loraplex.adapters import peft_write
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, OutputError, UnsupportedAdapterError
 

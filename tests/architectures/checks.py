@@ -14,9 +14,9 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
-from loraplex.residual.kinds import Residual
+from loraplex.residual.modules import Residual
 from tests.architectures.oracle import (
     LINK,
     MixtureOracle,

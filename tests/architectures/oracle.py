@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.layers.row_positions import depends_on_length
-from loraplex.residual.kinds import LinkedResidual, Residual, SteeringVector
 from loraplex.residual.layers import AttentionLayer
+from loraplex.residual.modules import LinkedResidual, Residual, SteeringVector
 from loraplex.xlora.head import ScalingHead
 from tests.architectures.variants import kind_of, make_model
 from tests.tiny_models import random_peft_adapter

@@ -7,7 +7,7 @@ from loraplex.bench import churn
 from loraplex.bench.churn import ChurnBench, run_churn
 from loraplex.bench.churn_report import ChurnReport, Holdings
 from loraplex.engine.engine import Engine
-from loraplex.engine.leases import Leases
+from loraplex.engine.sched.adapter_leases import Leases
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from tests.parts import skip_here

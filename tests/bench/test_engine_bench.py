@@ -9,7 +9,7 @@ from loraplex.bench.random_adapters import load_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 
 TINY = {"model": "tiny", "dtype": "float32"}

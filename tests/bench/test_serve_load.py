@@ -18,7 +18,7 @@ from loraplex.bench.serve_load import ServeBench, run_serve, send_all
 from loraplex.bench.serve_report import LoadReport
 from loraplex.cli.app import cli
 from loraplex.errors import ConfigError, RemoteError
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 from tests.server.tiny_server import Running, make_model, running, settings, write_adapters
 
 SHORT = {"seconds": 1.0, "prompt_words": 2, "max_tokens": 5, "ignore_eos": True, "timeout_s": 30}

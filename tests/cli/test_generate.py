@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from loraplex import MultiLoraModel, XLoraConfig
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.bench.random_adapters import random_adapter, tiny_llama
 from loraplex.cli.app import cli
 from loraplex.cli.errors import run
@@ -21,8 +21,8 @@ from loraplex.cli.generate import pair_rows
 from loraplex.cli.options import named_values
 from loraplex.errors import AdapterNotFoundError, BaseModelError, RequestError
 from loraplex.residual.config import BaseIdentity
-from loraplex.residual.folder import write_residual
-from loraplex.residual.kinds import SteeringVector
+from loraplex.residual.format import write_residual
+from loraplex.residual.modules import SteeringVector
 from tests.tiny_models import tiny_model
 
 runner = CliRunner()

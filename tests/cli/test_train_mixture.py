@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from loraplex import MultiLoraModel, XLoraConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.cli.train import train_app
 from loraplex.cli.train_mixture import read_sources
 from loraplex.errors import ConfigError, LoraplexError

@@ -8,10 +8,10 @@ import torch
 
 from loraplex import MultiLoraModel, StoreConfig, XLoraConfig
 from loraplex.engine.request import Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
-from loraplex.residual.kinds import FunctionResidual, ResidualContext
-from loraplex.residual.linked import AttentionRequest
-from loraplex.routing.choice import RowChoice
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.residual.modules import FunctionResidual, ResidualContext
+from loraplex.residual.registry import AttentionRequest
+from loraplex.routing.adapter_spec import RowChoice
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 

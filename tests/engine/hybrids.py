@@ -12,7 +12,7 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import RequestResult
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from tests.architectures.variants import make_model
 from tests.engine.engines import INVOCATION, TIE, Prompted
 from tests.parity.oracle import PeftOracle

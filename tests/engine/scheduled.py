@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import torch
 
-from loraplex.engine.blocks import BlockPool, BlockTable
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.generation import Generation
-from loraplex.engine.lengths import LengthRule
-from loraplex.engine.packing import Part
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.engine.kv.length_rule import LengthRule
+from loraplex.engine.kv.sequence_kv import KeyPart
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.tracks import KeyPart
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sched.scheduler import Scheduler
+from loraplex.engine.sched.sequence import Generation
+from loraplex.engine.worker.input_batch import Part
 
 BLOCK = 4  # tokens
 

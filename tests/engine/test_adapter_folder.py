@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.errors import ConfigError
+from loraplex.models.adapter_watcher import AdapterFolder
 from tests.tiny_models import random_peft_adapter, tiny_model
 
 IDS = torch.arange(5, 15)[None]

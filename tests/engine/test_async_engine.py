@@ -10,7 +10,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError, RequestError
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
 

@@ -10,10 +10,10 @@ from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import CapacityError, RequestError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Steering
 from tests.engine.engines import Prompted, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 

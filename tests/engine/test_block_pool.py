@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.blocks import BlockPool, BlockTable
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -7,10 +7,10 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.constraints import _Grammars, _JsonSchema, make_constraint
 from loraplex.engine.engine import Engine
+from loraplex.engine.frontend.structured_output import _Grammars, _JsonSchema, make_constraint
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from tests.parts import require
 from tests.training.tiny_jobs import tiny_tokenizer

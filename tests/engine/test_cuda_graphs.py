@@ -7,10 +7,10 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.cuda_graphs import DecodeGraphs, padded_size, run_again
-from loraplex.engine.cuda_graphs_batch import StaticBatch
-from loraplex.engine.cuda_graphs_plan import StaticPlan
 from loraplex.engine.engine import Engine
+from loraplex.engine.worker.cuda_graphs import DecodeGraphs, padded_size, run_again
+from loraplex.engine.worker.cuda_graphs_batch import StaticBatch
+from loraplex.engine.worker.cuda_graphs_plan import StaticPlan
 from loraplex.errors import ConfigError
 from tests.engine.engines import add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
@@ -122,7 +122,7 @@ def test_what_can_not_be_recorded_runs_without_and_says_why(choice, folders, tmp
         model.load_adapter("dora", folder)
     add_residuals(model)
     (prompted,) = prompts((6,), ({"embedding": "1", "residual": "ra"}.get(choice, choice),))
-    with Engine(model, CONFIG) as engine, caplog.at_level(logging.INFO, "loraplex.engine.cuda_graphs"):
+    with Engine(model, CONFIG) as engine, caplog.at_level(logging.INFO, "loraplex.engine.worker.cuda_graphs"):
         graphs = recorded(engine)
         (result,) = engine.generate([prompted.request(max_tokens=5)])
         assert graphs.num_replayed == 0
@@ -141,7 +141,7 @@ def test_a_recording_that_fails_is_not_tried_again(folders, caplog):
         tried.append(step)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with Engine(model, CONFIG) as engine, caplog.at_level(logging.INFO, "loraplex.engine.cuda_graphs"):
+    with Engine(model, CONFIG) as engine, caplog.at_level(logging.INFO, "loraplex.engine.worker.cuda_graphs"):
         engine._runner.use_graphs(fail)
         (result,) = engine.generate([prompted.request(max_tokens=6)])
     assert_same(model, prompted, result, answer(model, prompted, 6))

@@ -14,9 +14,9 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.faults import FaultLog
 from loraplex.engine.progress import Bar
 from loraplex.engine.request import Request
-from loraplex.engine.request_book import RequestBook
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sched.request_tracker import RequestBook
+from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.errors import ConfigError, EngineError, EngineStoppedError, RequestError, TooLargeError
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
 
@@ -167,7 +167,7 @@ def test_an_engine_that_cant_start_anew_stops(model, fails_at, monkeypatch):
         def broken(*given: object) -> None:
             raise MemoryError("no room for keys and values")
 
-        monkeypatch.setattr("loraplex.engine.machinery.ModelRunner", broken)
+        monkeypatch.setattr("loraplex.engine.core.ModelRunner", broken)
         for _ in range(3):
             result = engine.generate([Request([9, 10])])[0]
             assert "no room for keys and values" in str(result.error)
@@ -215,7 +215,7 @@ def test_more_requests_than_it_ever_takes_are_no_full_queue(model):
 _EXITS = """
 import asyncio
 from loraplex import AsyncEngine, EngineConfig, MultiLoraModel, Request
-from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.sched.scheduler import Scheduler
 from tests.tiny_models import tiny_model
 
 def failing(scheduler):

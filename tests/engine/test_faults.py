@@ -12,7 +12,7 @@ from loraplex import MultiLoraModel
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.request import Delta, Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import EngineError
 from loraplex.residual.capture import CaptureRequest
 from tests.engine.engines import add_residuals, make_model, write_adapters

@@ -8,7 +8,7 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.fused import FusedModules
+from loraplex.engine.worker.cpu_fusion import FusedModules
 from loraplex.errors import BaseModelError
 from tests.engine.engines import answer, assert_same, prompts
 from tests.tiny_models import tiny_model

@@ -11,11 +11,11 @@ from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterError, LoraplexError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.kinds import FunctionResidual, ResidualContext
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.modules import FunctionResidual, ResidualContext
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Steering
 from tests.engine.engines import (
     CHOICES,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from loraplex import Engine, MultiLoraModel
-from loraplex.engine import heap
-from loraplex.engine.heap import freeze_heap
+from loraplex.engine import gc_freeze as heap
+from loraplex.engine.gc_freeze import freeze_heap
 from tests.tiny_models import tiny_model
 
 

@@ -9,7 +9,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.errors import BaseModelError, CapacityError, ConfigError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Steering
 from tests.architectures.variants import make_model
 from tests.engine.engines import add_residuals, answer, assert_same, prompts

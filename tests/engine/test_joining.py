@@ -10,10 +10,10 @@ from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.layers.attention import FAST_DECODE_FRONT
-from loraplex.layers.fronts import fronts_of
+from loraplex.layers.attention_interface import fronts_of
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.linked import AttentionRequest
-from loraplex.training.attention import fast_attention
+from loraplex.residual.registry import AttentionRequest
+from loraplex.training.forward.attention import fast_attention
 from tests.engine.engines import Prompted, answer, assert_same, make_model
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from loraplex import MultiLoraModel
-from loraplex.engine import layer_stack, native_ops
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.layer_stack import chains
+from loraplex.engine.worker import layer_stack, native_ops
+from loraplex.engine.worker.layer_stack import chains
 from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 

@@ -9,10 +9,10 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.cuda_graphs import run_again
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.worker.cuda_graphs import run_again
 from tests.architectures.variants import make_model
 from tests.engine.engines import TIE
 from tests.tiny_models import random_peft_adapter

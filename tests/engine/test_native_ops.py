@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex.engine import native_ops
-from loraplex.engine.kv_cache import AttentionTerms
-from loraplex.engine.sight import Sight
+from loraplex.engine.kv.kv_cache import AttentionTerms
+from loraplex.engine.kv.mask_rule import Sight
+from loraplex.engine.worker import native_ops
 
 pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.

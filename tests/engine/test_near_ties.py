@@ -9,10 +9,10 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.token_choice import largest, token_logprobs, top_tokens
-from loraplex.xlora.drafts import DraftedStep
-from loraplex.xlora.two_pass import TwoPass
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.sampler import largest, token_logprobs, top_tokens
+from loraplex.xlora.two_pass.speculation import DraftedStep
+from loraplex.xlora.two_pass.two_pass import TwoPass
 from tests.engine.near_ties import Seen, near_tied, output_layer_seen
 from tests.tiny_models import random_peft_adapter
 

@@ -8,9 +8,9 @@ from torch import nn
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
+from loraplex.engine.kv.mask_rule import Sight
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.sight import Sight
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import BaseModelError
 from loraplex.kernels.native import native_available
 from tests.architectures.variants import W, make_config, make_model

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 
 from loraplex import MultiLoraModel
-from loraplex.engine.binding import Binding
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.generation import Generation
-from loraplex.engine.observations import Observations
+from loraplex.engine.frontend.detokenizer import AnswerText
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.scaling_pass import ScalingPass
-from loraplex.engine.text import AnswerText
-from loraplex.engine.token_choice import TokenChooser
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.sampler import TokenChooser
+from loraplex.engine.sched.request_adapters import Binding
+from loraplex.engine.sched.scaling_pass import ScalingPass
+from loraplex.engine.sched.sequence import Generation
+from loraplex.engine.worker.captures import Observations
 from loraplex.errors import EngineError
 from loraplex.residual.capture import CaptureRequest
 from tests.engine.engines import make_model, write_adapters
@@ -107,7 +107,9 @@ class BrokenConstraint:
 
 @pytest.mark.parametrize("place", ["allow", "take"])
 def test_a_constraint_that_fails_ends_its_request(model, monkeypatch, place):
-    monkeypatch.setattr("loraplex.engine.intake.make_constraint", lambda *given: BrokenConstraint(place))
+    monkeypatch.setattr(
+        "loraplex.engine.frontend.input_processor.make_constraint", lambda *given: BrokenConstraint(place)
+    )
     bound = Request([9, 10], sampling=SamplingParams(max_tokens=4, json_schema={"type": "object"}))
     with Engine(model, CONFIG) as engine:
         failed, other = engine.generate([bound, REQUESTS["plain"]])

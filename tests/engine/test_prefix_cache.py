@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine.blocks import BlockPool, BlockTable
-from loraplex.engine.tracks import KeyPart, Track
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.engine.kv.sequence_kv import KeyPart, Track
 
 BLOCK = 4
 ADAPTER, OTHER = KeyPart(identity=("adapter", 1)), KeyPart(identity=("adapter", 2))

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.shares import Shares
-from loraplex.engine.waiting import Waiting
+from loraplex.engine.sched.fair_shares import Shares
+from loraplex.engine.sched.request_queue import Waiting
 
 A, B, C = ("a",), ("b",), ("c",)
 

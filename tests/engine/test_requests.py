@@ -7,7 +7,7 @@ from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError, CapacityError, ConfigError, LinkSyntaxError, RequestError
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter

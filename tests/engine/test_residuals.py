@@ -10,9 +10,9 @@ from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterError, AdapterNotFoundError
-from loraplex.residual.kinds import FunctionResidual, ResidualContext
+from loraplex.residual.modules import FunctionResidual, ResidualContext
 from tests.engine.engines import (
     CHOICES,
     LINKED_CHOICES,

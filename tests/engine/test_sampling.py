@@ -11,8 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.token_choice import TokenChooser, draw, largest, token_logprobs
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.sampler import TokenChooser, draw, largest, token_logprobs
 from loraplex.errors import EngineError, RequestError
 
 VOCAB = 50

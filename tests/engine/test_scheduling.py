@@ -3,12 +3,12 @@
 import pytest
 
 from loraplex import MultiLoraModel
-from loraplex.engine.blocks import BlockPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
+from loraplex.engine.kv.block_pool import BlockPool
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.shares import Shares
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sched.fair_shares import Shares
 from tests.engine.engines import Prompted, answer, assert_same, make_model, prompts, write_adapters
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # of the tiny llama: keys and values, layers, heads, dim, float32, tokens

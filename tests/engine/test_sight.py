@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraplex.engine.sight import Sight, sight_of
+from loraplex.engine.kv.mask_rule import Sight, sight_of
 
 LENGTH = 5000
 KEYS = torch.arange(LENGTH + 1)

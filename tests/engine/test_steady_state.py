@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from loraplex.engine.config import EngineConfig
-from loraplex.residual.kinds import FunctionResidual
+from loraplex.residual.modules import FunctionResidual
 from tests.engine.engines import add_residuals, make_model, write_adapters
 from tests.engine.test_fuzz import fails, run_traffic
 

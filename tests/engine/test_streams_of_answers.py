@@ -10,8 +10,8 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Delta, Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
-from loraplex.engine.token_choice import TokenChooser
+from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.sampler import TokenChooser
 from tests.tiny_models import tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22)

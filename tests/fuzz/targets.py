@@ -11,17 +11,17 @@ import torch
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.adapters.inspect import describe
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.residual.folder import write_residual
-from loraplex.server.keys import KeyFile
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.residual.format import write_residual
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings_sources import load_config
 from loraplex.training import TrainConfig, train_adapters
-from loraplex.training.checkpoint import FILE, load_checkpoint
-from loraplex.training.examples import make_examples
-from loraplex.training.identity import run_identity
-from loraplex.training.job_state import JobState
-from loraplex.training.records import read_records
-from loraplex.training.setup import make_states
+from loraplex.training.adapters.job_state import JobState
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.core.checkpoint import FILE, load_checkpoint
+from loraplex.training.core.run_fingerprint import run_identity
+from loraplex.training.data.examples import make_examples
+from loraplex.training.data.records import read_records
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 from tests.fuzz.mutations import VALUES, mutate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraplex.adapters.slots import Slots
+from loraplex.adapters.store.slots import Slots
 from tests.adapters.test_transfers import adapter, same
 
 pytestmark = pytest.mark.gpu

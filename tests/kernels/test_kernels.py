@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.slots import Slots
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
 from loraplex.kernels.native import gated_linear_native, gated_lora_native
 from loraplex.kernels.reference import gated_lora
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import gated_lora_stacked
-from loraplex.routing.bank import SlotBank
 from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.weight_provider import SlotBank
 from tests.examples import examples
 from tests.kernels.rounding import Sizes, excess, output_sizes
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers import fronts
-from loraplex.layers.fronts import TERMS, AttentionFront, FrontHandle, fronts_of
-from loraplex.layers.joining import join_front
+from loraplex.layers import attention_interface as fronts
+from loraplex.layers.attention_interface import TERMS, AttentionFront, FrontHandle, fronts_of
+from loraplex.layers.attention_join import join_front
 from tests.architectures.variants import make_model
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import VOCAB_SIZE, tiny_model

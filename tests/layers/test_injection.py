@@ -8,8 +8,8 @@ from loraplex import MultiLoraModel
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelMismatchError
-from loraplex.layers.injection import AdaptableModel
-from loraplex.layers.linear import LoraLinear, become_lora_linear
+from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.lora_linear import LoraLinear, become_lora_linear
 from loraplex.routing.rows import RowRouting, use_routing
 from tests.tiny_models import (
     HIDDEN_SIZE,

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex import MultiLoraModel
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.store import StoreConfig
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.store import StoreConfig
 from loraplex.errors import AdapterChangedError, AdapterFormatError
 from loraplex.layers.prepare import prepare_adapter
-from loraplex.layers.read_back import ReadBack
+from loraplex.layers.reload import ReadBack
 from tests.tiny_models import embedding_target, linear_targets, random_peft_adapter, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def test_same_bits_as_the_first_time(
     tmp_path: Path, file_dtype: torch.dtype, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr("loraplex.layers.read_back.native_runs", lambda *args: False)
+        monkeypatch.setattr("loraplex.layers.reload.native_runs", lambda *args: False)
     first = prepared(write(tmp_path / "a", file_dtype, rank=5, embedding=True), dtype)
     assert first.read_back is not None
     assert_equal(first.read_back(), first)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BatchError, UnsupportedAdapterError
-from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.row_order import RowOrder, find_order
 from tests.architectures.variants import make_model
 from tests.layers.other_layouts import VOCAB, layout_model

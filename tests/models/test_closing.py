@@ -11,7 +11,7 @@ from loraplex.engine.engine import Engine
 from loraplex.errors import AdapterNotFoundError
 from loraplex.kernels.native import native_available
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.registry import AttentionRequest
 from tests.models.untouched import IDS, BaseSnapshot
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model

@@ -5,7 +5,7 @@ import torch
 
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.errors import RequestError
-from loraplex.xlora.attach import attach_two_pass
+from loraplex.xlora.two_pass.hooks import attach_two_pass
 from tests.models.untouched import IDS, BaseSnapshot
 from tests.tiny_models import embedding_target, linear_targets, random_peft_adapter, tiny_model
 

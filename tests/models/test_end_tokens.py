@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex import Engine, MultiLoraModel, Request, SamplingParams
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.models.end_tokens import TrainingEnds, end_token_ids, training_ends, turn_end
-from loraplex.models.text import generate_texts
+from loraplex.models.prompts import generate_texts
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from tests.server.tiny_server import character_tokenizer, running, settings
 from tests.tiny_models import VOCAB_SIZE, tiny_model

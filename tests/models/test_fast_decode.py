@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.layers.linear import LoraLinear
+from loraplex.layers.lora_linear import LoraLinear
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 pytestmark = pytest.mark.needs("compiler")
@@ -42,7 +42,7 @@ def prompts_of(num_rows):
 
 
 def test_fast_decoding_is_used_in_generate_and_only_there(pair, monkeypatch):
-    import loraplex.layers.linear as linear
+    import loraplex.layers.lora_linear as linear
 
     calls = []
     real = linear.gated_linear_native

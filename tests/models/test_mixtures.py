@@ -48,7 +48,7 @@ def test_loaded_mixture_shares_experts_with_plain_adapters(tmp_path):
 
 
 def test_mixture_from_memory_can_be_saved(tmp_path):
-    from loraplex.adapters.peft_folder import read_adapter
+    from loraplex.adapters.peft.reader import read_adapter
 
     model = MultiLoraModel(tiny_model("llama"))
     folders = write_experts("llama", tmp_path)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from loraplex import MultiLoraModel, StoreConfig
 from loraplex.errors import AdapterNotFoundError
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 
 TIMEOUT_S = 20

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraplex import MultiLoraModel, StoreConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import (
     AdapterExistsError,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import loraplex.routing.plan
 from loraplex import MultiLoraModel
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from tests.examples import examples
 from tests.parity.oracle import assert_close
 from tests.parts import require

@@ -10,9 +10,9 @@ from torch import Tensor
 from loraplex import MultiLoraModel
 from loraplex.errors import AdapterExistsError, AdapterNotFoundError, RequestError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.folder import write_residual
-from loraplex.residual.kinds import FunctionResidual
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.format import write_residual
+from loraplex.residual.modules import FunctionResidual
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Steering
 from tests.parity.oracle import assert_close, padded_batch
 from tests.residual.tiny_residuals import random_linked, random_vector

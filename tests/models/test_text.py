@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BatchError, LinkSyntaxError, RequestError
-from loraplex.models.text import TextBatch, decode_batch, encode_prompts, first_token_logits, generate_texts
+from loraplex.models.prompts import TextBatch, decode_batch, encode_prompts, first_token_logits, generate_texts
 from tests.parity.oracle import assert_close
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 

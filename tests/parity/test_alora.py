@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 from loraplex import MultiLoraModel
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.models.scope import tokens_from_invocation
 from tests.architectures.variants import make_model

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.fit import check_base_copies, check_fits
-from loraplex.adapters.peft_config import read_peft_config
-from loraplex.adapters.peft_folder import read_adapter, read_base_copies
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.config import read_peft_config
+from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError

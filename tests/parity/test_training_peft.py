@@ -10,16 +10,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.layers.injection import AdaptableModel
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.layers.attach import AdaptableModel
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.bank import TrainingBank, TrainingSlot
-from loraplex.training.batches import TrainingRow
-from loraplex.training.dataset import load_job_data
-from loraplex.training.examples import Example
-from loraplex.training.forward import LossComputer
-from loraplex.training.probe import can_share_prefixes
-from loraplex.training.setup import make_states
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.data.batches import TrainingRow
+from loraplex.training.data.dataset import load_job_data
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.loss import LossComputer
+from loraplex.training.forward.probe import can_share_prefixes
+from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 from tests.tiny_models import TINY_CAUSAL_MODELS, embedding_target, linear_targets, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.training import train_mixture
-from loraplex.training.examples import Example
+from loraplex.training.data.examples import Example
 from tests.parity.xlora_oracle import peft_xlora
 from tests.tiny_models import tiny_model
 from tests.training.mixture.tiny_mixture import (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.residual.kinds import LinkedLayer, LinkedResidual, SteeringVector
 from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import LinkedLayer, LinkedResidual, SteeringVector
 
 
 def as_oracle(model: PreTrainedModel, ids: Tensor) -> PreTrainedModel:

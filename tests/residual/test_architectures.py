@@ -8,7 +8,7 @@ from loraplex import MultiLoraModel
 from loraplex.errors import BaseModelError, RequestError
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.steering import Steering
 from tests.architectures.variants import ARCHS, make_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from loraplex.errors import RequestError
+from loraplex.residual.cache import FollowedCache, ResidualState
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.state import FollowedCache, ResidualState
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, generate, random_linked, random_vector, row
 from tests.tiny_models import VOCAB_SIZE, tiny_model

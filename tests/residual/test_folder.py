@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import (
     AdapterExistsError,
     AdapterFormatError,
@@ -16,10 +16,10 @@ from loraplex.errors import (
     BaseModelMismatchError,
     UnsupportedAdapterError,
 )
-from loraplex.residual.folder import is_residual_folder, read_residual, write_residual
-from loraplex.residual.kinds import FunctionResidual, LinkedResidual, SteeringVector
+from loraplex.residual.format import is_residual_folder, read_residual, write_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
+from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.report import describe_residual
 from loraplex.residual.settings import CONFIG_FILE, WEIGHTS_FILE
 from tests.residual.tiny_residuals import random_linked, random_vector

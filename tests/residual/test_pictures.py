@@ -11,8 +11,8 @@ from matplotlib.image import imread
 
 from loraplex.errors import RequestError
 from loraplex.residual.capture import AttentionCapture
-from loraplex.residual.page import write_page
-from loraplex.residual.pictures import (
+from loraplex.viz.attention_page import write_page
+from loraplex.viz.attention_pictures import (
     mean_attention,
     plot_compared,
     plot_heads,

@@ -13,8 +13,8 @@ from loraplex.errors import (
     RequestError,
 )
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.kinds import FunctionResidual, ResidualContext
 from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import FunctionResidual, ResidualContext
 from loraplex.residual.runner import captures
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, generate, random_linked, row

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.models.text import generate_texts
+from loraplex.models.prompts import generate_texts
 from loraplex.residual import LinkedResidual, read_residual
 from loraplex.residual.config import BaseIdentity
 from loraplex.residual.fit import check_residual_fits

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.errors import BatchError, LinkSyntaxError
-from loraplex.routing.choice import parse_choice, parse_choices
+from loraplex.routing.adapter_spec import parse_choice, parse_choices
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.adapters.slots import Slots
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
 from loraplex.errors import BatchError
-from loraplex.routing.bank import SlotBank
 from loraplex.routing.rows import Route, RowRouting, current_routing, use_routing
+from loraplex.routing.weight_provider import SlotBank
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from loraplex.engine.engine import Engine
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.lifecycle import run_server
 from loraplex.server.logs import set_up_logs
 from tests.server.tiny_server import make_model, settings

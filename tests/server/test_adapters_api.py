@@ -6,8 +6,8 @@ import httpx
 import pytest
 import torch
 
-from loraplex.residual.folder import write_residual
-from loraplex.residual.kinds import SteeringVector
+from loraplex.residual.format import write_residual
+from loraplex.residual.modules import SteeringVector
 from tests.tiny_models import HIDDEN_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 

@@ -19,12 +19,12 @@ import torch
 from loraplex.errors import RequestError
 from loraplex.residual.spans import TokenOffsets, ranges_of_text
 from loraplex.residual.steering import Steering, log_strengths
-from loraplex.server.api_errors import ApiError
-from loraplex.server.bodies import check_num_values
-from loraplex.server.extensions import array_json
-from loraplex.server.json_pieces import json_pieces
-from loraplex.server.prompts import encode_text, steerings
-from loraplex.server.schemas.generation import Steer
+from loraplex.server.api.api_errors import ApiError
+from loraplex.server.api.bodies import check_num_values
+from loraplex.server.api.extensions import array_json
+from loraplex.server.api.json_pieces import json_pieces
+from loraplex.server.api.prompts import encode_text, steerings
+from loraplex.server.api.schemas.generation import Steer
 from loraplex.server.workers import Workers
 from tests.server.tiny_server import TIMEOUT_S, Running, character_tokenizer, wait_until_idle
 

@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from loraplex.models.loading import load_tokenizer
-from loraplex.server.api_errors import ApiError
-from loraplex.server.chat_prompts import ChatEncoder
+from loraplex.server.api.api_errors import ApiError
+from loraplex.server.api.chat_prompts import ChatEncoder
 from tests.server.tiny_server import Running
 
 CHATML = (

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loraplex.server.extensions import array_json
-from loraplex.server.json_pieces import gathered, json_pieces
-from loraplex.server.keys import KeyFile
+from loraplex.server.api.extensions import array_json
+from loraplex.server.api.json_pieces import gathered, json_pieces
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings import AccessSettings, Limits
 from loraplex.server.workers import Workers
 from tests.server.loop_clock import largest_gap, post
@@ -106,7 +106,7 @@ def test_large_answers_do_not_hold_up_the_event_loop(busy, tmp_path, encoding: s
 
 def test_wrong_keys_do_not_hold_up_the_event_loop(busy, tmp_path, monkeypatch) -> None:
     server, _ = busy
-    monkeypatch.setattr("loraplex.server.keys._SCRYPT", {"n": 2**14, "r": 8, "p": 1})  # some 50 ms each
+    monkeypatch.setattr("loraplex.server.auth.keys._SCRYPT", {"n": 2**14, "r": 8, "p": 1})  # some 50 ms each
     gaps = []
     for _ in range(_TRIES):
         with largest_gap(server) as gap:

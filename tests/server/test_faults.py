@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from loraplex import EngineConfig, MultiLoraModel, StoreConfig
-from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.token_choice import TokenChooser
+from loraplex.engine.sampling.sampler import TokenChooser
+from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.server.settings import LogSettings, ModelSettings, NetworkSettings, ServeConfig
 from tests.server.tiny_server import (
     ENGINE,

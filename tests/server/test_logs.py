@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 
 REPOSITORY = Path(__file__).parents[2]
 SECRET = "xyzzy-plugh"  # of every prompt, message, schema, stop string and header here

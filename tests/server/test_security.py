@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from loraplex.errors import ConfigError
-from loraplex.server.api_errors import ApiError
-from loraplex.server.keys import KeyFile
+from loraplex.server.api.api_errors import ApiError
+from loraplex.server.auth.keys import KeyFile
+from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.logs import JsonFormatter
-from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import AccessSettings, Limits, NetworkSettings, ServeConfig
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.bench.random_adapters import random_adapter
-from loraplex.engine.attachment import Attachment
+from loraplex.engine.worker.attention_hooks import Attachment
 from loraplex.layers.modules import adaptable_modules
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/serving.md").read_text(encoding="utf-8")

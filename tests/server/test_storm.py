@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.connections import Protocol
-from loraplex.server.keys import KeyFile
 from loraplex.server.settings import Limits
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings, wait_until_idle
 

@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from loraplex.errors import ConfigError
-from loraplex.server.api_errors import ApiError
-from loraplex.server.keys import KeyFile
-from loraplex.server.origins import OriginCheck
+from loraplex.server.api.api_errors import ApiError
+from loraplex.server.auth.keys import KeyFile
+from loraplex.server.auth.origins import OriginCheck
 from loraplex.server.settings import NetworkSettings
 from tests.parts import require
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings

@@ -12,7 +12,7 @@ from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
 from loraplex import EngineConfig, MultiLoraModel, XLoraConfig
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 from loraplex.server.lifecycle import Server, run_server
 from loraplex.server.settings import AccessSettings, Limits, LogSettings, ModelSettings, NetworkSettings, ServeConfig
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.training.batches import TrainingRow, cut_rows, cut_sizes, make_batch, shared_prefix_lengths
-from loraplex.training.examples import Example
-from loraplex.training.routing import RowSpan
+from loraplex.training.data.batches import TrainingRow, cut_rows, cut_sizes, make_batch, shared_prefix_lengths
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.routing import RowSpan
 
 
 def test_only_what_rows_compute_alike_is_a_shared_prefix() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import CheckpointError, ConfigError, TrainingError
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, checks, train_adapters
-from loraplex.training.learner import Learner
+from loraplex.training.core.train_state import Learner
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -195,7 +195,7 @@ def test_a_dead_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureF
     dead = tiny_job(tmp_path, "dead", init_from=zero_adapter(tmp_path))
     caplog.clear()
     alive, result = train([tiny_job(tmp_path, "alive"), dead], tmp_path / "out")
-    warnings = [record.getMessage() for record in caplog.records if record.name == "loraplex.training.learner"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "loraplex.training.core.train_state"]
     assert len(warnings) == 1, warnings
     assert "job 'dead': the gradient is exactly 0 since step 1, so it learns nothing: nothing that" in warnings[0]
     assert (alive.zero_gradient_since, result.zero_gradient_since) == (None, 1)

@@ -6,8 +6,8 @@ import pytest
 
 from loraplex import MultiLoraModel
 from loraplex.errors import DatasetError
-from loraplex.models.text import generate_texts
-from loraplex.training.evaluation import Question, evaluate, exact_matches, label_tokens, read_questions
+from loraplex.models.prompts import generate_texts
+from loraplex.training.adapters.evaluation import Question, evaluate, exact_matches, label_tokens, read_questions
 
 
 @pytest.fixture(scope="module")

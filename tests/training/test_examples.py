@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from loraplex.errors import DatasetError
-from loraplex.training.examples import Example, make_examples
-from loraplex.training.records import Record
+from loraplex.training.data.examples import Example, make_examples
+from loraplex.training.data.records import Record
 from tests.training.tiny_jobs import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

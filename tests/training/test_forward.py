@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.layers.fronts import fronts_of
-from loraplex.training.attention import fast_attention
-from loraplex.training.bank import TrainingBank, TrainingSlot
-from loraplex.training.batches import TrainingRow
-from loraplex.training.dataset import load_job_data
-from loraplex.training.forward import LossComputer
-from loraplex.training.probe import can_share_prefixes, check_trainable_base
+from loraplex.layers.attention_interface import fronts_of
+from loraplex.training.data.batches import TrainingRow
+from loraplex.training.data.dataset import load_job_data
+from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.loss import LossComputer
+from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
+from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

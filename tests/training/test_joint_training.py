@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.layers.injection import AdaptableModel
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.layers.attach import AdaptableModel
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
-from loraplex.training.bank import TrainingBank, TrainingSlot
-from loraplex.training.batches import TrainingRow
-from loraplex.training.forward import LossComputer
-from loraplex.training.setup import make_states
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.data.batches import TrainingRow
+from loraplex.training.forward.loss import LossComputer
+from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 

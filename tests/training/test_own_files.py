@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from loraplex import MultiLoraModel
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.bench.report import save_json
 from loraplex.errors import ConfigError, LoraplexError, OutputError
 from loraplex.output_files import MARK, check_replaceable, save_figure, whole_file
-from loraplex.residual.folder import write_residual
+from loraplex.residual.format import write_residual
 from loraplex.training import MixtureTrainConfig, TrainConfig, train_adapters, train_mixture
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.scalings.file import write_scalings

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.errors import DatasetError
-from loraplex.training.records import read_records
+from loraplex.training.data.records import read_records
 
 
 def write(folder: Path, text: str) -> Path:

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError
-from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.config import ResidualConfig
-from loraplex.residual.folder import read_residual
-from loraplex.residual.kinds import LinkedResidual
+from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import LinkedResidual
 from loraplex.training import AdapterJob, TrainConfig, forward, train_adapters
-from loraplex.training.bank import TrainingBank, TrainingSlot
-from loraplex.training.batches import TrainingRow, shared_prefix_lengths
-from loraplex.training.forward import LossComputer
-from loraplex.training.run import residual_rows
-from loraplex.training.setup import make_states
-from loraplex.training.trainer import Trainer
+from loraplex.training.adapters.run import residual_rows
+from loraplex.training.adapters.setup import make_states
+from loraplex.training.adapters.trainer import Trainer
+from loraplex.training.data.batches import TrainingRow, shared_prefix_lengths
+from loraplex.training.forward.loss import LossComputer
+from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

@@ -16,7 +16,7 @@ import torch
 
 from loraplex.errors import CheckpointError
 from loraplex.training import TrainConfig, TrainResult, train_adapters
-from loraplex.training.job_state import JobState
+from loraplex.training.adapters.job_state import JobState
 from tests.tiny_models import tiny_model
 from tests.training.run_tiny import STEPS, jobs_in, run
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

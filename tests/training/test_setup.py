@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import AdapterExistsError, BaseModelError, ConfigError, DatasetError, UnsupportedAdapterError
-from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.attach import AdaptableModel
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.setup import first_weights, make_states
+from loraplex.training.adapters.setup import first_weights, make_states
 from tests.tiny_models import random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 

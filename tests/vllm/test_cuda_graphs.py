@@ -100,7 +100,7 @@ def test_graph_manager_that_moved_is_named():
 
 
 def test_adapters_that_are_not_loaded_yet_may_be_gated():
-    from loraplex.vllm_plugin.loading import LinkedLora
+    from loraplex.vllm_plugin.link_loader import LinkedLora
     from loraplex.vllm_plugin.model_manager import LinkModelManager
 
     loaded = {1: object(), 2: LinkedLora(2, 4, {}, (), None), 3: LinkedLora(3, 4, {}, ("a mixture",), None)}

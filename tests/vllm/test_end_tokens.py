@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from loraplex.adapters.record import write_record
+from loraplex.adapters.peft.record import write_record
 from loraplex.xlora.formats.folders import read_mixture_folder
 from tests.vllm.worlds import engine, lora_request, prompts
 

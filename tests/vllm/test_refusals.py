@@ -107,7 +107,7 @@ def test_unknown_option_is_refused_when_the_configuration_is_made(world, registe
 
 
 def test_other_version_of_vllm_is_refused():
-    from loraplex.vllm_plugin import seams
+    from loraplex.vllm_plugin import compat as seams
 
     with mock.patch.object(seams, "version", return_value="0.33.1"), pytest.raises(SeamError, match=r"0\.33\.1"):
         seams.check_seams()
@@ -115,7 +115,7 @@ def test_other_version_of_vllm_is_refused():
 
 @pytest.mark.vllm_smoke
 def test_every_seam_is_in_its_place():
-    from loraplex.vllm_plugin.seams import check_seams
+    from loraplex.vllm_plugin.compat import check_seams
 
     check_seams()
 
@@ -123,7 +123,7 @@ def test_every_seam_is_in_its_place():
 def test_seam_that_moved_is_named(monkeypatch):
     from vllm.lora import model_manager
 
-    from loraplex.vllm_plugin.seams import check_seams
+    from loraplex.vllm_plugin.compat import check_seams
 
     monkeypatch.delattr(model_manager.LRUCacheLoRAModelManager, "activate_adapter")
     monkeypatch.delattr(model_manager.LoRAModelManager, "activate_adapter")
@@ -134,7 +134,7 @@ def test_seam_that_moved_is_named(monkeypatch):
 def test_parameter_that_went_is_named(monkeypatch):
     import vllm.forward_context
 
-    from loraplex.vllm_plugin.seams import check_seams
+    from loraplex.vllm_plugin.compat import check_seams
 
     monkeypatch.setattr(vllm.forward_context, "override_forward_context", lambda context: None)
     with pytest.raises(SeamError, match=r"override_forward_context no longer takes forward_context"):
@@ -203,7 +203,7 @@ def test_experts_of_moe_layers_are_refused_in_links():
 def loader(world, **options):
     from loraplex.vllm_plugin.base_modules import BaseModules, LayerPlaces
     from loraplex.vllm_plugin.catalog import Catalog
-    from loraplex.vllm_plugin.loading import Limits, LinkLoader
+    from loraplex.vllm_plugin.link_loader import Limits, LinkLoader
     from loraplex.vllm_plugin.options import PluginOptions
 
     plugin = PluginOptions(folder=str(world.named), **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, OutputError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig

@@ -13,11 +13,11 @@ from matplotlib import colormaps
 from PIL import Image
 
 from loraplex.errors import ConfigError, ScalingsError
-from loraplex.xlora.scalings.animation import animate_tokens
-from loraplex.xlora.scalings.plots import plot_domain_means, plot_layer_means, plot_token_heatmap
-from loraplex.xlora.scalings.sheet import scale_of
-from loraplex.xlora.scalings.style import expert_colors, limited, tick_label, visible
-from loraplex.xlora.scalings.text import lay_out, plot_text_view, token_colors
+from loraplex.viz.scalings_animation import animate_tokens
+from loraplex.viz.scalings_plots import plot_domain_means, plot_layer_means, plot_token_heatmap
+from loraplex.viz.scalings_text import lay_out, plot_text_view, token_colors
+from loraplex.viz.sheet import scale_of
+from loraplex.viz.style import expert_colors, limited, tick_label, visible
 from tests.xlora.rows import BLOCKS, EXPERTS, LAYERS, scalings_row
 
 ODD_TOKENS = ["", " ", "\n\n", "$x^", "$\\frac", "<|im_start|>", "尼", "\ufffd", "\u202e", "\t", "a" * 300, "_{", "%"]
@@ -196,6 +196,6 @@ def test_domains_without_scalings_or_of_other_mixtures_are_refused(tmp_path: Pat
 
 
 def test_pictures_need_no_display_and_leave_pyplot_alone() -> None:
-    modules = "loraplex.xlora.scalings.plots, loraplex.xlora.scalings.text, loraplex.xlora.scalings.animation"
+    modules = "loraplex.viz.scalings_plots, loraplex.viz.scalings_text, loraplex.viz.scalings_animation"
     code = f"import sys, {modules}; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex import MultiLoraModel, XLoraConfig
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import RequestError
 from loraplex.layers.decoder import find_decoder
 from tests.architectures.variants import make_model

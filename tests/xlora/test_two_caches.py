@@ -7,10 +7,10 @@ import torch
 
 from loraplex import XLoraConfig
 from loraplex.errors import RequestError
-from loraplex.xlora.caches import PairedCache
-from loraplex.xlora.drafts import DraftCounts, DraftedStep
 from loraplex.xlora.mixture import Mixture
-from loraplex.xlora.two_pass import TwoPass
+from loraplex.xlora.two_pass.cache import PairedCache
+from loraplex.xlora.two_pass.speculation import DraftCounts, DraftedStep
+from loraplex.xlora.two_pass.two_pass import TwoPass
 from tests.parity.oracle import assert_close, padded_batch
 from tests.tiny_models import VOCAB_SIZE
 from tests.xlora.mixed_model import mixed_model

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from loraplex.adapters.peft_folder import read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleKind, ModuleShape
 
 Method = Literal["LoRA", "DoRA", "aLoRA"]

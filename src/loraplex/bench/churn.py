@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.adapters.store import StoreConfig
+from loraplex.adapters.store.store import StoreConfig
 from loraplex.bench.churn_adapters import CHANGING, MIXTURE, NUM_VERSIONS, STABLE, Choice, ChurnAdapters, draw_choice
 from loraplex.bench.churn_reference import Answered, Reference
 from loraplex.bench.churn_report import ChurnReport, Holdings
@@ -15,7 +15,7 @@ from loraplex.bench.random_adapters import TINY, load_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Delta, Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError, ConfigError, LoraplexError
 
 _ANSWER_TOKENS = (1, 3, 8, 12)

@@ -4,10 +4,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.adapters.peft_write import write_adapter
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.bench.random_adapters import TINY, random_adapter
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from loraplex.xlora.config import XLoraConfig
 
 STABLE = ("stable0", "stable1")

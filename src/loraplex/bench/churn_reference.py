@@ -8,7 +8,7 @@ import torch
 
 from loraplex.bench.churn_adapters import Choice
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 
 _TIE = 1e-4  # two answers may differ where the best two logits are this close, of the logits' range
 _ROWS = 8  # of one call: their adapters, and the two that stay, fit into the churn's slots

@@ -4,7 +4,7 @@ import gc
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loraplex.adapters.version import AdapterVersion
+from loraplex.adapters.store.version import AdapterVersion
 from loraplex.bench.measures import resident_bytes
 from loraplex.engine.stats import EngineStats
 from loraplex.models.multi_lora import MultiLoraModel

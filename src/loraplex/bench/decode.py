@@ -12,11 +12,11 @@ from loraplex.bench.random_adapters import TINY, load_model, random_adapter, tin
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 from loraplex.models.loading import load_base_model
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from loraplex.xlora.config import XLoraConfig
 
 SIDES = ("generate", "base", "adapters", "rank8", "mixture")

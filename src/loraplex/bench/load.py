@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.store import StoreConfig
+from loraplex.adapters.store.store import StoreConfig
 from loraplex.bench.measures import percentiles
 from loraplex.bench.random_adapters import load_model, write_random_folders
 from loraplex.bench.workload import (
@@ -24,7 +24,7 @@ from loraplex.bench.workload import (
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 

@@ -10,7 +10,7 @@ from loraplex.bench.workload import random_prompts
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 
 _TAIL_TOKENS = 8  # of each request's own, after the prefix

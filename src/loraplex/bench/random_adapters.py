@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.peft_write import write_adapter
-from loraplex.adapters.store import StoreConfig
+from loraplex.adapters.peft.writer import write_adapter
+from loraplex.adapters.store.store import StoreConfig
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.models.multi_lora import MultiLoraModel
 

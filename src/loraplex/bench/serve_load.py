@@ -12,7 +12,7 @@ from loraplex.bench.serve_client import Outcome, ServeClient
 from loraplex.bench.serve_report import LoadReport
 from loraplex.bench.workload import poisson_times, zipf_names
 from loraplex.errors import ConfigError
-from loraplex.training.records import Record, read_records
+from loraplex.training.data.records import Record, read_records
 
 _WARM_UP = 8  # requests
 _MOST_REQUESTS = 200_000

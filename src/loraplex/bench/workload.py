@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.training.records import read_records
+from loraplex.training.data.records import read_records
 
 PromptSource = Callable[[random.Random], list[int]]  # draws a prompt's token ids
 NameSource = Callable[[random.Random], str]  # draws an adapter's name

@@ -10,13 +10,13 @@ from rich.console import Console
 from loraplex.cli.options import named_values
 from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import as_chat
+from loraplex.models.prompts import as_chat
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.linked import AttentionRequest
-from loraplex.residual.page import write_page
-from loraplex.residual.pictures import plot_compared, plot_heads, plot_residual_norms, plot_text
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.spans import spans_of_ranges, unmark
 from loraplex.residual.steering import Span, Steering
+from loraplex.viz.attention_page import write_page
+from loraplex.viz.attention_pictures import plot_compared, plot_heads, plot_residual_norms, plot_text
 
 _MAX_SPAN = 1_000_000
 

@@ -15,11 +15,11 @@ from rich.text import Text
 from loraplex.cli.options import adapters_in
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import encode_prompts
-from loraplex.training.evaluation import Score, evaluate, read_questions
+from loraplex.models.prompts import encode_prompts
+from loraplex.training.adapters.evaluation import Score, evaluate, read_questions
 from loraplex.xlora.formats.folders import read_mixture_folder
 
 DEMO_MODEL = "smollm2-135m"
@@ -112,7 +112,7 @@ def load_sharing_experts(model: MultiLoraModel, folder: Path) -> None:
 
 def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> Path:
     """A heat map of the mixture's scalings over its first row's prompt."""
-    from loraplex.xlora.scalings.plots import plot_token_heatmap  # matplotlib takes a second to import
+    from loraplex.viz.scalings_plots import plot_token_heatmap  # matplotlib takes a second to import
 
     prompt = next(row.prompt for row in rows if row.adapters == MIXTURE)
     inputs = encode_prompts(model.tokenizer, [prompt])

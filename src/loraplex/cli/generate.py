@@ -16,7 +16,7 @@ from loraplex.cli.options import adapters_in, named_values
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.models.multi_lora import MultiLoraModel

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
 from loraplex.cli.inspect_residual import inspect_residual
-from loraplex.residual.folder import is_residual_folder
+from loraplex.residual.format import is_residual_folder
 
 
 def inspect(

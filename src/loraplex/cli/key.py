@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 
 key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys of `loraplex serve`.")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from loraplex.cli.options import named_values
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import encode_prompts
+from loraplex.models.prompts import encode_prompts
 from loraplex.xlora.scalings.file import write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
@@ -63,9 +63,9 @@ def answer(model: MultiLoraModel, prompts: list[str], *, max_tokens: int, chat: 
 def draw(model: MultiLoraModel, rows: list[RowScalings], output: Path, *, animate: bool) -> list[Path]:
     """Heat map, text view and animation of each row, and the mean of all by layer."""
     # matplotlib takes a second to import
-    from loraplex.xlora.scalings.animation import animate_tokens
-    from loraplex.xlora.scalings.plots import plot_layer_means, plot_token_heatmap
-    from loraplex.xlora.scalings.text import plot_text_view
+    from loraplex.viz.scalings_animation import animate_tokens
+    from loraplex.viz.scalings_plots import plot_layer_means, plot_token_heatmap
+    from loraplex.viz.scalings_text import plot_text_view
 
     files = []
     for i, row in enumerate(rows):

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.peft_config import read_peft_config
+from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 from loraplex.server.settings import ServeConfig

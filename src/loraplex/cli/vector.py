@@ -10,8 +10,8 @@ from loraplex.cli.attention import numbers
 from loraplex.errors import DatasetError
 from loraplex.json_files import parse_json, read_lines
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.text import as_chat
-from loraplex.residual.folder import write_residual
+from loraplex.models.prompts import as_chat
+from loraplex.residual.format import write_residual
 from loraplex.residual.vectors import vector_from_pairs
 
 

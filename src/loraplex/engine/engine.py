@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.core import Machinery
 from loraplex.engine.faults import FaultLog, interrupted
-from loraplex.engine.generation import RequestState
-from loraplex.engine.intake import Intake
-from loraplex.engine.machinery import Machinery
+from loraplex.engine.frontend.input_processor import Intake
 from loraplex.engine.progress import Bar, progress_bar
 from loraplex.engine.request import Delta, Request, RequestResult
-from loraplex.engine.request_book import RequestBook
-from loraplex.engine.runner import ModelRunner
-from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.sched.request_tracker import RequestBook
+from loraplex.engine.sched.scheduler import Scheduler
+from loraplex.engine.sched.sequence import RequestState
 from loraplex.engine.stats import EngineStats, StepCounts
+from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 

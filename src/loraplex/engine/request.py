@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
-from loraplex.engine.sampling import SamplingParams
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.steering import Steering
-from loraplex.routing.choice import RowChoice
+from loraplex.routing.adapter_spec import RowChoice
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loraplex.engine.packing import Part
+from loraplex.engine.worker.input_batch import Part
 
 
 @dataclass(kw_only=True)

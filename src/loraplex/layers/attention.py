@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.native import attend_rows_native
-from loraplex.layers.fronts import AttentionFront, AttentionOutput, Behind
+from loraplex.layers.attention_interface import AttentionFront, AttentionOutput, Behind
 from loraplex.routing.rows import current_routing
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.modules import embed_scale, weight_matrix
-from loraplex.layers.read_back import read_back_of
+from loraplex.layers.reload import read_back_of
 
 
 def prepare_adapter(

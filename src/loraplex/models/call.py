@@ -11,20 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.layers.output import choosing_tokens
+from loraplex.layers.output_layer import choosing_tokens
 from loraplex.layers.passes import cached_length
 from loraplex.layers.row_positions import use_row_positions
 from loraplex.models.end_tokens import stop_rows
 from loraplex.models.registry import Registry
 from loraplex.models.scope import RowTokens, adapter_scope
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.scope import AttentionScope
-from loraplex.routing.choice import Link, RowChoice, parse_choices
-from loraplex.xlora.generation import end_tokens, prepare_generation
-from loraplex.xlora.options import TwoPassOptions
+from loraplex.routing.adapter_spec import Link, RowChoice, parse_choices
 from loraplex.xlora.scalings.report import collected_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
-from loraplex.xlora.two_pass import TwoPass
+from loraplex.xlora.two_pass.generation import end_tokens, prepare_generation
+from loraplex.xlora.two_pass.options import TwoPassOptions
+from loraplex.xlora.two_pass.two_pass import TwoPass
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraplex.adapters.store import AdapterStore
-from loraplex.adapters.version import AdapterVersion, folder_fingerprint
+from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.store.version import AdapterVersion, folder_fingerprint
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterChangedError, AdapterFormatError, MixtureError
 from loraplex.json_files import damaged_as

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
-from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.store.store import AdapterStore
 from loraplex.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -22,15 +22,15 @@ from loraplex.errors import (
     MixtureError,
     UnsupportedAdapterError,
 )
+from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.decoder import find_decoder
-from loraplex.layers.injection import AdaptableModel
-from loraplex.routing.choice import Link
-from loraplex.xlora.attach import attach_two_pass
-from loraplex.xlora.cache_probe import CacheUse, probe_cache
+from loraplex.routing.adapter_spec import Link
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head, head_shapes
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import Mixture, lora_layers
+from loraplex.xlora.two_pass.cache_probe import CacheUse, probe_cache
+from loraplex.xlora.two_pass.hooks import attach_two_pass
 
 SMALL_HEAD = 1 << 26  # parameters that a scaling head may have on any base model
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.adapters.hub import resolve_mixture_folder
-from loraplex.adapters.store import AdapterStore, StoreConfig
-from loraplex.adapters.version import AdapterState
+from loraplex.adapters.peft.hub import resolve_mixture_folder
+from loraplex.adapters.store.store import AdapterStore, StoreConfig
+from loraplex.adapters.store.version import AdapterState
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.attention import FAST_DECODE_FRONT
-from loraplex.layers.fronts import FrontHandle
-from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.attention_interface import FrontHandle
 from loraplex.layers.row_positions import join_positions
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
@@ -25,14 +25,14 @@ from loraplex.models.generate_checks import check_generates
 from loraplex.models.loading import load_base_model, load_tokenizer
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
-from loraplex.residual.kinds import Residual
-from loraplex.residual.linked import AttentionRequest
-from loraplex.routing.choice import RowChoice
+from loraplex.residual.modules import Residual
+from loraplex.residual.registry import AttentionRequest
+from loraplex.routing.adapter_spec import RowChoice
 from loraplex.xlora.config import XLoraConfig
-from loraplex.xlora.drafts import DraftCounts
 from loraplex.xlora.formats.mixture_folder import Layout
-from loraplex.xlora.options import TwoPassOptions
 from loraplex.xlora.scalings.log import ScalingsLog
+from loraplex.xlora.two_pass.options import TwoPassOptions
+from loraplex.xlora.two_pass.speculation import DraftCounts
 
 
 class MultiLoraModel:

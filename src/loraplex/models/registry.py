@@ -7,27 +7,27 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.fit import check_base_copies, check_fits, check_shapes_fit, check_weights
-from loraplex.adapters.hub import resolve_adapter_folder
 from loraplex.adapters.names import check_name
-from loraplex.adapters.peft_folder import read_adapter, read_base_copies
-from loraplex.adapters.prepared import PreparedAdapter
-from loraplex.adapters.slots import Slots
-from loraplex.adapters.store import AdapterStore, StoreConfig
-from loraplex.adapters.version import folder_fingerprint
+from loraplex.adapters.peft.hub import resolve_adapter_folder
+from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.slots import Slots
+from loraplex.adapters.store.store import AdapterStore, StoreConfig
+from loraplex.adapters.store.version import folder_fingerprint
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
-from loraplex.layers.injection import AdaptableModel
+from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.cached_ids import CachedIds
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
-from loraplex.residual.folder import is_residual_folder
-from loraplex.residual.kinds import Residual
-from loraplex.residual.linked import LinkedAttention
+from loraplex.residual.format import is_residual_folder
+from loraplex.residual.modules import Residual
+from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
-from loraplex.routing.bank import SlotBank
-from loraplex.routing.choice import Link
+from loraplex.routing.adapter_spec import Link
+from loraplex.routing.weight_provider import SlotBank
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout

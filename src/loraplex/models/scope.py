@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.adapters.store import AdapterStore
-from loraplex.adapters.version import AdapterVersion
+from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import RequestError
 from loraplex.models.mixtures import Mixtures
 from loraplex.residual.scope import use_attention
-from loraplex.routing.bank import Bank
-from loraplex.routing.choice import Link
+from loraplex.routing.adapter_spec import Link
 from loraplex.routing.rows import Route, RowRouting, use_routing
-from loraplex.xlora.attach import use_two_pass
+from loraplex.routing.weight_provider import Bank
 from loraplex.xlora.mixture import Mixture
-from loraplex.xlora.options import TwoPassOptions
-from loraplex.xlora.two_pass import TwoPass
-from loraplex.xlora.uses import MixtureUse, plan_mixture_rows
+from loraplex.xlora.two_pass.hooks import use_two_pass
+from loraplex.xlora.two_pass.mixture_batch import MixtureUse, plan_mixture_rows
+from loraplex.xlora.two_pass.options import TwoPassOptions
+from loraplex.xlora.two_pass.two_pass import TwoPass
 
 
 @contextmanager

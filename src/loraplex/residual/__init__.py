@@ -1,12 +1,12 @@
 """Linked residual adapters, and attention that can be captured and steered, per row."""
 
+from loraplex.residual.cache import FollowedCache
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.config import ResidualConfig
-from loraplex.residual.folder import read_residual, write_residual
-from loraplex.residual.kinds import FunctionResidual, LinkedLayer, LinkedResidual, ResidualContext, SteeringVector
-from loraplex.residual.linked import AttentionRequest
+from loraplex.residual.format import read_residual, write_residual
+from loraplex.residual.modules import FunctionResidual, LinkedLayer, LinkedResidual, ResidualContext, SteeringVector
+from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.spans import spans_of_text
-from loraplex.residual.state import FollowedCache
 from loraplex.residual.steering import Steering
 
 __all__ = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import RequestError, TooLargeError
+from loraplex.residual.attention_weights import AttentionWeights
 from loraplex.residual.steering import check_heads, check_layers
-from loraplex.residual.weights import AttentionWeights
 
 Queries = Literal["all", "generated"] | int
 CaptureDtype = Literal["float16", "float32", "float64"]

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.cache import Responses
 from loraplex.residual.links import Extend, Part
 from loraplex.residual.plan import LayerPlan
-from loraplex.residual.state import Responses
-from loraplex.residual.weights import AttentionWeights
 
 
 def run_chain(

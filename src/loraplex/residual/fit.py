@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from loraplex.adapters.listing import listed
 from loraplex.errors import BaseModelMismatchError
 from loraplex.residual.config import BaseIdentity
-from loraplex.residual.kinds import FunctionResidual, LinkedResidual, Residual
+from loraplex.residual.modules import FunctionResidual, LinkedResidual, Residual
 from loraplex.validation import quoted
 
 

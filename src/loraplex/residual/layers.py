@@ -10,13 +10,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.fronts import FrontHandle
-from loraplex.layers.joining import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
-from loraplex.residual.attending import RESIDUAL_FRONT, give_number, layer_number, take_number
+from loraplex.layers.attention_interface import FrontHandle
+from loraplex.layers.attention_join import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
+from loraplex.residual.cache import FollowedCache
 from loraplex.residual.config import BaseIdentity
+from loraplex.residual.hooks import RESIDUAL_FRONT, give_number, layer_number, take_number
 from loraplex.residual.scope import current_attention
 from loraplex.residual.seen import block_input, block_output, check_block, check_call
-from loraplex.residual.state import FollowedCache
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import AdapterError
-from loraplex.residual.kinds import FunctionResidual, LinkedLayer, ResidualContext
-from loraplex.residual.weights import AttentionWeights
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.modules import FunctionResidual, LinkedLayer, ResidualContext
 
 # u of the new tokens [rows, tokens, rank] -> u of all keys [rows, keys, rank]
 Extend = Callable[[Tensor], Tensor]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from loraplex.errors import AdapterError
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.residual.kinds import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.links import FunctionPart, LinkedPart, Part, VectorPart, stack_linked
+from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.steering import Steering, log_strengths
 

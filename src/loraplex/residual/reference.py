@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex.residual.kinds import LinkedLayer
+from loraplex.residual.modules import LinkedLayer
 
 
 def linked_residual_reference(

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from loraplex.residual.folder import read_residual
-from loraplex.residual.kinds import LinkedLayer, LinkedResidual
+from loraplex.residual.format import read_residual
+from loraplex.residual.modules import LinkedLayer, LinkedResidual
 
 
 @dataclass(frozen=True, kw_only=True)

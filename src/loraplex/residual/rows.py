@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from loraplex.errors import BatchError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.kinds import Residual
+from loraplex.residual.modules import Residual
 from loraplex.residual.steering import Steering
 
 

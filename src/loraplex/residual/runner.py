@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import AdapterError, RequestError
+from loraplex.residual.cache import FollowedCache, ResidualState
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
 from loraplex.residual.fit import check_residual_fits
 from loraplex.residual.generating import check_generation, generation_config, max_new_tokens
-from loraplex.residual.kinds import LinkedResidual
 from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import LinkedResidual
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.scope import AttentionScope
-from loraplex.residual.state import FollowedCache, ResidualState
 from loraplex.residual.steering import check_steering
 
 

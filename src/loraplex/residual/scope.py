@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import AdapterError, BatchError, RequestError
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.cache import ResidualState
 from loraplex.residual.capture import CaptureBuffer
 from loraplex.residual.chain import run_chain
 from loraplex.residual.plan import LayerPlan, LayerPlanner
 from loraplex.residual.rows import RowAttention
-from loraplex.residual.state import ResidualState
-from loraplex.residual.weights import AttentionWeights
 
 
 @dataclass(kw_only=True)

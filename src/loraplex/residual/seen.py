@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.joining import AttentionCall
-from loraplex.residual.attending import RESIDUAL_FRONT, computed_terms
-from loraplex.residual.weights import AttentionWeights
+from loraplex.layers.attention_join import AttentionCall
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.hooks import RESIDUAL_FRONT, computed_terms
 
 _ENDING = "Residuals, capture and steering can't be used with this model."
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.residual.kinds import SteeringVector
 from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import SteeringVector
 
 
 @torch.no_grad()

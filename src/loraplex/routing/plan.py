@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.kernels.dispatch import (
     Kernel,
     choose_kernel,
@@ -19,8 +19,8 @@ from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
 from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
-from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn, LayerGates
+from loraplex.routing.weight_provider import Bank
 
 
 class Segment(NamedTuple):

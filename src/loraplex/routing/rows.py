@@ -6,9 +6,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from loraplex.errors import BatchError
-from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.weight_provider import Bank
 
 _MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step
 

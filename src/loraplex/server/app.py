@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 import loraplex
 from loraplex.errors import LoraplexError
-from loraplex.server.api_errors import (
+from loraplex.server.api.api_errors import (
     BAD_REQUEST,
     INTERNAL,
     METHOD_NOT_ALLOWED,
@@ -22,10 +22,10 @@ from loraplex.server.api_errors import (
     Status,
     as_api_error,
 )
-from loraplex.server.gate import Gate
-from loraplex.server.json_route import json_response
-from loraplex.server.routes import adapters, generation, health, models, page, tokens, vllm
-from loraplex.server.runs import ClientLeft
+from loraplex.server.api.json_route import json_response
+from loraplex.server.api.routes import adapters, generation, health, models, page, tokens, vllm
+from loraplex.server.handlers import ClientLeft
+from loraplex.server.middleware import Gate
 from loraplex.server.state import ServerState, context_of
 
 _ROUTERS = (

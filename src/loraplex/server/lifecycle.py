@@ -12,8 +12,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.models.adapter_watcher import AdapterFolder
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
 from loraplex.server.connections import protocol_with

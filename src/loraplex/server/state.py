@@ -8,20 +8,20 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
-from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.engine.constraints import make_constraint
+from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, RequestError
-from loraplex.server.access import Catalog, Principal
-from loraplex.server.api_errors import ApiError
-from loraplex.server.attempts import Attempts
-from loraplex.server.chat_prompts import ChatEncoder
-from loraplex.server.keys import KeyFile
+from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.server.api.api_errors import ApiError
+from loraplex.server.api.chat_prompts import ChatEncoder
+from loraplex.server.api.token_texts import TokenTexts
+from loraplex.server.auth.access import Catalog, Principal
+from loraplex.server.auth.key_attempts import Attempts
+from loraplex.server.auth.keys import KeyFile
+from loraplex.server.auth.path_sandbox import AdapterRoots
+from loraplex.server.auth.rate_limit import Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
-from loraplex.server.rates import Cost, KeyUsage, Usages
-from loraplex.server.roots import AdapterRoots
 from loraplex.server.settings import ServeConfig
-from loraplex.server.token_texts import TokenTexts
 from loraplex.server.workers import Workers
 
 logger = logging.getLogger(__name__)

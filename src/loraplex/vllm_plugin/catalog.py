@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, LinkSyntaxError, RequestError
-from loraplex.routing.choice import Link, parse_choice
+from loraplex.routing.adapter_spec import Link, parse_choice
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 
 Wanted = tuple[tuple[Path, float], ...]  # the folders of a link's adapters and mixtures, with their weights

@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode
 
+from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.model_manager import LinkModelManager
-from loraplex.vllm_plugin.seams import require_attributes
 
 
 def keep_mixtures_out_of_full_graphs(runner: Any, manager: LinkModelManager) -> None:

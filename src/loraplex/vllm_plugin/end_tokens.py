@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
-from loraplex.adapters.record import read_record
+from loraplex.adapters.peft.record import read_record
 from loraplex.errors import LoraplexError
 from loraplex.vllm_plugin.catalog import Catalog
 from loraplex.vllm_plugin.folders import is_mixture_folder

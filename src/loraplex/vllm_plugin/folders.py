@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from loraplex.adapters.peft_config import CONFIG_FILE
+from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE
 from loraplex.xlora.formats.settings import read_json_object

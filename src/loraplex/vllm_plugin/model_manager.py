@@ -9,11 +9,11 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from loraplex.errors import SeamError, UnsupportedEngineError
 from loraplex.vllm_plugin.base_modules import LayerPlaces
 from loraplex.vllm_plugin.batch_gates import BatchGates
+from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.gate_buffers import GateBuffers
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
-from loraplex.vllm_plugin.loading import LinkedLora
+from loraplex.vllm_plugin.link_loader import LinkedLora
 from loraplex.vllm_plugin.options import PluginOptions
-from loraplex.vllm_plugin.seams import require_attributes
 
 
 class LinkModelManager(LRUCacheLoRAModelManager):

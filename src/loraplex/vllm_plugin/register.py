@@ -31,7 +31,7 @@ def register() -> None:
     def checked_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create_engine_config(self, *args, **kwargs)
         if _is_asked_for(config):
-            from loraplex.vllm_plugin.front import start_front
+            from loraplex.vllm_plugin.startup import start_front
 
             start_front(config)
         return config

@@ -9,11 +9,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import supports_lora
 
 from loraplex.errors import ConfigError, UnsupportedEngineError
+from loraplex.vllm_plugin.compat import check_seams
 from loraplex.vllm_plugin.cuda_graphs import keep_mixtures_out_of_full_graphs
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
 from loraplex.vllm_plugin.scaling_pass import ScalingPass
-from loraplex.vllm_plugin.seams import check_seams
 from loraplex.vllm_plugin.second_cache import SecondCache
 from loraplex.vllm_plugin.worker_manager import LinkWorkerManager
 

@@ -10,13 +10,13 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from loraplex.adapters.version import Fingerprint, folder_fingerprint
+from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
-from loraplex.residual.folder import is_residual_folder
+from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
 from loraplex.vllm_plugin.catalog import Catalog, Wanted
 from loraplex.vllm_plugin.folders import is_mixture_folder
-from loraplex.vllm_plugin.loading import Limits, LinkLoader
+from loraplex.vllm_plugin.link_loader import Limits, LinkLoader
 from loraplex.vllm_plugin.model_manager import LinkModelManager
 from loraplex.vllm_plugin.options import PluginOptions
 

@@ -5,8 +5,8 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.cuda_graphs import run_again
 from loraplex.engine.engine import Engine
+from loraplex.engine.worker.cuda_graphs import run_again
 from loraplex.kernels.dispatch import choose_kernel, choose_training_kernel, native_runs
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
 
@@ -64,10 +64,10 @@ def use_torch_kernels(monkeypatch):
 
 
 def test_gradients_of_an_adapter_in_training_are_those_of_the_torch_kernel(model, monkeypatch):
-    from loraplex.adapters.slot_weights import SlotWeights
-    from loraplex.layers.gated import add_adapters
+    from loraplex.adapters.store.slot_weights import SlotWeights
+    from loraplex.layers.lora_layer import add_adapters
     from loraplex.routing.plan import RoutingPlan, Segment
-    from loraplex.training.bank import TrainingBank, TrainingSlot
+    from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 
     a, b = torch.randn(4, 16, requires_grad=True), torch.randn(4, 12, requires_grad=True)
     bank = TrainingBank([TrainingSlot(layers={0: SlotWeights(lora_a=a, lora_b=b, scaling=0.5)})])

@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from loraplex.server.keys import KeyFile
+from loraplex.server.auth.keys import KeyFile
 from tests.server.page.driver import NUM_TOKENS, QUESTION, api_answer, ask, choose, texts
 from tests.server.tiny_server import make_model, running, settings
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from loraplex.server.keys import KeyFile
-from loraplex.server.routes.page import page_files
+from loraplex.server.api.routes.page import page_files
+from loraplex.server.auth.keys import KeyFile
 from tests.server.tiny_server import make_model, running, settings
 
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}

@@ -7,7 +7,7 @@ import torch
 
 from loraplex import XLoraConfig
 from loraplex.training import train_mixture
-from loraplex.training.batches import RowBatch, TrainingRow, make_batch
+from loraplex.training.data.batches import RowBatch, TrainingRow, make_batch
 from loraplex.training.mixture.data import Sourced
 from tests.parity.oracle import assert_close
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_data, tiny_losses, tiny_mixture, tiny_sources

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import LinkSyntaxError
-from loraplex.routing.choice import parse_choice
+from loraplex.routing.adapter_spec import parse_choice
 
 _SPARE = 8  # requests that a replica may have beyond twice those of the idlest, before others help out
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import with_cors
-from loraplex.server.gate import Gate
 from loraplex.server.lifecycle import Server, event_loops, load_model, uvicorn_config
 from loraplex.server.logs import set_up_logs
+from loraplex.server.middleware import Gate
 from loraplex.server.replicas.loopback import check_loopback, choose_loopback, is_one_machine
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState

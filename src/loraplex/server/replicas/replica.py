@@ -8,14 +8,14 @@ from typing import Any
 
 from starlette.types import Message
 
-from loraplex.engine.adapter_folder import AdapterFolder
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.models.adapter_watcher import AdapterFolder
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.server.api.send_clock import ABORT_KEY
 from loraplex.server.app import create_app
 from loraplex.server.logs import set_up_logs
 from loraplex.server.replicas.loopback import bind_replica_to_loopback
 from loraplex.server.replicas.router import HELD
-from loraplex.server.send_clock import ABORT_KEY
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from loraplex.errors import ConfigError
 from loraplex.output_files import writing
-from loraplex.training.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.training.config import SCHEDULES, Schedule
+from loraplex.training.core.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError
 from loraplex.models.end_tokens import TrainingEnds, training_ends
-from loraplex.training.checks import check_num_steps
-from loraplex.training.dataset import hold_out, load_examples, steps_per_epoch
-from loraplex.training.examples import Example
+from loraplex.training.core.checks import check_num_steps
+from loraplex.training.core.rng import Purpose, generator
+from loraplex.training.data.dataset import hold_out, load_examples, steps_per_epoch
+from loraplex.training.data.examples import Example
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.sources import DataSource, add_source, read_source
-from loraplex.training.seeds import Purpose, generator
 
 
 class Sourced(NamedTuple):

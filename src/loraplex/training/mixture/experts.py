@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex.adapters.slot_weights import SlotWeights
-from loraplex.training.bank import TrainingBank, TrainingSlot
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
 
 
 class ExpertStack(NamedTuple):

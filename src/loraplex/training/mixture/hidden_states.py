@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from loraplex.layers.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import use_routing
-from loraplex.training.batches import RowBatch, cut_sizes
-from loraplex.training.examples import Example
-from loraplex.training.forward import FORWARD_COST, FORWARD_COST_ELSEWHERE
+from loraplex.training.data.batches import RowBatch, cut_sizes
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.loss import FORWARD_COST, FORWARD_COST_ELSEWHERE
 from loraplex.training.mixture.experts import Experts
 from loraplex.training.mixture.routing import MixtureTrainingRouting, no_positions
 from loraplex.xlora.mixture import Mixture

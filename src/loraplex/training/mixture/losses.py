@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.routing.layer_gates import LayerGates
-from loraplex.training.batches import RowBatch, TrainingRow, cut_rows, make_batch
-from loraplex.training.forward import FORWARD_COST, FORWARD_COST_ELSEWHERE, routed_losses
+from loraplex.training.core.rng import Purpose, generator
+from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch
+from loraplex.training.forward.loss import FORWARD_COST, FORWARD_COST_ELSEWHERE, routed_losses
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.regularizers import load_balance, mean_entropy
 from loraplex.training.mixture.routing import MixtureTrainingRouting
 from loraplex.training.mixture.state import MixtureState
-from loraplex.training.seeds import Purpose, generator
 
 
 class Sums(NamedTuple):

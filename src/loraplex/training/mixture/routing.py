@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.segments import LoraSegment
-from loraplex.routing.bank import Bank
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
 from loraplex.routing.rows import RowRouting
+from loraplex.routing.weight_provider import Bank
 from loraplex.training.mixture.experts import Experts
 
 

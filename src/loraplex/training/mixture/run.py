@@ -19,23 +19,23 @@ from loraplex.errors import (
 from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.output_files import writing
-from loraplex.training.attention import fast_attention
-from loraplex.training.checkpoint import FILE, load_checkpoint
-from loraplex.training.job_state import DIVERGED
-from loraplex.training.learner import Divergence, Finish
-from loraplex.training.logs import JobLog
+from loraplex.training.adapters.job_state import DIVERGED
+from loraplex.training.core.checkpoint import FILE, load_checkpoint
+from loraplex.training.core.logs import JobLog
+from loraplex.training.core.outputs import check_outputs
+from loraplex.training.core.plots import plot_losses
+from loraplex.training.core.progress import counting_progress, training_progress
+from loraplex.training.core.train_state import Divergence, Finish
+from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import load_mixture_data
 from loraplex.training.mixture.hidden_states import HiddenStates
-from loraplex.training.mixture.identity import mixture_identity
 from loraplex.training.mixture.losses import MixtureLosses
+from loraplex.training.mixture.run_fingerprint import mixture_identity
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.training.mixture.state import MixtureState, write_last_good
 from loraplex.training.mixture.trainer import MixtureTrainer
-from loraplex.training.outputs import check_outputs
-from loraplex.training.plots import plot_losses
-from loraplex.training.probe import check_trainable_base
-from loraplex.training.progress import counting_progress, training_progress
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.peft_layout import check_peft_can_hold
 from loraplex.xlora.mixture import Mixture

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.errors import ConfigError, DatasetError
-from loraplex.training.checks import check_number
-from loraplex.training.records import FORMS, Record, add_content, parse_record, read_records
+from loraplex.training.core.checks import check_number
+from loraplex.training.data.records import FORMS, Record, add_content, parse_record, read_records
 
 Data = str | Path | Sequence[Mapping[str, Any]]  # a JSONL file, or what its lines would say
 

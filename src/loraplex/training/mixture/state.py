@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from loraplex.adapters.peft_folder import read_adapter
-from loraplex.adapters.slot_weights import SlotWeights
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.layers.modules import embed_scale
 from loraplex.models.mixture_folders import expert_at_rest
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training.learner import Learner
+from loraplex.training.core.parameters import FlatTensors
+from loraplex.training.core.train_state import Learner
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import MixtureData
 from loraplex.training.mixture.experts import Experts
-from loraplex.training.parameters import FlatTensors
 from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 

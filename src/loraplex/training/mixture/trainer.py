@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from loraplex.errors import TrainingError
-from loraplex.training.checkpoint import save_checkpoint
-from loraplex.training.logs import JobLog
+from loraplex.training.core.checkpoint import save_checkpoint
+from loraplex.training.core.logs import JobLog
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.losses import MixtureLosses, Sums
 from loraplex.training.mixture.state import MixtureState

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from loraplex.adapters.listing import listed
-from loraplex.adapters.peft_config import CONFIG_FILE
+from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.errors import AdapterFormatError
 from loraplex.json_files import damaged_as
 from loraplex.xlora.formats.head_file import HeadCheck

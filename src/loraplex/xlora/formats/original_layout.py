@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft_folder import check_files
+from loraplex.adapters.peft.reader import check_files
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file

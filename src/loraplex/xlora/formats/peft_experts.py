@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.peft_folder import WEIGHTS_FILE, check_files
+from loraplex.adapters.peft.reader import WEIGHTS_FILE, check_files
 from loraplex.adapters.tensor_file import open_tensor_file
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError
 from loraplex.xlora.formats.settings import check_expert_names, read_json_object

@@ -6,8 +6,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft_config import CONFIG_FILE
-from loraplex.adapters.peft_folder import WEIGHTS_FILE
+from loraplex.adapters.peft.config import CONFIG_FILE
+from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file

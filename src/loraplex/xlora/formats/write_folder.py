@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.adapters.atomic_folder import atomic_folder
+from loraplex.adapters.atomic_dir import atomic_folder
 from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
-from loraplex.adapters.peft_config import CONFIG_FILE
-from loraplex.adapters.peft_folder import WEIGHTS_FILE, read_adapter
-from loraplex.adapters.peft_write import write_adapter
-from loraplex.adapters.record import RECORD_FILE
+from loraplex.adapters.peft.config import CONFIG_FILE
+from loraplex.adapters.peft.reader import WEIGHTS_FILE, read_adapter
+from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
 from loraplex.output_files import resolved

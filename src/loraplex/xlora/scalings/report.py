@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loraplex.errors import RequestError
 from loraplex.xlora.scalings.row_scalings import RowScalings
-from loraplex.xlora.two_pass import TwoPass
+from loraplex.xlora.two_pass.two_pass import TwoPass
 
 
 def collected_scalings(

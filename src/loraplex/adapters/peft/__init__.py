@@ -1,0 +1,1 @@
+"""PEFT's format: settings and tensors, read, checked and written."""

@@ -1,0 +1,104 @@
+"""Find an adapter's folder: a local one, or a download from the Hugging Face hub."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from loraplex.adapters.leftovers import restore_replaced
+from loraplex.adapters.peft.config import CONFIG_FILE
+from loraplex.adapters.peft.reader import WEIGHTS_FILE
+from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
+
+
+def resolve_adapter_folder(
+    path_or_id: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
+
+    Only adapter_config.json, adapter_model.safetensors and loraplex.json are downloaded, never a pickle file. Files
+    that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
+    from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
+    files).
+    """
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE])
+    if is_local:
+        return folder
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterFormatError(f"{path_or_id!r} on the hub has no {CONFIG_FILE}, so it is not a PEFT adapter.")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UnsupportedAdapterError(
+            f"{path_or_id!r} on the hub has no {WEIGHTS_FILE}. Other formats, such as pickle (.bin), are not "
+            "downloaded: reading them can run code. Convert it where you trust it, and load the folder."
+        )
+    return folder
+
+
+def resolve_mixture_folder(
+    path_or_id: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The same for a mixture, with the adapters in its subfolders; whether it is whole is for its reader to say."""
+    return _resolve(path_or_id, revision, cache_dir, ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"])[0]
+
+
+def _resolve(
+    path_or_id: str | Path, revision: str | None, cache_dir: str | Path | None, patterns: list[str]
+) -> tuple[Path, bool]:
+    """The folder, and whether it is a local one."""
+    with damaged_as(AdapterNotFoundError, path_or_id):
+        local = Path(path_or_id).expanduser()
+        restore_replaced(local)
+        if local.exists():
+            return local, True
+    if not _may_be_hub_id(path_or_id):
+        raise AdapterNotFoundError(
+            f"adapter folder {str(path_or_id)!r} does not exist, and it is no hub id (owner/name) either. "
+            f"Working directory: {str(Path.cwd())!r}."
+        )
+    return _download(str(path_or_id), revision, cache_dir, patterns), False
+
+
+def _may_be_hub_id(path_or_id: str | Path) -> bool:
+    if isinstance(path_or_id, Path):
+        return False
+    return path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
+
+
+def _download(repository: str, revision: str | None, cache_dir: str | Path | None, patterns: list[str]) -> Path:
+    where = f"{repository!r} is no local folder"
+    at = "" if revision is None else f" at revision {revision!r}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+            )
+        )
+    except HFValidationError as error:
+        raise AdapterNotFoundError(f"{where} and no valid hub id (owner/name): {error}") from error
+    except GatedRepoError as error:
+        raise AdapterNotFoundError(
+            f"{where}; on the hub its owner has to grant access. Ask there, then log in: hf auth login."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AdapterNotFoundError(f"{where}; on the hub it has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise AdapterNotFoundError(
+            f"{where} and not on the hub. Check the name; if it is private, log in: hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        raise AdapterNotFoundError(
+            f"{where} and not in the hub's local cache{at}, and the hub can't be reached (no network, or "
+            "HF_HUB_OFFLINE is set). Connect once to download it, or give a local folder."
+        ) from error
+    except OSError as error:
+        raise AdapterNotFoundError(f"{where}, and the download from the hub{at} failed: {error}") from error

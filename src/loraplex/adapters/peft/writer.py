@@ -1,0 +1,130 @@
+"""Write a LoRA adapter as a folder in PEFT's format, all or nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraplex.adapters.atomic_dir import atomic_folder
+from loraplex.adapters.finite import require_finite
+from loraplex.adapters.listing import listed
+from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
+from loraplex.adapters.peft.reader import WEIGHTS_FILE
+from loraplex.adapters.peft.record import RECORD_FILE, write_record
+from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
+from loraplex.adapters.targets import expected_targets
+from loraplex.adapters.tensor_file import FLOAT_DTYPES
+from loraplex.adapters.weights import Adapter, LoraWeights
+from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.output_files import resolved
+
+# What PEFT and we write; anything else is somebody's work.
+_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
+
+
+def write_adapter(
+    adapter: Adapter, folder: str | Path, dtype: torch.dtype | None = None, *, overwrite: bool = False
+) -> None:
+    """Write `adapter` so that PEFT and `read_adapter` read it back; `dtype` casts the factors.
+
+    The files are written to a temporary folder beside `folder`, which then takes its name: no reader sees
+    half an adapter. To overwrite, the old folder is moved aside first and removed last.
+
+    Raises AdapterExistsError (the folder exists and `overwrite` is False, or it holds more than an adapter),
+    AdapterFormatError and UnsupportedAdapterError (`read_adapter` would refuse the result, or PEFT drop a
+    part).
+    """
+    reason = getattr(adapter, "no_lora_because", None)  # a residual says why it can't be written as a LoRA
+    if reason is not None:
+        raise UnsupportedAdapterError(
+            f"a {type(adapter).__name__} can't be exported in PEFT's format or merged into weights: {reason}."
+        )
+    folder = resolved(folder)
+    if dtype not in (None, *FLOAT_DTYPES.values()):
+        raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
+    _check_writable(adapter)
+    with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
+        _write_files(adapter, temporary, dtype)
+
+
+def peft_tensors(adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names and in its orientation, each a copy on the CPU."""
+    tensors = {}
+    for path, weights in adapter.layers.items():
+        name_a, name_b = FACTORS[weights.kind]
+        tensors[f"{PREFIX}{path}.{name_a}"] = _copy(weights.lora_a, dtype)
+        tensors[f"{PREFIX}{path}.{name_b}"] = _copy(weights.lora_b.t(), dtype)
+        if weights.magnitude is not None:
+            tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = _copy(weights.magnitude, None)
+    return tensors
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> None:
+    tensors = peft_tensors(adapter, dtype)
+    for name, tensor in tensors.items():
+        require_finite(tensor, repr(name))
+    settings = json.dumps(peft_settings(adapter.config), indent=2, allow_nan=False)
+    (folder / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_record(folder, adapter.end_tokens)
+    # safetensors makes its file readable by the owner only.
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
+def _check_destination(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise AdapterExistsError(f"{str(folder)!r} exists already. Choose another folder, or pass overwrite=True.")
+    others = {path.name for path in folder.iterdir()} - _REPLACEABLE if folder.is_dir() else {folder.name}
+    if others:
+        raise AdapterExistsError(
+            f"{str(folder)!r} is not only an adapter, it holds {listed(others)}, so it is not overwritten. "
+            "Choose another folder, or move these files away."
+        )
+
+
+def _check_writable(adapter: Adapter) -> None:
+    """Raise if `read_adapter` would not accept what `write_adapter` is asked to write."""
+    config = adapter.config
+    if config.target_modules is None:
+        raise UnsupportedAdapterError("the adapter's target_modules is None; set it to the adapted modules' names.")
+    if not adapter.layers:
+        raise AdapterFormatError("the adapter has no weights; nothing was written.")
+    paths = tuple(adapter.layers)
+    ranks, scalings = config.ranks_of(paths), config.scalings_of(paths)
+    for path, weights in adapter.layers.items():
+        _check_layer(path, weights, ranks[path], scalings[path], use_dora=config.use_dora)
+    targeted = expected_targets(config, {path: weights.shape for path, weights in adapter.layers.items()})
+    untargeted = adapter.layers.keys() - set(targeted)
+    if untargeted:
+        raise AdapterFormatError(
+            f"the configuration doesn't target {listed(untargeted)}, so PEFT would drop their weights. Add "
+            f"them to target_modules, which is {config.target_modules!r}."
+        )
+
+
+def _check_layer(path: str, weights: LoraWeights, rank: int, scaling: float, *, use_dora: bool) -> None:
+    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], rank)
+    if len(set(ranks)) > 1:
+        raise AdapterFormatError(
+            f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must agree."
+        )
+    if weights.scaling != scaling:
+        raise AdapterFormatError(
+            f"{path!r}: the LoRA scaling is {weights.scaling}, but the configuration gives "
+            f"{scaling}. Set lora_alpha or alpha_pattern to match."
+        )
+    if use_dora != (weights.magnitude is not None):
+        raise AdapterFormatError(
+            f"{path!r}: use_dora is {use_dora}, but a magnitude is "
+            f"{'' if weights.magnitude is not None else 'not '}there."
+        )

@@ -1,0 +1,1 @@
+"""Where adapters are kept: slots on the device, host memory, disk."""

@@ -1,0 +1,1 @@
+"""From a caller's request to token ids, and from tokens to outputs."""

@@ -1,0 +1,1 @@
+"""Sampling parameters, and the sampler that chooses tokens from logits."""

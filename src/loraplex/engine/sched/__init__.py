@@ -1,0 +1,1 @@
+"""Scheduling: requests and sequences, who runs next, and the adapters that they hold."""

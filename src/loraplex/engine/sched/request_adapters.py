@@ -1,0 +1,138 @@
+"""The adapter versions and mixtures that a request runs with, from its start to its end."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.store.version import AdapterVersion
+from loraplex.engine.kv.sequence_kv import KeyPart, TrackRoute
+from loraplex.models.mixtures import Mixtures
+from loraplex.residual.modules import FunctionResidual
+from loraplex.residual.registry import LinkedAttention
+from loraplex.residual.rows import ChainLink
+from loraplex.routing.adapter_spec import Link
+from loraplex.xlora.mixture import Mixture
+
+_serials: "WeakKeyDictionary[object, int]" = WeakKeyDictionary()
+_next_serial = itertools.count()
+
+
+def serial(version: object) -> int:
+    """A number that no other object of this process ever has: versions are counted by name and may come again."""
+    return _serials.setdefault(version, next(_next_serial))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundMixture:
+    """A mixture of a request's link."""
+
+    mixture: Mixture
+    weight: float
+    slots: tuple[int, ...]  # of the experts, in head order
+    versions: tuple[int, ...]  # serials of the experts
+    scaling: int  # which of the generation's scaling passes its head reads
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What the keys and values of a main pass depend on; training a head in place changes it too."""
+        head = tuple(parameter._version for parameter in self.mixture.head.parameters())
+        return ("mixture", serial(self.mixture), head, self.versions, self.weight)
+
+
+class Binding:
+    """A request's leases; `close` ends them."""
+
+    def __init__(self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link) -> None:
+        """Raises AdapterNotFoundError, CapacityError (no slot is free now) or AdapterChangedError."""
+        (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
+        found, names = mixtures.expand([link])
+        self.scaling_routes: list[tuple[TrackRoute, ...]] = []  # of each scaling pass
+        self.scaling_keys: list[tuple[KeyPart, ...]] = []
+        with ExitStack() as leases:
+            leased = leases.enter_context(store.lease(names))
+            self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
+            self.mixtures = self._bind_mixtures(link, found, leased)
+            self._leases = leases.pop_all()
+
+    def close(self) -> None:
+        self._leases.close()
+
+    @property
+    def slots(self) -> set[int]:
+        """The slots that it holds."""
+        return {_slot(version) for version, _ in self.plain} | {slot for m in self.mixtures for slot in m.slots}
+
+    def main_routes(self, prompt: Sequence[int]) -> list[TrackRoute]:
+        """The routes of a main pass: plain adapters, then the experts of all mixtures."""
+        routes = [
+            TrackRoute(slot=_slot(version), weight=weight, active_from=_active_from(version, prompt))
+            for version, weight in self.plain
+            if version.invocation is None or _active_from(version, prompt) is not None
+        ]
+        for use, bound in enumerate(self.mixtures):
+            routes += [TrackRoute(slot=slot, use=use, expert=expert) for expert, slot in enumerate(bound.slots)]
+        return routes
+
+    def main_keys(self, prompt: Sequence[int]) -> list[KeyPart]:
+        """What the main pass's keys and values depend on; an aLoRA before its invocation is the base model."""
+        parts = []
+        for version, weight in self.plain:
+            active_from = _active_from(version, prompt)
+            if version.invocation is None or active_from is not None:
+                parts.append(KeyPart(identity=("adapter", serial(version), weight), active_from=active_from))
+        parts += [KeyPart(identity=bound.identity) for bound in self.mixtures]
+        return parts + [KeyPart(identity=self._residual_identity(residual)) for residual in self.chain]
+
+    def _residual_identity(self, link: ChainLink) -> tuple[object, ...]:
+        """What keys and values depend on, and u beside them; a function may change, so it shares within its request."""
+        residual = link.residual
+        if isinstance(residual, FunctionResidual):
+            return ("function", serial(self), link.name, link.weight)
+        changes = tuple(tensor._version for tensor in residual.tensors() if not tensor.is_inference())
+        return ("residual", serial(residual), changes, link.weight)
+
+    def _bind_mixtures(
+        self, link: Link, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
+    ) -> list[BoundMixture]:
+        bound: list[BoundMixture] = []
+        base_pass: int | None = None  # mixtures whose scaling pass is the base model's share it
+        for name, weight in link:
+            if name not in found:
+                continue
+            mixture = found[name]
+            slots = tuple(_slot(leased[expert]) for expert in mixture.experts)
+            versions = tuple(serial(leased[expert]) for expert in mixture.experts)
+            use = len(bound)
+            if mixture.pass_value == 0:
+                if base_pass is None:
+                    base_pass = self._add_pass((), ())
+                scaling = base_pass
+            else:
+                routes = tuple(TrackRoute(slot=slot, use=use, expert=i) for i, slot in enumerate(slots))
+                scaling = self._add_pass(routes, (KeyPart(identity=("pass", serial(mixture), versions)),))
+            bound.append(BoundMixture(mixture=mixture, weight=weight, slots=slots, versions=versions, scaling=scaling))
+        return bound
+
+    def _add_pass(self, routes: tuple[TrackRoute, ...], keys: tuple[KeyPart, ...]) -> int:
+        self.scaling_routes.append(routes)
+        self.scaling_keys.append(keys)
+        return len(self.scaling_routes) - 1
+
+
+def _slot(version: AdapterVersion) -> int:
+    assert version.slot is not None, f"{version.name!r} is leased but in no slot"
+    return version.slot
+
+
+def _active_from(version: AdapterVersion, prompt: Sequence[int]) -> int | None:
+    """Where an aLoRA's last invocation in the prompt begins; None if there is none, or for other adapters."""
+    if version.invocation is None:
+        return None
+    length = len(version.invocation)
+    for start in range(len(prompt) - length, -1, -1):
+        if tuple(prompt[start : start + length]) == version.invocation:
+            return start
+    return None

@@ -1,0 +1,199 @@
+"""Who runs in the next forward pass, and with how many tokens."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.faults import own_fault
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.engine.kv.sequence_kv import Track
+from loraplex.engine.sched.chunks import PassPlan, TokenBudget, decode_parts, is_decoding, prompt_parts
+from loraplex.engine.sched.fair_shares import Shares
+from loraplex.engine.sched.request_queue import Waiting
+from loraplex.engine.sched.sequence import Generation
+from loraplex.engine.worker.input_batch import Part
+from loraplex.errors import LoraplexError
+
+# Says whether a generation's adapters are in slots now: if not, ask again later.
+BringAdapters = Callable[[Generation], bool]
+
+
+class Scheduler:
+    """Keeps the waiting and the running generations, and the memory for their keys and values.
+
+    A running generation that gives way keeps its keys and values as long as there is room; when they have to go, they
+    stay in the prefix cache until they are overwritten, and its tokens are never lost.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, table: BlockTable, bring: BringAdapters) -> None:
+        self._config = config
+        self._pool = pool
+        self._table = table
+        self._bring = bring
+        self.shares = Shares()
+        self.waiting = Waiting(self.shares)
+        self.running: list[Generation] = []
+        self.failures: list[tuple[Generation, LoraplexError]] = []  # of those that can't begin
+        self.num_preempted = 0
+
+    def add(self, generation: Generation) -> None:
+        self.shares.enter(generation.state.share)
+        self.waiting.add(generation)
+
+    def remove(self, generation: Generation) -> None:
+        """Forget a generation that ended or was cancelled, and free what it held."""
+        if generation in self.running:
+            self.running.remove(generation)
+        else:
+            self.waiting.remove(generation)
+        generation.drop_passes()
+        self.shares.leave(generation.state.share)
+
+    def plan(self) -> list[Part]:
+        """The parts of the next pass: a token of every answer, then prompts as far as the budget goes."""
+        for generation in [generation for generation in self.running if generation.is_outgrown]:
+            self._evict(generation)
+        self._make_way()
+        self._admit()
+        ranked = sorted(self.running, key=self._order)
+        plan = PassPlan()
+        for generation in ranked:
+            if generation.holds_blocks and is_decoding(generation):
+                self._place(plan, generation, decode_parts(generation, self._config.draft))
+        # However many answers there are, prompts get on by a block.
+        budget = TokenBudget(max(self._config.max_step_tokens - plan.num_tokens, self._config.block_tokens))
+        for generation in ranked:
+            if generation.holds_blocks and not is_decoding(generation):
+                budget.take(self._place(plan, generation, prompt_parts(generation, budget, self._config.draft)))
+        for part in plan.parts:
+            part.track.grow(part.stop)
+            self.shares.charge(part.generation.state.share, part.count)
+        return plan.parts
+
+    # Room for keys and values
+
+    def _place(self, plan: PassPlan, generation: Generation, wanted: list[Part]) -> int:
+        """Plan `wanted` if there are blocks for it, made free if need be; returns the number of its tokens."""
+        needed = sum(part.track.blocks_missing(part.stop) for part in wanted)
+        while wanted and plan.num_blocks + needed > self._pool.num_available:
+            victim = self._victim(generation, plan)
+            if victim is None:
+                return 0
+            self._evict(victim)
+        plan.add(generation, wanted, needed)
+        return sum(part.count for part in wanted)
+
+    def _victim(self, generation: Generation, plan: PassPlan) -> Generation | None:
+        """Who loses its keys and values: paused ones first, then running ones that rank behind `generation`."""
+        paused = [waiting for waiting in self.waiting if waiting.holds_blocks]
+        if paused:
+            return max(paused, key=self._order)
+        order = self._order(generation)
+        behind = [r for r in self.running if r not in plan.generations and self._order(r) > order]
+        return max(behind, key=self._order) if behind else None
+
+    def _evict(self, victim: Generation) -> None:
+        victim.drop_passes()
+        if victim in self.running:
+            self.running.remove(victim)
+            self.waiting.put_back(victim)
+        self.num_preempted += 1
+
+    # Who runs
+
+    def _order(self, generation: Generation) -> tuple[int, float, int, int]:
+        """Sorts by priority, then by how little its share got, then by arrival. No two are equal: one must give way."""
+        state = generation.state
+        return -state.request.priority, self.shares.served(state.share), state.arrival, generation.index
+
+    def _make_way(self) -> None:
+        """Pause running generations for waiting ones of higher priority, or whose share is too far behind."""
+        if len(self.running) < self._config.max_running:
+            return
+        for candidate in self.waiting.heads():
+            last = max(self.running, key=self._order, default=None)
+            if last is None or not self._goes_before(candidate, last):
+                return
+            self.running.remove(last)
+            self.waiting.put_back(last)
+            self.num_preempted += 1
+
+    def _goes_before(self, candidate: Generation, other: Generation) -> bool:
+        first, second = self._order(candidate), self._order(other)
+        return first[0] < second[0] or (first[0] == second[0] and first[1] + self._config.fair_tokens < second[1])
+
+    def _admit(self) -> None:
+        """Let waiting generations run while there is room for them; who is first but too large lets no one pass."""
+        refused: set[Generation] = set()
+        while len(self.running) < self._config.max_running:
+            for head in self.waiting.heads():
+                if head in refused:
+                    continue
+                outcome = self._try(head)
+                while outcome == "no room" and self._evict_paused_behind(head):
+                    outcome = self._try(head)
+                if outcome == "no room" and self.running:
+                    return
+                if outcome == "runs":
+                    break
+                refused.add(head)
+            else:
+                return
+
+    def _evict_paused_behind(self, generation: Generation) -> bool:
+        """Take the blocks of a paused generation that ranks behind this one; False if there is none."""
+        order = self._order(generation)
+        paused = [waiting for waiting in self.waiting if waiting.holds_blocks and self._order(waiting) > order]
+        if paused:
+            self._evict(max(paused, key=self._order))
+        return bool(paused)
+
+    def _try(self, generation: Generation) -> Literal["runs", "later", "no room"]:
+        if not self._bring(generation):
+            return "later"
+        if not generation.holds_blocks:
+            binding = generation.state.binding
+            assert binding is not None, "a generation begins without its adapters"
+            try:
+                passes = generation.passes(binding)
+            except Exception as error:
+                self.failures.append((generation, own_fault(error, "beginning the answer")))
+                return "later"
+            if not self._table.has_rows(len(passes)):
+                return "no room"
+            generation.begin(passes, self._pool, self._table, reuse=self._config.prefix_cache)
+            has_room = self._has_room(generation)
+            if not has_room or (self._config.prefix_cache and self._is_computed_now(generation)):
+                generation.drop_passes()
+                return "later" if has_room else "no room"
+            generation.state.num_cached_tokens = max(generation.state.num_cached_tokens, _main(generation).num_computed)
+        self.waiting.remove(generation)
+        self.running.append(generation)
+        return "runs"
+
+    def _has_room(self, generation: Generation) -> bool:
+        """Whether its tokens fit now, beside a block for the next tokens of every running one."""
+        needed = sum(track.blocks_missing(len(generation.tokens) + 1) for track in generation.tracks)
+        promised = sum(
+            track.blocks_missing(len(running.tokens) + 1) for running in self.running for track in running.tracks
+        )
+        return needed + promised <= self._pool.num_available
+
+    def _is_computed_now(self, generation: Generation) -> bool:
+        """Whether a running generation is about to compute the next block of this one's prompt: worth waiting for."""
+        size = self._config.block_tokens
+        number = len(_main(generation).blocks)
+        keys = _main(generation).keys(len(generation.tokens) - 1)
+        if number >= len(keys) or (number + 1) * size > generation.most_reused:
+            return False
+        for running in self.running:
+            main = _main(running)
+            known = main.keys(len(running.tokens))
+            if main.num_computed < (number + 1) * size and number < len(known) and known[number] == keys[number]:
+                return True
+        return False
+
+
+def _main(generation: Generation) -> Track:
+    assert generation.main is not None, "a generation without passes was taken for a running one"
+    return generation.main

@@ -1,0 +1,177 @@
+"""One answer of a request while it is made."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.engine.frontend.detokenizer import AnswerText
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.engine.kv.length_rule import LengthRule
+from loraplex.engine.kv.sequence_kv import KeyPart, Track, TrackRoute
+from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
+from loraplex.engine.sampling.sampler import TokenChooser
+from loraplex.engine.sched.request_adapters import Binding
+from loraplex.engine.sched.scaling_pass import ScalingPass
+from loraplex.engine.worker.captures import AskedAttention, Observations
+from loraplex.errors import LoraplexError
+from loraplex.residual.rows import RowAttention
+from loraplex.routing.adapter_spec import Link
+
+Pass = tuple[tuple[TrackRoute, ...], tuple[KeyPart, ...]]  # what its tokens go through, and what they depend on
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestState:
+    """A request in the engine. Its leases are shared by its answers and end with the last of them."""
+
+    request_id: str
+    request: Request
+    link: Link
+    prompt: tuple[int, ...]
+    arrival: int
+    max_new_tokens: int
+    names: tuple[str, ...]  # of the adapters that must be in memory
+    generations: "list[Generation]" = field(default_factory=list)
+    binding: Binding | None = None
+    loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
+    completions: list[Completion] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    lengths: LengthRule = field(default_factory=LengthRule)  # what positions make of the sequence's length
+
+    @property
+    def share(self) -> tuple[str, ...]:
+        """Whose turn it counts against: requests with the same adapters share one."""
+        return tuple(name for name, _ in self.link)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.completions) == self.request.sampling.n
+
+
+class Generation:
+    """Its tokens, and the passes over them once it runs."""
+
+    def __init__(
+        self,
+        state: RequestState,
+        index: int,
+        chooser: TokenChooser,
+        text: AnswerText,
+        observations: Observations | None = None,
+    ) -> None:
+        self.state = state
+        self.index = index
+        self.chooser = chooser
+        self.text = text
+        self.observations = observations  # None: it is asked for tokens alone
+        self.asked: AskedAttention | None = None  # of its main pass, once it runs
+        self.tokens = list(state.prompt)
+        self.logprobs: list[TokenLogprobs] = []
+        # Of the prompt's tokens, as far as they are known; None: they aren't wanted, or another answer has them.
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if state.request.sampling.prompt_logprobs is not None and index == 0:
+            self.prompt_logprobs = [None] * len(state.prompt)
+        self.main: Track | None = None
+        self.scalings: list[ScalingPass] = []
+        self.first_length = len(state.prompt)  # of the sequence in its first pass; each further token is one more
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.state.prompt)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def tracks(self) -> list[Track]:
+        main = [] if self.main is None else [self.main]
+        return main + [scaling.track for scaling in self.scalings]
+
+    @property
+    def holds_blocks(self) -> bool:
+        return self.main is not None
+
+    def passes(self, binding: Binding) -> list[Pass]:
+        """What its passes go through: the main one, then the scaling passes. Takes nothing yet."""
+        prompt, request = self.state.prompt, self.state.request
+        if self.asked is None:
+            row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
+            buffer = None if self.observations is None else self.observations.buffer
+            self.asked = AskedAttention(row=row, buffer=buffer) if row.asks else None
+        self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
+        salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
+        keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
+        scalings = zip(binding.scaling_routes, binding.scaling_keys, strict=True)
+        return [
+            (tuple(binding.main_routes(prompt)), tuple(keys)),
+            *((routes, (*salt, *scaling_keys)) for routes, scaling_keys in scalings),
+        ]
+
+    def begin(self, passes: list[Pass], pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
+        """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
+        (main_routes, main_keys), *scalings = passes
+        self.main = Track(self.tokens, main_routes, main_keys, pool, table)
+        if reuse:
+            self.main.reuse(self.most_reused)
+        for routes, keys in scalings:
+            track = Track(self.tokens, routes, keys, pool, table)
+            if reuse:
+                track.reuse(self.main.num_computed)
+            self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether its passes have to begin anew, as positions changed for all its tokens with the last one."""
+        first = self.state.lengths.first_length(self.num_prompt, len(self.tokens))
+        return self.holds_blocks and self.state.lengths.keys(first) != self.state.lengths.keys(self.first_length)
+
+    @property
+    def most_reused(self) -> int:
+        """How many tokens the main pass may take from the prefix cache: not the last, nor what is still to be seen."""
+        if self.prompt_logprobs is not None:
+            return 0
+        if self.observations is None:
+            return len(self.tokens) - 1
+        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        return self.observations.most_reused(len(self.tokens) - 1, mixtures)
+
+    def drop_passes(self) -> None:
+        """Give blocks and table rows back; tokens and their text stay."""
+        for track in self.tracks:
+            track.close()
+        self.main, self.scalings = None, []
+
+    def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
+        """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
+        wants_logprobs = self.state.request.sampling.logprobs is not None
+        observed, self.observations, self.asked = self.observations, None, None
+        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        return Completion(
+            index=self.index,
+            text=self.text.total,
+            token_ids=tuple(self.new_tokens),
+            finish_reason=reason,
+            logprobs=tuple(self.logprobs) if wants_logprobs else None,
+            error=error,
+            capture=None if observed is None else observed.capture(self.tokens),
+            scalings=None if observed is None else observed.scalings(self.tokens, mixtures),
+        )
+
+
+def _salt_keys(request: Request) -> list[KeyPart]:
+    return [KeyPart(identity=("salt", request.cache_salt))] if request.cache_salt else []
+
+
+def _steering_keys(request: Request) -> list[KeyPart]:
+    """Tokens before the first span see nothing of the steering."""
+    steerings = tuple(steering for steering in request.steering if steering.strength != 1)
+    if not steerings:
+        return []
+    first = min(start for steering in steerings for start, _ in steering.spans)
+    return [KeyPart(identity=("steering", steerings), active_from=first)]

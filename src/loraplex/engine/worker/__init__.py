@@ -1,0 +1,1 @@
+"""The model runner: input batches, attention, routing and captures of one forward pass."""

@@ -1,0 +1,114 @@
+"""Residuals, captures and steering inside packed passes: only parts that ask for them are looked at."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from loraplex.engine.kv.kv_cache import AttentionTerms
+from loraplex.engine.worker.attention_group import RowGroup
+from loraplex.engine.worker.captures import AskedAttention
+from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.worker.residual_cache import GroupResponses, ResponsePool
+from loraplex.engine.worker.row_plans import RowPlans
+from loraplex.errors import AdapterError, EngineError
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.chain import run_chain
+from loraplex.residual.hooks import layer_number
+from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.plan import LayerPlan
+from loraplex.residual.registry import LinkedAttention
+from loraplex.residual.rows import RowAttention
+
+
+class AttentionRows:
+    """Makes the scope of each packed pass; keeps u, and what was planned for rows that were decoded together."""
+
+    def __init__(self, linked: LinkedAttention, pool: ResponsePool) -> None:
+        self.responses = pool
+        self._linked = linked
+        self._together: RowPlans | None = None  # of several rows
+
+    def scope(self, batch: PackedBatch) -> "PackedScope | None":
+        """The scope of a pass; None if no part of it asks for anything."""
+        if not batch.asking:
+            self._together = None
+            return None
+        together, alone = _side_by_side(batch.asking, batch.num_single)
+        self._together = self._plans_together([batch.asking[part].row for part in together])
+        groups = [] if self._together is None else [RowGroup(self._together, together, batch)]
+        groups += [RowGroup(batch.asking[part].plans, [part], batch) for part in alone]
+        return PackedScope(batch, groups, self._linked.layers, self.responses)
+
+    def forget_rows(self) -> None:
+        """No request runs: keep nothing of the last ones."""
+        self._together = None
+
+    def _plans_together(self, rows: Sequence[RowAttention]) -> RowPlans | None:
+        if self._together is not None and self._together.rows == tuple(rows):
+            return self._together
+        return RowPlans(rows, None) if rows else None
+
+
+class PackedScope:
+    """What the attention layers do in one packed pass besides attending."""
+
+    def __init__(
+        self, batch: PackedBatch, groups: list[RowGroup], layers: AttentionLayers, responses: ResponsePool
+    ) -> None:
+        self._batch, self._groups, self._layers, self._responses = batch, groups, layers, responses
+        # By layer, between attention and its block's output.
+        self.pending: dict[int, list[tuple[RowGroup, LayerPlan, AttentionWeights]]] = {}
+        self._num_attended = 0
+
+    def attend(
+        self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
+    ) -> None:
+        """Capture, steer (in `out` [tokens, heads, dim]) and note the weights that residuals need."""
+        layer = layer_number(module)
+        if layer is None:
+            return
+        self._num_attended += 1
+        for group in self._groups:
+            plan = group.plans.plan(layer, query)
+            if plan is None:
+                continue
+            weights = group.weights(plan, self._layers.num_heads[layer], query, keys, terms)
+            for place, buffer in plan.captures:
+                buffer.keep(layer, weights, place)
+            if plan.links:
+                self.pending.setdefault(layer, []).append((group, plan, weights))
+            if plan.steered:
+                places = query.new_tensor([place for place, _, _ in plan.steered], dtype=plan.sequences.dtype)
+                rows = plan.sequences[places]
+                heard = weights.apply(group.values(rows, values, terms), places)  # [rows, heads, count, dim]
+                out[group.tokens[rows]] = heard.transpose(1, 2).to(out.dtype)
+
+    def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """A block's output [1, tokens, hidden] with the residuals of the parts that have some."""
+        for group, plan, weights in self.pending.pop(layer):
+            responses = GroupResponses(self._responses, self._batch, group.tokens, group.num_keys, group.plans.ranks)
+            residual = run_chain(plan, layer, x[0][group.tokens], weights, responses)  # [rows, count, hidden]
+            for place, buffer in plan.captures:
+                first = weights.first_key + weights.num_keys - weights.num_queries
+                buffer.keep_norms(layer, residual[place].norm(dim=-1), first)
+            tokens = group.tokens[plan.sequences].flatten()
+            output = output.index_add(1, tokens, residual.flatten(0, 1).unsqueeze(0).to(output.dtype))
+        return output
+
+    def finish(self) -> dict[int, AdapterError]:
+        """The parts that failed, by place in the batch, once the pass has run. Raises EngineError."""
+        if self.pending or self._num_attended != len(self._layers.layers):
+            raise EngineError(
+                "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "
+                "when no request is running; this one can be asked again."
+            )
+        return {group.parts[row]: error for group in self._groups for row, error in group.plans.failures.items()}
+
+
+def _side_by_side(asking: Mapping[int, AskedAttention], num_single: int) -> tuple[list[int], list[int]]:
+    """The asking parts that are computed together (single tokens without captures and functions), and the others."""
+    together = [part for part, asked in asking.items() if part < num_single and not asked.stands_alone]
+    if len(together) < 2:
+        return [], list(asking)
+    together.sort(key=lambda part: id(asking[part]))  # the same order in the next pass, whoever goes first there
+    return together, [part for part in asking if part not in together]

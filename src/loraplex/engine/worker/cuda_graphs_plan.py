@@ -1,0 +1,82 @@
+"""A routing plan whose tensors keep their places and sizes, so that a recorded step can be run with other contents."""
+
+import torch
+from torch import Tensor
+
+from loraplex.errors import BatchError
+from loraplex.kernels.triton.work import FEW_TOKENS, SlotFactors, WorkList, cut_work
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.rows import RowRouting
+from loraplex.routing.weight_provider import Bank
+
+
+class StaticPlan(RoutingPlan):
+    """For `size` single tokens with up to `capacity` gates; adapts `modules`, with ranks up to `max_rank`.
+
+    Which slots take part, and where their weights lie, is read from tensors at each run: adapters may come and go
+    between two runs. Only a module or a rank that was not foreseen needs another plan.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        capacity: int,
+        bank: Bank,
+        *,
+        modules: frozenset[int],
+        max_rank: int,
+        fast_decode: bool,
+    ) -> None:
+        super().__init__([], size, bank, tokens_per_row=1, fast_decode=fast_decode)
+        self._adapted = set(modules)
+        table, scalings = self.table
+        self._gates = torch.zeros(table.shape[1], capacity, device=table.device)
+        self._gates_of_module = self._gates.unbind(0)
+        self._items = torch.zeros(size + capacity, 4, dtype=torch.int32, device=table.device)
+        self.work = WorkList(self._items[:size], self._items[size:], FEW_TOKENS, capacity)
+        self.rows = torch.zeros(capacity, 4, dtype=torch.int64)  # those beyond the batch's are empty
+        self.factors = SlotFactors(table, scalings, max_rank, table.device.type != "cpu")
+
+    def fill(self, plan: RoutingPlan) -> None:
+        """Take over the segments and gates of a plan of at most `size` tokens."""
+        tiles, entries = cut_work(plan.row_list, FEW_TOKENS)
+        size, capacity = len(self.work.tiles), len(self.work.entries)
+        assert len(tiles) <= size, f"a batch of {len(tiles)} tiles was padded to {size}"
+        assert len(entries) <= capacity, f"a batch of {len(entries)} entries was padded to {capacity}"
+        empty = (0, 0, 0, 0)
+        padded = tiles + [empty] * (size - len(tiles)) + entries + [empty] * (capacity - len(entries))
+        self._items.copy_(torch.tensor(padded, dtype=torch.int32))
+        gates = plan.all_gates()
+        self._gates[:, : gates.shape[-1]] = gates
+        self.rows.zero_()
+        self.rows[: len(plan.row_list)] = plan.rows
+
+    def gates_of(self, module: int) -> Tensor:
+        return self._gates_of_module[module]
+
+    def all_gates(self) -> Tensor:
+        return self._gates
+
+
+class StaticRouting(RowRouting):
+    """One plan for everything: all tokens' logits are computed."""
+
+    def __init__(self, plan: StaticPlan, *, fast_decode: bool) -> None:
+        super().__init__([()], plan.bank, fast_decode=fast_decode)
+        self._plan = plan
+
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return self._plan.adapts(module)
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        num_tokens = num_sequences * tokens_per_sequence
+        if num_tokens != self._plan.num_tokens:
+            raise BatchError(
+                f"a layer got {num_tokens} tokens of a recorded batch of {self._plan.num_tokens}. The engine can't run "
+                "models that cut or pool their tokens."
+            )
+        return self._plan

@@ -1,0 +1,178 @@
+"""One forward pass over parts of many generations, side by side in one row of tokens without padding."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.engine.kv.block_pool import BlockTable
+from loraplex.engine.kv.kv_cache import AttentionTerms, KeyValueCache
+from loraplex.engine.kv.sequence_kv import Track
+from loraplex.engine.sched.scaling_pass import ScalingPass
+from loraplex.engine.sched.sequence import Generation
+from loraplex.engine.worker.captures import AskedAttention
+from loraplex.kernels.dispatch import native_runs
+
+if TYPE_CHECKING:
+    from loraplex.engine.worker.state_pool import PassStates
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Some tokens of one track, in one forward pass."""
+
+    track: Track
+    start: int  # position of the first token
+    count: int
+    wants_logits: bool  # of the last token
+    wants_all_logits: bool = False  # of every token
+    owner: Generation | None = None  # None: a trial
+    scaling: ScalingPass | None = None  # None: the main pass
+    offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the track
+
+    @property
+    def generation(self) -> Generation:
+        assert self.owner is not None, "a trial's part was taken for a generation's"
+        return self.owner
+
+    @property
+    def asked(self) -> AskedAttention | None:
+        """What it asks of attention: main passes alone can."""
+        return None if self.owner is None or self.scaling is not None else self.owner.asked
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def lengths(self) -> list[int]:
+        """How long each token's sequence was when its position was told: see engine/rotary.py. A trial is a prompt."""
+        first = len(self.track.tokens) + self.offset if self.owner is None else self.owner.first_length
+        return [max(first, position + 1) for position in range(self.start + self.offset, self.stop + self.offset)]
+
+    @property
+    def num_logits(self) -> int:
+        return self.count if self.wants_all_logits else int(self.wants_logits)
+
+    @property
+    def tokens(self) -> list[int]:
+        if self.scaling is None or self.stop <= len(self.track.tokens):
+            return self.track.tokens[self.start : self.stop]
+        return [self.scaling.token_at(position) for position in range(self.start, self.stop)]
+
+
+class AttentionCalls(Protocol):
+    """What an attention module calls, once it has attended, in a pass with parts that ask for something."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
+    ) -> None:
+        """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
+        ...
+
+
+class PackedBatch:
+    """The parts of one pass, single tokens first, and where their keys and values lie."""
+
+    def __init__(self, parts: Sequence[Part], cache: KeyValueCache, table: BlockTable) -> None:
+        # Those that go on from a state first, which run together. Then main passes beside each other: rows of one
+        # mixture share the reading of its experts.
+        self.parts = sorted(parts, key=lambda part: (part.count, part.start == 0, part.scaling is not None))
+        self.cache = cache
+        self.table = table
+        self.num_single = sum(part.count == 1 for part in self.parts)
+        self.last_hidden: Tensor | None = None  # [tokens, hidden], once the pass has run
+        # By part that wants them: of each mixture of its link [tokens, lora_layers, experts], once they are predicted.
+        self.scalings: dict[int, list[Tensor]] = {}
+        self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
+        self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
+        self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
+        self.states: PassStates | None = None  # beside keys and values, of models that keep some
+        self.layer_by_layer = False  # a trial that looks at what each layer makes
+        self.stack_done: object = None  # the layers that the first of them has computed together
+        positions: list[int] = []
+        rows: list[int] = []
+        tokens: list[int] = []
+        self.offsets: list[int] = []  # of each part's first token
+        for part in self.parts:
+            self.offsets.append(len(tokens))
+            tokens += part.tokens
+            positions += range(part.start, part.stop)
+            rows += [part.track.row] * part.count
+        self.num_tokens = len(tokens)
+        device = table.values.device
+        self.is_native = native_runs(device, cache.dtype)
+        self.token_ids, self.positions, self.rows = torch.tensor([tokens, positions, rows], device=device)
+        self.position_ids = self.positions  # as the model is told them
+        if any(part.offset for part in self.parts):
+            offsets = [part.offset for part in self.parts for _ in range(part.count)]
+            self.position_ids = self.positions + torch.tensor(offsets, device=device)
+
+    @cached_property
+    def lengths(self) -> Tensor:  # [tokens]
+        """Of the sequences, as positions that depend on them are told."""
+        lengths = [length for part in self.parts for length in part.lengths]
+        return torch.tensor(lengths, dtype=torch.int64, device=self.positions.device)
+
+    @cached_property
+    def selected(self) -> Tensor | None:  # [logits]
+        """The tokens whose logits are wanted; None is all of them."""
+        wanted: list[int] = []
+        for i, part in enumerate(self.parts):
+            wanted += range(self.last_token(i) + 1 - part.num_logits, self.last_token(i) + 1)
+        return None if len(wanted) == self.num_tokens else torch.tensor(wanted, dtype=torch.int64)
+
+    @property
+    def num_selected(self) -> int:
+        return sum(part.num_logits for part in self.parts)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return any(part.scaling is not None for part in self.parts)
+
+    def last_token(self, i: int) -> int:
+        """The place of a part's last token among all."""
+        return self.offsets[i] + self.parts[i].count - 1
+
+    def chunks(self) -> Iterator[tuple[int, Part]]:
+        """The parts of more than one token, with the place of their first."""
+        yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
+
+    @property
+    def num_chunk_keys(self) -> int:
+        """The keys that the tokens of chunks see, counted for each token."""
+        return sum(part.count * (part.start + part.stop + 1) // 2 for _, part in self.chunks())
+
+    @cached_property
+    def num_key_blocks(self) -> int:
+        """How many blocks the longest of the single tokens' tracks reaches into, known without asking the device."""
+        longest = max(part.stop for part in self.parts[: self.num_single])
+        return -(-longest // self.cache.block_tokens)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:  # [tokens] each
+        """The block of every token, and its place there."""
+        return self.table.slots(self.rows, self.positions, self.cache.block_tokens)
+
+
+_current: ContextVar[PackedBatch | None] = ContextVar("loraplex_packed_batch", default=None)
+
+
+def current_batch() -> PackedBatch | None:
+    """The packed pass that runs now; None outside of one."""
+    return _current.get()
+
+
+@contextmanager
+def use_batch(batch: PackedBatch) -> Iterator[None]:
+    """Let attention, output layer and decoder see `batch` inside the block."""
+    token = _current.set(batch)
+    try:
+        yield
+    finally:
+        _current.reset(token)

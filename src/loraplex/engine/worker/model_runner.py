@@ -1,0 +1,202 @@
+"""Run packed batches through the base model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.engine.kv.kv_cache import KeyValueCache
+from loraplex.engine.sampling.sampler import largest
+from loraplex.engine.startup.model_check import ModelCheck
+from loraplex.engine.startup.token_flow import check_flow
+from loraplex.engine.startup.trial_passes import TrialPasses, trial_groups
+from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, Attachment
+from loraplex.engine.worker.attention_residuals import AttentionRows, PackedScope
+from loraplex.engine.worker.cpu_fusion import FusedModules
+from loraplex.engine.worker.cuda_graphs import DecodeGraphs, GraphRecorder, Recorder
+from loraplex.engine.worker.input_batch import PackedBatch, Part, use_batch
+from loraplex.engine.worker.residual_cache import ResponsePool
+from loraplex.engine.worker.routing import PackedRouting
+from loraplex.engine.worker.state_mixers import join_mixers, leave_mixers
+from loraplex.engine.worker.state_pool import PassStates, make_states, without_rollback
+from loraplex.errors import AdapterError, ConfigError
+from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.output_layer import choosing_tokens
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.residual.scope import use_attention
+from loraplex.routing.rows import use_routing
+from loraplex.routing.weight_provider import SlotBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartResult:
+    """What a pass gave for one part."""
+
+    part: Part
+    logits: Tensor | None  # [vocab], of its last token
+    all_logits: Tensor | None  # [count, vocab], where they are wanted
+    best: int | None  # the largest of them
+    hidden: Tensor | None  # [count, hidden], of a scaling pass
+    scalings: list[Tensor]  # of each mixture [count, lora_layers, experts], where they are wanted
+    error: AdapterError | None  # of a function in its link; the rest is then worth nothing
+
+
+class ModelRunner:
+    """The base model, joined to packed passes, and the memory for keys and values."""
+
+    def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
+        self.model = model
+        longest = self._model_length(config)
+        self._attachment = Attachment(model.base, longest)
+        self.lengths = self._attachment.lengths
+        self._bank = SlotBank(model.store.slots)
+        try:
+            self._states = make_states(model.base, self._attachment.shapes, config)
+        except BaseException:
+            self._attachment.detach()
+            raise
+        self.config = config if self._states is None else without_rollback(config)  # as this model can be run
+        device = model.base.device
+        token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
+        state_bytes = 0 if self._states is None else self._states.num_bytes
+        num_blocks = (config.cache_bytes - state_bytes) // (token_bytes * config.block_tokens)
+        if num_blocks < 1:
+            self._attachment.detach()
+            raise ConfigError(
+                f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
+                f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
+            )
+        self.max_length = min(longest, num_blocks * config.block_tokens)
+        self.pool = BlockPool(num_blocks, config.block_tokens)
+        row_blocks = -(-(self.max_length + 1) // config.block_tokens)
+        num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
+        self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
+        self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
+        self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
+        self._fused: FusedModules | None = None
+        self.graphs: DecodeGraphs | None = None
+        if self._states is not None:
+            join_mixers(self._states.shapes)
+        try:
+            check_flow(model.base, self._attachment.shapes, self.forward)
+            self._check_model()
+            if device.type == "cuda" and self.config.cuda_graphs and self.lengths.is_step:
+                self.use_graphs(GraphRecorder())
+        except BaseException:
+            self.close()
+            raise
+
+    def use_graphs(self, record: Recorder) -> None:
+        """Run passes of single tokens as recorded steps from now on, where they can be."""
+        adaptable = self.model.adaptable
+        self.graphs = DecodeGraphs(
+            self.model.base,
+            self.cache,
+            self._bank,
+            row_blocks=self.table.row_blocks,
+            embeddings=frozenset(
+                adaptable.module_index[path] for path, shape in adaptable.shapes.items() if shape.kind == "embedding"
+            ),
+            fast_decode=self.model.decodes_fast,
+            record=record,
+        )
+
+    def close(self) -> None:
+        if self._fused is not None:
+            self._fused.restore()
+        if self._states is not None:
+            leave_mixers(self._states.shapes)
+        self._attachment.detach()
+
+    def _check_model(self) -> None:
+        """Compare packed passes with the model's own; take modules over where that changes nothing.
+
+        Raises BaseModelError for a model whose tokens depend on something that packed passes don't know.
+        """
+        base, attends = self.model.base, self._attachment.shapes.__contains__
+        chunks = [shape.terms.sight.chunk for shape in self._attachment.shapes.values()]
+        groups = trial_groups(base, self.max_length, step=max((chunk for chunk in chunks if chunk), default=1))
+        if self.lengths.threshold is not None:  # a pass of the model's own gives all its rows the longest one's length
+            groups = [[row] for group in groups for row in group]
+        passes = TrialPasses(self.pool, self.table, self.cache, self.forward)
+        ModelCheck(base, attends, groups, self._attachment.forget_lengths).run(passes)
+        if native_runs(base.device, self.model.dtype):
+            adaptable = self.model.adaptable
+            index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
+            with torch.inference_mode():
+                self._fused = FusedModules(base, attends, lambda: passes.run(groups, 3))
+                self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
+
+    @property
+    def max_tracks(self) -> int | None:
+        """How many passes can be under way at once; None: as many as there are blocks for."""
+        return None if self._states is None else self._states.num_rows
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.base.get_input_embeddings().num_embeddings)
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> list[PartResult]:
+        """One forward pass; keys, values and the tracks' progress are kept."""
+        batch = PackedBatch(parts, self.cache, self.table)
+        scope = self.attention.scope(batch)
+        logits = self.forward(batch, scope)
+        failed = {} if scope is None else scope.finish()
+        best_tokens = largest(logits).tolist()
+        results, place = [], 0
+        for i, part in enumerate(batch.parts):
+            part.track.num_computed = part.stop
+            own = best = None
+            stop = place + part.num_logits
+            if part.wants_logits:
+                own, best = logits[stop - 1], best_tokens[stop - 1]
+            all_logits = logits[place:stop] if part.wants_all_logits else None
+            place = stop
+            hidden = None
+            if part.scaling is not None:
+                assert batch.last_hidden is not None, "the decoder's hidden states were not kept"
+                hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + part.count]
+            told = batch.scalings.get(i, [])
+            error = failed.get(i)
+            results.append(
+                PartResult(
+                    part=part,
+                    logits=own,
+                    all_logits=all_logits,
+                    best=best,
+                    hidden=hidden,
+                    scalings=told,
+                    error=error,
+                )
+            )
+        return results
+
+    def forward(self, batch: PackedBatch, scope: PackedScope | None = None) -> Tensor:  # [logits, vocab]
+        """The logits of the parts that want some, in the batch's order."""
+        batch.attention = scope
+        batch.states = None if self._states is None else PassStates(self._states, batch)
+        routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
+        if self.graphs is not None and scope is None:
+            with choosing_tokens():
+                recorded = self.graphs.run(batch, routing.plan)
+            if recorded is not None:
+                logits, batch.last_hidden = recorded
+                return logits if batch.selected is None else logits[batch.selected]
+        with use_routing(routing), use_batch(batch), use_attention(scope), choosing_tokens():
+            output = self.model.base(
+                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
+            )
+        batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
+        if batch.states is not None:
+            batch.states.keep()
+        return output.logits[0]
+
+    def _model_length(self, config: EngineConfig) -> int:
+        if config.max_length is not None:
+            return config.max_length
+        text_config = self.model.base.config.get_text_config(decoder=True)
+        return int(getattr(text_config, "max_position_embeddings", None) or UNKNOWN_LENGTH)

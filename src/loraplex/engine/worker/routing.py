@@ -1,0 +1,169 @@
+"""The routing of a packed batch: for each part's tokens, the slots and gates of its track's routes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loraplex.engine.kv.sequence_kv import TrackRoute
+from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.worker.mixture_gates import MixtureGates
+from loraplex.errors import BatchError
+from loraplex.routing.layer_gates import GateColumn
+from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.rows import RowRouting
+from loraplex.routing.weight_provider import Bank
+
+
+class Placed(NamedTuple):
+    """Tokens of one part as a layer sees them."""
+
+    part: int
+    first: int  # place of the first token
+    start: int  # its position in the track
+    num_tokens: int
+
+
+def _adapter_by_adapter(placed: Sequence[Placed], batch: PackedBatch) -> list[tuple[Placed, TrackRoute]]:
+    """The parts' routes, those through one adapter one after the other; a part's own stay in the order of its link.
+
+    The compiled kernel reads an adapter once for tokens that follow each other, with the same bits for each.
+    """
+    ranked = [
+        (rank, route.slot, item.first, item, route)
+        for item in placed
+        for rank, route in enumerate(batch.parts[item.part].track.routes)
+    ]
+    return [(item, route) for _, _, _, item, route in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+class PackedPlan(RoutingPlan):
+    """A plan whose experts take their gates from a table [modules, gates] instead of layer gates."""
+
+    def __init__(
+        self, placed: Sequence[Placed], batch: PackedBatch, gates: MixtureGates, bank: Bank, *, fast_decode: bool
+    ) -> None:
+        segments: list[Segment] = []
+        own: list[int] = []  # places of the experts' gates among all gates
+        columns: list[int] = []  # where the mixtures' gates have them
+        num_gates = 0
+        for item, route in _adapter_by_adapter(placed, batch):
+            stop = item.start + item.num_tokens
+            start = item.start if route.active_from is None else max(item.start, route.active_from)
+            if start >= stop:
+                continue
+            gate: float | GateColumn = route.weight
+            if route.use is not None:
+                gate = GateColumn(num_gates, stop - start)
+                own += range(num_gates, num_gates + stop - start)
+                columns += gates.columns(item.part, route.use, route.expert, start, stop)
+            first = item.first + start - item.start
+            segments.append(Segment(first, first + stop - start, route.slot, gate))
+            num_gates += stop - start
+        num_tokens = sum(item.num_tokens for item in placed)
+        longest = max((item.num_tokens for item in placed), default=1)
+        super().__init__(segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode)
+        self._by_module: tuple[Tensor, ...] = ()
+        self._gate_rows = self._gate_table[0].unsqueeze(0)  # [1 or modules, gates]
+        if columns:
+            self._gate_rows = self._gate_rows.repeat(gates.values.shape[0], 1)
+            self._gate_rows[:, own] = gates.values[:, columns].to(self._gate_rows.dtype)
+            self._by_module = self._gate_rows.unbind(0)
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether a DoRA adapter takes a share of any module's base output."""
+        return bool(self._gained)
+
+    def all_gates(self) -> Tensor:
+        return self._gate_rows
+
+    def gates_of(self, module: int) -> Tensor:
+        return self._by_module[module] if self._by_module else super().gates_of(module)
+
+    def gate_of(self, segment: Segment, module: int) -> float | Tensor:
+        if isinstance(segment.gate, GateColumn):
+            return self._by_module[module][segment.gate.column : segment.gate.column + segment.gate.length]
+        return segment.gate
+
+
+class PackedRouting(RowRouting):
+    """One plan for all tokens, one for those whose logits are wanted, and others for parts that run by themselves.
+
+    The output layer sees the second kind, state mixers the third.
+    """
+
+    def __init__(self, batch: PackedBatch, bank: Bank, *, fast_decode: bool) -> None:
+        super().__init__([()], bank, fast_decode=fast_decode)
+        self._batch = batch
+        self._gates = MixtureGates(batch)
+        placed = [
+            Placed(i, first, part.start, part.count)
+            for i, (first, part) in enumerate(zip(batch.offsets, batch.parts, strict=True))
+        ]
+        self._all = self._plan(placed)
+        self._selected: PackedPlan | None = None
+        self._by_parts: dict[tuple[int, int], PackedPlan] = {}
+        self._only: PackedPlan | None = None  # of the parts that run by themselves now
+
+    @property
+    def plan(self) -> PackedPlan:
+        """The plan for all tokens."""
+        return self._all
+
+    @contextmanager
+    def only(self, first: int, stop: int) -> Iterator[None]:
+        """Let layers see the tokens of the parts [first, stop) alone inside the block."""
+        self._only = self._plan_of_parts(first, stop)
+        try:
+            yield
+        finally:
+            self._only = None
+
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def adapts(self, module: int) -> bool:
+        return self._all.adapts(module)
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        num_tokens = num_sequences * tokens_per_sequence
+        if self._only is not None:
+            if num_tokens != self._only.num_tokens:
+                raise BatchError(
+                    f"a layer got {num_tokens} tokens of a state mixer that runs {self._only.num_tokens}. The engine "
+                    "can't run models that cut or pool their tokens."
+                )
+            return self._only
+        if num_tokens == self._batch.num_tokens:
+            return self._all
+        if num_tokens != self._batch.num_selected:
+            raise BatchError(
+                f"a layer got {num_tokens} tokens of a packed batch of {self._batch.num_tokens}, of which "
+                f"{self._batch.num_selected} want logits. The engine can't run models that cut or pool their tokens."
+            )
+        if self._selected is None:
+            placed, first = [], 0
+            for i, part in enumerate(self._batch.parts):
+                if part.num_logits:
+                    placed.append(Placed(i, first, part.stop - part.num_logits, part.num_logits))
+                    first += part.num_logits
+            self._selected = self._plan(placed)
+        return self._selected
+
+    def _plan_of_parts(self, first: int, stop: int) -> PackedPlan:
+        if (first, stop) == (0, len(self._batch.parts)):
+            return self._all
+        if (first, stop) not in self._by_parts:
+            offset = self._batch.offsets[first]
+            placed = [
+                Placed(i, self._batch.offsets[i] - offset, part.start, part.count)
+                for i, part in enumerate(self._batch.parts[first:stop], first)
+            ]
+            self._by_parts[first, stop] = self._plan(placed)
+        return self._by_parts[first, stop]
+
+    def _plan(self, placed: Sequence[Placed]) -> PackedPlan:
+        return PackedPlan(placed, self._batch, self._gates, self.bank, fast_decode=self.fast_decode)

@@ -1,0 +1,140 @@
+"""Attaching LoRA layers to a transformers model."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from loraplex.adapters.listing import listed
+from loraplex.adapters.weights import ModuleShape
+from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
+from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
+from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.output_layer import LoraOutput, rounds_logits
+from loraplex.layers.passes import attach_pass_length
+from loraplex.layers.row_order import RowOrder
+from loraplex.layers.row_probe import RowProbe, probe_rows
+from loraplex.layers.shared_input import SharedInputs
+
+
+class AdaptableModel:
+    """A base model's adaptable modules and the LoRA layers attached to them so far."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self.shapes: dict[str, ModuleShape] = adaptable_modules(base)
+        self.paths = list(self.shapes)
+        self.module_index = {path: index for index, path in enumerate(self.paths)}
+        self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
+        self.output_module = output_module(base)
+        self._handles: dict[str, RemovableHandle] = {}
+        self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
+        self._lora_linears: set[str] = set()
+        self._others: dict[str, Sequence[RemovableHandle]] = {}
+        self._was_detached = False
+        self._probe: RowProbe | None = None
+        self._shared: SharedInputs[LoraLinear] = SharedInputs()
+        self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise UnsupportedAdapterError for modules that no adapter can be added to."""
+        with self._lock:
+            wrong = self._probed().not_linear.intersection(paths)
+        if wrong:
+            raise UnsupportedAdapterError(
+                f"the adapter has weights for modules whose output isn't one vector for each input: {listed(wrong)} "
+                "(such as routers, which also choose). PEFT can't adapt them either. Leave them out of target_modules."
+            )
+
+    def order_of(self, path: str) -> RowOrder:
+        """In which order the module sees the tokens of several rows."""
+        with self._lock:
+            return self._probed().orders.get(path, RowOrder.UNKNOWN)
+
+    def attach(self, paths: Iterable[str]) -> None:
+        """Attach a LoRA layer to each module that has none yet; modules never adapted pay nothing.
+
+        A plain nn.Linear becomes a LoraLinear; any other module (Conv1D, embedding, quantized, offloaded) keeps its
+        class and gets a hook.
+        """
+        with self._lock:
+            self._probed()
+            self._attach(paths)
+        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+
+    def attach_all_plain_linears(self) -> None:
+        """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
+        with self._lock:
+            self._attach([path for path in self.paths if can_become_lora_linear(self.modules[path])])
+
+    def _attach(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if path in self._handles or path in self._lora_linears:
+                continue
+            module, index = self.modules[path], self.module_index[path]
+            if can_become_lora_linear(module):
+                as_class = LoraOutput if path == self.output_module else LoraLinear
+                become_lora_linear(module, index, path, self._shared, self._order(path), as_class=as_class)
+                self._lora_linears.add(path)
+                continue
+            layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
+            self._hooks[path] = layer_class(index, path, self._order(path))
+            self._handles[path] = module.register_forward_hook(self._hooks[path])
+
+    def _order(self, path: str) -> RowOrder:
+        return RowOrder.ROWS if self._probe is None else self._probe.orders.get(path, RowOrder.UNKNOWN)
+
+    def _probed(self) -> RowProbe:
+        """What a few tokens tell about the modules; they run when the first adapter comes."""
+        if self._probe is None:
+            self._probe = probe_rows(self._base, self.modules, self.shapes)
+            for path in self._lora_linears:
+                vars(self.modules[path])["lora_order"] = self._order(path)
+            for path, hook in self._hooks.items():
+                hook.order = self._order(path)
+        return self._probe
+
+    def attach_once(self, name: str, attach: Callable[[], Sequence[RemovableHandle]]) -> None:
+        """Give the base model other hooks, which go when the LoRA layers do; nothing happens if it has them."""
+        with self._lock:
+            if name not in self._others:
+                self._others[name] = attach()
+
+    def check_attached(self, modules: Iterable[int]) -> None:
+        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules."""
+        if not self._was_detached:
+            return
+        missing = [path for path in (self.paths[i] for i in modules) if path not in self._attached_paths()]
+        if missing:
+            raise RequestError(
+                f"the LoRA layers were detached from the base model, so that adapters have no effect at "
+                f"{listed(missing)}. Make a new MultiLoraModel."
+            )
+
+    def _attached_paths(self) -> set[str]:
+        return {*self._handles, *self._lora_linears}
+
+    def attach_output(self) -> None:
+        """Attach the output layer's if it rounds logits to 16 bits; under `choosing_tokens` it then doesn't."""
+        path = self.output_module
+        if path in self.modules and can_become_lora_linear(self.modules[path]) and rounds_logits(self.modules[path]):
+            with self._lock:
+                self._attach([path])
+
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        with self._lock:
+            self._was_detached = True
+            for handle in (handle for handles in self._others.values() for handle in handles):
+                handle.remove()
+            self._others.clear()
+            for handle in self._handles.values():
+                handle.remove()
+            for path in self._lora_linears:
+                become_linear(self.modules[path])
+            self._handles.clear()
+            self._hooks.clear()
+            self._lora_linears.clear()

@@ -1,0 +1,167 @@
+"""Residual adapters as folders: residual_config.json and residual_model.safetensors (docs/linked-adapters.md)."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraplex.adapters.atomic_dir import atomic_folder
+from loraplex.adapters.finite import require_finite
+from loraplex.adapters.listing import listed
+from loraplex.adapters.peft.record import RECORD_FILE, read_record, write_record
+from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
+from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
+from loraplex.output_files import resolved
+from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.residual.modules import FunctionResidual, LinkedLayer, LinkedResidual, Residual, SteeringVector
+from loraplex.residual.settings import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ResidualSettings,
+    read_settings,
+    settings_as_json,
+)
+
+_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
+
+
+def is_residual_folder(folder: str | Path) -> bool:
+    """Whether a folder holds a residual adapter rather than a LoRA."""
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def read_residual(
+    folder: str | Path, *, check: Callable[[ResidualSettings], None] | None = None
+) -> LinkedResidual | SteeringVector:
+    """Read a residual adapter, everything checked: settings, names, shapes and numbers.
+
+    `check` sees the settings before a tensor is read, and may raise: a few bytes can ask for more memory than there is.
+    Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError (another
+    version of the format).
+    """
+    folder = Path(folder)
+    with damaged_as(AdapterFormatError, folder):
+        return _read(folder, check)
+
+
+def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> LinkedResidual | SteeringVector:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            found = listed(path.name for path in folder.iterdir()) if folder.is_dir() else "nothing"
+            raise AdapterFormatError(
+                f"{str(folder)!r} has no {name}; it holds {found}. A residual adapter is a folder with {CONFIG_FILE} "
+                f"and {WEIGHTS_FILE}."
+            )
+    settings = read_settings(folder)
+    if check is not None:
+        check(settings)
+    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+        shapes = _expected_shapes(settings)
+        _check_entries(file, shapes)
+        tensors = {name: file.read(name) for name in shapes}
+    for name, tensor in tensors.items():
+        require_finite(tensor, f"{folder / WEIGHTS_FILE}: {name!r}")
+    if settings.config is None:
+        vectors = {layer: tensors[f"layers.{layer}.vector"] for layer in settings.layers}
+        return SteeringVector(vectors=vectors, base=settings.base)
+    layers = {
+        layer: LinkedLayer(
+            a=tensors[f"layers.{layer}.a"],
+            b=tensors[f"layers.{layer}.b"],
+            head_logits=tensors[f"layers.{layer}.head_logits"],
+        )
+        for layer in settings.layers
+    }
+    return LinkedResidual(config=settings.config, layers=layers, base=settings.base, end_tokens=read_record(folder))
+
+
+def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a residual adapter, all or nothing. A function can't be written: register it where it is used.
+
+    Raises AdapterExistsError (the folder exists and `overwrite` is False, or holds more than a residual adapter),
+    AdapterFormatError (weights that `read_residual` would refuse) and UnsupportedAdapterError.
+    """
+    folder = resolved(folder)
+    settings, tensors = _content(residual)
+    expected = _expected_shapes(settings)
+    for name, tensor in tensors.items():
+        require_finite(tensor, repr(name))
+        if tuple(tensor.shape) != expected[name]:
+            raise AdapterFormatError(f"{name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}.")
+    with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
+        (temporary / CONFIG_FILE).write_text(settings_as_json(settings), encoding="utf-8")
+        write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual) else ())
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors' own is for the owner only
+
+
+def _content(residual: Residual) -> tuple[ResidualSettings, dict[str, Tensor]]:
+    if isinstance(residual, FunctionResidual):
+        raise UnsupportedAdapterError(
+            "a function residual is Python code, which is not written to a folder. Register it under its name in the "
+            "program that uses it."
+        )
+    if isinstance(residual, SteeringVector):
+        tensors = {f"layers.{layer}.vector": _copy(vector) for layer, vector in residual.vectors.items()}
+        return ResidualSettings("vector", tuple(residual.vectors), residual.base, None), tensors
+    tensors = {}
+    for layer, weights in residual.layers.items():
+        tensors[f"layers.{layer}.a"] = _copy(weights.a)
+        tensors[f"layers.{layer}.b"] = _copy(weights.b)
+        tensors[f"layers.{layer}.head_logits"] = _copy(weights.head_logits)
+    layers = tuple(residual.layers)
+    config = ResidualConfig(r=residual.config.r, alpha=residual.config.alpha, layers=layers)
+    return ResidualSettings("linked", layers, residual.base, config), tensors
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _expected_shapes(settings: ResidualSettings) -> dict[str, tuple[int, ...]]:
+    base: BaseIdentity = settings.base
+    if settings.config is None:
+        return {f"layers.{layer}.vector": (base.hidden_size,) for layer in settings.layers}
+    rank = settings.config.r
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in settings.layers:
+        if layer >= len(base.num_heads):
+            raise AdapterFormatError(
+                f"the settings name layer {layer} of a base model with {len(base.num_heads)} attention layers."
+            )
+        shapes[f"layers.{layer}.a"] = shapes[f"layers.{layer}.b"] = (rank, base.hidden_size)
+        shapes[f"layers.{layer}.head_logits"] = (rank, base.num_heads[layer])
+    return shapes
+
+
+def _check_entries(file: TensorFile, shapes: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = shapes.keys() - file.entries.keys(), file.entries.keys() - shapes.keys()
+    if missing or extra:
+        raise AdapterFormatError(
+            f"{file.path} doesn't hold what its settings say: missing {listed(missing) or 'none'}, extra "
+            f"{listed(extra) or 'none'}."
+        )
+    wrong = {name: file.entries[name].shape for name, shape in shapes.items() if file.entries[name].shape != shape}
+    if wrong:
+        name = min(wrong)
+        raise AdapterFormatError(
+            f"{file.path}: {name!r} has shape {list(wrong[name])}; expected {list(shapes[name])} ({len(wrong)} tensors "
+            "have wrong shapes)."
+        )
+
+
+def _check_destination(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise AdapterExistsError(f"{str(folder)!r} exists already. Choose another folder, or pass overwrite=True.")
+    others = {path.name for path in folder.iterdir()} - _REPLACEABLE if folder.is_dir() else {folder.name}
+    if others:
+        raise AdapterExistsError(
+            f"{str(folder)!r} is not only a residual adapter, it holds {listed(others)}, so it is not replaced. Choose "
+            "another folder, or move these files away."
+        )

@@ -1,0 +1,63 @@
+"""Where a routing plan finds the weights of its slots: the store's slots, or adapters in training."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.store.slots import Slots
+
+
+class Bank(Protocol):
+    """Weights by slot and module index."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients flow into the weights."""
+        ...
+
+    def layers(self, slot: int) -> Mapping[int, SlotWeights]:
+        """The modules that the slot's adapter adapts, with its weights there."""
+        ...
+
+    def gained(self, slot: int) -> frozenset[int]:
+        """The modules where the slot's adapter, a DoRA, takes a share of the base output."""
+        ...
+
+    def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
+        """The slot's dropout probability and the generator that draws it."""
+        ...
+
+    def max_rank(self, slot: int) -> int:
+        """The largest rank of the slot's factors."""
+        ...
+
+    def native_table(self) -> tuple[Tensor, Tensor] | None:
+        """Addresses [slots, modules, 3] and LoRA scalings [slots, modules] for the compiled kernels, if kept."""
+        ...
+
+
+class SlotBank:
+    """The store's slots as a bank: frozen weights."""
+
+    trainable = False
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    def layers(self, slot: int) -> Mapping[int, SlotWeights]:
+        return self._slots.held(slot).layers
+
+    def gained(self, slot: int) -> frozenset[int]:
+        return self._slots.held(slot).gained
+
+    def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
+        return 0.0, None
+
+    def max_rank(self, slot: int) -> int:
+        return self._slots.held(slot).max_rank
+
+    def native_table(self) -> tuple[Tensor, Tensor] | None:
+        return self._slots.table, self._slots.scalings

@@ -1,0 +1,1 @@
+"""The HTTP API: routes, the bodies that they take, and the answers that they give."""

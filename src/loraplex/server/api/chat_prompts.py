@@ -1,0 +1,133 @@
+"""The messages of a chat as tokens: a template's control tokens are real, those that a message spells are text."""
+
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TypedDict
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.api.control_tokens import ControlTokens
+from loraplex.server.api.prompts import EncodedPrompt, encode_text, encode_with
+
+Turn = Mapping[str, str]
+# Around a placeholder: what `trim` takes away and nothing else does, so that it shows on which sides a template trims.
+_LEFT, _RIGHT = "\u2003\x0b", "\x0b\u2003"
+
+
+class _Options(TypedDict):
+    add_special_tokens: bool
+    most: int
+    param: str
+
+
+def _unlimited(options: _Options) -> _Options:
+    return {**options, "most": sys.maxsize}
+
+
+class ChatEncoder:
+    """Encodes chats with the template of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, allow_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._allows_special = allow_special_tokens
+
+    def prepare(self) -> None:
+        """Make the second tokenizer, which takes the first one's reading time once more."""
+        if not self._allows_special and self._tokenizer.is_fast and self._tokenizer.chat_template is not None:
+            _ = self._control.tokenizer
+
+    def encode(
+        self, turns: Sequence[Turn], *, most: int, add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> EncodedPrompt:
+        """Raises ApiError for messages that the template refuses, or whose control tokens can't be told apart.
+
+        And for more than `most` tokens, before they are looked at.
+        """
+        text = self._render(turns, add_generation_prompt)
+        options: _Options = {"add_special_tokens": add_special_tokens, "most": most, "param": "messages"}
+        encoded = encode_text(self._tokenizer, text, **options)
+        if self._allows_special:
+            return encoded
+        if not self._tokenizer.is_fast:
+            if any(token in part for part in _parts(turns) for token in self._tokenizer.all_special_tokens):
+                raise _refusal()
+            return encoded
+        empty = _Skeleton(turns)
+        skeleton = self._render(empty.turns, add_generation_prompt)
+        expected = encode_text(self._tokenizer, skeleton, **_unlimited(options))
+        is_spelt = any(map(self._control.is_spelt_in, _parts(turns)))
+        if not is_spelt and self._control_ids(encoded) == self._control_ids(expected):
+            return encoded
+        return self._as_text(text, empty.pieces(skeleton), options)
+
+    def _as_text(self, text: str, pieces: Sequence[tuple[str, bool]], options: "_Options") -> EncodedPrompt:
+        """Tokenize a rendered chat of these pieces; each is a message's or the template's."""
+        if "".join(piece for piece, _ in pieces) != text or self._control.is_alias_in(text):
+            raise _refusal()
+        aliased = "".join(piece if is_message else self._control.aliased(piece) for piece, is_message in pieces)
+        return encode_with(self._control.tokenizer, aliased, text, **options)
+
+    def _control_ids(self, prompt: EncodedPrompt) -> list[int]:
+        return [token for token in prompt.ids if token in self._control.ids]
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self._tokenizer)  # type: ignore[arg-type]  # a fast one
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+        if self._tokenizer.chat_template is None:
+            raise ApiError(BAD_REQUEST, "the model has no chat template. Use /v1/completions.", param="messages")
+        given = [dict(turn) for turn in turns]  # templates may change them
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            message = f"the chat template refuses these messages: {error}."
+            raise ApiError(BAD_REQUEST, message, param="messages", quotes_request=True) from error
+
+
+class _Skeleton:
+    """The same turns with placeholders for what messages say, by which a rendered chat shows where that stands."""
+
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        self._mark = f"x{secrets.token_hex(8)}x"
+        self._texts: list[str] = []
+        self.turns = [
+            {field: value if field == "role" else self._placeholder(value) for field, value in turn.items()}
+            for turn in turns
+        ]
+
+    def pieces(self, skeleton: str) -> list[tuple[str, bool]]:
+        """The real chat's pieces by the rendered skeleton; true: a message's text, trimmed as the template does."""
+        found = re.split(f"({_LEFT})?{self._mark}(\\d+)x({_RIGHT})?", skeleton)
+        pieces = [(found[0], False)]
+        for left, number, right, rest in zip(found[1::4], found[2::4], found[3::4], found[4::4], strict=True):
+            text = self._texts[int(number)]
+            text = text if left else text.lstrip()
+            pieces += [(text if right else text.rstrip(), True), (rest, False)]
+        return pieces
+
+    def _placeholder(self, text: str) -> str:
+        if not text:  # a template may ask whether there is any
+            return text
+        self._texts.append(text)
+        return f"{_LEFT}{self._mark}{len(self._texts) - 1}x{_RIGHT}"
+
+
+def _parts(turns: Sequence[Turn]) -> list[str]:
+    return [value for turn in turns for field, value in turn.items() if field != "role"]
+
+
+def _refusal() -> ApiError:
+    return ApiError(
+        BAD_REQUEST,
+        "a message spells one of the model's control tokens, and this model's chat template changes messages in a way "
+        "that doesn't let it be told from the template's own. Leave it out (allow_special_tokens_in_content).",
+        param="messages",
+    )

@@ -1,0 +1,109 @@
+"""Routes that read JSON with orjson, which knows no NaN, and whose OpenAPI tells the errors."""
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from loraplex.server.api.bodies import parse_body
+from loraplex.server.handlers import until_client_leaves
+from loraplex.server.state import context_of, state_of
+
+T = TypeVar("T")
+
+
+_SMALL_BODY = 2**14  # bytes that are parsed faster than a thread is asked
+
+
+class _ParsedRequest(Request):
+    """Whose body is what the route takes, checked: FastAPI takes an instance as it is."""
+
+    parsed: BaseModel
+
+    async def json(self) -> Any:
+        return self.parsed
+
+
+class JsonRoute(APIRoute):
+    """A route whose bodies are strict JSON, parsed in a thread unless they are small."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        kind: Any = None if self.body_field is None else self.body_field.field_info.annotation
+
+        async def with_parsed_body(request: Request) -> Response:
+            if kind is None or not _is_json(request):
+                return await handle(request)
+            parsed = _ParsedRequest(request.scope, request.receive)
+            body, state = await parsed.body(), state_of(request)
+            if not body:
+                return await handle(parsed)
+            parse = partial(parse_body, body, kind, state.config.limits.max_body_values)
+            parsed.parsed = parse() if len(body) <= _SMALL_BODY else await in_thread(parsed, parse)
+            return await handle(parsed)
+
+        return with_parsed_body
+
+
+async def in_thread(http: Request, work: Callable[[], T]) -> T:
+    """Do it in one of the server's threads; what hasn't begun when the client leaves is never begun.
+
+    Raises ClientLeft.
+    """
+    return await until_client_leaves(http.receive, state_of(http).workers.run(context_of(http).owner, work))
+
+
+def _is_json(request: Request) -> bool:
+    """As FastAPI decides; other bodies are refused by it."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
+
+
+_TEXTS = {
+    400: "The request can't be served as written; `param` names the field.",
+    401: "No valid API key.",
+    403: "The key may not do this.",
+    404: "There is no such thing, or the key may not see it.",
+    408: "The body didn't arrive in time.",
+    409: "In conflict with what is loaded.",
+    413: "The body is too large.",
+    429: "A limit of the key, or a full queue; Retry-After tells when to try again.",
+    500: "An error of the server; the log has it under the request id.",
+    503: "Shutting down, overloaded, or no room; Retry-After tells when to try again.",
+}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+def documented(text: str, *statuses: int, required: tuple[str, ...] = (), media: str = "") -> dict[int | str, Any]:
+    """OpenAPI's `responses`: the good answer with its fields, and the errors that are possible."""
+    schema: dict[str, Any] = {"type": "object", "required": list(required)} if required else {"type": "object"}
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if media:
+        content |= {media: {"schema": {"type": "string"}}}
+    responses: dict[int | str, Any] = {200: {"description": text, "content": content}}
+    for status in (*statuses, 408, 413, 500, 503):
+        responses[status] = {"description": _TEXTS[status], "content": {"application/json": {"schema": _ERROR}}}
+    return responses
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json")

@@ -1,0 +1,69 @@
+"""/v1/adapters: what is loaded, and loading, replacing, pinning and unloading it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from loraplex.server.adapter_admin import AdapterLibrary
+from loraplex.server.api.json_route import JsonRoute, documented, json_response
+from loraplex.server.api.schemas.other import ChangeAdapter, LoadAdapter, ReplaceAdapter
+
+router = APIRouter(route_class=JsonRoute)
+_STATE = ("name", "kind")
+
+
+def _library(http: Request) -> AdapterLibrary:
+    return AdapterLibrary(http)
+
+
+@router.get("/v1/adapters", responses=documented("What is loaded.", 401, 429, required=("object", "data")))
+async def list_adapters(http: Request) -> Response:
+    """Adapters, mixtures and residuals with their state, as far as this key may use them."""
+    data: list[dict[str, Any]] = _library(http).states()
+    return json_response({"object": "list", "data": data})
+
+
+@router.post("/v1/adapters", responses=documented("Loaded.", 400, 401, 403, 404, 409, 429, required=_STATE))
+async def load_adapter(body: LoadAdapter, http: Request) -> Response:
+    """Load an adapter, a mixture or a residual from a folder."""
+    library = _library(http)
+    await library.load(body.name, body.path, kind=body.kind, experts=body.experts)
+    if body.pinned:
+        await library.pin(body.name, pinned=True)
+    return json_response(library.state(body.name))
+
+
+@router.get("/v1/adapters/{name:path}", responses=documented("Its state.", 400, 401, 404, 429, required=_STATE))
+async def adapter(name: str, http: Request) -> Response:
+    """One of them."""
+    return json_response(_library(http).state(name))
+
+
+@router.put(
+    "/v1/adapters/{name:path}", responses=documented("Replaced.", 400, 401, 403, 404, 409, 429, required=_STATE)
+)
+async def replace_adapter(name: str, body: ReplaceAdapter, http: Request) -> Response:
+    """Load a new version; requests that run keep the one that they began with."""
+    library = _library(http)
+    await library.replace(name, body.path)
+    return json_response(library.state(name))
+
+
+@router.patch(
+    "/v1/adapters/{name:path}", responses=documented("Changed.", 400, 401, 403, 404, 409, 429, required=_STATE)
+)
+async def change_adapter(name: str, body: ChangeAdapter, http: Request) -> Response:
+    """Pin it in its slot, or no longer; of a mixture, all experts."""
+    library = _library(http)
+    await library.pin(name, pinned=body.pinned)
+    return json_response(library.state(name))
+
+
+@router.delete(
+    "/v1/adapters/{name:path}",
+    responses=documented("Unloaded.", 400, 401, 403, 404, 409, 429, required=("name", "deleted")),
+)
+async def unload_adapter(name: str, http: Request) -> Response:
+    """Forget it; requests that run with it finish."""
+    await _library(http).unload(name)
+    return json_response({"name": name, "deleted": True})

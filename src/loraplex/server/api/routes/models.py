@@ -1,0 +1,44 @@
+"""/v1/models: what a key may name as `model`."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from loraplex.server.api.json_route import JsonRoute, documented, json_response
+from loraplex.server.auth.access import Entry
+from loraplex.server.state import ServerState, context_of, state_of
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.get("/v1/models", responses=documented("The models.", 401, 429, required=("object", "data")))
+async def models(http: Request) -> Response:
+    """The base model, adapters, mixtures and residuals that this key may use; links are made of their names."""
+    state, principal = state_of(http), context_of(http).principal
+    base = [Entry(name=state.catalog.base_name, kind="base")] if principal.may_use_base else []
+    entries = [*base, *state.catalog.visible(principal)]
+    return json_response({"object": "list", "data": [_as_json(entry, state) for entry in entries]})
+
+
+@router.get("/v1/models/{name:path}", responses=documented("The model.", 400, 401, 404, 429, required=("id",)))
+async def model(name: str, http: Request) -> Response:
+    """One of them."""
+    state, principal = state_of(http), context_of(http).principal
+    if name == state.catalog.base_name and principal.may_use_base:
+        return json_response(_as_json(Entry(name=name, kind="base"), state))
+    return json_response(_as_json(state.catalog.find(name, principal), state))
+
+
+def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:
+    base = state.catalog.base_name
+    return {
+        "id": entry.name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "loraplex",
+        "root": entry.name,
+        "parent": None if entry.kind == "base" else base,
+        "max_model_len": state.engine.max_length,
+        "kind": entry.kind,
+        "experts": list(entry.experts),
+    }

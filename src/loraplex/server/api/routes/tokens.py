@@ -1,0 +1,67 @@
+"""/tokenize and /detokenize, as vLLM's."""
+
+from functools import partial
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.api.chat import as_turns
+from loraplex.server.api.json_route import JsonRoute, documented, in_thread
+from loraplex.server.api.prompts import encode_text
+from loraplex.server.api.schemas.other import Detokenize, Tokenize
+from loraplex.server.state import ServerState, context_of, state_of
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post(
+    "/tokenize",
+    responses=documented("The tokens.", 400, 401, 404, 429, required=("count", "max_model_len", "tokens")),
+)
+async def tokenize(body: Tokenize, http: Request) -> Response:
+    """The token ids of a prompt, or of a chat's messages as the model reads them."""
+    state = state_of(http)
+    _check_model(body.model, http)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(BAD_REQUEST, "give either prompt or messages.", param="prompt")
+    content = await in_thread(http, partial(_tokenized, body, state))
+    return Response(content, media_type="application/json")
+
+
+@router.post("/detokenize", responses=documented("The text.", 400, 401, 404, 429, required=("prompt",)))
+async def detokenize(body: Detokenize, http: Request) -> Response:
+    """The text of token ids."""
+    state = state_of(http)
+    _check_model(body.model, http)
+    return Response(await in_thread(http, partial(_detokenized, body.tokens, state)), media_type="application/json")
+
+
+def _check_model(model: str | None, http: Request) -> None:
+    if model is not None:  # all share one tokenizer, but a name must not tell whether it exists
+        state_of(http).catalog.choice(model, context_of(http).principal)
+
+
+def _tokenized(body: Tokenize, state: ServerState) -> bytes:
+    tokenizer, most = state.model.tokenizer, state.config.limits.max_body_values
+    if body.messages is not None:
+        ids = state.chats.encode(
+            as_turns(body.messages),
+            most=most,
+            add_generation_prompt=body.add_generation_prompt,
+            add_special_tokens=bool(body.add_special_tokens),
+        ).ids
+    else:
+        assert body.prompt is not None, "there are either messages or a prompt"
+        add = True if body.add_special_tokens is None else body.add_special_tokens
+        ids = encode_text(tokenizer, body.prompt, add_special_tokens=add, most=most).ids
+    strings = tokenizer.convert_ids_to_tokens(list(ids)) if body.return_token_strs else None
+    answer = {"count": len(ids), "max_model_len": state.engine.max_length, "tokens": ids, "token_strs": strings}
+    return orjson.dumps(answer)
+
+
+def _detokenized(tokens: list[int], state: ServerState) -> bytes:
+    most, largest = state.engine.vocab_size, max(tokens, default=0)
+    if largest >= most:
+        raise ApiError(BAD_REQUEST, f"the token id {largest} is none of 0 to {most - 1}.", param="tokens")
+    return orjson.dumps({"prompt": state.model.tokenizer.decode(tokens)})

@@ -1,0 +1,170 @@
+"""What completions and chat completions share."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator
+
+from loraplex.server.api.schemas.base import Body, Count, TokenId, is_token_ids, one_of
+
+_MOST_BIASES = 1024
+_MOST_STOPS = 16
+_LONGEST_STOP = 1024
+_MOST_STEERINGS = 64
+_MOST_PROMPTS = 4096  # whatever `max_prompts` allows
+_MOST_PARTS = 1024  # of a message's content
+
+StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+Indices = Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=1, max_length=4096)]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class JsonSchema(Body):
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """ "text", "json_object" (any object), or "json_schema"."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class CaptureAttention(Body):
+    """Which attention weights come back; as loraplex.residual.capture.CaptureRequest."""
+
+    layers: Indices | None = None
+    heads: Indices | None = None
+    queries: one_of(Literal["all", "generated"] | Count, '"all", "generated" or a whole number from 1 on') = "all"  # type: ignore[valid-type]
+    reduce: Literal["mean"] | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    encoding: Literal["base64", "list"] = "base64"
+
+
+class Steer(Body):
+    """Multiply the attention to tokens [start, end) of the prompt, or to every place of a text in it, by strength."""
+
+    start: int | None = Field(None, ge=0, le=2**31 - 1)
+    end: int | None = Field(None, ge=1, le=2**31 - 1)
+    text: str | None = Field(None, min_length=1, max_length=65_536)
+    strength: float = Field(ge=0, le=1e6)
+    layers: Indices | None = None
+    heads: Indices | None = None
+
+
+class GenerationBody(Body):
+    """Sampling options, streaming, and the extensions."""
+
+    neutral: ClassVar = {
+        "metadata": (None, {}),
+        "store": (None, False),
+        "service_tier": (None, "auto", "default"),
+        "best_of": (None, 1),
+        "suffix": (None, ""),
+    }
+
+    model: str = Field(min_length=1, max_length=8192)
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=_MOST_BIASES)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: Count | None = None
+    stop: one_of(  # type: ignore[valid-type]
+        StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None,
+        f"a text or up to {_MOST_STOPS} texts, each of 1 to {_LONGEST_STOP} characters",
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_BIASES)] | None = None
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=1024)
+    safety_identifier: str | None = Field(None, max_length=1024)
+    prompt_cache_key: str | None = Field(None, max_length=1024)
+    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(None, ge=-1000, le=1000)
+    return_scalings: bool | None = None
+    capture_attention: CaptureAttention | None = None
+    steer: Annotated[list[Steer], Field(max_length=_MOST_STEERINGS)] | None = None
+
+
+def _parts_as_text(content: Any) -> Any:
+    """OpenAI's content parts, all of type text, as the one text that they are."""
+    if not isinstance(content, list):
+        return content
+    if len(content) > _MOST_PARTS:
+        raise ValueError(f"has {len(content)} parts; {_MOST_PARTS} are possible")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+            raise ValueError('must be a text or parts of type "text"; other parts are not supported')
+        if not isinstance(part["text"], str):
+            raise ValueError("a part's text must be a text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Message(Body):
+    """A turn of a chat."""
+
+    neutral: ClassVar = dict.fromkeys(("tool_calls", "function_call", "refusal", "audio", "annotations"), (None, []))
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_parts_as_text, json_schema_input_type=str | list[dict[str, str]])]
+    name: str | None = Field(None, max_length=256)
+
+
+class ChatBody(GenerationBody):
+    neutral: ClassVar = GenerationBody.neutral | {
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "parallel_tool_calls": (None, True, False),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None,),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+def _prompt(value: Any) -> str | list[Any]:
+    """Checked here, as pydantic would try each of the four types on all of it."""
+    is_texts = isinstance(value, list) and set(map(type, value)) <= {str}
+    if isinstance(value, str) or is_texts or is_token_ids(value):
+        return value
+    is_lists = isinstance(value, list) and len(value) <= _MOST_PROMPTS and all(map(is_token_ids, value))
+    if not is_lists:
+        raise ValueError(
+            "must be a text, a list of texts, a list of token ids, or a list of such lists, of which there are "
+            f"{_MOST_PROMPTS} at most"
+        )
+    return value
+
+
+class CompletionBody(GenerationBody):
+    prompt: Annotated[
+        str | list[Any],
+        PlainValidator(_prompt, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
+    ]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)

@@ -1,0 +1,156 @@
+"""Who asks, and which names that one may see, use and load."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.routing.adapter_spec import Link, RowChoice, parse_choice
+from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, TOO_LARGE, ApiError, Status
+from loraplex.server.auth.key_records import KeyRecord
+
+Kind = Literal["base", "adapter", "mixture", "residual"]
+
+_MODEL_NOT_FOUND = Status(404, "invalid_request_error", "model_not_found")
+_LARGEST_WEIGHT = 1000.0
+_LONGEST_PART = 160  # characters of a name and its weight
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The holder of a key; without keys, anyone."""
+
+    key: KeyRecord | None = None
+
+    @property
+    def id(self) -> str:
+        return "anonymous" if self.key is None else self.key.id
+
+    @property
+    def may_manage(self) -> bool:
+        return self.key is None or self.key.manage
+
+    def may_use(self, name: str) -> bool:
+        return self.may_manage or any(fnmatchcase(name, pattern) for pattern in self._record.use)
+
+    def may_load(self, name: str) -> bool:
+        return self.may_manage or any(fnmatchcase(name, pattern) for pattern in self._record.load)
+
+    @property
+    def may_use_base(self) -> bool:
+        return self.may_manage or self._record.base
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return None if self.key is None else self.key.max_new_tokens
+
+    @property
+    def max_priority(self) -> int | None:
+        return None if self.may_manage else self._record.max_priority
+
+    def check_load(self, name: str) -> None:
+        """Refuse a name that this key may not load, whether anything has it or not."""
+        if not self.may_load(name):
+            message = f"this key may not load, replace, pin or unload {name[:300]!r}."
+            raise ApiError(FORBIDDEN, message, param="name")
+
+    def check_manage(self) -> None:
+        if not self.may_manage:
+            raise ApiError(FORBIDDEN, "this key may not manage the server.")
+
+    @property
+    def _record(self) -> KeyRecord:
+        assert self.key is not None, "an anonymous principal has no key"
+        return self.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Something that `model` can name."""
+
+    name: str
+    kind: Kind
+    experts: tuple[str, ...] = ()
+
+
+class Catalog:
+    """The names of a server, as each principal sees them."""
+
+    def __init__(self, model: MultiLoraModel, base_name: str, max_link_length: int) -> None:
+        self._model = model
+        self.base_name = base_name
+        self._max_link_length = max_link_length
+
+    def entry(self, name: str) -> Entry | None:
+        """What has this name now."""
+        if name in self._model.mixtures:
+            try:
+                return Entry(name=name, kind="mixture", experts=self._model.mixtures.get(name).experts)
+            except AdapterNotFoundError:  # unloaded this moment
+                return None
+        if name in self._model.store:
+            return Entry(name=name, kind="adapter")
+        return Entry(name=name, kind="residual") if name in self._model.registry.linked else None
+
+    def visible(self, principal: Principal) -> list[Entry]:
+        """What the principal may use, sorted by name."""
+        entries = [self.entry(name) for name in self._model.names()]
+        return [entry for entry in entries if entry is not None and self._may_use(entry, principal)]
+
+    def find(self, name: str, principal: Principal) -> Entry:
+        """A visible entry; others don't exist."""
+        entry = self.entry(name)
+        if entry is None or not self._may_use(entry, principal):
+            raise self._not_found(name)
+        return entry
+
+    def choice(self, text: str, principal: Principal) -> RowChoice:
+        """What a request's `model` asks for, if the principal may use all of it."""
+        if text == self.base_name:
+            if not principal.may_use_base:
+                raise self._not_found(text)
+            return None
+        link = self._parse(text)
+        for name, _ in link:
+            entry = self.entry(name)
+            # Unknown and forbidden names take the same way and get the same answer.
+            if entry is None or not self._may_use(entry, principal):
+                raise self._not_found(text)
+        return link
+
+    def _parse(self, text: str) -> Link:
+        if len(text) > (self._max_link_length + 1) * _LONGEST_PART:
+            raise ApiError(TOO_LARGE, f"model has {len(text)} characters, too many for a link.", param="model")
+        try:
+            link = parse_choice(text)
+        except LinkSyntaxError as error:
+            raise ApiError(BAD_REQUEST, str(error), param="model") from error
+        if len(link) > self._max_link_length:
+            raise ApiError(
+                TOO_LARGE,
+                f"the link names {len(link)} adapters; {self._max_link_length} are possible (max_link_length).",
+                param="model",
+            )
+        for name, weight in link:
+            if abs(weight) > _LARGEST_WEIGHT:
+                raise ApiError(
+                    BAD_REQUEST,
+                    f"the weight {weight:g} of {name!r} is too large: -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}.",
+                    param="model",
+                )
+        return link
+
+    def _may_use(self, entry: Entry, principal: Principal) -> bool:
+        return all(principal.may_use(name) for name in (entry.name, *entry.experts))
+
+    def _not_found(self, name: str) -> ApiError:
+        message = (
+            f"the model {name[:300]!r} does not exist, or this key may not use it. GET /v1/models lists what it may."
+        )
+        return ApiError(_MODEL_NOT_FOUND, message, param="model")
+
+
+def adapter_names(choice: RowChoice) -> tuple[str, ...]:
+    """The names in a choice that `Catalog.choice` returned."""
+    return () if choice is None or isinstance(choice, str) else tuple(name for name, _ in choice)

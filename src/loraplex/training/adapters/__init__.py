@@ -1,0 +1,1 @@
+"""Training of adapters and linked residuals: many jobs at once on one frozen base model."""

@@ -1,0 +1,208 @@
+"""From jobs to job states: everything that can be wrong is found before anything is trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.fit import check_ranks
+from loraplex.adapters.peft.reader import read_adapter
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.adapters.targets import expected_targets
+from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
+from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
+from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.modules import embed_scale
+from loraplex.models.end_tokens import training_ends
+from loraplex.residual.config import check_rank
+from loraplex.residual.fit import check_residual_fits, check_same_base
+from loraplex.residual.format import read_residual
+from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.modules import LinkedResidual
+from loraplex.training.adapters.job_state import JobState
+from loraplex.training.adapters.links import frozen_link
+from loraplex.training.adapters.residual_parameters import ResidualParameters, fresh_residual
+from loraplex.training.config import AdapterJob
+from loraplex.training.core.parameters import FlatParameters, fresh_weights
+from loraplex.training.data.dataset import load_job_data
+
+
+def make_states(
+    jobs: Sequence[AdapterJob],
+    base: PreTrainedModel,
+    adaptable: AdaptableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: AttentionLayers | None = None,  # needed for residuals
+) -> list[JobState]:
+    """Check every job against the base model and its data, and give it its first weights.
+
+    Raises ConfigError, DatasetError, or what reading an adapter to start from raises.
+    """
+    jobs = [job if job.lora is None else replace(job, lora=complete_config(job.lora, base)) for job in jobs]
+    for job in jobs:
+        _check_length(job, base)
+    vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
+    parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
+    links = [frozen_link(job, adaptable, attention, base.device) for job in jobs]
+    ends = training_ends(base, tokenizer)
+    return [
+        JobState(job, load_job_data(job, tokenizer, vocab_size, ends), own, slots, link)
+        for job, (own, slots), link in zip(jobs, parameters, links, strict=True)
+    ]
+
+
+def _parameters(
+    job: AdapterJob, base: PreTrainedModel, adaptable: AdaptableModel, attention: AttentionLayers | None
+) -> tuple[FlatParameters | ResidualParameters, Mapping[int, SlotWeights]]:
+    """What the job trains, and how LoRA layers see it."""
+    if job.lora is None:
+        assert attention is not None, "a residual is trained, but the attention layers were not joined"
+        return ResidualParameters(first_residual(job, attention), base.device), {}
+    layers = first_weights(job, adaptable)
+    own = FlatParameters(layers, base.device)
+    scales = {path: embed_scale(adaptable.modules[path]) for path, layer in layers.items() if layer.kind == "embedding"}
+    return own, own.slot_weights(adaptable.module_index, scales)
+
+
+def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
+    """Fill in what PEFT writes into an adapter's file by itself."""
+    return replace(
+        lora,
+        base_model_name_or_path=lora.base_model_name_or_path or base.config.name_or_path or None,
+        task_type=lora.task_type or "CAUSAL_LM",
+    )
+
+
+def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraWeights]:
+    """Fresh weights, or those of `job.init_from`.
+
+    Raises ConfigError for targets that the base doesn't have.
+    """
+    lora = job.lora
+    assert lora is not None, f"job {job.name!r} trains no LoRA"
+    paths = targeted_paths(job, adaptable)
+    ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
+    check_ranks(ranks, adaptable.shapes)
+    if job.init_from is None:
+        return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
+    if isinstance(job.init_from, LinkedResidual):
+        raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
+    adapter = job.init_from if isinstance(job.init_from, Adapter) else _read_start(job, adaptable)
+    _check_start(job.name, adapter, adaptable, ranks, scalings)
+    return {path: adapter.layers[path] for path in paths}
+
+
+def _read_start(job: AdapterJob, adaptable: AdaptableModel) -> Adapter:
+    """The adapter in a folder; one for modules of other shapes is refused before its weights are read."""
+
+    def check_shapes(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        for path, shape in shapes.items():
+            if path in adaptable.shapes:
+                _check_shape(job.name, path, shape, adaptable.shapes[path])
+        check_ranks(config.ranks_of(tuple(shapes)), shapes)
+
+    assert isinstance(job.init_from, str | Path), "only folders are read"
+    return read_adapter(job.init_from, check_shapes=check_shapes)
+
+
+def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:
+    """The modules that the job adapts. Raises ConfigError where a target names none."""
+    lora = job.lora
+    assert lora is not None, f"job {job.name!r} trains no LoRA"
+    targets = lora.target_modules
+    paths = expected_targets(lora, adaptable.shapes, output_module=adaptable.output_module)
+    known = sorted({path.rsplit(".", 1)[-1] for path in adaptable.shapes})
+    if isinstance(targets, tuple):
+        for target in targets:
+            alone = replace(
+                lora,
+                target_modules=(target,),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+            )
+            if not expected_targets(alone, adaptable.shapes, output_module=adaptable.output_module):
+                raise ConfigError(
+                    f"job {job.name!r}: target_modules has {target!r}, which the base model doesn't have. It "
+                    f"has {known}."
+                )
+    if not paths:
+        raise ConfigError(
+            f"job {job.name!r}: its targets ({targets!r}, with the excluded modules and layers) match no "
+            f"module of the base model, which has {known}."
+        )
+    return paths
+
+
+def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidual:
+    """Fresh weights, or those of `job.init_from`. Raises ConfigError for layers that the base doesn't have."""
+    config = job.residual
+    assert config is not None, "a job trains one of the two"
+    layers = tuple(attention.layers) if config.layers is None else config.layers
+    unknown = [layer for layer in layers if layer not in attention.layers]
+    if unknown:
+        raise ConfigError(
+            f"job {job.name!r}: residual.layers has {unknown}, but the base model has the attention layers "
+            f"{min(attention.layers)} to {max(attention.layers)}."
+        )
+    check_rank(config.r, attention.identity.hidden_size)
+    if job.init_from is None:
+        return fresh_residual(config, attention.identity, layers, job.seed)
+    start = (
+        read_residual(
+            job.init_from, check=lambda settings: check_same_base(job.name, settings.base, attention.identity)
+        )
+        if isinstance(job.init_from, str | Path)
+        else job.init_from
+    )
+    if not isinstance(start, LinkedResidual):
+        raise ConfigError(f"job {job.name!r}: init_from is no linked residual. Give a folder that one was written to.")
+    check_residual_fits(job.name, start, attention.identity, attention.num_heads)
+    if (start.config.r, start.config.alpha, tuple(start.layers)) != (config.r, config.alpha, layers):
+        raise ConfigError(
+            f"job {job.name!r}: init_from has r={start.config.r}, alpha={start.config.alpha} and the layers "
+            f"{list(start.layers)}; the job has r={config.r}, alpha={config.alpha} and {list(layers)}. Use the same."
+        )
+    return start
+
+
+def _check_start(
+    name: str, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int], scalings: dict[str, float]
+) -> None:
+    """Raise unless the adapter to start from has what the job trains: modules, shapes, ranks and LoRA scalings."""
+    if adapter.config.use_dora:
+        raise UnsupportedAdapterError(f"job {name!r}: init_from is a DoRA adapter, which can't be trained here.")
+    if adapter.layers.keys() != ranks.keys():
+        different = sorted(adapter.layers.keys() ^ ranks.keys())
+        raise ConfigError(
+            f"job {name!r}: init_from adapts other modules than target_modules names; they differ in "
+            f"{different[:3]} ({len(different)} in all). Use the adapter's own LoraConfig: "
+            "read_adapter(folder).config."
+        )
+    for path, weights in adapter.layers.items():
+        _check_shape(name, path, weights.shape, adaptable.shapes[path])
+        if (weights.rank, weights.scaling) != (ranks[path], scalings[path]):
+            raise ConfigError(
+                f"job {name!r}: init_from has rank {weights.rank} and LoRA scaling {weights.scaling} at "
+                f"{path!r}, the job {ranks[path]} and {scalings[path]}. Use the adapter's own "
+                "LoraConfig: read_adapter(folder).config."
+            )
+
+
+def _check_shape(name: str, path: str, shape: ModuleShape, module: ModuleShape) -> None:
+    found = (shape.kind, shape.in_features, shape.out_features)
+    if shape != module:
+        raise BaseModelMismatchError(
+            f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
+            f"{(module.kind, module.in_features, module.out_features)} here."
+        )
+
+
+def _check_length(job: AdapterJob, base: PreTrainedModel) -> None:
+    longest = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and job.max_length > longest:
+        raise ConfigError(
+            f"job {job.name!r}: max_length is {job.max_length}, but the base model has {longest} positions. Lower it."
+        )

@@ -1,0 +1,1 @@
+"""What every training run has: train state, checkpoint, random numbers, processes, logs."""

@@ -1,0 +1,161 @@
+"""From records to token ids, with the positions whose next token counts for the loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from loraplex.errors import DatasetError
+from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.training.data.records import Record
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record as the model sees it."""
+
+    ids: tuple[int, ...]  # the record's tokens up to the last that counts, after truncation
+    answer: tuple[int, ...]  # ascending indices (>= 1) of the tokens that count for the loss
+    place: str
+    num_truncated: int = 0  # tokens cut off on the left
+
+    @cached_property
+    def inputs(self) -> tuple[int, ...]:
+        """What goes through the model: all but the last token, after which nothing is predicted."""
+        return self.ids[:-1]
+
+    @cached_property
+    def targets(self) -> tuple[int, ...]:
+        """The token after each of the predicting positions answer[i] - 1."""
+        return tuple(self.ids[index] for index in self.answer)
+
+
+def make_examples(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    ends: TrainingEnds | None = None,  # None: what the tokenizer alone says
+) -> list[Example]:
+    """Tokenize records and mark their answers.
+
+    Conversations go through the tokenizer's chat template; every assistant turn counts, with its end-of-turn
+    token; the last one gets the end of a completion where the template writes none. A completion counts with an
+    end token after it, and is tokenized apart from its prompt, as when the model is asked. Of a text all tokens
+    count, the end token included. Records of more than
+    `max_length` tokens lose tokens on the left: the answer and what precedes it closely stay. Raises
+    DatasetError.
+    """
+    ends = ends or training_ends(None, tokenizer)
+    parts_of = [_record_parts(record, tokenizer) for record in records]
+    texts = [text for parts in parts_of for text, _ in parts]
+    all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    examples = []
+    for record, parts in zip(records, parts_of, strict=True):
+        ids = [next(all_ids) for _ in parts]
+        if record.messages is not None:
+            tokens, answer = _conversation(ids, record, ends)
+        else:
+            tokens, answer = _plain(ids, [is_answer for _, is_answer in parts], tokenizer, ends)
+        examples.append(_truncated(tokens, answer, record.place, max_length))
+    return examples
+
+
+def _record_parts(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Texts to tokenize, and whether they are answers; of a conversation, its growing prefixes."""
+    if record.text is not None:
+        return [(record.text, True)]
+    if record.messages is None:
+        assert record.prompt is not None, f"{record.place}: a record without messages and text has a prompt"
+        assert record.completion is not None, f"{record.place}: a prompt has a completion"
+        return [(record.prompt, False), (record.completion, True)]
+    if tokenizer.chat_template is None:
+        raise DatasetError(
+            f"{record.place} is a conversation, but the tokenizer has no chat template. Set "
+            "tokenizer.chat_template, or "
+            'write the record as {"prompt": "...", "completion": "..."}.'
+        )
+    parts = []
+    for index, message in enumerate(record.messages):
+        if message["role"] == "assistant":
+            parts.append((_render(record, index, tokenizer, ask=True), False))
+            parts.append((_render(record, index + 1, tokenizer, ask=False), True))
+    return parts
+
+
+def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
+    assert record.messages is not None, f"{record.place} has no messages to render"
+    try:
+        text = tokenizer.apply_chat_template(
+            list(record.messages[:num_messages]), tokenize=False, add_generation_prompt=ask
+        )
+    except Exception as error:  # a template is a program, which may fail in any way
+        raise DatasetError(
+            f"{record.place}: the chat template refuses the first {num_messages} messages: {error}. Write "
+            "the roles in the order that the template asks for."
+        ) from error
+    return str(text)
+
+
+def _conversation(prefixes: Sequence[Sequence[int]], record: Record, ends: TrainingEnds) -> tuple[list[int], list[int]]:
+    """The tokens up to the last assistant turn, and the indices of the tokens of all of them."""
+    end = ends.plain if ends.turn is None else ends.turn
+    answer: list[int] = []
+    for turn in range(0, len(prefixes), 2):
+        before, through, last = prefixes[turn], prefixes[turn + 1], prefixes[-1]
+        stable = through[: len(before)] == before and last[: len(through)] == through
+        if not stable or len(through) == len(before):
+            raise DatasetError(
+                f"{record.place}: assistant turn {turn // 2} can't be told from the prompt, because the "
+                "tokenizer's chat template renders the conversation up to it in another way than as a part "
+                "of the whole (thinking removed from earlier turns, for example). Train on conversations of "
+                "one turn, or write the record as "
+                '{"prompt": "...", "completion": "..."}.'
+            )
+        answer += range(len(before), _turn_end(through, len(before), end))
+    tokens = list(prefixes[-1][: answer[-1] + 1])
+    if end is not None and tokens[-1] != end:  # the template ends its turns with nothing that serving could stop at
+        answer.append(len(tokens))
+        tokens.append(end)
+    return tokens, answer
+
+
+def _turn_end(ids: Sequence[int], start: int, end: int | None) -> int:
+    """After the end-of-turn token, where there is one: what the template writes behind it is never generated."""
+    ends = [index for index in range(start, len(ids)) if ids[index] == end]
+    return ends[-1] + 1 if ends else len(ids)
+
+
+def _plain(
+    parts: Sequence[Sequence[int]],
+    is_answer: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: TrainingEnds,
+) -> tuple[list[int], list[int]]:
+    bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    eos = [ends.plain] if ends.plain is not None else []
+    tokens, answer = list(bos), []
+    for ids, counts in zip(parts, is_answer, strict=True):
+        if counts:
+            answer = list(range(len(tokens), len(tokens) + len(ids) + len(eos)))
+        tokens += ids
+    # The first token of all has nothing before it to predict it from.
+    return tokens + eos, [index for index in answer if index > 0]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+
+
+def _truncated(tokens: list[int], answer: list[int], place: str, max_length: int) -> Example:
+    cut = max(0, len(tokens) - max_length)
+    kept = tuple(index - cut for index in answer if index - cut > 0)
+    if not kept:
+        raise DatasetError(
+            f"{place} has no token to learn: the answer is {'cut off' if cut else 'a single first token'}. "
+            f"Write a longer answer or raise max_length ({max_length})."
+        )
+    return Example(tuple(tokens[cut:]), kept, place, cut)

@@ -1,0 +1,1 @@
+"""The forward and backward pass of a training batch: routing, shared prefixes, loss and gradients."""

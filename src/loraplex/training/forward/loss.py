@@ -1,0 +1,125 @@
+"""The loss of every answer token in one forward pass, and the gradients of all jobs' adapters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loraplex.routing.rows import RowRouting, use_routing
+from loraplex.routing.weight_provider import Bank
+from loraplex.training.adapters.residual_rows import ResidualRows
+from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths
+from loraplex.training.forward.prefix import SharedPrefixes
+from loraplex.training.forward.routing import TrainingRouting
+
+# What a forward and backward pass costs before its first token, in tokens: a few on a CPU, where a token is slow.
+FORWARD_COST = {"cpu": 64}
+FORWARD_COST_ELSEWHERE = 1024
+
+
+class LossComputer:
+    """Runs rows of many jobs through the base model with their adapters."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        num_jobs: int,
+        *,
+        tokens_per_forward: int,
+        share_prefixes: bool,
+        residuals: ResidualRows | None = None,
+    ) -> None:
+        self._base = base
+        self._residuals = residuals or ResidualRows()
+        self._num_jobs = num_jobs
+        self._tokens_per_forward = tokens_per_forward
+        self._share_prefixes = share_prefixes
+
+    def accumulate_gradients(self, rows: Sequence[TrainingRow], bank: Bank, loss_scales: Tensor) -> Tensor:  # [jobs]
+        """Add the gradients of every job's summed loss times its scale [jobs]; return the summed losses."""
+        sums = torch.zeros(self._num_jobs, device=self._base.device)
+        prefixes, batches = self._prepare(rows, bank)
+        for batch in batches:
+            losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
+            (losses * loss_scales[batch.jobs]).sum().backward()
+            sums.index_add_(0, batch.jobs, losses.detach())
+        if prefixes is not None:
+            prefixes.backward()
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[TrainingRow], bank: Bank) -> Tensor:  # [jobs]
+        """Every job's summed loss."""
+        sums = torch.zeros(self._num_jobs, device=self._base.device)
+        prefixes, batches = self._prepare(rows, bank)
+        for batch in batches:
+            sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes, self._residuals))
+        return sums
+
+    def _prepare(self, rows: Sequence[TrainingRow], bank: Bank) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
+        lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
+        cost = FORWARD_COST.get(self._base.device.type, FORWARD_COST_ELSEWHERE)
+        num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
+        if num_saved <= cost:
+            lengths = {}
+        prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
+        groups = cut_rows(rows, lengths, self._tokens_per_forward, cost)
+        return prefixes, (make_batch(group, lengths, self._base.device) for group in groups)
+
+
+def token_losses(
+    base: PreTrainedModel,
+    batch: RowBatch,
+    bank: Bank,
+    prefixes: SharedPrefixes | None,
+    residuals: ResidualRows | None = None,
+) -> Tensor:  # [outputs]  float32
+    """The cross-entropy of every token that counts, each row through its own slot or residual."""
+    routing = TrainingRouting(batch.spans, batch.padded_length, bank)
+    state = None if prefixes is None else prefixes.responses_for(batch)
+    with (residuals or ResidualRows()).use([row.job for row in batch.rows], state):
+        return routed_losses(base, batch, routing, prefixes)
+
+
+def routed_losses(
+    base: PreTrainedModel, batch: RowBatch, routing: RowRouting, prefixes: SharedPrefixes | None = None
+) -> Tensor:  # [outputs]  float32
+    """The cross-entropy of every token that counts, under a routing that knows both layouts of the batch."""
+    with (
+        use_routing(routing),
+        _outputs_selected(base, batch.output_rows, batch.output_positions) as was_selected,
+    ):
+        logits = base(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=None if prefixes is None else prefixes.cache_for(batch),
+            use_cache=prefixes is not None,
+        ).logits
+    logits = logits[0] if was_selected else logits[batch.output_rows, batch.output_positions]
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+@contextmanager
+def _outputs_selected(base: PreTrainedModel, rows: Tensor, positions: Tensor) -> Iterator[list[bool]]:
+    """Let the output layer see only the positions that count, as [1, outputs, hidden]; yields whether it did.
+
+    What a model does to its logits afterwards (scaling, soft-capping) it does to each alone. The output layer
+    of a chat model is a fifth of the work of a small model, and one token in ten counts.
+    """
+    calls: list[bool] = []
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        calls.append(True)
+        return (args[0][rows, positions].unsqueeze(0), *args[1:])
+
+    output = base.get_output_embeddings()
+    assert output is not None, "a base model without an output layer was not refused"
+    handle = output.register_forward_pre_hook(select)
+    try:
+        yield calls
+    finally:
+        handle.remove()

@@ -1,0 +1,67 @@
+"""Shared prefixes: what all rows of a job start with is computed once, and its keys and values serve every row.
+
+Causal attention lets later tokens see the prefix only through its keys and values, so one pass over it and
+the sum of the rows' gradients are exact.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from loraplex.residual.cache import ResidualState
+from loraplex.routing.rows import use_routing
+from loraplex.routing.weight_provider import Bank
+from loraplex.training.adapters.residual_rows import PrefixResponses, ResidualRows
+from loraplex.training.data.batches import RowBatch, TrainingRow
+from loraplex.training.forward.routing import RowSpan, TrainingRouting
+
+
+class SharedPrefixes:
+    """The keys and values of several jobs' prefixes, padded on the right to the longest."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        rows: Sequence[TrainingRow],
+        lengths: Mapping[int, int],
+        bank: Bank,
+        residuals: ResidualRows | None = None,
+    ) -> None:
+        first_of = {row.job: row for row in reversed(rows)}
+        jobs = [job for job in sorted(first_of) if lengths[job] > 0]
+        longest = max(lengths.values())
+        # A job without a prefix borrows any other's, of which its attention mask shows it nothing.
+        self._index_of = dict.fromkeys(first_of, 0) | {job: index for index, job in enumerate(jobs)}
+        ids = [first_of[job].example.inputs[: lengths[job]] for job in jobs]
+        padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=base.device)
+        firsts = [first_of[job] for job in jobs]
+        spans = [RowSpan(row.slot, min(row.first_adapted, longest), frozen=row.frozen) for row in firsts]
+        residuals, state = residuals or ResidualRows(), ResidualState()
+        with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(jobs, state):
+            cache = base.base_model(input_ids=padded, use_cache=True).past_key_values
+        self._states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        # Batches end their backward passes here, so that each can free its memory before the next runs.
+        self._responses = PrefixResponses(residuals, jobs, state)
+        self._leaves = [state.detach().requires_grad_(state.requires_grad) for state in self._states]
+
+    def cache_for(self, batch: RowBatch) -> DynamicCache:
+        """A cache that starts every row of the batch with its job's prefix."""
+        index = torch.tensor([self._index_of[row.job] for row in batch.rows], device=batch.input_ids.device)
+        cache = DynamicCache()
+        for layer in range(len(self._leaves) // 2):
+            keys, values = self._leaves[2 * layer], self._leaves[2 * layer + 1]
+            cache.update(keys.index_select(0, index), values.index_select(0, index), layer)
+        return cache
+
+    def responses_for(self, batch: RowBatch) -> ResidualState:
+        """What residuals computed of each row's prefix."""
+        return self._responses.state_for([row.job for row in batch.rows])
+
+    def backward(self) -> None:
+        """Carry the gradients that the batches left at the prefixes on to the adapters."""
+        pairs = [*zip(self._states, self._leaves, strict=True), *self._responses.pairs]
+        graded = [(state, leaf.grad) for state, leaf in pairs]
+        used = [(state, grad) for state, grad in graded if state.requires_grad and grad is not None]
+        if used:
+            torch.autograd.backward([state for state, _ in used], [grad for _, grad in used])

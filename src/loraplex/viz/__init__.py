@@ -1,0 +1,1 @@
+"""Pictures and pages: captured attention, residuals, scalings."""
