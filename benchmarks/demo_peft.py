@@ -17,7 +17,7 @@ from loraplex import MultiLoraModel
 from loraplex.cli.demo import DEMO_MODEL, TIMED_TOKENS, demo_adapters, demo_rows
 from loraplex.models.loading import load_base_model
 from loraplex.models.prompts import encode_prompts
-from loraplex.routing.adapter_spec import parse_choice
+from loraplex.routing.adapter_spec import parse_adapter_spec
 
 
 def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
@@ -25,7 +25,7 @@ def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
     rows = [
         row
         for row in demo_rows(Path("data"), list(folders))
-        if all(name in folders for name, _ in parse_choice(row.adapters))
+        if all(name in folders for name, _ in parse_adapter_spec(row.adapters))
     ]
     ours = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
     peft_model = None
@@ -39,7 +39,7 @@ def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
     assert peft_model is not None, "demo_adapters returned none"
     peft_names = []
     for number, row in enumerate(rows):
-        link = parse_choice(row.adapters)
+        link = parse_adapter_spec(row.adapters)
         if len(link) > 1:
             names, weights = zip(*link, strict=True)
             peft_model.add_weighted_adapter(list(names), list(weights), f"link{number}", combination_type="cat")

@@ -17,7 +17,7 @@ from gpu_timing import Figure, Timer
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.bench.random_adapters import write_random_folders
 from loraplex.layers.modules import adaptable_modules
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 
 MIXTURE = "mixture"
 
@@ -40,8 +40,8 @@ class Sizes:
 def decode_steps(timer: Timer, shape: Shape, sizes: Sizes) -> list[Figure]:
     """The step with one distinct adapter a row against that without adapters, both with CUDA graphs, and without."""
     model = with_adapters(random_base(shape, sizes.dtype, timer.device), sizes.ranks_of(sizes.rows))
-    adapted: list[RowChoice] = [str(i) for i in range(sizes.rows)]
-    plain: list[RowChoice] = [None] * sizes.rows
+    adapted: list[AdapterSpec] = [str(i) for i in range(sizes.rows)]
+    plain: list[AdapterSpec] = [None] * sizes.rows
     base = _step_seconds(timer, model, shape, sizes, plain)
     with_all = _step_seconds(timer, model, shape, sizes, adapted)
     eager = _step_seconds(timer, model, shape, sizes, adapted, cuda_graphs=False)
@@ -64,7 +64,7 @@ def _step_seconds(
     model: MultiLoraModel,
     shape: Shape,
     sizes: Sizes,
-    choices: Sequence[RowChoice],
+    choices: Sequence[AdapterSpec],
     *,
     cuda_graphs: bool = True,
 ) -> float:
@@ -173,7 +173,7 @@ def _peft_mixture_speed(timer: Timer, shape: Shape, sizes: Sizes, paths: dict[st
 
 
 def _engine_speed(
-    timer: Timer, model: MultiLoraModel, shape: Shape, sizes: Sizes, choices: Sequence[RowChoice]
+    timer: Timer, model: MultiLoraModel, shape: Shape, sizes: Sizes, choices: Sequence[AdapterSpec]
 ) -> float:
     with _engine(model, shape, sizes, len(choices)) as engine:
 
@@ -214,7 +214,7 @@ def _engine(model: MultiLoraModel, shape: Shape, sizes: Sizes, rows: int, *, cud
     return Engine(model, config)
 
 
-def _add(engine: Engine, shape: Shape, sizes: Sizes, choices: Sequence[RowChoice]) -> None:
+def _add(engine: Engine, shape: Shape, sizes: Sizes, choices: Sequence[AdapterSpec]) -> None:
     """One request a row, with a random prompt."""
     sampling = SamplingParams(max_tokens=sizes.new_tokens, temperature=0.0, ignore_eos=True)
     for choice in choices:

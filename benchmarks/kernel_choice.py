@@ -21,7 +21,7 @@ from loraplex.kernels.native import attend_rows_native, gated_linear_native, gat
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
 from loraplex.routing.plan import RoutingPlan, Segment
-from loraplex.routing.weight_provider import SlotBank
+from loraplex.routing.weight_provider import SlotWeightProvider
 
 SHAPES = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
@@ -42,7 +42,7 @@ def make_plan(num_rows: int, tokens_per_row: int, dtype: torch.dtype) -> Routing
         }
         slots.put(slot, PreparedAdapter(layers=layers))
     segments = [Segment(r * tokens_per_row, (r + 1) * tokens_per_row, r % len(RANKS)) for r in range(num_rows)]
-    return RoutingPlan(segments, num_rows * tokens_per_row, SlotBank(slots))
+    return RoutingPlan(segments, num_rows * tokens_per_row, SlotWeightProvider(slots))
 
 
 def median_us(calls) -> float:

@@ -28,7 +28,7 @@ from loraplex.training import AdapterJob, TrainConfig
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.trainer import Trainer
-from loraplex.training.core.distributed import Ranks
+from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.logs import JobLog
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
@@ -98,7 +98,7 @@ def make_trainer(model: MultiLoraModel, batch_size: int, folder: Path) -> tuple[
         share_prefixes=can_share_prefixes(model.base),
     )
     logs = [JobLog(folder / f"{state.job.name}.jsonl", enabled=True) for state in states]
-    return Trainer(states, losses, logs, config, {}, Ranks(model.base.device)), states
+    return Trainer(states, losses, logs, config, {}, ProcessGroup(model.base.device)), states
 
 
 class Race:

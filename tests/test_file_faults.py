@@ -22,7 +22,7 @@ from loraplex.residual.format import read_residual, write_residual
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.core.checkpoint import load_checkpoint, save_checkpoint
 from loraplex.training.core.logs import JobLog
-from loraplex.training.core.run_fingerprint import run_identity
+from loraplex.training.core.run_fingerprint import run_fingerprint
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
@@ -87,7 +87,7 @@ def make_save(kind: str, folder: Path) -> Save:
             lambda: int(read_scalings(file)[0].values[0, 0, 0]),
         )
     states = make_states([tiny_job(folder, "j", max_steps=9)], model.base, model.adaptable, tiny_tokenizer())
-    identity = run_identity(states, model.base)
+    identity = run_fingerprint(states, model.base)
     logs = [JobLog(path / "j.jsonl", enabled=False)]
     path.mkdir(parents=True)
 

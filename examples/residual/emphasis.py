@@ -47,7 +47,7 @@ class Row(NamedTuple):
     wrong: bool = False
 
 
-class Answers(NamedTuple):
+class OutputProcessor(NamedTuple):
     """What the rows of all cases answered, by the row's name."""
 
     right: dict[str, int]
@@ -100,10 +100,10 @@ def answer(model: MultiLoraModel, case: Case, rows: list[Row]) -> list[str]:
     return [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
 
 
-def answer_all(model: MultiLoraModel, cases: list[Case], rows: list[Row]) -> Answers:
+def answer_all(model: MultiLoraModel, cases: list[Case], rows: list[Row]) -> OutputProcessor:
     """Every case in all its rows; prints the first."""
     names = [row.name for row in rows]
-    found = Answers(dict.fromkeys(names, 0), dict.fromkeys(names, 0), {name: [] for name in names})
+    found = OutputProcessor(dict.fromkeys(names, 0), dict.fromkeys(names, 0), {name: [] for name in names})
     for case in track(cases, "cases"):
         texts = answer(model, case, rows)
         for name, text in zip(names, texts, strict=True):

@@ -105,7 +105,7 @@ class BaseModelError(LoraplexError):
     """The base model can't be found, converted or loaded."""
 
 
-class SeamError(LoraplexError):
+class CompatibilityError(LoraplexError):
     """vLLM is another version than the plugin knows, or what the plugin builds on is no longer there."""
 
 

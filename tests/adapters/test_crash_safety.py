@@ -13,7 +13,7 @@ from loraplex.adapters.leftovers import claim_temporary, is_leftover, remove_lef
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.cli.options import adapters_in
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 from tests.adapters.replacing_writer import Writer, version_of, versioned_adapter
 from tests.parts import skip_here
 from tests.tiny_models import tiny_model
@@ -54,7 +54,7 @@ def test_adapter_is_whole_whenever_its_writer_is_killed(tmp_path: Path, num_kill
         assert folder.is_dir() or not can_exchange, "the folder was away for a moment"
         num_missing += not folder.is_dir()
         assert adapters_in(tmp_path) == {"adapter": folder}
-        AdapterFolder(model, tmp_path).look()
+        AdapterWatcher(model, tmp_path).look()
         assert model.names() == ["adapter"]
         found = version_of(read_adapter(folder))
         assert found in (writer.finished, writer.finished + 1), "neither the old version nor the new one"
@@ -69,7 +69,7 @@ def test_adapter_is_whole_whenever_its_writer_is_killed(tmp_path: Path, num_kill
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two-renames"])
 def test_watched_folder_follows_a_writer_that_is_killed(tmp_path: Path, can_exchange: bool) -> None:
     model, draw, first = MultiLoraModel(tiny_model("llama")), random.Random(0), 1
-    watched = AdapterFolder(model, tmp_path)
+    watched = AdapterWatcher(model, tmp_path)
     for _ in range(4):
         writer = Writer(tmp_path / "adapter", can_exchange=can_exchange, first=first)
         end = time.monotonic() + draw.uniform(0.05, 0.2)
@@ -89,7 +89,7 @@ def test_watched_folder_restores_what_it_had_given_up(tmp_path: Path) -> None:
     """The writer lives through the looks that unload the adapter, and is killed then."""
     model, folder = MultiLoraModel(tiny_model("llama")), tmp_path / "adapter"
     write_adapter(versioned_adapter(1), folder)
-    watched = AdapterFolder(model, tmp_path)
+    watched = AdapterWatcher(model, tmp_path)
     watched.look()
     with claim_temporary(folder) as temporary:
         folder.rename(temporary.with_suffix(".old"))

@@ -48,15 +48,17 @@ class ThreadArrival:
 def adapter(seed: int, *, dtype: torch.dtype = torch.bfloat16) -> PreparedAdapter:
     draw = torch.Generator().manual_seed(seed)
 
-    def weights(rank: int, has_gain: bool) -> SlotWeights:
+    def weights(rank: int, has_dora_scale: bool) -> SlotWeights:
         a, b = torch.randn(rank, 7, generator=draw).to(dtype), torch.randn(rank, 5, generator=draw).to(dtype)
-        return SlotWeights(lora_a=a, lora_b=b, scaling=0.5, gain=torch.randn(5, generator=draw) if has_gain else None)
+        return SlotWeights(
+            lora_a=a, lora_b=b, scaling=0.5, dora_scale=torch.randn(5, generator=draw) if has_dora_scale else None
+        )
 
     return PreparedAdapter(layers={0: weights(3, False), 2: weights(4, True)}, invocation=(1, 2))
 
 
 def tensors(prepared: PreparedAdapter) -> list[Tensor]:
-    return [t for w in prepared.layers.values() for t in (w.lora_a, w.lora_b, w.gain) if t is not None]
+    return [t for w in prepared.layers.values() for t in (w.lora_a, w.lora_b, w.dora_scale) if t is not None]
 
 
 def same(one: PreparedAdapter, other: PreparedAdapter) -> bool:
@@ -84,8 +86,8 @@ def test_what_a_packed_adapter_tells_without_its_tensors_is_what_they_tell(dtype
     packed = pack(adapter(0, dtype=dtype), pin=False)
     told = PreparedAdapter(layers=dict(packed.layers))  # from its tensors, one by one
     assert told.packed is None
-    assert (packed.num_bytes, packed.max_rank, packed.gained) == (told.num_bytes, told.max_rank, told.gained)
-    assert packed.gained == {2}
+    assert (packed.num_bytes, packed.max_rank, packed.dora_scaled) == (told.num_bytes, told.max_rank, told.dora_scaled)
+    assert packed.dora_scaled == {2}
     for ours, theirs in zip(packed.addresses, told.addresses, strict=True):
         assert torch.equal(ours, theirs)
         assert ours.dtype == theirs.dtype
@@ -93,7 +95,7 @@ def test_what_a_packed_adapter_tells_without_its_tensors_is_what_they_tell(dtype
 
 def test_an_adapter_of_no_module_can_be_packed():
     packed = pack(PreparedAdapter(layers={}), pin=False)
-    assert (packed.num_bytes, packed.max_rank, packed.gained, list(packed.layers)) == (0, 0, frozenset(), [])
+    assert (packed.num_bytes, packed.max_rank, packed.dora_scaled, list(packed.layers)) == (0, 0, frozenset(), [])
 
 
 def test_reading_an_adapters_addresses_leaves_no_tensor_for_each_module():

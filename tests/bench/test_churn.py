@@ -7,7 +7,7 @@ from loraplex.bench import churn
 from loraplex.bench.churn import ChurnBench, run_churn
 from loraplex.bench.churn_report import ChurnReport, Holdings
 from loraplex.engine.engine import Engine
-from loraplex.engine.sched.adapter_leases import Leases
+from loraplex.engine.sched.adapter_leases import AdapterLeases
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from tests.parts import skip_here
@@ -53,7 +53,7 @@ def test_replacement_that_has_no_effect_is_noticed(monkeypatch):
 
 def test_lease_that_is_kept_is_noticed(monkeypatch):
     kept = []
-    monkeypatch.setattr(Leases, "release", lambda self, state: kept.append(state))
+    monkeypatch.setattr(AdapterLeases, "release", lambda self, state: kept.append(state))
     monkeypatch.setattr(churn, "_NUM_SLOTS", 64)
     problems = run_churn(ChurnBench(requests=60)).problems
     assert any("leases are still held" in problem for problem in problems)

@@ -20,7 +20,7 @@ from loraplex.cli.errors import run
 from loraplex.cli.generate import pair_rows
 from loraplex.cli.options import named_values
 from loraplex.errors import AdapterNotFoundError, BaseModelError, RequestError
-from loraplex.residual.config import BaseIdentity
+from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import SteeringVector
 from tests.tiny_models import tiny_model
@@ -103,7 +103,7 @@ def test_every_row_is_answered_through_its_own_adapters(folder):
 
 
 def test_residual_folders_are_loaded_as_adapters_are(folder, tmp_path):
-    identity = BaseIdentity(architecture="LlamaForCausalLM", hidden_size=64, vocab_size=128, num_heads=(4, 4))
+    identity = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, vocab_size=128, num_heads=(4, 4))
     write_residual(SteeringVector(vectors={0: torch.linspace(-3, 3, 64)}, base=identity), tmp_path / "steer")
     model = MultiLoraModel.from_pretrained(folder / "model")
     model.load_adapter("steer", tmp_path / "steer")

@@ -11,14 +11,14 @@ from loraplex.engine.request import Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.residual.modules import FunctionResidual, ResidualContext
 from loraplex.residual.registry import AttentionRequest
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 
 INVOCATION = [5, 6]
 # Two answers may differ where the best two logits are this close, of the logits' range.
 TIE = 1e-4
-CHOICES: tuple[RowChoice, ...] = (
+CHOICES: tuple[AdapterSpec, ...] = (
     None,
     "0",
     "1",
@@ -31,7 +31,7 @@ CHOICES: tuple[RowChoice, ...] = (
     "2",
 )
 # With residuals: trained ones of several ranks and layers, vectors, functions, beside LoRAs and mixtures.
-LINKED_CHOICES: tuple[RowChoice, ...] = (
+LINKED_CHOICES: tuple[AdapterSpec, ...] = (
     "ra",
     "rb:0.5+ra",
     "0+ra:0.5",
@@ -49,7 +49,7 @@ class Prompted:
     """A prompt and its adapters."""
 
     prompt: tuple[int, ...]
-    adapters: RowChoice
+    adapters: AdapterSpec
 
     def request(self, **sampling: object) -> Request:
         return Request(self.prompt, adapters=self.adapters, sampling=SamplingParams(**sampling))
@@ -101,7 +101,7 @@ def _damped(hidden: torch.Tensor, attention: torch.Tensor, context: ResidualCont
     return hidden * own.mean(dim=0).unsqueeze(1)
 
 
-def prompts(lengths: Sequence[int], choices: Sequence[RowChoice] = CHOICES, seed: int = 0) -> list[Prompted]:
+def prompts(lengths: Sequence[int], choices: Sequence[AdapterSpec] = CHOICES, seed: int = 0) -> list[Prompted]:
     """One random prompt for each choice; an aLoRA's has its invocation in it."""
     generator = torch.Generator().manual_seed(seed)
     made = []

@@ -12,7 +12,7 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import RequestResult
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from tests.architectures.variants import make_model
 from tests.engine.engines import INVOCATION, TIE, Prompted
 from tests.parity.oracle import PeftOracle
@@ -34,7 +34,7 @@ REFUSED = {
     "rwkv": "RwkvForCausalLM",
     "xlstm": "xLSTMForCausalLM",
 }
-CHOICES: tuple[RowChoice, ...] = (None, "0", "1", "0:0.5+1:0.7", "alora", "science", "second", "science+1:0.3")
+CHOICES: tuple[AdapterSpec, ...] = (None, "0", "1", "0:0.5+1:0.7", "alora", "science", "second", "science+1:0.3")
 MIXTURES = ("science", "second", "third")
 LINK = "link"  # the oracle's name for "0:0.5+1:0.7"
 
@@ -46,7 +46,7 @@ class Hybrid:
     model: MultiLoraModel
     oracle: PeftOracle
 
-    def logits(self, ids: list[int], choice: RowChoice) -> Tensor:  # [tokens, vocab]
+    def logits(self, ids: list[int], choice: AdapterSpec) -> Tensor:  # [tokens, vocab]
         """All tokens in one forward pass without a cache: PEFT's, and for mixtures the model's own."""
         tokens = torch.tensor(ids)
         if any(mixture in str(choice) for mixture in MIXTURES):
@@ -87,14 +87,14 @@ def _linears(base: PreTrainedModel) -> list[str]:
     return [name for name in names if not name.endswith(refused)]
 
 
-def tight_config(model: MultiLoraModel, num_tracks: int, num_blocks: int, **options: object) -> EngineConfig:
+def tight_config(model: MultiLoraModel, num_sequences: int, num_blocks: int, **options: object) -> EngineConfig:
     """Room for about so many tracks' states and so many blocks of 8 tokens."""
     with Engine(model, EngineConfig(max_running=1, cache_bytes=2**22)) as engine:
         states, shapes = engine._runner._states, engine._runner.cache.shapes
         track_bytes = states.num_bytes // states.num_rows
         block_bytes = 8 * sum(shape.token_bytes for shape in shapes.values())
-    cache_bytes = num_tracks * track_bytes + max(num_blocks * block_bytes, num_tracks * track_bytes)
-    max_running = max(1, num_tracks // 2)
+    cache_bytes = num_sequences * track_bytes + max(num_blocks * block_bytes, num_sequences * track_bytes)
+    max_running = max(1, num_sequences // 2)
     return EngineConfig(cache_bytes=cache_bytes, block_tokens=8, max_running=max_running, max_length=80, **options)
 
 

@@ -8,12 +8,12 @@ import torch
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.length_rule import LengthRule
-from loraplex.engine.kv.sequence_kv import KeyPart
+from loraplex.engine.kv.sequence_kv import ExtraKey
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sched.scheduler import Scheduler
-from loraplex.engine.sched.sequence import Generation
-from loraplex.engine.worker.input_batch import Part
+from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.worker.input_batch import ScheduledChunk
 
 BLOCK = 4  # tokens
 
@@ -27,13 +27,13 @@ class Passes:
     def __init__(self, identity: str, scalings: Sequence[str]) -> None:
         self._identity = identity
         self.scaling_routes: tuple[tuple[()], ...] = tuple(() for _ in scalings)
-        self.scaling_keys = tuple([KeyPart(identity=(one,))] if one else [] for one in scalings)
+        self.scaling_keys = tuple([ExtraKey(identity=(one,))] if one else [] for one in scalings)
 
     def main_routes(self, prompt: Sequence[int]) -> tuple[()]:
         return ()
 
-    def main_keys(self, prompt: Sequence[int]) -> list[KeyPart]:
-        return [KeyPart(identity=(self._identity,))] if self._identity else []
+    def main_keys(self, prompt: Sequence[int]) -> list[ExtraKey]:
+        return [ExtraKey(identity=(self._identity,))] if self._identity else []
 
 
 class Bench:
@@ -58,7 +58,7 @@ class Bench:
         priority: int = 0,
         max_new: int = 100,
         first: int = 0,
-    ) -> Generation:
+    ) -> SequenceState:
         """A request of `num_prompt` tokens counted from `first`, for the adapter `share`."""
         prompt = tuple(range(first, first + num_prompt))
         sampling = SamplingParams(max_tokens=max_new)
@@ -73,58 +73,58 @@ class Bench:
             lengths=LengthRule(),
         )
         self._arrivals += 1
-        generation = Generation(state, 0, SimpleNamespace(sampling=sampling), SimpleNamespace())
-        self.scheduler.add(generation)
-        return generation
+        sequence = SequenceState(state, 0, SimpleNamespace(sampling=sampling), SimpleNamespace())
+        self.scheduler.add(sequence)
+        return sequence
 
-    def step(self, guesses: Collection[int] | None = None) -> list[Part]:
+    def step(self, guesses: Collection[int] | None = None) -> list[ScheduledChunk]:
         """Plan a pass and take it for done; a scaling pass guesses the next token right unless told otherwise."""
         parts = self.scheduler.plan()
         self.tokens_read = [part.tokens for part in parts]
         for part in parts:
             part.track.num_computed = part.stop
         for part in sorted(parts, key=lambda part: part.scaling is None):
-            generation = part.generation
+            sequence = part.sequence
             if part.scaling is not None:
-                right = self.next_token(generation, part.stop)
+                right = self.next_token(sequence, part.stop)
                 guess = right if guesses is None else min(guesses)
                 part.scaling.took(part.start, torch.zeros(part.count, 2), guess if part.wants_logits else None)
-                part.track.name_blocks(len(generation.tokens))
+                part.track.cache_full_blocks(len(sequence.tokens))
                 continue
-            for scaling in generation.scalings:
+            for scaling in sequence.scalings:
                 scaling.forget(part.stop)
-            part.track.name_blocks(len(generation.tokens))
+            part.track.cache_full_blocks(len(sequence.tokens))
             if part.wants_logits:
-                self._answer(generation)
+                self._answer(sequence)
         return parts
 
-    def finish(self, limit: int = 10_000) -> list[Generation]:
-        """Step until nothing waits or runs; the generations in the order in which they ended."""
-        ended: list[Generation] = []
+    def finish(self, limit: int = 10_000) -> list[SequenceState]:
+        """Step until nothing waits or runs; the sequences in the order in which they ended."""
+        ended: list[SequenceState] = []
         for _ in range(limit):
             if not self.scheduler.running and not len(self.scheduler.waiting):
                 return ended
             before = {*self.scheduler.running, *self.scheduler.waiting}
             self.step()
             after = {*self.scheduler.running, *self.scheduler.waiting}
-            ended += sorted(before - after, key=lambda generation: generation.state.arrival)
-        raise AssertionError(f"{len(self.scheduler.waiting)} generations still wait")
+            ended += sorted(before - after, key=lambda sequence: sequence.state.arrival)
+        raise AssertionError(f"{len(self.scheduler.waiting)} sequences still wait")
 
     @staticmethod
-    def next_token(generation: Generation, length: int) -> int:
+    def next_token(sequence: SequenceState, length: int) -> int:
         return 1000 + length
 
-    def _answer(self, generation: Generation) -> None:
-        generation.tokens.append(self.next_token(generation, len(generation.tokens)))
-        for scaling in generation.scalings:
+    def _answer(self, sequence: SequenceState) -> None:
+        sequence.tokens.append(self.next_token(sequence, len(sequence.tokens)))
+        for scaling in sequence.scalings:
             scaling.settle()
-        if generation.num_new >= generation.state.max_new_tokens:
-            self.scheduler.remove(generation)
+        if sequence.num_new >= sequence.state.max_new_tokens:
+            self.scheduler.remove(sequence)
 
-    def _bring(self, generation: Generation) -> bool:
-        return generation.state.share[0] not in self.missing
+    def _bring(self, sequence: SequenceState) -> bool:
+        return sequence.state.share[0] not in self.missing
 
 
-def main_tokens(parts: Sequence[Part], generation: Generation) -> int:
+def main_tokens(parts: Sequence[ScheduledChunk], sequence: SequenceState) -> int:
     """How many of its main pass's tokens are in a pass."""
-    return sum(part.count for part in parts if part.owner is generation and part.scaling is None)
+    return sum(part.count for part in parts if part.owner is sequence and part.scaling is None)

@@ -9,7 +9,7 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.errors import ConfigError
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 from tests.tiny_models import random_peft_adapter, tiny_model
 
 IDS = torch.arange(5, 15)[None]
@@ -31,7 +31,7 @@ def logits(model, name):
 
 
 def test_adapters_come_change_and_go(model, tmp_path):
-    folder = AdapterFolder(model, tmp_path)
+    folder = AdapterWatcher(model, tmp_path)
     write(model, tmp_path / "protein", 1)
     write(model, tmp_path / "team" / "materials", 2)
     folder.look()
@@ -53,7 +53,7 @@ def test_what_cant_be_loaded_is_told_and_what_was_there_stays(model, tmp_path):
     write(model, tmp_path / "protein", 1)
     write(model, tmp_path / "broken", 2)
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"half")
-    folder = AdapterFolder(model, tmp_path)
+    folder = AdapterWatcher(model, tmp_path)
     folder.look()
     assert model.names() == ["protein"]
     assert list(folder.errors) == ["broken"]
@@ -79,7 +79,7 @@ def test_a_folder_that_was_away_while_it_was_read_is_read_again(model, tmp_path,
         path.rename(tmp_path / ".aside")
         load(name, path, **options)
 
-    folder = AdapterFolder(model, tmp_path)
+    folder = AdapterWatcher(model, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(model, "load_adapter", read_while_away)
         folder.look()
@@ -92,13 +92,13 @@ def test_a_folder_that_was_away_while_it_was_read_is_read_again(model, tmp_path,
 
 def test_half_written_folders_are_left_alone(model, tmp_path):
     write(model, tmp_path / ".protein.1234.tmp", 1)
-    folder = AdapterFolder(model, tmp_path)
+    folder = AdapterWatcher(model, tmp_path)
     folder.look()
     assert model.names() == []
 
 
 def test_a_folder_is_watched_until_it_is_stopped(model, tmp_path):
-    folder = AdapterFolder(model, tmp_path, interval_s=0.02)
+    folder = AdapterWatcher(model, tmp_path, interval_s=0.02)
     folder.start()
     staged = write(model, tmp_path / ".staged", 1)
     staged.rename(tmp_path / "protein")
@@ -113,7 +113,7 @@ def test_a_folder_is_watched_until_it_is_stopped(model, tmp_path):
 @pytest.mark.parametrize(("path", "interval"), [("nothing-here", 1.0), (".", 0)])
 def test_what_cant_be_watched_is_refused(model, tmp_path, path, interval):
     with pytest.raises(ConfigError):
-        AdapterFolder(model, tmp_path / path, interval_s=interval)
+        AdapterWatcher(model, tmp_path / path, interval_s=interval)
 
 
 class Unexpected(Exception):
@@ -130,7 +130,7 @@ def test_thread_lives_on_whatever_a_folder_raises(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "load_adapter", failing)
     write(model, tmp_path / "bad", 1)
-    folder = AdapterFolder(model, tmp_path, interval_s=0.02)
+    folder = AdapterWatcher(model, tmp_path, interval_s=0.02)
     folder.start()
     write(model, tmp_path / ".staged", 2).rename(tmp_path / "good")
     wait_for(lambda: model.names() == ["good"], folder)
@@ -151,7 +151,7 @@ def test_link_to_itself_is_told_and_the_others_are_loaded(model, tmp_path):
         (tmp_path / name.split(".")[0] / name).unlink()
         (tmp_path / name.split(".")[0] / name).symlink_to(name)
     write(model, tmp_path / "good", 2)
-    folder = AdapterFolder(model, tmp_path)
+    folder = AdapterWatcher(model, tmp_path)
     folder.look()
     folder.look()
     assert model.names() == ["good"]
@@ -162,7 +162,7 @@ def test_what_cant_be_seen_is_not_taken_for_gone(model, tmp_path, monkeypatch):
     watched = tmp_path / "watched"
     write(model, watched / "team" / "a", 1)
     write(model, watched / "b", 2)
-    folder = AdapterFolder(model, watched)
+    folder = AdapterWatcher(model, watched)
     folder.look()
     scandir = os.scandir
 

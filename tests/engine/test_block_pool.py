@@ -22,7 +22,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.held) < self.pool.num_blocks)
     @rule()
     def take(self) -> None:
-        block = self.pool.take()
+        block = self.pool.allocate()
         assert block not in self.held, "a block that is held was given away"
         free = set(range(self.pool.num_blocks)) - self.held.keys() - set(self.idle)
         if free:
@@ -39,16 +39,16 @@ class PoolMachine(RuleBasedStateMachine):
         block = data.draw(st.sampled_from(sorted(self.held)))
         if block in self.known.values():  # a track names each of its blocks once
             return
-        self.pool.name(block, key)
+        self.pool.cache_full_block(block, key)
         self.known.setdefault(key, block)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
     def find_and_hold(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.known)))
-        block = self.pool.find(key)
+        block = self.pool.get_cached_block(key)
         assert block == self.known[key]
-        self.pool.hold(block)
+        self.pool.touch(block)
         self.held[block] = self.held.get(block, 0) + 1
         if block in self.idle:
             self.idle.remove(block)
@@ -57,7 +57,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(sorted(self.held)))
-        self.pool.leave(block)
+        self.pool.free(block)
         self.held[block] -= 1
         if self.held[block] == 0:
             del self.held[block]
@@ -78,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def exactly_what_is_known_is_found(self) -> None:
         for number in range(6):
-            assert self.pool.find(bytes([number])) == self.known.get(bytes([number]))
+            assert self.pool.get_cached_block(bytes([number])) == self.known.get(bytes([number]))
 
 
 TestPool = PoolMachine.TestCase
@@ -87,59 +87,59 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=N
 
 def test_every_block_is_given_once_until_none_is_left():
     pool = BlockPool(5, 4)
-    assert sorted(pool.take() for _ in range(5)) == [0, 1, 2, 3, 4]
+    assert sorted(pool.allocate() for _ in range(5)) == [0, 1, 2, 3, 4]
     assert (pool.num_available, pool.num_held) == (0, 5)
     with pytest.raises(AssertionError, match="none is available"):
-        pool.take()
+        pool.allocate()
 
 
 def test_a_block_is_available_once_its_last_holder_left():
     pool = BlockPool(1, 4)
-    block = pool.take()
-    pool.hold(block)
-    pool.leave(block)
+    block = pool.allocate()
+    pool.touch(block)
+    pool.free(block)
     assert pool.num_available == 0
-    pool.leave(block)
+    pool.free(block)
     assert pool.num_available == 1
     with pytest.raises(AssertionError, match="left more often than held"):
-        pool.leave(block)
+        pool.free(block)
 
 
 def test_a_block_that_is_used_again_loses_its_name():
     pool = BlockPool(1, 4)
-    block = pool.take()
-    pool.name(block, b"old")
-    pool.leave(block)
-    assert pool.take() == block
-    assert pool.find(b"old") is None
-    pool.name(block, b"new")
-    assert pool.find(b"new") == block
-    pool.leave(block)
-    assert pool.find(b"new") == block, "contents stay known while nobody needs the room"
+    block = pool.allocate()
+    pool.cache_full_block(block, b"old")
+    pool.free(block)
+    assert pool.allocate() == block
+    assert pool.get_cached_block(b"old") is None
+    pool.cache_full_block(block, b"new")
+    assert pool.get_cached_block(b"new") == block
+    pool.free(block)
+    assert pool.get_cached_block(b"new") == block, "contents stay known while nobody needs the room"
 
 
 def test_of_two_blocks_with_the_same_contents_the_first_is_found():
     pool = BlockPool(3, 4)
-    first, second = pool.take(), pool.take()
-    pool.name(first, b"same")
-    pool.name(second, b"same")
-    assert pool.find(b"same") == first
-    pool.leave(second)  # it has no name, so it is free at once, before anything known is thrown away
-    pool.leave(first)
-    assert {pool.take(), pool.take()} == {second, 3 - first - second}
-    assert pool.find(b"same") == first
+    first, second = pool.allocate(), pool.allocate()
+    pool.cache_full_block(first, b"same")
+    pool.cache_full_block(second, b"same")
+    assert pool.get_cached_block(b"same") == first
+    pool.free(second)  # it has no name, so it is free at once, before anything known is thrown away
+    pool.free(first)
+    assert {pool.allocate(), pool.allocate()} == {second, 3 - first - second}
+    assert pool.get_cached_block(b"same") == first
 
 
 def test_using_a_known_block_makes_it_the_youngest():
     pool = BlockPool(2, 4)
-    blocks = [pool.take(), pool.take()]
+    blocks = [pool.allocate(), pool.allocate()]
     for block in blocks:
-        pool.name(block, bytes([block]))
+        pool.cache_full_block(block, bytes([block]))
     for block in blocks:
-        pool.leave(block)
-    pool.hold(blocks[0])
-    pool.leave(blocks[0])
-    assert [pool.take(), pool.take()] == [blocks[1], blocks[0]]
+        pool.free(block)
+    pool.touch(blocks[0])
+    pool.free(blocks[0])
+    assert [pool.allocate(), pool.allocate()] == [blocks[1], blocks[0]]
 
 
 # The table of every track's blocks

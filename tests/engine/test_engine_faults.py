@@ -15,7 +15,7 @@ from loraplex.engine.faults import FaultLog
 from loraplex.engine.progress import Bar
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sched.request_tracker import RequestBook
+from loraplex.engine.sched.request_tracker import RequestTracker
 from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.errors import ConfigError, EngineError, EngineStoppedError, RequestError, TooLargeError
 from tests.engine.engines import answer, assert_same, make_model, prompts, write_adapters
@@ -47,7 +47,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch):
 
 def assert_nothing_held(engine: Engine, model: MultiLoraModel) -> None:
     stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_tracks) == (0, 0, 0, 0)
+    assert (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_sequences) == (0, 0, 0, 0)
     assert all(state.num_leases == 0 for state in model.adapters())
     assert not engine.has_work
     assert engine._book._results == {}
@@ -87,9 +87,9 @@ def test_a_request_that_ended_before_the_fault_keeps_its_result(model, fails_at)
 
 def test_what_ended_in_the_failing_step_is_told_as_failed(model, monkeypatch):
     """Its deltas are lost with the step, so its result must not say that it is whole."""
-    finish = RequestBook.finish
+    finish = RequestTracker.finish
 
-    def failing(book: RequestBook, *given: object) -> object:
+    def failing(book: RequestTracker, *given: object) -> object:
         ended = finish(book, *given)
         raise ZeroDivisionError("just after an answer had ended")
         return ended
@@ -97,7 +97,7 @@ def test_what_ended_in_the_failing_step_is_told_as_failed(model, monkeypatch):
     with Engine(model, CONFIG) as engine:
         request_id = engine.add_request(Request([9, 10], sampling=SamplingParams(max_tokens=2, n=2)))
         engine.step()
-        monkeypatch.setattr(RequestBook, "finish", failing)
+        monkeypatch.setattr(RequestTracker, "finish", failing)
         deltas = []
         while engine.has_work:
             deltas += engine.step()

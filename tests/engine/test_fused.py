@@ -8,7 +8,7 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker.cpu_fusion import FusedModules
+from loraplex.engine.worker.cpu_fusion import CpuFusion
 from loraplex.errors import BaseModelError
 from tests.engine.engines import answer, assert_same, prompts
 from tests.tiny_models import tiny_model
@@ -50,7 +50,7 @@ def test_a_norm_that_computes_something_else_is_left_alone():
             return super().forward(hidden_states) + 0.5
 
     base.model.norm.__class__ = OddRMSNorm
-    fused = FusedModules(base, lambda module: False, lambda: None)
+    fused = CpuFusion(base, lambda module: False, lambda: None)
     assert type(base.model.norm) is OddRMSNorm
     fused.restore()
 

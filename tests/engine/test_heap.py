@@ -8,7 +8,7 @@ import pytest
 
 from loraplex import Engine, MultiLoraModel
 from loraplex.engine import gc_freeze as heap
-from loraplex.engine.gc_freeze import freeze_heap
+from loraplex.engine.gc_freeze import freeze_gc
 from tests.tiny_models import tiny_model
 
 
@@ -42,7 +42,7 @@ def test_an_engine_freezes_what_was_there_until_it_is_closed(model: MultiLoraMod
 
 def test_the_last_owner_counts() -> None:
     first, second = Owner(), Owner()
-    thaw_first, thaw_second = freeze_heap(first), freeze_heap(second)
+    thaw_first, thaw_second = freeze_gc(first), freeze_gc(second)
     thaw_first()
     thaw_first()  # once is enough
     assert gc.get_freeze_count() > 0
@@ -54,7 +54,7 @@ def test_garbage_from_before_is_collected_afterwards() -> None:
     lost = Owner()
     lost.me = lost
     watch, owner = weakref.ref(lost), Owner()
-    thaw = freeze_heap(owner)
+    thaw = freeze_gc(owner)
     del lost
     gc.collect()
     assert watch() is not None  # passed over
@@ -74,5 +74,5 @@ def test_an_engine_that_is_lost_without_being_closed_leaves_too(model: MultiLora
 def test_a_heap_that_somebody_else_froze_is_left_alone() -> None:
     gc.freeze()
     owner = Owner()
-    freeze_heap(owner)()
+    freeze_gc(owner)()
     assert gc.get_freeze_count() > 0

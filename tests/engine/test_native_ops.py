@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.engine.kv.kv_cache import AttentionTerms
-from loraplex.engine.kv.mask_rule import Sight
+from loraplex.engine.kv.mask_rule import MaskRule
 from loraplex.engine.worker import native_ops
 
 pytestmark = pytest.mark.needs("compiler")
@@ -61,14 +61,14 @@ def test_gated_silu_for_small_and_huge_values(dtype, size):
 
 
 SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, sight, softcap, sinks
-    (64, 64, 9, 3, 16, Sight(), None, None),
-    (16, 16, 4, 2, 4, Sight(window=6), None, None),
-    (16, 24, 4, 4, 8, Sight(), 5.0, None),
-    (80, 160, 8, 1, 16, Sight(window=50), 30.0, None),
-    (7, 5, 2, 1, 3, Sight(), None, None),
-    (16, 16, 4, 2, 4, Sight(chunk=7), None, None),
-    (16, 16, 4, 2, 4, Sight(chunk=5, window=3), None, [0.5, -2.0, 9.0, -1e4]),
-    (16, 16, 4, 4, 4, Sight(), 2.0, [20.0, 0.0, 1.0, 2.0]),
+    (64, 64, 9, 3, 16, MaskRule(), None, None),
+    (16, 16, 4, 2, 4, MaskRule(window=6), None, None),
+    (16, 24, 4, 4, 8, MaskRule(), 5.0, None),
+    (80, 160, 8, 1, 16, MaskRule(window=50), 30.0, None),
+    (7, 5, 2, 1, 3, MaskRule(), None, None),
+    (16, 16, 4, 2, 4, MaskRule(chunk=7), None, None),
+    (16, 16, 4, 2, 4, MaskRule(chunk=5, window=3), None, [0.5, -2.0, 9.0, -1e4]),
+    (16, 16, 4, 4, 4, MaskRule(), 2.0, [20.0, 0.0, 1.0, 2.0]),
 ]
 
 

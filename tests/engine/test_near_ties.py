@@ -11,7 +11,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import largest, token_logprobs, top_tokens
-from loraplex.xlora.two_pass.speculation import DraftedStep
+from loraplex.xlora.two_pass.speculation import SpeculativeStep
 from loraplex.xlora.two_pass.two_pass import TwoPass
 from tests.engine.near_ties import Seen, near_tied, output_layer_seen
 from tests.tiny_models import random_peft_adapter
@@ -129,7 +129,7 @@ def test_drafts_guess_by_float32_logits(tmp_path, monkeypatch):
         model.load_adapter(str(i), folder)
     model.create_mixture("m", ["1", "2"], XLoraConfig())
     guesses: list[Tensor] = []
-    for owner, name in ((TwoPass, "guess"), (DraftedStep, "_guess_of")):
+    for owner, name in ((TwoPass, "guess"), (SpeculativeStep, "_guess_of")):
         former = getattr(owner, name)
 
         def guess(*args: object, former=former) -> Tensor:

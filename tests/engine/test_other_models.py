@@ -8,7 +8,7 @@ from torch import nn
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.kv.mask_rule import Sight
+from loraplex.engine.kv.mask_rule import MaskRule
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import BaseModelError
@@ -69,9 +69,9 @@ def test_attention_in_chunks_sees_its_own_chunk():
 
 def test_windows_and_chunks_are_read_off_the_masks():
     for base, expected in (
-        (make_model("qwen2_moe"), [Sight(window=W), Sight()]),
-        (make_model("phimoe"), [Sight(window=W)] * 2),
-        (_llama4_without_own_positions(), [Sight(chunk=W), Sight()] * 2),
+        (make_model("qwen2_moe"), [MaskRule(window=W), MaskRule()]),
+        (make_model("phimoe"), [MaskRule(window=W)] * 2),
+        (_llama4_without_own_positions(), [MaskRule(chunk=W), MaskRule()] * 2),
     ):
         with Engine(MultiLoraModel(base), CONFIG) as engine:
             assert [shape.terms.sight for shape in engine._runner.cache.shapes.values()] == expected

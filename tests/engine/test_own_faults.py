@@ -7,14 +7,14 @@ import pytest
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.frontend.detokenizer import AnswerText
+from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import TokenChooser
-from loraplex.engine.sched.request_adapters import Binding
-from loraplex.engine.sched.scaling_pass import ScalingPass
-from loraplex.engine.sched.sequence import Generation
-from loraplex.engine.worker.captures import Observations
+from loraplex.engine.sampling.sampler import Sampler
+from loraplex.engine.sched.request_adapters import RequestAdapters
+from loraplex.engine.sched.scaling_pass import SequenceScalingPass
+from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.worker.captures import Captures
 from loraplex.errors import EngineError
 from loraplex.residual.capture import CaptureRequest
 from tests.engine.engines import make_model, write_adapters
@@ -54,19 +54,19 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, kind: type, method: str, nth: int)
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        (TokenChooser, "choose"),
-        (TokenChooser, "took"),
-        (AnswerText, "add"),
-        (AnswerText, "end"),
-        (Observations, "saw"),
-        (Observations, "step_scalings"),
-        (Observations, "capture"),
-        (Binding, "main_routes"),
-        (Binding, "main_keys"),
-        (Binding, "_bind_mixtures"),
-        (Generation, "completion"),
-        (ScalingPass, "took"),
-        (ScalingPass, "settle"),
+        (Sampler, "choose"),
+        (Sampler, "took"),
+        (Detokenizer, "add"),
+        (Detokenizer, "end"),
+        (Captures, "saw"),
+        (Captures, "step_scalings"),
+        (Captures, "capture"),
+        (RequestAdapters, "main_routes"),
+        (RequestAdapters, "main_keys"),
+        (RequestAdapters, "_bind_mixtures"),
+        (SequenceState, "completion"),
+        (SequenceScalingPass, "took"),
+        (SequenceScalingPass, "settle"),
     ],
 )
 def test_own_work_that_fails_ends_one_request(model, monkeypatch, kind, method, nth):
@@ -84,7 +84,7 @@ def test_own_work_that_fails_ends_one_request(model, monkeypatch, kind, method, 
             assert result in failed or result.token_ids == right.token_ids
         assert engine.faults.count == 0
         stats = engine.stats()
-        assert (stats.num_blocks_held, stats.num_tracks) == (0, 0)
+        assert (stats.num_blocks_held, stats.num_sequences) == (0, 0)
         assert all(state.num_leases == 0 for state in model.adapters())
 
 

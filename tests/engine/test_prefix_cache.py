@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
-from loraplex.engine.kv.sequence_kv import KeyPart, Track
+from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceKV
 
 BLOCK = 4
-ADAPTER, OTHER = KeyPart(identity=("adapter", 1)), KeyPart(identity=("adapter", 2))
+ADAPTER, OTHER = ExtraKey(identity=("adapter", 1)), ExtraKey(identity=("adapter", 2))
 
 
 class Cache:
@@ -19,19 +19,19 @@ class Cache:
         self.pool = BlockPool(num_blocks, BLOCK)
         self.table = BlockTable(4, 32, torch.device("cpu"))
 
-    def track(self, tokens: Iterable[int], *keys: KeyPart) -> Track:
-        return Track(list(tokens), (), keys, self.pool, self.table)
+    def track(self, tokens: Iterable[int], *keys: ExtraKey) -> SequenceKV:
+        return SequenceKV(list(tokens), (), keys, self.pool, self.table)
 
-    def compute(self, tokens: Iterable[int], *keys: KeyPart, certain: int | None = None) -> Track:
+    def compute(self, tokens: Iterable[int], *keys: ExtraKey, certain: int | None = None) -> SequenceKV:
         """A track whose tokens have all run; the first `certain` of them are no drafts."""
         track = self.track(tokens, *keys)
         track.reuse(len(track.tokens))
         track.grow(len(track.tokens))
         track.num_computed = len(track.tokens)
-        track.name_blocks(len(track.tokens) if certain is None else certain)
+        track.cache_full_blocks(len(track.tokens) if certain is None else certain)
         return track
 
-    def found(self, tokens: Iterable[int], *keys: KeyPart) -> int:
+    def found(self, tokens: Iterable[int], *keys: ExtraKey) -> int:
         """How many tokens of a prompt are known."""
         track = self.track(tokens, *keys)
         track.reuse(len(track.tokens))
@@ -73,7 +73,7 @@ def test_adapters_have_prefixes_of_their_own(cache):
 @pytest.mark.parametrize(("active_from", "shared"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (50, 12)])
 def test_what_is_active_from_a_token_on_shares_the_blocks_before_it(cache, active_from, shared):
     cache.compute(range(12))
-    late = KeyPart(identity=("alora", 1), active_from=active_from)
+    late = ExtraKey(identity=("alora", 1), active_from=active_from)
     assert cache.found(range(12), late) == shared
     cache.compute(range(12), late)
     assert cache.found(range(12), late) == 12
@@ -110,14 +110,14 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
     cache = Cache(num_blocks=3)
     cache.compute(range(12)).close()
     for known in (8, 4, 0):
-        cache.pool.take()
+        cache.pool.allocate()
         assert cache.found(range(12)) == known
 
 
 def test_drafts_are_not_known(cache):
     track = cache.compute(range(8), certain=7)
     assert cache.found(range(8)) == 4
-    track.name_blocks(8)
+    track.cache_full_blocks(8)
     assert cache.found(range(8)) == 8
 
 
@@ -125,7 +125,7 @@ def test_tokens_that_have_not_run_are_not_known(cache):
     track = cache.track(range(8))
     track.grow(8)
     track.num_computed = 5
-    track.name_blocks(8)
+    track.cache_full_blocks(8)
     assert cache.found(range(8)) == 4
 
 
@@ -162,7 +162,7 @@ def test_a_dropped_track_begins_anew_and_finds_what_it_named(cache):
     track.tokens += [70, 71, 72]
     track.grow(12)
     track.num_computed = 12
-    track.name_blocks(12)
+    track.cache_full_blocks(12)
     assert cache.found([*range(10), 70, 71]) == 12
 
 
@@ -184,7 +184,7 @@ def test_clearing_forgets_what_nobody_holds(cache):
 
 
 PROMPTS = st.lists(st.integers(0, 1), max_size=14)
-SETS_OF_KEYS = st.sampled_from(((), (ADAPTER,), (KeyPart(identity=("alora",), active_from=5),)))
+SETS_OF_KEYS = st.sampled_from(((), (ADAPTER,), (ExtraKey(identity=("alora",), active_from=5),)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -195,7 +195,7 @@ def test_what_is_found_is_the_longest_whole_prefix_that_ran(ran, prompt, keys):
     for tokens, own in ran:
         cache.compute(tokens, *own).close()
 
-    def blocks(tokens: list[int], own: tuple[KeyPart, ...]) -> list[tuple[object, ...]]:
+    def blocks(tokens: list[int], own: tuple[ExtraKey, ...]) -> list[tuple[object, ...]]:
         """What each whole block's contents follow from."""
         made = []
         for stop in range(BLOCK, len(tokens) + 1, BLOCK):

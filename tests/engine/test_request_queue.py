@@ -7,14 +7,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.sched.fair_shares import Shares
-from loraplex.engine.sched.request_queue import Waiting
+from loraplex.engine.sched.fair_shares import FairShares
+from loraplex.engine.sched.request_queue import RequestQueue
 
 A, B, C = ("a",), ("b",), ("c",)
 
 
 class One:
-    """A generation, as far as a queue looks at it."""
+    """A sequence, as far as a queue looks at it."""
 
     def __init__(self, share: tuple[str, ...] = A, priority: int = 0) -> None:
         self.state = SimpleNamespace(request=SimpleNamespace(priority=priority), share=share)
@@ -25,8 +25,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.shares = Shares()
-        self.waiting = Waiting(self.shares)
+        self.shares = FairShares()
+        self.waiting = RequestQueue(self.shares)
         self.queues: dict[tuple[int, tuple[str, ...]], list] = {}
         self.running: list = []
         self.served: dict[tuple[str, ...], float] = {}
@@ -107,7 +107,7 @@ TestQueue.settings = settings(max_examples=30, stateful_step_count=30, deadline=
 
 
 def test_within_a_queue_the_first_to_come_is_the_head():
-    waiting = Waiting(Shares())
+    waiting = RequestQueue(FairShares())
     first, second = One(), One()
     waiting.add(first)
     waiting.add(second)
@@ -117,7 +117,7 @@ def test_within_a_queue_the_first_to_come_is_the_head():
 
 
 def test_who_is_put_back_goes_before_those_that_never_ran():
-    waiting = Waiting(Shares())
+    waiting = RequestQueue(FairShares())
     new, paused = One(), One()
     waiting.add(new)
     waiting.put_back(paused)
@@ -126,11 +126,11 @@ def test_who_is_put_back_goes_before_those_that_never_ran():
 
 
 def test_priority_comes_before_shares():
-    shares = Shares()
+    shares = FairShares()
     for share in (A, B):
         shares.enter(share)
     shares.charge(A, 1000)
-    waiting = Waiting(shares)
+    waiting = RequestQueue(shares)
     urgent, other = One(A, priority=1), One(B)
     waiting.add(other)
     waiting.add(urgent)
@@ -138,12 +138,12 @@ def test_priority_comes_before_shares():
 
 
 def test_the_share_that_got_least_comes_first():
-    shares = Shares()
+    shares = FairShares()
     for share in (A, B, C):
         shares.enter(share)
     for share, num_tokens in ((A, 30), (B, 10), (C, 20)):
         shares.charge(share, num_tokens)
-    waiting = Waiting(shares)
+    waiting = RequestQueue(shares)
     for share in (A, B, C):
         waiting.add(One(share))
     assert [one.state.share for one in waiting.heads()] == [B, C, A]
@@ -152,7 +152,7 @@ def test_the_share_that_got_least_comes_first():
 
 
 def test_one_that_does_not_wait_can_not_be_removed():
-    waiting = Waiting(Shares())
+    waiting = RequestQueue(FairShares())
     waiting.add(One())
     with pytest.raises((ValueError, KeyError)):
         waiting.remove(One())
@@ -166,7 +166,7 @@ def test_one_that_does_not_wait_can_not_be_removed():
 
 
 def test_a_share_that_comes_starts_with_the_least_served_one():
-    shares = Shares()
+    shares = FairShares()
     shares.enter(A)
     shares.charge(A, 70)
     shares.enter(B)
@@ -176,7 +176,7 @@ def test_a_share_that_comes_starts_with_the_least_served_one():
 
 
 def test_a_share_keeps_what_it_got_while_any_request_of_it_is_there():
-    shares = Shares()
+    shares = FairShares()
     shares.enter(A)
     shares.enter(A)
     shares.charge(A, 50)
@@ -191,7 +191,7 @@ def test_a_share_keeps_what_it_got_while_any_request_of_it_is_there():
 
 
 def test_tokens_of_a_share_that_left_are_not_counted():
-    shares = Shares()
+    shares = FairShares()
     shares.charge(A, 10)
     assert shares.served(A) == 0
     shares.enter(A)

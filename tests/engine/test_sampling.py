@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import TokenChooser, draw, largest, token_logprobs
+from loraplex.engine.sampling.sampler import Sampler, draw, largest, token_logprobs
 from loraplex.errors import EngineError, RequestError
 
 VOCAB = 50
@@ -57,7 +57,7 @@ def test_tokens_are_drawn_with_transformers_probabilities(options):
 
 def test_repetition_penalty_is_transformers():
     answer = [7, 7, 9]
-    chooser = TokenChooser(SamplingParams(repetition_penalty=1.7), PROMPT, (), seed=0)
+    chooser = Sampler(SamplingParams(repetition_penalty=1.7), PROMPT, (), seed=0)
     for token in answer:
         chooser.took(token)
     for seed in range(20):
@@ -69,7 +69,7 @@ def test_repetition_penalty_is_transformers():
 def test_presence_and_frequency_penalties_count_the_answer_only():
     values = torch.zeros(VOCAB)
     values[3], values[7], values[8] = 1.05, 1.3, 1.0  # 3 is in the prompt
-    chooser = TokenChooser(SamplingParams(presence_penalty=0.1, frequency_penalty=0.2), PROMPT, (), seed=0)
+    chooser = Sampler(SamplingParams(presence_penalty=0.1, frequency_penalty=0.2), PROMPT, (), seed=0)
     chosen = []
     for _ in range(4):
         chosen.append(chooser.choose(values))
@@ -81,15 +81,15 @@ def test_bias_moves_a_token_up_and_forbids_another():
     values = logits()
     best, worst = int(values.argmax()), int(values.argmin())
     sampling = SamplingParams(logit_bias={worst: 100.0})
-    assert TokenChooser(sampling, PROMPT, (), seed=0).choose(values) == worst
-    forbidden = TokenChooser(SamplingParams(logit_bias={best: float("-inf")}), PROMPT, (), seed=0)
+    assert Sampler(sampling, PROMPT, (), seed=0).choose(values) == worst
+    forbidden = Sampler(SamplingParams(logit_bias={best: float("-inf")}), PROMPT, (), seed=0)
     assert forbidden.choose(values) == int(values.topk(2).indices[1])
 
 
 def test_end_tokens_wait_for_min_tokens():
     values = logits()
     best, second = values.topk(2).indices.tolist()
-    chooser = TokenChooser(SamplingParams(min_tokens=2), PROMPT, (best,), seed=0)
+    chooser = Sampler(SamplingParams(min_tokens=2), PROMPT, (best,), seed=0)
     for expected in (second, second, best):
         assert chooser.choose(values) == expected
         chooser.took(expected)
@@ -150,7 +150,7 @@ def test_the_largest_logit_is_argmaxs_at_ties_and_nan_too(vocab: int, dtype: tor
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("temperature", [1e-30, 1e-300])
 def test_the_smallest_temperatures_give_the_greedy_token(temperature, filters):
-    chooser = TokenChooser(SamplingParams(temperature=temperature, **filters), PROMPT, (), seed=0)
+    chooser = Sampler(SamplingParams(temperature=temperature, **filters), PROMPT, (), seed=0)
     for seed in range(10):
         values = logits(seed)
         assert chooser.choose(values) == int(values.argmax())
@@ -161,7 +161,7 @@ def test_the_largest_penalties_and_biases_still_order_tokens(temperature):
     values = torch.zeros(VOCAB)
     values[3:5] = 1.0
     sampling = {"repetition_penalty": 1e-38, "logit_bias": {4: 3e38, 5: -torch.inf}, "presence_penalty": -3e38}
-    chooser = TokenChooser(SamplingParams(temperature=temperature, **sampling), PROMPT, (), seed=0)
+    chooser = Sampler(SamplingParams(temperature=temperature, **sampling), PROMPT, (), seed=0)
     for _ in range(3):
         assert chooser.choose(values) == 4
         chooser.took(4)
@@ -171,11 +171,11 @@ def test_the_largest_penalties_and_biases_still_order_tokens(temperature):
 def test_a_request_whose_options_leave_no_token_is_told(temperature):
     nothing = SamplingParams(temperature=temperature, logit_bias=dict.fromkeys(range(VOCAB), -torch.inf))
     with pytest.raises(RequestError, match="logit_bias"):
-        TokenChooser(nothing, PROMPT, (), seed=0).choose(logits())
+        Sampler(nothing, PROMPT, (), seed=0).choose(logits())
     ends = {token: -torch.inf for token in range(VOCAB) if token != 7}
     only_an_end = SamplingParams(temperature=temperature, logit_bias=ends, min_tokens=2)
     with pytest.raises(RequestError, match="min_tokens"):
-        TokenChooser(only_an_end, PROMPT, (7,), seed=0).choose(logits())
+        Sampler(only_an_end, PROMPT, (7,), seed=0).choose(logits())
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"presence_penalty": 1.0}], ids=str)
@@ -183,4 +183,4 @@ def test_logits_that_are_nan_are_told(options):
     values = logits()
     values[3] = torch.nan
     with pytest.raises(EngineError, match="NaN"):
-        TokenChooser(SamplingParams(**options), PROMPT, (), seed=0).choose(values)
+        Sampler(SamplingParams(**options), PROMPT, (), seed=0).choose(values)

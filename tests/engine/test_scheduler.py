@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.worker.input_batch import Part
+from loraplex.engine.worker.input_batch import ScheduledChunk
 from tests.engine.scheduled import BLOCK, Bench, main_tokens
 
 LONGEST = 40  # tokens of prompt and answer
@@ -36,10 +36,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, kind: tuple[str, tuple[str, ...]], num_prompt: int, max_new: int, priority: int, first: int) -> None:
         share, scalings = kind
-        generation = self.bench.add(
+        sequence = self.bench.add(
             num_prompt, share=share, scalings=scalings, priority=priority, max_new=max_new, first=first
         )
-        self.asked.append((generation, num_prompt, max_new))
+        self.asked.append((sequence, num_prompt, max_new))
 
     def unfinished(self) -> list:
         return [*self.bench.scheduler.running, *self.bench.scheduler.waiting]
@@ -48,10 +48,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(0, len(self.unfinished()) - 1))
-        generation = self.unfinished()[number]
-        self.bench.scheduler.remove(generation)
-        self.cancelled.add(generation)
-        assert generation not in self.unfinished()
+        sequence = self.unfinished()[number]
+        self.bench.scheduler.remove(sequence)
+        self.cancelled.add(sequence)
+        assert sequence not in self.unfinished()
 
     @rule(missing=st.sets(st.sampled_from(["a", "mixture"])))
     def adapters_come_and_go(self, missing: set[str]) -> None:
@@ -59,7 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(guesses=st.sampled_from((None, None, (7,))))
     def step(self, guesses: tuple[int, ...] | None) -> None:
-        before = {track: track.num_computed for generation in self.unfinished() for track in generation.tracks}
+        before = {track: track.num_computed for sequence in self.unfinished() for track in sequence.tracks}
         runnable = [g for g in self.unfinished() if g.state.share[0] not in self.bench.missing]
         parts = self.bench.step(guesses)
         if runnable:
@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_budget(parts)
         self.check_order_of_passes(parts, before)
 
-    def check_budget(self, parts: list[Part]) -> None:
+    def check_budget(self, parts: list[ScheduledChunk]) -> None:
         chunks = [part for part in parts if is_chunk(part)]
         num_decoded = sum(part.count for part in parts) - sum(part.count for part in chunks)
         allowed = max(self.bench.config.max_step_tokens - num_decoded, BLOCK)
@@ -75,11 +75,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(part.count for part in chunks) <= allowed
         assert len({part.track for part in parts}) == len(parts), "a pass has two parts of one track"
 
-    def check_order_of_passes(self, parts: list[Part], before: dict) -> None:
+    def check_order_of_passes(self, parts: list[ScheduledChunk], before: dict) -> None:
         for part in parts:
             assert part.start == before.get(part.track, part.start), "tokens were left out or run twice"
             assert part.count > 0
-            for scaling in part.generation.scalings if part.scaling is None else ():
+            for scaling in part.sequence.scalings if part.scaling is None else ():
                 assert part.stop <= before.get(scaling.track, part.stop), (
                     "the main pass ran before its gates were known"
                 )
@@ -98,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_held_is_what_tracks_hold(self) -> None:
-        tracks = [track for generation in self.unfinished() for track in generation.tracks]
+        tracks = [track for sequence in self.unfinished() for track in sequence.tracks]
         blocks = [block for track in tracks for block in track.blocks]
         assert self.bench.pool.num_held == len(set(blocks))
         assert self.bench.table.num_rows_held == len(tracks) == len({track.row for track in tracks})
@@ -109,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_writes_a_block_holds_it_alone(self) -> None:
-        tracks = [track for generation in self.unfinished() for track in generation.tracks]
+        tracks = [track for sequence in self.unfinished() for track in sequence.tracks]
         being_written = [block for track in tracks for block in track.blocks[track.num_computed // BLOCK :]]
         all_blocks = [block for track in tracks for block in track.blocks]
         assert all(all_blocks.count(block) == 1 for block in being_written)
@@ -120,14 +120,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.bench.missing = set()
         self.bench.finish()
         assert (self.bench.pool.num_held, self.bench.table.num_rows_held) == (0, 0)
-        for generation, num_prompt, max_new in self.asked:
-            if generation not in self.cancelled:
+        for sequence, num_prompt, max_new in self.asked:
+            if sequence not in self.cancelled:
                 answer = list(range(1000 + num_prompt, 1000 + num_prompt + max_new))
-                assert generation.new_tokens == answer, "tokens were lost or made twice"
+                assert sequence.new_tokens == answer, "tokens were lost or made twice"
 
 
-def is_chunk(part: Part) -> bool:
-    return part.stop < part.generation.num_prompt or part.count > 1
+def is_chunk(part: ScheduledChunk) -> bool:
+    return part.stop < part.sequence.num_prompt or part.count > 1
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -139,8 +139,8 @@ TestScheduler.settings = settings(max_examples=25, stateful_step_count=25, deadl
 
 def test_a_long_prompt_is_read_in_chunks_of_the_budget():
     bench = Bench(max_step_tokens=16)
-    generation = bench.add(50, max_new=1)
-    assert [main_tokens(bench.step(), generation) for _ in range(4)] == [16, 16, 16, 2]
+    sequence = bench.add(50, max_new=1)
+    assert [main_tokens(bench.step(), sequence) for _ in range(4)] == [16, 16, 16, 2]
     assert not bench.scheduler.running
 
 
@@ -150,7 +150,7 @@ def test_answers_come_first_and_prompts_get_what_is_left():
     bench.step()
     reading = bench.add(30, first=100)
     parts = bench.step()
-    assert [main_tokens(parts, generation) for generation in answering] == [1, 1]
+    assert [main_tokens(parts, sequence) for sequence in answering] == [1, 1]
     assert main_tokens(parts, reading) == 6
 
 
@@ -161,7 +161,7 @@ def test_prompts_get_on_by_a_block_however_many_answers_there_are():
         bench.step()
     reading = bench.add(30, first=100)
     parts = bench.step()
-    assert all(main_tokens(parts, generation) == 1 for generation in answering)
+    assert all(main_tokens(parts, sequence) == 1 for sequence in answering)
     assert main_tokens(parts, reading) == BLOCK
 
 
@@ -178,7 +178,7 @@ def test_two_prompts_share_one_budget():
 
 def test_a_scaling_pass_is_a_chunk_ahead_of_its_main_pass():
     bench = Bench(max_step_tokens=16, draft=False)
-    generation = bench.add(20, scalings=["base"], max_new=2)
+    sequence = bench.add(20, scalings=["base"], max_new=2)
     seen = []
     while bench.scheduler.running or not seen:
         parts = bench.step()
@@ -188,27 +188,27 @@ def test_a_scaling_pass_is_a_chunk_ahead_of_its_main_pass():
     assert seen[2] == {False: (16, 20)}
     assert seen[3] == {True: (16, 20)}
     assert seen[4:] == [{False: (20, 21)}, {True: (20, 21)}]
-    assert generation.num_new == 2
+    assert sequence.num_new == 2
 
 
 def test_with_right_drafts_every_step_gives_a_token():
     bench = Bench()
-    generation = bench.add(4, scalings=["base"], max_new=8)
+    sequence = bench.add(4, scalings=["base"], max_new=8)
     for _ in range(3):  # the prompt's scaling pass, its main pass, the first token's scaling pass
         bench.step()
     for num_new in range(2, 8):
         assert {(part.scaling is None, part.count) for part in bench.step()} >= {(True, 1)}
-        assert generation.num_new == num_new
+        assert sequence.num_new == num_new
 
 
 def test_a_wrong_draft_costs_a_pass_and_its_result_is_thrown_away():
     bench = Bench()
-    generation = bench.add(4, scalings=["base"], max_new=6)
+    sequence = bench.add(4, scalings=["base"], max_new=6)
     read: list[list[int]] = []
-    while generation.num_new < 6:
+    while sequence.num_new < 6:
         parts = bench.step(guesses=(7,))
         read += [tokens for part, tokens in zip(parts, bench.tokens_read, strict=True) if part.scaling is not None]
-    assert generation.new_tokens == [1004 + i for i in range(6)]
+    assert sequence.new_tokens == [1004 + i for i in range(6)]
     assert [7] in read, "no draft ran"
     certain = [tokens for tokens in read if tokens != [7]]
     assert certain == [[0, 1, 2, 3], *([1004 + i] for i in range(5))], "a token's own scaling pass was left out"
@@ -216,9 +216,9 @@ def test_a_wrong_draft_costs_a_pass_and_its_result_is_thrown_away():
 
 def test_the_last_token_of_an_answer_is_not_drafted_beyond():
     bench = Bench()
-    generation = bench.add(4, scalings=["base"], max_new=3)
+    sequence = bench.add(4, scalings=["base"], max_new=3)
     furthest = 0
-    while generation.num_new < 3:
+    while sequence.num_new < 3:
         furthest = max([furthest, *(part.stop for part in bench.step() if part.scaling is not None)])
     assert furthest == 4 + 3 - 1, "a scaling pass ran for a token whose main pass never runs"
 
@@ -228,11 +228,11 @@ def test_the_last_token_of_an_answer_is_not_drafted_beyond():
 
 def test_who_ranks_last_loses_its_blocks_and_comes_back_to_the_same_answer():
     bench = Bench(num_blocks=6, fair_tokens=1000)
-    generations = [bench.add(8, first=100 * i, max_new=10) for i in range(2)]
+    sequences = [bench.add(8, first=100 * i, max_new=10) for i in range(2)]
     ended = bench.finish()
     assert bench.scheduler.num_preempted > 0
-    assert ended == generations, "the later one gives way"
-    assert all(generation.new_tokens == list(range(1008, 1018)) for generation in ended)
+    assert ended == sequences, "the later one gives way"
+    assert all(sequence.new_tokens == list(range(1008, 1018)) for sequence in ended)
 
 
 def test_of_what_a_preempted_generation_computed_the_end_goes_first_and_the_rest_is_found_again():
@@ -323,13 +323,13 @@ def test_shares_that_compete_get_equal_tokens():
     few = [bench.add(2, share="few", first=500 + 10 * i, max_new=20) for i in range(2)]
     bench.step()
     got = {("many",): 0, ("few",): 0}
-    while any(generation.num_new < 20 for generation in few):
+    while any(sequence.num_new < 20 for sequence in few):
         for part in bench.step():
-            got[part.generation.state.share] += part.count
+            got[part.sequence.state.share] += part.count
     assert abs(got["many",] - got["few",]) <= 4 + 2 * 3, got
 
 
 def test_within_a_share_the_first_to_come_is_the_first_to_go():
     bench = Bench(max_running=1)
-    generations = [bench.add(3, share="a", first=10 * i, max_new=4) for i in range(5)]
-    assert bench.finish() == generations
+    sequences = [bench.add(3, share="a", first=10 * i, max_new=4) for i in range(5)]
+    assert bench.finish() == sequences

@@ -8,7 +8,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.kv.block_pool import BlockPool
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sched.fair_shares import Shares
+from loraplex.engine.sched.fair_shares import FairShares
 from tests.engine.engines import Prompted, answer, assert_same, make_model, prompts, write_adapters
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # of the tiny llama: keys and values, layers, heads, dim, float32, tokens
@@ -66,7 +66,7 @@ def test_one_tenant_with_many_requests_does_not_starve_another(model):
 
 
 def test_shares_that_come_back_save_up_no_credit():
-    shares = Shares()
+    shares = FairShares()
     shares.enter(("a",))
     shares.charge(("a",), 100)
     shares.enter(("b",))
@@ -157,18 +157,18 @@ def test_requests_that_begin_alike_wait_for_the_first_to_compute_it(model):
 
 def test_blocks_are_evicted_oldest_first_and_never_while_held():
     pool = BlockPool(3, 4)
-    first, second, held = pool.take(), pool.take(), pool.take()
+    first, second, held = pool.allocate(), pool.allocate(), pool.allocate()
     for block, key in ((first, b"1"), (second, b"2"), (held, b"3")):
-        pool.name(block, key)
-    pool.leave(second)
-    pool.leave(first)
+        pool.cache_full_block(block, key)
+    pool.free(second)
+    pool.free(first)
     assert (pool.num_available, pool.num_held) == (2, 1)
-    assert pool.take() == second
-    assert pool.find(b"2") is None
-    assert pool.find(b"1") == first
-    pool.hold(first)
+    assert pool.allocate() == second
+    assert pool.get_cached_block(b"2") is None
+    assert pool.get_cached_block(b"1") == first
+    pool.touch(first)
     assert pool.num_available == 0
-    pool.leave(first)
+    pool.free(first)
     pool.forget_all_idle()
-    assert pool.find(b"1") is None
-    assert pool.find(b"3") == held
+    assert pool.get_cached_block(b"1") is None
+    assert pool.get_cached_block(b"3") == held

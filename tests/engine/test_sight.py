@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraplex.engine.kv.mask_rule import Sight, sight_of
+from loraplex.engine.kv.mask_rule import MaskRule, sight_of
 
 LENGTH = 5000
 KEYS = torch.arange(LENGTH + 1)
@@ -11,7 +11,11 @@ KEYS = torch.arange(LENGTH + 1)
 
 @pytest.mark.parametrize(
     "sight",
-    [Sight(), *(Sight(window=n) for n in (1, 2, 7, 16, 4096, 4999)), *(Sight(chunk=n) for n in (2, 3, 16, 2048, 4999))],
+    [
+        MaskRule(),
+        *(MaskRule(window=n) for n in (1, 2, 7, 16, 4096, 4999)),
+        *(MaskRule(chunk=n) for n in (2, 3, 16, 2048, 4999)),
+    ],
     ids=str,
 )
 def test_windows_and_chunks_of_any_size_are_found(sight):
@@ -23,7 +27,7 @@ def test_windows_and_chunks_of_any_size_are_found(sight):
 
 
 def test_what_no_sequence_is_long_enough_for_is_no_window():
-    assert sight_of(lambda p: (KEYS[: p + 2] <= p) & (KEYS[: p + 2] > p - LENGTH), LENGTH) == Sight()
+    assert sight_of(lambda p: (KEYS[: p + 2] <= p) & (KEYS[: p + 2] > p - LENGTH), LENGTH) == MaskRule()
 
 
 @pytest.mark.parametrize(

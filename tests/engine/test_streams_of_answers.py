@@ -11,7 +11,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import TokenChooser
+from loraplex.engine.sampling.sampler import Sampler
 from tests.tiny_models import tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22)
@@ -82,14 +82,14 @@ def test_an_answer_that_fails_does_not_shorten_the_others(model, monkeypatch):
     other = Request([12, 13], sampling=SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=2))
     with Engine(model, CONFIG) as engine:
         good, other_result = engine.generate([failing, other])
-    choose = TokenChooser.choose
+    choose = Sampler.choose
 
-    def fails(chooser: TokenChooser, logits: object) -> int:
+    def fails(chooser: Sampler, logits: object) -> int:
         if chooser._generator.initial_seed() == 2 and chooser.sampling.max_tokens == 4 and chooser._counts.total() == 1:
             raise ZeroDivisionError("a sampler that fails")
         return choose(chooser, logits)
 
-    monkeypatch.setattr(TokenChooser, "choose", fails)
+    monkeypatch.setattr(Sampler, "choose", fails)
     deltas, other_deltas = streamed(model, [failing, other])
     assert_whole(other_deltas, other_result)
     by_index = {index: [delta for delta in deltas if delta.index == index] for index in range(3)}

@@ -19,7 +19,7 @@ from loraplex.training import TrainConfig, train_adapters
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.core.checkpoint import FILE, load_checkpoint
-from loraplex.training.core.run_fingerprint import run_identity
+from loraplex.training.core.run_fingerprint import run_fingerprint
 from loraplex.training.data.examples import make_examples
 from loraplex.training.data.records import read_records
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
@@ -142,7 +142,7 @@ class Bench:
                 path.unlink()
 
     def _load_checkpoint(self, folder: Path, draw: random.Random) -> None:
-        identity = run_identity(self._states, self.model.base)
+        identity = run_fingerprint(self._states, self.model.base)
         load_checkpoint(folder, self._states, identity)
 
     def _data(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import gated_lora_stacked
 from loraplex.routing.plan import RoutingPlan, Segment
-from loraplex.routing.weight_provider import SlotBank
+from loraplex.routing.weight_provider import SlotWeightProvider
 from tests.examples import examples
 from tests.kernels.rounding import Sizes, excess, output_sizes
 
@@ -33,7 +33,7 @@ def make_plan(num_in, num_out, ranks, segments, num_tokens, dtype=torch.float32)
             scaling=0.5 + slot,
         )
         slots.put(slot, PreparedAdapter(layers={0: weights}))
-    return RoutingPlan(segments, num_tokens, SlotBank(slots))
+    return RoutingPlan(segments, num_tokens, SlotWeightProvider(slots))
 
 
 def run_kernel(name, plan, y, x):

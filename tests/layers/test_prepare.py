@@ -67,7 +67,7 @@ def test_dora_is_folded_into_b_and_a_gain_whatever_way_the_module_stores_its_wei
     weights = make_weights("embedding" if isinstance(module, nn.Embedding) else "linear", dora=True)
     prepared = prepare_weights("module", weights, module, torch.float32)
     ratio = norm_ratio_in_float64(weights, base)
-    torch.testing.assert_close(prepared.gain.double(), ratio - 1, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prepared.dora_scale.double(), ratio - 1, rtol=0, atol=1e-5)
     torch.testing.assert_close(prepared.lora_b.double(), weights.lora_b.double() * ratio, rtol=1e-5, atol=1e-6)
     assert torch.equal(prepared.lora_a, weights.lora_a)
     assert prepared.scaling == weights.scaling
@@ -86,13 +86,13 @@ def test_factors_take_the_dtype_of_the_base_and_are_contiguous(dtype):
         assert prepared.lora_b.is_contiguous()
         assert torch.equal(prepared.lora_a, given.lora_a.to(dtype))
         assert torch.equal(prepared.lora_b, given.lora_b.to(dtype))
-        assert prepared.gain is None
+        assert prepared.dora_scale is None
 
 
 def test_gain_keeps_float32_beside_factors_of_the_base_dtype():
     prepared = prepare_weights("module", make_weights(dora=True), nn.Linear(IN, OUT), torch.bfloat16)
     assert prepared.lora_b.dtype == torch.bfloat16
-    assert prepared.gain.dtype == torch.float32
+    assert prepared.dora_scale.dtype == torch.float32
 
 
 def scaled_embedding() -> nn.Module:

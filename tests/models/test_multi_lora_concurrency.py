@@ -14,12 +14,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from loraplex import MultiLoraModel, StoreConfig
 from loraplex.errors import AdapterNotFoundError
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 
 TIMEOUT_S = 20
 IDS = torch.randint(3, VOCAB_SIZE, (4, 12), generator=torch.Generator().manual_seed(0))
-ROWS: list[RowChoice] = ["a", None, "b:0.6+a", "b"]
+ROWS: list[AdapterSpec] = ["a", None, "b:0.6+a", "b"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ class BeforeToken(LogitsProcessor):
         return scores
 
 
-def generate(model: MultiLoraModel, adapters: list[RowChoice], *hooks: BeforeToken, num_tokens: int = 10) -> Tensor:
+def generate(model: MultiLoraModel, adapters: list[AdapterSpec], *hooks: BeforeToken, num_tokens: int = 10) -> Tensor:
     processors = LogitsProcessorList(hooks)
     return model.generate(
         IDS[: len(adapters)],
@@ -175,7 +175,7 @@ def test_generation_after_an_unload_is_refused_and_its_slot_is_free(folders):
 
 def test_generations_that_interleave_step_by_step_get_their_own_adapters(folders):
     model = make_model(folders, "abcd")
-    batches: list[list[RowChoice]] = [["a", "b:0.5+c", None, "d"], ["c", "a", "d:2", "b"], [None, None, "a", "a"]]
+    batches: list[list[AdapterSpec]] = [["a", "b:0.5+c", None, "d"], ["c", "a", "d:2", "b"], [None, None, "a", "a"]]
     alone = [generate(model, adapters) for adapters in batches]
     step = threading.Barrier(len(batches), timeout=TIMEOUT_S)
     together: dict[int, Tensor] = {}

@@ -11,19 +11,28 @@ from torch import Tensor
 
 import loraplex.routing.plan
 from loraplex import MultiLoraModel
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from tests.examples import examples
 from tests.parity.oracle import assert_close
 from tests.parts import require
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 
-CHOICES: list[RowChoice] = [None, "small", "large", "dora", "everywhere", "alora", "small:0.7+dora:-0.4", "large+small"]
+CHOICES: list[AdapterSpec] = [
+    None,
+    "small",
+    "large",
+    "dora",
+    "everywhere",
+    "alora",
+    "small:0.7+dora:-0.4",
+    "large+small",
+]
 ROW_LENGTHS = st.integers(2, 14)  # on both sides of the length up to which the kernels for few tokens run
 
 
 class Row(NamedTuple):
     ids: Tensor  # [tokens]
-    adapters: RowChoice
+    adapters: AdapterSpec
 
 
 def make_model(architecture: str, folder, dtype=torch.float32, *, fast_decode: bool = True) -> MultiLoraModel:

@@ -19,7 +19,7 @@ from loraplex.training.data.dataset import load_job_data
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import TINY_CAUSAL_MODELS, embedding_target, linear_targets, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -131,7 +131,7 @@ def assert_gradients_equal_pefts(model: PreTrainedModel, jobs: list[AdapterJob],
         examples = state.data.examples_of_step(0)
         rows += [TrainingRow(index, index, example) for example in examples]
         scales[index] = 1 / sum(len(example.answer) for example in examples)
-    bank = TrainingBank([TrainingSlot(state.slot_weights) for state in states])
+    bank = TrainingWeightProvider([TrainingSlot(state.slot_weights) for state in states])
     computer = LossComputer(base, len(jobs), tokens_per_forward=120, share_prefixes=share_prefixes)
     computer.accumulate_gradients(rows, bank, scales)
 

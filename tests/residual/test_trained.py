@@ -10,14 +10,14 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.models.prompts import generate_texts
 from loraplex.residual import LinkedResidual, read_residual
-from loraplex.residual.config import BaseIdentity
+from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.fit import check_residual_fits
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples" / "residual"
 PAGE = (ROOT / "docs" / "linked-adapters.md").read_text(encoding="utf-8")
 NAMES = ("refuse", "source", "then-source")
-SMOLLM2 = BaseIdentity(architecture="LlamaForCausalLM", hidden_size=576, vocab_size=49152, num_heads=(9,) * 30)
+SMOLLM2 = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=576, vocab_size=49152, num_heads=(9,) * 30)
 REFUSAL = "I can't help with medical questions."
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.errors import BatchError, LinkSyntaxError
-from loraplex.routing.adapter_spec import parse_choice, parse_choices
+from loraplex.routing.adapter_spec import parse_adapter_spec, parse_adapter_specs
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from loraplex.routing.adapter_spec import parse_choice, parse_choices
     ],
 )
 def test_choice_is_read(choice, link):
-    assert parse_choice(choice) == link
+    assert parse_adapter_spec(choice) == link
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_choice_is_read(choice, link):
 )
 def test_malformed_choice_is_refused_and_shown(choice):
     with pytest.raises(LinkSyntaxError) as error:
-        parse_choice(choice)
+        parse_adapter_spec(choice)
     shown = choice if isinstance(choice, str) else choice[0] if isinstance(choice, list) and choice else choice
     assert repr(shown) in str(error.value) or repr(choice) in str(error.value)
 
@@ -55,17 +55,17 @@ names = st.from_regex(r"[A-Za-z0-9._/-]{1,20}", fullmatch=True)
 )
 def test_text_and_pairs_say_the_same(pairs):
     text = "+".join(f"{name}:{weight!r}" for name, weight in pairs)
-    assert parse_choice(text) == parse_choice(pairs) == tuple(pairs)
+    assert parse_adapter_spec(text) == parse_adapter_spec(pairs) == tuple(pairs)
 
 
 @given(st.text(alphabet="ab:+.1e-", max_size=12))
 def test_any_text_is_read_or_refused_as_a_link(text):
     with contextlib.suppress(LinkSyntaxError):
-        assert all(math.isfinite(weight) for _, weight in parse_choice(text))
+        assert all(math.isfinite(weight) for _, weight in parse_adapter_spec(text))
 
 
 def test_no_choices_are_base_rows():
-    assert parse_choices(None, 3) == [(), (), ()]
+    assert parse_adapter_specs(None, 3) == [(), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_no_choices_are_base_rows():
 )
 def test_batch_of_wrong_length_is_refused(choices, num_rows, message):
     with pytest.raises(BatchError, match=message):
-        parse_choices(choices, num_rows)
+        parse_adapter_specs(choices, num_rows)

@@ -8,7 +8,7 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.store.slots import Slots
 from loraplex.errors import BatchError
 from loraplex.routing.rows import Route, RowRouting, current_routing, use_routing
-from loraplex.routing.weight_provider import SlotBank
+from loraplex.routing.weight_provider import SlotWeightProvider
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def bank():
     for slot in range(3):
         weights = SlotWeights(lora_a=torch.randn(2, 4), lora_b=torch.randn(2, 4), scaling=1.0)
         slots.put(slot, PreparedAdapter(layers={0: weights}))
-    return SlotBank(slots)
+    return SlotWeightProvider(slots)
 
 
 def segments(routing, sequences, length):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from loraplex.server.connections import Protocol
-from loraplex.server.settings import Limits, NetworkSettings
+from loraplex.server.settings import NetworkSettings, RequestLimits
 from tests.server.tiny_server import Running, make_model, running, settings
 
 MOST = 20
@@ -26,7 +26,7 @@ def limited(root) -> Iterator[Running]:
         headers_timeout_s=TIMEOUT_S,
         max_header_bytes=4096,
     )
-    config = settings(limits=Limits(stall_timeout_s=TIMEOUT_S))
+    config = settings(limits=RequestLimits(stall_timeout_s=TIMEOUT_S))
     with running(make_model(root), replace(config, network=network)) as server:
         yield server
 

@@ -12,7 +12,7 @@ import pytest
 from loraplex.server.api.extensions import array_json
 from loraplex.server.api.json_pieces import gathered, json_pieces
 from loraplex.server.auth.keys import KeyFile
-from loraplex.server.settings import AccessSettings, Limits
+from loraplex.server.settings import AccessSettings, RequestLimits
 from loraplex.server.workers import Workers
 from tests.server.loop_clock import largest_gap, post
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
@@ -26,7 +26,7 @@ _MIB = 2**20
 def busy(root, tmp_path_factory) -> Iterator[tuple[Running, str]]:
     file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     key, _ = file.create(manage=True)
-    config = settings(keys=file, limits=Limits(max_body_bytes=2**21 + 2**16, max_capture_bytes=2**28))
+    config = settings(keys=file, limits=RequestLimits(max_body_bytes=2**21 + 2**16, max_capture_bytes=2**28))
     config = replace(config, access=AccessSettings(keys_file=str(file.path), max_wrong_keys_per_minute=100_000))
     with running(make_model(root), config) as server:
         yield server, key

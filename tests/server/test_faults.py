@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from loraplex import EngineConfig, MultiLoraModel, StoreConfig
-from loraplex.engine.sampling.sampler import TokenChooser
+from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.server.settings import LogSettings, ModelSettings, NetworkSettings, ServeConfig
 from tests.server.tiny_server import (
@@ -83,14 +83,14 @@ def test_streamed_chats_have_every_answer(server: Running) -> None:
 
 
 def test_a_failing_answer_ends_its_stream_and_no_other(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = TokenChooser.choose
+    choose = Sampler.choose
 
-    def fails(chooser: TokenChooser, logits: object) -> int:
+    def fails(chooser: Sampler, logits: object) -> int:
         if chooser.sampling.max_tokens == 5 and chooser._generator.initial_seed() == 8 and chooser._counts.total() == 2:
             raise ZeroDivisionError("a sampler that fails")
         return choose(chooser, logits)
 
-    monkeypatch.setattr(TokenChooser, "choose", fails)
+    monkeypatch.setattr(Sampler, "choose", fails)
 
     async def main() -> list[httpx.Response]:
         bodies = [BODY | {"n": 3, "seed": 7, "max_tokens": tokens, "stream": True} for tokens in (5, 6)]

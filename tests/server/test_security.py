@@ -18,7 +18,7 @@ from loraplex.server.api.api_errors import ApiError
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.logs import JsonFormatter
-from loraplex.server.settings import AccessSettings, Limits, NetworkSettings, ServeConfig
+from loraplex.server.settings import AccessSettings, NetworkSettings, RequestLimits, ServeConfig
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 
 LONG = "one prompt that fills several blocks of sixteen characters each"
@@ -269,7 +269,7 @@ def test_bodies_that_are_too_large_are_refused_before_they_are_whole(root):
         for _ in range(10_000):
             yield b"x" * 10_000
 
-    config = settings(limits=Limits(max_body_bytes=20_000, body_timeout_s=1))
+    config = settings(limits=RequestLimits(max_body_bytes=20_000, body_timeout_s=1))
     with running(make_model(root), config) as server, server.http() as http:
         declared = http.post("/v1/completions", content=b"x" * 20_001)
         assert (declared.status_code, declared.json()["error"]["code"]) == (413, "body_too_large")

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.bench.random_adapters import random_adapter
-from loraplex.engine.worker.attention_hooks import Attachment
+from loraplex.engine.worker.attention_hooks import AttentionHooks
 from loraplex.layers.modules import adaptable_modules
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/serving.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_keys_and_values_of_a_token(name: str):
     config = copy.deepcopy(COLUMNS[name])
     num_layers, config.num_hidden_layers = config.num_hidden_layers, 1  # the engine finds them by running the model
     config.vocab_size = config.intermediate_size = 64
-    attachment = Attachment(LlamaForCausalLM(config).to(torch.bfloat16))
+    attachment = AttentionHooks(LlamaForCausalLM(config).to(torch.bfloat16))
     try:
         assert row("a token's keys")[name] == num_layers * sum(s.token_bytes for s in attachment.shapes.values())
     finally:

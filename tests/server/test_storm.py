@@ -15,14 +15,14 @@ import pytest
 
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.connections import Protocol
-from loraplex.server.settings import Limits
+from loraplex.server.settings import RequestLimits
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings, wait_until_idle
 
 CONCURRENT = 24
 MODELS = ("tiny", "a", "b:0.5+a", "mix-ab")
 PROMPT = "The protein"
 NUM_TOKENS = 6
-MOST_GROWTH = 64 * 2**20  # bytes, from a tenth of the storm to its end
+MAX_GROWTH = 64 * 2**20  # bytes, from a tenth of the storm to its end
 
 
 @dataclass
@@ -200,7 +200,7 @@ async def rage(storm: Storm, count: int) -> Counter[str]:
 
 
 async def storm_over(server: Running, key: str, count: int) -> Counter[str]:
-    limits = httpx.Limits(max_connections=CONCURRENT)
+    limits = httpx.RequestLimits(max_connections=CONCURRENT)
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, limits=limits) as client:
         storm = Storm(server, client, key, {}, random.Random(0))
         for model in MODELS:
@@ -210,7 +210,7 @@ async def storm_over(server: Running, key: str, count: int) -> Counter[str]:
         process = psutil.Process()
         before = process.memory_info().rss
         done += await rage(storm, count - count // 10)
-        assert process.memory_info().rss - before < MOST_GROWTH
+        assert process.memory_info().rss - before < MAX_GROWTH
         for _ in range(4):
             await good(storm)
     return done
@@ -220,7 +220,7 @@ async def storm_over(server: Running, key: str, count: int) -> Counter[str]:
 def test_storm_leaves_nothing_behind(root, tmp_path, count):
     file = KeyFile(tmp_path / "keys.json")
     key, _ = file.create()
-    config = settings(keys=file, limits=Limits(max_body_bytes=100_000))
+    config = settings(keys=file, limits=RequestLimits(max_body_bytes=100_000))
     config = replace(config, access=replace(config.access, max_wrong_keys_per_minute=10**6))
     with running(make_model(root), config) as server:
         done = asyncio.run(storm_over(server, key, count))
@@ -249,7 +249,7 @@ def small_buffers(monkeypatch):
 
 def test_slow_reader_neither_blocks_nor_grows(root, small_buffers):
     """While one reads nothing, others are answered; it is disconnected after stall_timeout_s."""
-    config = settings(limits=Limits(stall_timeout_s=1))
+    config = settings(limits=RequestLimits(stall_timeout_s=1))
     with running(make_model(root), config) as server:
 
         async def main() -> bool:

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerFast
 from loraplex import EngineConfig, MultiLoraModel, XLoraConfig
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.lifecycle import Server, run_server
-from loraplex.server.settings import AccessSettings, Limits, LogSettings, ModelSettings, NetworkSettings, ServeConfig
+from loraplex.server.settings import (
+    AccessSettings,
+    LogSettings,
+    ModelSettings,
+    NetworkSettings,
+    RequestLimits,
+    ServeConfig,
+)
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import tiny_tokenizer
 
@@ -72,13 +79,17 @@ class Running:
 
 
 def settings(
-    *, keys: KeyFile | None = None, roots: tuple[str, ...] = (), limits: Limits | None = None, drain_s: float = 10
+    *,
+    keys: KeyFile | None = None,
+    roots: tuple[str, ...] = (),
+    limits: RequestLimits | None = None,
+    drain_s: float = 10,
 ) -> ServeConfig:
     return ServeConfig(
         model=ModelSettings(served_name="tiny"),
         network=NetworkSettings(port=0, drain_s=drain_s),
         access=AccessSettings(keys_file="" if keys is None else str(keys.path), adapter_roots=roots),
-        limits=limits or Limits(),
+        limits=limits or RequestLimits(),
         logs=LogSettings(log_requests=True),
         engine=ENGINE,
     )
@@ -118,7 +129,7 @@ def wait_until_idle(server: Running) -> None:
     stop = time.monotonic() + TIMEOUT_S
     while time.monotonic() < stop:
         stats = server.server.state.engine.stats()
-        held = (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_tracks)
+        held = (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_sequences)
         if held == (0, 0, 0, 0) and server.server.state.num_active == 0:
             return
         time.sleep(0.02)

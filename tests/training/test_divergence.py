@@ -14,7 +14,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import CheckpointError, ConfigError, TrainingError
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, checks, train_adapters
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -71,13 +71,13 @@ def test_the_last_good_weights_are_kept_apart_from_adapters(tmp_path: Path, monk
     (expected,) = train([job], tmp_path / "expected")
     job = replace(job, max_steps=STEPS)
 
-    def explode(self: Learner, *arguments: Any) -> float:
+    def explode(self: TrainState, *arguments: Any) -> float:
         if self.progress.step == 2:
             self.optimizer.param_groups[0]["lr"] = 1e37
         return update(self, *arguments)
 
-    update = Learner.update
-    monkeypatch.setattr(Learner, "update", explode)
+    update = TrainState.update
+    monkeypatch.setattr(TrainState, "update", explode)
     with pytest.raises(TrainingError) as raised:
         train([job], tmp_path / "out", checkpoint_every=1)
     (bad,) = raised.value.results
@@ -106,13 +106,13 @@ def test_with_patience_the_best_weights_are_kept(tmp_path: Path, monkeypatch: py
     job = diverging(tmp_path, learning_rate=5e-3, eval_fraction=0.2, eval_every=2, patience=9, schedule="constant")
     (expected,) = train([replace(job, max_steps=2, eval_every=2)], tmp_path / "expected")
 
-    def explode(self: Learner, *arguments: Any) -> float:
+    def explode(self: TrainState, *arguments: Any) -> float:
         if self.progress.step == 3:
             self.optimizer.param_groups[0]["lr"] = 1e37
         return update(self, *arguments)
 
-    update = Learner.update
-    monkeypatch.setattr(Learner, "update", explode)
+    update = TrainState.update
+    monkeypatch.setattr(TrainState, "update", explode)
     with pytest.raises(TrainingError) as raised:
         train([job], tmp_path / "out")
     (bad,) = raised.value.results
@@ -125,14 +125,14 @@ def interrupted_with_a_diverged_job(folder: Path) -> list[AdapterJob]:
     """A checkpoint in folder/out of a run that was stopped after job "bad" had diverged."""
     jobs = [tiny_job(folder, "first"), diverging(folder), tiny_job(folder, "last", "prompt")]
 
-    def interrupt(self: Learner, *arguments: Any) -> float:
+    def interrupt(self: TrainState, *arguments: Any) -> float:
         if self.progress.step == 5:
             raise KeyboardInterrupt
         return update(self, *arguments)
 
-    update = Learner.update
+    update = TrainState.update
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Learner, "update", interrupt)
+        patched.setattr(TrainState, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(jobs, folder / "out")
     return jobs

@@ -13,7 +13,7 @@ from loraplex.training.data.dataset import load_job_data
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
@@ -60,7 +60,7 @@ def test_losses_equal_those_from_all_logits_of_each_row_alone(
     name: str, share_prefixes: bool, rows: list[TrainingRow]
 ) -> None:
     base = tiny_model(name)
-    bank = TrainingBank([TrainingSlot({}) for _ in FORMS])
+    bank = TrainingWeightProvider([TrainingSlot({}) for _ in FORMS])
     computer = LossComputer(base, len(FORMS), tokens_per_forward=200, share_prefixes=share_prefixes)
     with fast_attention(base, 100):
         actual = computer.evaluate(rows, bank)
@@ -71,7 +71,7 @@ def test_only_the_positions_that_count_reach_the_output_layer(rows: list[Trainin
     base = tiny_model("llama")
     seen = []
     base.lm_head.register_forward_hook(lambda module, args, y: seen.append(y.shape[:-1].numel()))
-    bank = TrainingBank([TrainingSlot({}) for _ in FORMS])
+    bank = TrainingWeightProvider([TrainingSlot({}) for _ in FORMS])
     LossComputer(base, len(FORMS), tokens_per_forward=200, share_prefixes=True).evaluate(rows, bank)
     assert sum(seen) == sum(len(row.example.answer) for row in rows)
 

@@ -16,7 +16,7 @@ from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapte
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.data.batches import TrainingRow
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -43,7 +43,7 @@ def gradients(jobs: list[AdapterJob], rows_of: list[int]) -> list[Tensor]:
     states = make_states(jobs, base, adaptable, tiny_tokenizer())
     adaptable.attach([path for state in states for path in state.parameters.paths])
     rows = [TrainingRow(i, i, example) for i in rows_of for example in states[i].data.examples_of_step(0)]
-    bank = TrainingBank([TrainingSlot(state.slot_weights) for state in states])
+    bank = TrainingWeightProvider([TrainingSlot(state.slot_weights) for state in states])
     computer = LossComputer(base, len(jobs), tokens_per_forward=2048, share_prefixes=True)
     computer.accumulate_gradients(rows, bank, torch.ones(len(jobs)))
     grads = [state.parameters.flat.grad for state in states]

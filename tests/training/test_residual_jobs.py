@@ -19,7 +19,7 @@ from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.trainer import Trainer
 from loraplex.training.data.batches import TrainingRow, shared_prefix_lengths
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
@@ -74,7 +74,7 @@ def test_gradients_do_not_depend_on_how_rows_are_batched(
     jobs.append(tiny_job(tmp_path, "lora"))
     states = make_states(jobs, base, AdaptableModel(base), tiny_tokenizer(), attention)
     residuals = residual_rows(states, attention)
-    bank = TrainingBank([TrainingSlot({}) for _ in states])
+    bank = TrainingWeightProvider([TrainingSlot({}) for _ in states])
     rows = [TrainingRow(i, i, example) for i in range(len(jobs)) for example in states[i].data.examples_of_step(0)]
     scales = torch.ones(len(jobs))
 

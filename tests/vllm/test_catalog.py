@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.errors import AdapterNotFoundError, ConfigError, LinkSyntaxError, RequestError
-from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.options import PluginOptions, options_from
 
 
@@ -25,7 +25,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def catalog(root, tmp_path):
-    return Catalog(PluginOptions(folder=str(root), adapters={"other": str(make(tmp_path / "elsewhere"))}))
+    return FolderCatalog(PluginOptions(folder=str(root), adapters={"other": str(make(tmp_path / "elsewhere"))}))
 
 
 def test_names_and_links_become_folders(catalog, root, tmp_path):
@@ -57,9 +57,9 @@ def test_symbolic_links_out_of_the_folder_are_not_followed(catalog, root, tmp_pa
 def test_paths_outside_are_refused_unless_allowed(catalog, root, tmp_path):
     with pytest.raises(RequestError, match="any_path"):
         catalog.find(str(tmp_path / "outside"))
-    free = Catalog(PluginOptions(folder=str(root), any_path=True))
+    free = FolderCatalog(PluginOptions(folder=str(root), any_path=True))
     assert free.find(str(tmp_path / "outside")) == ((tmp_path / "outside", 1.0),)
-    assert Catalog(PluginOptions()).find(str(tmp_path / "outside")) == ((tmp_path / "outside", 1.0),)
+    assert FolderCatalog(PluginOptions()).find(str(tmp_path / "outside")) == ((tmp_path / "outside", 1.0),)
 
 
 def test_experts_of_a_named_mixture_must_be_allowed_too(catalog, root, tmp_path):

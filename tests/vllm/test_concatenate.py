@@ -5,7 +5,7 @@ import torch
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.weights import Adapter, LoraWeights
-from loraplex.vllm_plugin.concatenate import concatenate, place_parts, total_rank
+from loraplex.vllm_plugin.concatenate import concatenate, index_members, total_rank
 
 IN, OUT = 6, 5
 
@@ -28,7 +28,7 @@ def adapter(seed, ranks, scaling):
 def parts():
     protein = adapter(0, {"q": 2, "v": 3}, scaling=2.0)
     materials = adapter(1, {"q": 4, "o": 1}, scaling=0.5)
-    return place_parts([(protein, 0.7), (materials, -0.3)])
+    return index_members([(protein, 0.7), (materials, -0.3)])
 
 
 def test_every_module_computes_the_weighted_sum(parts):

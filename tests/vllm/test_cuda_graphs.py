@@ -92,10 +92,10 @@ def test_second_runner_gives_batches_with_mixtures_piecewise_graphs():
 
 
 def test_graph_manager_that_moved_is_named():
-    from loraplex.errors import SeamError
+    from loraplex.errors import CompatibilityError
     from loraplex.vllm_plugin.cuda_graphs import restrict_graph_manager
 
-    with pytest.raises(SeamError, match="_candidates"):
+    with pytest.raises(CompatibilityError, match="_candidates"):
         restrict_graph_manager(SimpleNamespace(dispatch=None), lambda: True)
 
 

@@ -44,7 +44,7 @@ def test_an_adapter_ends_its_own_answers_only(world, register, ending):
 
 
 def test_a_mixture_ends_where_one_of_its_experts_does(world, tmp_path):
-    from loraplex.vllm_plugin.catalog import Catalog
+    from loraplex.vllm_plugin.catalog import FolderCatalog
     from loraplex.vllm_plugin.end_tokens import AdapterEnds
     from loraplex.vllm_plugin.options import PluginOptions
 
@@ -53,7 +53,7 @@ def test_a_mixture_ends_where_one_of_its_experts_does(world, tmp_path):
         assert expert.is_relative_to(named)
         write_record(expert, (5 + number, 40))
     write_record(named / "protein", (9,))
-    ends = AdapterEnds(Catalog(PluginOptions(folder=str(named))))
+    ends = AdapterEnds(FolderCatalog(PluginOptions(folder=str(named))))
     assert ends.of(lora_request("mix0", {})) == (5, 40, 6, 7)
     assert ends.of(lora_request("protein+mix0:0.5", {})) == (9, 5, 40, 6, 7)
     assert ends.of(lora_request("materials", {})) == ()

@@ -6,7 +6,7 @@ import torch
 from loraplex.vllm_plugin.batch_gates import BatchGates
 from loraplex.vllm_plugin.gate_buffers import PLAIN, GateBuffers
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
-from loraplex.vllm_plugin.mixture_use import MixtureUse
+from loraplex.vllm_plugin.mixture_use import SlotMixture
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.top_k import kept_scalings
@@ -150,7 +150,7 @@ def test_wrapper_that_drops_keywords_is_noticed():
 def make_use(config=None, first_column=1, weight=1.0):
     config = config or XLoraConfig(layerwise_scalings=True, top_k_lora=1, global_scaling_weight=0.5)
     head = ScalingHead(config, hidden_size=HIDDEN, num_experts=2, num_layers=2).eval()
-    return MixtureUse(
+    return SlotMixture(
         name="science",
         config=config,
         weight=weight,

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from loraplex.errors import CapacityError, LoraplexError, MixtureError, SeamError, UnsupportedEngineError
+from loraplex.errors import CapacityError, CompatibilityError, LoraplexError, MixtureError, UnsupportedEngineError
 from tests.vllm.worlds import HIDDEN, engine_settings
 
 LINKS, MIXTURES = {}, {"mixtures": True}
@@ -109,36 +109,39 @@ def test_unknown_option_is_refused_when_the_configuration_is_made(world, registe
 def test_other_version_of_vllm_is_refused():
     from loraplex.vllm_plugin import compat as seams
 
-    with mock.patch.object(seams, "version", return_value="0.33.1"), pytest.raises(SeamError, match=r"0\.33\.1"):
-        seams.check_seams()
+    with (
+        mock.patch.object(seams, "version", return_value="0.33.1"),
+        pytest.raises(CompatibilityError, match=r"0\.33\.1"),
+    ):
+        seams.check_compat()
 
 
 @pytest.mark.vllm_smoke
 def test_every_seam_is_in_its_place():
-    from loraplex.vllm_plugin.compat import check_seams
+    from loraplex.vllm_plugin.compat import check_compat
 
-    check_seams()
+    check_compat()
 
 
 def test_seam_that_moved_is_named(monkeypatch):
     from vllm.lora import model_manager
 
-    from loraplex.vllm_plugin.compat import check_seams
+    from loraplex.vllm_plugin.compat import check_compat
 
     monkeypatch.delattr(model_manager.LRUCacheLoRAModelManager, "activate_adapter")
     monkeypatch.delattr(model_manager.LoRAModelManager, "activate_adapter")
-    with pytest.raises(SeamError, match=r"LRUCacheLoRAModelManager\.activate_adapter is not there"):
-        check_seams()
+    with pytest.raises(CompatibilityError, match=r"LRUCacheLoRAModelManager\.activate_adapter is not there"):
+        check_compat()
 
 
 def test_parameter_that_went_is_named(monkeypatch):
     import vllm.forward_context
 
-    from loraplex.vllm_plugin.compat import check_seams
+    from loraplex.vllm_plugin.compat import check_compat
 
     monkeypatch.setattr(vllm.forward_context, "override_forward_context", lambda context: None)
-    with pytest.raises(SeamError, match=r"override_forward_context no longer takes forward_context"):
-        check_seams()
+    with pytest.raises(CompatibilityError, match=r"override_forward_context no longer takes forward_context"):
+        check_compat()
 
 
 def test_attention_of_other_kinds_is_refused():
@@ -188,10 +191,10 @@ def test_models_whose_layers_cant_be_gated_are_refused(has, words):
 @pytest.mark.vllm_smoke
 def test_experts_of_moe_layers_are_refused_in_links():
     from loraplex.errors import UnsupportedAdapterError
-    from loraplex.vllm_plugin.base_modules import LayerPlaces
+    from loraplex.vllm_plugin.base_modules import LayerIndices
 
     experts = "model.layers.0.mlp.experts"
-    places = LayerPlaces({experts: object(), f"{experts}.0.gate_proj": object()}, {}, None)
+    places = LayerIndices({experts: object(), f"{experts}.0.gate_proj": object()}, {}, None)
     for path in (experts, f"{experts}.0.gate_proj"):
         with pytest.raises(UnsupportedAdapterError, match="experts of a mixture of experts"):
             places.name(path)
@@ -201,18 +204,18 @@ def test_experts_of_moe_layers_are_refused_in_links():
 
 
 def loader(world, **options):
-    from loraplex.vllm_plugin.base_modules import BaseModules, LayerPlaces
-    from loraplex.vllm_plugin.catalog import Catalog
-    from loraplex.vllm_plugin.link_loader import Limits, LinkLoader
+    from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
+    from loraplex.vllm_plugin.catalog import FolderCatalog
+    from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
     from loraplex.vllm_plugin.options import PluginOptions
 
     plugin = PluginOptions(folder=str(world.named), **options)
     base = BaseModules(world.base.config, trust_remote_code=False)
-    places = LayerPlaces(dict.fromkeys(base.shapes), {}, None)
+    places = LayerIndices(dict.fromkeys(base.shapes), {}, None)
     places._modules = {path: i for i, path in enumerate(base.shapes) if "layers" in path}
     places.num_modules = len(base.shapes)
-    limits = Limits(max_rank=16, dtype=torch.float32, device=torch.device("cpu"), hidden_size=HIDDEN)
-    catalog = Catalog(plugin)
+    limits = EngineLimits(max_rank=16, dtype=torch.float32, device=torch.device("cpu"), hidden_size=HIDDEN)
+    catalog = FolderCatalog(plugin)
     return lambda text: LinkLoader(catalog, plugin, base, places, limits).load(1, catalog.find(text))
 
 

@@ -9,7 +9,7 @@ from loraplex import XLoraConfig
 from loraplex.errors import RequestError
 from loraplex.xlora.mixture import Mixture
 from loraplex.xlora.two_pass.cache import PairedCache
-from loraplex.xlora.two_pass.speculation import DraftCounts, DraftedStep
+from loraplex.xlora.two_pass.speculation import SpeculationCounts, SpeculativeStep
 from loraplex.xlora.two_pass.two_pass import TwoPass
 from tests.parity.oracle import assert_close, padded_batch
 from tests.tiny_models import VOCAB_SIZE
@@ -103,7 +103,7 @@ def test_drafting_stops_and_begins_again_between_steps(tmp_path, monkeypatch):
     options = {"attention_mask": mask, "adapters": ["science", None, "science:0.3"], "max_new_tokens": 40}
     undrafted = model.generate(ids, draft=False, do_sample=False, **options)
     pays = itertools.cycle([True, True, False, True, False, False])
-    monkeypatch.setattr(DraftCounts, "rate", property(lambda counts: float(next(pays))))
+    monkeypatch.setattr(SpeculationCounts, "rate", property(lambda counts: float(next(pays))))
     assert model.generate(ids, do_sample=False, **options).tolist() == undrafted.tolist()
     assert 0 < model.draft_counts.drafted < 2 * 38
 
@@ -112,7 +112,7 @@ def test_drafts_that_are_mostly_wrong_are_given_up(tmp_path, monkeypatch):
     model = mixed_model("llama", tmp_path)
     ids, mask = padded_batch(2, 8, "left", VOCAB_SIZE)
     monkeypatch.setattr(TwoPass, "guess", lambda self, hidden: torch.zeros(len(hidden), dtype=torch.int64))
-    monkeypatch.setattr(DraftedStep, "_guess_of", lambda self, logits: torch.zeros(len(logits), dtype=torch.int64))
+    monkeypatch.setattr(SpeculativeStep, "_guess_of", lambda self, logits: torch.zeros(len(logits), dtype=torch.int64))
     model.generate(
         ids, attention_mask=mask, adapters=["science"] * 2, max_new_tokens=30, min_new_tokens=30, do_sample=False
     )

@@ -53,19 +53,19 @@ class PackedLayers(Mapping[int, SlotWeights]):
     @property
     def num_bytes(self) -> int:
         """Of the weights, without what lies between them."""
-        _, _, gain, rank, num_in, num_out = self._places.unbind(1)
-        gains = torch.where(gain < 0, 0, num_out) * torch.float32.itemsize
-        return int((rank * (num_in + num_out) * self.dtype.itemsize + gains).sum())
+        _, _, dora_scale, rank, num_in, num_out = self._places.unbind(1)
+        dora_scales = torch.where(dora_scale < 0, 0, num_out) * torch.float32.itemsize
+        return int((rank * (num_in + num_out) * self.dtype.itemsize + dora_scales).sum())
 
     @property
     def max_rank(self) -> int:
         return int(self._places[:, 3].max()) if len(self) else 0
 
     @property
-    def gained(self) -> frozenset[int]:
+    def dora_scaled(self) -> frozenset[int]:
         """The modules where DoRA takes a share of the base output."""
-        has_gain = (self._places[:, 2] >= 0).tolist()
-        return frozenset(module for module, has in zip(self._modules, has_gain, strict=True) if has)
+        has_dora_scale = (self._places[:, 2] >= 0).tolist()
+        return frozenset(module for module, has in zip(self._modules, has_dora_scale, strict=True) if has)
 
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
         """The modules, and what a table of slots has for each: addresses and rank, and the LoRA scaling."""
@@ -79,13 +79,13 @@ class PackedLayers(Mapping[int, SlotWeights]):
         def factor(first: int, width: int) -> Tensor:
             return self.buffer[first : first + rank * width * self.dtype.itemsize].view(self.dtype).view(rank, width)
 
-        gain = None
+        dora_scale = None
         if first_gain >= 0:
             stop = first_gain + num_out * torch.float32.itemsize
-            gain = self.buffer[first_gain:stop].view(torch.float32)
+            dora_scale = self.buffer[first_gain:stop].view(torch.float32)
         return SlotWeights(
             lora_a=factor(first_a, num_in),
             lora_b=factor(first_b, num_out),
             scaling=self._scalings[row],
-            gain=gain,
+            dora_scale=dora_scale,
         )

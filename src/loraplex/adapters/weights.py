@@ -62,7 +62,7 @@ class LoraWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilePlaces:
+class FileOffsets:
     """Where a file has the factors."""
 
     file: Path
@@ -76,7 +76,7 @@ class Adapter:
 
     config: LoraConfig
     layers: Mapping[str, LoraWeights]
-    places: FilePlaces | None = None  # of an adapter that was read from a file
+    places: FileOffsets | None = None  # of an adapter that was read from a file
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.bench.random_adapters import TINY, random_adapter
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.config import XLoraConfig
 
 STABLE = ("stable0", "stable1")
@@ -25,11 +25,11 @@ class Choice:
     template: str | None
     changing: str | None = None
 
-    def row(self) -> RowChoice:
+    def row(self) -> AdapterSpec:
         """As a request asks for it."""
         return None if self.template is None else self.template.format(self.changing)
 
-    def with_version(self, version: int | None) -> RowChoice:
+    def with_version(self, version: int | None) -> AdapterSpec:
         """The same through the adapter that keeps this version for ever."""
         return None if self.template is None else self.template.format(_kept_name(self.changing, version))
 

@@ -8,7 +8,7 @@ import torch
 
 from loraplex.bench.churn_adapters import Choice
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 
 _TIE = 1e-4  # two answers may differ where the best two logits are this close, of the logits' range
 _ROWS = 8  # of one call: their adapters, and the two that stay, fit into the churn's slots
@@ -31,7 +31,7 @@ class Reference:
         self._model = model
         self._prompts = prompts
         self._num_tokens = num_tokens
-        self._answers: dict[tuple[int, RowChoice], tuple[int, ...]] = {}
+        self._answers: dict[tuple[int, AdapterSpec], tuple[int, ...]] = {}
 
     def check(self, answers: Iterable[Answered]) -> tuple[int, list[str]]:
         """The number of ties, and what is wrong."""
@@ -49,7 +49,7 @@ class Reference:
                 )
         return num_ties, wrong
 
-    def _compute(self, wanted: set[tuple[int, RowChoice]]) -> None:
+    def _compute(self, wanted: set[tuple[int, AdapterSpec]]) -> None:
         for number, prompt in enumerate(self._prompts):
             rows = sorted((row for asked, row in wanted if asked == number), key=str)
             for start in range(0, len(rows), _ROWS):
@@ -62,7 +62,7 @@ class Reference:
                 for row, tokens in zip(part, out[:, len(prompt) :].tolist(), strict=True):
                     self._answers[number, row] = tuple(tokens)
 
-    def _gap(self, answer: Answered, row: RowChoice) -> float:
+    def _gap(self, answer: Answered, row: AdapterSpec) -> float:
         """How far apart the two tokens' logits are where the answer leaves the reference; 0 if it doesn't."""
         expected = self._answers[answer.prompt, row]
         pairs = zip(answer.token_ids, expected, strict=False)
@@ -76,7 +76,7 @@ class Reference:
         return float(gap)
 
 
-def _rows(answer: Answered) -> list[RowChoice]:
+def _rows(answer: Answered) -> list[AdapterSpec]:
     if answer.choice.changing is None:
         return [answer.choice.row()]
     return [answer.choice.with_version(version) for version in answer.versions if version is not None]

@@ -9,7 +9,7 @@ from loraplex.bench.measures import resident_bytes
 from loraplex.engine.stats import EngineStats
 from loraplex.models.multi_lora import MultiLoraModel
 
-MOST_GROWTH_BYTES = 32 * 2**20  # of the process, from the time when all that is kept was allocated
+MAX_GROWTH_BYTES = 32 * 2**20  # of the process, from the time when all that is kept was allocated
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class ChurnReport:
         self.memory_ended = resident_bytes()
         if self.memory_began is not None and self.memory_ended is not None:
             grown = self.memory_ended - self.memory_began
-            if grown > MOST_GROWTH_BYTES:
+            if grown > MAX_GROWTH_BYTES:
                 self.problems.append(f"memory grew by {grown / 2**20:.0f} MiB")
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Holdings:
             "leases": after.num_leases - self.num_leases,
             "forgotten versions": (after.num_versions - self.num_versions) - (after.num_adapters - self.num_adapters),
             "blocks": stats.num_blocks_held,
-            "tracks": stats.num_tracks,
+            "tracks": stats.num_sequences,
             "running answers": stats.num_running,
             "waiting requests": stats.num_waiting,
         }

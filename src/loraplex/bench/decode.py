@@ -16,7 +16,7 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 from loraplex.models.loading import load_base_model
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.config import XLoraConfig
 
 SIDES = ("generate", "base", "adapters", "rank8", "mixture")
@@ -88,7 +88,7 @@ def _make_model(bench: DecodeBench) -> MultiLoraModel:
     return model
 
 
-def _choices(side: str, rows: int) -> list[RowChoice]:
+def _choices(side: str, rows: int) -> list[AdapterSpec]:
     named = {"base": None, "adapters": "mixed{}", "rank8": "rank8-{}", "mixture": "mixture"}[side]
     return [None if named is None else named.format(row) for row in range(rows)]
 
@@ -103,7 +103,7 @@ def _generate_run(bench: DecodeBench, ids: torch.Tensor) -> Callable[[int], None
     return run
 
 
-def _engine_run(engine: Engine, prompts: list[list[int]], choices: Sequence[RowChoice]) -> Callable[[int], None]:
+def _engine_run(engine: Engine, prompts: list[list[int]], choices: Sequence[AdapterSpec]) -> Callable[[int], None]:
     def run(new_tokens: int) -> None:
         sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
         rows = zip(prompts, choices, strict=True)

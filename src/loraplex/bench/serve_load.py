@@ -15,7 +15,7 @@ from loraplex.errors import ConfigError
 from loraplex.training.data.records import Record, read_records
 
 _WARM_UP = 8  # requests
-_MOST_REQUESTS = 200_000
+_MAX_REQUESTS = 200_000
 _WORDS = (
     "spider",
     "silk",
@@ -134,9 +134,9 @@ async def send_all(client: ServeClient, requests: Sequence[tuple[float, Body]], 
 
 
 def _check_count(rate: float, seconds: float) -> None:
-    if rate * seconds > _MOST_REQUESTS:
+    if rate * seconds > _MAX_REQUESTS:
         raise ConfigError(
-            f"{rate:.3g} requests/s for {seconds:g} s are more than {_MOST_REQUESTS} requests; "
+            f"{rate:.3g} requests/s for {seconds:g} s are more than {_MAX_REQUESTS} requests; "
             "give a lower rate or fewer seconds."
         )
 

@@ -9,7 +9,7 @@ from loraplex.bench.measures import percentiles
 from loraplex.bench.serve_client import Outcome
 from loraplex.errors import RemoteError
 
-_MOST_LAG_S = 0.05  # at p99; beyond, arrivals were no longer those that were asked for
+_MAX_LAG_S = 0.05  # at p99; beyond, arrivals were no longer those that were asked for
 _LONGEST_MESSAGES = 5
 
 
@@ -46,12 +46,12 @@ class LoadReport:
         """Why these figures may not be the server's."""
         found = []
         lag = percentiles([outcome.lag_s for outcome in self.outcomes])["p99"]
-        if lag > _MOST_LAG_S:
+        if lag > _MAX_LAG_S:
             found.append(
                 f"the generator was late by {lag:.3f} s at p99: it didn't keep up. Give it a machine or core of its "
                 "own, or a lower rate."
             )
-        num_held = sum(outcome.held_s > _MOST_LAG_S for outcome in self.outcomes)
+        num_held = sum(outcome.held_s > _MAX_LAG_S for outcome in self.outcomes)
         if num_held:
             found.append(f"{num_held} requests waited for one of the `concurrency` places; their wait is in the times.")
         if any(not outcome.has_usage for outcome in self.finished):

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.faults import FaultLog
-from loraplex.engine.frontend.output_collector import Event, Feed, deliver, fail
+from loraplex.engine.frontend.output_collector import Event, OutputCollector, deliver, fail
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.stats import EngineStats
 from loraplex.errors import EngineError
@@ -34,7 +34,7 @@ class AsyncEngine:
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig | None = None) -> None:
         self.model = model
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[str, OutputCollector] = {}
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
@@ -90,11 +90,11 @@ class AsyncEngine:
 
     # Several requests with one reader
 
-    def feed(self, *, wants_deltas: bool = True) -> Feed:
+    def feed(self, *, wants_deltas: bool = True) -> OutputCollector:
         """For `submit`: gets the deltas, if wanted, and the results of the requests that are given to it."""
-        return Feed(asyncio.get_running_loop(), wants_deltas=wants_deltas)
+        return OutputCollector(asyncio.get_running_loop(), wants_deltas=wants_deltas)
 
-    async def submit(self, request: Request, feed: Feed) -> str:
+    async def submit(self, request: Request, feed: OutputCollector) -> str:
         """Take a request, or raise what `stream` raises; returns its id. End with `drop`."""
         request_id = f"stream-{next(self._numbers)}"
         self._feeds[request_id] = feed
@@ -189,7 +189,7 @@ class AsyncEngine:
 
     def _tell(self, deltas: list[Delta]) -> None:
         """Hand out deltas, and behind them the results of the requests that ended."""
-        news: dict[Feed, list[Event]] = {}
+        news: dict[OutputCollector, list[Event]] = {}
         for delta in deltas:
             feed = self._feeds.get(delta.request_id)
             if feed is not None and feed.wants_deltas:

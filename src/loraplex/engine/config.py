@@ -12,7 +12,7 @@ _ON_FAULT = ("restart", "exit")
 class EngineConfig:
     """How much runs at once and what is kept."""
 
-    max_running: int = 64  # generations that share steps; the others wait
+    max_running: int = 64  # sequences that share steps; the others wait
     max_step_tokens: int = 256  # of one forward pass; a longer prompt is read in chunks beside the others' decoding
     max_waiting: int = 100_000  # requests; more are refused
     cache_bytes: int = 2**30  # for keys, values and (up to half of it) states; touched only as they are needed

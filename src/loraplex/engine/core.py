@@ -6,50 +6,50 @@ import torch
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.faults import failed_pass
-from loraplex.engine.frontend.input_processor import Intake
-from loraplex.engine.frontend.output_processor import Answers
-from loraplex.engine.gc_freeze import freeze_heap
-from loraplex.engine.kv.sequence_kv import Track
+from loraplex.engine.frontend.input_processor import InputProcessor
+from loraplex.engine.frontend.output_processor import OutputProcessor
+from loraplex.engine.gc_freeze import freeze_gc
+from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.request import Delta
-from loraplex.engine.sched.adapter_leases import Leases
-from loraplex.engine.sched.capacity import Room
-from loraplex.engine.sched.request_tracker import RequestBook
+from loraplex.engine.sched.adapter_leases import AdapterLeases
+from loraplex.engine.sched.capacity import Capacity
+from loraplex.engine.sched.request_tracker import RequestTracker
 from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.engine.stats import StepCounts
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
 
 
-class Machinery:
+class EngineCore:
     """Runner, scheduler, leases: what is joined to the model, and holds blocks and slots."""
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
         """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
-        self._thaw_heap = freeze_heap(self)
+        self._thaw_gc = freeze_gc(self)
         try:
             self.runner = ModelRunner(model, config)
         except BaseException:
-            self._thaw_heap()
+            self._thaw_gc()
             raise
-        self.leases = Leases(model)
+        self.leases = AdapterLeases(model)
         self.scheduler = Scheduler(self.runner.config, self.runner.pool, self.runner.table, self.leases.bring)
-        self.room = Room(
+        self.room = Capacity(
             max_length=self.runner.max_length,
             num_blocks=self.runner.pool.num_blocks,
             block_tokens=self.runner.pool.block_tokens,
             max_answers=config.max_waiting + config.max_running,
             lengths=self.runner.lengths,
-            max_tracks=self.runner.max_tracks,
+            max_sequences=self.runner.max_sequences,
         )
 
-    def join(self, book: RequestBook, intake: Intake, counts: StepCounts) -> None:
+    def join(self, book: RequestTracker, intake: InputProcessor, counts: StepCounts) -> None:
         """Let the book's requests run here."""
         book.use(self.scheduler, self.leases)
         self._book, self._counts = book, counts
-        self._answers = Answers(intake, book, counts)
+        self._answers = OutputProcessor(intake, book, counts)
 
     def close(self) -> None:
         """Give the model back as it was, whatever state this is in."""
@@ -59,18 +59,18 @@ class Machinery:
             try:
                 self.runner.close()
             finally:
-                self._thaw_heap()
+                self._thaw_gc()
 
     def step(self) -> list[Delta]:
         """Run one forward pass, if anything can run."""
         deltas = self._book.take_in()
         parts = self.scheduler.plan()
         for failures in (self.leases.failures, self.scheduler.failures):
-            deltas += [self._book.end(generation, "error", error) for generation, error in failures]
+            deltas += [self._book.end(sequence, "error", error) for sequence, error in failures]
             failures.clear()
         return deltas + (self._run(parts) if parts else [])
 
-    def _run(self, parts: list[Part]) -> list[Delta]:
+    def _run(self, parts: list[ScheduledChunk]) -> list[Delta]:
         try:
             results = self.runner.run(parts)
         except Exception as error:
@@ -81,16 +81,16 @@ class Machinery:
             self.runner.attention.forget_rows()
         return deltas
 
-    def _run_apart(self, parts: list[Part], error: Exception) -> list[Delta]:
-        """A pass failed: run its generations one by one, so that only those fail which can't run."""
+    def _run_apart(self, parts: list[ScheduledChunk], error: Exception) -> list[Delta]:
+        """A pass failed: run its sequences one by one, so that only those fail which can't run."""
         logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
-        generations = list(dict.fromkeys(part.generation for part in parts))
-        if len(generations) == 1:
+        sequences = list(dict.fromkeys(part.sequence for part in parts))
+        if len(sequences) == 1:
             self._try_out()
-            return [self._book.end(generations[0], "error", failed_pass(error))]
+            return [self._book.end(sequences[0], "error", failed_pass(error))]
         deltas = []
-        for generation in generations:
-            deltas += self._run([part for part in parts if part.generation is generation])
+        for sequence in sequences:
+            deltas += self._run([part for part in parts if part.sequence is sequence])
         return deltas
 
     @torch.inference_mode()
@@ -99,10 +99,10 @@ class Machinery:
         runner = self.runner
         if runner.pool.num_available == 0:
             return
-        track = Track([0], (), (), runner.pool, runner.table)
+        track = SequenceKV([0], (), (), runner.pool, runner.table)
         try:
             track.grow(1)
-            part = Part(track=track, start=0, count=1, wants_logits=True)
-            runner.forward(PackedBatch([part], runner.cache, runner.table))
+            part = ScheduledChunk(track=track, start=0, count=1, wants_logits=True)
+            runner.forward(InputBatch([part], runner.cache, runner.table))
         finally:
             track.close()

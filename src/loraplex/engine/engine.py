@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.core import Machinery
+from loraplex.engine.core import EngineCore
 from loraplex.engine.faults import FaultLog, interrupted
-from loraplex.engine.frontend.input_processor import Intake
+from loraplex.engine.frontend.input_processor import InputProcessor
 from loraplex.engine.progress import Bar, progress_bar
 from loraplex.engine.request import Delta, Request, RequestResult
-from loraplex.engine.sched.request_tracker import RequestBook
+from loraplex.engine.sched.request_tracker import RequestTracker
 from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.engine.sched.sequence import RequestState
 from loraplex.engine.stats import EngineStats, StepCounts
@@ -44,10 +44,10 @@ class Engine:
         self._num_preempted = 0  # by machinery that a fault took down
         self._numbers = itertools.count()
         self._step_lock = threading.Lock()
-        self._book = RequestBook(self.config.max_waiting + self.config.max_running)
-        self._machinery: Machinery | None = Machinery(model, self.config)
+        self._book = RequestTracker(self.config.max_waiting + self.config.max_running)
+        self._machinery: EngineCore | None = EngineCore(model, self.config)
         self._room = self._machinery.room
-        self._intake = Intake(model, self._room)
+        self._intake = InputProcessor(model, self._room)
         self._machinery.join(self._book, self._intake, self._counts)
 
     def __enter__(self) -> "Engine":
@@ -210,7 +210,7 @@ class Engine:
         if self._machinery is not None or self._is_closed or self.faults.has_stopped:
             return
         gc.collect()  # what is left of the old machinery would be frozen with the heap
-        machinery = Machinery(self.model, self.config)
+        machinery = EngineCore(self.model, self.config)
         machinery.join(self._book, self._intake, self._counts)
         self._machinery = machinery
         logger.warning("the engine has started anew; it has had %d faults", self.faults.count)
@@ -228,7 +228,7 @@ class Engine:
             num_waiting=len(scheduler.waiting),
             num_blocks=pool.num_blocks,
             num_blocks_held=pool.num_held,
-            num_tracks=machinery.runner.table.num_rows_held,
+            num_sequences=machinery.runner.table.num_rows_held,
             num_preempted=self._num_preempted + scheduler.num_preempted,
             counts=counts,
         )

@@ -9,7 +9,7 @@ _lock = threading.RLock()  # a collection while it is held may end another owner
 _num_owners = 0
 
 
-def freeze_heap(owner: object) -> Callable[[], object]:
+def freeze_gc(owner: object) -> Callable[[], object]:
     """Let collections pass over what exists now until the result is called or `owner` is gone; the last owner counts.
 
     torch and transformers are half a million objects: a full collection takes a third of a second, in which every

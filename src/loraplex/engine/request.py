@@ -8,7 +8,7 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.steering import Steering
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -22,7 +22,7 @@ class Request:
 
     prompt: Prompt
     _: KW_ONLY
-    adapters: RowChoice = None
+    adapters: AdapterSpec = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher goes first
     capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1

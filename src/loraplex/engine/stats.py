@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loraplex.engine.worker.input_batch import Part
+from loraplex.engine.worker.input_batch import ScheduledChunk
 
 
 @dataclass(kw_only=True)
@@ -17,14 +17,14 @@ class StepCounts:
     num_drafted: int = 0
     num_accepted: int = 0  # drafts that were the token chosen
 
-    def add(self, parts: Sequence[Part]) -> None:
+    def add(self, parts: Sequence[ScheduledChunk]) -> None:
         self.num_steps += 1
         for part in parts:
             if part.scaling is not None:
                 self.num_scaling_tokens += part.count
             else:
                 self.num_new_tokens += part.wants_logits
-                self.num_prompt_tokens += max(0, min(part.stop, part.generation.num_prompt) - part.start)
+                self.num_prompt_tokens += max(0, min(part.stop, part.sequence.num_prompt) - part.start)
 
     def add_draft(self, was_right: bool | None) -> None:
         """Count a draft that a token was compared with; None: there was none."""
@@ -43,6 +43,6 @@ class EngineStats:
     num_waiting: int = 0
     num_blocks: int
     num_blocks_held: int = 0
-    num_tracks: int = 0
+    num_sequences: int = 0
     num_preempted: int
     counts: StepCounts

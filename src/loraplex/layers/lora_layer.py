@@ -67,8 +67,8 @@ class GatedEmbedding:
         plan = plan_for(routing, ids.shape, self.index, self.path, self.order)
         if plan is None or not plan.adapts(self.index):
             return None
-        gained = add_gains(self.index, y, y, plan, bias=None)
-        y = gated_lora_embedding(gained, ids, plan.lora_segments(self.index))
+        dora_scaled = add_dora_scales(self.index, y, y, plan, bias=None)
+        y = gated_lora_embedding(dora_scaled, ids, plan.lora_segments(self.index))
         return y.transpose(0, 1).contiguous() if is_tokens_first else y
 
 
@@ -93,8 +93,8 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
     training = plan.bank.trainable
     needs_grad = gradients_flow(x, y, plan)
     kernel = plan.kernel(x, needs_grad=needs_grad)
-    if plan.has_gain(module):
-        y = add_gains(module, y, y.clone(), plan, bias=bias)
+    if plan.has_dora_scale(module):
+        y = add_dora_scales(module, y, y.clone(), plan, bias=bias)
     y = y.contiguous()
     if kernel == "triton":
         return add_adapters_together([module], [y], x, plan, needs_grad=needs_grad)[0]
@@ -131,20 +131,20 @@ def add_adapters_together(
     return list(ys)
 
 
-def add_gains(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:
+def add_dora_scales(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *, bias: Tensor | None) -> Tensor:
     """Add DoRA's share of the base output: gate * (c - 1) * (base_y - bias), for every token of a DoRA adapter."""
-    if not plan.has_gain(module):
+    if not plan.has_dora_scale(module):
         return y
     base = base_y.reshape(-1, y.shape[-1]).float()
     total = y.reshape(-1, y.shape[-1]).clone()
     for segment, weights in plan.weights_of(module):
-        if weights.gain is None:
+        if weights.dora_scale is None:
             continue
         part = base[segment.start : segment.stop]
         part = part if bias is None else part - bias.float()
         gate = plan.gate_of(segment, module)
         gate = gate.unsqueeze(-1) if isinstance(gate, Tensor) else gate
-        total[segment.start : segment.stop].add_((part * weights.gain * gate).to(y.dtype))
+        total[segment.start : segment.stop].add_((part * weights.dora_scale * gate).to(y.dtype))
     return total.view_as(y)
 
 

@@ -9,7 +9,7 @@ from loraplex.kernels.native import gated_linear_native, gated_lora_native
 from loraplex.layers.lora_layer import (
     add_adapters,
     add_adapters_together,
-    add_gains,
+    add_dora_scales,
     add_tokens_first,
     gradients_flow,
     plan_for,
@@ -63,18 +63,18 @@ class LoraLinear(nn.Linear):
     def decode(self, x: Tensor, plan: RoutingPlan, *, float_sums: bool = False) -> Tensor:
         """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
         index = self.lora_index
-        if not plan.has_gain(index):
+        if not plan.has_dora_scale(index):
             return gated_linear_native(x, self.weight, self.bias, *plan.native_arguments(index), float_sums)
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
         table, scalings, _, rows, gates = plan.native_arguments(index)
         y = gated_linear_native(x, self.weight, self.bias, table, scalings, index, rows[:0], gates, float_sums)
-        y = add_gains(index, y, y, plan, bias=self.bias)
+        y = add_dora_scales(index, y, y, plan, bias=self.bias)
         return gated_lora_native(y, x, table, scalings, index, rows, gates)
 
 
 def run_together(modules: Sequence[LoraLinear], x: Tensor, plan: RoutingPlan) -> list[Tensor]:
     """The outputs of modules that read one x, whose adapters share the launches of the Triton kernels."""
-    if len(modules) == 1 or any(plan.has_gain(module.lora_index) for module in modules):
+    if len(modules) == 1 or any(plan.has_dora_scale(module.lora_index) for module in modules):
         return [module.run_alone(x, plan) for module in modules]
     ys = [functional.linear(x, module.weight, module.bias) for module in modules]
     needs_grad = gradients_flow(x, ys[0], plan)

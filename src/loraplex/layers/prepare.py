@@ -30,7 +30,7 @@ def prepare_adapter(
 def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: torch.dtype) -> SlotWeights:
     """One module's factors in `dtype`; the LoRA scaling includes an embedding's own scale."""
     scaling = weights.scaling * (embed_scale(module) if weights.kind == "embedding" else 1.0)
-    lora_b, gain = weights.lora_b, None
+    lora_b, dora_scale = weights.lora_b, None
     if weights.magnitude is not None:
         if weights.kind == "embedding" and embed_scale(module) != 1.0:
             raise UnsupportedAdapterError(
@@ -38,12 +38,12 @@ def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: t
                 "which DoRA is not defined. Train the adapter without DoRA on the embedding."
             )
         norm_ratio = dora_norm_ratio(weights, weight_matrix(module))
-        lora_b, gain = lora_b.float() * norm_ratio, norm_ratio - 1
+        lora_b, dora_scale = lora_b.float() * norm_ratio, norm_ratio - 1
     made = SlotWeights(
         lora_a=weights.lora_a.to(dtype).contiguous(),
         lora_b=lora_b.to(dtype).contiguous(),
         scaling=scaling,
-        gain=gain,
+        dora_scale=dora_scale,
     )
     _check_range(path, weights, made, dtype)
     return made
@@ -51,10 +51,10 @@ def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: t
 
 def _check_range(path: str, weights: LoraWeights, made: SlotWeights, dtype: torch.dtype) -> None:
     """Raise AdapterFormatError where weights that were finite no longer are; a dtype that stays loses nothing."""
-    if made.gain is not None:
-        require_finite(made.gain, f"{path!r}: the ratio of DoRA's magnitude to the norm of the merged weight")
+    if made.dora_scale is not None:
+        require_finite(made.dora_scale, f"{path!r}: the ratio of DoRA's magnitude to the norm of the merged weight")
     for name, before, after in (("lora_a", weights.lora_a, made.lora_a), ("lora_b", weights.lora_b, made.lora_b)):
-        if before.dtype != dtype or made.gain is not None:
+        if before.dtype != dtype or made.dora_scale is not None:
             require_finite(after, f"{path!r}: {name} in the base model's dtype")
 
 

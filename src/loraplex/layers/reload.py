@@ -17,7 +17,7 @@ from loraplex.adapters.packed import PackedLayers
 from loraplex.adapters.store.large_memory import large_buffer
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.adapters.weights import Adapter, FilePlaces
+from loraplex.adapters.weights import Adapter, FileOffsets
 from loraplex.errors import AdapterFormatError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.native import place_factors_native
@@ -118,5 +118,5 @@ def read_back_of(
     )
 
 
-def _are_aligned(places: FilePlaces, itemsize: int) -> bool:
+def _are_aligned(places: FileOffsets, itemsize: int) -> bool:
     return all(start % itemsize == 0 for starts in places.starts.values() for start in starts)

@@ -25,7 +25,7 @@ class _Seen:
     times_missing: int = 0
 
 
-class AdapterFolder:
+class AdapterWatcher:
     """Keeps a model's adapters as they are in a folder; `names` is the subfolder's path, "team/protein" for example.
 
     Running requests finish with the version that they began with. A subfolder that can't be loaded, whatever is raised,

@@ -19,7 +19,7 @@ from loraplex.models.registry import Registry
 from loraplex.models.scope import RowTokens, adapter_scope
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.scope import AttentionScope
-from loraplex.routing.adapter_spec import Link, RowChoice, parse_choices
+from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_specs
 from loraplex.xlora.scalings.report import collected_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 from loraplex.xlora.two_pass.generation import end_tokens, prepare_generation
@@ -44,7 +44,7 @@ class Call:
     registry: Registry
     input_ids: Tensor | None  # [rows, tokens]
     attention_mask: Tensor | None
-    adapters: Sequence[RowChoice] | None
+    adapters: Sequence[AdapterSpec] | None
     inputs: dict[str, Any]
     options: TwoPassOptions
     attention: AttentionRequest | None
@@ -56,7 +56,7 @@ class Call:
         """Run the base model's call inside. Raises what is wrong with the request before anything runs."""
         _ = self.row_tokens
         tokens = self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
-        links = parse_choices(self.adapters, 0 if tokens is None else tokens.shape[0])
+        links = parse_adapter_specs(self.adapters, 0 if tokens is None else tokens.shape[0])
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
         ends = self._row_ends(links)
         links, chains = self.registry.linked.split(links)

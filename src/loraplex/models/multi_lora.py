@@ -27,12 +27,12 @@ from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
 from loraplex.xlora.two_pass.options import TwoPassOptions
-from loraplex.xlora.two_pass.speculation import DraftCounts
+from loraplex.xlora.two_pass.speculation import SpeculationCounts
 
 
 class MultiLoraModel:
@@ -56,7 +56,7 @@ class MultiLoraModel:
         self.dtype = base.dtype
         self.registry = Registry(base, store or StoreConfig())
         self.scalings_log = ScalingsLog()
-        self.draft_counts = DraftCounts()  # of all calls so far
+        self.draft_counts = SpeculationCounts()  # of all calls so far
         self.adaptable.attach_output()
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
@@ -213,7 +213,7 @@ class MultiLoraModel:
         input_ids: Tensor | None = None,  # [rows, tokens]
         attention_mask: Tensor | None = None,
         *,
-        adapters: Sequence[RowChoice] | None = None,
+        adapters: Sequence[AdapterSpec] | None = None,
         attention: AttentionRequest | None = None,
         return_scalings: bool = False,
         **model_inputs: Any,  # whatever else the base model's forward takes
@@ -244,7 +244,7 @@ class MultiLoraModel:
         input_ids: Tensor | None = None,  # [rows, tokens]
         attention_mask: Tensor | None = None,
         *,
-        adapters: Sequence[RowChoice] | None = None,
+        adapters: Sequence[AdapterSpec] | None = None,
         attention: AttentionRequest | None = None,
         draft: bool | None = None,
         return_scalings: bool = False,

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from loraplex.errors import BatchError, RequestError
 from loraplex.models.end_tokens import end_token_ids, generation_ends, stop_rows
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import RowChoice, parse_choices
+from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_specs
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat that end with a user's
 
@@ -50,7 +50,7 @@ def generate_texts(
     model: MultiLoraModel,
     prompts: Sequence[Prompt],
     *,
-    adapters: Sequence[RowChoice] | None = None,
+    adapters: Sequence[AdapterSpec] | None = None,
     chat: bool = True,
     max_new_tokens: int = 64,
     **generation: Any,  # whatever else transformers' generate takes
@@ -67,7 +67,7 @@ def generate_texts(
 
 
 def _row_ends(
-    model: MultiLoraModel, adapters: Sequence[RowChoice] | None, num_rows: int, options: dict[str, Any]
+    model: MultiLoraModel, adapters: Sequence[AdapterSpec] | None, num_rows: int, options: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """What ends each row; tells `generate` by its options of what it doesn't know. A call's own choice counts."""
     if "eos_token_id" in options:
@@ -77,7 +77,7 @@ def _row_ends(
     unknown = tuple(end for end in base_ends if end not in known)
     if unknown:
         stop_rows(options, [unknown] * num_rows, model.base)
-    of_adapters = model.registry.end_tokens(parse_choices(adapters, num_rows))
+    of_adapters = model.registry.end_tokens(parse_adapter_specs(adapters, num_rows))
     return [(*base_ends, *of_row) for of_row in of_adapters]
 
 
@@ -119,7 +119,7 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 @torch.no_grad()
 def first_token_logits(
-    model: MultiLoraModel, prompts: Sequence[Prompt], *, adapters: Sequence[RowChoice] | None = None
+    model: MultiLoraModel, prompts: Sequence[Prompt], *, adapters: Sequence[AdapterSpec] | None = None
 ) -> Tensor:  # [rows, vocab]
     """The logits of each answer's first token: enough to judge one-word answers, at the price of a prefill."""
     encoded = encode_prompts(model.tokenizer, prompts).to(model.base.device)

@@ -27,7 +27,7 @@ from loraplex.residual.modules import Residual
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
 from loraplex.routing.adapter_spec import Link
-from loraplex.routing.weight_provider import SlotBank
+from loraplex.routing.weight_provider import SlotWeightProvider
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -40,7 +40,7 @@ class Registry:
         self._base = base
         self.adaptable = AdaptableModel(base)
         slots = Slots(config.num_slots, self.adaptable.paths, base.device)
-        self.bank = SlotBank(slots)
+        self.bank = SlotWeightProvider(slots)
         self.store = AdapterStore(slots, _read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)

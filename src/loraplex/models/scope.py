@@ -15,10 +15,10 @@ from loraplex.models.mixtures import Mixtures
 from loraplex.residual.scope import use_attention
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.rows import Route, RowRouting, use_routing
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 from loraplex.xlora.mixture import Mixture
 from loraplex.xlora.two_pass.hooks import use_two_pass
-from loraplex.xlora.two_pass.mixture_batch import MixtureUse, plan_mixture_rows
+from loraplex.xlora.two_pass.mixture_batch import MixtureRowGroup, plan_mixture_rows
 from loraplex.xlora.two_pass.options import TwoPassOptions
 from loraplex.xlora.two_pass.two_pass import TwoPass
 
@@ -28,7 +28,7 @@ def adapter_scope(
     base: PreTrainedModel,
     store: AdapterStore,
     mixtures: Mixtures,
-    bank: Bank,
+    bank: WeightProvider,
     links: Sequence[Link],
     tokens: "RowTokens",
     *,
@@ -65,12 +65,12 @@ def adapter_scope(
 
 def _uses(
     link: Link, row: int, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
-) -> Iterator[MixtureUse]:
+) -> Iterator[MixtureRowGroup]:
     for name, weight in link:
         if name in found:
             mixture = found[name]
             slots = tuple(_slot(leased[expert]) for expert in mixture.experts)
-            yield MixtureUse(row=row, mixture=mixture, weight=weight, slots=slots)
+            yield MixtureRowGroup(row=row, mixture=mixture, weight=weight, slots=slots)
 
 
 def _slot(version: AdapterVersion) -> int:

@@ -11,7 +11,7 @@ from loraplex.errors import RequestError
 Key = tuple[int, int]  # attention layer, place in the link
 
 
-class Responses(Protocol):
+class ResidualStates(Protocol):
     """What keeps u of the tokens before, for a pass over new ones."""
 
     def extend(self, key: Key, sequences: Tensor, u: Tensor) -> Tensor:

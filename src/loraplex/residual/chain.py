@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from loraplex.residual.attention_weights import AttentionWeights
-from loraplex.residual.cache import Responses
-from loraplex.residual.links import Extend, Part
+from loraplex.residual.cache import ResidualStates
+from loraplex.residual.links import Extend, ResidualTerm
 from loraplex.residual.plan import LayerPlan
 
 
@@ -14,7 +14,7 @@ def run_chain(
     layer: int,
     x: Tensor,  # [sequences, tokens, hidden]  the attention block's normed input
     weights: AttentionWeights,
-    state: Responses | None,
+    state: ResidualStates | None,
 ) -> Tensor:  # [rows, tokens, hidden]
     """The sum of each row's residuals: the j-th of a link reads x plus the residuals of those before it."""
     chosen = x if plan.index is None else x[plan.index]
@@ -33,14 +33,14 @@ def run_chain(
     return total
 
 
-def _places(part: Part, plan: LayerPlan) -> Tensor:
+def _places(part: ResidualTerm, plan: LayerPlan) -> Tensor:
     if part.index is not None:
         return part.index
     return torch.arange(plan.sequences.numel(), device=plan.sequences.device)
 
 
 def _extender(
-    plan: LayerPlan, part: Part, key: tuple[int, int], weights: AttentionWeights, state: Responses | None
+    plan: LayerPlan, part: ResidualTerm, key: tuple[int, int], weights: AttentionWeights, state: ResidualStates | None
 ) -> Extend:
     def extend(u: Tensor) -> Tensor:  # [rows, tokens, rank] -> [rows, keys, rank]
         if state is not None:

@@ -11,7 +11,7 @@ SMALL_RANK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseIdentity:
+class BaseFingerprint:
     """What a residual adapter must find in a base model: the same class with the same sizes."""
 
     architecture: str  # "LlamaForCausalLM"

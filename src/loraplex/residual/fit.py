@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from loraplex.adapters.listing import listed
 from loraplex.errors import BaseModelMismatchError
-from loraplex.residual.config import BaseIdentity
+from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, Residual
 from loraplex.validation import quoted
 
 
-def check_same_base(name: str, made_for: BaseIdentity, identity: BaseIdentity) -> None:
+def check_same_base(name: str, made_for: BaseFingerprint, identity: BaseFingerprint) -> None:
     """Raise BaseModelMismatchError unless a residual was made for such a base."""
     differences = [
         f"{what} {quoted(getattr(made_for, what))} (here {getattr(identity, what)!r})"
@@ -23,7 +23,7 @@ def check_same_base(name: str, made_for: BaseIdentity, identity: BaseIdentity) -
         )
 
 
-def check_residual_fits(name: str, residual: Residual, identity: BaseIdentity, num_heads: Mapping[int, int]) -> None:
+def check_residual_fits(name: str, residual: Residual, identity: BaseFingerprint, num_heads: Mapping[int, int]) -> None:
     """Raise BaseModelMismatchError unless the residual was made for such a base and its layers are there."""
     missing = [layer for layer in residual.layers or () if layer not in num_heads]
     if missing:

@@ -16,7 +16,7 @@ from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 from loraplex.output_files import resolved
-from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.residual.config import BaseFingerprint, ResidualConfig
 from loraplex.residual.modules import FunctionResidual, LinkedLayer, LinkedResidual, Residual, SteeringVector
 from loraplex.residual.settings import (
     CONFIG_FILE,
@@ -123,7 +123,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _expected_shapes(settings: ResidualSettings) -> dict[str, tuple[int, ...]]:
-    base: BaseIdentity = settings.base
+    base: BaseFingerprint = settings.base
     if settings.config is None:
         return {f"layers.{layer}.vector": (base.hidden_size,) for layer in settings.layers}
     rank = settings.config.r

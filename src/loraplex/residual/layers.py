@@ -13,7 +13,7 @@ from loraplex.errors import BaseModelError
 from loraplex.layers.attention_interface import FrontHandle
 from loraplex.layers.attention_join import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
 from loraplex.residual.cache import FollowedCache
-from loraplex.residual.config import BaseIdentity
+from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.hooks import RESIDUAL_FRONT, give_number, layer_number, take_number
 from loraplex.residual.scope import current_attention
 from loraplex.residual.seen import block_input, block_output, check_block, check_call
@@ -57,7 +57,7 @@ class AttentionLayers:
             raise
         self.num_heads = {number: layer.num_heads for number, layer in self.layers.items()}
         text_config = base.config.get_text_config(decoder=True)
-        self.identity = BaseIdentity(
+        self.identity = BaseFingerprint(
             architecture=type(base).__name__,
             hidden_size=text_config.hidden_size,
             vocab_size=text_config.vocab_size,

@@ -15,7 +15,7 @@ from loraplex.residual.modules import FunctionResidual, LinkedLayer, ResidualCon
 Extend = Callable[[Tensor], Tensor]
 
 
-class Part(Protocol):
+class ResidualTerm(Protocol):
     """Some rows' residuals; `index` are their places among the rows of the layer, None for all."""
 
     @property
@@ -27,7 +27,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinkedPart:
+class LinkedTerm:
     """Trained residuals of several rows, stacked; ranks are padded with zeros to the largest."""
 
     index: Tensor | None
@@ -44,7 +44,7 @@ class LinkedPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorPart:
+class VectorTerm:
     """Constant residuals of several rows."""
 
     index: Tensor | None
@@ -55,7 +55,7 @@ class VectorPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionPart:
+class FunctionTerm:
     """A user's function for one sequence."""
 
     index: Tensor  # [1]
@@ -105,8 +105,8 @@ class FunctionPart:
 
 def stack_linked(
     layers: Sequence[LinkedLayer], scales: Sequence[float], index: Tensor | None, dtype: torch.dtype
-) -> LinkedPart:
-    """One LinkedPart for rows with these weights; a weight that all rows share is kept once."""
+) -> LinkedTerm:
+    """One LinkedTerm for rows with these weights; a weight that all rows share is kept once."""
     different: dict[int, LinkedLayer] = {id(layer): layer for layer in layers}
     rank = max(layer.rank for layer in different.values())
     numbers = {identity: number for number, identity in enumerate(different)}
@@ -119,7 +119,7 @@ def stack_linked(
         chosen = torch.tensor([numbers[id(layer)] for layer in layers], device=device)
         a, b, mix = a[chosen], b[chosen], mix[chosen]
     scale = torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
-    return LinkedPart(index=index, a=a, b=b, mix=mix, scale=scale)
+    return LinkedTerm(index=index, a=a, b=b, mix=mix, scale=scale)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

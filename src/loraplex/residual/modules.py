@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.residual.config import BaseFingerprint, ResidualConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +53,7 @@ class LinkedResidual:
     )
     config: ResidualConfig
     layers: Mapping[int, LinkedLayer]
-    base: BaseIdentity
+    base: BaseFingerprint
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
 
     @property
@@ -75,7 +75,7 @@ class SteeringVector:
 
     no_lora_because: ClassVar[str] = "it adds a constant to attention blocks, which is no low-rank factor of a weight"
     vectors: Mapping[int, Tensor]  # by layer, [hidden]
-    base: BaseIdentity
+    base: BaseFingerprint
 
     @property
     def layers(self) -> Mapping[int, Tensor]:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from loraplex.errors import AdapterError
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.residual.links import FunctionPart, LinkedPart, Part, VectorPart, stack_linked
+from loraplex.residual.links import FunctionTerm, LinkedTerm, ResidualTerm, VectorTerm, stack_linked
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.steering import Steering, log_strengths
 
-Placed = list[tuple[int, ChainLink]]  # places among the rows concerned, in order
+RouteSpan = list[tuple[int, ChainLink]]  # places among the rows concerned, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class LayerPlan:
 
     index: Tensor | None  # [rows] the sequences concerned; None is all of them
     sequences: Tensor  # [rows] the same, always there
-    links: Sequence[Sequence[Part]]  # by place in the link
+    links: Sequence[Sequence[ResidualTerm]]  # by place in the link
     captures: Sequence[tuple[int, CaptureBuffer]]  # place among the rows concerned, where to
     steered: Sequence[tuple[int, Sequence[Steering], int]]  # place, steerings, padding on the left
 
@@ -74,12 +74,12 @@ class LayerPlanner:
     def _steerings(self, row: int) -> list[Steering]:
         return [steering for steering in self.rows[row].steering if steering.reaches(self.layer)]
 
-    def _parts(self, rows: list[int], chains: list[list[ChainLink]], position: int) -> list[Part]:
+    def _parts(self, rows: list[int], chains: list[list[ChainLink]], position: int) -> list[ResidualTerm]:
         """The residuals at one place of the links: all trained ones together, all constant ones, each function."""
         here = [(place, chain[position]) for place, chain in enumerate(chains) if len(chain) > position]
         linked = [(place, link) for place, link in here if isinstance(link.residual, LinkedResidual)]
         constant = [(place, link) for place, link in here if isinstance(link.residual, SteeringVector)]
-        parts: list[Part] = []
+        parts: list[ResidualTerm] = []
         if linked:
             parts.append(self._linked_part(linked, len(rows)))
         if constant:
@@ -89,7 +89,7 @@ class LayerPlanner:
                 parts.append(self._function_part(place, rows[place], link, link.residual))
         return parts
 
-    def _linked_part(self, linked: Placed, num_rows: int) -> LinkedPart:
+    def _linked_part(self, linked: RouteSpan, num_rows: int) -> LinkedTerm:
         weights, scales = [], []
         for _, link in linked:
             assert isinstance(link.residual, LinkedResidual), "chosen by its kind"
@@ -97,15 +97,15 @@ class LayerPlanner:
             scales.append(link.weight * link.residual.config.scaling)
         return stack_linked(weights, scales, self._index(linked, num_rows), self.dtype)
 
-    def _vector_part(self, constant: Placed, num_rows: int) -> VectorPart:
+    def _vector_part(self, constant: RouteSpan, num_rows: int) -> VectorTerm:
         vectors = []
         for _, link in constant:
             assert isinstance(link.residual, SteeringVector), "chosen by its kind"
             vectors.append(link.residual.vectors[self.layer].to(self.device, self.dtype) * link.weight)
-        return VectorPart(index=self._index(constant, num_rows), vectors=torch.stack(vectors).unsqueeze(1))
+        return VectorTerm(index=self._index(constant, num_rows), vectors=torch.stack(vectors).unsqueeze(1))
 
-    def _function_part(self, place: int, row: int, link: ChainLink, residual: FunctionResidual) -> FunctionPart:
-        return FunctionPart(
+    def _function_part(self, place: int, row: int, link: ChainLink, residual: FunctionResidual) -> FunctionTerm:
+        return FunctionTerm(
             index=torch.tensor([place], device=self.device),
             residual=residual,
             name=link.name,
@@ -116,7 +116,7 @@ class LayerPlanner:
             failures=self.failures,
         )
 
-    def _index(self, chosen: Placed, num_rows: int) -> Tensor | None:
+    def _index(self, chosen: RouteSpan, num_rows: int) -> Tensor | None:
         if len(chosen) == num_rows:
             return None
         return torch.tensor([place for place, _ in chosen], device=self.device)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
-from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.residual.config import BaseFingerprint, ResidualConfig
 from loraplex.validation import is_whole, quoted
 
 CONFIG_FILE = "residual_config.json"
@@ -27,7 +27,7 @@ class ResidualSettings(NamedTuple):
 
     kind: Kind
     layers: tuple[int, ...]
-    base: BaseIdentity
+    base: BaseFingerprint
     config: ResidualConfig | None  # of kind "linked"
 
 
@@ -83,7 +83,7 @@ def _layers(layers: object) -> tuple[int, ...]:
     return ResidualConfig(layers=tuple(layers)).layers or ()
 
 
-def _base(base: object) -> BaseIdentity:
+def _base(base: object) -> BaseFingerprint:
     if not isinstance(base, dict) or not base.keys() >= _BASE.keys() or base.keys() - _BASE.keys() - {"name"}:
         raise ValueError(f"base is {quoted(base)}; it must be an object with {sorted(_BASE)} and, if known, name.")
     for key, kind in _BASE.items():
@@ -95,7 +95,7 @@ def _base(base: object) -> BaseIdentity:
         raise ValueError(f"base is {quoted(base)}; its sizes must be whole numbers.")
     if base.get("name") is not None and not isinstance(base["name"], str):
         raise ValueError(f"base.name is {quoted(base['name'])}; it must be a text or null.")
-    return BaseIdentity(
+    return BaseFingerprint(
         architecture=base["architecture"],
         hidden_size=base["hidden_size"],
         vocab_size=base["vocab_size"],

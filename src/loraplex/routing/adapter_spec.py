@@ -7,7 +7,7 @@ from loraplex.adapters.names import check_name
 from loraplex.errors import BatchError, LinkSyntaxError, NameFormatError
 
 Link = tuple[tuple[str, float], ...]  # (adapter, weight) in the order of travel; () is the base model
-RowChoice = None | str | Sequence[tuple[str, float]]
+AdapterSpec = None | str | Sequence[tuple[str, float]]
 
 _INFINITE_IN_FLOAT32 = 2.0**128 - 2.0**103  # what float32 rounds to infinity, from here on
 _GRAMMAR = (
@@ -18,7 +18,7 @@ _GRAMMAR = (
 _PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9.]+[eE][+-]?\d+|[^:+]*))?(?P<end>\+|$)")
 
 
-def parse_choice(choice: RowChoice) -> Link:
+def parse_adapter_spec(choice: AdapterSpec) -> Link:
     """Read one row's choice. Raises LinkSyntaxError, which names the part at fault."""
     if choice is None:
         return ()
@@ -36,7 +36,7 @@ def parse_choice(choice: RowChoice) -> Link:
     return tuple(pairs)
 
 
-def parse_choices(choices: Sequence[RowChoice] | None, num_rows: int) -> list[Link]:
+def parse_adapter_specs(choices: Sequence[AdapterSpec] | None, num_rows: int) -> list[Link]:
     """One link for each row of a batch; None stands for a batch of base rows."""
     if num_rows == 0:
         raise BatchError("the batch is empty: input_ids has no rows. Pass at least one row.")
@@ -52,7 +52,7 @@ def parse_choices(choices: Sequence[RowChoice] | None, num_rows: int) -> list[Li
             f"adapters has {len(choices)} entries but the batch has {num_rows} rows. Pass one entry for each row; "
             "None is the base model."
         )
-    return [parse_choice(choice) for choice in choices]
+    return [parse_adapter_spec(choice) for choice in choices]
 
 
 def _parse_text(text: str) -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
 from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
 from loraplex.routing.layer_gates import GateColumn, LayerGates
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 
 class Segment(NamedTuple):
@@ -57,7 +57,7 @@ class RoutingPlan:
         self,
         segments: Sequence[Segment],
         num_tokens: int,
-        bank: Bank,
+        bank: WeightProvider,
         *,
         tokens_per_row: int | None = None,
         fast_decode: bool = False,
@@ -77,7 +77,7 @@ class RoutingPlan:
         self._gained: set[int] = set()
         for slot in {segment.slot for segment in self.segments}:
             self._adapted.update(bank.layers(slot))
-            self._gained.update(bank.gained(slot))
+            self._gained.update(bank.dora_scaled(slot))
         self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and bank.native_table() is not None
@@ -93,7 +93,7 @@ class RoutingPlan:
         """The modules that any row of this batch adapts."""
         return frozenset(self._adapted)
 
-    def has_gain(self, module: int) -> bool:
+    def has_dora_scale(self, module: int) -> bool:
         """Whether a DoRA adapter of this batch takes a share of the module's base output."""
         return module in self._gained
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loraplex.errors import BatchError
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 _MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step
 
@@ -34,7 +34,7 @@ class RowRouting:
     def __init__(
         self,
         rows: Sequence[Sequence[Route]],
-        bank: Bank,
+        bank: WeightProvider,
         *,
         fast_decode: bool = False,
         layer_gates: LayerGates | None = None,

@@ -10,7 +10,7 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.store.slots import Slots
 
 
-class Bank(Protocol):
+class WeightProvider(Protocol):
     """Weights by slot and module index."""
 
     @property
@@ -22,7 +22,7 @@ class Bank(Protocol):
         """The modules that the slot's adapter adapts, with its weights there."""
         ...
 
-    def gained(self, slot: int) -> frozenset[int]:
+    def dora_scaled(self, slot: int) -> frozenset[int]:
         """The modules where the slot's adapter, a DoRA, takes a share of the base output."""
         ...
 
@@ -39,7 +39,7 @@ class Bank(Protocol):
         ...
 
 
-class SlotBank:
+class SlotWeightProvider:
     """The store's slots as a bank: frozen weights."""
 
     trainable = False
@@ -50,8 +50,8 @@ class SlotBank:
     def layers(self, slot: int) -> Mapping[int, SlotWeights]:
         return self._slots.held(slot).layers
 
-    def gained(self, slot: int) -> frozenset[int]:
-        return self._slots.held(slot).gained
+    def dora_scaled(self, slot: int) -> frozenset[int]:
+        return self._slots.held(slot).dora_scaled
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return 0.0, None

@@ -37,7 +37,7 @@ _ROUTERS = (
     health.router,
     page.router,
 )
-_MOST_FAULTS = 5
+_MAX_FAULTS = 5
 
 
 def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
@@ -113,7 +113,7 @@ async def _on_invalid(http: Request, error: Exception) -> Response:
 
 def _invalid(faults: Sequence[Any]) -> ApiError:
     told, params, unsupported = [], [], False
-    for fault in faults[:_MOST_FAULTS]:
+    for fault in faults[:_MAX_FAULTS]:
         place = [str(part)[:100] for part in fault["loc"][1:]]
         param = ".".join(place)
         params.append(param)
@@ -125,7 +125,7 @@ def _invalid(faults: Sequence[Any]) -> ApiError:
             told.append("the body is no valid JSON")
         else:
             told.append(f"{param or 'the body'}: {fault['msg']}")
-    message = "; ".join(told) + (f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else "")
+    message = "; ".join(told) + (f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else "")
     return ApiError(UNSUPPORTED if unsupported else BAD_REQUEST, f"{message}.", param=params[0] or None)
 
 

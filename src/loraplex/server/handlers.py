@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from loraplex.engine.frontend.output_collector import Feed
+from loraplex.engine.frontend.output_collector import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError, as_api_error
@@ -26,7 +26,9 @@ class ClientLeft(Exception):
 class Run:
     """Requests in the engine that one reader waits for."""
 
-    def __init__(self, state: ServerState, context: RequestContext, requests: Sequence[Request], feed: Feed) -> None:
+    def __init__(
+        self, state: ServerState, context: RequestContext, requests: Sequence[Request], feed: OutputCollector
+    ) -> None:
         self._state = state
         self._context = context
         self._feed = feed
@@ -127,7 +129,7 @@ async def running(
         run.charge(feed.untaken())
 
 
-async def _submit(state: ServerState, context: RequestContext, request: Request, feed: Feed) -> str:
+async def _submit(state: ServerState, context: RequestContext, request: Request, feed: OutputCollector) -> str:
     try:
         return await state.engine.submit(request, feed)
     except QueueFullError as error:

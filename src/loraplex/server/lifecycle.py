@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
 from loraplex.server.connections import protocol_with
@@ -98,7 +98,7 @@ async def serve(
     model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None
 ) -> None:
     """Serve until a signal, or until `drain` of the server that `on_ready` gets."""
-    watched = AdapterFolder(model, config.model.watch) if config.model.watch else None
+    watched = AdapterWatcher(model, config.model.watch) if config.model.watch else None
     if watched is not None:
         await asyncio.to_thread(watched.start)
     async with AsyncEngine(model, config.engine) as engine:

@@ -8,16 +8,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-_MOST_ADAPTERS = 1000  # label values; what comes later is counted under "other"
+_MAX_ADAPTERS = 1000  # label values; what comes later is counted under "other"
 
 
 class Metrics:
     """Of one server. Requests are counted on the event loop."""
 
-    def __init__(self, engine: AsyncEngine, watched: AdapterFolder | None = None) -> None:
+    def __init__(self, engine: AsyncEngine, watched: AdapterWatcher | None = None) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(EngineCollector(engine))
         if watched is not None:
@@ -69,7 +69,7 @@ class Metrics:
     def _labels(self, adapters: Sequence[str]) -> list[str]:
         labels = []
         for adapter in adapters or ("base",):
-            if adapter not in self._adapters and len(self._adapters) >= _MOST_ADAPTERS:
+            if adapter not in self._adapters and len(self._adapters) >= _MAX_ADAPTERS:
                 adapter = "other"
             self._adapters.add(adapter)
             labels.append(adapter)
@@ -85,11 +85,11 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         counts = stats.counts
-        yield _gauge("requests_running", "Answers that share steps", stats.num_running)
-        yield _gauge("requests_waiting", "Answers in the queue", stats.num_waiting)
+        yield _gauge("requests_running", "OutputProcessor that share steps", stats.num_running)
+        yield _gauge("requests_waiting", "OutputProcessor in the queue", stats.num_waiting)
         yield _gauge("cache_blocks", "Blocks of keys and values", stats.num_blocks)
         yield _gauge("cache_blocks_held", "Blocks that requests hold", stats.num_blocks_held)
-        yield _counter("preemptions", "Answers that gave way", stats.num_preempted)
+        yield _counter("preemptions", "OutputProcessor that gave way", stats.num_preempted)
         yield _counter("engine_faults", "Errors that ended all requests", self._engine.faults.count)
         yield _counter("steps", "Forward passes", counts.num_steps)
         yield _counter("prompt_tokens", "Tokens of prompts that were computed", counts.num_prompt_tokens)
@@ -118,7 +118,7 @@ class EngineCollector(Collector):
 class WatchCollector(Collector):
     """Reads what is wrong in the watched folder when it is asked."""
 
-    def __init__(self, watched: AdapterFolder) -> None:
+    def __init__(self, watched: AdapterWatcher) -> None:
         self._watched = watched
 
     def collect(self) -> Iterator[Metric]:

@@ -99,7 +99,7 @@ class AccessSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for."""
 
     max_body_bytes: int = option(2**21, "Of a request's body; more gets 413.")
@@ -139,7 +139,7 @@ class ServeConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     access: AccessSettings = field(default_factory=AccessSettings)
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     logs: LogSettings = field(default_factory=LogSettings)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_waiting=1024))
     store: StoreConfig = field(default_factory=StoreConfig)

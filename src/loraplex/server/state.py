@@ -11,11 +11,11 @@ from fastapi import Request as HttpRequest
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, RequestError
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.chat_prompts import ChatEncoder
 from loraplex.server.api.token_texts import TokenTexts
-from loraplex.server.auth.access import Catalog, Principal
+from loraplex.server.auth.access import Principal, VisibleModels
 from loraplex.server.auth.key_attempts import Attempts
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.path_sandbox import AdapterRoots
@@ -35,12 +35,12 @@ _NUM_LOADERS = 4  # threads that load adapters, which takes longer
 class ServerState:
     """The engine, the settings, and who is doing what."""
 
-    def __init__(self, engine: AsyncEngine, config: ServeConfig, watched: AdapterFolder | None = None) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServeConfig, watched: AdapterWatcher | None = None) -> None:
         self.engine = engine
         self.watched = watched
         self.config = config
         self.model = engine.model
-        self.catalog = Catalog(engine.model, config.model.base_name, config.limits.max_link_length)
+        self.catalog = VisibleModels(engine.model, config.model.base_name, config.limits.max_link_length)
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.roots = AdapterRoots(config.access.adapter_roots)
         self.usages = Usages()

@@ -8,7 +8,7 @@ from loraplex.vllm_plugin.scalings_log import ASKED
 
 
 @dataclass(frozen=True)
-class AskedRow:
+class ScalingsRequest:
     """One request in the batch."""
 
     request_id: str
@@ -16,7 +16,7 @@ class AskedRow:
     first_position: int  # of these tokens in the sequence
 
 
-def asked_rows(runner: Any) -> Iterator[AskedRow]:
+def asked_rows(runner: Any) -> Iterator[ScalingsRequest]:
     """The rows of vLLM's first model runner whose requests asked; the second one keeps them elsewhere."""
     if not hasattr(runner, "input_batch"):
         return
@@ -26,4 +26,4 @@ def asked_rows(runner: Any) -> Iterator[AskedRow]:
         if params is None or not (params.extra_args or {}).get(ASKED):
             continue
         tokens = slice(int(starts[row]), int(starts[row + 1]))
-        yield AskedRow(request_id, tokens, int(batch.num_computed_tokens_cpu[row]))
+        yield ScalingsRequest(request_id, tokens, int(batch.num_computed_tokens_cpu[row]))

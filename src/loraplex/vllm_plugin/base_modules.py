@@ -29,7 +29,7 @@ class BaseModules:
         self.output_module = output_module(model)
 
 
-class LayerPlaces:
+class LayerIndices:
     """Where vLLM has a module: packed layers (qkv_proj) are several modules, one a slice.
 
     Modules are numbered over all linear LoRA layers and their slices; `first` is the number of a layer's first slice.

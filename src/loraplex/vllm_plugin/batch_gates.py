@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraplex.errors import MixtureError
 from loraplex.vllm_plugin.gate_buffers import GateBuffers
-from loraplex.vllm_plugin.mixture_use import MixtureUse
+from loraplex.vllm_plugin.mixture_use import SlotMixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class TokenGroup:
     """The tokens of one slot, and the mixtures that they go through."""
 
     tokens: Tensor  # [n] int64
-    uses: tuple[MixtureUse, ...]
+    uses: tuple[SlotMixture, ...]
 
 
 class BatchGates:
@@ -24,12 +24,12 @@ class BatchGates:
 
     def __init__(self, buffers: GateBuffers) -> None:
         self.buffers = buffers
-        self._uses: dict[int, tuple[MixtureUse, ...]] = {}  # by slot
+        self._uses: dict[int, tuple[SlotMixture, ...]] = {}  # by slot
         self._slots: Sequence[int] = ()
         self.groups: tuple[TokenGroup, ...] = ()
         self.is_waiting = False  # the batch has mixtures, and the pass that gives their gates hasn't run
 
-    def set_slot(self, slot: int, uses: tuple[MixtureUse, ...], columns: Tensor | None) -> None:
+    def set_slot(self, slot: int, uses: tuple[SlotMixture, ...], columns: Tensor | None) -> None:
         """What a slot holds from now on."""
         self.buffers.set_columns(slot, columns)
         self._uses[slot] = uses
@@ -69,7 +69,7 @@ class BatchGates:
         self.buffers.is_on = True
         self.is_waiting = False
 
-    def uses_of(self, token: int) -> tuple[MixtureUse, ...]:
+    def mixture_batch_of(self, token: int) -> tuple[SlotMixture, ...]:
         """The mixtures that a token of this batch goes through."""
         return self._uses.get(self._slots[token], ())
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, LinkSyntaxError, RequestError
-from loraplex.routing.adapter_spec import Link, parse_choice
+from loraplex.routing.adapter_spec import Link, parse_adapter_spec
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 
 Wanted = tuple[tuple[Path, float], ...]  # the folders of a link's adapters and mixtures, with their weights
 
 
-class Catalog:
+class FolderCatalog:
     """The adapters and mixtures of `PluginOptions.folder` and `PluginOptions.adapters`, by name."""
 
     def __init__(self, options: PluginOptions) -> None:
@@ -34,7 +34,7 @@ class Catalog:
 
     def link(self, text: str) -> tuple[Link, Wanted]:
         """The link that a text writes, and its folders."""
-        link = parse_choice(text)
+        link = parse_adapter_spec(text)
         return link, tuple((self.folder(name), weight) for name, weight in link)
 
     def find(self, path: str) -> Wanted:

@@ -10,7 +10,7 @@ from loraplex.adapters.weights import Adapter, LoraWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class LinkMember:
     """One adapter in a concatenation, and the rank columns that it owns in every module."""
 
     adapter: Adapter
@@ -23,20 +23,20 @@ class Part:
         return max(weights.rank for weights in self.adapter.layers.values())
 
 
-def place_parts(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...]:
+def index_members(adapters: Sequence[tuple[Adapter, float]]) -> tuple[LinkMember, ...]:
     """Give each adapter the columns after those of the one before it."""
-    parts: list[Part] = []
+    parts: list[LinkMember] = []
     for adapter, weight in adapters:
         first = parts[-1].first + parts[-1].rank if parts else 0
-        parts.append(Part(adapter=adapter, weight=weight, first=first))
+        parts.append(LinkMember(adapter=adapter, weight=weight, first=first))
     return tuple(parts)
 
 
-def total_rank(parts: Sequence[Part]) -> int:
+def total_rank(parts: Sequence[LinkMember]) -> int:
     return sum(part.rank for part in parts)
 
 
-def concatenate(parts: Sequence[Part], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def concatenate(parts: Sequence[LinkMember], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """By module path, A [rank, in] and B [out, rank] of the whole: B A x = sum_i weight_i * scaling_i * B_i A_i x.
 
     A column means the same adapter in every module, so that one gate a column can stand for it.
@@ -45,7 +45,7 @@ def concatenate(parts: Sequence[Part], dtype: torch.dtype) -> dict[str, tuple[Te
     return {path: _concatenate_module(path, parts, dtype) for path in paths}
 
 
-def _concatenate_module(path: str, parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _concatenate_module(path: str, parts: Sequence[LinkMember], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     of_parts: Mapping[int, LoraWeights] = {
         part.first: part.adapter.layers[path] for part in parts if path in part.adapter.layers
     }

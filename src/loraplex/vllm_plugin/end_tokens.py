@@ -9,7 +9,7 @@ from vllm.sampling_params import SamplingParams
 
 from loraplex.adapters.peft.record import read_record
 from loraplex.errors import LoraplexError
-from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.folders import is_mixture_folder
 from loraplex.xlora.formats.folders import read_mixture_folder
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class AdapterEnds:
     """The end tokens of adapters, links and mixtures, read once for each `lora_int_id`."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: FolderCatalog) -> None:
         self._catalog = catalog
         self._known: dict[int, tuple[int, ...]] = {}
 

@@ -15,12 +15,12 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CapacityError, MixtureError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
-from loraplex.vllm_plugin.base_modules import BaseModules, LayerPlaces
-from loraplex.vllm_plugin.catalog import Catalog, Wanted
-from loraplex.vllm_plugin.concatenate import Part, concatenate, place_parts, total_rank
+from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
+from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
+from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
 from loraplex.vllm_plugin.folders import is_mixture_folder
 from loraplex.vllm_plugin.gate_buffers import PLAIN
-from loraplex.vllm_plugin.mixture_use import MixtureUse
+from loraplex.vllm_plugin.mixture_use import SlotMixture
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.head_tensors import check_head
@@ -32,7 +32,7 @@ class LinkedLora(LoRAModel):
     """A link as one LoRA of vLLM's: all factors side by side, and the mixtures that gate some of their columns."""
 
     def __init__(
-        self, lora_id: int, rank: int, loras: dict[str, Any], uses: tuple[MixtureUse, ...], columns: Tensor | None
+        self, lora_id: int, rank: int, loras: dict[str, Any], uses: tuple[SlotMixture, ...], columns: Tensor | None
     ) -> None:
         super().__init__(lora_id, rank, loras)
         self.uses = uses
@@ -40,7 +40,7 @@ class LinkedLora(LoRAModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class EngineLimits:
     """What the engine has room for."""
 
     max_rank: int
@@ -63,7 +63,12 @@ class LinkLoader:
     """Reads the folders of links with loraplex's own readers and checks, and joins them for vLLM."""
 
     def __init__(
-        self, catalog: Catalog, options: PluginOptions, base: BaseModules, places: LayerPlaces, limits: Limits
+        self,
+        catalog: FolderCatalog,
+        options: PluginOptions,
+        base: BaseModules,
+        places: LayerIndices,
+        limits: EngineLimits,
     ) -> None:
         self._catalog = catalog
         self._options = options
@@ -84,7 +89,7 @@ class LinkLoader:
             experts = [self._catalog.check_expert(folder, path) for path in mixtures[i].experts.values()]
             gated.append(_Gated(folder.name, mixtures[i], weight, range(len(members), len(members) + len(experts))))
             members += [(self._read(expert, folder), 1.0) for expert in experts]  # a mixture's weight is in its gates
-        parts = place_parts(members)
+        parts = index_members(members)
         self._check_rank(parts, wanted)
         uses, columns = self._uses(gated, parts)
         if uses:  # in the scaling pass every member must be off, which only gates can do
@@ -132,7 +137,7 @@ class LinkLoader:
                 "pass of its own, and there is one second KV cache. Mixtures of one link need the value 0 here."
             )
 
-    def _check_rank(self, parts: Sequence[Part], wanted: Wanted) -> None:
+    def _check_rank(self, parts: Sequence[LinkMember], wanted: Wanted) -> None:
         rank = total_rank(parts)
         if rank > self._limits.max_rank:
             names = ", ".join(folder.name for folder, _ in wanted)
@@ -141,11 +146,13 @@ class LinkLoader:
                 f"{self._limits.max_rank}. Start the engine with the next of 8, 16, 32, 64, 128, 256, 320, 512."
             )
 
-    def _uses(self, gated: Sequence[_Gated], parts: Sequence[Part]) -> tuple[tuple[MixtureUse, ...], Tensor | None]:
+    def _uses(
+        self, gated: Sequence[_Gated], parts: Sequence[LinkMember]
+    ) -> tuple[tuple[SlotMixture, ...], Tensor | None]:
         if not gated:
             return (), None
         columns = torch.full((total_rank(parts),), PLAIN, dtype=torch.int64)
-        uses: list[MixtureUse] = []
+        uses: list[SlotMixture] = []
         first = PLAIN + 1
         for mixture in gated:
             experts = [parts[member] for member in mixture.members]
@@ -159,7 +166,7 @@ class LinkLoader:
 
     def _use(
         self, name: str, mixture: MixtureFolder, experts: Sequence[Adapter], weight: float, first: int
-    ) -> MixtureUse:
+    ) -> SlotMixture:
         adapted = {path for expert in experts for path in expert.layers}
         layers = [path for path in self._base.shapes if path in adapted]  # in registration order
         if mixture.hidden_size != self._limits.hidden_size:
@@ -174,7 +181,7 @@ class LinkLoader:
         layer_of_module = torch.zeros(self._places.num_modules, dtype=torch.int64)
         for layer, path in enumerate(layers):
             layer_of_module[self._places.module(path)] = layer
-        return MixtureUse(
+        return SlotMixture(
             name=name,
             config=mixture.config,
             weight=weight,

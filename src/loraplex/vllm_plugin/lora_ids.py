@@ -9,7 +9,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from loraplex.errors import RequestError
-from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.end_tokens import AdapterEnds
 from loraplex.vllm_plugin.options import options_from
 
@@ -63,7 +63,7 @@ def _with_ids(make: Any) -> Any:
         if options is None:
             return
         ids, validate = LoraIds(), self._validate_lora
-        ends, process = AdapterEnds(Catalog(options)), self.process_inputs
+        ends, process = AdapterEnds(FolderCatalog(options)), self.process_inputs
 
         def validate_lora(lora_request: LoRARequest | None) -> None:
             validate(lora_request)

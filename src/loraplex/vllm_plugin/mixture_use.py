@@ -14,7 +14,7 @@ _TOKENS_AT_ONCE = 1024  # bounds the memory of a long prompt's scalings, [tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureUse:
+class SlotMixture:
     """A mixture that a slot's tokens go through, alone or in a link."""
 
     name: str

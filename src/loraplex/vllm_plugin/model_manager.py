@@ -6,8 +6,8 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
-from loraplex.errors import SeamError, UnsupportedEngineError
-from loraplex.vllm_plugin.base_modules import LayerPlaces
+from loraplex.errors import CompatibilityError, UnsupportedEngineError
+from loraplex.vllm_plugin.base_modules import LayerIndices
 from loraplex.vllm_plugin.batch_gates import BatchGates
 from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.gate_buffers import GateBuffers
@@ -26,7 +26,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
         require_attributes(self, ("lora_index_to_id", "packed_modules", "modules", "punica_wrapper_mapping"))
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         mapper = None if mapper is None else mapper.get_rename_mapper()
-        self.places = LayerPlaces(self.modules, self.packed_modules, mapper)
+        self.places = LayerIndices(self.modules, self.packed_modules, mapper)
         if options.mixtures:
             self._gate_layers(options)
 
@@ -96,7 +96,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             device=self.device,
         )
         if not passes_keywords_on(type(self.wrapper)):
-            raise SeamError(f"{type(self.wrapper).__name__}.add_lora_linear no longer passes its keywords on.")
+            raise CompatibilityError(f"{type(self.wrapper).__name__}.add_lora_linear no longer passes its keywords on.")
         gate_expansion(self.wrapper, buffers)
         for name, layer in self.modules.items():
             if isinstance(layer, BaseLinearLayerWithLoRA):

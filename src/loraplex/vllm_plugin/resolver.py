@@ -7,7 +7,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from loraplex.errors import AdapterNotFoundError, RequestError
-from loraplex.vllm_plugin.catalog import Catalog
+from loraplex.vllm_plugin.catalog import FolderCatalog
 
 _ANY_ID = 1  # vLLM gives every request that it takes an id of its own
 
@@ -15,7 +15,7 @@ _ANY_ID = 1  # vLLM gives every request that it takes an id of its own
 class LinkResolver(LoRAResolver):
     """Finds what a name or link stands for in the plugin's catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: FolderCatalog) -> None:
         self._catalog = catalog
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:

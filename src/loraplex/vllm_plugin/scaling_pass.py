@@ -9,17 +9,17 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from loraplex.errors import UnsupportedEngineError
 from loraplex.vllm_plugin.asked_scalings import asked_rows
 from loraplex.vllm_plugin.batch_gates import BatchGates
-from loraplex.vllm_plugin.scalings_log import ScalingsLog
+from loraplex.vllm_plugin.scalings_log import RequestScalingsLog
 from loraplex.vllm_plugin.second_cache import SecondCache
 
 
-class ScalingPass:
+class BatchScalingPass:
     """Hooks around the model's forward pass, which vLLM's runners call themselves."""
 
     def __init__(self, gates: BatchGates, cache: SecondCache, wrapper: Any, runner: Any) -> None:
         self._gates = gates
         self._runner = runner
-        self.log = ScalingsLog()
+        self.log = RequestScalingsLog()
         self.cache = cache
         self._wrapper = wrapper  # Punica's: on a CPU it can leave out all adapters
 
@@ -58,7 +58,7 @@ class ScalingPass:
 
     def _note_scalings(self, hidden: Tensor) -> None:  # [tokens, hidden]
         for row in asked_rows(self._runner):
-            for use in self._gates.uses_of(row.tokens.start):
+            for use in self._gates.mixture_batch_of(row.tokens.start):
                 self.log.add(row.request_id, use.name, row.first_position, use.head(hidden[row.tokens]))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

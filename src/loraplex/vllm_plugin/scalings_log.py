@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ASKED = "loraplex_scalings"  # a request's extra argument (`vllm_xargs` in the OpenAI API)
-MOST_BYTES = 2**26  # kept; the requests that were asked longest ago go first
+MAX_BYTES = 2**26  # kept; the requests that were asked longest ago go first
 
 
 @dataclass
@@ -37,8 +37,8 @@ class RequestScalings:
         ]
 
 
-class ScalingsLog:
-    """Keeps the scalings of requests by vLLM's request id, up to MOST_BYTES."""
+class RequestScalingsLog:
+    """Keeps the scalings of requests by vLLM's request id, up to MAX_BYTES."""
 
     def __init__(self) -> None:
         self._requests: OrderedDict[str, RequestScalings] = OrderedDict()
@@ -46,7 +46,7 @@ class ScalingsLog:
     def add(self, request_id: str, mixture: str, first_position: int, scalings: Tensor) -> None:
         """Note what a head predicted for consecutive tokens, [tokens, layers, experts]."""
         self._requests.setdefault(request_id, RequestScalings()).add(mixture, first_position, scalings.cpu())
-        while len(self._requests) > 1 and self._num_bytes() > MOST_BYTES:
+        while len(self._requests) > 1 and self._num_bytes() > MAX_BYTES:
             self._requests.popitem(last=False)
 
     def take(self, request_id: str) -> list[dict[str, Any]]:

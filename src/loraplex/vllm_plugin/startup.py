@@ -4,8 +4,8 @@ from vllm.config import VllmConfig
 from vllm.lora.resolver import LoRAResolverRegistry
 
 from loraplex.errors import ConfigError
-from loraplex.vllm_plugin.catalog import Catalog
-from loraplex.vllm_plugin.compat import check_seams
+from loraplex.vllm_plugin.catalog import FolderCatalog
+from loraplex.vllm_plugin.compat import check_compat
 from loraplex.vllm_plugin.lora_ids import check_requests
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
@@ -16,14 +16,17 @@ RESOLVER = "loraplex"  # its name in vLLM's registry
 
 
 def start_front(config: VllmConfig) -> None:
-    """Check vLLM and the configuration, and register the resolver. Raises SeamError and UnsupportedEngineError."""
+    """Check vLLM and the configuration, and register the resolver.
+
+    Raises CompatibilityError and UnsupportedEngineError.
+    """
     options = options_from(config.additional_config)
     if options is None:
         raise ConfigError("start_front of loraplex was called, but additional_config doesn't ask for it.")
-    check_seams()
+    check_compat()
     check_config(config, options)
     if options.mixtures and not config.parallel_config.worker_extension_cls:
         config.parallel_config.worker_extension_cls = EXTENSION  # so that scalings can be asked for
     check_requests()
     LoRAResolverRegistry.resolvers.pop(RESOLVER, None)  # of an engine that was configured before in this process
-    LoRAResolverRegistry.register_resolver(RESOLVER, LinkResolver(Catalog(options)))
+    LoRAResolverRegistry.register_resolver(RESOLVER, LinkResolver(FolderCatalog(options)))

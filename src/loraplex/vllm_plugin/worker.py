@@ -9,11 +9,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import supports_lora
 
 from loraplex.errors import ConfigError, UnsupportedEngineError
-from loraplex.vllm_plugin.compat import check_seams
+from loraplex.vllm_plugin.compat import check_compat
 from loraplex.vllm_plugin.cuda_graphs import keep_mixtures_out_of_full_graphs
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
-from loraplex.vllm_plugin.scaling_pass import ScalingPass
+from loraplex.vllm_plugin.scaling_pass import BatchScalingPass
 from loraplex.vllm_plugin.second_cache import SecondCache
 from loraplex.vllm_plugin.worker_manager import LinkWorkerManager
 
@@ -25,7 +25,7 @@ def load_lora_model(runner: Any, model: nn.Module, vllm_config: VllmConfig, devi
     options = options_from(vllm_config.additional_config)
     if options is None:
         raise ConfigError("load_lora_model of loraplex was called, but additional_config doesn't ask for it.")
-    check_seams()
+    check_compat()
     check_config(vllm_config, options)
     if not supports_lora(model):
         raise UnsupportedEngineError(f"vLLM doesn't support LoRA on {type(model).__name__}. Serve another base model.")
@@ -34,7 +34,7 @@ def load_lora_model(runner: Any, model: nn.Module, vllm_config: VllmConfig, devi
     if options.mixtures:
         manager = runner.lora_manager._adapter_manager
         cache = SecondCache(vllm_config.compilation_config.static_forward_context)
-        runner.loraplex_scaling_pass = ScalingPass(manager.gates, cache, manager.wrapper, runner)
+        runner.loraplex_scaling_pass = BatchScalingPass(manager.gates, cache, manager.wrapper, runner)
         runner.loraplex_scaling_pass.attach(wrapped)
         keep_mixtures_out_of_full_graphs(runner, manager)
         logger.info("loraplex: mixtures are on, with %d second caches.", len(cache.copies))

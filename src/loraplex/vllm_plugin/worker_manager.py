@@ -14,9 +14,9 @@ from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
-from loraplex.vllm_plugin.catalog import Catalog, Wanted
+from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.folders import is_mixture_folder
-from loraplex.vllm_plugin.link_loader import Limits, LinkLoader
+from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
 from loraplex.vllm_plugin.model_manager import LinkModelManager
 from loraplex.vllm_plugin.options import PluginOptions
 
@@ -30,7 +30,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
         super().__init__(vllm_config, device, embedding_modules)
         self._options = options
         self._model_config = vllm_config.model_config
-        self._catalog = Catalog(options)
+        self._catalog = FolderCatalog(options)
         self._manager_cls = functools.partial(LinkModelManager, options=options)
         # By name and path, the files that were loaded: other weights meet their keys and values in the prefix cache.
         self._fingerprints: dict[str, tuple[tuple[Fingerprint, ...], ...]] = {}
@@ -41,7 +41,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
         config = self._model_config
         dtype = self.lora_config.lora_dtype
         assert isinstance(dtype, torch.dtype), f"lora_dtype is {dtype!r}, which vLLM should have resolved"
-        limits = Limits(
+        limits = EngineLimits(
             max_rank=self.lora_config.max_lora_rank,
             dtype=dtype,
             device=self.device,

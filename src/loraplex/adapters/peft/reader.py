@@ -14,7 +14,7 @@ from loraplex.adapters.peft.record import read_record
 from loraplex.adapters.peft.tensors import ModuleTensors, base_copies, module_tensors, shape_of
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
-from loraplex.adapters.weights import Adapter, FilePlaces, LoraWeights, ModuleShape
+from loraplex.adapters.weights import Adapter, FileOffsets, LoraWeights, ModuleShape
 from loraplex.errors import AdapterError, AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 
@@ -22,7 +22,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 ShapeCheck = Callable[[LoraConfig, Mapping[str, ModuleShape]], None]
 
-_MOST_READS = 20  # of a folder that is replaced again and again
+_MAX_READS = 20  # of a folder that is replaced again and again
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -40,7 +40,7 @@ def read_adapter(folder: str | Path, *, check_finite: bool = True, check_shapes:
     folder = Path(folder)
     with damaged_as(AdapterFormatError, folder):
         restore_replaced(folder)
-        for _ in range(_MOST_READS):
+        for _ in range(_MAX_READS):
             before = _identity(folder)
             try:
                 adapter = _read_files(folder, check_finite, check_shapes)
@@ -51,7 +51,7 @@ def read_adapter(folder: str | Path, *, check_finite: bool = True, check_shapes:
             if _identity(folder) == before:
                 return adapter
     raise AdapterFormatError(
-        f"the files of {str(folder)!r} changed {_MOST_READS} times while they were read. Read it when its writer has "
+        f"the files of {str(folder)!r} changed {_MAX_READS} times while they were read. Read it when its writer has "
         "ended."
     )
 
@@ -74,7 +74,7 @@ def _read_files(folder: Path, check_finite: bool, check_shapes: ShapeCheck | Non
             path: (file.entries[tensors.lora_a].start, file.entries[tensors.lora_b].start)
             for path, tensors in modules.items()
         }
-        places = FilePlaces(file=file.path, num_bytes=file.num_bytes, starts=starts)
+        places = FileOffsets(file=file.path, num_bytes=file.num_bytes, starts=starts)
     return Adapter(config=config, layers=layers, places=places, end_tokens=read_record(folder))
 
 

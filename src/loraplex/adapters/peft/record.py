@@ -8,7 +8,7 @@ from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
 
 RECORD_FILE = "loraplex.json"
 _VERSION = 1
-_MOST = 64  # end tokens
+_MAX = 64  # end tokens
 
 
 def write_record(folder: Path, end_tokens: tuple[int, ...]) -> None:
@@ -36,8 +36,8 @@ def read_record(folder: Path) -> tuple[int, ...]:
     if content.keys() != {"format_version", "end_tokens"}:
         raise UnsupportedAdapterError(f"{file} has the keys {sorted(content)}; known: format_version and end_tokens.")
     tokens = content["end_tokens"]
-    if not (isinstance(tokens, list) and len(tokens) <= _MOST and all(map(_is_token, tokens))):
-        raise AdapterFormatError(f"{file}: end_tokens is not a list of at most {_MOST} token ids.")
+    if not (isinstance(tokens, list) and len(tokens) <= _MAX and all(map(_is_token, tokens))):
+        raise AdapterFormatError(f"{file}: end_tokens is not a list of at most {_MAX} token ids.")
     return tuple(tokens)
 
 

@@ -74,7 +74,7 @@ def pack(adapter: PreparedAdapter, *, pin: bool) -> PreparedAdapter:
     size, places = 0, []
     for weights in adapter.layers.values():
         row = []
-        for tensor in (weights.lora_a, weights.lora_b, weights.gain):
+        for tensor in (weights.lora_a, weights.lora_b, weights.dora_scale):
             row.append(-1 if tensor is None else size)
             size += 0 if tensor is None else -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         places.append([*row, *weights.lora_a.shape, weights.lora_b.shape[1]])
@@ -89,8 +89,8 @@ def pack(adapter: PreparedAdapter, *, pin: bool) -> PreparedAdapter:
     for weights, copies in zip(adapter.layers.values(), layers.on(layers.buffer).values(), strict=True):
         copies.lora_a.copy_(weights.lora_a)
         copies.lora_b.copy_(weights.lora_b)
-        if weights.gain is not None and copies.gain is not None:
-            copies.gain.copy_(weights.gain)
+        if weights.dora_scale is not None and copies.dora_scale is not None:
+            copies.dora_scale.copy_(weights.dora_scale)
     return replace(adapter, layers=layers)
 
 

@@ -29,11 +29,11 @@ class PreparedAdapter:
         return self.layers if isinstance(self.layers, PackedLayers) else None
 
     @cached_property
-    def gained(self) -> frozenset[int]:
+    def dora_scaled(self) -> frozenset[int]:
         """The modules where DoRA takes a share of the base output."""
         if self.packed is not None:
-            return self.packed.gained
-        return frozenset(index for index, weights in self.layers.items() if weights.gain is not None)
+            return self.packed.dora_scaled
+        return frozenset(index for index, weights in self.layers.items() if weights.dora_scale is not None)
 
     @cached_property
     def max_rank(self) -> int:

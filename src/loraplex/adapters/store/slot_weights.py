@@ -13,11 +13,11 @@ class SlotWeights:
     lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
     lora_b: Tensor  # [rank, out]; for DoRA multiplied by c per output
     scaling: float
-    gain: Tensor | None = None  # [out], c - 1 of DoRA: the share of the base output to add
+    dora_scale: Tensor | None = None  # [out], c - 1 of DoRA: the share of the base output to add
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.lora_a, self.lora_b] + ([] if self.gain is None else [self.gain])
+        tensors = [self.lora_a, self.lora_b] + ([] if self.dora_scale is None else [self.dora_scale])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device) -> "SlotWeights":
@@ -25,5 +25,5 @@ class SlotWeights:
             lora_a=self.lora_a.to(device),
             lora_b=self.lora_b.to(device),
             scaling=self.scaling,
-            gain=None if self.gain is None else self.gain.to(device),
+            dora_scale=None if self.dora_scale is None else self.dora_scale.to(device),
         )

@@ -8,7 +8,7 @@ _UNFINISHED = "\ufffd"  # what a part of a character decodes to
 _CONTEXT = 5  # tokens of the prompt: some tokenizers write a word's first space by what stands before it
 
 
-class AnswerText:
+class Detokenizer:
     """The text of one answer. A part that may belong to a stop string or to half a character is held back."""
 
     def __init__(

@@ -9,27 +9,27 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.engine.frontend.detokenizer import AnswerText
+from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.frontend.request_checks import check_attention, check_kinds, check_scalings
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import TokenChooser
-from loraplex.engine.sched.capacity import Room, check_slots
-from loraplex.engine.sched.sequence import Generation, RequestState
-from loraplex.engine.worker.captures import Observations
+from loraplex.engine.sampling.sampler import Sampler
+from loraplex.engine.sched.capacity import Capacity, check_slots
+from loraplex.engine.sched.sequence import RequestState, SequenceState
+from loraplex.engine.worker.captures import Captures
 from loraplex.errors import BaseModelError, RequestError
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.routing.adapter_spec import Link, parse_choice
+from loraplex.routing.adapter_spec import Link, parse_adapter_spec
 from loraplex.xlora.mixture import Mixture
 
 
-class Intake:
+class InputProcessor:
     """Checks and prepares requests; safe to use from many threads."""
 
-    def __init__(self, model: MultiLoraModel, room: Room) -> None:
+    def __init__(self, model: MultiLoraModel, room: Capacity) -> None:
         self._model = model
         self._room = room
         self._arrivals = itertools.count()
@@ -40,7 +40,7 @@ class Intake:
     def prepare(self, request: Request, request_id: str) -> RequestState:
         """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or TooLargeError; then nothing has changed."""
         check_kinds(request)
-        link = parse_choice(request.adapters)
+        link = parse_adapter_spec(request.adapters)
         self._check_tokens(request.sampling)
         self._room.check_answers(request.sampling.n)
         prompt = self._encode(request.prompt)
@@ -65,7 +65,7 @@ class Intake:
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
         check_scalings(state, mixtures)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        state.generations = [self._generation(state, index, seed + index, buffer) for index in range(sampling.n)]
+        state.sequences = [self._sequence(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state
 
     def end_tokens(self, state: RequestState) -> frozenset[int]:
@@ -81,19 +81,19 @@ class Intake:
     def _base_ends(self) -> tuple[int, ...]:
         return end_token_ids(self._model.base, self._tokenizer(needed=False))
 
-    def _generation(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> Generation:
+    def _sequence(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> SequenceState:
         sampling = state.request.sampling
         schema = sampling.json_schema
         constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self.vocab_size)
         ends = self.end_tokens(state)
-        chooser = TokenChooser(sampling, state.prompt, ends, seed % 2**63, constraint)
+        chooser = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
         tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
-        text = AnswerText(tokenizer, state.prompt, sampling.stop_strings)
+        text = Detokenizer(tokenizer, state.prompt, sampling.stop_strings)
         wants_scalings = state.request.return_scalings
         observations = None
         if buffer is not None or wants_scalings:
-            observations = Observations(buffer, tokenizer, wants_scalings=wants_scalings)
-        return Generation(state, index, chooser, text, observations)
+            observations = Captures(buffer, tokenizer, wants_scalings=wants_scalings)
+        return SequenceState(state, index, chooser, text, observations)
 
     def _tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
         try:

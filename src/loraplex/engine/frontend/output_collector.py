@@ -9,7 +9,7 @@ from loraplex.errors import EngineError
 Event = Delta | RequestResult
 
 
-class Feed:
+class OutputCollector:
     """The events of one or more requests. A slow reader finds more events at once, never a longer queue of calls."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, wants_deltas: bool = True) -> None:
@@ -48,16 +48,16 @@ class Feed:
         return events
 
 
-def deliver(news: Mapping[Feed, Collection[Event]]) -> None:
+def deliver(news: Mapping[OutputCollector, Collection[Event]]) -> None:
     """Hand out what one step gave: a single call for each event loop, not one for each token."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Feed, list[Event]]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputCollector, list[Event]]]] = {}
     for feed, events in news.items():
         by_loop.setdefault(feed.loop, []).append((feed, list(events)))
     for loop, feeds in by_loop.items():
         _call(loop, _put_all, feeds)
 
 
-def fail(feeds: Collection[Feed], error: EngineError) -> None:
+def fail(feeds: Collection[OutputCollector], error: EngineError) -> None:
     """Let no reader wait any longer, each with an error of its own."""
     for feed in feeds:
         told = type(error)(str(error))
@@ -73,6 +73,6 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *argum
             raise
 
 
-def _put_all(feeds: Sequence[tuple[Feed, list[Event]]]) -> None:
+def _put_all(feeds: Sequence[tuple[OutputCollector, list[Event]]]) -> None:
     for feed, events in feeds:
         feed.put(events)

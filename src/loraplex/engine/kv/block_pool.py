@@ -27,7 +27,7 @@ class BlockPool:
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """A block for new contents."""
         if self._free:
             block = self._free.pop()
@@ -38,17 +38,17 @@ class BlockPool:
         self._holders[block] = 1
         return block
 
-    def find(self, key: bytes) -> int | None:
+    def get_cached_block(self, key: bytes) -> int | None:
         """The block with these contents, if it is still there; it isn't held yet."""
         return self._by_key.get(key)
 
-    def hold(self, block: int) -> None:
-        """Share a block that `find` gave."""
+    def touch(self, block: int) -> None:
+        """Share a block that `get_cached_block` gave."""
         if self._holders[block] == 0:
             del self._idle[block]
         self._holders[block] += 1
 
-    def leave(self, block: int) -> None:
+    def free(self, block: int) -> None:
         """Hold a block no longer."""
         self._holders[block] -= 1
         assert self._holders[block] >= 0, f"block {block} was left more often than held"
@@ -59,7 +59,7 @@ class BlockPool:
         else:
             self._free.append(block)
 
-    def name(self, block: int, key: bytes) -> None:
+    def cache_full_block(self, block: int, key: bytes) -> None:
         """Make a full block's contents known under `key`, unless another block has them."""
         if key not in self._by_key:
             self._by_key[key] = block
@@ -87,9 +87,9 @@ class BlockTable:
         self.values = torch.zeros(num_rows, row_blocks, dtype=torch.int32, device=device)
         self._free = list(range(num_rows - 1, -1, -1))
 
-    def has_rows(self, num_tracks: int) -> bool:
+    def has_rows(self, num_sequences: int) -> bool:
         """Whether so many more tracks can begin now."""
-        return self.grows or num_tracks <= len(self._free)
+        return self.grows or num_sequences <= len(self._free)
 
     def take_row(self) -> int:
         if not self._free:

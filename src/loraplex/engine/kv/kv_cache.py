@@ -1,4 +1,4 @@
-"""Keys and values of all generations, in blocks, allocated once."""
+"""Keys and values of all sequences, in blocks, allocated once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from loraplex.engine.kv.mask_rule import Sight
+from loraplex.engine.kv.mask_rule import MaskRule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -14,7 +14,7 @@ class AttentionTerms:
     """How one attention module turns queries and keys into weights."""
 
     scale: float
-    sight: Sight = field(default_factory=Sight)
+    sight: MaskRule = field(default_factory=MaskRule)
     softcap: float | None = None
     sinks: Tensor | None = None  # [heads]  logits beside those of the keys, which take weight and give nothing
 

@@ -7,7 +7,7 @@ is max(the first pass's, its position + 1), however a packed pass cuts the promp
 
 from dataclasses import dataclass
 
-from loraplex.engine.kv.sequence_kv import KeyPart
+from loraplex.engine.kv.sequence_kv import ExtraKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class LengthRule:
         outgrown = self.begins_anew and self.threshold is not None and num_prompt <= self.threshold < num_tokens
         return num_tokens if outgrown else num_prompt
 
-    def keys(self, first_length: int) -> list[KeyPart]:
+    def keys(self, first_length: int) -> list[ExtraKey]:
         """What keys and values depend on besides the tokens."""
         if self.threshold is None or first_length <= self.threshold:
             return []
-        return [KeyPart(identity=("length", 0 if self.is_step else first_length))]
+        return [ExtraKey(identity=("length", 0 if self.is_step else first_length))]

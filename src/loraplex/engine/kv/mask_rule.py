@@ -13,7 +13,7 @@ Row = Callable[[int], Tensor]  # of a query's position p, [p + 2] bool: which of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class MaskRule:
     """A token sees itself and the tokens before it, of these."""
 
     window: int | None = None  # the last ones, itself included
@@ -25,12 +25,12 @@ class Sight:
         return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
 
 
-def sight_of(row: Row, length: int) -> Sight | None:
+def sight_of(row: Row, length: int) -> MaskRule | None:
     """What a rule shows to sequences of up to `length` tokens; None for a rule that is none of these."""
     first = _first_seen(row, length - 1)
     if first is None:
         return None
-    sight = Sight()
+    sight = MaskRule()
     if first > 0:
         low, high = 0, length - 1  # the first query that doesn't see token 0
         while high - low > 1:
@@ -39,7 +39,7 @@ def sight_of(row: Row, length: int) -> Sight | None:
                 low = middle
             else:
                 high = middle
-        sight = Sight(window=high) if _first_seen(row, high) == 1 else Sight(chunk=high)
+        sight = MaskRule(window=high) if _first_seen(row, high) == 1 else MaskRule(chunk=high)
     edge = sight.window or sight.chunk or length
     probes = {0, 1, 2, 3, 5, length // 3, length // 2, length - 2, length - 1}
     probes |= {times * edge + step for times in (1, 2, 3) for step in (-2, -1, 0, 1, 2)}

@@ -1,4 +1,4 @@
-"""One pass of one generation: how far it has come, and the blocks that hold its keys and values."""
+"""One pass of one sequence: how far it has come, and the blocks that hold its keys and values."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,32 +8,32 @@ from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackRoute:
+class SequenceRoute:
     """One adapter that a track's tokens go through."""
 
     slot: int
     weight: float = 1.0
     active_from: int | None = None  # aLoRA: the position from which on it is active; None: from the first
-    use: int | None = None  # an expert's: the place of its mixture among those of the generation
+    use: int | None = None  # an expert's: the place of its mixture among those of the sequence
     expert: int = 0  # and its place in the mixture
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyPart:
+class ExtraKey:
     """Something that keys and values depend on besides the tokens, from a position on."""
 
     identity: tuple[object, ...]
     active_from: int | None = None
 
 
-class Track:
-    """The main pass of a generation, or one of its scaling passes."""
+class SequenceKV:
+    """The main pass of a sequence, or one of its scaling passes."""
 
     def __init__(
         self,
-        tokens: list[int],  # the generation's own list, which grows
-        routes: Sequence[TrackRoute],
-        key_parts: Sequence[KeyPart],
+        tokens: list[int],  # the sequence's own list, which grows
+        routes: Sequence[SequenceRoute],
+        key_parts: Sequence[ExtraKey],
         pool: BlockPool,
         table: BlockTable,
     ) -> None:
@@ -67,10 +67,10 @@ class Track:
         """Begin with what is known of the first `most` tokens."""
         assert not self.blocks, "a track that has blocks can't begin"
         for key in self.keys(most):
-            block = self._pool.find(key)
+            block = self._pool.get_cached_block(key)
             if block is None:
                 break
-            self._pool.hold(block)
+            self._pool.touch(block)
             self.blocks.append(block)
         self._num_named = len(self.blocks)
         self.num_computed = len(self.blocks) * self._pool.block_tokens
@@ -82,23 +82,23 @@ class Track:
 
     def grow(self, num_tokens: int) -> None:
         """Take the blocks that `num_tokens` tokens need."""
-        new = [self._pool.take() for _ in range(self.blocks_missing(num_tokens))]
+        new = [self._pool.allocate() for _ in range(self.blocks_missing(num_tokens))]
         if new:
             self._table.set(self.row, len(self.blocks), new)
             self.blocks += new
 
-    def name_blocks(self, num_tokens: int) -> None:
+    def cache_full_blocks(self, num_tokens: int) -> None:
         """Make the full blocks known whose tokens are computed and among the first `num_tokens`, which are certain."""
         full = min(self.num_computed, num_tokens) // self._pool.block_tokens
         if full > self._num_named:
             for number, key in enumerate(self.keys(full * self._pool.block_tokens)[self._num_named :], self._num_named):
-                self._pool.name(self.blocks[number], key)
+                self._pool.cache_full_block(self.blocks[number], key)
             self._num_named = full
 
     def drop(self) -> None:
         """Give all blocks back; the track starts anew."""
         for block in reversed(self.blocks):  # the end of a prefix is evicted before its beginning
-            self._pool.leave(block)
+            self._pool.free(block)
         self.blocks = []
         self.num_computed = self._num_named = 0
 

@@ -1,4 +1,4 @@
-"""Choose one generation's next token from its logits."""
+"""Choose one sequence's next token from its logits."""
 
 import math
 from collections import Counter
@@ -32,7 +32,7 @@ class Constraint(Protocol):
         ...
 
 
-class TokenChooser:
+class Sampler:
     """Sampling options, their random state and the counts that penalties need."""
 
     def __init__(

@@ -2,15 +2,15 @@
 
 from loraplex.engine.faults import own_fault
 from loraplex.engine.sched.capacity import fits_beside_pinned
-from loraplex.engine.sched.request_adapters import Binding
-from loraplex.engine.sched.sequence import Generation, RequestState
+from loraplex.engine.sched.request_adapters import RequestAdapters
+from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import CapacityError, LoraplexError
 from loraplex.models.multi_lora import MultiLoraModel
 
 _PATIENCE = 4  # requests for each slot that may go before one that came earlier
 
 
-class Leases:
+class AdapterLeases:
     """The adapters that running and paused requests hold. A request keeps the versions it began with."""
 
     def __init__(self, model: MultiLoraModel) -> None:
@@ -18,11 +18,11 @@ class Leases:
         self._holders: set[RequestState] = set()
         self._passed_over: RequestState | None = None  # waits for slots, while others that came later get some
         self._num_passing = 0
-        self.failures: list[tuple[Generation, LoraplexError]] = []
+        self.failures: list[tuple[SequenceState, LoraplexError]] = []
 
-    def bring(self, generation: Generation) -> bool:
+    def bring(self, sequence: SequenceState) -> bool:
         """Whether its adapters are in slots now. If not, ask again later; or they can't be, which `failures` tells."""
-        state = generation.state
+        state = sequence.state
         if state.binding is not None:
             return self._have_arrived(state.binding)
         try:
@@ -30,14 +30,16 @@ class Leases:
                 state.loads = list(self._model.store.prefetch(state.names))
             if not all(load.done() for load in state.loads) or self._must_let_pass(state):
                 return False
-            state.binding = Binding(self._model.store, self._model.mixtures, self._model.registry.linked, state.link)
+            state.binding = RequestAdapters(
+                self._model.store, self._model.mixtures, self._model.registry.linked, state.link
+            )
         except CapacityError as error:
             self._passed_over = self._passed_over or state
             if not self._holders or not fits_beside_pinned(self._model.store, state.names):
-                self.failures.append((generation, error))
+                self.failures.append((sequence, error))
             return False  # else slots will be free when others end
         except Exception as error:
-            self.failures.append((generation, own_fault(error, "bringing the request's adapters into slots")))
+            self.failures.append((sequence, own_fault(error, "bringing the request's adapters into slots")))
             return False
         self._holders.add(state)
         self._count_passing(state)
@@ -56,7 +58,7 @@ class Leases:
         elif self._passed_over is not None and state.names:
             self._num_passing += state.arrival > self._passed_over.arrival
 
-    def _have_arrived(self, binding: Binding) -> bool:
+    def _have_arrived(self, binding: RequestAdapters) -> bool:
         """Whether the weights are on the device: until then, others' steps go on without this request."""
         return all(self._model.store.slots.is_ready(slot) for slot in binding.slots)
 

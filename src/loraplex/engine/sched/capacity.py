@@ -10,7 +10,7 @@ from loraplex.errors import RequestError, TooLargeError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class Capacity:
     """What an engine has: fixed when it is made."""
 
     max_length: int  # tokens of prompt and answer
@@ -18,7 +18,7 @@ class Room:
     block_tokens: int
     max_answers: int  # of one request
     lengths: LengthRule = field(default_factory=LengthRule)  # when positions change with a sequence's length
-    max_tracks: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
+    max_sequences: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
 
     def check_answers(self, num_answers: int) -> None:
         """Raises TooLargeError for more answers than may wait and run at once."""
@@ -38,10 +38,10 @@ class Room:
 
     def check_blocks(self, num_tokens: int, num_passes: int) -> None:
         """Raises TooLargeError if the passes over one answer's tokens need more blocks than there are."""
-        if self.max_tracks is not None and num_passes > self.max_tracks:
+        if self.max_sequences is not None and num_passes > self.max_sequences:
             raise TooLargeError(
-                f"the request needs the states of {num_passes} passes, but there is room for {self.max_tracks}. Link "
-                "fewer mixtures, or raise EngineConfig.max_running and cache_bytes."
+                f"the request needs the states of {num_passes} passes, but there is room for {self.max_sequences}. "
+                "Link fewer mixtures, or raise EngineConfig.max_running and cache_bytes."
             )
         needed = -(-num_tokens // self.block_tokens) * num_passes
         if needed > self.num_blocks:

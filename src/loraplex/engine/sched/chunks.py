@@ -1,8 +1,8 @@
-"""Which tokens of a generation's passes can run next."""
+"""Which tokens of a sequence's passes can run next."""
 
-from loraplex.engine.sched.scaling_pass import ScalingPass
-from loraplex.engine.sched.sequence import Generation
-from loraplex.engine.worker.input_batch import Part
+from loraplex.engine.sched.scaling_pass import SequenceScalingPass
+from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.worker.input_batch import ScheduledChunk
 
 
 class TokenBudget:
@@ -15,86 +15,88 @@ class TokenBudget:
         self.left = max(0, self.left - num_tokens)
 
 
-class PassPlan:
+class SchedulerOutput:
     """The parts of the next pass so far, and the blocks that they will take."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self.generations: set[Generation] = set()
+        self.parts: list[ScheduledChunk] = []
+        self.sequences: set[SequenceState] = set()
         self.num_tokens = 0
         self.num_blocks = 0
 
-    def add(self, generation: Generation, parts: list[Part], num_blocks: int) -> None:
+    def add(self, sequence: SequenceState, parts: list[ScheduledChunk], num_blocks: int) -> None:
         self.parts += parts
-        self.generations.add(generation)
+        self.sequences.add(sequence)
         self.num_tokens += sum(part.count for part in parts)
         self.num_blocks += num_blocks
 
 
-def is_decoding(generation: Generation) -> bool:
+def is_decoding(sequence: SequenceState) -> bool:
     """Whether only its last token is left to run in every pass."""
-    certain = len(generation.tokens)
-    return all(track.num_computed >= certain - 1 for track in generation.tracks)
+    certain = len(sequence.tokens)
+    return all(track.num_computed >= certain - 1 for track in sequence.tracks)
 
 
-def decode_parts(generation: Generation, draft: bool) -> list[Part]:
+def decode_chunks(sequence: SequenceState, draft: bool) -> list[ScheduledChunk]:
     """The last token of the main pass, if its scalings are known; of the scaling passes, the last token or a draft."""
-    certain = len(generation.tokens)
-    ready = all(scaling.track.num_computed >= certain for scaling in generation.scalings)
-    parts = [_main_part(generation, certain - 1, certain)] if ready else []
-    for scaling in generation.scalings:
+    certain = len(sequence.tokens)
+    ready = all(scaling.track.num_computed >= certain for scaling in sequence.scalings)
+    parts = [_main_chunk(sequence, certain - 1, certain)] if ready else []
+    for scaling in sequence.scalings:
         computed = scaling.track.num_computed
         if computed < certain:
-            parts.append(_scaling_part(generation, scaling, computed, certain, draft))
-        elif ready and draft and computed == certain and scaling.guess is not None and _goes_on(generation):
-            parts.append(_scaling_part(generation, scaling, certain, certain + 1, draft))
+            parts.append(_scaling_chunk(sequence, scaling, computed, certain, draft))
+        elif ready and draft and computed == certain and scaling.guess is not None and _goes_on(sequence):
+            parts.append(_scaling_chunk(sequence, scaling, certain, certain + 1, draft))
     return parts
 
 
-def prompt_parts(generation: Generation, budget: TokenBudget, draft: bool) -> list[Part]:
+def prefill_chunks(sequence: SequenceState, budget: TokenBudget, draft: bool) -> list[ScheduledChunk]:
     """A chunk of each pass; the main one follows the scaling passes, which tell its gates."""
-    left, certain = budget.left, len(generation.tokens)
-    assert generation.main is not None, "a generation runs without passes"
+    left, certain = budget.left, len(sequence.tokens)
+    assert sequence.main is not None, "a sequence runs without passes"
     parts = []
-    known = min([certain, *(scaling.track.num_computed for scaling in generation.scalings)])
-    start = generation.main.num_computed
+    known = min([certain, *(scaling.track.num_computed for scaling in sequence.scalings)])
+    start = sequence.main.num_computed
     stop = min(known, start + left)
     if stop > start:
-        parts.append(_main_part(generation, start, stop))
+        parts.append(_main_chunk(sequence, start, stop))
         left -= stop - start
-    for scaling in generation.scalings:
+    for scaling in sequence.scalings:
         start = scaling.track.num_computed
         stop = min(certain, start + left)
         if stop > start:
-            parts.append(_scaling_part(generation, scaling, start, stop, draft))
+            parts.append(_scaling_chunk(sequence, scaling, start, stop, draft))
             left -= stop - start
     return parts
 
 
-def _goes_on(generation: Generation) -> bool:
+def _goes_on(sequence: SequenceState) -> bool:
     """Whether another token can follow the one that is chosen next."""
-    return generation.num_new + 1 < generation.state.max_new_tokens
+    return sequence.num_new + 1 < sequence.state.max_new_tokens
 
 
-def _main_part(generation: Generation, start: int, stop: int) -> Part:
-    assert generation.main is not None, "a generation runs without passes"
-    return Part(
-        owner=generation,
+def _main_chunk(sequence: SequenceState, start: int, stop: int) -> ScheduledChunk:
+    assert sequence.main is not None, "a sequence runs without passes"
+    return ScheduledChunk(
+        owner=sequence,
         scaling=None,
-        track=generation.main,
+        track=sequence.main,
         start=start,
         count=stop - start,
-        wants_logits=stop == len(generation.tokens),
-        wants_all_logits=generation.prompt_logprobs is not None and start + 1 < generation.num_prompt,
+        wants_logits=stop == len(sequence.tokens),
+        wants_all_logits=sequence.prompt_logprobs is not None and start + 1 < sequence.num_prompt,
     )
 
 
-def _scaling_part(generation: Generation, scaling: ScalingPass, start: int, stop: int, draft: bool) -> Part:
-    return Part(
-        owner=generation,
+def _scaling_chunk(
+    sequence: SequenceState, scaling: SequenceScalingPass, start: int, stop: int, draft: bool
+) -> ScheduledChunk:
+    return ScheduledChunk(
+        owner=sequence,
         scaling=scaling,
         track=scaling.track,
         start=start,
         count=stop - start,
-        wants_logits=draft and stop >= len(generation.tokens),
+        wants_logits=draft and stop >= len(sequence.tokens),
     )

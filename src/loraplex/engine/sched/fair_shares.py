@@ -5,7 +5,7 @@ from collections import Counter
 Share = tuple[str, ...]
 
 
-class Shares:
+class FairShares:
     """Tokens that each share has got, while it has requests (start-time fair queueing, as virtual time).
 
     A share that comes back after a pause starts where the least served one stands: waiting saves up no credit.

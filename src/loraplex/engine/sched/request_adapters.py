@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
-from loraplex.engine.kv.sequence_kv import KeyPart, TrackRoute
+from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceRoute
 from loraplex.models.mixtures import Mixtures
 from loraplex.residual.modules import FunctionResidual
 from loraplex.residual.registry import LinkedAttention
@@ -33,7 +33,7 @@ class BoundMixture:
     weight: float
     slots: tuple[int, ...]  # of the experts, in head order
     versions: tuple[int, ...]  # serials of the experts
-    scaling: int  # which of the generation's scaling passes its head reads
+    scaling: int  # which of the sequence's scaling passes its head reads
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -42,15 +42,15 @@ class BoundMixture:
         return ("mixture", serial(self.mixture), head, self.versions, self.weight)
 
 
-class Binding:
+class RequestAdapters:
     """A request's leases; `close` ends them."""
 
     def __init__(self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link) -> None:
         """Raises AdapterNotFoundError, CapacityError (no slot is free now) or AdapterChangedError."""
         (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
         found, names = mixtures.expand([link])
-        self.scaling_routes: list[tuple[TrackRoute, ...]] = []  # of each scaling pass
-        self.scaling_keys: list[tuple[KeyPart, ...]] = []
+        self.scaling_routes: list[tuple[SequenceRoute, ...]] = []  # of each scaling pass
+        self.scaling_keys: list[tuple[ExtraKey, ...]] = []
         with ExitStack() as leases:
             leased = leases.enter_context(store.lease(names))
             self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
@@ -65,26 +65,26 @@ class Binding:
         """The slots that it holds."""
         return {_slot(version) for version, _ in self.plain} | {slot for m in self.mixtures for slot in m.slots}
 
-    def main_routes(self, prompt: Sequence[int]) -> list[TrackRoute]:
+    def main_routes(self, prompt: Sequence[int]) -> list[SequenceRoute]:
         """The routes of a main pass: plain adapters, then the experts of all mixtures."""
         routes = [
-            TrackRoute(slot=_slot(version), weight=weight, active_from=_active_from(version, prompt))
+            SequenceRoute(slot=_slot(version), weight=weight, active_from=_active_from(version, prompt))
             for version, weight in self.plain
             if version.invocation is None or _active_from(version, prompt) is not None
         ]
         for use, bound in enumerate(self.mixtures):
-            routes += [TrackRoute(slot=slot, use=use, expert=expert) for expert, slot in enumerate(bound.slots)]
+            routes += [SequenceRoute(slot=slot, use=use, expert=expert) for expert, slot in enumerate(bound.slots)]
         return routes
 
-    def main_keys(self, prompt: Sequence[int]) -> list[KeyPart]:
+    def main_keys(self, prompt: Sequence[int]) -> list[ExtraKey]:
         """What the main pass's keys and values depend on; an aLoRA before its invocation is the base model."""
         parts = []
         for version, weight in self.plain:
             active_from = _active_from(version, prompt)
             if version.invocation is None or active_from is not None:
-                parts.append(KeyPart(identity=("adapter", serial(version), weight), active_from=active_from))
-        parts += [KeyPart(identity=bound.identity) for bound in self.mixtures]
-        return parts + [KeyPart(identity=self._residual_identity(residual)) for residual in self.chain]
+                parts.append(ExtraKey(identity=("adapter", serial(version), weight), active_from=active_from))
+        parts += [ExtraKey(identity=bound.identity) for bound in self.mixtures]
+        return parts + [ExtraKey(identity=self._residual_identity(residual)) for residual in self.chain]
 
     def _residual_identity(self, link: ChainLink) -> tuple[object, ...]:
         """What keys and values depend on, and u beside them; a function may change, so it shares within its request."""
@@ -111,12 +111,12 @@ class Binding:
                     base_pass = self._add_pass((), ())
                 scaling = base_pass
             else:
-                routes = tuple(TrackRoute(slot=slot, use=use, expert=i) for i, slot in enumerate(slots))
-                scaling = self._add_pass(routes, (KeyPart(identity=("pass", serial(mixture), versions)),))
+                routes = tuple(SequenceRoute(slot=slot, use=use, expert=i) for i, slot in enumerate(slots))
+                scaling = self._add_pass(routes, (ExtraKey(identity=("pass", serial(mixture), versions)),))
             bound.append(BoundMixture(mixture=mixture, weight=weight, slots=slots, versions=versions, scaling=scaling))
         return bound
 
-    def _add_pass(self, routes: tuple[TrackRoute, ...], keys: tuple[KeyPart, ...]) -> int:
+    def _add_pass(self, routes: tuple[SequenceRoute, ...], keys: tuple[ExtraKey, ...]) -> int:
         self.scaling_routes.append(routes)
         self.scaling_keys.append(keys)
         return len(self.scaling_routes) - 1

@@ -3,50 +3,50 @@
 from collections import deque
 from collections.abc import Iterator
 
-from loraplex.engine.sched.fair_shares import Share, Shares
-from loraplex.engine.sched.sequence import Generation
+from loraplex.engine.sched.fair_shares import FairShares, Share
+from loraplex.engine.sched.sequence import SequenceState
 
 
-class Waiting:
+class RequestQueue:
     """One queue for each priority and share."""
 
-    def __init__(self, shares: Shares) -> None:
+    def __init__(self, shares: FairShares) -> None:
         self._shares = shares
-        self._queues: dict[tuple[int, Share], deque[Generation]] = {}
+        self._queues: dict[tuple[int, Share], deque[SequenceState]] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Generation]:
+    def __iter__(self) -> Iterator[SequenceState]:
         for queue in self._queues.values():
             yield from queue
 
-    def add(self, generation: Generation) -> None:
-        self._queue(generation).append(generation)
+    def add(self, sequence: SequenceState) -> None:
+        self._queue(sequence).append(sequence)
         self._count += 1
 
-    def put_back(self, generation: Generation) -> None:
+    def put_back(self, sequence: SequenceState) -> None:
         """Before all others of its queue: it has run already, or must be asked again."""
-        self._queue(generation).appendleft(generation)
+        self._queue(sequence).appendleft(sequence)
         self._count += 1
 
-    def heads(self) -> list[Generation]:
+    def heads(self) -> list[SequenceState]:
         """The first of every queue, in the order in which they should run."""
         keys = sorted(self._queues, key=lambda key: (-key[0], self._shares.served(key[1])))
         return [self._queues[key][0] for key in keys]
 
-    def remove(self, generation: Generation) -> None:
-        key = _key(generation)
+    def remove(self, sequence: SequenceState) -> None:
+        key = _key(sequence)
         queue = self._queues[key]
-        queue.remove(generation)
+        queue.remove(sequence)
         self._count -= 1
         if not queue:
             del self._queues[key]
 
-    def _queue(self, generation: Generation) -> deque[Generation]:
-        return self._queues.setdefault(_key(generation), deque())
+    def _queue(self, sequence: SequenceState) -> deque[SequenceState]:
+        return self._queues.setdefault(_key(sequence), deque())
 
 
-def _key(generation: Generation) -> tuple[int, Share]:
-    return generation.state.request.priority, generation.state.share
+def _key(sequence: SequenceState) -> tuple[int, Share]:
+    return sequence.state.request.priority, sequence.state.share

@@ -7,15 +7,15 @@ from collections.abc import Callable, Collection
 
 from loraplex.engine.faults import own_fault
 from loraplex.engine.request import Completion, Delta, FinishReason, RequestResult
-from loraplex.engine.sched.adapter_leases import Leases
+from loraplex.engine.sched.adapter_leases import AdapterLeases
 from loraplex.engine.sched.scheduler import Scheduler
-from loraplex.engine.sched.sequence import Generation, RequestState
+from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import EngineError, LoraplexError, QueueFullError, RequestError, TooLargeError
 
 logger = logging.getLogger(__name__)
 
 
-class RequestBook:
+class RequestTracker:
     """Any thread may enqueue and cancel; the rest is for the thread that steps.
 
     It outlives the scheduler and the leases: after a fault it ends what they had without them, and is given new ones.
@@ -31,7 +31,7 @@ class RequestBook:
         self._ended_now: list[tuple[RequestState, Completion]] = []  # answers, in this step
         self._refuse: Callable[[], LoraplexError] | None = None
 
-    def use(self, scheduler: Scheduler, leases: Leases) -> None:
+    def use(self, scheduler: Scheduler, leases: AdapterLeases) -> None:
         """What requests run with from now on."""
         self._scheduler, self._leases = scheduler, leases
 
@@ -80,8 +80,8 @@ class RequestBook:
             self._states |= self._inbox
             self._inbox.clear()
         for state in new:
-            for generation in state.generations:
-                self._scheduler.add(generation)
+            for sequence in state.sequences:
+                self._scheduler.add(sequence)
         deltas = []
         while self._cancelled:
             state_or_none = self._states.get(self._cancelled.popleft())
@@ -105,29 +105,29 @@ class RequestBook:
                 self._end_all(state)
             self._results.pop(state.request_id, None)
 
-    def end(self, generation: Generation, reason: FinishReason, error: LoraplexError | None = None) -> Delta:
-        """End a generation without another token."""
+    def end(self, sequence: SequenceState, reason: FinishReason, error: LoraplexError | None = None) -> Delta:
+        """End a sequence without another token."""
         try:
-            text = generation.text.end()
+            text = sequence.text.end()
         except Exception as fault:
             text, reason, error = "", "error", error or own_fault(fault, "reading the answer's tokens as text")
-        reason, error = self.finish(generation, reason, error)
-        return _ending(generation, text, reason, error)
+        reason, error = self.finish(sequence, reason, error)
+        return _ending(sequence, text, reason, error)
 
     def finish(
-        self, generation: Generation, reason: FinishReason, error: LoraplexError | None = None
+        self, sequence: SequenceState, reason: FinishReason, error: LoraplexError | None = None
     ) -> tuple[FinishReason, LoraplexError | None]:
-        """Free what a generation holds; with the last of its request, end the leases and keep the result.
+        """Free what a sequence holds; with the last of its request, end the leases and keep the result.
 
         Returns how it ended: with an error where what it observed can't be told.
         """
-        self._scheduler.remove(generation)
-        state = generation.state
+        self._scheduler.remove(sequence)
+        state = sequence.state
         try:
-            completion = generation.completion(reason, error)
+            completion = sequence.completion(reason, error)
         except Exception as untold:  # a head predicted NaN
-            completion = generation.completion("error", error or own_fault(untold, "telling what was observed"))
-        generation.finish_reason = completion.finish_reason
+            completion = sequence.completion("error", error or own_fault(untold, "telling what was observed"))
+        sequence.finish_reason = completion.finish_reason
         state.completions.append(completion)
         self._ended_now.append((state, completion))
         if state.is_finished:
@@ -152,18 +152,18 @@ class RequestBook:
         deltas = []
         for state in list(self._states.values()):
             told = {completion.index for completion in state.completions}
-            for generation in state.generations:
-                if generation.index not in told:
-                    deltas.append(_ending(generation, "", "error", error))
-                    state.completions.append(_unfinished(generation, error))
-                generation.finish_reason = generation.finish_reason or "error"
-                generation.main, generation.scalings = None, []  # of a pool that is gone
+            for sequence in state.sequences:
+                if sequence.index not in told:
+                    deltas.append(_ending(sequence, "", "error", error))
+                    state.completions.append(_unfinished(sequence, error))
+                sequence.finish_reason = sequence.finish_reason or "error"
+                sequence.main, sequence.scalings = None, []  # of a pool that is gone
             _let_go(state)
             self._keep_result(state)
         return deltas
 
     def _keep_result(self, state: RequestState) -> None:
-        prompt_logprobs = state.generations[0].prompt_logprobs
+        prompt_logprobs = state.sequences[0].prompt_logprobs
         self._results[state.request_id] = RequestResult(
             request_id=state.request_id,
             prompt_token_ids=state.prompt,
@@ -184,14 +184,14 @@ class RequestBook:
         return self._results.pop(request_id, None)
 
     def _end_all(self, state: RequestState) -> list[Delta]:
-        running = [generation for generation in state.generations if generation.finish_reason is None]
-        return [self.end(generation, "cancelled") for generation in running]
+        running = [sequence for sequence in state.sequences if sequence.finish_reason is None]
+        return [self.end(sequence, "cancelled") for sequence in running]
 
 
-def _ending(generation: Generation, text: str, reason: FinishReason, error: LoraplexError | None) -> Delta:
+def _ending(sequence: SequenceState, text: str, reason: FinishReason, error: LoraplexError | None) -> Delta:
     return Delta(
-        request_id=generation.state.request_id,
-        index=generation.index,
+        request_id=sequence.state.request_id,
+        index=sequence.index,
         token_ids=(),
         text=text,
         finish_reason=reason,
@@ -199,12 +199,12 @@ def _ending(generation: Generation, text: str, reason: FinishReason, error: Lora
     )
 
 
-def _unfinished(generation: Generation, error: EngineError) -> Completion:
+def _unfinished(sequence: SequenceState, error: EngineError) -> Completion:
     """What was there of an answer; nothing of it is computed any more."""
     return Completion(
-        index=generation.index,
-        text=generation.text.total,
-        token_ids=tuple(generation.new_tokens),
+        index=sequence.index,
+        text=sequence.text.total,
+        token_ids=tuple(sequence.new_tokens),
         finish_reason="error",
         error=error,
     )

@@ -1,12 +1,12 @@
-"""A generation's scaling pass: how far ahead of the main pass it is, and what it has told so far."""
+"""A sequence's scaling pass: how far ahead of the main pass it is, and what it has told so far."""
 
 import torch
 from torch import Tensor
 
-from loraplex.engine.kv.sequence_kv import Track
+from loraplex.engine.kv.sequence_kv import SequenceKV
 
 
-class ScalingPass:
+class SequenceScalingPass:
     """The base model (or its experts at a fixed scaling) on the same tokens, whose hidden states the heads read.
 
     It runs ahead of the main pass: while that reads one chunk of the prompt, this reads the next one. In decoding, it
@@ -14,7 +14,7 @@ class ScalingPass:
     token is chosen, its result is thrown away; gates always come from the tokens that are there.
     """
 
-    def __init__(self, track: Track, *, needs_from: int) -> None:
+    def __init__(self, track: SequenceKV, *, needs_from: int) -> None:
         self.track = track
         self.guess: int | None = None  # the token that its logits expect behind the last computed one
         self.draft: int | None = None  # the guess that was computed ahead of the main pass's choice

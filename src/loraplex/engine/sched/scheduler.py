@@ -6,22 +6,22 @@ from typing import Literal
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.faults import own_fault
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
-from loraplex.engine.kv.sequence_kv import Track
-from loraplex.engine.sched.chunks import PassPlan, TokenBudget, decode_parts, is_decoding, prompt_parts
-from loraplex.engine.sched.fair_shares import Shares
-from loraplex.engine.sched.request_queue import Waiting
-from loraplex.engine.sched.sequence import Generation
-from loraplex.engine.worker.input_batch import Part
+from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.sched.chunks import SchedulerOutput, TokenBudget, decode_chunks, is_decoding, prefill_chunks
+from loraplex.engine.sched.fair_shares import FairShares
+from loraplex.engine.sched.request_queue import RequestQueue
+from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.worker.input_batch import ScheduledChunk
 from loraplex.errors import LoraplexError
 
-# Says whether a generation's adapters are in slots now: if not, ask again later.
-BringAdapters = Callable[[Generation], bool]
+# Says whether a sequence's adapters are in slots now: if not, ask again later.
+BringAdapters = Callable[[SequenceState], bool]
 
 
 class Scheduler:
-    """Keeps the waiting and the running generations, and the memory for their keys and values.
+    """Keeps the waiting and the running sequences, and the memory for their keys and values.
 
-    A running generation that gives way keeps its keys and values as long as there is room; when they have to go, they
+    A running sequence that gives way keeps its keys and values as long as there is room; when they have to go, they
     stay in the prefix cache until they are overwritten, and its tokens are never lost.
     """
 
@@ -30,69 +30,69 @@ class Scheduler:
         self._pool = pool
         self._table = table
         self._bring = bring
-        self.shares = Shares()
-        self.waiting = Waiting(self.shares)
-        self.running: list[Generation] = []
-        self.failures: list[tuple[Generation, LoraplexError]] = []  # of those that can't begin
+        self.shares = FairShares()
+        self.waiting = RequestQueue(self.shares)
+        self.running: list[SequenceState] = []
+        self.failures: list[tuple[SequenceState, LoraplexError]] = []  # of those that can't begin
         self.num_preempted = 0
 
-    def add(self, generation: Generation) -> None:
-        self.shares.enter(generation.state.share)
-        self.waiting.add(generation)
+    def add(self, sequence: SequenceState) -> None:
+        self.shares.enter(sequence.state.share)
+        self.waiting.add(sequence)
 
-    def remove(self, generation: Generation) -> None:
-        """Forget a generation that ended or was cancelled, and free what it held."""
-        if generation in self.running:
-            self.running.remove(generation)
+    def remove(self, sequence: SequenceState) -> None:
+        """Forget a sequence that ended or was cancelled, and free what it held."""
+        if sequence in self.running:
+            self.running.remove(sequence)
         else:
-            self.waiting.remove(generation)
-        generation.drop_passes()
-        self.shares.leave(generation.state.share)
+            self.waiting.remove(sequence)
+        sequence.drop_passes()
+        self.shares.leave(sequence.state.share)
 
-    def plan(self) -> list[Part]:
+    def plan(self) -> list[ScheduledChunk]:
         """The parts of the next pass: a token of every answer, then prompts as far as the budget goes."""
-        for generation in [generation for generation in self.running if generation.is_outgrown]:
-            self._evict(generation)
+        for sequence in [sequence for sequence in self.running if sequence.is_outgrown]:
+            self._evict(sequence)
         self._make_way()
         self._admit()
         ranked = sorted(self.running, key=self._order)
-        plan = PassPlan()
-        for generation in ranked:
-            if generation.holds_blocks and is_decoding(generation):
-                self._place(plan, generation, decode_parts(generation, self._config.draft))
+        plan = SchedulerOutput()
+        for sequence in ranked:
+            if sequence.holds_blocks and is_decoding(sequence):
+                self._place(plan, sequence, decode_chunks(sequence, self._config.draft))
         # However many answers there are, prompts get on by a block.
         budget = TokenBudget(max(self._config.max_step_tokens - plan.num_tokens, self._config.block_tokens))
-        for generation in ranked:
-            if generation.holds_blocks and not is_decoding(generation):
-                budget.take(self._place(plan, generation, prompt_parts(generation, budget, self._config.draft)))
+        for sequence in ranked:
+            if sequence.holds_blocks and not is_decoding(sequence):
+                budget.take(self._place(plan, sequence, prefill_chunks(sequence, budget, self._config.draft)))
         for part in plan.parts:
             part.track.grow(part.stop)
-            self.shares.charge(part.generation.state.share, part.count)
+            self.shares.charge(part.sequence.state.share, part.count)
         return plan.parts
 
     # Room for keys and values
 
-    def _place(self, plan: PassPlan, generation: Generation, wanted: list[Part]) -> int:
+    def _place(self, plan: SchedulerOutput, sequence: SequenceState, wanted: list[ScheduledChunk]) -> int:
         """Plan `wanted` if there are blocks for it, made free if need be; returns the number of its tokens."""
         needed = sum(part.track.blocks_missing(part.stop) for part in wanted)
         while wanted and plan.num_blocks + needed > self._pool.num_available:
-            victim = self._victim(generation, plan)
+            victim = self._victim(sequence, plan)
             if victim is None:
                 return 0
             self._evict(victim)
-        plan.add(generation, wanted, needed)
+        plan.add(sequence, wanted, needed)
         return sum(part.count for part in wanted)
 
-    def _victim(self, generation: Generation, plan: PassPlan) -> Generation | None:
-        """Who loses its keys and values: paused ones first, then running ones that rank behind `generation`."""
+    def _victim(self, sequence: SequenceState, plan: SchedulerOutput) -> SequenceState | None:
+        """Who loses its keys and values: paused ones first, then running ones that rank behind `sequence`."""
         paused = [waiting for waiting in self.waiting if waiting.holds_blocks]
         if paused:
             return max(paused, key=self._order)
-        order = self._order(generation)
-        behind = [r for r in self.running if r not in plan.generations and self._order(r) > order]
+        order = self._order(sequence)
+        behind = [r for r in self.running if r not in plan.sequences and self._order(r) > order]
         return max(behind, key=self._order) if behind else None
 
-    def _evict(self, victim: Generation) -> None:
+    def _evict(self, victim: SequenceState) -> None:
         victim.drop_passes()
         if victim in self.running:
             self.running.remove(victim)
@@ -101,13 +101,13 @@ class Scheduler:
 
     # Who runs
 
-    def _order(self, generation: Generation) -> tuple[int, float, int, int]:
+    def _order(self, sequence: SequenceState) -> tuple[int, float, int, int]:
         """Sorts by priority, then by how little its share got, then by arrival. No two are equal: one must give way."""
-        state = generation.state
-        return -state.request.priority, self.shares.served(state.share), state.arrival, generation.index
+        state = sequence.state
+        return -state.request.priority, self.shares.served(state.share), state.arrival, sequence.index
 
     def _make_way(self) -> None:
-        """Pause running generations for waiting ones of higher priority, or whose share is too far behind."""
+        """Pause running sequences for waiting ones of higher priority, or whose share is too far behind."""
         if len(self.running) < self._config.max_running:
             return
         for candidate in self.waiting.heads():
@@ -118,13 +118,13 @@ class Scheduler:
             self.waiting.put_back(last)
             self.num_preempted += 1
 
-    def _goes_before(self, candidate: Generation, other: Generation) -> bool:
+    def _goes_before(self, candidate: SequenceState, other: SequenceState) -> bool:
         first, second = self._order(candidate), self._order(other)
         return first[0] < second[0] or (first[0] == second[0] and first[1] + self._config.fair_tokens < second[1])
 
     def _admit(self) -> None:
-        """Let waiting generations run while there is room for them; who is first but too large lets no one pass."""
-        refused: set[Generation] = set()
+        """Let waiting sequences run while there is room for them; who is first but too large lets no one pass."""
+        refused: set[SequenceState] = set()
         while len(self.running) < self._config.max_running:
             for head in self.waiting.heads():
                 if head in refused:
@@ -140,51 +140,51 @@ class Scheduler:
             else:
                 return
 
-    def _evict_paused_behind(self, generation: Generation) -> bool:
-        """Take the blocks of a paused generation that ranks behind this one; False if there is none."""
-        order = self._order(generation)
+    def _evict_paused_behind(self, sequence: SequenceState) -> bool:
+        """Take the blocks of a paused sequence that ranks behind this one; False if there is none."""
+        order = self._order(sequence)
         paused = [waiting for waiting in self.waiting if waiting.holds_blocks and self._order(waiting) > order]
         if paused:
             self._evict(max(paused, key=self._order))
         return bool(paused)
 
-    def _try(self, generation: Generation) -> Literal["runs", "later", "no room"]:
-        if not self._bring(generation):
+    def _try(self, sequence: SequenceState) -> Literal["runs", "later", "no room"]:
+        if not self._bring(sequence):
             return "later"
-        if not generation.holds_blocks:
-            binding = generation.state.binding
-            assert binding is not None, "a generation begins without its adapters"
+        if not sequence.holds_blocks:
+            binding = sequence.state.binding
+            assert binding is not None, "a sequence begins without its adapters"
             try:
-                passes = generation.passes(binding)
+                passes = sequence.passes(binding)
             except Exception as error:
-                self.failures.append((generation, own_fault(error, "beginning the answer")))
+                self.failures.append((sequence, own_fault(error, "beginning the answer")))
                 return "later"
             if not self._table.has_rows(len(passes)):
                 return "no room"
-            generation.begin(passes, self._pool, self._table, reuse=self._config.prefix_cache)
-            has_room = self._has_room(generation)
-            if not has_room or (self._config.prefix_cache and self._is_computed_now(generation)):
-                generation.drop_passes()
+            sequence.begin(passes, self._pool, self._table, reuse=self._config.prefix_cache)
+            has_room = self._has_room(sequence)
+            if not has_room or (self._config.prefix_cache and self._is_computed_now(sequence)):
+                sequence.drop_passes()
                 return "later" if has_room else "no room"
-            generation.state.num_cached_tokens = max(generation.state.num_cached_tokens, _main(generation).num_computed)
-        self.waiting.remove(generation)
-        self.running.append(generation)
+            sequence.state.num_cached_tokens = max(sequence.state.num_cached_tokens, _main(sequence).num_computed)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
         return "runs"
 
-    def _has_room(self, generation: Generation) -> bool:
+    def _has_room(self, sequence: SequenceState) -> bool:
         """Whether its tokens fit now, beside a block for the next tokens of every running one."""
-        needed = sum(track.blocks_missing(len(generation.tokens) + 1) for track in generation.tracks)
+        needed = sum(track.blocks_missing(len(sequence.tokens) + 1) for track in sequence.tracks)
         promised = sum(
             track.blocks_missing(len(running.tokens) + 1) for running in self.running for track in running.tracks
         )
         return needed + promised <= self._pool.num_available
 
-    def _is_computed_now(self, generation: Generation) -> bool:
-        """Whether a running generation is about to compute the next block of this one's prompt: worth waiting for."""
+    def _is_computed_now(self, sequence: SequenceState) -> bool:
+        """Whether a running sequence is about to compute the next block of this one's prompt: worth waiting for."""
         size = self._config.block_tokens
-        number = len(_main(generation).blocks)
-        keys = _main(generation).keys(len(generation.tokens) - 1)
-        if number >= len(keys) or (number + 1) * size > generation.most_reused:
+        number = len(_main(sequence).blocks)
+        keys = _main(sequence).keys(len(sequence.tokens) - 1)
+        if number >= len(keys) or (number + 1) * size > sequence.most_reused:
             return False
         for running in self.running:
             main = _main(running)
@@ -194,6 +194,6 @@ class Scheduler:
         return False
 
 
-def _main(generation: Generation) -> Track:
-    assert generation.main is not None, "a generation without passes was taken for a running one"
-    return generation.main
+def _main(sequence: SequenceState) -> SequenceKV:
+    assert sequence.main is not None, "a sequence without passes was taken for a running one"
+    return sequence.main

@@ -4,20 +4,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from loraplex.adapters.store.prepared import PreparedAdapter
-from loraplex.engine.frontend.detokenizer import AnswerText
+from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.length_rule import LengthRule
-from loraplex.engine.kv.sequence_kv import KeyPart, Track, TrackRoute
+from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceKV, SequenceRoute
 from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
-from loraplex.engine.sampling.sampler import TokenChooser
-from loraplex.engine.sched.request_adapters import Binding
-from loraplex.engine.sched.scaling_pass import ScalingPass
-from loraplex.engine.worker.captures import AskedAttention, Observations
+from loraplex.engine.sampling.sampler import Sampler
+from loraplex.engine.sched.request_adapters import RequestAdapters
+from loraplex.engine.sched.scaling_pass import SequenceScalingPass
+from loraplex.engine.worker.captures import Captures, SequenceAttention
 from loraplex.errors import LoraplexError
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link
 
-Pass = tuple[tuple[TrackRoute, ...], tuple[KeyPart, ...]]  # what its tokens go through, and what they depend on
+Pass = tuple[tuple[SequenceRoute, ...], tuple[ExtraKey, ...]]  # what its tokens go through, and what they depend on
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,8 +31,8 @@ class RequestState:
     arrival: int
     max_new_tokens: int
     names: tuple[str, ...]  # of the adapters that must be in memory
-    generations: "list[Generation]" = field(default_factory=list)
-    binding: Binding | None = None
+    sequences: "list[SequenceState]" = field(default_factory=list)
+    binding: RequestAdapters | None = None
     loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -48,31 +48,31 @@ class RequestState:
         return len(self.completions) == self.request.sampling.n
 
 
-class Generation:
+class SequenceState:
     """Its tokens, and the passes over them once it runs."""
 
     def __init__(
         self,
         state: RequestState,
         index: int,
-        chooser: TokenChooser,
-        text: AnswerText,
-        observations: Observations | None = None,
+        chooser: Sampler,
+        text: Detokenizer,
+        observations: Captures | None = None,
     ) -> None:
         self.state = state
         self.index = index
         self.chooser = chooser
         self.text = text
         self.observations = observations  # None: it is asked for tokens alone
-        self.asked: AskedAttention | None = None  # of its main pass, once it runs
+        self.asked: SequenceAttention | None = None  # of its main pass, once it runs
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
         # Of the prompt's tokens, as far as they are known; None: they aren't wanted, or another answer has them.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if state.request.sampling.prompt_logprobs is not None and index == 0:
             self.prompt_logprobs = [None] * len(state.prompt)
-        self.main: Track | None = None
-        self.scalings: list[ScalingPass] = []
+        self.main: SequenceKV | None = None
+        self.scalings: list[SequenceScalingPass] = []
         self.first_length = len(state.prompt)  # of the sequence in its first pass; each further token is one more
         self.finish_reason: FinishReason | None = None
 
@@ -89,7 +89,7 @@ class Generation:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def tracks(self) -> list[Track]:
+    def tracks(self) -> list[SequenceKV]:
         main = [] if self.main is None else [self.main]
         return main + [scaling.track for scaling in self.scalings]
 
@@ -97,13 +97,13 @@ class Generation:
     def holds_blocks(self) -> bool:
         return self.main is not None
 
-    def passes(self, binding: Binding) -> list[Pass]:
+    def passes(self, binding: RequestAdapters) -> list[Pass]:
         """What its passes go through: the main one, then the scaling passes. Takes nothing yet."""
         prompt, request = self.state.prompt, self.state.request
         if self.asked is None:
             row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
             buffer = None if self.observations is None else self.observations.buffer
-            self.asked = AskedAttention(row=row, buffer=buffer) if row.asks else None
+            self.asked = SequenceAttention(row=row, buffer=buffer) if row.asks else None
         self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
         salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
@@ -116,14 +116,14 @@ class Generation:
     def begin(self, passes: list[Pass], pool: BlockPool, table: BlockTable, *, reuse: bool) -> None:
         """Make the passes; with `reuse`, from what the prefix cache knows. The last token is always computed."""
         (main_routes, main_keys), *scalings = passes
-        self.main = Track(self.tokens, main_routes, main_keys, pool, table)
+        self.main = SequenceKV(self.tokens, main_routes, main_keys, pool, table)
         if reuse:
             self.main.reuse(self.most_reused)
         for routes, keys in scalings:
-            track = Track(self.tokens, routes, keys, pool, table)
+            track = SequenceKV(self.tokens, routes, keys, pool, table)
             if reuse:
                 track.reuse(self.main.num_computed)
-            self.scalings.append(ScalingPass(track, needs_from=self.main.num_computed))
+            self.scalings.append(SequenceScalingPass(track, needs_from=self.main.num_computed))
 
     @property
     def is_outgrown(self) -> bool:
@@ -164,14 +164,14 @@ class Generation:
         )
 
 
-def _salt_keys(request: Request) -> list[KeyPart]:
-    return [KeyPart(identity=("salt", request.cache_salt))] if request.cache_salt else []
+def _salt_keys(request: Request) -> list[ExtraKey]:
+    return [ExtraKey(identity=("salt", request.cache_salt))] if request.cache_salt else []
 
 
-def _steering_keys(request: Request) -> list[KeyPart]:
+def _steering_keys(request: Request) -> list[ExtraKey]:
     """Tokens before the first span see nothing of the steering."""
     steerings = tuple(steering for steering in request.steering if steering.strength != 1)
     if not steerings:
         return []
     first = min(start for steering in steerings for start, _ in steering.spans)
-    return [KeyPart(identity=("steering", steerings), active_from=first)]
+    return [ExtraKey(identity=("steering", steerings), active_from=first)]

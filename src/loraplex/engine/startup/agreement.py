@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.engine.worker.input_batch import PackedBatch, current_batch
+from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,10 @@ def attentions_agree(module: nn.Module, forward: Forward, args: tuple[Any, ...],
 @contextmanager
 def _stand_in(like: Tensor, asked: list[list[Tensor]]) -> Iterator[None]:
     """Note what attention is asked for in the current packed pass, and answer with random values of `like`'s size."""
-    batch = current_batch()
+    batch = current_input_batch()
     assert batch is not None, "a trial runs packed passes"
 
-    def attend(batch: PackedBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(batch: InputBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         asked.append([states.flatten(1) for states in (query, key, value)])
         shape = (*query.shape[:2], value.shape[-1])
         generator = torch.Generator().manual_seed(1)

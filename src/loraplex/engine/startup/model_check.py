@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from loraplex.engine.startup.trial_passes import TrialPasses, TrialRow
-from loraplex.engine.worker.input_batch import current_batch
+from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.errors import BaseModelError
 
 # A difference may be this many times what the last bit of an input makes, and this part of a result beside it: sums in
@@ -137,7 +137,7 @@ class ModelCheck:
 
     def _run_packed(self, passes: TrialPasses) -> None:
         def is_packed(value: Tensor) -> bool:
-            batch = current_batch()
+            batch = current_input_batch()
             return batch is not None and value.shape[:2] == (1, batch.num_tokens)
 
         def see(key: Key, value: Tensor) -> Tensor:

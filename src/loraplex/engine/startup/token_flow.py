@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache, LayerShape
-from loraplex.engine.kv.sequence_kv import Track
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 from loraplex.errors import BaseModelError
 
 _FIRST = 3  # tokens that each track has run before
@@ -20,12 +20,12 @@ _FIRST = 3  # tokens that each track has run before
 _COUNTS = (1, 1, 4, 5)
 _SPOILT = (True, False, True, False)
 _BLOCK_TOKENS = 16
-FLOW_TRACKS = len(_COUNTS)  # which have to have room for their states
+FLOW_SEQUENCES = len(_COUNTS)  # which have to have room for their states
 
 
 @torch.inference_mode()
 def check_flow(
-    base: PreTrainedModel, shapes: dict[nn.Module, LayerShape], forward: Callable[[PackedBatch], Tensor]
+    base: PreTrainedModel, shapes: dict[nn.Module, LayerShape], forward: Callable[[InputBatch], Tensor]
 ) -> None:
     """Raise BaseModelError where a module of packed passes lets a sequence's tokens reach those of another one.
 
@@ -35,12 +35,12 @@ def check_flow(
     num_blocks = len(_COUNTS)  # of its own: the engine's may be fewer
     pool, table = BlockPool(num_blocks, _BLOCK_TOKENS), BlockTable(num_blocks, 1, base.device)
     cache = KeyValueCache(shapes, num_blocks, _BLOCK_TOKENS, base.device)
-    tracks = [Track(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
+    tracks = [SequenceKV(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
     for track in tracks:
         track.grow(len(track.tokens))
-    forward(PackedBatch([_part(track, 0, _FIRST) for track in tracks], cache, table))
+    forward(InputBatch([_part(track, 0, _FIRST) for track in tracks], cache, table))
     parts = [_part(track, _FIRST, count) for track, count in zip(tracks, _COUNTS, strict=True)]
-    batch = PackedBatch(parts, cache, table)
+    batch = InputBatch(parts, cache, table)
     is_clean = [not _SPOILT[tracks.index(part.track)] for part in batch.parts for _ in range(part.count)]
     clean = torch.tensor(is_clean, device=base.device)
     with _spoilt_embeddings(base, clean), _watched(base, clean) as leaks:
@@ -49,8 +49,8 @@ def check_flow(
         raise BaseModelError(_told(base, leaks))
 
 
-def _part(track: Track, start: int, count: int) -> Part:
-    return Part(track=track, start=start, count=count, wants_logits=True, wants_all_logits=True)
+def _part(track: SequenceKV, start: int, count: int) -> ScheduledChunk:
+    return ScheduledChunk(track=track, start=start, count=count, wants_logits=True, wants_all_logits=True)
 
 
 def _told(base: PreTrainedModel, leaks: Sequence[nn.Module]) -> str:

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.kv.sequence_kv import Track
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 
 _LONG = (40, 264)  # tokens at least, so that many see something that begins behind a short prompt's end; and at most
 _FAR = 6  # tokens of a sequence that begins far behind
-_MOST_FAR = 16  # sequences
+_MAX_FAR = 16  # sequences
 # Settings that may be the number of tokens from which on something changes inside a sequence, by their names.
 _LENGTHS = ("window", "chunk", "topk", "top_k", "block", "local", "keep", "original", "floor", "compress")
 
@@ -41,7 +41,7 @@ def trial_groups(base: PreTrainedModel, longest: int, step: int = 1) -> list[lis
     most = longest - _FAR
     named = [n for name, n in settings if any(part in name for part in (*_LENGTHS, "position", "length"))]
     starts = [most, *(n - _FAR // 2 for n in [*named, *(2**power for power in range(6, most.bit_length()))])]
-    far = list(dict.fromkeys(start for start in starts if _FAR < start <= most))[:_MOST_FAR]
+    far = list(dict.fromkeys(start for start in starts if _FAR < start <= most))[:_MAX_FAR]
     draw = _Tokens(base)
     groups = [[TrialRow(draw(long))]]
     if far:
@@ -79,7 +79,7 @@ def _numbers(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class TrialIndices:
     """Where the tokens of a packed pass come from: of each group, places in the pass, rows and tokens [n] each."""
 
     groups: dict[int, tuple[Tensor, Tensor, Tensor]]
@@ -97,10 +97,10 @@ class TrialPasses:
     """Runs groups of sequences in packed passes that hold parts of all of them, cut at odd places."""
 
     def __init__(
-        self, pool: BlockPool, table: BlockTable, cache: KeyValueCache, forward: Callable[[PackedBatch], Tensor]
+        self, pool: BlockPool, table: BlockTable, cache: KeyValueCache, forward: Callable[[InputBatch], Tensor]
     ) -> None:
         self._pool, self._table, self._cache, self._forward = pool, table, cache, forward
-        self.places: Places | None = None  # of the pass that runs
+        self.places: TrialIndices | None = None  # of the pass that runs
 
     def run(
         self, groups: Sequence[Sequence[TrialRow]], most: int | None = None, *, layer_by_layer: bool = False
@@ -125,16 +125,16 @@ class TrialPasses:
     def _run_together(
         self, chosen: Sequence[tuple[int, int, TrialRow]], most: int | None, layer_by_layer: bool
     ) -> None:
-        tracks: dict[Track, tuple[int, int]] = {}
-        parts: list[list[Part]] = []  # of each pass
+        tracks: dict[SequenceKV, tuple[int, int]] = {}
+        parts: list[list[ScheduledChunk]] = []  # of each pass
         try:
             for group, i, row in chosen:
-                track = Track(list(row.tokens), (), (), self._pool, self._table)
+                track = SequenceKV(list(row.tokens), (), (), self._pool, self._table)
                 tracks[track] = (group, i)
                 track.grow(len(row.tokens))
                 for number, (start, stop) in enumerate(list(_cut(len(row.tokens)))[:most]):
                     parts += [[]] * (number + 1 - len(parts))
-                    part = Part(
+                    part = ScheduledChunk(
                         track=track,
                         start=start,
                         count=stop - start,
@@ -144,7 +144,7 @@ class TrialPasses:
                     )
                     parts[number] = [*parts[number], part]
             for together in parts:
-                batch = PackedBatch(together, self._cache, self._table)
+                batch = InputBatch(together, self._cache, self._table)
                 batch.layer_by_layer = layer_by_layer
                 self.places = _places(batch, tracks)
                 self._forward(batch)
@@ -165,11 +165,11 @@ def _cut(length: int) -> Iterator[tuple[int, int]]:
         yield start, length
 
 
-def _places(batch: PackedBatch, tracks: dict[Track, tuple[int, int]]) -> Places:
+def _places(batch: InputBatch, tracks: dict[SequenceKV, tuple[int, int]]) -> TrialIndices:
     device = batch.positions.device
     found: dict[int, list[tuple[int, int, int]]] = {}
     for i, part in enumerate(batch.parts):
         group, row = tracks[part.track]
         for token in range(part.count):
             found.setdefault(group, []).append((batch.offsets[i] + token, row, part.start + token))
-    return Places({group: tuple(torch.tensor(of, device=device).T) for group, of in found.items()})
+    return TrialIndices({group: tuple(torch.tensor(of, device=device).T) for group, of in found.items()})

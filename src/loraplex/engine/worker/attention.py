@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import AttentionTerms, gather_blocks
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 
 
 def packed_attention(
-    batch: PackedBatch,
+    batch: InputBatch,
     module: nn.Module,
     query: Tensor,  # [tokens, heads, head_dim]
     key: Tensor,  # [tokens, kv_heads, head_dim]
@@ -44,7 +44,7 @@ def packed_attention(
 
 
 def attend_single(
-    batch: PackedBatch,
+    batch: InputBatch,
     query: Tensor,  # [single, heads, head_dim]
     keys: Tensor,  # [blocks, kv_heads, block_tokens, head_dim]
     values: Tensor,
@@ -68,7 +68,7 @@ def attend_single(
 
 
 def attend_chunk(
-    part: Part,
+    part: ScheduledChunk,
     query: Tensor,  # [count, heads, head_dim]
     keys: Tensor,
     values: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.kv.kv_cache import AttentionTerms
-from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.engine.worker.row_plans import RowPlans
 from loraplex.residual.attention_weights import AttentionWeights
 from loraplex.residual.plan import LayerPlan
@@ -15,7 +15,7 @@ from loraplex.residual.plan import LayerPlan
 class RowGroup:
     """The rows of some plans in one packed pass: parts of equally many tokens."""
 
-    def __init__(self, plans: RowPlans, parts: Sequence[int], batch: PackedBatch) -> None:
+    def __init__(self, plans: RowPlans, parts: Sequence[int], batch: InputBatch) -> None:
         self.plans = plans
         self.parts = tuple(parts)  # their places in the batch, in the order of the plans' rows
         self._batch = batch

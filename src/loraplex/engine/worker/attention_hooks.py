@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.kv_cache import LayerShape
 from loraplex.engine.worker.attention import packed_attention
-from loraplex.engine.worker.attention_probe import ModelProbe
-from loraplex.engine.worker.input_batch import current_batch
+from loraplex.engine.worker.attention_probe import AttentionProbe
+from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.engine.worker.rotary import RotaryPositions
 from loraplex.errors import BaseModelError, LoraplexError
 from loraplex.layers.attention_interface import AttentionFront, Behind, FrontHandle
@@ -23,7 +23,7 @@ _current = threading.local()  # its `probe`: the one that runs in this thread
 UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 
 
-class Attachment:
+class AttentionHooks:
     """A base model whose attention, decoder and output layer know packed passes; outside of one it is what it was.
 
     Our attention function stands in front of the model's own, which other threads go on using meanwhile.
@@ -68,10 +68,10 @@ class Attachment:
         if self._rotary is not None:
             self._rotary.leave()
 
-    def _probe(self, longest: int) -> ModelProbe:
+    def _probe(self, longest: int) -> AttentionProbe:
         """Run a few tokens and see which modules attend, how, and what they keep for each token."""
         name = type(self._base).__name__
-        probe = _current.probe = ModelProbe(self._base, longest, _FRONT.unknown_terms)
+        probe = _current.probe = AttentionProbe(self._base, longest, _FRONT.unknown_terms)
         try:
             probe.run()
         except LoraplexError:
@@ -101,11 +101,11 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The base model's attention function: over the packed batch that is current, else the former one."""
-    batch = current_batch()
+    batch = current_input_batch()
     if batch is not None:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return packed_attention(batch, module, q, k, v).unsqueeze(0), None
-    probe: ModelProbe | None = getattr(_current, "probe", None)
+    probe: AttentionProbe | None = getattr(_current, "probe", None)
     if probe is not None:
         probe.note_attention(module, query, key, value, attention_mask, options)
     return former(module, query, key, value, attention_mask, **options)
@@ -113,9 +113,9 @@ def attend(
 
 def _mask(former: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """No mask for a packed batch, whose attention function knows what a token may see."""
-    if current_batch() is not None:
+    if current_input_batch() is not None:
         return None
-    probe: ModelProbe | None = getattr(_current, "probe", None)
+    probe: AttentionProbe | None = getattr(_current, "probe", None)
     if probe is None:
         return former(*args, **options)
     mask = former(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -129,7 +129,7 @@ _FRONT = AttentionFront(place=3, attend=attend, computes=frozenset({"softcap", "
 
 def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """The output layer computes only the logits that are asked for; for many models it is a fifth of the work."""
-    batch = current_batch()
+    batch = current_input_batch()
     if batch is None:
         return None
     if batch.wants_hidden and batch.last_hidden is None:  # some models (OPT) call their decoder past its own model
@@ -140,6 +140,6 @@ def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _keep_hidden(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    batch = current_batch()
+    batch = current_input_batch()
     if batch is not None and batch.wants_hidden:
         batch.last_hidden = output.last_hidden_state[0]

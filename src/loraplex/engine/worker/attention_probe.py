@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.masking_utils import sdpa_mask
 
 from loraplex.engine.kv.kv_cache import AttentionTerms, LayerShape
-from loraplex.engine.kv.mask_rule import Sight, sight_of
+from loraplex.engine.kv.mask_rule import MaskRule, sight_of
 from loraplex.engine.worker.rotary import Call, is_rotary
 from loraplex.errors import BaseModelError
 
@@ -22,7 +22,7 @@ _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux")
 _KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 
-class ModelProbe:
+class AttentionProbe:
     """Notes what attends, and how. The attention function and the mask function of the engine tell it."""
 
     def __init__(
@@ -33,7 +33,7 @@ class ModelProbe:
         self.rotary: list[tuple[nn.Module, Call]] = []
         self._base, self._longest, self._unknown_terms = base, longest, unknown_terms
         self._own = str(base.config._attn_implementation)
-        self._masks: list[tuple[Tensor | None, Sight | None]] = []
+        self._masks: list[tuple[Tensor | None, MaskRule | None]] = []
 
     def run(self) -> None:
         """Raises BaseModelError for attention that the engine doesn't know."""
@@ -109,7 +109,7 @@ class ModelProbe:
             dtype=key.dtype,
         )
 
-    def _sight(self, module: nn.Module, mask: Tensor | None, options: dict[str, Any]) -> Sight:
+    def _sight(self, module: nn.Module, mask: Tensor | None, options: dict[str, Any]) -> MaskRule:
         """What a module's tokens see, from the mask that it was given; without one, as the attention function says."""
         if mask is not None:
             found = [sight for made, sight in self._masks if made is not None and _is_same(made, mask)]
@@ -118,7 +118,7 @@ class ModelProbe:
         elif self._own in ("sdpa", "eager"):
             is_causal = options.get("is_causal")
             is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            found = [Sight() if is_causal and self._own == "sdpa" else None]
+            found = [MaskRule() if is_causal and self._own == "sdpa" else None]
         else:  # flash attention is told a window, and its masks are nothing
             window = options.get("sliding_window")
             sights = [sight for _, sight in self._masks if sight is None or sight.window == window]

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import AttentionTerms
 from loraplex.engine.worker.attention_group import RowGroup
-from loraplex.engine.worker.captures import AskedAttention
-from loraplex.engine.worker.input_batch import PackedBatch
-from loraplex.engine.worker.residual_cache import GroupResponses, ResponsePool
+from loraplex.engine.worker.captures import SequenceAttention
+from loraplex.engine.worker.input_batch import InputBatch
+from loraplex.engine.worker.residual_cache import GroupResidualCache, ResidualCache
 from loraplex.engine.worker.row_plans import RowPlans
 from loraplex.errors import AdapterError, EngineError
 from loraplex.residual.attention_weights import AttentionWeights
@@ -23,12 +23,12 @@ from loraplex.residual.rows import RowAttention
 class AttentionRows:
     """Makes the scope of each packed pass; keeps u, and what was planned for rows that were decoded together."""
 
-    def __init__(self, linked: LinkedAttention, pool: ResponsePool) -> None:
+    def __init__(self, linked: LinkedAttention, pool: ResidualCache) -> None:
         self.responses = pool
         self._linked = linked
         self._together: RowPlans | None = None  # of several rows
 
-    def scope(self, batch: PackedBatch) -> "PackedScope | None":
+    def scope(self, batch: InputBatch) -> "ForwardContext | None":
         """The scope of a pass; None if no part of it asks for anything."""
         if not batch.asking:
             self._together = None
@@ -37,7 +37,7 @@ class AttentionRows:
         self._together = self._plans_together([batch.asking[part].row for part in together])
         groups = [] if self._together is None else [RowGroup(self._together, together, batch)]
         groups += [RowGroup(batch.asking[part].plans, [part], batch) for part in alone]
-        return PackedScope(batch, groups, self._linked.layers, self.responses)
+        return ForwardContext(batch, groups, self._linked.layers, self.responses)
 
     def forget_rows(self) -> None:
         """No request runs: keep nothing of the last ones."""
@@ -49,11 +49,11 @@ class AttentionRows:
         return RowPlans(rows, None) if rows else None
 
 
-class PackedScope:
+class ForwardContext:
     """What the attention layers do in one packed pass besides attending."""
 
     def __init__(
-        self, batch: PackedBatch, groups: list[RowGroup], layers: AttentionLayers, responses: ResponsePool
+        self, batch: InputBatch, groups: list[RowGroup], layers: AttentionLayers, responses: ResidualCache
     ) -> None:
         self._batch, self._groups, self._layers, self._responses = batch, groups, layers, responses
         # By layer, between attention and its block's output.
@@ -86,7 +86,9 @@ class PackedScope:
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """A block's output [1, tokens, hidden] with the residuals of the parts that have some."""
         for group, plan, weights in self.pending.pop(layer):
-            responses = GroupResponses(self._responses, self._batch, group.tokens, group.num_keys, group.plans.ranks)
+            responses = GroupResidualCache(
+                self._responses, self._batch, group.tokens, group.num_keys, group.plans.ranks
+            )
             residual = run_chain(plan, layer, x[0][group.tokens], weights, responses)  # [rows, count, hidden]
             for place, buffer in plan.captures:
                 first = weights.first_key + weights.num_keys - weights.num_queries
@@ -105,7 +107,7 @@ class PackedScope:
         return {group.parts[row]: error for group in self._groups for row, error in group.plans.failures.items()}
 
 
-def _side_by_side(asking: Mapping[int, AskedAttention], num_single: int) -> tuple[list[int], list[int]]:
+def _side_by_side(asking: Mapping[int, SequenceAttention], num_single: int) -> tuple[list[int], list[int]]:
     """The asking parts that are computed together (single tokens without captures and functions), and the others."""
     together = [part for part, asked in asking.items() if part < num_single and not asked.stands_alone]
     if len(together) < 2:

@@ -19,7 +19,7 @@ from loraplex.xlora.scalings.row_scalings import RowScalings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AskedAttention:
+class SequenceAttention:
     """What an answer asks of attention, where it asks for something."""
 
     row: RowAttention
@@ -36,7 +36,7 @@ class AskedAttention:
         return self.buffer is not None or any(isinstance(link.residual, FunctionResidual) for link in self.row.chain)
 
 
-class Observations:
+class Captures:
     """Kept while an answer is made, also while it has given way."""
 
     def __init__(

@@ -15,14 +15,14 @@ from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.startup.agreement import SCALES, TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.attention import packed_attention
-from loraplex.engine.worker.input_batch import PackedBatch, current_batch
+from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
 
 _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
 _STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
 
 
-class FusedModules:
+class CpuFusion:
     """The modules of one base model that were taken over; `restore` gives them back."""
 
     def __init__(
@@ -86,7 +86,7 @@ def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.M
         return known
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        batch = current_batch()
+        batch = current_input_batch()
         if batch is None or not batch.is_native:
             return former.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
@@ -175,7 +175,7 @@ def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], obj
 def _attention_forward(
     module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    batch = current_batch()
+    batch = current_input_batch()
     assert batch is not None, "the packed attention ran outside of a packed pass"
     shape = (batch.num_tokens, -1, module.head_dim)
     query = module.q_proj(hidden_states).view(shape)  # type: ignore[operator]
@@ -209,7 +209,7 @@ def _stacks_that_agree(
     seen: dict[object, list[tuple[nn.Module, Any, Any]]] = {}  # by pass
 
     def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        batch = current_batch()
+        batch = current_input_batch()
         assert batch is not None, "the trial runs packed passes"
         seen.setdefault(batch, []).append((layer, args[0] if args else None, output))
         if batch.num_single < batch.num_tokens:
@@ -231,7 +231,7 @@ def _stacks_that_agree(
 def _layers_agree(
     layer: nn.Module,
     module_index: Mapping[nn.Module, int],
-    batch: PackedBatch,
+    batch: InputBatch,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> bool:

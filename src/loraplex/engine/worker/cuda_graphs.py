@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker.cuda_graphs_batch import StaticBatch
 from loraplex.engine.worker.cuda_graphs_plan import StaticPlan, StaticRouting
-from loraplex.engine.worker.input_batch import PackedBatch, use_batch
+from loraplex.engine.worker.input_batch import InputBatch, forward_context
 from loraplex.engine.worker.routing import PackedPlan
 from loraplex.residual.scope import use_attention
 from loraplex.routing.rows import use_routing
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Recorder = Callable[[Step], Step]  # runs a step on its static tensors; returns 
 
 _LARGEST_SIZE = 256  # rows; beyond it the device has more to do than the host
 _FEWEST_BLOCKS = 8
-_MOST_GRAPHS = 64
+_MAX_GRAPHS = 64
 
 
 class Shape(NamedTuple):
@@ -56,7 +56,7 @@ class RecordedStep:
         self._routing = StaticRouting(plan, fast_decode=fast_decode)
         self._replay: Step | None = None
 
-    def run(self, batch: PackedBatch, plan: PackedPlan, record: Recorder) -> tuple[Tensor, Tensor]:
+    def run(self, batch: InputBatch, plan: PackedPlan, record: Recorder) -> tuple[Tensor, Tensor]:
         """The logits and the decoder's hidden states of a pass, as copies: the next replay overwrites its own."""
         self.batch.fill(batch)
         self.plan.fill(plan)
@@ -72,7 +72,7 @@ class RecordedStep:
 
     def _step(self) -> None:
         self.batch.begin()
-        with use_routing(self._routing), use_batch(self.batch), use_attention(None):
+        with use_routing(self._routing), forward_context(self.batch), use_attention(None):
             output = self._base(
                 input_ids=self.batch.token_ids.unsqueeze(0),
                 position_ids=self.batch.position_ids.unsqueeze(0),
@@ -97,7 +97,7 @@ class DecodeGraphs:
         self,
         base: PreTrainedModel,
         cache: KeyValueCache,
-        bank: Bank,
+        bank: WeightProvider,
         *,
         row_blocks: int,
         embeddings: frozenset[int],  # modules that look their input up
@@ -114,7 +114,7 @@ class DecodeGraphs:
         self._broken: str | None = None
         self.num_recorded = self.num_replayed = 0
 
-    def run(self, batch: PackedBatch, plan: PackedPlan) -> tuple[Tensor, Tensor] | None:
+    def run(self, batch: InputBatch, plan: PackedPlan) -> tuple[Tensor, Tensor] | None:
         """Logits [tokens, vocab] and hidden states of a pass; None if it must run without a graph, which is logged."""
         reason = self.obstacle(batch, plan)
         if reason is None:
@@ -132,7 +132,7 @@ class DecodeGraphs:
             logger.info("a pass runs without a CUDA graph: %s", reason)
         return None
 
-    def obstacle(self, batch: PackedBatch, plan: PackedPlan) -> str | None:
+    def obstacle(self, batch: InputBatch, plan: PackedPlan) -> str | None:
         """Why a pass can't run as a graph; None if it can."""
         if self._broken is not None:
             return self._broken
@@ -144,7 +144,7 @@ class DecodeGraphs:
             return "logits of prompts are wanted"
         if batch.num_tokens > _LARGEST_SIZE:
             return f"it has more than {_LARGEST_SIZE} rows"
-        if plan.has_gains:
+        if plan.has_dora_scales:
             return "a DoRA adapter adds a share of the base output, row by row"
         if plan.adapted & self._embeddings:
             return "an adapter adapts an embedding, row by row"
@@ -153,7 +153,7 @@ class DecodeGraphs:
             return "the torch kernels run the adapters, with shapes that depend on the batch"
         return None
 
-    def _step(self, batch: PackedBatch, plan: PackedPlan) -> RecordedStep:
+    def _step(self, batch: InputBatch, plan: PackedPlan) -> RecordedStep:
         max_rank = max((self._bank.max_rank(slot) for slot in {s.slot for s in plan.segments}), default=0)
         if not plan.adapted <= self._modules or max_rank > self._max_rank:
             self._modules |= plan.adapted
@@ -164,12 +164,12 @@ class DecodeGraphs:
         if step is None:
             step = self._make(shape, batch)
             self.num_recorded += 1
-            while len(self._steps) >= _MOST_GRAPHS:
+            while len(self._steps) >= _MAX_GRAPHS:
                 self._steps.popitem(last=False)
         self._steps[shape] = step
         return step
 
-    def shape_of(self, batch: PackedBatch, plan: PackedPlan) -> Shape:
+    def shape_of(self, batch: InputBatch, plan: PackedPlan) -> Shape:
         """The padded shape of a pass."""
         size = padded_size(batch.num_tokens)
         num_gates = plan.all_gates().shape[-1]
@@ -179,7 +179,7 @@ class DecodeGraphs:
             capacity=max(size, _power_of_two(num_gates)) if num_gates else 0,
         )
 
-    def _make(self, shape: Shape, batch: PackedBatch) -> RecordedStep:
+    def _make(self, shape: Shape, batch: InputBatch) -> RecordedStep:
         plan = StaticPlan(
             shape.size,
             shape.capacity,

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from loraplex.engine.kv.block_pool import BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.worker.input_batch import InputBatch
 
 
-class StaticBatch(PackedBatch):
+class StaticBatch(InputBatch):
     """`size` single tokens over up to `num_key_blocks` blocks each.
 
     A padding row is token 0 at position 0 of the cache's spare block, which no track has: it writes its keys and values
     there, sees only them, and its results are not looked at.
     """
 
-    def __init__(self, size: int, num_key_blocks: int, cache: KeyValueCache, like: PackedBatch) -> None:
+    def __init__(self, size: int, num_key_blocks: int, cache: KeyValueCache, like: InputBatch) -> None:
         super().__init__([], cache, BlockTable(size, num_key_blocks, like.table.values.device))
         self.num_single = self.num_tokens = size
         self.num_key_blocks = num_key_blocks
@@ -27,7 +27,7 @@ class StaticBatch(PackedBatch):
         self.position_ids = self.positions
         self.rows = torch.arange(size, device=device)
 
-    def fill(self, batch: PackedBatch) -> None:
+    def fill(self, batch: InputBatch) -> None:
         """Take over the tokens of a pass, and the blocks of their tracks."""
         num_tokens, values = batch.num_tokens, self.table.values
         self._inputs[0, :num_tokens], self._inputs[1, :num_tokens] = batch.token_ids, batch.positions

@@ -7,7 +7,7 @@ from loraplex.errors import BatchError
 from loraplex.kernels.triton.work import FEW_TOKENS, SlotFactors, WorkList, cut_work
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import RowRouting
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 
 class StaticPlan(RoutingPlan):
@@ -21,7 +21,7 @@ class StaticPlan(RoutingPlan):
         self,
         size: int,
         capacity: int,
-        bank: Bank,
+        bank: WeightProvider,
         *,
         modules: frozenset[int],
         max_rank: int,

@@ -1,4 +1,4 @@
-"""One forward pass over parts of many generations, side by side in one row of tokens without padding."""
+"""One forward pass over parts of many sequences, side by side in one row of tokens without padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.block_pool import BlockTable
 from loraplex.engine.kv.kv_cache import AttentionTerms, KeyValueCache
-from loraplex.engine.kv.sequence_kv import Track
-from loraplex.engine.sched.scaling_pass import ScalingPass
-from loraplex.engine.sched.sequence import Generation
-from loraplex.engine.worker.captures import AskedAttention
+from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.sched.scaling_pass import SequenceScalingPass
+from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.worker.captures import SequenceAttention
 from loraplex.kernels.dispatch import native_runs
 
 if TYPE_CHECKING:
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Part:
+class ScheduledChunk:
     """Some tokens of one track, in one forward pass."""
 
-    track: Track
+    track: SequenceKV
     start: int  # position of the first token
     count: int
     wants_logits: bool  # of the last token
     wants_all_logits: bool = False  # of every token
-    owner: Generation | None = None  # None: a trial
-    scaling: ScalingPass | None = None  # None: the main pass
+    owner: SequenceState | None = None  # None: a trial
+    scaling: SequenceScalingPass | None = None  # None: the main pass
     offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the track
 
     @property
-    def generation(self) -> Generation:
-        assert self.owner is not None, "a trial's part was taken for a generation's"
+    def sequence(self) -> SequenceState:
+        assert self.owner is not None, "a trial's part was taken for a sequence's"
         return self.owner
 
     @property
-    def asked(self) -> AskedAttention | None:
+    def asked(self) -> SequenceAttention | None:
         """What it asks of attention: main passes alone can."""
         return None if self.owner is None or self.scaling is not None else self.owner.asked
 
@@ -76,10 +76,10 @@ class AttentionCalls(Protocol):
         ...
 
 
-class PackedBatch:
+class InputBatch:
     """The parts of one pass, single tokens first, and where their keys and values lie."""
 
-    def __init__(self, parts: Sequence[Part], cache: KeyValueCache, table: BlockTable) -> None:
+    def __init__(self, parts: Sequence[ScheduledChunk], cache: KeyValueCache, table: BlockTable) -> None:
         # Those that go on from a state first, which run together. Then main passes beside each other: rows of one
         # mixture share the reading of its experts.
         self.parts = sorted(parts, key=lambda part: (part.count, part.start == 0, part.scaling is not None))
@@ -139,7 +139,7 @@ class PackedBatch:
         """The place of a part's last token among all."""
         return self.offsets[i] + self.parts[i].count - 1
 
-    def chunks(self) -> Iterator[tuple[int, Part]]:
+    def chunks(self) -> Iterator[tuple[int, ScheduledChunk]]:
         """The parts of more than one token, with the place of their first."""
         yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
 
@@ -160,16 +160,16 @@ class PackedBatch:
         return self.table.slots(self.rows, self.positions, self.cache.block_tokens)
 
 
-_current: ContextVar[PackedBatch | None] = ContextVar("loraplex_packed_batch", default=None)
+_current: ContextVar[InputBatch | None] = ContextVar("loraplex_packed_batch", default=None)
 
 
-def current_batch() -> PackedBatch | None:
+def current_input_batch() -> InputBatch | None:
     """The packed pass that runs now; None outside of one."""
     return _current.get()
 
 
 @contextmanager
-def use_batch(batch: PackedBatch) -> Iterator[None]:
+def forward_context(batch: InputBatch) -> Iterator[None]:
     """Let attention, output layer and decoder see `batch` inside the block."""
     token = _current.set(batch)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.input_batch import PackedBatch, current_batch
+from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.routing import PackedPlan
 from loraplex.routing.rows import current_routing
 
@@ -51,7 +51,7 @@ class LayerStack:
         ]
         self._described: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[int]]] = WeakKeyDictionary()
 
-    def run(self, batch: PackedBatch, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
+    def run(self, batch: InputBatch, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
         """What the layers make of hidden [1, tokens, hidden]; None if they have to run one by one this time."""
         plan = self._plan(batch, hidden)
         if plan is None:
@@ -64,7 +64,7 @@ class LayerStack:
         described = self._described[batch.cache]
         return native_ops.decode_layers(hidden[0], *described, cos[0], sin[0], *places, *adapters).unsqueeze(0)
 
-    def _plan(self, batch: PackedBatch, hidden: Tensor) -> PackedPlan | None:
+    def _plan(self, batch: InputBatch, hidden: Tensor) -> PackedPlan | None:
         """The routing plan of a pass that the compiled call can run."""
         if batch.layer_by_layer or not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
             return None
@@ -72,7 +72,7 @@ class LayerStack:
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        return plan if isinstance(plan, PackedPlan) and plan.decodes_fast(hidden) and not plan.has_gains else None
+        return plan if isinstance(plan, PackedPlan) and plan.decodes_fast(hidden) and not plan.has_dora_scales else None
 
     def _describe(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[int]]:
         """What the compiled call reads about the layers: addresses, constants and sizes."""
@@ -177,7 +177,7 @@ def layer_forward(former: type[nn.Module], attribute: str) -> Callable[..., Any]
     """The forward of a layer whose `attribute` tells its stack and its place there."""
 
     def run(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        batch = current_batch()
+        batch = current_input_batch()
         if batch is None:
             return former.forward(self, hidden_states, *args, **kwargs)
         stack, place = vars(self)[attribute]

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from loraplex.engine.sched.request_adapters import Binding, BoundMixture
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.sched.request_adapters import BoundMixture, RequestAdapters
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 from loraplex.xlora.mixture import Mixture
 
 
 class MixtureGates:
     """Gates [modules, columns]; a column is one expert at one token of one part."""
 
-    def __init__(self, batch: PackedBatch) -> None:
+    def __init__(self, batch: InputBatch) -> None:
         main: dict[Mixture, list[tuple[int, int]]] = {}  # part and use, by mixture
         passes: dict[Mixture, list[tuple[int, int]]] = {}
         for i, part in enumerate(batch.parts):
@@ -36,7 +36,7 @@ class MixtureGates:
         for i, use in members:
             part = self._batch.parts[i]
             bound = _bound(part, use)
-            hidden.append(part.generation.scalings[bound.scaling].hidden(part.start, part.stop))
+            hidden.append(part.sequence.scalings[bound.scaling].hidden(part.start, part.stop))
             weights += [bound.weight] * part.count
         scalings = mixture.head(torch.cat(hidden))  # [tokens, lora_layers, experts]
         self._keep_wanted(members, scalings)
@@ -48,7 +48,7 @@ class MixtureGates:
         offset = 0
         for i, use in members:
             part = self._batch.parts[i]
-            observations = part.generation.observations
+            observations = part.sequence.observations
             if observations is not None and observations.wants_scalings:
                 kept = self._batch.scalings.setdefault(i, [scalings[:0]] * _num_mixtures(part))
                 kept[use] = scalings[offset : offset + part.count]
@@ -68,15 +68,15 @@ class MixtureGates:
         return gates.flatten(1)
 
 
-def _bound(part: Part, use: int) -> BoundMixture:
+def _bound(part: ScheduledChunk, use: int) -> BoundMixture:
     return _binding(part).mixtures[use]
 
 
-def _num_mixtures(part: Part) -> int:
+def _num_mixtures(part: ScheduledChunk) -> int:
     return len(_binding(part).mixtures)
 
 
-def _binding(part: Part) -> Binding:
-    binding = part.generation.state.binding
-    assert binding is not None, "a generation runs without its adapters"
+def _binding(part: ScheduledChunk) -> RequestAdapters:
+    binding = part.sequence.state.binding
+    assert binding is not None, "a sequence runs without its adapters"
     return binding

@@ -13,12 +13,12 @@ from loraplex.engine.sampling.sampler import largest
 from loraplex.engine.startup.model_check import ModelCheck
 from loraplex.engine.startup.token_flow import check_flow
 from loraplex.engine.startup.trial_passes import TrialPasses, trial_groups
-from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, Attachment
-from loraplex.engine.worker.attention_residuals import AttentionRows, PackedScope
-from loraplex.engine.worker.cpu_fusion import FusedModules
+from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
+from loraplex.engine.worker.attention_residuals import AttentionRows, ForwardContext
+from loraplex.engine.worker.cpu_fusion import CpuFusion
 from loraplex.engine.worker.cuda_graphs import DecodeGraphs, GraphRecorder, Recorder
-from loraplex.engine.worker.input_batch import PackedBatch, Part, use_batch
-from loraplex.engine.worker.residual_cache import ResponsePool
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk, forward_context
+from loraplex.engine.worker.residual_cache import ResidualCache
 from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_mixers import join_mixers, leave_mixers
 from loraplex.engine.worker.state_pool import PassStates, make_states, without_rollback
@@ -28,14 +28,14 @@ from loraplex.layers.output_layer import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.scope import use_attention
 from loraplex.routing.rows import use_routing
-from loraplex.routing.weight_provider import SlotBank
+from loraplex.routing.weight_provider import SlotWeightProvider
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartResult:
+class ModelRunnerOutput:
     """What a pass gave for one part."""
 
-    part: Part
+    part: ScheduledChunk
     logits: Tensor | None  # [vocab], of its last token
     all_logits: Tensor | None  # [count, vocab], where they are wanted
     best: int | None  # the largest of them
@@ -50,9 +50,9 @@ class ModelRunner:
     def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
         self.model = model
         longest = self._model_length(config)
-        self._attachment = Attachment(model.base, longest)
+        self._attachment = AttentionHooks(model.base, longest)
         self.lengths = self._attachment.lengths
-        self._bank = SlotBank(model.store.slots)
+        self._bank = SlotWeightProvider(model.store.slots)
         try:
             self._states = make_states(model.base, self._attachment.shapes, config)
         except BaseException:
@@ -75,8 +75,8 @@ class ModelRunner:
         num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
         self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
         self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
-        self.attention = AttentionRows(model.registry.linked, ResponsePool(num_blocks, config.block_tokens, device))
-        self._fused: FusedModules | None = None
+        self.attention = AttentionRows(model.registry.linked, ResidualCache(num_blocks, config.block_tokens, device))
+        self._fused: CpuFusion | None = None
         self.graphs: DecodeGraphs | None = None
         if self._states is not None:
             join_mixers(self._states.shapes)
@@ -127,11 +127,11 @@ class ModelRunner:
             adaptable = self.model.adaptable
             index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
             with torch.inference_mode():
-                self._fused = FusedModules(base, attends, lambda: passes.run(groups, 3))
+                self._fused = CpuFusion(base, attends, lambda: passes.run(groups, 3))
                 self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
 
     @property
-    def max_tracks(self) -> int | None:
+    def max_sequences(self) -> int | None:
         """How many passes can be under way at once; None: as many as there are blocks for."""
         return None if self._states is None else self._states.num_rows
 
@@ -140,9 +140,9 @@ class ModelRunner:
         return int(self.model.base.get_input_embeddings().num_embeddings)
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[Part]) -> list[PartResult]:
+    def run(self, parts: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
         """One forward pass; keys, values and the tracks' progress are kept."""
-        batch = PackedBatch(parts, self.cache, self.table)
+        batch = InputBatch(parts, self.cache, self.table)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
@@ -163,7 +163,7 @@ class ModelRunner:
             told = batch.scalings.get(i, [])
             error = failed.get(i)
             results.append(
-                PartResult(
+                ModelRunnerOutput(
                     part=part,
                     logits=own,
                     all_logits=all_logits,
@@ -175,7 +175,7 @@ class ModelRunner:
             )
         return results
 
-    def forward(self, batch: PackedBatch, scope: PackedScope | None = None) -> Tensor:  # [logits, vocab]
+    def forward(self, batch: InputBatch, scope: ForwardContext | None = None) -> Tensor:  # [logits, vocab]
         """The logits of the parts that want some, in the batch's order."""
         batch.attention = scope
         batch.states = None if self._states is None else PassStates(self._states, batch)
@@ -186,7 +186,7 @@ class ModelRunner:
             if recorded is not None:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
-        with use_routing(routing), use_batch(batch), use_attention(scope), choosing_tokens():
+        with use_routing(routing), forward_context(batch), use_attention(scope), choosing_tokens():
             output = self.model.base(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
             )

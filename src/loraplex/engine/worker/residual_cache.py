@@ -1,6 +1,6 @@
 """u of linked residuals for all tracks: rank numbers a token, in the blocks of the token's keys and values.
 
-So u is shared, kept while a generation is paused, evicted and computed again as they are: the chain of hashes that a
+So u is shared, kept while a sequence is paused, evicted and computed again as they are: the chain of hashes that a
 block is known by has the residuals in it.
 """
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.residual.cache import Key
 
 _WIDTH = 8  # numbers of one token in one tensor; a larger rank has several
 
 
-class ResponsePool:
+class ResidualCache:
     """By attention layer and place in the link, tensors [blocks, block_tokens, 8], made when they are first needed."""
 
     def __init__(self, num_blocks: int, block_tokens: int, device: torch.device) -> None:
@@ -46,13 +46,13 @@ class ResponsePool:
         return sum(tensor.nbytes for tensors in self._tensors.values() for tensor in tensors)
 
 
-class GroupResponses:
+class GroupResidualCache:
     """u of some rows of a packed pass that stand side by side, as a chain of residuals extends it."""
 
     def __init__(
         self,
-        pool: ResponsePool,
-        batch: PackedBatch,
+        pool: ResidualCache,
+        batch: InputBatch,
         tokens: Tensor,  # [rows, count]  places in the batch
         num_keys: int,  # of the longest row
         ranks: Callable[

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin, PreTrainedModel
 
 from loraplex.engine.kv.length_rule import LengthRule
-from loraplex.engine.worker.input_batch import PackedBatch, current_batch
+from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.errors import BaseModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what such a module was called with
@@ -63,11 +63,11 @@ class RotaryPositions:
 
         def hide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
             """Let the base model's module see nothing of a packed pass, whose result is thrown away."""
-            batch = current_batch()
+            batch = current_input_batch()
             return None if batch is None else _with_positions((args, kwargs), torch.zeros_like(batch.positions))
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            batch = current_batch()
+            batch = current_input_batch()
             return None if batch is None else _of_batch(own, (args, kwargs), batch, self.rule)
 
         self._handles.append(module.register_forward_pre_hook(hide, with_kwargs=True))
@@ -80,7 +80,7 @@ def is_rotary(module: nn.Module) -> bool:
     return not list(module.children()) and (hasattr(module, "rope_type") or any("inv_freq" in name for name in buffers))
 
 
-def _of_batch(module: nn.Module, call: Call, batch: PackedBatch, rule: LengthRule) -> Any:
+def _of_batch(module: nn.Module, call: Call, batch: InputBatch, rule: LengthRule) -> Any:
     """What a module tells for each token of a packed batch, in a sequence of the token's length."""
     positions, lengths = batch.position_ids, batch.lengths
     assert rule.threshold is not None, "a module whose positions don't depend on a length was joined"

@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from loraplex.engine.kv.sequence_kv import TrackRoute
-from loraplex.engine.worker.input_batch import PackedBatch
+from loraplex.engine.kv.sequence_kv import SequenceRoute
+from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.engine.worker.mixture_gates import MixtureGates
 from loraplex.errors import BatchError
 from loraplex.routing.layer_gates import GateColumn
 from loraplex.routing.plan import RoutingPlan, Segment
 from loraplex.routing.rows import RowRouting
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 
-class Placed(NamedTuple):
+class RouteSpan(NamedTuple):
     """Tokens of one part as a layer sees them."""
 
     part: int
@@ -25,7 +25,7 @@ class Placed(NamedTuple):
     num_tokens: int
 
 
-def _adapter_by_adapter(placed: Sequence[Placed], batch: PackedBatch) -> list[tuple[Placed, TrackRoute]]:
+def _adapter_by_adapter(placed: Sequence[RouteSpan], batch: InputBatch) -> list[tuple[RouteSpan, SequenceRoute]]:
     """The parts' routes, those through one adapter one after the other; a part's own stay in the order of its link.
 
     The compiled kernel reads an adapter once for tokens that follow each other, with the same bits for each.
@@ -42,7 +42,13 @@ class PackedPlan(RoutingPlan):
     """A plan whose experts take their gates from a table [modules, gates] instead of layer gates."""
 
     def __init__(
-        self, placed: Sequence[Placed], batch: PackedBatch, gates: MixtureGates, bank: Bank, *, fast_decode: bool
+        self,
+        placed: Sequence[RouteSpan],
+        batch: InputBatch,
+        gates: MixtureGates,
+        bank: WeightProvider,
+        *,
+        fast_decode: bool,
     ) -> None:
         segments: list[Segment] = []
         own: list[int] = []  # places of the experts' gates among all gates
@@ -72,7 +78,7 @@ class PackedPlan(RoutingPlan):
             self._by_module = self._gate_rows.unbind(0)
 
     @property
-    def has_gains(self) -> bool:
+    def has_dora_scales(self) -> bool:
         """Whether a DoRA adapter takes a share of any module's base output."""
         return bool(self._gained)
 
@@ -94,12 +100,12 @@ class PackedRouting(RowRouting):
     The output layer sees the second kind, state mixers the third.
     """
 
-    def __init__(self, batch: PackedBatch, bank: Bank, *, fast_decode: bool) -> None:
+    def __init__(self, batch: InputBatch, bank: WeightProvider, *, fast_decode: bool) -> None:
         super().__init__([()], bank, fast_decode=fast_decode)
         self._batch = batch
         self._gates = MixtureGates(batch)
         placed = [
-            Placed(i, first, part.start, part.count)
+            RouteSpan(i, first, part.start, part.count)
             for i, (first, part) in enumerate(zip(batch.offsets, batch.parts, strict=True))
         ]
         self._all = self._plan(placed)
@@ -148,7 +154,7 @@ class PackedRouting(RowRouting):
             placed, first = [], 0
             for i, part in enumerate(self._batch.parts):
                 if part.num_logits:
-                    placed.append(Placed(i, first, part.stop - part.num_logits, part.num_logits))
+                    placed.append(RouteSpan(i, first, part.stop - part.num_logits, part.num_logits))
                     first += part.num_logits
             self._selected = self._plan(placed)
         return self._selected
@@ -159,11 +165,11 @@ class PackedRouting(RowRouting):
         if (first, stop) not in self._by_parts:
             offset = self._batch.offsets[first]
             placed = [
-                Placed(i, self._batch.offsets[i] - offset, part.start, part.count)
+                RouteSpan(i, self._batch.offsets[i] - offset, part.start, part.count)
                 for i, part in enumerate(self._batch.parts[first:stop], first)
             ]
             self._by_parts[first, stop] = self._plan(placed)
         return self._by_parts[first, stop]
 
-    def _plan(self, placed: Sequence[Placed]) -> PackedPlan:
+    def _plan(self, placed: Sequence[RouteSpan]) -> PackedPlan:
         return PackedPlan(placed, self._batch, self._gates, self.bank, fast_decode=self.fast_decode)

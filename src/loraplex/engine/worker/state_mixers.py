@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.engine.worker.input_batch import current_batch
+from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_pool import Group, PassStates
 from loraplex.engine.worker.state_shapes import cut_tokens
@@ -47,7 +47,7 @@ def _class_of(former: type[nn.Module]) -> type[nn.Module]:
     if former not in _classes:
 
         def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            batch = current_batch()
+            batch = current_input_batch()
             if batch is None or batch.states is None:
                 return former.forward(self, *args, **kwargs)
             return _run_apart(self, former, batch.states, args, kwargs)

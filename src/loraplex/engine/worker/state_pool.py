@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.startup.token_flow import FLOW_TRACKS
-from loraplex.engine.worker.input_batch import PackedBatch, Part
+from loraplex.engine.startup.token_flow import FLOW_SEQUENCES
+from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 from loraplex.engine.worker.state_probe import find_mixers
 from loraplex.engine.worker.state_shapes import MixerShape, StateKey
 from loraplex.errors import ConfigError
@@ -60,12 +60,12 @@ def make_states(base: PreTrainedModel, attention: Collection[nn.Module], config:
     if not shapes:
         return None
     track_bytes = sum(shape.sequence_bytes for shape in shapes.values())
-    num_rows = min(max(2 * config.max_running, FLOW_TRACKS), config.cache_bytes // 2 // track_bytes)
-    if num_rows < FLOW_TRACKS:
+    num_rows = min(max(2 * config.max_running, FLOW_SEQUENCES), config.cache_bytes // 2 // track_bytes)
+    if num_rows < FLOW_SEQUENCES:
         raise ConfigError(
             f"cache_bytes is {config.cache_bytes}, half of which is for states, but this model keeps {track_bytes} "
-            f"bytes of them for a sequence. Raise cache_bytes to at least {2 * FLOW_TRACKS * track_bytes}, so that "
-            f"{FLOW_TRACKS} sequences have room."
+            f"bytes of them for a sequence. Raise cache_bytes to at least {2 * FLOW_SEQUENCES * track_bytes}, so that "
+            f"{FLOW_SEQUENCES} sequences have room."
         )
     return StatePool(shapes, num_rows, base.device)
 
@@ -84,7 +84,7 @@ class PassStates:
     A pass that fails has changed nothing, so its parts can be run again.
     """
 
-    def __init__(self, pool: StatePool, batch: PackedBatch) -> None:
+    def __init__(self, pool: StatePool, batch: InputBatch) -> None:
         self.groups = _groups(batch)
         self.num_tokens = batch.num_tokens
         self._pool = pool
@@ -120,15 +120,15 @@ class PassStates:
             self._pool.lengths[row] = length
 
 
-def _groups(batch: PackedBatch) -> list[Group]:
+def _groups(batch: InputBatch) -> list[Group]:
     """Single tokens that follow others in one group, every other part by itself."""
     num_going_on = sum(part.count == 1 and part.start > 0 for part in batch.parts)
     groups = [_group(batch, 0, num_going_on)] if num_going_on else []
     return groups + [_group(batch, i, i + 1) for i in range(num_going_on, len(batch.parts))]
 
 
-def _group(batch: PackedBatch, first: int, stop: int) -> Group:
-    parts: Sequence[Part] = batch.parts[first:stop]
+def _group(batch: InputBatch, first: int, stop: int) -> Group:
+    parts: Sequence[ScheduledChunk] = batch.parts[first:stop]
     return Group(
         first_part=first,
         stop_part=stop,

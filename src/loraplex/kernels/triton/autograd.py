@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.triton.expand import expand
 from loraplex.kernels.triton.outer import outer
-from loraplex.kernels.triton.shrink import MOST_PROJECTIONS, rank_block, shrink
+from loraplex.kernels.triton.shrink import MAX_PROJECTIONS, rank_block, shrink
 from loraplex.kernels.triton.work import MANY_TOKENS, WorkList, make_work
 
 
@@ -28,7 +28,7 @@ def gated_lora_triton_grad(
     while len(done) < len(ys):
         spans = [segment[:2] for segment in segments[len(done)]]
         stop = len(done) + 1
-        while stop < min(len(ys), len(done) + MOST_PROJECTIONS) and [s[:2] for s in segments[stop]] == spans:
+        while stop < min(len(ys), len(done) + MAX_PROJECTIONS) and [s[:2] for s in segments[stop]] == spans:
             stop += 1
         chosen = segments[len(done) : stop]
         factors = [t for of_one in chosen for s in of_one for t in (s.lora_a, s.lora_b, s.gates)]

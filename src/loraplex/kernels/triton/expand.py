@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.triton.product import add_product
-from loraplex.kernels.triton.shrink import MOST_PROJECTIONS, factor_of, pick, rank_block
+from loraplex.kernels.triton.shrink import MAX_PROJECTIONS, factor_of, pick, rank_block
 from loraplex.kernels.triton.tuning import LAUNCHING, tuned
 from loraplex.kernels.triton.work import WorkList
 
@@ -159,8 +159,8 @@ def expand(
         return
     block, width = rank_block(max_rank)
     summed = len(ys) < len(modules)
-    y0, y1, y2 = (ys[min(i, len(ys) - 1)] for i in range(MOST_PROJECTIONS))
-    m0, m1, m2 = (modules[min(i, len(modules) - 1)] for i in range(MOST_PROJECTIONS))
+    y0, y1, y2 = (ys[min(i, len(ys) - 1)] for i in range(MAX_PROJECTIONS))
+    m0, m1, m2 = (modules[min(i, len(modules) - 1)] for i in range(MAX_PROJECTIONS))
     outs = [y.shape[1] for y in (y0, y1, y2)]
 
     def grid(meta: dict[str, int]) -> tuple[int, int, int]:

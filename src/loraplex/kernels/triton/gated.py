@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from loraplex.kernels.triton.expand import expand
-from loraplex.kernels.triton.shrink import MOST_PROJECTIONS, shrink
+from loraplex.kernels.triton.shrink import MAX_PROJECTIONS, shrink
 from loraplex.kernels.triton.work import SlotFactors, WorkList
 
 
@@ -18,13 +18,13 @@ def gated_lora_triton(
     gates: Tensor,  # [rows] or [modules, rows]  float32, without LoRA scaling
 ) -> None:
     """Add every token's adapters: y_p[t] += gates[row] * scaling * lora_b_p^T lora_a_p x[t], over t's rows."""
-    for first in range(0, len(modules), MOST_PROJECTIONS):
-        chosen = modules[first : first + MOST_PROJECTIONS]
+    for first in range(0, len(modules), MAX_PROJECTIONS):
+        chosen = modules[first : first + MAX_PROJECTIONS]
         hidden = shrink(
             x, factors.table, factors.scalings, chosen, work, gates, factors.max_rank, aligned=factors.aligned
         )
         expand(
-            ys[first : first + MOST_PROJECTIONS],
+            ys[first : first + MAX_PROJECTIONS],
             hidden,
             factors.table,
             chosen,

@@ -11,11 +11,11 @@ from loraplex.kernels.triton.product import add_product
 from loraplex.kernels.triton.tuning import LAUNCHING, tuned
 from loraplex.kernels.triton.work import FEW_TOKENS, WorkList
 
-MOST_PROJECTIONS = 3  # of one launch
+MAX_PROJECTIONS = 3  # of one launch
 _LARGEST_RANK_BLOCK = 64
-# Decoding has few tiles: their features are cut into parts of at least _PART, and at most _MOST_PARTS of them.
+# Decoding has few tiles: their features are cut into parts of at least _PART, and at most _MAX_PARTS of them.
 _PART = 512
-_MOST_PARTS = 16
+_MAX_PARTS = 16
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def rank_block(max_rank: int) -> tuple[int, int]:
 
 def num_parts(num_in: int, block_tokens: int) -> int:
     """Into how many parts the features are cut; by the layout alone, so that a row's bits don't depend on others."""
-    return 1 if block_tokens > FEW_TOKENS else max(1, min(_MOST_PARTS, num_in // _PART))
+    return 1 if block_tokens > FEW_TOKENS else max(1, min(_MAX_PARTS, num_in // _PART))
 
 
 def shrink(
@@ -137,7 +137,7 @@ def shrink(
         hidden = torch.empty(parts, len(modules), work.num_rows, width, dtype=torch.float32, device=x.device)
     if not len(work.entries):
         return hidden
-    m0, m1, m2 = (modules[min(i, len(modules) - 1)] for i in range(MOST_PROJECTIONS))
+    m0, m1, m2 = (modules[min(i, len(modules) - 1)] for i in range(MAX_PROJECTIONS))
     kind = 0 if gates is None else 2 if rank_gates else 1
     stride = 0 if gates is None or gates.ndim == 1 or gates.shape[0] == 1 else gates.stride(0)
     part_size = -(-num_in // (parts * 256)) * 256

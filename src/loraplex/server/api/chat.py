@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.extensions import capture_request
 from loraplex.server.api.json_pieces import Choice
@@ -19,7 +19,7 @@ from loraplex.server.state import RequestContext, ServerState
 class ChatCall:
     """One call: checked, and its messages tokenized, when it is made; that is work for a thread."""
 
-    def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, choice: RowChoice) -> None:
+    def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, choice: AdapterSpec) -> None:
         self._state = state
         self.body = body
         self.n = body.n or 1

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.extensions import capture_request
 from loraplex.server.api.json_pieces import Choice
@@ -22,7 +22,7 @@ _DEFAULT_TOKENS = 16  # as OpenAI's
 class CompletionCall:
     """One call: checked, and its prompts tokenized, when it is made; that is work for a thread."""
 
-    def __init__(self, body: CompletionBody, state: ServerState, context: RequestContext, choice: RowChoice) -> None:
+    def __init__(self, body: CompletionBody, state: ServerState, context: RequestContext, choice: AdapterSpec) -> None:
         self._state = state
         self.body = body
         self.n = body.n or 1
@@ -74,7 +74,7 @@ class CompletionCall:
         if self.extras.capture and len(self.prompts) > 1:
             raise ApiError(BAD_REQUEST, "attention is captured for one prompt.", param="capture_attention")
 
-    def _request(self, prompt: str | list[int], context: RequestContext, choice: RowChoice) -> Request:
+    def _request(self, prompt: str | list[int], context: RequestContext, choice: AdapterSpec) -> Request:
         body, config = self.body, self._state.config
         encoded = self._encode(prompt)
         return Request(

@@ -8,13 +8,13 @@ from loraplex.errors import RequestError
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.schemas.generation import GenerationBody, ResponseFormat
 from loraplex.server.auth.access import Principal
-from loraplex.server.settings import Limits
+from loraplex.server.settings import RequestLimits
 
 
 def sampling_params(
     body: GenerationBody,
     principal: Principal,
-    limits: Limits,
+    limits: RequestLimits,
     *,
     max_tokens: int,
     logprobs: int | None,
@@ -48,7 +48,7 @@ def sampling_params(
         raise ApiError(BAD_REQUEST, str(error), quotes_request=True) from error
 
 
-def allowed_tokens(principal: Principal, limits: Limits) -> int:
+def allowed_tokens(principal: Principal, limits: RequestLimits) -> int:
     """New tokens that an answer may have at most."""
     return min(limits.max_new_tokens, principal.max_new_tokens or limits.max_new_tokens)
 
@@ -60,7 +60,7 @@ def cache_salt(body: GenerationBody, principal: Principal, *, isolated: bool) ->
     return f"{own}:{body.cache_salt}" if body.cache_salt else own
 
 
-def _check_limits(body: GenerationBody, principal: Principal, limits: Limits, max_tokens: int) -> None:
+def _check_limits(body: GenerationBody, principal: Principal, limits: RequestLimits, max_tokens: int) -> None:
     most = allowed_tokens(principal, limits)
     if max_tokens > most:
         raise ApiError(TOO_LARGE, f"max_tokens is {max_tokens}; {most} are possible here.", param="max_tokens")

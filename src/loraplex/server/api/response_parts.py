@@ -15,7 +15,7 @@ from loraplex.server.api.token_texts import TokenTexts
 from loraplex.server.handlers import Run
 
 InThread = Callable[[Callable[[], list[bytes]]], Awaitable[list[bytes]]]
-_FEW_TOKENS = 32
+_MAX_SMALL_ANSWER_TOKENS = 32
 
 
 @dataclass
@@ -34,7 +34,7 @@ class News:
     @property
     def is_large(self) -> bool:
         """Whether writing it would hold up the event loop."""
-        return self.completion is not None or len(self.logprobs) + len(self.scalings) > _FEW_TOKENS
+        return self.completion is not None or len(self.logprobs) + len(self.scalings) > _MAX_SMALL_ANSWER_TOKENS
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text

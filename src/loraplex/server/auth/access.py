@@ -6,7 +6,7 @@ from typing import Literal
 
 from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import Link, RowChoice, parse_choice
+from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, TOO_LARGE, ApiError, Status
 from loraplex.server.auth.key_records import KeyRecord
 
@@ -74,7 +74,7 @@ class Entry:
     experts: tuple[str, ...] = ()
 
 
-class Catalog:
+class VisibleModels:
     """The names of a server, as each principal sees them."""
 
     def __init__(self, model: MultiLoraModel, base_name: str, max_link_length: int) -> None:
@@ -105,7 +105,7 @@ class Catalog:
             raise self._not_found(name)
         return entry
 
-    def choice(self, text: str, principal: Principal) -> RowChoice:
+    def choice(self, text: str, principal: Principal) -> AdapterSpec:
         """What a request's `model` asks for, if the principal may use all of it."""
         if text == self.base_name:
             if not principal.may_use_base:
@@ -123,7 +123,7 @@ class Catalog:
         if len(text) > (self._max_link_length + 1) * _LONGEST_PART:
             raise ApiError(TOO_LARGE, f"model has {len(text)} characters, too many for a link.", param="model")
         try:
-            link = parse_choice(text)
+            link = parse_adapter_spec(text)
         except LinkSyntaxError as error:
             raise ApiError(BAD_REQUEST, str(error), param="model") from error
         if len(link) > self._max_link_length:
@@ -151,6 +151,6 @@ class Catalog:
         return ApiError(_MODEL_NOT_FOUND, message, param="model")
 
 
-def adapter_names(choice: RowChoice) -> tuple[str, ...]:
-    """The names in a choice that `Catalog.choice` returned."""
+def adapter_names(choice: AdapterSpec) -> tuple[str, ...]:
+    """The names in a choice that `VisibleModels.choice` returned."""
     return () if choice is None or isinstance(choice, str) else tuple(name for name, _ in choice)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from loraplex.server.api.api_errors import RATE_LIMITED, ApiError
 from loraplex.server.auth.rate_limit import Bucket
 
-_MOST_ADDRESSES = 10_000  # the one that tried longest ago is forgotten first
+_MAX_ADDRESSES = 10_000  # the one that tried longest ago is forgotten first
 
 
 class Attempts:
@@ -23,7 +23,7 @@ class Attempts:
         if bucket is None:
             bucket = self._buckets[place] = Bucket(self._per_minute)
         self._buckets.move_to_end(place)
-        while len(self._buckets) > _MOST_ADDRESSES:
+        while len(self._buckets) > _MAX_ADDRESSES:
             self._buckets.popitem(last=False)
         wait_s = bucket.wait_s(1)
         if wait_s > 0:

@@ -11,7 +11,7 @@ from loraplex.errors import ConfigError
 Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096)]
 Limit = Annotated[int, Field(ge=1, le=2**53)]
-_MOST_FAULTS = 5
+_MAX_FAULTS = 5
 _FIX = "Make one with `loraplex key create`."
 
 
@@ -94,5 +94,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _told(error: ValidationError) -> str:
     faults = error.errors(include_url=False, include_input=False, include_context=False)
-    told = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:_MOST_FAULTS]]
+    told = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:_MAX_FAULTS]]
     return "; ".join(told)

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, TOO_LARGE, ApiError
 
 _LONGEST_PATH = 4096
-_MOST_FILES = 2_000
+_MAX_FILES = 2_000
 _LARGEST_JSON = 2**22
 _NOT_READ = ("tokenizer.json", "vocab.json")  # which adapters' folders often have, and nothing here reads
 
@@ -71,7 +71,7 @@ class AdapterRoots:
             for name in (*folders, *files):
                 count += 1
                 real = Path(os.path.realpath(os.path.join(parent, name)))
-                if count > _MOST_FILES or not any(real.is_relative_to(root) for root in self._roots):
+                if count > _MAX_FILES or not any(real.is_relative_to(root) for root in self._roots):
                     raise self._forbidden()
                 if real.exists() and not (real.is_file() or real.is_dir()):
                     raise self._forbidden()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import LinkSyntaxError
-from loraplex.routing.adapter_spec import parse_choice
+from loraplex.routing.adapter_spec import parse_adapter_spec
 
 _SPARE = 8  # requests that a replica may have beyond twice those of the idlest, before others help out
 
@@ -24,7 +24,7 @@ def adapter_key(model: object, base_name: str) -> str:
     if not isinstance(model, str) or model == base_name:
         return ""
     try:
-        return "+".join(sorted({name for name, _ in parse_choice(model)}))
+        return "+".join(sorted({name for name, _ in parse_adapter_spec(model)}))
     except LinkSyntaxError:  # any replica can tell the client
         return ""
 

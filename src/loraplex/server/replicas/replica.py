@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Message
 
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.models.adapter_watcher import AdapterFolder
+from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.api.send_clock import ABORT_KEY
 from loraplex.server.app import create_app
@@ -33,7 +33,7 @@ class EngineReplica:
         set_up_logs(config.logs.log_level)
         with ThreadPoolExecutor(1) as loader:  # as lifecycle.run does
             model = await asyncio.get_running_loop().run_in_executor(loader, load, config)
-        watched = AdapterFolder(model, config.model.watch) if config.model.watch else None
+        watched = AdapterWatcher(model, config.model.watch) if config.model.watch else None
         if watched is not None:
             await asyncio.to_thread(watched.start)
         self._id = secrets.token_hex(4)

@@ -10,7 +10,7 @@ from torch import Tensor
 from loraplex.errors import DatasetError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.prompts import encode_prompts, first_token_logits
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.training.data.records import read_records
 
 
@@ -57,7 +57,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
 
 
 def evaluate(
-    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[RowChoice], *, batch_rows: int = 32
+    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[AdapterSpec], *, batch_rows: int = 32
 ) -> list[Score]:
     """One score for each choice of adapters; all choices share the batches, a row for each question and choice.
 
@@ -85,7 +85,7 @@ def evaluate(
 
 @torch.no_grad()
 def exact_matches(
-    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[RowChoice], *, batch_rows: int = 32
+    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[AdapterSpec], *, batch_rows: int = 32
 ) -> list[float]:
     """For each choice of adapters, the share of questions whose every answer token is the most likely one.
 

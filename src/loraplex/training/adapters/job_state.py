@@ -12,13 +12,13 @@ from loraplex.training.adapters.links import FrozenLink
 from loraplex.training.adapters.residual_parameters import ResidualParameters
 from loraplex.training.config import AdapterJob
 from loraplex.training.core.parameters import FlatParameters
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 from loraplex.training.data.dataset import JobData
 
 DIVERGED = ".diverged"
 
 
-class JobState(Learner):
+class JobState(TrainState):
     """A job's parameters and all that decides its next step."""
 
     def __init__(

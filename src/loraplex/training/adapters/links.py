@@ -17,7 +17,7 @@ from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.modules import embed_scale
-from loraplex.residual.config import BaseIdentity
+from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import is_residual_folder, read_residual
 from loraplex.residual.layers import AttentionLayers
@@ -82,7 +82,7 @@ def _is_residual(member: LinkMember) -> bool:
     return not isinstance(member, Adapter)
 
 
-def _residual(name: str, member: LinkMember, base: BaseIdentity) -> LinkedResidual | SteeringVector:
+def _residual(name: str, member: LinkMember, base: BaseFingerprint) -> LinkedResidual | SteeringVector:
     residual = (
         read_residual(member, check=lambda settings: check_same_base(name, settings.base, base))
         if isinstance(member, str | Path)

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from loraplex.residual.config import BaseIdentity, ResidualConfig
+from loraplex.residual.config import BaseFingerprint, ResidualConfig
 from loraplex.residual.modules import LinkedLayer, LinkedResidual, fresh_linked_layer
 from loraplex.training.core.parameters import FlatTensors
 from loraplex.training.core.rng import Purpose, generator
 
 
-def fresh_residual(config: ResidualConfig, identity: BaseIdentity, layers: Sequence[int], seed: int) -> LinkedResidual:
+def fresh_residual(
+    config: ResidualConfig, identity: BaseFingerprint, layers: Sequence[int], seed: int
+) -> LinkedResidual:
     """First weights for `layers`, drawn from the seed in their order."""
     draw = generator(seed, Purpose.WEIGHTS)
     weights = {

@@ -40,7 +40,7 @@ class ResidualRows:
         return residual.layers[layer].rank if isinstance(residual, LinkedResidual) else 0
 
 
-class PrefixResponses:
+class PrefixResidualStates:
     """u of several jobs' shared prefixes, for the batches that continue from them."""
 
     def __init__(self, rows: ResidualRows, jobs: Sequence[int], state: ResidualState) -> None:

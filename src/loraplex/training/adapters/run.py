@@ -28,12 +28,12 @@ from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.trainer import Trainer
 from loraplex.training.config import AdapterJob, TrainConfig, check_jobs
 from loraplex.training.core.checkpoint import FILE, load_checkpoint
-from loraplex.training.core.distributed import Ranks
+from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.logs import JobLog
 from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.plots import plot_losses
 from loraplex.training.core.progress import training_progress
-from loraplex.training.core.run_fingerprint import run_identity
+from loraplex.training.core.run_fingerprint import run_fingerprint
 from loraplex.training.core.train_state import Divergence, Finish
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.loss import LossComputer
@@ -93,7 +93,7 @@ def train_adapters(
     base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
     adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
     check_trainable_base(base)
-    ranks = Ranks(base.device)
+    ranks = ProcessGroup(base.device)
     linked = model.registry.linked if isinstance(model, MultiLoraModel) else LinkedAttention(base)
     try:
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
@@ -145,11 +145,11 @@ def _train(
     base: PreTrainedModel,
     states: Sequence[JobState],
     config: TrainConfig,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     attention: AttentionLayers | None,
 ) -> None:
     output = Path(config.output)
-    identity = run_identity(states, base)
+    identity = run_fingerprint(states, base)
     logs = [JobLog(output / f"{state.job.name}.jsonl", enabled=ranks.is_first) for state in states]
     log_bytes = _resume_or_start(output, states, identity, config, ranks)
     for log, num_bytes in zip(logs, log_bytes, strict=True):
@@ -189,13 +189,13 @@ def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None)
 
 
 def _resume_or_start(
-    output: Path, states: Sequence[JobState], identity: dict[str, object], config: TrainConfig, ranks: Ranks
+    output: Path, states: Sequence[JobState], identity: dict[str, object], config: TrainConfig, ranks: ProcessGroup
 ) -> list[int]:
     """Restore the states from a checkpoint, or prepare an empty output folder; the bytes of each log to keep."""
     found = (output / FILE).exists()
     if found and config.resume:
         log_bytes = load_checkpoint(output, states, identity)
-        _check_places_of_diverged(output, states)
+        _check_folders_of_diverged(output, states)
         logger.info("going on from %s at step %d", output / FILE, max(s.progress.step for s in states))
         ranks.wait()
         return log_bytes
@@ -207,7 +207,7 @@ def _resume_or_start(
         )
     for name in existing:
         _check_replaceable(output / name)
-    _check_places_of_diverged(output, states)
+    _check_folders_of_diverged(output, states)
     ranks.wait()
     if ranks.is_first:
         with writing(output):
@@ -217,7 +217,7 @@ def _resume_or_start(
     return [0] * len(states)
 
 
-def _check_places_of_diverged(output: Path, states: Sequence[JobState]) -> None:
+def _check_folders_of_diverged(output: Path, states: Sequence[JobState]) -> None:
     for folder in (output / f"{state.job.name}{DIVERGED}" for state in states):
         if folder.exists():
             _check_replaceable(folder)

@@ -13,7 +13,7 @@ from loraplex.errors import TrainingError
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.config import TrainConfig
 from loraplex.training.core.checkpoint import save_checkpoint
-from loraplex.training.core.distributed import Ranks
+from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.logs import JobLog
 from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.data.batches import TrainingRow
@@ -21,7 +21,7 @@ from loraplex.training.data.dataset import invocation_start
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.routing import FrozenSlot
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Trainer:
         logs: Sequence[JobLog],
         config: TrainConfig,
         identity: Mapping[str, Any],
-        ranks: Ranks,
+        ranks: ProcessGroup,
     ) -> None:
         self._states = states
         self._losses = losses
@@ -128,7 +128,7 @@ class Trainer:
 
     def _rows(
         self, batch: Sequence[tuple[int, int, Example]], *, with_dropout: bool
-    ) -> tuple[list[TrainingRow], TrainingBank]:
+    ) -> tuple[list[TrainingRow], TrainingWeightProvider]:
         """Rows with the slots that they go through; with dropout every row has its own, which draws for it alone."""
         slots = [TrainingSlot(state.slot_weights) for state in self._states]
         frozen: list[list[FrozenSlot]] = []
@@ -147,7 +147,7 @@ class Trainer:
                 slots.append(TrainingSlot(state.slot_weights, dropout, draw))
             first = _first_adapted(state, example)
             rows.append(TrainingRow(index, slot, example, bool(dropout), first, frozen[index]))
-        return rows, TrainingBank(slots)
+        return rows, TrainingWeightProvider(slots)
 
     def _evaluate(self, due: Sequence[int]) -> None:
         if not due:

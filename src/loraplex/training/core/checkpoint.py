@@ -18,7 +18,7 @@ from loraplex.errors import AdapterError, CheckpointError
 from loraplex.json_files import parse_json
 from loraplex.output_files import unwritable, whole_file
 from loraplex.training.core.logs import JobLog
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _DIGEST = "loraplex_sha256"
 
 
 def save_checkpoint(
-    folder: Path, states: Sequence[Learner], logs: Sequence[JobLog], identity: Mapping[str, Any]
+    folder: Path, states: Sequence[TrainState], logs: Sequence[JobLog], identity: Mapping[str, Any]
 ) -> None:
     """Write `folder`/checkpoint.safetensors atomically. Raises OutputError."""
     tensors = {
@@ -57,7 +57,7 @@ def is_checkpoint(path: Path) -> bool:
         return _KEY.encode() in file.read(512)
 
 
-def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[str, Any]) -> list[int]:
+def load_checkpoint(folder: Path, states: Sequence[TrainState], identity: Mapping[str, Any]) -> list[int]:
     """Restore the states; return how many bytes of each job's log belong to them.
 
     Jobs that diverged may be left out, or have other settings: then they begin anew. Raises CheckpointError where the
@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path, states: Sequence[Learner], identity: Mapping[s
         raise _damaged(path, error) from error
 
 
-def _read(path: Path, states: Sequence[Learner]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, states: Sequence[TrainState]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What save_checkpoint wrote, no more than these states can have. Raises CheckpointError."""
     most = max((state.flat.numel() for state in states), default=0)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 Row = TypeVar("Row")
 
 
-class Ranks:
+class ProcessGroup:
     """One process by default; several under `accelerate launch`."""
 
     def __init__(self, device: torch.device) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from loraplex.output_files import save_figure
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 
 _SMOOTHING = 0.9  # of the running mean
 
 
-def plot_losses(state: Learner, title: str, path: Path) -> None:
+def plot_losses(state: TrainState, title: str, path: Path) -> None:
     """Write a PNG with the training loss, its running mean, and the held-out loss."""
     progress = state.progress
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 
-OnStep = Callable[[Sequence[Learner]], None]
+OnStep = Callable[[Sequence[TrainState]], None]
 
 
 @contextmanager
-def training_progress(states: Sequence[Learner], *, enabled: bool) -> Iterator[OnStep]:
+def training_progress(states: Sequence[TrainState], *, enabled: bool) -> Iterator[OnStep]:
     """Yield what to call after each step; it draws only on a terminal."""
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
@@ -30,7 +30,7 @@ def training_progress(states: Sequence[Learner], *, enabled: bool) -> Iterator[O
             bars.add_task(state.name, total=state.num_steps, loss="-", held_out="-", speed="-") for state in states
         ]
 
-        def draw(states: Sequence[Learner]) -> None:
+        def draw(states: Sequence[TrainState]) -> None:
             for task, state in zip(tasks, states, strict=True):
                 done = state.progress
                 bars.update(

@@ -15,21 +15,21 @@ _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "
 _SAMPLE = 4096  # bytes of every base parameter
 
 
-def run_identity(states: Sequence[JobState], base: PreTrainedModel) -> dict[str, Any]:
+def run_fingerprint(states: Sequence[JobState], base: PreTrainedModel) -> dict[str, Any]:
     """Everything that decides what a run learns, in JSON's types. Call it before the first step."""
     return {
-        "base model": base_identity(base),
+        "base model": base_fingerprint(base),
         "names": [state.job.name for state in states],
-        "jobs": {state.job.name: _job_identity(state) for state in states},
+        "jobs": {state.job.name: _job_fingerprint(state) for state in states},
     }
 
 
-def base_identity(base: PreTrainedModel) -> dict[str, Any]:
+def base_fingerprint(base: PreTrainedModel) -> dict[str, Any]:
     """What tells base models apart."""
     return {"class": type(base).__name__, "dtype": str(base.dtype), "weights": _weights_digest(base)}
 
 
-def _job_identity(state: JobState) -> dict[str, Any]:
+def _job_fingerprint(state: JobState) -> dict[str, Any]:
     options = {
         field.name: getattr(state.job, field.name) for field in fields(AdapterJob) if field.name not in _NOT_COMPARED
     }

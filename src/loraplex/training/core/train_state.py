@@ -82,7 +82,7 @@ class Progress:
         return self.step - self.zero_gradients + 1 if self.zero_gradients else None
 
 
-class Learner:
+class TrainState:
     """Parameters and all that decides their next step."""
 
     def __init__(

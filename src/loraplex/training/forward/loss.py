@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.routing.rows import RowRouting, use_routing
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.adapters.residual_rows import ResidualRows
 from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths
 from loraplex.training.forward.prefix import SharedPrefixes
@@ -38,7 +38,9 @@ class LossComputer:
         self._tokens_per_forward = tokens_per_forward
         self._share_prefixes = share_prefixes
 
-    def accumulate_gradients(self, rows: Sequence[TrainingRow], bank: Bank, loss_scales: Tensor) -> Tensor:  # [jobs]
+    def accumulate_gradients(
+        self, rows: Sequence[TrainingRow], bank: WeightProvider, loss_scales: Tensor
+    ) -> Tensor:  # [jobs]
         """Add the gradients of every job's summed loss times its scale [jobs]; return the summed losses."""
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
@@ -51,7 +53,7 @@ class LossComputer:
         return sums
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[TrainingRow], bank: Bank) -> Tensor:  # [jobs]
+    def evaluate(self, rows: Sequence[TrainingRow], bank: WeightProvider) -> Tensor:  # [jobs]
         """Every job's summed loss."""
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
@@ -59,7 +61,9 @@ class LossComputer:
             sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes, self._residuals))
         return sums
 
-    def _prepare(self, rows: Sequence[TrainingRow], bank: Bank) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
+    def _prepare(
+        self, rows: Sequence[TrainingRow], bank: WeightProvider
+    ) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
         lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
         cost = FORWARD_COST.get(self._base.device.type, FORWARD_COST_ELSEWHERE)
         num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
@@ -73,7 +77,7 @@ class LossComputer:
 def token_losses(
     base: PreTrainedModel,
     batch: RowBatch,
-    bank: Bank,
+    bank: WeightProvider,
     prefixes: SharedPrefixes | None,
     residuals: ResidualRows | None = None,
 ) -> Tensor:  # [outputs]  float32

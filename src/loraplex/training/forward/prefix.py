@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from loraplex.residual.cache import ResidualState
 from loraplex.routing.rows import use_routing
-from loraplex.routing.weight_provider import Bank
-from loraplex.training.adapters.residual_rows import PrefixResponses, ResidualRows
+from loraplex.routing.weight_provider import WeightProvider
+from loraplex.training.adapters.residual_rows import PrefixResidualStates, ResidualRows
 from loraplex.training.data.batches import RowBatch, TrainingRow
 from loraplex.training.forward.routing import RowSpan, TrainingRouting
 
@@ -25,7 +25,7 @@ class SharedPrefixes:
         base: PreTrainedModel,
         rows: Sequence[TrainingRow],
         lengths: Mapping[int, int],
-        bank: Bank,
+        bank: WeightProvider,
         residuals: ResidualRows | None = None,
     ) -> None:
         first_of = {row.job: row for row in reversed(rows)}
@@ -42,7 +42,7 @@ class SharedPrefixes:
             cache = base.base_model(input_ids=padded, use_cache=True).past_key_values
         self._states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         # Batches end their backward passes here, so that each can free its memory before the next runs.
-        self._responses = PrefixResponses(residuals, jobs, state)
+        self._responses = PrefixResidualStates(residuals, jobs, state)
         self._leaves = [state.detach().requires_grad_(state.requires_grad) for state in self._states]
 
     def cache_for(self, batch: RowBatch) -> DynamicCache:

@@ -13,7 +13,7 @@ from loraplex.training.data.batches import TrainingRow, make_batch
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import token_losses
 from loraplex.training.forward.prefix import SharedPrefixes
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _example(ids: Sequence[int], answer: tuple[int, ...]) -> Example:
 
 @torch.no_grad()
 def _losses(base: PreTrainedModel, examples: Sequence[Example], prefixes: dict[int, int] | None = None) -> Tensor:
-    bank = TrainingBank([TrainingSlot({}) for _ in examples])
+    bank = TrainingWeightProvider([TrainingSlot({}) for _ in examples])
     rows = [TrainingRow(job, job, example) for job, example in enumerate(examples)]
     shared = None if prefixes is None else SharedPrefixes(base, rows, prefixes, bank)
     return token_losses(base, make_batch(rows, prefixes or {}, base.device), bank, shared)

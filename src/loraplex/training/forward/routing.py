@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from loraplex.routing.plan import RoutingPlan, Segment
 from loraplex.routing.rows import Route, RowRouting
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 
 
 class FrozenSlot(NamedTuple):
@@ -31,7 +31,7 @@ class RowSpan(NamedTuple):
 class TrainingRouting(RowRouting):
     """Plans for two layouts: the padded rows, and the selected positions of all rows that reach lm_head."""
 
-    def __init__(self, spans: Sequence[RowSpan], padded_length: int, bank: Bank) -> None:
+    def __init__(self, spans: Sequence[RowSpan], padded_length: int, bank: WeightProvider) -> None:
         super().__init__([_routes(span) for span in spans], bank)
         self._spans = spans
         self._padded_length = padded_length

@@ -17,7 +17,7 @@ class TrainingSlot(NamedTuple):
     generator: torch.Generator | None = None
 
 
-class TrainingBank:
+class TrainingWeightProvider:
     """The slots of one forward pass, as a routing plan wants them (routing/bank.py)."""
 
     trainable = True
@@ -28,8 +28,8 @@ class TrainingBank:
     def layers(self, slot: int) -> Mapping[int, SlotWeights]:
         return self._slots[slot].layers
 
-    def gained(self, slot: int) -> frozenset[int]:
-        return frozenset(index for index, weights in self._slots[slot].layers.items() if weights.gain is not None)
+    def dora_scaled(self, slot: int) -> frozenset[int]:
+        return frozenset(index for index, weights in self._slots[slot].layers.items() if weights.dora_scale is not None)
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return self._slots[slot].dropout, self._slots[slot].generator

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.training.forward.weight_provider import TrainingBank, TrainingSlot
+from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
 
 
 class ExpertStack(NamedTuple):
@@ -25,16 +25,16 @@ class Experts:
     def __init__(self, slots: Sequence[Mapping[int, SlotWeights]], *, frozen: bool) -> None:
         self.slots = slots
         self.frozen = frozen
-        self.bank = TrainingBank([TrainingSlot(layers) for layers in slots])
+        self.bank = TrainingWeightProvider([TrainingSlot(layers) for layers in slots])
         self._stacks: dict[int, ExpertStack] = {}
 
     @property
     def num_experts(self) -> int:
         return len(self.slots)
 
-    def bank_with_dropout(self, probability: float, draw: torch.Generator) -> TrainingBank:
+    def bank_with_dropout(self, probability: float, draw: torch.Generator) -> TrainingWeightProvider:
         """The same slots, each dropping what it reads."""
-        return TrainingBank([TrainingSlot(layers, probability, draw) for layers in self.slots])
+        return TrainingWeightProvider([TrainingSlot(layers, probability, draw) for layers in self.slots])
 
     def stack(self, module: int) -> ExpertStack:
         """The experts of one module; made once if they are frozen."""

@@ -7,7 +7,7 @@ from loraplex.kernels.segments import LoraSegment
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan, Segment
 from loraplex.routing.rows import RowRouting
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.mixture.experts import Experts
 
 
@@ -15,7 +15,12 @@ class ExpertsPlan(RoutingPlan):
     """All experts on all tokens: one segment of the stacked experts, with a gate for each rank row."""
 
     def __init__(
-        self, experts: Experts, gates: LayerGates, num_tokens: int, positions: Tensor | None, bank: Bank | None
+        self,
+        experts: Experts,
+        gates: LayerGates,
+        num_tokens: int,
+        positions: Tensor | None,
+        bank: WeightProvider | None,
     ) -> None:
         segments = [
             Segment(0, num_tokens, expert, GateColumn(expert, num_tokens, positions))
@@ -49,7 +54,7 @@ class MixtureTrainingRouting(RowRouting):
         padded_length: int,
         selected: Tensor,  # [outputs]  positions among the padded rows' tokens
         *,
-        bank: Bank | None = None,  # None: that of the experts, without dropout
+        bank: WeightProvider | None = None,  # None: that of the experts, without dropout
     ) -> None:
         super().__init__([[] for _ in range(num_rows)], experts.bank, layer_gates=gates)
         self._experts = experts

@@ -32,7 +32,7 @@ from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import load_mixture_data
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.losses import MixtureLosses
-from loraplex.training.mixture.run_fingerprint import mixture_identity
+from loraplex.training.mixture.run_fingerprint import mixture_fingerprint
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.training.mixture.state import MixtureState, write_last_good
 from loraplex.training.mixture.trainer import MixtureTrainer
@@ -91,7 +91,7 @@ def train_mixture(
     of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size, ends)
     state = MixtureState(model, trained, of_run, config)
     folder, log = Path(config.output) / mixture, JobLog(Path(config.output) / f"{mixture}.jsonl", enabled=True)
-    identity = mixture_identity(state, model.base)
+    identity = mixture_fingerprint(state, model.base)
     log.start(_resume_or_start(state, folder, identity))
     if not state.is_finished:
         _train(model, state, log, identity)
@@ -176,7 +176,7 @@ def _check_trainable_experts(model: MultiLoraModel, mixture: Mixture) -> None:
         with model.store.lease([expert]) as leased:
             slot = leased[expert].slot
             assert slot is not None, f"{expert!r} is leased but in no slot"
-            if any(weights.gain is not None for weights in model.store.slots.held(slot).layers.values()):
+            if any(weights.dora_scale is not None for weights in model.store.slots.held(slot).layers.values()):
                 raise UnsupportedAdapterError(
                     f"the expert {expert!r} is a DoRA adapter, which can't be trained here. Set "
                     "use_trainable_adapters=False: frozen DoRA experts are supported."

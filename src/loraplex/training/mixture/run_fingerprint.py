@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.training.core.run_fingerprint import base_identity
+from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.mixture.state import MixtureState
 
 
-def mixture_identity(state: MixtureState, base: PreTrainedModel) -> dict[str, Any]:
+def mixture_fingerprint(state: MixtureState, base: PreTrainedModel) -> dict[str, Any]:
     """Everything that decides what a run learns, in JSON's types. Call it before the first step."""
     factors = (
         factor
@@ -22,7 +22,7 @@ def mixture_identity(state: MixtureState, base: PreTrainedModel) -> dict[str, An
         for factor in (layers[index].lora_a, layers[index].lora_b)
     )
     return {
-        "base model": base_identity(base),
+        "base model": base_fingerprint(base),
         "mixture": {
             "name": state.name,
             "experts": list(state.mixture.experts),

@@ -13,7 +13,7 @@ from loraplex.layers.modules import embed_scale
 from loraplex.models.mixture_folders import expert_at_rest
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.core.parameters import FlatTensors
-from loraplex.training.core.train_state import Learner
+from loraplex.training.core.train_state import TrainState
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import MixtureData
 from loraplex.training.mixture.experts import Experts
@@ -21,7 +21,7 @@ from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 
 
-class MixtureState(Learner):
+class MixtureState(TrainState):
     """The parameters in training; the mixture itself changes only when they are given back to it."""
 
     def __init__(self, model: MultiLoraModel, mixture: Mixture, data: MixtureData, config: MixtureTrainConfig) -> None:

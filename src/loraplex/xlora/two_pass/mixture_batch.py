@@ -11,7 +11,7 @@ from loraplex.xlora.mixture import Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureUse:
+class MixtureRowGroup:
     """One row that goes through one mixture."""
 
     row: int
@@ -25,7 +25,7 @@ class MixtureGroup:
     """The rows of one mixture, whose scalings one call of the head predicts."""
 
     mixture: Mixture
-    uses: tuple[MixtureUse, ...]
+    uses: tuple[MixtureRowGroup, ...]
     scaling_rows: tuple[int, ...]  # of each use: the scaling row whose hidden states the head reads
     first_column: int  # of the layer gates; every use has one column an expert
 
@@ -72,9 +72,9 @@ class MixtureRows:
         return all(group is None for group in self.scaling_groups)
 
 
-def plan_mixture_rows(uses: Sequence[MixtureUse]) -> MixtureRows:
+def plan_mixture_rows(uses: Sequence[MixtureRowGroup]) -> MixtureRows:
     """Group the uses by mixture, and give each a scaling row; mixtures of one row whose pass is the base's share it."""
-    by_mixture: dict[int, list[MixtureUse]] = {}
+    by_mixture: dict[int, list[MixtureRowGroup]] = {}
     for use in uses:
         by_mixture.setdefault(id(use.mixture), []).append(use)
     groups: list[MixtureGroup] = []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DraftCounts:
+class SpeculationCounts:
     """How many scaling passes ran for a guessed token, and how many guesses were right."""
 
     drafted: int = 0
@@ -30,12 +30,12 @@ class DraftCounts:
         """How many guesses to expect right of those to come: at first all, then what was seen."""
         return (self.accepted + 1) / (self.drafted + 1)
 
-    def add(self, other: "DraftCounts") -> None:
+    def add(self, other: "SpeculationCounts") -> None:
         self.drafted += other.drafted
         self.accepted += other.accepted
 
 
-class DraftedStep:
+class SpeculativeStep:
     """The state of one step. What the next one needs is carried by the cache, one entry a scaling sequence:
 
     `drafted` the token whose scaling pass has run, `hidden` [.., hidden] its result, `guess` the token after it.

@@ -12,14 +12,14 @@ from loraplex.errors import RequestError
 from loraplex.layers.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import Route, RowRouting
-from loraplex.routing.weight_provider import Bank
+from loraplex.routing.weight_provider import WeightProvider
 from loraplex.xlora.two_pass.cache import PairedCache
 from loraplex.xlora.two_pass.cache_probe import CacheUse
 from loraplex.xlora.two_pass.gate_history import GateHistory
 from loraplex.xlora.two_pass.mixture_batch import MixtureRows
 from loraplex.xlora.two_pass.options import TwoPassOptions
 from loraplex.xlora.two_pass.pass_routing import PassRouting
-from loraplex.xlora.two_pass.speculation import DraftCounts, DraftedStep
+from loraplex.xlora.two_pass.speculation import SpeculationCounts, SpeculativeStep
 
 # Drafts pay if at least so many steps have no wrong one: such a step saves a pass; in any other, the wrong rows are run
 # once more, and the step was widened for nothing (benchmarks/xlora.py).
@@ -42,7 +42,7 @@ class TwoPass:
         base: PreTrainedModel,
         mixture_rows: MixtureRows,
         routes: Sequence[Sequence[Route]],  # of the rows, without experts
-        bank: Bank,
+        bank: WeightProvider,
         options: TwoPassOptions,
         *,
         cache_use: CacheUse,
@@ -71,8 +71,8 @@ class TwoPass:
         self._base_routings: dict[int, RowRouting] = {}  # by number of sequences
         self.routing = PassRouting(self._main)
         self.collected: list[list[Tensor]] = [[] for _ in mixture_rows.groups]
-        self.counts = DraftCounts()
-        self._drafted: DraftedStep | None = None
+        self.counts = SpeculationCounts()
+        self._drafted: SpeculativeStep | None = None
         self.num_new_tokens = 0  # of the call that runs now
         self.captures_hidden = False
         self.captured: Tensor | None = None
@@ -107,7 +107,7 @@ class TwoPass:
             self._history = self._history_of(cache)
         self.num_new_tokens = tokens.shape[1]
         if cache is not None and self._drafts(inputs, cache, copies):
-            self._drafted = DraftedStep(self, cache)
+            self._drafted = SpeculativeStep(self, cache)
             return self._drafted.before(inputs)
         if cache is not None:
             cache.drop_draft()

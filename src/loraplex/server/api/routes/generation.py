@@ -7,7 +7,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from loraplex.errors import LoraplexError
-from loraplex.routing.adapter_spec import RowChoice
+from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import as_api_error
 from loraplex.server.api.chat import ChatCall
 from loraplex.server.api.completions import CompletionCall
@@ -45,7 +45,7 @@ async def chat_completions(body: ChatBody, http: Request) -> Response:
 
 
 async def _respond(
-    body: GenerationBody, http: Request, make: Callable[[ServerState, RequestContext, RowChoice], Call]
+    body: GenerationBody, http: Request, make: Callable[[ServerState, RequestContext, AdapterSpec], Call]
 ) -> Response:
     state, context = state_of(http), context_of(http)
     choice = state.catalog.choice(body.model, context.principal)

@@ -6,12 +6,12 @@ from pydantic import BeforeValidator, Field, PlainValidator
 
 from loraplex.server.api.schemas.base import Body, Count, TokenId, is_token_ids, one_of
 
-_MOST_BIASES = 1024
-_MOST_STOPS = 16
+_MAX_BIASES = 1024
+_MAX_STOPS = 16
 _LONGEST_STOP = 1024
-_MOST_STEERINGS = 64
-_MOST_PROMPTS = 4096  # whatever `max_prompts` allows
-_MOST_PARTS = 1024  # of a message's content
+_MAX_STEERINGS = 64
+_MAX_PROMPTS = 4096  # whatever `max_prompts` allows
+_MAX_PARTS = 1024  # of a message's content
 
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Indices = Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=1, max_length=4096)]
@@ -77,14 +77,14 @@ class GenerationBody(Body):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=_MOST_BIASES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=_MAX_BIASES)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: Count | None = None
     stop: one_of(  # type: ignore[valid-type]
-        StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None,
-        f"a text or up to {_MOST_STOPS} texts, each of 1 to {_LONGEST_STOP} characters",
+        StopText | Annotated[list[StopText], Field(max_length=_MAX_STOPS)] | None,
+        f"a text or up to {_MAX_STOPS} texts, each of 1 to {_LONGEST_STOP} characters",
     ) = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_BIASES)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_BIASES)] | None = None
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
@@ -97,15 +97,15 @@ class GenerationBody(Body):
     priority: int | None = Field(None, ge=-1000, le=1000)
     return_scalings: bool | None = None
     capture_attention: CaptureAttention | None = None
-    steer: Annotated[list[Steer], Field(max_length=_MOST_STEERINGS)] | None = None
+    steer: Annotated[list[Steer], Field(max_length=_MAX_STEERINGS)] | None = None
 
 
 def _parts_as_text(content: Any) -> Any:
     """OpenAI's content parts, all of type text, as the one text that they are."""
     if not isinstance(content, list):
         return content
-    if len(content) > _MOST_PARTS:
-        raise ValueError(f"has {len(content)} parts; {_MOST_PARTS} are possible")
+    if len(content) > _MAX_PARTS:
+        raise ValueError(f"has {len(content)} parts; {_MAX_PARTS} are possible")
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
@@ -152,11 +152,11 @@ def _prompt(value: Any) -> str | list[Any]:
     is_texts = isinstance(value, list) and set(map(type, value)) <= {str}
     if isinstance(value, str) or is_texts or is_token_ids(value):
         return value
-    is_lists = isinstance(value, list) and len(value) <= _MOST_PROMPTS and all(map(is_token_ids, value))
+    is_lists = isinstance(value, list) and len(value) <= _MAX_PROMPTS and all(map(is_token_ids, value))
     if not is_lists:
         raise ValueError(
             "must be a text, a list of texts, a list of token ids, or a list of such lists, of which there are "
-            f"{_MOST_PROMPTS} at most"
+            f"{_MAX_PROMPTS} at most"
         )
     return value
 
