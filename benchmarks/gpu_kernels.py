@@ -12,7 +12,7 @@ from torch import Tensor
 from loraplex.kernels.triton.expand import expand
 from loraplex.kernels.triton.gated import gated_lora_triton
 from loraplex.kernels.triton.shrink import shrink
-from loraplex.kernels.triton.work import FEW_TOKENS, MANY_TOKENS, SlotFactors, make_work
+from loraplex.kernels.triton.work import LARGE_TILE_TOKENS, SMALL_TILE_TOKENS, SlotFactors, make_work
 
 _BARS = {torch.bfloat16: 1e-2, torch.float32: 1e-3}
 
@@ -69,7 +69,7 @@ def _error_of_one(device: torch.device, dtype: torch.dtype, draw: random.Random,
     for start, stop, slot, row in rows:
         hidden = x[start:stop].double() @ slots.lora_a[slot].double().t()
         expected[start:stop] += (hidden * gates[row : row + stop - start, None].double()) @ slots.lora_b[slot].double()
-    work = make_work(rows, draw.choice((FEW_TOKENS, MANY_TOKENS)), device)
+    work = make_work(rows, draw.choice((SMALL_TILE_TOKENS, LARGE_TILE_TOKENS)), device)
     gated_lora_triton([y], x, slots.factors(), [0], work, gates)
     return float((y.double() - expected).norm() / expected.norm())
 
@@ -88,7 +88,7 @@ def decode_kernels(timer: Timer, *, rows: int, rank: int, hidden: int, copied_by
     stacked_a, stacked_b = torch.stack(slots.lora_a), torch.stack(slots.lora_b)
     factors = slots.factors()
     segments = [(i, i + 1, i, i) for i in range(rows)]
-    work, gates = make_work(segments, FEW_TOKENS, device), torch.ones(rows, device=device)
+    work, gates = make_work(segments, SMALL_TILE_TOKENS, device), torch.ones(rows, device=device)
     x, y = torch.randn(rows, hidden, device=device).to(dtype), torch.zeros(rows, hidden, device=device, dtype=dtype)
     order = torch.randperm(rows, device=device)
     states = shrink(x, factors.table, factors.scalings, [0], work, gates, rank, aligned=factors.aligned)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraplex.kernels.segmented import gated_lora_segmented
-from loraplex.kernels.triton.work import FEW_TOKENS, MANY_TOKENS, SlotFactors, make_work
+from loraplex.kernels.triton.work import LARGE_TILE_TOKENS, SMALL_TILE_TOKENS, SlotFactors, make_work
 from tests.kernels.rounding import gradient_sizes, worst_excess
 from tests.kernels.triton_cases import DTYPES, Case, make_case
 
@@ -50,7 +50,7 @@ def run(case: Case, block_tokens: int, *, aligned: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("seed", range(10))
 def test_random_segments_equal_float64(dtype, gates, seed):
     case = random_case(seed, dtype, gates)
-    for block_tokens in (FEW_TOKENS, MANY_TOKENS):
+    for block_tokens in (SMALL_TILE_TOKENS, LARGE_TILE_TOKENS):
         for aligned in (False, True):  # torch aligns what it allocates on a device
             assert case.excess(run(case, block_tokens, aligned=aligned)) <= 1
 
@@ -58,7 +58,7 @@ def test_random_segments_equal_float64(dtype, gates, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projections_of_a_large_model_equal_float64(dtype):
     case = random_case(3, dtype, "dense", wide=True)
-    assert case.excess(run(case, FEW_TOKENS, aligned=True)) <= 1
+    assert case.excess(run(case, SMALL_TILE_TOKENS, aligned=True)) <= 1
 
 
 def test_decoding_64_adapters_equals_float64_and_rows_keep_their_bits_alone():
@@ -66,14 +66,14 @@ def test_decoding_64_adapters_equals_float64_and_rows_keep_their_bits_alone():
     case = make_case(
         [16] * 64, spans, num_tokens=64, num_in=4096, outs=[4096], dtype=torch.bfloat16, device="cuda", gates="dense"
     )
-    (together,) = run(case, FEW_TOKENS, aligned=True)
+    (together,) = run(case, SMALL_TILE_TOKENS, aligned=True)
     assert case.excess([together]) <= 1
     for i in (0, 31, 63):
         alone = Case(
             x=case.x, ys=case.ys, lora_a=case.lora_a, lora_b=case.lora_b, scalings=case.scalings,
             spans=[(i, i + 1, i)], gates=case.gates[i : i + 1],
         )  # fmt: skip
-        assert torch.equal(run(alone, FEW_TOKENS, aligned=True)[0][i], together[i])
+        assert torch.equal(run(alone, SMALL_TILE_TOKENS, aligned=True)[0][i], together[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.store.store import StoreConfig
-from loraplex.bench.churn_adapters import CHANGING, MIXTURE, NUM_VERSIONS, STABLE, Choice, ChurnAdapters, draw_choice
+from loraplex.bench.churn_adapters import CHANGING, MIXTURE, NUM_VERSIONS, STABLE, ChurnAdapters, DrawnSpec, draw_spec
 from loraplex.bench.churn_reference import Answered, Reference
 from loraplex.bench.churn_report import ChurnReport, Holdings
 from loraplex.bench.random_adapters import TINY, load_model
@@ -78,7 +78,7 @@ class _Sent:
     """A request in the engine."""
 
     prompt: int
-    choice: Choice
+    choice: DrawnSpec
     num_tokens: int
     added: int  # the moment
     begun: int | None = None  # the moment of its first token
@@ -126,7 +126,7 @@ class Churn:
 
     def _add(self) -> bool:
         """Send a request; False if its adapter isn't there now, which must be refused."""
-        choice, prompt = draw_choice(self._draw), self._draw.randrange(len(self.prompts))
+        choice, prompt = draw_spec(self._draw), self._draw.randrange(len(self.prompts))
         num_tokens, n = self._draw.choice(_ANSWER_TOKENS), self._draw.choice((1, 1, 1, 2))
         sampling = SamplingParams(max_tokens=num_tokens, n=n, ignore_eos=True)
         priority = self._draw.choice((0, 0, 0, 1))

@@ -19,7 +19,7 @@ _WITH_CHANGING = ("{}", "{}:0.5+stable1", f"{MIXTURE}:0.5+{{}}")
 
 
 @dataclass(frozen=True)
-class Choice:
+class DrawnSpec:
     """A row's adapters; `changing` is the one among them that comes and goes."""
 
     template: str | None
@@ -34,11 +34,11 @@ class Choice:
         return None if self.template is None else self.template.format(_kept_name(self.changing, version))
 
 
-def draw_choice(draw: random.Random) -> Choice:
+def draw_spec(draw: random.Random) -> DrawnSpec:
     """Half of them with an adapter that changes."""
     if draw.random() < 0.5:
-        return Choice(draw.choice(_STAYING))
-    return Choice(draw.choice(_WITH_CHANGING), draw.choice(CHANGING))
+        return DrawnSpec(draw.choice(_STAYING))
+    return DrawnSpec(draw.choice(_WITH_CHANGING), draw.choice(CHANGING))
 
 
 class ChurnAdapters:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loraplex.bench.churn_adapters import Choice
+from loraplex.bench.churn_adapters import DrawnSpec
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec
 
@@ -19,7 +19,7 @@ class Answered:
     """An answer, and the versions of its changing adapter that it may have gone through."""
 
     prompt: int  # its number
-    choice: Choice
+    choice: DrawnSpec
     versions: frozenset[int | None]
     token_ids: tuple[int, ...]
 

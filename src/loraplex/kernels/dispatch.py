@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 # Without the compiled kernel: up to this many tokens a row, reading the adapters dominates, and one masked product of
 # all of them wins; beyond it, a matrix product for each segment does. Measured by benchmarks/kernel_choice.py.
-FEW_TOKENS = 8
+MAX_STACKED_TOKENS = 8
 
 # Up to this many tokens of a pass the compiled base product runs, and in bfloat16 up to this many input values of a
 # module: more don't stay in a core's second cache. By itself it is faster than torch's up to 128 tokens of SmolLM2's
 # shapes and 32 of 2048 features in bfloat16, and up to 256 of both in float32 (benchmarks/kernel_choice.py); beyond
 # that, what a pass gains is that adapters and layers run in the same call.
-FEW_ROWS = 256
-FEW_VALUES = 2**18
+MAX_COMPILED_ROWS = 256
+MAX_COMPILED_VALUES = 2**18
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, tokens_per_row: int, *, has_table: bool) -> Kernel:
@@ -31,7 +31,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, tokens_per_row: int,
         return "triton"
     if has_table and native_runs(device, dtype):
         return "native"
-    return "segmented" if tokens_per_row > FEW_TOKENS else "stacked"
+    return "segmented" if tokens_per_row > MAX_STACKED_TOKENS else "stacked"
 
 
 def choose_training_kernel(device: torch.device, dtype: torch.dtype, *, has_dropout: bool) -> Kernel:
@@ -51,7 +51,9 @@ def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def compiled_product_pays(num_tokens: int, num_inputs: int, dtype: torch.dtype) -> bool:
     """Whether the compiled base product runs for modules that take `num_inputs` values of each token."""
-    return num_tokens <= FEW_ROWS and (dtype != torch.bfloat16 or num_tokens * num_inputs <= FEW_VALUES)
+    return num_tokens <= MAX_COMPILED_ROWS and (
+        dtype != torch.bfloat16 or num_tokens * num_inputs <= MAX_COMPILED_VALUES
+    )
 
 
 @cache

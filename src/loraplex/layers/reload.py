@@ -1,6 +1,6 @@
 """Read an adapter again from a file that was read and checked before: one read, and every factor to its place.
 
-The general way (adapters/peft_folder.py) looks at each tensor's name, shape and values, and gives each its own memory.
+The general way (adapters/peft/reader.py) looks at each tensor's name, shape and values, and gives each its own memory.
 Of a file that hasn't changed since, all that is known; and a server that keeps most of its adapters on disk reads them
 all the time, beside the model's steps, which want both the processor and Python's lock.
 """

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.kernels.triton.work import FEW_TOKENS, MANY_TOKENS, SlotFactors, cut_work, make_work
+from loraplex.kernels.triton.work import LARGE_TILE_TOKENS, SMALL_TILE_TOKENS, SlotFactors, cut_work, make_work
 from tests.examples import examples
 from tests.kernels.triton_cases import DTYPES, Case, make_case
 
 
-def run(case: Case, block_tokens: int = FEW_TOKENS, **changed: Tensor) -> list[Tensor]:
+def run(case: Case, block_tokens: int = SMALL_TILE_TOKENS, **changed: Tensor) -> list[Tensor]:
     from loraplex.kernels.triton.gated import gated_lora_triton
 
     ys = [y.clone() for y in case.ys]
@@ -38,7 +38,7 @@ def test_every_rank_equals_float64(rank):
 
 
 @pytest.mark.parametrize("gates", ["dense", "one-hot", "of modules"])
-@pytest.mark.parametrize("block_tokens", [FEW_TOKENS, MANY_TOKENS])
+@pytest.mark.parametrize("block_tokens", [SMALL_TILE_TOKENS, LARGE_TILE_TOKENS])
 def test_projections_of_one_input_share_their_launches(gates, block_tokens):
     """q, k and v of different widths and ranks; a slot may adapt some of them only."""
     ranks = [[4, 8, 2], [16, 0, 1], [0, 0, 20]]
@@ -106,7 +106,7 @@ def cases(draw):
 
 
 @examples(8)
-@given(case=cases(), block_tokens=st.sampled_from([FEW_TOKENS, MANY_TOKENS]))
+@given(case=cases(), block_tokens=st.sampled_from([SMALL_TILE_TOKENS, LARGE_TILE_TOKENS]))
 def test_random_batches_equal_float64(case, block_tokens):
     assert case.excess(run(case, block_tokens)) <= 1
 

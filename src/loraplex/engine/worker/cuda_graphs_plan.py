@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import BatchError
-from loraplex.kernels.triton.work import FEW_TOKENS, SlotFactors, WorkList, cut_work
+from loraplex.kernels.triton.work import SMALL_TILE_TOKENS, SlotFactors, WorkList, cut_work
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import RowRouting
 from loraplex.routing.weight_provider import WeightProvider
@@ -33,13 +33,13 @@ class StaticPlan(RoutingPlan):
         self._gates = torch.zeros(table.shape[1], capacity, device=table.device)
         self._gates_of_module = self._gates.unbind(0)
         self._items = torch.zeros(size + capacity, 4, dtype=torch.int32, device=table.device)
-        self.work = WorkList(self._items[:size], self._items[size:], FEW_TOKENS, capacity)
+        self.work = WorkList(self._items[:size], self._items[size:], SMALL_TILE_TOKENS, capacity)
         self.rows = torch.zeros(capacity, 4, dtype=torch.int64)  # those beyond the batch's are empty
         self.factors = SlotFactors(table, scalings, max_rank, table.device.type != "cpu")
 
     def fill(self, plan: RoutingPlan) -> None:
         """Take over the segments and gates of a plan of at most `size` tokens."""
-        tiles, entries = cut_work(plan.row_list, FEW_TOKENS)
+        tiles, entries = cut_work(plan.row_list, SMALL_TILE_TOKENS)
         size, capacity = len(self.work.tiles), len(self.work.entries)
         assert len(tiles) <= size, f"a batch of {len(tiles)} tiles was padded to {size}"
         assert len(entries) <= capacity, f"a batch of {len(entries)} entries was padded to {capacity}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraplex.kernels.triton.product import add_product
 from loraplex.kernels.triton.tuning import LAUNCHING, tuned
-from loraplex.kernels.triton.work import FEW_TOKENS, WorkList
+from loraplex.kernels.triton.work import SMALL_TILE_TOKENS, WorkList
 
 MAX_PROJECTIONS = 3  # of one launch
 _LARGEST_RANK_BLOCK = 64
@@ -113,7 +113,7 @@ def rank_block(max_rank: int) -> tuple[int, int]:
 
 def num_parts(num_in: int, block_tokens: int) -> int:
     """Into how many parts the features are cut; by the layout alone, so that a row's bits don't depend on others."""
-    return 1 if block_tokens > FEW_TOKENS else max(1, min(_MAX_PARTS, num_in // _PART))
+    return 1 if block_tokens > SMALL_TILE_TOKENS else max(1, min(_MAX_PARTS, num_in // _PART))
 
 
 def shrink(

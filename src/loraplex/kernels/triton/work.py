@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Tokens of a tile: the fewest that a matrix product takes, and more where rows are long. By the layout alone, so that a
 # row's bits don't depend on what its neighbours use.
-FEW_TOKENS = 16
-MANY_TOKENS = 64
+SMALL_TILE_TOKENS = 16
+LARGE_TILE_TOKENS = 64
 
 
 class WorkList(NamedTuple):
@@ -39,7 +39,7 @@ Quadruples = list[tuple[int, int, int, int]]
 
 def tokens_of_a_tile(tokens_per_row: int) -> int:
     """How many tokens a tile has at most, in a batch whose longest row has so many."""
-    return MANY_TOKENS if tokens_per_row >= MANY_TOKENS else FEW_TOKENS
+    return LARGE_TILE_TOKENS if tokens_per_row >= LARGE_TILE_TOKENS else SMALL_TILE_TOKENS
 
 
 def cut_work(segments: Sequence[Sequence[int]], block_tokens: int) -> tuple[Quadruples, Quadruples]:

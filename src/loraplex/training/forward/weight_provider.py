@@ -18,7 +18,7 @@ class TrainingSlot(NamedTuple):
 
 
 class TrainingWeightProvider:
-    """The slots of one forward pass, as a routing plan wants them (routing/bank.py)."""
+    """The slots of one forward pass, as a routing plan wants them (routing/weight_provider.py)."""
 
     trainable = True
 
