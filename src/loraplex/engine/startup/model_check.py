@@ -58,7 +58,7 @@ class ModelCheck:
         groups: Sequence[Sequence[TrialRow]],
         forget_lengths: Callable[[], None],
     ) -> None:
-        """`attends` says which modules are held to the bound at every token; see AttentionHooks for `forget_lengths`."""
+        """`attends` says which modules are held to the bound at every token; `forget_lengths` is AttentionHooks's."""
         self._base, self._attends, self._groups = base, attends, list(groups)
         self._forget_lengths = forget_lengths
         self._names = {module: name for name, module in base.named_modules() if list(module.children())}

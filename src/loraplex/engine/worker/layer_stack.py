@@ -1,6 +1,6 @@
 """Decoder layers that follow each other, run by one compiled call where a packed pass has few tokens.
 
-As with single modules (engine/worker/cpu_fusion.py), not by architecture: a layer is taken if it has the parts of the formula in
+As with single modules (cpu_fusion.py), not by architecture: a layer is taken if it has the parts of the formula in
 kernels/csrc/decoder.h, whose modules were all taken over by themselves, and gave in trial passes what the formula
 gives. The first layer of a stack computes all of them, and the others hand its result on.
 """

@@ -11,7 +11,7 @@ from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.triton.expand import expand
 from loraplex.kernels.triton.outer import outer
 from loraplex.kernels.triton.shrink import MAX_PROJECTIONS, rank_block, shrink
-from loraplex.kernels.triton.work import MANY_TOKENS, WorkList, make_work
+from loraplex.kernels.triton.work import LARGE_TILE_TOKENS, WorkList, make_work
 
 
 def gated_lora_triton_grad(
@@ -139,7 +139,9 @@ def _lay_out(segments: Sequence[Sequence[LoraSegment]], x: Tensor) -> _Layout:
         first = rows[-1][1]
     spans = [(s.start, s.stop, i, row) for i, (s, (row, _)) in enumerate(zip(segments[0], rows, strict=True))]
     return _Layout(
-        work=make_work(spans, MANY_TOKENS, x.device),  # whose sums are in one part, as gates and gradients want them
+        work=make_work(
+            spans, LARGE_TILE_TOKENS, x.device
+        ),  # whose sums are in one part, as gates and gradients want them
         table=torch.tensor(table, dtype=torch.int64, device=x.device),
         ones=torch.ones(len(segments[0]), len(segments), device=x.device),
         rows=rows,
