@@ -1,6 +1,7 @@
 """What options and settings may be, whoever gives them: whole numbers, numbers that float32 can hold, short quotes."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -25,3 +26,10 @@ def quoted(value: Any) -> str:
         return f"a number of {int(math.log10(abs(value))) + 1} digits"
     text = repr(value)
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}... ({len(text)} characters)"
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few of `names` in order, each in quotes, and how many there are if not all are shown."""
+    names = sorted(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"

@@ -7,8 +7,7 @@ import torch
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
-from loraplex.engine.kv.length_rule import LengthRule
-from loraplex.engine.kv.sequence_kv import ExtraKey
+from loraplex.engine.kv.sequence_kv import ExtraKey, LengthRule
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sched.scheduler import Scheduler

@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.sched.fair_shares import FairShares
-from loraplex.engine.sched.request_queue import RequestQueue
+from loraplex.engine.sched.request_queue import FairShares, RequestQueue
 
 A, B, C = ("a",), ("b",), ("c",)
 

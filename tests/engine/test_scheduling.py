@@ -8,7 +8,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.kv.block_pool import BlockPool
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sched.fair_shares import FairShares
+from loraplex.engine.sched.request_queue import FairShares
 from tests.engine.engines import Prompted, answer, assert_same, make_model, prompts, write_adapters
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # of the tiny llama: keys and values, layers, heads, dim, float32, tokens

@@ -19,7 +19,7 @@ from loraplex.training.data.dataset import load_job_data
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import TINY_CAUSAL_MODELS, embedding_target, linear_targets, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
-from loraplex.xlora.top_k import kept_scalings
+from loraplex.xlora.mixture import kept_scalings
 
 HIDDEN, EXPERTS, LAYERS = 24, 3, 5
 

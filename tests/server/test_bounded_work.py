@@ -20,9 +20,9 @@ from loraplex.errors import RequestError
 from loraplex.residual.spans import TokenOffsets, ranges_of_text
 from loraplex.residual.steering import Steering, log_strengths
 from loraplex.server.api.api_errors import ApiError
-from loraplex.server.api.bodies import check_num_values
 from loraplex.server.api.extensions import array_json
 from loraplex.server.api.json_pieces import json_pieces
+from loraplex.server.api.json_route import check_num_values
 from loraplex.server.api.prompts import encode_text, steerings
 from loraplex.server.api.schemas.generation import Steer
 from loraplex.server.workers import Workers

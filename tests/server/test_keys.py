@@ -9,10 +9,8 @@ from typer.testing import CliRunner
 from loraplex.cli.app import cli
 from loraplex.errors import ConfigError
 from loraplex.server.api.api_errors import ApiError
-from loraplex.server.auth.key_attempts import Attempts
-from loraplex.server.auth.key_records import KeyRecord
-from loraplex.server.auth.keys import KeyFile
-from loraplex.server.auth.rate_limit import Cost, KeyUsage
+from loraplex.server.auth.keys import KeyFile, KeyRecord
+from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage
 
 
 def test_only_the_whole_key_is_known(tmp_path):

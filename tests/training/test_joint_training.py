@@ -16,7 +16,7 @@ from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapte
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.data.batches import TrainingRow
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 

@@ -19,7 +19,7 @@ from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.trainer import Trainer
 from loraplex.training.data.batches import TrainingRow, shared_prefix_lengths
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

@@ -9,7 +9,7 @@ from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_ke
 from loraplex.vllm_plugin.mixture_use import SlotMixture
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
-from loraplex.xlora.top_k import kept_scalings
+from loraplex.xlora.mixture import kept_scalings
 
 MODULES, TOKENS, EXPERTS, SLOTS, RANK, HIDDEN = 4, 10, 3, 2, 6, 8
 

@@ -7,7 +7,7 @@ from torch import nn
 from loraplex.errors import ConfigError
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
-from loraplex.xlora.top_k import kept_scalings
+from loraplex.xlora.mixture import kept_scalings
 
 HIDDEN, EXPERTS, LAYERS = 8, 3, 5
 

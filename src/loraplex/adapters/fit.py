@@ -6,12 +6,11 @@ from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.reader import check_copy_shape
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError
-from loraplex.validation import quoted
+from loraplex.validation import listed, quoted
 
 SMALL_RANK = 1024
 

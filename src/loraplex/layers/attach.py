@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
@@ -18,6 +17,7 @@ from loraplex.layers.passes import attach_pass_length
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
+from loraplex.validation import listed
 
 
 class AdaptableModel:

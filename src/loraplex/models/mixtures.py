@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.errors import (
@@ -25,6 +24,7 @@ from loraplex.errors import (
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.decoder import find_decoder
 from loraplex.routing.adapter_spec import Link
+from loraplex.validation import listed
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
 from loraplex.xlora.formats.head_tensors import check_head, head_shapes
 from loraplex.xlora.head import ScalingHead

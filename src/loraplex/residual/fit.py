@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-from loraplex.adapters.listing import listed
 from loraplex.errors import BaseModelMismatchError
 from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, Residual
-from loraplex.validation import quoted
+from loraplex.validation import listed, quoted
 
 
 def check_same_base(name: str, made_for: BaseFingerprint, identity: BaseFingerprint) -> None:

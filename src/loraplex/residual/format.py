@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraplex.adapters.atomic_dir import atomic_folder
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
@@ -25,6 +24,7 @@ from loraplex.residual.settings import (
     read_settings,
     settings_as_json,
 )
+from loraplex.validation import listed
 
 _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
 

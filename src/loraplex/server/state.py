@@ -16,10 +16,9 @@ from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.chat_prompts import ChatEncoder
 from loraplex.server.api.token_texts import TokenTexts
 from loraplex.server.auth.access import Principal, VisibleModels
-from loraplex.server.auth.key_attempts import Attempts
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.path_sandbox import AdapterRoots
-from loraplex.server.auth.rate_limit import Cost, KeyUsage, Usages
+from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
 from loraplex.server.settings import ServeConfig
 from loraplex.server.workers import Workers

@@ -8,7 +8,7 @@ from torch import Tensor
 from loraplex.vllm_plugin.gate_buffers import PLAIN, GateBuffers
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
-from loraplex.xlora.top_k import kept_scalings
+from loraplex.xlora.mixture import kept_scalings
 
 _TOKENS_AT_ONCE = 1024  # bounds the memory of a long prompt's scalings, [tokens, layers, experts]
 

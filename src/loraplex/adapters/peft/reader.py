@@ -8,7 +8,6 @@ from torch import Tensor
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.leftovers import restore_replaced
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.config import CONFIG_FILE, read_peft_config
 from loraplex.adapters.peft.record import read_record
 from loraplex.adapters.peft.tensors import ModuleTensors, base_copies, module_tensors, shape_of
@@ -17,6 +16,7 @@ from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.weights import Adapter, FileOffsets, LoraWeights, ModuleShape
 from loraplex.errors import AdapterError, AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
+from loraplex.validation import listed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.listing import listed
 from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.weights import ModuleKind, ModuleShape
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from loraplex.validation import listed
 
 PREFIX = "base_model.model."
 

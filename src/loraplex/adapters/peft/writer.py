@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraplex.adapters.atomic_dir import atomic_folder
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE, write_record
@@ -20,6 +19,7 @@ from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.output_files import resolved
+from loraplex.validation import listed
 
 # What PEFT and we write; anything else is somebody's work.
 _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}

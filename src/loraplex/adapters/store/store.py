@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
-from loraplex.adapters.store.host_tier import HostTier
 from loraplex.adapters.store.prepared import PreparedAdapter
-from loraplex.adapters.store.slot_tier import SlotTier
 from loraplex.adapters.store.slots import Slots
+from loraplex.adapters.store.tiers import HostTier, SlotTier
 from loraplex.adapters.store.version import AdapterState, AdapterVersion, Fingerprint, folder_fingerprint
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import (
@@ -27,6 +25,7 @@ from loraplex.errors import (
     ConfigError,
 )
 from loraplex.json_files import damaged_as
+from loraplex.validation import listed
 
 
 @dataclass(frozen=True, kw_only=True)

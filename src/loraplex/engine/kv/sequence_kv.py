@@ -105,3 +105,24 @@ class SequenceKV:
     def close(self) -> None:
         self.drop()
         self._table.leave_row(self.row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthRule:
+    """When positions change with the length of a sequence, and what of it keys and values depend on."""
+
+    threshold: int | None = None  # tokens, from which on they do; None: never
+    is_step: bool = True  # they change there once; else with every further token
+    # `generate` computes the whole sequence anew in the step in which it outgrows the threshold (Phi-3).
+    begins_anew: bool = False
+
+    def first_length(self, num_prompt: int, num_tokens: int) -> int:
+        """The length in the first pass of a sequence that has `num_tokens` now."""
+        outgrown = self.begins_anew and self.threshold is not None and num_prompt <= self.threshold < num_tokens
+        return num_tokens if outgrown else num_prompt
+
+    def keys(self, first_length: int) -> list[ExtraKey]:
+        """What keys and values depend on besides the tokens."""
+        if self.threshold is None or first_length <= self.threshold:
+            return []
+        return [ExtraKey(identity=("length", 0 if self.is_step else first_length))]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.store.store import AdapterStore
-from loraplex.engine.kv.length_rule import LengthRule
+from loraplex.engine.kv.sequence_kv import LengthRule
 from loraplex.errors import RequestError, TooLargeError
+from loraplex.validation import listed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin, PreTrainedModel
 
-from loraplex.engine.kv.length_rule import LengthRule
+from loraplex.engine.kv.sequence_kv import LengthRule
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.errors import BaseModelError
 

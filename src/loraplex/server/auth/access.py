@@ -8,7 +8,7 @@ from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, TOO_LARGE, ApiError, Status
-from loraplex.server.auth.key_records import KeyRecord
+from loraplex.server.auth.keys import KeyRecord
 
 Kind = Literal["base", "adapter", "mixture", "residual"]
 

@@ -13,11 +13,10 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
-from loraplex.server.api.bodies import check_num_values
 from loraplex.server.api.event_stream import DONE, sse
-from loraplex.server.auth.key_attempts import Attempts
+from loraplex.server.api.json_route import check_num_values
 from loraplex.server.auth.keys import KeyFile
-from loraplex.server.auth.rate_limit import Usages
+from loraplex.server.auth.rate_limit import Attempts, Usages
 from loraplex.server.handlers import ClientLeft, until_client_leaves
 from loraplex.server.replicas.affinity import adapter_key
 from loraplex.server.replicas.replica_metrics import Together

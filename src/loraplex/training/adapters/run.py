@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
@@ -38,6 +37,7 @@ from loraplex.training.core.train_state import Divergence, Finish
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
+from loraplex.validation import listed
 
 logger = logging.getLogger(__name__)
 

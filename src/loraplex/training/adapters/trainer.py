@@ -20,8 +20,7 @@ from loraplex.training.data.batches import TrainingRow
 from loraplex.training.data.dataset import invocation_start
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.routing import FrozenSlot
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import FrozenSlot, TrainingSlot, TrainingWeightProvider
 
 logger = logging.getLogger(__name__)
 

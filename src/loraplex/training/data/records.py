@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.listing import listed
 from loraplex.errors import DatasetError
 from loraplex.json_files import open_regular, parse_json, read_lines
-from loraplex.validation import quoted
+from loraplex.validation import listed, quoted
 
 FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
 _PART_BYTES = 1 << 20

@@ -13,7 +13,7 @@ from loraplex.training.data.batches import TrainingRow, make_batch
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import token_losses
 from loraplex.training.forward.prefix import SharedPrefixes
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.training.forward.weight_provider import TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 
 
 class ExpertStack(NamedTuple):

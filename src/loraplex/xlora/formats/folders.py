@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from loraplex.adapters.listing import listed
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.errors import AdapterFormatError
 from loraplex.json_files import damaged_as
+from loraplex.validation import listed
 from loraplex.xlora.formats.head_file import HeadCheck
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE, read_original_layout

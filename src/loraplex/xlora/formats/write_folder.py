@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.atomic_dir import atomic_folder
-from loraplex.adapters.listing import listed
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import WEIGHTS_FILE, read_adapter
@@ -17,6 +16,7 @@ from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
 from loraplex.output_files import resolved
+from loraplex.validation import listed
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.head_tensors import check_head
