@@ -21,7 +21,7 @@ FORMER_NAMES = {
     *("Intake", "Answers", "AnswerText", "RequestBook", "Generation", "Track", "KeyPart", "Waiting", "Shares"),
     *("Leases", "Binding", "Part", "PassPlan", "PartResult", "PackedBatch", "Feed", "TokenChooser"),
     *("Attachment", "Observations", "ResponsePool", "Machinery", "Room", "Sight", "Learner", "Ranks", "Bank"),
-    *("SlotBank", "TrainingBank", "Seam", "spare_block", "use_batch", "prompt_parts", "parse_choice"),
+    *("SlotBank", "TrainingBank", "Seam", "null_block", "use_batch", "prompt_parts", "parse_choice"),
     *("add_gains", "freeze_heap", "check_seams"),
 }
 

@@ -82,7 +82,7 @@ def _linears(base: PreTrainedModel) -> list[str]:
     names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not output]
     names = [name for name in names if "visual" not in name]
     if any("experts" in name for name, _ in base.named_modules()):  # they see tokens without their sequences
-        names = [name for name in names if not any(part in name for part in ("mlp", "moe", "feed_forward"))]
+        names = [name for name in names if not any(chunk in name for chunk in ("mlp", "moe", "feed_forward"))]
     refused = ("out_proj",) if base.config.model_type in ("falcon_h1", "nemotron_h") else ("kv_b_proj",)
     return [name for name in names if not name.endswith(refused)]
 

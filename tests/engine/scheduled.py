@@ -78,24 +78,24 @@ class Bench:
 
     def step(self, guesses: Collection[int] | None = None) -> list[ScheduledChunk]:
         """Plan a pass and take it for done; a scaling pass guesses the next token right unless told otherwise."""
-        parts = self.scheduler.plan()
-        self.tokens_read = [part.tokens for part in parts]
-        for part in parts:
-            part.track.num_computed = part.stop
-        for part in sorted(parts, key=lambda part: part.scaling is None):
-            sequence = part.sequence
-            if part.scaling is not None:
-                right = self.next_token(sequence, part.stop)
+        chunks = self.scheduler.plan()
+        self.tokens_read = [chunk.tokens for chunk in chunks]
+        for chunk in chunks:
+            chunk.kv.num_computed = chunk.stop
+        for chunk in sorted(chunks, key=lambda chunk: chunk.scaling is None):
+            sequence = chunk.sequence
+            if chunk.scaling is not None:
+                right = self.next_token(sequence, chunk.stop)
                 guess = right if guesses is None else min(guesses)
-                part.scaling.took(part.start, torch.zeros(part.count, 2), guess if part.wants_logits else None)
-                part.track.cache_full_blocks(len(sequence.tokens))
+                chunk.scaling.took(chunk.start, torch.zeros(chunk.count, 2), guess if chunk.wants_logits else None)
+                chunk.kv.cache_full_blocks(len(sequence.tokens))
                 continue
             for scaling in sequence.scalings:
-                scaling.forget(part.stop)
-            part.track.cache_full_blocks(len(sequence.tokens))
-            if part.wants_logits:
+                scaling.forget(chunk.stop)
+            chunk.kv.cache_full_blocks(len(sequence.tokens))
+            if chunk.wants_logits:
                 self._answer(sequence)
-        return parts
+        return chunks
 
     def finish(self, limit: int = 10_000) -> list[SequenceState]:
         """Step until nothing waits or runs; the sequences in the order in which they ended."""
@@ -124,6 +124,6 @@ class Bench:
         return sequence.state.share[0] not in self.missing
 
 
-def main_tokens(parts: Sequence[ScheduledChunk], sequence: SequenceState) -> int:
+def main_tokens(chunks: Sequence[ScheduledChunk], sequence: SequenceState) -> int:
     """How many of its main pass's tokens are in a pass."""
-    return sum(part.count for part in parts if part.owner is sequence and part.scaling is None)
+    return sum(chunk.count for chunk in chunks if chunk.owner is sequence and chunk.scaling is None)

@@ -131,7 +131,7 @@ def test_a_cancelled_request_has_what_it_captured_and_nothing_stays(model):
         engine.cancel(never)
         for _ in range(4):
             engine.step()
-        buffers = [weakref.ref(sequence.observations.buffer) for sequence in engine._scheduler.running]
+        buffers = [weakref.ref(sequence.captures.buffer) for sequence in engine._scheduler.running]
         engine.cancel(request_id)
         engine.step()
         result = engine.pop_result(request_id)

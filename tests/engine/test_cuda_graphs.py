@@ -70,9 +70,9 @@ def test_logits_of_a_padded_step_are_those_of_the_step_without_padding(folders, 
             if with_graphs:
                 recorded(engine)
             run = engine._runner.run
-            engine._runner.run = lambda parts: seen.append(run(parts)) or seen[-1]
+            engine._runner.run = lambda chunks: seen.append(run(chunks)) or seen[-1]
             engine.generate([p.request(max_tokens=5) for p in asked])
-        return {(r.part.track.row, r.part.start): r.logits for results in seen for r in results if r.logits is not None}
+        return {(r.chunk.kv.row, r.chunk.start): r.logits for results in seen for r in results if r.logits is not None}
 
     ours, expected = logits(True), logits(False)
     assert ours.keys() == expected.keys()

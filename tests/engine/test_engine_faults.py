@@ -50,7 +50,7 @@ def assert_nothing_held(engine: Engine, model: MultiLoraModel) -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_sequences) == (0, 0, 0, 0)
     assert all(state.num_leases == 0 for state in model.adapters())
     assert not engine.has_work
-    assert engine._book._results == {}
+    assert engine._tracker._results == {}
 
 
 def test_a_fault_ends_all_requests_and_the_next_ones_are_right(model, fails_at):
@@ -89,8 +89,8 @@ def test_what_ended_in_the_failing_step_is_told_as_failed(model, monkeypatch):
     """Its deltas are lost with the step, so its result must not say that it is whole."""
     finish = RequestTracker.finish
 
-    def failing(book: RequestTracker, *given: object) -> object:
-        ended = finish(book, *given)
+    def failing(tracker: RequestTracker, *given: object) -> object:
+        ended = finish(tracker, *given)
         raise ZeroDivisionError("just after an answer had ended")
         return ended
 

@@ -96,7 +96,7 @@ async def outcomes(engine: AsyncEngine, injector: Injector, target: CodeType | N
 
 async def until_idle(engine: AsyncEngine) -> None:
     """Until nothing runs, and what nobody waits for any more has gone too."""
-    while engine.is_restarting or engine._engine.has_work or engine._engine._book._results:
+    while engine.is_restarting or engine._engine.has_work or engine._engine._tracker._results:
         await asyncio.sleep(0.001)
 
 
@@ -123,7 +123,7 @@ async def sweep(model: MultiLoraModel, injector: Injector, chosen: slice) -> dic
                 stats = engine.stats()
                 assert (stats.num_blocks_held, stats.num_sequences) == (0, 0), where
                 assert all(state.num_leases == 0 for state in model.adapters()), where
-                assert engine._feeds == {}, where
+                assert engine._collectors == {}, where
         counts["restarts"] = engine.faults.count
         assert engine.is_running
     return counts

@@ -33,18 +33,18 @@ class Joined:
         self.engines: dict[str, Engine] = {}
         self.expected = {}
 
-    def enter(self, part: str) -> None:
-        if part == "residual":
+    def enter(self, chunk: str) -> None:
+        if chunk == "residual":
             self.model.load_residual("r", self.residual)
         else:
-            self.engines[part] = Engine(self.model, CONFIG)
+            self.engines[chunk] = Engine(self.model, CONFIG)
 
-    def leave(self, part: str) -> None:
-        if part == "residual":
+    def leave(self, chunk: str) -> None:
+        if chunk == "residual":
             self.model.unload("r")
             self.model.registry.linked.detach()
         else:
-            self.engines.pop(part).close()
+            self.engines.pop(chunk).close()
 
     def check(self) -> None:
         """Everything that is there answers as `generate` did by itself."""
@@ -70,11 +70,11 @@ class Joined:
 def test_engines_and_residuals_enter_and_leave_in_any_order(entering):
     joined = Joined()
     for leaving in (entering, entering[::-1], (*entering[1:], entering[0])):
-        for part in entering:
-            joined.enter(part)
+        for chunk in entering:
+            joined.enter(chunk)
             joined.check()
-        for part in leaving:
-            joined.leave(part)
+        for chunk in leaving:
+            joined.leave(chunk)
             joined.check()
         joined.check_base()
     assert joined.expected[None] != joined.expected["r"]
@@ -95,8 +95,8 @@ def test_attention_that_was_given_back_is_joined_again_by_what_needs_it():
 
 def test_training_stands_behind_engines_and_residuals_and_serves_only_itself():
     joined = Joined()
-    for part in PARTS:
-        joined.enter(part)
+    for chunk in PARTS:
+        joined.enter(chunk)
     base = joined.model.base
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
@@ -112,8 +112,8 @@ def test_training_stands_behind_engines_and_residuals_and_serves_only_itself():
         joined.check()
         joined.leave("first")
         joined.check()
-    for part in PARTS[1:]:
-        joined.leave(part)
+    for chunk in PARTS[1:]:
+        joined.leave(chunk)
     joined.check_base()
 
 

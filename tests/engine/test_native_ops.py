@@ -75,9 +75,9 @@ SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, sig
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_over_blocks(dtype, shape):
-    key_dim, value_dim, heads, kv_heads, size, sight, softcap, sinks = shape
+    key_dim, value_dim, heads, kv_heads, size, mask_rule, softcap, sinks = shape
     sinks = None if sinks is None else torch.tensor(sinks, dtype=dtype)
-    terms = AttentionTerms(scale=0.3, sight=sight, softcap=softcap, sinks=sinks)
+    terms = AttentionTerms(scale=0.3, mask_rule=mask_rule, softcap=softcap, sinks=sinks)
     num_blocks = 12
     keys = random(40, kv_heads, size, key_dim, dtype=dtype)
     values = random(40, kv_heads, size, value_dim, dtype=dtype, seed=1)
@@ -100,8 +100,8 @@ def test_attention_over_blocks(dtype, shape):
         k, v = (states.double().repeat_interleave(heads // kv_heads, dim=0) for states in (k, v))
         logits = torch.einsum("hd,hpd->hp", query[token].double(), k) * 0.3
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        seen = [p for p in range(stop) if sight.window is None or p > stop - 1 - sight.window]
-        seen = [p for p in seen if sight.chunk is None or p // sight.chunk == (stop - 1) // sight.chunk]
+        seen = [p for p in range(stop) if mask_rule.window is None or p > stop - 1 - mask_rule.window]
+        seen = [p for p in seen if mask_rule.chunk is None or p // mask_rule.chunk == (stop - 1) // mask_rule.chunk]
         beside = logits.new_empty(heads, 0) if sinks is None else sinks.double().unsqueeze(1)
         weights = torch.cat([logits[:, seen], beside], dim=1).softmax(-1)[:, : len(seen)]
         expected = torch.einsum("hp,hpd->hd", weights, v[:, seen])

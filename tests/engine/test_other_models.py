@@ -74,7 +74,7 @@ def test_windows_and_chunks_are_read_off_the_masks():
         (_llama4_without_own_positions(), [MaskRule(chunk=W), MaskRule()] * 2),
     ):
         with Engine(MultiLoraModel(base), CONFIG) as engine:
-            assert [shape.terms.sight for shape in engine._runner.cache.shapes.values()] == expected
+            assert [shape.terms.mask_rule for shape in engine._runner.cache.shapes.values()] == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

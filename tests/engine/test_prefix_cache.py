@@ -19,24 +19,24 @@ class Cache:
         self.pool = BlockPool(num_blocks, BLOCK)
         self.table = BlockTable(4, 32, torch.device("cpu"))
 
-    def track(self, tokens: Iterable[int], *keys: ExtraKey) -> SequenceKV:
+    def kv(self, tokens: Iterable[int], *keys: ExtraKey) -> SequenceKV:
         return SequenceKV(list(tokens), (), keys, self.pool, self.table)
 
     def compute(self, tokens: Iterable[int], *keys: ExtraKey, certain: int | None = None) -> SequenceKV:
         """A track whose tokens have all run; the first `certain` of them are no drafts."""
-        track = self.track(tokens, *keys)
-        track.reuse(len(track.tokens))
-        track.grow(len(track.tokens))
-        track.num_computed = len(track.tokens)
-        track.cache_full_blocks(len(track.tokens) if certain is None else certain)
-        return track
+        kv = self.kv(tokens, *keys)
+        kv.reuse(len(kv.tokens))
+        kv.grow(len(kv.tokens))
+        kv.num_computed = len(kv.tokens)
+        kv.cache_full_blocks(len(kv.tokens) if certain is None else certain)
+        return kv
 
     def found(self, tokens: Iterable[int], *keys: ExtraKey) -> int:
         """How many tokens of a prompt are known."""
-        track = self.track(tokens, *keys)
-        track.reuse(len(track.tokens))
-        found = track.num_computed
-        track.close()
+        kv = self.kv(tokens, *keys)
+        kv.reuse(len(kv.tokens))
+        found = kv.num_computed
+        kv.close()
         return found
 
 
@@ -87,14 +87,14 @@ def test_tokens_that_look_alike_when_written_side_by_side_differ(cache):
 
 def test_most_limits_what_is_reused(cache):
     cache.compute(range(12))
-    track = cache.track(range(12))
-    track.reuse(11)
-    assert (track.num_computed, len(track.blocks)) == (8, 2)
+    kv = cache.kv(range(12))
+    kv.reuse(11)
+    assert (kv.num_computed, len(kv.blocks)) == (8, 2)
 
 
 def test_shared_blocks_are_held_until_the_last_track_leaves(cache):
     first = cache.compute(range(8))
-    second = cache.track(range(8))
+    second = cache.kv(range(8))
     second.reuse(8)
     assert second.blocks == first.blocks
     assert cache.pool.num_held == 2
@@ -115,62 +115,62 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
 
 
 def test_drafts_are_not_known(cache):
-    track = cache.compute(range(8), certain=7)
+    kv = cache.compute(range(8), certain=7)
     assert cache.found(range(8)) == 4
-    track.cache_full_blocks(8)
+    kv.cache_full_blocks(8)
     assert cache.found(range(8)) == 8
 
 
 def test_tokens_that_have_not_run_are_not_known(cache):
-    track = cache.track(range(8))
-    track.grow(8)
-    track.num_computed = 5
-    track.cache_full_blocks(8)
+    kv = cache.kv(range(8))
+    kv.grow(8)
+    kv.num_computed = 5
+    kv.cache_full_blocks(8)
     assert cache.found(range(8)) == 4
 
 
 def test_a_track_goes_on_with_tokens_of_its_own_in_blocks_of_its_own(cache):
     cache.compute(range(8))
-    one, two = cache.track([*range(8), 50]), cache.track([*range(8), 60])
-    for track in (one, two):
-        track.reuse(8)
-        track.grow(9)
+    one, two = cache.kv([*range(8), 50]), cache.kv([*range(8), 60])
+    for kv in (one, two):
+        kv.reuse(8)
+        kv.grow(9)
     assert one.blocks[:2] == two.blocks[:2]
     assert one.blocks[2] != two.blocks[2]
     assert cache.table.values[two.row, :3].tolist() == two.blocks
 
 
 def test_growing_takes_only_the_blocks_that_are_missing(cache):
-    track = cache.track(range(12))
-    assert [track.blocks_missing(n) for n in (0, 1, 4, 5, 12)] == [0, 1, 1, 2, 3]
-    track.grow(5)
-    assert [track.blocks_missing(n) for n in (5, 8, 9)] == [0, 0, 1]
-    before = list(track.blocks)
-    track.grow(8)
-    track.grow(3)
-    assert track.blocks == before
+    kv = cache.kv(range(12))
+    assert [kv.blocks_missing(n) for n in (0, 1, 4, 5, 12)] == [0, 1, 1, 2, 3]
+    kv.grow(5)
+    assert [kv.blocks_missing(n) for n in (5, 8, 9)] == [0, 0, 1]
+    before = list(kv.blocks)
+    kv.grow(8)
+    kv.grow(3)
+    assert kv.blocks == before
 
 
 def test_a_dropped_track_begins_anew_and_finds_what_it_named(cache):
-    track = cache.compute(range(10))
-    track.drop()
-    assert (track.blocks, track.num_computed, cache.pool.num_held) == ([], 0, 0)
-    track.reuse(9)
-    assert track.num_computed == 8
-    track.grow(10)
-    track.num_computed = 10
-    track.tokens += [70, 71, 72]
-    track.grow(12)
-    track.num_computed = 12
-    track.cache_full_blocks(12)
+    kv = cache.compute(range(10))
+    kv.drop()
+    assert (kv.blocks, kv.num_computed, cache.pool.num_held) == ([], 0, 0)
+    kv.reuse(9)
+    assert kv.num_computed == 8
+    kv.grow(10)
+    kv.num_computed = 10
+    kv.tokens += [70, 71, 72]
+    kv.grow(12)
+    kv.num_computed = 12
+    kv.cache_full_blocks(12)
     assert cache.found([*range(10), 70, 71]) == 12
 
 
 def test_a_track_that_has_blocks_can_not_begin(cache):
-    track = cache.track(range(8))
-    track.grow(4)
+    kv = cache.kv(range(8))
+    kv.grow(4)
     with pytest.raises(AssertionError, match="can't begin"):
-        track.reuse(8)
+        kv.reuse(8)
 
 
 def test_clearing_forgets_what_nobody_holds(cache):

@@ -137,10 +137,10 @@ def test_a_pass_that_fails_ends_only_the_requests_that_cant_run(model, monkeypat
     with Engine(model, CONFIG) as engine:
         run = engine._runner.run
 
-        def fails_for_zero(parts):
-            if any(part.sequence.state.request.adapters == "0" for part in parts):
+        def fails_for_zero(chunks):
+            if any(chunk.sequence.state.request.adapters == "0" for chunk in chunks):
                 raise RuntimeError("out of memory")
-            return run(parts)
+            return run(chunks)
 
         monkeypatch.setattr(engine._runner, "run", fails_for_zero)
         results = engine.generate([prompted.request(max_tokens=6) for prompted in asked])

@@ -57,23 +57,23 @@ def test_tokens_are_drawn_with_transformers_probabilities(options):
 
 def test_repetition_penalty_is_transformers():
     answer = [7, 7, 9]
-    chooser = Sampler(SamplingParams(repetition_penalty=1.7), PROMPT, (), seed=0)
+    sampler = Sampler(SamplingParams(repetition_penalty=1.7), PROMPT, (), seed=0)
     for token in answer:
-        chooser.took(token)
+        sampler.took(token)
     for seed in range(20):
         values = logits(seed)
         processed = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[*PROMPT, *answer]]), values[None].clone())
-        assert chooser.choose(values) == int(processed.argmax())
+        assert sampler.choose(values) == int(processed.argmax())
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only():
     values = torch.zeros(VOCAB)
     values[3], values[7], values[8] = 1.05, 1.3, 1.0  # 3 is in the prompt
-    chooser = Sampler(SamplingParams(presence_penalty=0.1, frequency_penalty=0.2), PROMPT, (), seed=0)
+    sampler = Sampler(SamplingParams(presence_penalty=0.1, frequency_penalty=0.2), PROMPT, (), seed=0)
     chosen = []
     for _ in range(4):
-        chosen.append(chooser.choose(values))
-        chooser.took(chosen[-1])
+        chosen.append(sampler.choose(values))
+        sampler.took(chosen[-1])
     assert chosen == [7, 3, 8, 7]  # 1.3; then 7 has 1.0, 3 has 1.05; then 3 has 0.75, 8 before 7 by its id; then 7
 
 
@@ -89,10 +89,10 @@ def test_bias_moves_a_token_up_and_forbids_another():
 def test_end_tokens_wait_for_min_tokens():
     values = logits()
     best, second = values.topk(2).indices.tolist()
-    chooser = Sampler(SamplingParams(min_tokens=2), PROMPT, (best,), seed=0)
+    sampler = Sampler(SamplingParams(min_tokens=2), PROMPT, (best,), seed=0)
     for expected in (second, second, best):
-        assert chooser.choose(values) == expected
-        chooser.took(expected)
+        assert sampler.choose(values) == expected
+        sampler.took(expected)
 
 
 def test_logprobs_are_the_models_own():
@@ -150,10 +150,10 @@ def test_the_largest_logit_is_argmaxs_at_ties_and_nan_too(vocab: int, dtype: tor
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("temperature", [1e-30, 1e-300])
 def test_the_smallest_temperatures_give_the_greedy_token(temperature, filters):
-    chooser = Sampler(SamplingParams(temperature=temperature, **filters), PROMPT, (), seed=0)
+    sampler = Sampler(SamplingParams(temperature=temperature, **filters), PROMPT, (), seed=0)
     for seed in range(10):
         values = logits(seed)
-        assert chooser.choose(values) == int(values.argmax())
+        assert sampler.choose(values) == int(values.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -161,10 +161,10 @@ def test_the_largest_penalties_and_biases_still_order_tokens(temperature):
     values = torch.zeros(VOCAB)
     values[3:5] = 1.0
     sampling = {"repetition_penalty": 1e-38, "logit_bias": {4: 3e38, 5: -torch.inf}, "presence_penalty": -3e38}
-    chooser = Sampler(SamplingParams(temperature=temperature, **sampling), PROMPT, (), seed=0)
+    sampler = Sampler(SamplingParams(temperature=temperature, **sampling), PROMPT, (), seed=0)
     for _ in range(3):
-        assert chooser.choose(values) == 4
-        chooser.took(4)
+        assert sampler.choose(values) == 4
+        sampler.took(4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

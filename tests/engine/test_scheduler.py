@@ -59,7 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(guesses=st.sampled_from((None, None, (7,))))
     def step(self, guesses: tuple[int, ...] | None) -> None:
-        before = {track: track.num_computed for sequence in self.unfinished() for track in sequence.tracks}
+        before = {kv: kv.num_computed for sequence in self.unfinished() for kv in sequence.kvs}
         runnable = [g for g in self.unfinished() if g.state.share[0] not in self.bench.missing]
         parts = self.bench.step(guesses)
         if runnable:
@@ -73,16 +73,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         allowed = max(self.bench.config.max_step_tokens - num_decoded, BLOCK)
         # The last token of a prompt may be read by itself, and then isn't told from a decoded one.
         assert sum(part.count for part in chunks) <= allowed
-        assert len({part.track for part in parts}) == len(parts), "a pass has two parts of one track"
+        assert len({part.kv for part in parts}) == len(parts), "a pass has two parts of one track"
 
     def check_order_of_passes(self, parts: list[ScheduledChunk], before: dict) -> None:
         for part in parts:
-            assert part.start == before.get(part.track, part.start), "tokens were left out or run twice"
+            assert part.start == before.get(part.kv, part.start), "tokens were left out or run twice"
             assert part.count > 0
             for scaling in part.sequence.scalings if part.scaling is None else ():
-                assert part.stop <= before.get(scaling.track, part.stop), (
-                    "the main pass ran before its gates were known"
-                )
+                assert part.stop <= before.get(scaling.kv, part.stop), "the main pass ran before its gates were known"
 
     @invariant()
     def nobody_is_lost_or_twice_there(self) -> None:
@@ -98,20 +96,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_held_is_what_tracks_hold(self) -> None:
-        tracks = [track for sequence in self.unfinished() for track in sequence.tracks]
-        blocks = [block for track in tracks for block in track.blocks]
+        kvs = [kv for sequence in self.unfinished() for kv in sequence.kvs]
+        blocks = [block for kv in kvs for block in kv.blocks]
         assert self.bench.pool.num_held == len(set(blocks))
-        assert self.bench.table.num_rows_held == len(tracks) == len({track.row for track in tracks})
-        for track in tracks:
-            assert len(set(track.blocks)) == len(track.blocks)
-            assert track.num_computed <= len(track.blocks) * BLOCK
-            assert self.bench.table.values[track.row, : len(track.blocks)].tolist() == track.blocks
+        assert self.bench.table.num_rows_held == len(kvs) == len({kv.row for kv in kvs})
+        for kv in kvs:
+            assert len(set(kv.blocks)) == len(kv.blocks)
+            assert kv.num_computed <= len(kv.blocks) * BLOCK
+            assert self.bench.table.values[kv.row, : len(kv.blocks)].tolist() == kv.blocks
 
     @invariant()
     def who_writes_a_block_holds_it_alone(self) -> None:
-        tracks = [track for sequence in self.unfinished() for track in sequence.tracks]
-        being_written = [block for track in tracks for block in track.blocks[track.num_computed // BLOCK :]]
-        all_blocks = [block for track in tracks for block in track.blocks]
+        kvs = [kv for sequence in self.unfinished() for kv in sequence.kvs]
+        being_written = [block for kv in kvs for block in kv.blocks[kv.num_computed // BLOCK :]]
+        all_blocks = [block for kv in kvs for block in kv.blocks]
         assert all(all_blocks.count(block) == 1 for block in being_written)
 
     def teardown(self) -> None:

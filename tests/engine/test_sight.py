@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraplex.engine.kv.mask_rule import MaskRule, sight_of
+from loraplex.engine.kv.mask_rule import MaskRule, mask_rule_of
 
 LENGTH = 5000
 KEYS = torch.arange(LENGTH + 1)
@@ -18,16 +18,16 @@ KEYS = torch.arange(LENGTH + 1)
     ],
     ids=str,
 )
-def test_windows_and_chunks_of_any_size_are_found(sight):
+def test_windows_and_chunks_of_any_size_are_found(mask_rule):
     def row(position):
         keys = KEYS[: position + 2]
-        return (keys <= position) & (keys >= sight.first(position))
+        return (keys <= position) & (keys >= mask_rule.first(position))
 
-    assert sight_of(row, LENGTH) == sight
+    assert mask_rule_of(row, LENGTH) == mask_rule
 
 
 def test_what_no_sequence_is_long_enough_for_is_no_window():
-    assert sight_of(lambda p: (KEYS[: p + 2] <= p) & (KEYS[: p + 2] > p - LENGTH), LENGTH) == MaskRule()
+    assert mask_rule_of(lambda p: (KEYS[: p + 2] <= p) & (KEYS[: p + 2] > p - LENGTH), LENGTH) == MaskRule()
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_what_no_sequence_is_long_enough_for_is_no_window():
     ],
 )
 def test_any_other_rule_is_not_taken_for_one_of_them(shows):
-    assert sight_of(lambda p: shows(torch.tensor(p), KEYS[: p + 2]), LENGTH) is None
+    assert mask_rule_of(lambda p: shows(torch.tensor(p), KEYS[: p + 2]), LENGTH) is None

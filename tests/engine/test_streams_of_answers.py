@@ -84,10 +84,10 @@ def test_an_answer_that_fails_does_not_shorten_the_others(model, monkeypatch):
         good, other_result = engine.generate([failing, other])
     choose = Sampler.choose
 
-    def fails(chooser: Sampler, logits: object) -> int:
-        if chooser._generator.initial_seed() == 2 and chooser.sampling.max_tokens == 4 and chooser._counts.total() == 1:
+    def fails(sampler: Sampler, logits: object) -> int:
+        if sampler._generator.initial_seed() == 2 and sampler.sampling.max_tokens == 4 and sampler._counts.total() == 1:
             raise ZeroDivisionError("a sampler that fails")
-        return choose(chooser, logits)
+        return choose(sampler, logits)
 
     monkeypatch.setattr(Sampler, "choose", fails)
     deltas, other_deltas = streamed(model, [failing, other])

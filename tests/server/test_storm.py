@@ -228,9 +228,9 @@ def test_storm_leaves_nothing_behind(root, tmp_path, count):
         wait_until_idle(server)
         engine = server.server.state.engine
         assert engine.is_running
-        assert engine._feeds == {}
-        assert engine._engine._book._results == {}
-        assert engine._engine._book._states == {}
+        assert engine._collectors == {}
+        assert engine._engine._tracker._results == {}
+        assert engine._engine._tracker._states == {}
         assert server.server.state.usages.of(file.find(key)).num_running == 0
         assert all(state.num_leases == 0 for state in server.model.adapters())
 

@@ -34,11 +34,11 @@ class AsyncEngine:
 
     def __init__(self, model: MultiLoraModel, config: EngineConfig | None = None) -> None:
         self.model = model
-        self._feeds: dict[str, OutputCollector] = {}
+        self._collectors: dict[str, OutputCollector] = {}
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
-        self._intake = ThreadPoolExecutor(_INTAKE_THREADS, thread_name_prefix="loraplex-intake")
+        self._input_threads = ThreadPoolExecutor(_INTAKE_THREADS, thread_name_prefix="loraplex-intake")
         # The engine is made in its thread: what computes in another one gets compute threads of its own, and with more
         # of them than cores OpenMP puts all to sleep between operators, which makes steps 1.4 times slower.
         made: Future[Engine] = Future()
@@ -65,11 +65,11 @@ class AsyncEngine:
         step of the loop. A request that fails later ends with finish_reason "error"; where not even that can be told,
         with an EngineError.
         """
-        feed = self.feed()
-        request_id = await self.submit(request, feed)
+        collector = self.collector()
+        request_id = await self.submit(request, collector)
         try:
             while True:
-                for event in await feed.take():
+                for event in await collector.take():
                     if isinstance(event, RequestResult):
                         return
                     yield event
@@ -78,11 +78,11 @@ class AsyncEngine:
 
     async def generate(self, request: Request) -> RequestResult:
         """Run one request to its end; raises what `stream` raises."""
-        feed = self.feed(wants_deltas=False)
-        request_id = await self.submit(request, feed)
+        collector = self.collector(wants_deltas=False)
+        request_id = await self.submit(request, collector)
         try:
             while True:
-                for event in await feed.take():
+                for event in await collector.take():
                     if isinstance(event, RequestResult):
                         return event
         finally:
@@ -90,33 +90,35 @@ class AsyncEngine:
 
     # Several requests with one reader
 
-    def feed(self, *, wants_deltas: bool = True) -> OutputCollector:
+    def collector(self, *, wants_deltas: bool = True) -> OutputCollector:
         """For `submit`: gets the deltas, if wanted, and the results of the requests that are given to it."""
         return OutputCollector(asyncio.get_running_loop(), wants_deltas=wants_deltas)
 
-    async def submit(self, request: Request, feed: OutputCollector) -> str:
+    async def submit(self, request: Request, collector: OutputCollector) -> str:
         """Take a request, or raise what `stream` raises; returns its id. End with `drop`."""
         request_id = f"stream-{next(self._numbers)}"
-        self._feeds[request_id] = feed
-        adding = self._intake.submit(self._engine.add_request, request, request_id)  # reading a prompt takes a while
+        self._collectors[request_id] = collector
+        adding = self._input_threads.submit(
+            self._engine.add_request, request, request_id
+        )  # reading a prompt takes a while
         try:
             await asyncio.shield(asyncio.wrap_future(adding))
         except asyncio.CancelledError:
-            self._feeds.pop(request_id, None)
+            self._collectors.pop(request_id, None)
             if not adding.cancel():  # it has begun
                 adding.add_done_callback(lambda done: self._forget(request_id, done))
             raise
         except BaseException:
-            self._feeds.pop(request_id, None)
+            self._collectors.pop(request_id, None)
             raise
-        if request_id not in self._feeds:  # a fault came in between: its reader is told by the feed
+        if request_id not in self._collectors:  # a fault came in between: its reader is told by the feed
             self._engine.cancel(request_id)
         self._wake.set()
         return request_id
 
     def drop(self, request_id: str) -> None:
         """Hear no more of a request; cancels it if it isn't finished."""
-        if self._feeds.pop(request_id, None) is not None:
+        if self._collectors.pop(request_id, None) is not None:
             self._engine.cancel(request_id)
             self._wake.set()
 
@@ -191,18 +193,18 @@ class AsyncEngine:
         """Hand out deltas, and behind them the results of the requests that ended."""
         news: dict[OutputCollector, list[Event]] = {}
         for delta in deltas:
-            feed = self._feeds.get(delta.request_id)
-            if feed is not None and feed.wants_deltas:
-                news.setdefault(feed, []).append(delta)
+            collector = self._collectors.get(delta.request_id)
+            if collector is not None and collector.wants_deltas:
+                news.setdefault(collector, []).append(delta)
         ended = dict.fromkeys(delta.request_id for delta in deltas if delta.finish_reason is not None)
         results = [result for request_id in ended if (result := self._engine.pop_result(request_id)) is not None]
         for result in results:
-            feed = self._feeds.get(result.request_id)
-            if feed is not None:
-                news.setdefault(feed, []).append(result)
+            collector = self._collectors.get(result.request_id)
+            if collector is not None:
+                news.setdefault(collector, []).append(result)
         deliver(news)
         for result in results:
-            self._feeds.pop(result.request_id, None)
+            self._collectors.pop(result.request_id, None)
 
     # Its faults
 
@@ -213,9 +215,9 @@ class AsyncEngine:
         except Exception as another:  # of the remedy
             logger.critical("the engine can't be trusted any more", exc_info=another)
             self._engine.faults.add(another, for_good=True)
-        for request_id, feed in list(self._feeds.items()):
-            fail([feed], EngineError(f"the engine failed: {type(error).__name__}: {error}. Ask again."))
-            self._feeds.pop(request_id, None)
+        for request_id, collector in list(self._collectors.items()):
+            fail([collector], EngineError(f"the engine failed: {type(error).__name__}: {error}. Ask again."))
+            self._collectors.pop(request_id, None)
             self._engine.pop_result(request_id)
             self._engine.cancel(request_id)  # if it came after the engine had ended what it knew
 

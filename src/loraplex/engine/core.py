@@ -36,7 +36,7 @@ class EngineCore:
             raise
         self.leases = AdapterLeases(model)
         self.scheduler = Scheduler(self.runner.config, self.runner.pool, self.runner.table, self.leases.bring)
-        self.room = Capacity(
+        self.capacity = Capacity(
             max_length=self.runner.max_length,
             num_blocks=self.runner.pool.num_blocks,
             block_tokens=self.runner.pool.block_tokens,
@@ -45,11 +45,11 @@ class EngineCore:
             max_sequences=self.runner.max_sequences,
         )
 
-    def join(self, book: RequestTracker, intake: InputProcessor, counts: StepCounts) -> None:
-        """Let the book's requests run here."""
-        book.use(self.scheduler, self.leases)
-        self._book, self._counts = book, counts
-        self._answers = OutputProcessor(intake, book, counts)
+    def join(self, tracker: RequestTracker, input_processor: InputProcessor, counts: StepCounts) -> None:
+        """Let the tracker's requests run here."""
+        tracker.use(self.scheduler, self.leases)
+        self._tracker, self._counts = tracker, counts
+        self._output_processor = OutputProcessor(input_processor, tracker, counts)
 
     def close(self) -> None:
         """Give the model back as it was, whatever state this is in."""
@@ -63,34 +63,34 @@ class EngineCore:
 
     def step(self) -> list[Delta]:
         """Run one forward pass, if anything can run."""
-        deltas = self._book.take_in()
-        parts = self.scheduler.plan()
+        deltas = self._tracker.take_in()
+        chunks = self.scheduler.plan()
         for failures in (self.leases.failures, self.scheduler.failures):
-            deltas += [self._book.end(sequence, "error", error) for sequence, error in failures]
+            deltas += [self._tracker.end(sequence, "error", error) for sequence, error in failures]
             failures.clear()
-        return deltas + (self._run(parts) if parts else [])
+        return deltas + (self._run(chunks) if chunks else [])
 
-    def _run(self, parts: list[ScheduledChunk]) -> list[Delta]:
+    def _run(self, chunks: list[ScheduledChunk]) -> list[Delta]:
         try:
-            results = self.runner.run(parts)
+            results = self.runner.run(chunks)
         except Exception as error:
-            return self._run_apart(parts, error)
-        self._counts.add(parts)
-        deltas = self._answers.take(results)
+            return self._run_apart(chunks, error)
+        self._counts.add(chunks)
+        deltas = self._output_processor.take(results)
         if not self.scheduler.running:
             self.runner.attention.forget_rows()
         return deltas
 
-    def _run_apart(self, parts: list[ScheduledChunk], error: Exception) -> list[Delta]:
+    def _run_apart(self, chunks: list[ScheduledChunk], error: Exception) -> list[Delta]:
         """A pass failed: run its sequences one by one, so that only those fail which can't run."""
-        logger.warning("a pass of %d parts failed: %s: %s", len(parts), type(error).__name__, error)
-        sequences = list(dict.fromkeys(part.sequence for part in parts))
+        logger.warning("a pass of %d chunks failed: %s: %s", len(chunks), type(error).__name__, error)
+        sequences = list(dict.fromkeys(chunk.sequence for chunk in chunks))
         if len(sequences) == 1:
             self._try_out()
-            return [self._book.end(sequences[0], "error", failed_pass(error))]
+            return [self._tracker.end(sequences[0], "error", failed_pass(error))]
         deltas = []
         for sequence in sequences:
-            deltas += self._run([part for part in parts if part.sequence is sequence])
+            deltas += self._run([chunk for chunk in chunks if chunk.sequence is sequence])
         return deltas
 
     @torch.inference_mode()
@@ -99,10 +99,10 @@ class EngineCore:
         runner = self.runner
         if runner.pool.num_available == 0:
             return
-        track = SequenceKV([0], (), (), runner.pool, runner.table)
+        kv = SequenceKV([0], (), (), runner.pool, runner.table)
         try:
-            track.grow(1)
-            part = ScheduledChunk(track=track, start=0, count=1, wants_logits=True)
-            runner.forward(InputBatch([part], runner.cache, runner.table))
+            kv.grow(1)
+            chunk = ScheduledChunk(kv=kv, start=0, count=1, wants_logits=True)
+            runner.forward(InputBatch([chunk], runner.cache, runner.table))
         finally:
-            track.close()
+            kv.close()

@@ -44,11 +44,11 @@ class Engine:
         self._num_preempted = 0  # by machinery that a fault took down
         self._numbers = itertools.count()
         self._step_lock = threading.Lock()
-        self._book = RequestTracker(self.config.max_waiting + self.config.max_running)
+        self._tracker = RequestTracker(self.config.max_waiting + self.config.max_running)
         self._machinery: EngineCore | None = EngineCore(model, self.config)
-        self._room = self._machinery.room
-        self._intake = InputProcessor(model, self._room)
-        self._machinery.join(self._book, self._intake, self._counts)
+        self._capacity = self._machinery.capacity
+        self._input_processor = InputProcessor(model, self._capacity)
+        self._machinery.join(self._tracker, self._input_processor, self._counts)
 
     def __enter__(self) -> "Engine":
         return self
@@ -64,12 +64,12 @@ class Engine:
             if self._is_closed:
                 return []
             self._is_closed = True
-            self._book.refuse(_closed)
+            self._tracker.refuse(_closed)
             try:
-                return self._book.close()
+                return self._tracker.close()
             except Exception as error:
                 logger.exception("the engine could not be closed in order")
-                return self._book.fail_all(interrupted(error))
+                return self._tracker.fail_all(interrupted(error))
             finally:
                 self._take_down()
 
@@ -81,24 +81,24 @@ class Engine:
         A request that can't be served as written raises before anything runs: RequestError, LinkSyntaxError,
         AdapterNotFoundError or CapacityError. One that fails later has finish_reason "error" and its error.
         """
-        states = [self._intake.prepare(request, self._new_id()) for request in requests]
-        self._book.enqueue(states)
+        states = [self._input_processor.prepare(request, self._new_id()) for request in requests]
+        self._tracker.enqueue(states)
         try:
             with progress_bar(len(requests), show=progress) as bar:
                 self._finish(states, bar)
         except BaseException:  # somebody interrupted it
             self._withdraw(states)
             raise
-        results = [self._book.pop_result(state.request_id) for state in states]
+        results = [self._tracker.pop_result(state.request_id) for state in states]
         return [result for result in results if result is not None]
 
     def _withdraw(self, states: Sequence[RequestState]) -> None:
         with self._step_lock:
             try:
-                self._book.withdraw(states)
+                self._tracker.withdraw(states)
             except Exception as error:
                 self._fault(error)
-                self._book.withdraw(states)
+                self._tracker.withdraw(states)
 
     def _finish(self, states: Sequence[RequestState], bar: Bar) -> None:
         """Step until these requests have ended."""
@@ -106,37 +106,37 @@ class Engine:
         while open_ids:
             deltas = self.step()
             for delta in deltas:
-                has_ended = delta.request_id in open_ids and self._book.is_finished(delta.request_id)
+                has_ended = delta.request_id in open_ids and self._tracker.is_finished(delta.request_id)
                 bar.update(len(delta.token_ids), has_ended)
                 if has_ended:
                     open_ids.remove(delta.request_id)
             if not deltas:
-                open_ids = {request_id for request_id in open_ids if not self._book.is_finished(request_id)}
+                open_ids = {request_id for request_id in open_ids if not self._tracker.is_finished(request_id)}
                 if self.stats().num_running == 0:
                     time.sleep(_LOADING_PAUSE_S)
 
     def add_request(self, request: Request, request_id: str | None = None) -> str:
         """Take a request; returns its id. Raises what `generate` raises; then nothing has changed."""
-        state = self._intake.prepare(request, self._new_id() if request_id is None else request_id)
-        self._book.enqueue([state])
+        state = self._input_processor.prepare(request, self._new_id() if request_id is None else request_id)
+        self._tracker.enqueue([state])
         return state.request_id
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; unknown and finished ones are ignored."""
-        self._book.cancel(request_id)
+        self._tracker.cancel(request_id)
 
     def pop_result(self, request_id: str) -> RequestResult | None:
         """The result of a finished request, once; None while it isn't finished."""
-        return self._book.pop_result(request_id)
+        return self._tracker.pop_result(request_id)
 
     @property
     def max_length(self) -> int:
         """Tokens that prompt and answer can have together."""
-        return self._room.max_length
+        return self._capacity.max_length
 
     @property
     def vocab_size(self) -> int:
-        return self._intake.vocab_size
+        return self._input_processor.vocab_size
 
     @property
     def is_up(self) -> bool:
@@ -145,7 +145,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._book.has_work
+        return self._tracker.has_work
 
     # Steps
 
@@ -159,12 +159,12 @@ class Engine:
             try:
                 self._restart()
                 deltas = [] if self._machinery is None else self._machinery.step()
-                self._book.told()
+                self._tracker.told()
                 return deltas
             except Exception as error:
                 return self._fault(error)
             except BaseException as error:  # an interrupt in the middle of something: no fault, but the same remedy
-                self._book.fail_all(interrupted(error))
+                self._tracker.fail_all(interrupted(error))
                 self._take_down()
                 raise
 
@@ -189,9 +189,9 @@ class Engine:
         logger.error("the engine failed; all its requests are ended", exc_info=error)
         told = self.faults.add(error, for_good=for_good)
         if self.faults.has_stopped and not self._is_closed:
-            self._book.refuse(self.faults.refusal)
+            self._tracker.refuse(self.faults.refusal)
             logger.critical("%s", self.faults.refusal())
-        deltas = self._book.fail_all(told)
+        deltas = self._tracker.fail_all(told)
         self._take_down()
         return deltas
 
@@ -211,7 +211,7 @@ class Engine:
             return
         gc.collect()  # what is left of the old machinery would be frozen with the heap
         machinery = EngineCore(self.model, self.config)
-        machinery.join(self._book, self._intake, self._counts)
+        machinery.join(self._tracker, self._input_processor, self._counts)
         self._machinery = machinery
         logger.warning("the engine has started anew; it has had %d faults", self.faults.count)
 
@@ -221,7 +221,7 @@ class Engine:
         """What is held and what was done."""
         counts, machinery = self._counts.copy(), self._machinery
         if machinery is None:  # closed, or between a fault and the restart
-            return EngineStats(num_blocks=self._room.num_blocks, num_preempted=self._num_preempted, counts=counts)
+            return EngineStats(num_blocks=self._capacity.num_blocks, num_preempted=self._num_preempted, counts=counts)
         pool, scheduler = machinery.runner.pool, machinery.scheduler
         return EngineStats(
             num_running=len(scheduler.running),
@@ -252,7 +252,7 @@ class Engine:
         return self._machinery.scheduler
 
     def _new_id(self) -> str:
-        return next(name for number in self._numbers if not self._book.knows(name := f"request-{number}"))
+        return next(name for number in self._numbers if not self._tracker.knows(name := f"request-{number}"))
 
 
 def _closed() -> RequestError:

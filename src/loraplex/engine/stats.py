@@ -17,14 +17,14 @@ class StepCounts:
     num_drafted: int = 0
     num_accepted: int = 0  # drafts that were the token chosen
 
-    def add(self, parts: Sequence[ScheduledChunk]) -> None:
+    def add(self, chunks: Sequence[ScheduledChunk]) -> None:
         self.num_steps += 1
-        for part in parts:
-            if part.scaling is not None:
-                self.num_scaling_tokens += part.count
+        for chunk in chunks:
+            if chunk.scaling is not None:
+                self.num_scaling_tokens += chunk.count
             else:
-                self.num_new_tokens += part.wants_logits
-                self.num_prompt_tokens += max(0, min(part.stop, part.sequence.num_prompt) - part.start)
+                self.num_new_tokens += chunk.wants_logits
+                self.num_prompt_tokens += max(0, min(chunk.stop, chunk.sequence.num_prompt) - chunk.start)
 
     def add_draft(self, was_right: bool | None) -> None:
         """Count a draft that a token was compared with; None: there was none."""

@@ -114,7 +114,7 @@ async def running(
 ) -> AsyncIterator[Run]:
     """Give the requests to the engine; whatever isn't finished at the end of the block is cancelled."""
     counts_tokens = context.usage is not None and context.usage.counts_tokens
-    feed = state.engine.feed(wants_deltas=wants_deltas or counts_tokens)
+    feed = state.engine.collector(wants_deltas=wants_deltas or counts_tokens)
     run = Run(state, context, requests, feed)
     context.log["model"] = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
     try:

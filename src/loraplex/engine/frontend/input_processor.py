@@ -30,9 +30,9 @@ from loraplex.xlora.mixture import Mixture
 class InputProcessor:
     """Checks and prepares requests; safe to use from many threads."""
 
-    def __init__(self, model: MultiLoraModel, room: Capacity) -> None:
+    def __init__(self, model: MultiLoraModel, capacity: Capacity) -> None:
         self._model = model
-        self._room = room
+        self._capacity = capacity
         self._arrivals = itertools.count()
         self.vocab_size = model.base.get_input_embeddings().num_embeddings
         output = model.base.get_output_embeddings()
@@ -43,9 +43,9 @@ class InputProcessor:
         check_kinds(request)
         link = parse_adapter_spec(request.adapters)
         self._check_tokens(request.sampling)
-        self._room.check_answers(request.sampling.n)
+        self._capacity.check_answers(request.sampling.n)
         prompt = self._encode(request.prompt)
-        self._room.check_prompt(len(prompt))
+        self._capacity.check_prompt(len(prompt))
         (others,), (chain,) = self._model.registry.linked.split([link])
         found, names = self._model.mixtures.expand([others])
         check_slots(self._model.store, names)
@@ -56,13 +56,13 @@ class InputProcessor:
             link=link,
             prompt=prompt,
             arrival=next(self._arrivals),
-            max_new_tokens=min(sampling.max_tokens, self._room.max_length - len(prompt)),
+            max_new_tokens=min(sampling.max_tokens, self._capacity.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
-            lengths=self._room.lengths,
+            lengths=self._capacity.lengths,
         )
-        self._room.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
+        self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
         mixtures = [found[name] for name, _ in others if name in found]
-        self._room.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
+        self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
         check_scalings(state, mixtures)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -87,14 +87,14 @@ class InputProcessor:
         schema = sampling.json_schema
         constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self.vocab_size)
         ends = self.end_tokens(state)
-        chooser = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
+        sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
         tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
         text = Detokenizer(tokenizer, state.prompt, sampling.stop_strings)
         wants_scalings = state.request.return_scalings
-        observations = None
+        captures = None
         if buffer is not None or wants_scalings:
-            observations = Captures(buffer, tokenizer, wants_scalings=wants_scalings)
-        return SequenceState(state, index, chooser, text, observations)
+            captures = Captures(buffer, tokenizer, wants_scalings=wants_scalings)
+        return SequenceState(state, index, sampler, text, captures)
 
     def _tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
         try:

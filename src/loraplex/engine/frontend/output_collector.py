@@ -51,18 +51,18 @@ class OutputCollector:
 def deliver(news: Mapping[OutputCollector, Collection[Event]]) -> None:
     """Hand out what one step gave: a single call for each event loop, not one for each token."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputCollector, list[Event]]]] = {}
-    for feed, events in news.items():
-        by_loop.setdefault(feed.loop, []).append((feed, list(events)))
-    for loop, feeds in by_loop.items():
-        _call(loop, _put_all, feeds)
+    for collector, events in news.items():
+        by_loop.setdefault(collector.loop, []).append((collector, list(events)))
+    for loop, collectors in by_loop.items():
+        _call(loop, _put_all, collectors)
 
 
-def fail(feeds: Collection[OutputCollector], error: EngineError) -> None:
+def fail(collectors: Collection[OutputCollector], error: EngineError) -> None:
     """Let no reader wait any longer, each with an error of its own."""
-    for feed in feeds:
+    for collector in collectors:
         told = type(error)(str(error))
         told.__cause__ = error.__cause__
-        _call(feed.loop, feed.fail, told)
+        _call(collector.loop, collector.fail, told)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
@@ -73,6 +73,6 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *argum
             raise
 
 
-def _put_all(feeds: Sequence[tuple[OutputCollector, list[Event]]]) -> None:
-    for feed, events in feeds:
-        feed.put(events)
+def _put_all(collectors: Sequence[tuple[OutputCollector, list[Event]]]) -> None:
+    for collector, events in collectors:
+        collector.put(events)

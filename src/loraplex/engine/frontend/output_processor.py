@@ -16,9 +16,9 @@ from loraplex.engine.worker.model_runner import ModelRunnerOutput
 class OutputProcessor:
     """Chooses tokens, tells what is new, and ends answers that are complete."""
 
-    def __init__(self, intake: InputProcessor, book: RequestTracker, counts: StepCounts) -> None:
-        self._intake = intake
-        self._book = book
+    def __init__(self, input_processor: InputProcessor, tracker: RequestTracker, counts: StepCounts) -> None:
+        self._input_processor = input_processor
+        self._tracker = tracker
         self._counts = counts
 
     def take(self, results: Sequence[ModelRunnerOutput]) -> list[Delta]:
@@ -27,53 +27,53 @@ class OutputProcessor:
         What fails in a sequence's own work ends it; what all share is not touched there.
         """
         deltas = []
-        for result in sorted(results, key=lambda result: result.part.scaling is None):
-            part, sequence = result.part, result.part.sequence
+        for result in sorted(results, key=lambda result: result.chunk.scaling is None):
+            chunk, sequence = result.chunk, result.chunk.sequence
             if sequence.finish_reason is not None:
                 continue
             try:
                 step = self._own_step(result)
             except Exception as error:
-                deltas.append(self._book.end(sequence, "error", own_fault(error, "using what the pass gave")))
+                deltas.append(self._tracker.end(sequence, "error", own_fault(error, "using what the pass gave")))
                 continue
-            part.track.cache_full_blocks(len(part.track.tokens))
+            chunk.kv.cache_full_blocks(len(chunk.kv.tokens))
             if step is not None:
                 deltas.append(self._told(sequence, step))
         return deltas
 
     def _own_step(self, result: ModelRunnerOutput) -> "_Step | None":
-        """What a part's result is to its sequence alone."""
-        part, sequence = result.part, result.part.sequence
-        if part.scaling is not None:
+        """What a chunk's result is to its sequence alone."""
+        chunk, sequence = result.chunk, result.chunk.sequence
+        if chunk.scaling is not None:
             assert result.hidden is not None, "a scaling pass returned no hidden states"
-            part.scaling.took(part.start, result.hidden, result.best)
+            chunk.scaling.took(chunk.start, result.hidden, result.best)
             return None
         for scaling in sequence.scalings:
-            scaling.forget(part.stop)  # the main pass has used it
+            scaling.forget(chunk.stop)  # the main pass has used it
         if result.error is not None:
             raise result.error
-        if sequence.observations is not None:
-            sequence.observations.saw(part.start, part.stop, result.scalings)
+        if sequence.captures is not None:
+            sequence.captures.saw(chunk.start, chunk.stop, result.scalings)
         if result.all_logits is not None:
             _keep_prompt_logprobs(result)
-        return self._next_token(sequence, result) if part.wants_logits else None
+        return self._next_token(sequence, result) if chunk.wants_logits else None
 
     def _next_token(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step":
-        logits, chooser = result.logits, sequence.chooser
+        logits, sampler = result.logits, sequence.sampler
         assert logits is not None, "a main pass that ends a sequence's tokens returned no logits"
         assert result.best is not None, "logits came without their largest"
-        token = result.best if chooser.is_plain_greedy else chooser.choose(logits)
-        chooser.took(token)
+        token = result.best if sampler.is_plain_greedy else sampler.choose(logits)
+        sampler.took(token)
         sequence.tokens.append(token)
         for scaling in sequence.scalings:
             self._counts.add_draft(scaling.settle())
         logprobs: tuple[TokenLogprobs, ...] = ()
-        num_top = chooser.sampling.logprobs
+        num_top = sampler.sampling.logprobs
         if num_top is not None:
             logprobs = (token_logprobs(logits, token, num_top),)
             sequence.logprobs += logprobs
         text = sequence.text.add(token)
-        scalings = () if sequence.observations is None else sequence.observations.step_scalings()
+        scalings = () if sequence.captures is None else sequence.captures.step_scalings()
         reason = self._finish_reason(sequence, token)
         if reason is not None:
             text += sequence.text.end()
@@ -83,7 +83,7 @@ class OutputProcessor:
         """Tell what a token added; end the sequence if it was its last."""
         reason, error = step.reason, None
         if reason is not None:
-            reason, error = self._book.finish(sequence, reason)
+            reason, error = self._tracker.finish(sequence, reason)
         return Delta(
             request_id=sequence.state.request_id,
             index=sequence.index,
@@ -96,11 +96,11 @@ class OutputProcessor:
         )
 
     def _finish_reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
-        chooser = sequence.chooser
-        if chooser.constraint is not None and chooser.constraint.is_complete:
+        sampler = sequence.sampler
+        if sampler.constraint is not None and sampler.constraint.is_complete:
             return "stop"  # whatever min_tokens is: nothing can follow
-        if sequence.num_new >= chooser.sampling.min_tokens:
-            is_end = token in chooser.end_tokens
+        if sequence.num_new >= sampler.sampling.min_tokens:
+            is_end = token in sampler.end_tokens
             if is_end or sequence.text.is_stopped:
                 return "stop"
         return "length" if sequence.num_new >= sequence.state.max_new_tokens else None
@@ -118,11 +118,11 @@ class _Step(NamedTuple):
 
 def _keep_prompt_logprobs(result: ModelRunnerOutput) -> None:
     """What a chunk of the prompt tells about the token after each of its tokens."""
-    part, sequence = result.part, result.part.sequence
-    kept, num_top = sequence.prompt_logprobs, sequence.chooser.sampling.prompt_logprobs
+    chunk, sequence = result.chunk, result.chunk.sequence
+    kept, num_top = sequence.prompt_logprobs, sequence.sampler.sampling.prompt_logprobs
     assert kept is not None, "logits of a prompt came that weren't asked for"
     assert num_top is not None, "a prompt's probabilities are kept though they aren't wanted"
     assert result.all_logits is not None, "a chunk of the prompt returned no logits"
-    for logits, position in zip(result.all_logits, range(part.start + 1, part.stop + 1), strict=True):
+    for logits, position in zip(result.all_logits, range(chunk.start + 1, chunk.stop + 1), strict=True):
         if position < len(kept):
             kept[position] = token_logprobs(logits, sequence.tokens[position], num_top)

@@ -79,21 +79,21 @@ class BlockPool:
 
 
 class BlockTable:
-    """The blocks of every track, one row each, as the attention kernels read them."""
+    """The blocks of every sequence, one row each, as the attention kernels read them."""
 
     def __init__(self, num_rows: int, row_blocks: int, device: torch.device, *, grows: bool = True) -> None:
         self.row_blocks = row_blocks
-        self.grows = grows  # False: tracks keep more than blocks in their rows, and there is memory for so many
+        self.grows = grows  # False: sequences keep more than blocks in their rows, and there is memory for so many
         self.values = torch.zeros(num_rows, row_blocks, dtype=torch.int32, device=device)
         self._free = list(range(num_rows - 1, -1, -1))
 
     def has_rows(self, num_sequences: int) -> bool:
-        """Whether so many more tracks can begin now."""
+        """Whether so many more sequences can begin now."""
         return self.grows or num_sequences <= len(self._free)
 
     def take_row(self) -> int:
         if not self._free:
-            assert self.grows, "a track began though no row was free"
+            assert self.grows, "a sequence began though no row was free"
             num_rows = self.values.shape[0]
             with torch.inference_mode(False):  # also in a trial: it is written to outside of one, too
                 self.values = torch.cat([self.values, torch.zeros_like(self.values)])

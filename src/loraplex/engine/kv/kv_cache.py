@@ -14,21 +14,21 @@ class AttentionTerms:
     """How one attention module turns queries and keys into weights."""
 
     scale: float
-    sight: MaskRule = field(default_factory=MaskRule)
+    mask_rule: MaskRule = field(default_factory=MaskRule)
     softcap: float | None = None
     sinks: Tensor | None = None  # [heads]  logits beside those of the keys, which take weight and give nothing
 
     def first_seen(self, position: int) -> int:
         """The position of the first token that a token sees."""
-        return self.sight.first(position)
+        return self.mask_rule.first(position)
 
     def seen(self, positions: Tensor, places: Tensor) -> Tensor:
         """Whether tokens at `positions` [.., 1] see keys at `places` [keys] of the same sequence."""
         seen = places <= positions
-        if self.sight.window is not None:
-            seen &= places > positions - self.sight.window
-        if self.sight.chunk is not None:
-            seen &= places >= positions // self.sight.chunk * self.sight.chunk
+        if self.mask_rule.window is not None:
+            seen &= places > positions - self.mask_rule.window
+        if self.mask_rule.chunk is not None:
+            seen &= places >= positions // self.mask_rule.chunk * self.mask_rule.chunk
         return seen
 
 
@@ -60,7 +60,7 @@ class KeyValueCache:
     ) -> None:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
-        self.spare_block = num_blocks  # which no track has: where the padding rows of recorded steps write
+        self.null_block = num_blocks  # which no sequence has: where the padding rows of recorded steps write
         self.shapes = shapes
         self.dtype = next(iter(shapes.values())).dtype
         # Not zeroed: the system gives memory to what is written, so room that is never used costs nothing.
@@ -74,6 +74,6 @@ class KeyValueCache:
 
 
 def gather_blocks(pool: Tensor, blocks: Sequence[int] | Tensor) -> Tensor:
-    """One track's keys or values [kv_heads, tokens, head_dim], in whole blocks."""
+    """One sequence's keys or values [kv_heads, tokens, head_dim], in whole blocks."""
     index = blocks if isinstance(blocks, Tensor) else torch.tensor(blocks, device=pool.device)
     return pool[index].transpose(0, 1).flatten(1, 2)

@@ -25,12 +25,12 @@ class MaskRule:
         return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
 
 
-def sight_of(row: Row, length: int) -> MaskRule | None:
+def mask_rule_of(row: Row, length: int) -> MaskRule | None:
     """What a rule shows to sequences of up to `length` tokens; None for a rule that is none of these."""
     first = _first_seen(row, length - 1)
     if first is None:
         return None
-    sight = MaskRule()
+    mask_rule = MaskRule()
     if first > 0:
         low, high = 0, length - 1  # the first query that doesn't see token 0
         while high - low > 1:
@@ -39,12 +39,12 @@ def sight_of(row: Row, length: int) -> MaskRule | None:
                 low = middle
             else:
                 high = middle
-        sight = MaskRule(window=high) if _first_seen(row, high) == 1 else MaskRule(chunk=high)
-    edge = sight.window or sight.chunk or length
+        mask_rule = MaskRule(window=high) if _first_seen(row, high) == 1 else MaskRule(chunk=high)
+    edge = mask_rule.window or mask_rule.chunk or length
     probes = {0, 1, 2, 3, 5, length // 3, length // 2, length - 2, length - 1}
     probes |= {times * edge + step for times in (1, 2, 3) for step in (-2, -1, 0, 1, 2)}
-    if all(_first_seen(row, p) == sight.first(p) for p in sorted(probes) if 0 <= p < length):
-        return sight
+    if all(_first_seen(row, p) == mask_rule.first(p) for p in sorted(probes) if 0 <= p < length):
+        return mask_rule
     return None
 
 

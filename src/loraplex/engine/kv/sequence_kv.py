@@ -9,7 +9,7 @@ from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceRoute:
-    """One adapter that a track's tokens go through."""
+    """One adapter that a sequence's tokens go through."""
 
     slot: int
     weight: float = 1.0
@@ -65,7 +65,7 @@ class SequenceKV:
 
     def reuse(self, most: int) -> None:
         """Begin with what is known of the first `most` tokens."""
-        assert not self.blocks, "a track that has blocks can't begin"
+        assert not self.blocks, "a sequence that has blocks can't begin"
         for key in self.keys(most):
             block = self._pool.get_cached_block(key)
             if block is None:
@@ -96,7 +96,7 @@ class SequenceKV:
             self._num_named = full
 
     def drop(self) -> None:
-        """Give all blocks back; the track starts anew."""
+        """Give all blocks back; the sequence starts anew."""
         for block in reversed(self.blocks):  # the end of a prefix is evicted before its beginning
             self._pool.free(block)
         self.blocks = []

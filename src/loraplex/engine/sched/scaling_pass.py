@@ -14,8 +14,8 @@ class SequenceScalingPass:
     token is chosen, its result is thrown away; gates always come from the tokens that are there.
     """
 
-    def __init__(self, track: SequenceKV, *, needs_from: int) -> None:
-        self.track = track
+    def __init__(self, kv: SequenceKV, *, needs_from: int) -> None:
+        self.kv = kv
         self.guess: int | None = None  # the token that its logits expect behind the last computed one
         self.draft: int | None = None  # the guess that was computed ahead of the main pass's choice
         self._hidden: list[Tensor] = []  # [tokens, hidden] each
@@ -23,14 +23,14 @@ class SequenceScalingPass:
 
     def token_at(self, position: int) -> int:
         """The token that a pass over `position` reads: behind the certain ones it is the draft."""
-        if position < len(self.track.tokens):
-            return self.track.tokens[position]
+        if position < len(self.kv.tokens):
+            return self.kv.tokens[position]
         assert self.guess is not None, "a draft was planned without a guess"
         return self.guess
 
     def took(self, start: int, hidden: Tensor, guess: int | None) -> None:
         """Keep the result of a pass over the tokens from `start` on."""
-        if start + len(hidden) > len(self.track.tokens):
+        if start + len(hidden) > len(self.kv.tokens):
             self.draft = self.guess
         if start < self._first:
             hidden = hidden[self._first - start :]
@@ -47,7 +47,7 @@ class SequenceScalingPass:
     def forget(self, stop: int) -> None:
         """The main pass has run the tokens before `stop`."""
         if stop > self._first:
-            kept = self.hidden(stop, self.track.num_computed)
+            kept = self.hidden(stop, self.kv.num_computed)
             self._hidden = [kept] if len(kept) else []
             self._first = stop
 
@@ -55,10 +55,10 @@ class SequenceScalingPass:
         """A token was chosen: keep the draft's result if it is that one. Returns whether it was; None without one."""
         if self.draft is None:
             return None
-        right = self.draft == self.track.tokens[-1]
+        right = self.draft == self.kv.tokens[-1]
         self.draft = None
         if not right:
-            self.track.num_computed = len(self.track.tokens) - 1
-            self._hidden = [self.hidden(self._first, self.track.num_computed)]
+            self.kv.num_computed = len(self.kv.tokens) - 1
+            self._hidden = [self.hidden(self._first, self.kv.num_computed)]
             self.guess = None
         return right

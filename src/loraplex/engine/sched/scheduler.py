@@ -28,56 +28,56 @@ class SchedulerOutput:
     """The parts of the next pass so far, and the blocks that they will take."""
 
     def __init__(self) -> None:
-        self.parts: list[ScheduledChunk] = []
+        self.chunks: list[ScheduledChunk] = []
         self.sequences: set[SequenceState] = set()
         self.num_tokens = 0
         self.num_blocks = 0
 
-    def add(self, sequence: SequenceState, parts: list[ScheduledChunk], num_blocks: int) -> None:
-        self.parts += parts
+    def add(self, sequence: SequenceState, chunks: list[ScheduledChunk], num_blocks: int) -> None:
+        self.chunks += chunks
         self.sequences.add(sequence)
-        self.num_tokens += sum(part.count for part in parts)
+        self.num_tokens += sum(chunk.count for chunk in chunks)
         self.num_blocks += num_blocks
 
 
 def is_decoding(sequence: SequenceState) -> bool:
     """Whether only its last token is left to run in every pass."""
     certain = len(sequence.tokens)
-    return all(track.num_computed >= certain - 1 for track in sequence.tracks)
+    return all(kv.num_computed >= certain - 1 for kv in sequence.kvs)
 
 
 def decode_chunks(sequence: SequenceState, draft: bool) -> list[ScheduledChunk]:
     """The last token of the main pass, if its scalings are known; of the scaling passes, the last token or a draft."""
     certain = len(sequence.tokens)
-    ready = all(scaling.track.num_computed >= certain for scaling in sequence.scalings)
-    parts = [_main_chunk(sequence, certain - 1, certain)] if ready else []
+    ready = all(scaling.kv.num_computed >= certain for scaling in sequence.scalings)
+    chunks = [_main_chunk(sequence, certain - 1, certain)] if ready else []
     for scaling in sequence.scalings:
-        computed = scaling.track.num_computed
+        computed = scaling.kv.num_computed
         if computed < certain:
-            parts.append(_scaling_chunk(sequence, scaling, computed, certain, draft))
+            chunks.append(_scaling_chunk(sequence, scaling, computed, certain, draft))
         elif ready and draft and computed == certain and scaling.guess is not None and _goes_on(sequence):
-            parts.append(_scaling_chunk(sequence, scaling, certain, certain + 1, draft))
-    return parts
+            chunks.append(_scaling_chunk(sequence, scaling, certain, certain + 1, draft))
+    return chunks
 
 
 def prefill_chunks(sequence: SequenceState, budget: TokenBudget, draft: bool) -> list[ScheduledChunk]:
     """A chunk of each pass; the main one follows the scaling passes, which tell its gates."""
     left, certain = budget.left, len(sequence.tokens)
     assert sequence.main is not None, "a sequence runs without passes"
-    parts = []
-    known = min([certain, *(scaling.track.num_computed for scaling in sequence.scalings)])
+    chunks = []
+    known = min([certain, *(scaling.kv.num_computed for scaling in sequence.scalings)])
     start = sequence.main.num_computed
     stop = min(known, start + left)
     if stop > start:
-        parts.append(_main_chunk(sequence, start, stop))
+        chunks.append(_main_chunk(sequence, start, stop))
         left -= stop - start
     for scaling in sequence.scalings:
-        start = scaling.track.num_computed
+        start = scaling.kv.num_computed
         stop = min(certain, start + left)
         if stop > start:
-            parts.append(_scaling_chunk(sequence, scaling, start, stop, draft))
+            chunks.append(_scaling_chunk(sequence, scaling, start, stop, draft))
             left -= stop - start
-    return parts
+    return chunks
 
 
 def _goes_on(sequence: SequenceState) -> bool:
@@ -90,7 +90,7 @@ def _main_chunk(sequence: SequenceState, start: int, stop: int) -> ScheduledChun
     return ScheduledChunk(
         owner=sequence,
         scaling=None,
-        track=sequence.main,
+        kv=sequence.main,
         start=start,
         count=stop - start,
         wants_logits=stop == len(sequence.tokens),
@@ -104,7 +104,7 @@ def _scaling_chunk(
     return ScheduledChunk(
         owner=sequence,
         scaling=scaling,
-        track=scaling.track,
+        kv=scaling.kv,
         start=start,
         count=stop - start,
         wants_logits=draft and stop >= len(sequence.tokens),
@@ -162,23 +162,23 @@ class Scheduler:
         for sequence in ranked:
             if sequence.holds_blocks and not is_decoding(sequence):
                 budget.take(self._place(plan, sequence, prefill_chunks(sequence, budget, self._config.draft)))
-        for part in plan.parts:
-            part.track.grow(part.stop)
-            self.shares.charge(part.sequence.state.share, part.count)
-        return plan.parts
+        for chunk in plan.chunks:
+            chunk.kv.grow(chunk.stop)
+            self.shares.charge(chunk.sequence.state.share, chunk.count)
+        return plan.chunks
 
     # Room for keys and values
 
     def _place(self, plan: SchedulerOutput, sequence: SequenceState, wanted: list[ScheduledChunk]) -> int:
         """Plan `wanted` if there are blocks for it, made free if need be; returns the number of its tokens."""
-        needed = sum(part.track.blocks_missing(part.stop) for part in wanted)
+        needed = sum(chunk.kv.blocks_missing(chunk.stop) for chunk in wanted)
         while wanted and plan.num_blocks + needed > self._pool.num_available:
             victim = self._victim(sequence, plan)
             if victim is None:
                 return 0
             self._evict(victim)
         plan.add(sequence, wanted, needed)
-        return sum(part.count for part in wanted)
+        return sum(chunk.count for chunk in wanted)
 
     def _victim(self, sequence: SequenceState, plan: SchedulerOutput) -> SequenceState | None:
         """Who loses its keys and values: paused ones first, then running ones that rank behind `sequence`."""
@@ -270,10 +270,8 @@ class Scheduler:
 
     def _has_room(self, sequence: SequenceState) -> bool:
         """Whether its tokens fit now, beside a block for the next tokens of every running one."""
-        needed = sum(track.blocks_missing(len(sequence.tokens) + 1) for track in sequence.tracks)
-        promised = sum(
-            track.blocks_missing(len(running.tokens) + 1) for running in self.running for track in running.tracks
-        )
+        needed = sum(kv.blocks_missing(len(sequence.tokens) + 1) for kv in sequence.kvs)
+        promised = sum(kv.blocks_missing(len(running.tokens) + 1) for running in self.running for kv in running.kvs)
         return needed + promised <= self._pool.num_available
 
     def _is_computed_now(self, sequence: SequenceState) -> bool:

@@ -54,15 +54,15 @@ class SequenceState:
         self,
         state: RequestState,
         index: int,
-        chooser: Sampler,
+        sampler: Sampler,
         text: Detokenizer,
-        observations: Captures | None = None,
+        captures: Captures | None = None,
     ) -> None:
         self.state = state
         self.index = index
-        self.chooser = chooser
+        self.sampler = sampler
         self.text = text
-        self.observations = observations  # None: it is asked for tokens alone
+        self.captures = captures  # None: it is asked for tokens alone
         self.asked: SequenceAttention | None = None  # of its main pass, once it runs
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
@@ -88,9 +88,9 @@ class SequenceState:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def tracks(self) -> list[SequenceKV]:
+    def kvs(self) -> list[SequenceKV]:
         main = [] if self.main is None else [self.main]
-        return main + [scaling.track for scaling in self.scalings]
+        return main + [scaling.kv for scaling in self.scalings]
 
     @property
     def holds_blocks(self) -> bool:
@@ -101,7 +101,7 @@ class SequenceState:
         prompt, request = self.state.prompt, self.state.request
         if self.asked is None:
             row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
-            buffer = None if self.observations is None else self.observations.buffer
+            buffer = None if self.captures is None else self.captures.buffer
             self.asked = SequenceAttention(row=row, buffer=buffer) if row.asks else None
         self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
         salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
@@ -119,10 +119,10 @@ class SequenceState:
         if reuse:
             self.main.reuse(self.most_reused)
         for routes, keys in scalings:
-            track = SequenceKV(self.tokens, routes, keys, pool, table)
+            kv = SequenceKV(self.tokens, routes, keys, pool, table)
             if reuse:
-                track.reuse(self.main.num_computed)
-            self.scalings.append(SequenceScalingPass(track, needs_from=self.main.num_computed))
+                kv.reuse(self.main.num_computed)
+            self.scalings.append(SequenceScalingPass(kv, needs_from=self.main.num_computed))
 
     @property
     def is_outgrown(self) -> bool:
@@ -135,21 +135,21 @@ class SequenceState:
         """How many tokens the main pass may take from the prefix cache: not the last, nor what is still to be seen."""
         if self.prompt_logprobs is not None:
             return 0
-        if self.observations is None:
+        if self.captures is None:
             return len(self.tokens) - 1
         mixtures = () if self.state.binding is None else self.state.binding.mixtures
-        return self.observations.most_reused(len(self.tokens) - 1, mixtures)
+        return self.captures.most_reused(len(self.tokens) - 1, mixtures)
 
     def drop_passes(self) -> None:
         """Give blocks and table rows back; tokens and their text stay."""
-        for track in self.tracks:
-            track.close()
+        for kv in self.kvs:
+            kv.close()
         self.main, self.scalings = None, []
 
     def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
         """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
-        observed, self.observations, self.asked = self.observations, None, None
+        observed, self.captures, self.asked = self.captures, None, None
         mixtures = () if self.state.binding is None else self.state.binding.mixtures
         return Completion(
             index=self.index,

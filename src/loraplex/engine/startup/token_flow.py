@@ -15,8 +15,8 @@ from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
 from loraplex.errors import BaseModelError
 
-_FIRST = 3  # tokens that each track has run before
-# How many follow in the pass that is looked at: behind a spoilt track stands each time one that must stay clean.
+_FIRST = 3  # tokens that each sequence has run before
+# How many follow in the pass that is looked at: behind a spoilt sequence stands each time one that must stay clean.
 _COUNTS = (1, 1, 4, 5)
 _SPOILT = (True, False, True, False)
 _BLOCK_TOKENS = 16
@@ -29,19 +29,19 @@ def check_flow(
 ) -> None:
     """Raise BaseModelError where a module of packed passes lets a sequence's tokens reach those of another one.
 
-    In one pass, the embeddings of some tracks are NaN, which survives whatever a module computes with them: so this
+    In one pass, the embeddings of some sequences are NaN, which survives whatever a module computes with them: so this
     holds in every dtype and needs no tolerance.
     """
     num_blocks = len(_COUNTS)  # of its own: the engine's may be fewer
     pool, table = BlockPool(num_blocks, _BLOCK_TOKENS), BlockTable(num_blocks, 1, base.device)
     cache = KeyValueCache(shapes, num_blocks, _BLOCK_TOKENS, base.device)
-    tracks = [SequenceKV(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
-    for track in tracks:
-        track.grow(len(track.tokens))
-    forward(InputBatch([_part(track, 0, _FIRST) for track in tracks], cache, table))
-    parts = [_part(track, _FIRST, count) for track, count in zip(tracks, _COUNTS, strict=True)]
-    batch = InputBatch(parts, cache, table)
-    is_clean = [not _SPOILT[tracks.index(part.track)] for part in batch.parts for _ in range(part.count)]
+    kvs = [SequenceKV(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
+    for kv in kvs:
+        kv.grow(len(kv.tokens))
+    forward(InputBatch([_chunk(kv, 0, _FIRST) for kv in kvs], cache, table))
+    chunks = [_chunk(kv, _FIRST, count) for kv, count in zip(kvs, _COUNTS, strict=True)]
+    batch = InputBatch(chunks, cache, table)
+    is_clean = [not _SPOILT[kvs.index(chunk.kv)] for chunk in batch.chunks for _ in range(chunk.count)]
     clean = torch.tensor(is_clean, device=base.device)
     with _spoilt_embeddings(base, clean), _watched(base, clean) as leaks:
         logits = forward(batch)
@@ -49,8 +49,8 @@ def check_flow(
         raise BaseModelError(_told(base, leaks))
 
 
-def _part(track: SequenceKV, start: int, count: int) -> ScheduledChunk:
-    return ScheduledChunk(track=track, start=start, count=count, wants_logits=True, wants_all_logits=True)
+def _chunk(kv: SequenceKV, start: int, count: int) -> ScheduledChunk:
+    return ScheduledChunk(kv=kv, start=start, count=count, wants_logits=True, wants_all_logits=True)
 
 
 def _told(base: PreTrainedModel, leaks: Sequence[nn.Module]) -> str:

@@ -36,10 +36,10 @@ def trial_groups(base: PreTrainedModel, longest: int, step: int = 1) -> list[lis
     One at the end follows tokens of a cache, at a multiple of `step`: some models count their tokens by that.
     """
     settings = _numbers(base.config.get_text_config(decoder=True).to_dict())
-    lengths = [n for name, n in settings if any(part in name for part in _LENGTHS) and 2 * n + _FAR <= _LONG[1]]
+    lengths = [n for name, n in settings if any(chunk in name for chunk in _LENGTHS) and 2 * n + _FAR <= _LONG[1]]
     long = min(max(_LONG[0], *(2 * n + _FAR for n in lengths), 0), longest)
     most = longest - _FAR
-    named = [n for name, n in settings if any(part in name for part in (*_LENGTHS, "position", "length"))]
+    named = [n for name, n in settings if any(chunk in name for chunk in (*_LENGTHS, "position", "length"))]
     starts = [most, *(n - _FAR // 2 for n in [*named, *(2**power for power in range(6, most.bit_length()))])]
     far = list(dict.fromkeys(start for start in starts if _FAR < start <= most))[:_MAX_FAR]
     draw = _Tokens(base)
@@ -94,7 +94,7 @@ class TrialIndices:
 
 
 class TrialPasses:
-    """Runs groups of sequences in packed passes that hold parts of all of them, cut at odd places."""
+    """Runs groups of sequences in packed passes that hold chunks of all of them, cut at odd places."""
 
     def __init__(
         self, pool: BlockPool, table: BlockTable, cache: KeyValueCache, forward: Callable[[InputBatch], Tensor]
@@ -125,33 +125,33 @@ class TrialPasses:
     def _run_together(
         self, chosen: Sequence[tuple[int, int, TrialRow]], most: int | None, layer_by_layer: bool
     ) -> None:
-        tracks: dict[SequenceKV, tuple[int, int]] = {}
-        parts: list[list[ScheduledChunk]] = []  # of each pass
+        kvs: dict[SequenceKV, tuple[int, int]] = {}
+        chunks: list[list[ScheduledChunk]] = []  # of each pass
         try:
             for group, i, row in chosen:
-                track = SequenceKV(list(row.tokens), (), (), self._pool, self._table)
-                tracks[track] = (group, i)
-                track.grow(len(row.tokens))
+                kv = SequenceKV(list(row.tokens), (), (), self._pool, self._table)
+                kvs[kv] = (group, i)
+                kv.grow(len(row.tokens))
                 for number, (start, stop) in enumerate(list(_cut(len(row.tokens)))[:most]):
-                    parts += [[]] * (number + 1 - len(parts))
-                    part = ScheduledChunk(
-                        track=track,
+                    chunks += [[]] * (number + 1 - len(chunks))
+                    chunk = ScheduledChunk(
+                        kv=kv,
                         start=start,
                         count=stop - start,
                         wants_logits=True,
                         wants_all_logits=True,
                         offset=row.offset,
                     )
-                    parts[number] = [*parts[number], part]
-            for together in parts:
+                    chunks[number] = [*chunks[number], chunk]
+            for together in chunks:
                 batch = InputBatch(together, self._cache, self._table)
                 batch.layer_by_layer = layer_by_layer
-                self.places = _places(batch, tracks)
+                self.places = _places(batch, kvs)
                 self._forward(batch)
         finally:
             self.places = None
-            for track in tracks:
-                track.close()
+            for kv in kvs:
+                kv.close()
 
 
 def _cut(length: int) -> Iterator[tuple[int, int]]:
@@ -165,11 +165,11 @@ def _cut(length: int) -> Iterator[tuple[int, int]]:
         yield start, length
 
 
-def _places(batch: InputBatch, tracks: dict[SequenceKV, tuple[int, int]]) -> TrialIndices:
+def _places(batch: InputBatch, kvs: dict[SequenceKV, tuple[int, int]]) -> TrialIndices:
     device = batch.positions.device
     found: dict[int, list[tuple[int, int, int]]] = {}
-    for i, part in enumerate(batch.parts):
-        group, row = tracks[part.track]
-        for token in range(part.count):
-            found.setdefault(group, []).append((batch.offsets[i] + token, row, part.start + token))
+    for i, chunk in enumerate(batch.chunks):
+        group, row = kvs[chunk.kv]
+        for token in range(chunk.count):
+            found.setdefault(group, []).append((batch.offsets[i] + token, row, chunk.start + token))
     return TrialIndices({group: tuple(torch.tensor(of, device=device).T) for group, of in found.items()})

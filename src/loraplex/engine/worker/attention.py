@@ -1,4 +1,4 @@
-"""Attention over a packed batch: every token sees the keys and values of its own track, and nothing else."""
+"""Attention over a packed batch: every token sees the keys and values of its own sequence, and nothing else."""
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,9 @@ def packed_attention(
         values[blocks, :, places] = value
         if batch.num_single:
             single.copy_(attend_single(batch, query[: batch.num_single], keys, values, terms))
-    for first, part in batch.chunks():
-        rows = slice(first, first + part.count)
-        out[rows] = attend_chunk(part, query[rows], keys, values, terms)
+    for first, chunk in batch.prompt_chunks():
+        rows = slice(first, first + chunk.count)
+        out[rows] = attend_chunk(chunk, query[rows], keys, values, terms)
     if batch.attention is not None:
         batch.attention.attend(module, query, keys, values, out, terms)
     return out
@@ -50,10 +50,10 @@ def attend_single(
     values: Tensor,
     terms: AttentionTerms,
 ) -> Tensor:  # [single, heads, head_dim]
-    """Single tokens of many tracks, each over its own length, in one masked product."""
+    """Single tokens of many sequences, each over its own length, in one masked product."""
     num_single = len(query)
     positions, rows = batch.positions[:num_single], batch.rows[:num_single]
-    blocks = batch.table.values[rows, : batch.num_key_blocks].long()  # beyond a track's end: any block, masked
+    blocks = batch.table.values[rows, : batch.num_key_blocks].long()  # beyond a sequence's end: any block, masked
     k = keys[blocks].transpose(1, 2).flatten(2, 3)  # [single, kv_heads, tokens, head_dim]
     v = values[blocks].transpose(1, 2).flatten(2, 3)
     seen = terms.seen(positions.unsqueeze(1), torch.arange(k.shape[2], device=query.device))
@@ -68,23 +68,23 @@ def attend_single(
 
 
 def attend_chunk(
-    part: ScheduledChunk,
+    chunk: ScheduledChunk,
     query: Tensor,  # [count, heads, head_dim]
     keys: Tensor,
     values: Tensor,
     terms: AttentionTerms,
 ) -> Tensor:  # [count, heads, head_dim]
-    """Some tokens of one track, over all tokens before them and one another."""
+    """Some tokens of one sequence, over all tokens before them and one another."""
     size = keys.shape[2]
-    first = terms.first_seen(part.start) // size  # block
-    blocks = part.track.blocks[first : -(-part.stop // size)]
-    k, v = (gather_blocks(pool, blocks)[:, : part.stop - first * size] for pool in (keys, values))
+    first = terms.first_seen(chunk.start) // size  # block
+    blocks = chunk.kv.blocks[first : -(-chunk.stop // size)]
+    k, v = (gather_blocks(pool, blocks)[:, : chunk.stop - first * size] for pool in (keys, values))
     q = query.transpose(0, 1).unsqueeze(0)
-    sees_all = part.start == 0 and terms.first_seen(part.stop - 1) == 0
+    sees_all = chunk.start == 0 and terms.first_seen(chunk.stop - 1) == 0
     if sees_all and terms.softcap is None and terms.sinks is None:
         return _attend(q, k.unsqueeze(0), v.unsqueeze(0), None, terms)[0].transpose(0, 1)
-    positions = torch.arange(part.start, part.stop, device=query.device).unsqueeze(1)
-    seen = terms.seen(positions, torch.arange(first * size, part.stop, device=query.device))
+    positions = torch.arange(chunk.start, chunk.stop, device=query.device).unsqueeze(1)
+    seen = terms.seen(positions, torch.arange(first * size, chunk.stop, device=query.device))
     return _attend(q, k.unsqueeze(0), v.unsqueeze(0), seen[None, None], terms)[0].transpose(0, 1)
 
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.masking_utils import sdpa_mask
 
 from loraplex.engine.kv.kv_cache import AttentionTerms, LayerShape
-from loraplex.engine.kv.mask_rule import MaskRule, sight_of
+from loraplex.engine.kv.mask_rule import MaskRule, mask_rule_of
 from loraplex.engine.worker.rotary import Call, is_rotary
 from loraplex.errors import BaseModelError
 
@@ -81,10 +81,10 @@ class AttentionProbe:
             return made[0, 0, 0]
 
         try:
-            sight = sight_of(row, self._longest)
+            mask_rule = mask_rule_of(row, self._longest)
         except IndexError:  # a rule about the tokens of this pass
-            sight = None
-        self._masks.append((mask, sight))
+            mask_rule = None
+        self._masks.append((mask, mask_rule))
 
     def note_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -99,7 +99,7 @@ class AttentionProbe:
         self.shapes[module] = LayerShape(
             terms=AttentionTerms(
                 scale=query.shape[-1] ** -0.5 if options.get("scaling") is None else float(options["scaling"]),
-                sight=self._sight(module, mask, options),
+                mask_rule=self._sight(module, mask, options),
                 softcap=options.get("softcap"),
                 sinks=None if sinks is None else sinks.detach().flatten(),
             ),
@@ -112,7 +112,7 @@ class AttentionProbe:
     def _sight(self, module: nn.Module, mask: Tensor | None, options: dict[str, Any]) -> MaskRule:
         """What a module's tokens see, from the mask that it was given; without one, as the attention function says."""
         if mask is not None:
-            found = [sight for made, sight in self._masks if made is not None and _is_same(made, mask)]
+            found = [mask_rule for made, mask_rule in self._masks if made is not None and _is_same(made, mask)]
             if not found:
                 raise self._unknown(module, "attends under a mask that is not one of transformers' mask functions'")
         elif self._own in ("sdpa", "eager"):
@@ -121,7 +121,7 @@ class AttentionProbe:
             found = [MaskRule() if is_causal and self._own == "sdpa" else None]
         else:  # flash attention is told a window, and its masks are nothing
             window = options.get("sliding_window")
-            sights = [sight for _, sight in self._masks if sight is None or sight.window == window]
+            sights = [mask_rule for _, mask_rule in self._masks if mask_rule is None or mask_rule.window == window]
             found = sights[-1:] or [None]
         if found[-1] is None:
             raise self._unknown(module, "sees other tokens than those before it, the last ones or those of its chunk")

@@ -1,4 +1,4 @@
-"""Residuals, captures and steering inside packed passes: only parts that ask for them are looked at."""
+"""Residuals, captures and steering inside packed passes: only chunks that ask for them are looked at."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,16 +23,16 @@ from loraplex.residual.rows import RowAttention
 class RowGroup:
     """The rows of some plans in one packed pass: parts of equally many tokens."""
 
-    def __init__(self, plans: RowPlans, parts: Sequence[int], batch: InputBatch) -> None:
+    def __init__(self, plans: RowPlans, chunks: Sequence[int], batch: InputBatch) -> None:
         self.plans = plans
-        self.parts = tuple(parts)  # their places in the batch, in the order of the plans' rows
+        self.chunks = tuple(chunks)  # their places in the batch, in the order of the plans' rows
         self._batch = batch
-        chosen = [batch.parts[part] for part in parts]
+        chosen = [batch.chunks[chunk] for chunk in chunks]
         device = batch.positions.device
-        firsts = torch.tensor([batch.offsets[part] for part in parts], device=device)
+        firsts = torch.tensor([batch.offsets[chunk] for chunk in chunks], device=device)
         self.tokens = firsts.unsqueeze(1) + torch.arange(chosen[0].count, device=device)  # [rows, count]
-        self.num_keys = max(part.stop for part in chosen)
-        self._start = min(part.start for part in chosen)
+        self.num_keys = max(chunk.stop for chunk in chosen)
+        self._start = min(chunk.start for chunk in chosen)
 
     def weights(
         self, plan: LayerPlan, num_heads: int, query: Tensor, keys: Tensor, terms: AttentionTerms
@@ -58,10 +58,10 @@ class RowGroup:
         )
 
     def values(self, rows: Tensor, values: Tensor, terms: AttentionTerms) -> Tensor:  # [rows, kv_heads, keys, dim]
-        """The values that some rows attend to, 0 beyond a track's end, where memory may hold anything."""
+        """The values that some rows attend to, 0 beyond a sequence's end, where memory may hold anything."""
         first = self._first_block(terms)
         gathered = self._gather(values, rows, first)
-        if len(self.parts) == 1:
+        if len(self.chunks) == 1:
             return gathered
         places = torch.arange(first * self._batch.cache.block_tokens, self.num_keys, device=values.device)
         beyond = places > self._batch.positions[self.tokens[rows, -1:]]  # [rows, keys]
@@ -72,8 +72,8 @@ class RowGroup:
 
     def _gather(self, pool: Tensor, rows: Tensor, first: int) -> Tensor:  # [rows, kv_heads, keys, dim]
         size = self._batch.cache.block_tokens
-        tracks = self._batch.rows[self.tokens[rows, 0]]
-        blocks = self._batch.table.values[tracks, first : -(-self.num_keys // size)].long()
+        kvs = self._batch.rows[self.tokens[rows, 0]]
+        blocks = self._batch.table.values[kvs, first : -(-self.num_keys // size)].long()
         return pool[blocks].transpose(1, 2).flatten(2, 3)[:, :, : self.num_keys - first * size]
 
 
@@ -91,9 +91,9 @@ class AttentionRows:
             self._together = None
             return None
         together, alone = _side_by_side(batch.asking, batch.num_single)
-        self._together = self._plans_together([batch.asking[part].row for part in together])
+        self._together = self._plans_together([batch.asking[chunk].row for chunk in together])
         groups = [] if self._together is None else [RowGroup(self._together, together, batch)]
-        groups += [RowGroup(batch.asking[part].plans, [part], batch) for part in alone]
+        groups += [RowGroup(batch.asking[chunk].plans, [chunk], batch) for chunk in alone]
         return ForwardContext(batch, groups, self._linked.layers, self.responses)
 
     def forget_rows(self) -> None:
@@ -141,7 +141,7 @@ class ForwardContext:
                 out[group.tokens[rows]] = heard.transpose(1, 2).to(out.dtype)
 
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
-        """A block's output [1, tokens, hidden] with the residuals of the parts that have some."""
+        """A block's output [1, tokens, hidden] with the residuals of the chunks that have some."""
         for group, plan, weights in self.pending.pop(layer):
             responses = GroupResidualCache(
                 self._responses, self._batch, group.tokens, group.num_keys, group.plans.ranks
@@ -155,19 +155,19 @@ class ForwardContext:
         return output
 
     def finish(self) -> dict[int, AdapterError]:
-        """The parts that failed, by place in the batch, once the pass has run. Raises EngineError."""
+        """The chunks that failed, by place in the batch, once the pass has run. Raises EngineError."""
         if self.pending or self._num_attended != len(self._layers.layers):
             raise EngineError(
                 "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "
                 "when no request is running; this one can be asked again."
             )
-        return {group.parts[row]: error for group in self._groups for row, error in group.plans.failures.items()}
+        return {group.chunks[row]: error for group in self._groups for row, error in group.plans.failures.items()}
 
 
 def _side_by_side(asking: Mapping[int, SequenceAttention], num_single: int) -> tuple[list[int], list[int]]:
-    """The asking parts that are computed together (single tokens without captures and functions), and the others."""
-    together = [part for part, asked in asking.items() if part < num_single and not asked.stands_alone]
+    """The asking chunks that are computed together (single tokens without captures and functions), and the others."""
+    together = [chunk for chunk, asked in asking.items() if chunk < num_single and not asked.stands_alone]
     if len(together) < 2:
         return [], list(asking)
-    together.sort(key=lambda part: id(asking[part]))  # the same order in the next pass, whoever goes first there
-    return together, [part for part in asking if part not in together]
+    together.sort(key=lambda chunk: id(asking[chunk]))  # the same order in the next pass, whoever goes first there
+    return together, [chunk for chunk in asking if chunk not in together]

@@ -91,13 +91,13 @@ class Captures:
 
     def _joined(self, use: int) -> Tensor:  # [tokens, lora_layers, experts]  float32
         """One mixture's scalings of all tokens; a pass that ran tokens again counts for them."""
-        parts: list[Tensor] = []
+        chunks: list[Tensor] = []
         stop = self.num_seen
         for start, scalings in reversed(self._scalings):
             if start < stop:
-                parts.append(scalings[use][: stop - start])
+                chunks.append(scalings[use][: stop - start])
                 stop = start
-        return torch.cat(parts[::-1]).float().cpu()
+        return torch.cat(chunks[::-1]).float().cpu()
 
 
 def _own(values: Tensor) -> Tensor:  # [tokens, lora_layers, experts]

@@ -140,7 +140,7 @@ class DecodeGraphs:
             return "it reads parts of prompts, whose lengths vary"
         if batch.asking:
             return "rows have residuals, captures or steering, which are planned for each pass"
-        if any(part.wants_all_logits for part in batch.parts):
+        if any(chunk.wants_all_logits for chunk in batch.chunks):
             return "logits of prompts are wanted"
         if batch.num_tokens > _LARGEST_SIZE:
             return f"it has more than {_LARGEST_SIZE} rows"

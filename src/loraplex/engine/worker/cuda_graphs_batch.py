@@ -13,8 +13,8 @@ from loraplex.engine.worker.input_batch import InputBatch
 class StaticBatch(InputBatch):
     """`size` single tokens over up to `num_key_blocks` blocks each.
 
-    A padding row is token 0 at position 0 of the cache's spare block, which no track has: it writes its keys and values
-    there, sees only them, and its results are not looked at.
+    A padding row is token 0 at position 0 of the cache's null block, which no sequence has: it writes its keys and
+    values there, sees only them, and its results are not looked at.
     """
 
     def __init__(self, size: int, num_key_blocks: int, cache: KeyValueCache, like: InputBatch) -> None:
@@ -28,13 +28,13 @@ class StaticBatch(InputBatch):
         self.rows = torch.arange(size, device=device)
 
     def fill(self, batch: InputBatch) -> None:
-        """Take over the tokens of a pass, and the blocks of their tracks."""
+        """Take over the tokens of a pass, and the blocks of their sequences."""
         num_tokens, values = batch.num_tokens, self.table.values
         self._inputs[0, :num_tokens], self._inputs[1, :num_tokens] = batch.token_ids, batch.positions
         self._inputs[2, :num_tokens] = batch.lengths
         self._inputs[:, num_tokens:] = 0
         values[:num_tokens] = batch.table.values[batch.rows, : self.num_key_blocks]
-        values[num_tokens:] = self.cache.spare_block
+        values[num_tokens:] = self.cache.null_block
 
     def begin(self) -> None:
         """Forget what was derived from the last contents."""

@@ -1,4 +1,4 @@
-"""One forward pass over parts of many sequences, side by side in one row of tokens without padding."""
+"""One forward pass over chunks of many sequences, side by side in one row of tokens without padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScheduledChunk:
-    """Some tokens of one track, in one forward pass."""
+    """Some tokens of one sequence, in one forward pass."""
 
-    track: SequenceKV
+    kv: SequenceKV
     start: int  # position of the first token
     count: int
     wants_logits: bool  # of the last token
     wants_all_logits: bool = False  # of every token
     owner: SequenceState | None = None  # None: a trial
     scaling: SequenceScalingPass | None = None  # None: the main pass
-    offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the track
+    offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the sequence
 
     @property
     def sequence(self) -> SequenceState:
-        assert self.owner is not None, "a trial's part was taken for a sequence's"
+        assert self.owner is not None, "a trial's chunk was taken for a sequence's"
         return self.owner
 
     @property
@@ -51,8 +51,8 @@ class ScheduledChunk:
 
     @property
     def lengths(self) -> list[int]:
-        """How long each token's sequence was when its position was told: see engine/rotary.py. A trial is a prompt."""
-        first = len(self.track.tokens) + self.offset if self.owner is None else self.owner.first_length
+        """How long each token's sequence was when its position was told: see rotary.py. A trial is a prompt."""
+        first = len(self.kv.tokens) + self.offset if self.owner is None else self.owner.first_length
         return [max(first, position + 1) for position in range(self.start + self.offset, self.stop + self.offset)]
 
     @property
@@ -61,13 +61,13 @@ class ScheduledChunk:
 
     @property
     def tokens(self) -> list[int]:
-        if self.scaling is None or self.stop <= len(self.track.tokens):
-            return self.track.tokens[self.start : self.stop]
+        if self.scaling is None or self.stop <= len(self.kv.tokens):
+            return self.kv.tokens[self.start : self.stop]
         return [self.scaling.token_at(position) for position in range(self.start, self.stop)]
 
 
 class AttentionCalls(Protocol):
-    """What an attention module calls, once it has attended, in a pass with parts that ask for something."""
+    """What an attention module calls, once it has attended, in a pass with chunks that ask for something."""
 
     def attend(
         self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
@@ -77,20 +77,20 @@ class AttentionCalls(Protocol):
 
 
 class InputBatch:
-    """The parts of one pass, single tokens first, and where their keys and values lie."""
+    """The chunks of one pass, single tokens first, and where their keys and values lie."""
 
-    def __init__(self, parts: Sequence[ScheduledChunk], cache: KeyValueCache, table: BlockTable) -> None:
+    def __init__(self, chunks: Sequence[ScheduledChunk], cache: KeyValueCache, table: BlockTable) -> None:
         # Those that go on from a state first, which run together. Then main passes beside each other: rows of one
         # mixture share the reading of its experts.
-        self.parts = sorted(parts, key=lambda part: (part.count, part.start == 0, part.scaling is not None))
+        self.chunks = sorted(chunks, key=lambda chunk: (chunk.count, chunk.start == 0, chunk.scaling is not None))
         self.cache = cache
         self.table = table
-        self.num_single = sum(part.count == 1 for part in self.parts)
+        self.num_single = sum(chunk.count == 1 for chunk in self.chunks)
         self.last_hidden: Tensor | None = None  # [tokens, hidden], once the pass has run
-        # By part that wants them: of each mixture of its link [tokens, lora_layers, experts], once they are predicted.
+        # By chunk that wants them: of each mixture of its link [tokens, lora_layers, experts], once they are predicted.
         self.scalings: dict[int, list[Tensor]] = {}
-        self.asking = {i: asked for i, part in enumerate(self.parts) if (asked := part.asked) is not None}
-        self.attention: AttentionCalls | None = None  # what the asking parts are served by, while the pass runs
+        self.asking = {i: asked for i, chunk in enumerate(self.chunks) if (asked := chunk.asked) is not None}
+        self.attention: AttentionCalls | None = None  # what the asking chunks are served by, while the pass runs
         self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
         self.states: PassStates | None = None  # beside keys and values, of models that keep some
         self.layer_by_layer = False  # a trial that looks at what each layer makes
@@ -98,60 +98,60 @@ class InputBatch:
         positions: list[int] = []
         rows: list[int] = []
         tokens: list[int] = []
-        self.offsets: list[int] = []  # of each part's first token
-        for part in self.parts:
+        self.offsets: list[int] = []  # of each chunk's first token
+        for chunk in self.chunks:
             self.offsets.append(len(tokens))
-            tokens += part.tokens
-            positions += range(part.start, part.stop)
-            rows += [part.track.row] * part.count
+            tokens += chunk.tokens
+            positions += range(chunk.start, chunk.stop)
+            rows += [chunk.kv.row] * chunk.count
         self.num_tokens = len(tokens)
         device = table.values.device
         self.is_native = native_runs(device, cache.dtype)
         self.token_ids, self.positions, self.rows = torch.tensor([tokens, positions, rows], device=device)
         self.position_ids = self.positions  # as the model is told them
-        if any(part.offset for part in self.parts):
-            offsets = [part.offset for part in self.parts for _ in range(part.count)]
+        if any(chunk.offset for chunk in self.chunks):
+            offsets = [chunk.offset for chunk in self.chunks for _ in range(chunk.count)]
             self.position_ids = self.positions + torch.tensor(offsets, device=device)
 
     @cached_property
     def lengths(self) -> Tensor:  # [tokens]
         """Of the sequences, as positions that depend on them are told."""
-        lengths = [length for part in self.parts for length in part.lengths]
+        lengths = [length for chunk in self.chunks for length in chunk.lengths]
         return torch.tensor(lengths, dtype=torch.int64, device=self.positions.device)
 
     @cached_property
     def selected(self) -> Tensor | None:  # [logits]
         """The tokens whose logits are wanted; None is all of them."""
         wanted: list[int] = []
-        for i, part in enumerate(self.parts):
-            wanted += range(self.last_token(i) + 1 - part.num_logits, self.last_token(i) + 1)
+        for i, chunk in enumerate(self.chunks):
+            wanted += range(self.last_token(i) + 1 - chunk.num_logits, self.last_token(i) + 1)
         return None if len(wanted) == self.num_tokens else torch.tensor(wanted, dtype=torch.int64)
 
     @property
     def num_selected(self) -> int:
-        return sum(part.num_logits for part in self.parts)
+        return sum(chunk.num_logits for chunk in self.chunks)
 
     @property
     def wants_hidden(self) -> bool:
-        return any(part.scaling is not None for part in self.parts)
+        return any(chunk.scaling is not None for chunk in self.chunks)
 
     def last_token(self, i: int) -> int:
-        """The place of a part's last token among all."""
-        return self.offsets[i] + self.parts[i].count - 1
+        """The place of a chunk's last token among all."""
+        return self.offsets[i] + self.chunks[i].count - 1
 
-    def chunks(self) -> Iterator[tuple[int, ScheduledChunk]]:
+    def prompt_chunks(self) -> Iterator[tuple[int, ScheduledChunk]]:
         """The parts of more than one token, with the place of their first."""
-        yield from zip(self.offsets[self.num_single :], self.parts[self.num_single :], strict=True)
+        yield from zip(self.offsets[self.num_single :], self.chunks[self.num_single :], strict=True)
 
     @property
     def num_chunk_keys(self) -> int:
         """The keys that the tokens of chunks see, counted for each token."""
-        return sum(part.count * (part.start + part.stop + 1) // 2 for _, part in self.chunks())
+        return sum(chunk.count * (chunk.start + chunk.stop + 1) // 2 for _, chunk in self.prompt_chunks())
 
     @cached_property
     def num_key_blocks(self) -> int:
-        """How many blocks the longest of the single tokens' tracks reaches into, known without asking the device."""
-        longest = max(part.stop for part in self.parts[: self.num_single])
+        """How many blocks the longest of the single tokens' sequences reaches into, known without asking the device."""
+        longest = max(chunk.stop for chunk in self.chunks[: self.num_single])
         return -(-longest // self.cache.block_tokens)
 
     @cached_property

@@ -88,7 +88,7 @@ class LayerStack:
                 + [_address(module.weight) for module in linear]
                 + [_address(module.bias) for module in linear]
                 + [self._module_index[module] for module in linear]
-                + [_address(keys), _address(values), terms.sight.window or 0]
+                + [_address(keys), _address(values), terms.mask_rule.window or 0]
             )
             norm_terms = [float(term) for norm in norms for term in self._norm_terms(norm)]
             constants.append([*norm_terms, terms.scale, terms.softcap or 0.0])
@@ -110,7 +110,7 @@ def may_be_stacked(layer: nn.Module, cache: KeyValueCache, taken: Callable[[nn.M
     if not all(_is_plain(layer.get_submodule(path), cache.dtype) for path in _LINEAR):
         return False
     shape, head_dim = cache.shapes[attention], _heads(attention)[0]
-    if shape.terms.sinks is not None or shape.terms.sight.chunk is not None:
+    if shape.terms.sinks is not None or shape.terms.mask_rule.chunk is not None:
         return False
     fits = shape.key_dim == shape.value_dim == head_dim and shape.dtype == cache.dtype
     return fits and _linear(layer, "mlp.gate_proj").out_features % _LANES == 0

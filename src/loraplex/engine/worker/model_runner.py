@@ -33,9 +33,9 @@ from loraplex.routing.weight_provider import SlotWeightProvider
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRunnerOutput:
-    """What a pass gave for one part."""
+    """What a pass gave for one chunk."""
 
-    part: ScheduledChunk
+    chunk: ScheduledChunk
     logits: Tensor | None  # [vocab], of its last token
     all_logits: Tensor | None  # [count, vocab], where they are wanted
     best: int | None  # the largest of them
@@ -50,21 +50,21 @@ class ModelRunner:
     def __init__(self, model: MultiLoraModel, config: EngineConfig) -> None:
         self.model = model
         longest = self._model_length(config)
-        self._attachment = AttentionHooks(model.base, longest)
-        self.lengths = self._attachment.lengths
+        self._hooks = AttentionHooks(model.base, longest)
+        self.lengths = self._hooks.lengths
         self._bank = SlotWeightProvider(model.store.slots)
         try:
-            self._states = make_states(model.base, self._attachment.shapes, config)
+            self._states = make_states(model.base, self._hooks.shapes, config)
         except BaseException:
-            self._attachment.detach()
+            self._hooks.detach()
             raise
         self.config = config if self._states is None else without_rollback(config)  # as this model can be run
         device = model.base.device
-        token_bytes = sum(shape.token_bytes for shape in self._attachment.shapes.values())
+        token_bytes = sum(shape.token_bytes for shape in self._hooks.shapes.values())
         state_bytes = 0 if self._states is None else self._states.num_bytes
         num_blocks = (config.cache_bytes - state_bytes) // (token_bytes * config.block_tokens)
         if num_blocks < 1:
-            self._attachment.detach()
+            self._hooks.detach()
             raise ConfigError(
                 f"cache_bytes is {config.cache_bytes}, but {config.block_tokens} tokens of this model take "
                 f"{token_bytes * config.block_tokens} bytes. Raise cache_bytes."
@@ -74,14 +74,14 @@ class ModelRunner:
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
         num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
         self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
-        self.cache = KeyValueCache(self._attachment.shapes, num_blocks, config.block_tokens, device)
+        self.cache = KeyValueCache(self._hooks.shapes, num_blocks, config.block_tokens, device)
         self.attention = AttentionRows(model.registry.linked, ResidualCache(num_blocks, config.block_tokens, device))
         self._fused: CpuFusion | None = None
         self.graphs: DecodeGraphs | None = None
         if self._states is not None:
             join_mixers(self._states.shapes)
         try:
-            check_flow(model.base, self._attachment.shapes, self.forward)
+            check_flow(model.base, self._hooks.shapes, self.forward)
             self._check_model()
             if device.type == "cuda" and self.config.cuda_graphs and self.lengths.is_step:
                 self.use_graphs(GraphRecorder())
@@ -109,20 +109,20 @@ class ModelRunner:
             self._fused.restore()
         if self._states is not None:
             leave_mixers(self._states.shapes)
-        self._attachment.detach()
+        self._hooks.detach()
 
     def _check_model(self) -> None:
         """Compare packed passes with the model's own; take modules over where that changes nothing.
 
         Raises BaseModelError for a model whose tokens depend on something that packed passes don't know.
         """
-        base, attends = self.model.base, self._attachment.shapes.__contains__
-        chunks = [shape.terms.sight.chunk for shape in self._attachment.shapes.values()]
+        base, attends = self.model.base, self._hooks.shapes.__contains__
+        chunks = [shape.terms.mask_rule.chunk for shape in self._hooks.shapes.values()]
         groups = trial_groups(base, self.max_length, step=max((chunk for chunk in chunks if chunk), default=1))
         if self.lengths.threshold is not None:  # a pass of the model's own gives all its rows the longest one's length
             groups = [[row] for group in groups for row in group]
         passes = TrialPasses(self.pool, self.table, self.cache, self.forward)
-        ModelCheck(base, attends, groups, self._attachment.forget_lengths).run(passes)
+        ModelCheck(base, attends, groups, self._hooks.forget_lengths).run(passes)
         if native_runs(base.device, self.model.dtype):
             adaptable = self.model.adaptable
             index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
@@ -140,31 +140,31 @@ class ModelRunner:
         return int(self.model.base.get_input_embeddings().num_embeddings)
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
-        """One forward pass; keys, values and the tracks' progress are kept."""
-        batch = InputBatch(parts, self.cache, self.table)
+    def run(self, chunks: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
+        """One forward pass; keys, values and the sequences' progress are kept."""
+        batch = InputBatch(chunks, self.cache, self.table)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
         best_tokens = largest(logits).tolist()
         results, place = [], 0
-        for i, part in enumerate(batch.parts):
-            part.track.num_computed = part.stop
+        for i, chunk in enumerate(batch.chunks):
+            chunk.kv.num_computed = chunk.stop
             own = best = None
-            stop = place + part.num_logits
-            if part.wants_logits:
+            stop = place + chunk.num_logits
+            if chunk.wants_logits:
                 own, best = logits[stop - 1], best_tokens[stop - 1]
-            all_logits = logits[place:stop] if part.wants_all_logits else None
+            all_logits = logits[place:stop] if chunk.wants_all_logits else None
             place = stop
             hidden = None
-            if part.scaling is not None:
+            if chunk.scaling is not None:
                 assert batch.last_hidden is not None, "the decoder's hidden states were not kept"
-                hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + part.count]
+                hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + chunk.count]
             told = batch.scalings.get(i, [])
             error = failed.get(i)
             results.append(
                 ModelRunnerOutput(
-                    part=part,
+                    chunk=chunk,
                     logits=own,
                     all_logits=all_logits,
                     best=best,
@@ -176,7 +176,7 @@ class ModelRunner:
         return results
 
     def forward(self, batch: InputBatch, scope: ForwardContext | None = None) -> Tensor:  # [logits, vocab]
-        """The logits of the parts that want some, in the batch's order."""
+        """The logits of the chunks that want some, in the batch's order."""
         batch.attention = scope
         batch.states = None if self._states is None else PassStates(self._states, batch)
         routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)

@@ -16,7 +16,7 @@ def _operator(name: str) -> Any:
 
 
 def store_tokens(states: Tensor, pool: Tensor, table: Tensor, rows: Tensor, positions: Tensor) -> None:
-    """Put new keys or values [tokens, kv_heads, dim] into the blocks of their tracks."""
+    """Put new keys or values [tokens, kv_heads, dim] into the blocks of their sequences."""
     _operator("store_tokens_")(states, pool, table, rows, positions)
 
 
@@ -30,11 +30,11 @@ def attend_single(
     positions: Tensor,
     terms: AttentionTerms,
 ) -> None:
-    """Attention of the first tokens, each over its own track."""
-    sight = (terms.sight.window or 0, terms.sight.chunk or 0)
+    """Attention of the first tokens, each over its own sequence."""
+    mask_rule = (terms.mask_rule.window or 0, terms.mask_rule.chunk or 0)
     sinks = None if terms.sinks is None else terms.sinks.float().contiguous()
     where = (table, rows, positions)
-    _operator("attend_single_")(query, out, keys, values, *where, terms.scale, *sight, terms.softcap or 0.0, sinks)
+    _operator("attend_single_")(query, out, keys, values, *where, terms.scale, *mask_rule, terms.softcap or 0.0, sinks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
@@ -68,7 +68,7 @@ def decode_layers(
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
 ) -> Tensor:  # [tokens, hidden]
-    """A run of decoder layers for one token of each track; the first three come from engine/layer_stack.py."""
+    """A run of decoder layers for one token of each sequence; the first three come from engine/layer_stack.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates)
     return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters)

@@ -1,4 +1,4 @@
-"""u of linked residuals for all tracks: rank numbers a token, in the blocks of the token's keys and values.
+"""u of linked residuals for all sequences: rank numbers a token, in the blocks of the token's keys and values.
 
 So u is shared, kept while a sequence is paused, evicted and computed again as they are: the chain of hashes that a
 block is known by has the residuals in it.
@@ -72,7 +72,7 @@ class GroupResidualCache:
         kept = self._pool.read(key, table, u.shape[2])[:, : self._num_keys]
         if self._tokens.shape[0] == 1:
             return kept
-        # Shorter tracks and smaller ranks end where memory may hold anything.
+        # Shorter sequences and smaller ranks end where memory may hold anything.
         written = torch.arange(self._num_keys, device=u.device) <= self._batch.positions[tokens[:, -1:]]
         own = torch.arange(u.shape[2], device=u.device) < self._ranks(key, u.device)[sequences].unsqueeze(1)
         return kept.masked_fill(~(written.unsqueeze(2) & own.unsqueeze(1)), 0)

@@ -19,15 +19,15 @@ from loraplex.xlora.mixture import Mixture
 
 
 class MixtureGates:
-    """Gates [modules, columns]; a column is one expert at one token of one part."""
+    """Gates [modules, columns]; a column is one expert at one token of one chunk."""
 
     def __init__(self, batch: InputBatch) -> None:
         main: dict[Mixture, list[tuple[int, int]]] = {}  # part and use, by mixture
         passes: dict[Mixture, list[tuple[int, int]]] = {}
-        for i, part in enumerate(batch.parts):
-            for use in sorted({route.use for route in part.track.routes if route.use is not None}):
-                groups = main if part.scaling is None else passes
-                groups.setdefault(_bound(part, use).mixture, []).append((i, use))
+        for i, chunk in enumerate(batch.chunks):
+            for use in sorted({route.use for route in chunk.kv.routes if route.use is not None}):
+                groups = main if chunk.scaling is None else passes
+                groups.setdefault(_bound(chunk, use).mixture, []).append((i, use))
         self._batch = batch
         self._places: dict[tuple[int, int], tuple[int, int, int]] = {}  # first column, columns an expert, position
         self._num_columns = 0
@@ -35,81 +35,81 @@ class MixtureGates:
         tables += [self._pass_gates(mixture, members) for mixture, members in passes.items()]
         self.values = torch.cat(tables, dim=1) if tables else torch.zeros(0, 0)
 
-    def columns(self, part: int, use: int, expert: int, start: int, stop: int) -> range:
+    def columns(self, chunk: int, use: int, expert: int, start: int, stop: int) -> range:
         """The columns of an expert at the positions [start, stop)."""
-        first, stride, position = self._places[part, use]
+        first, stride, position = self._places[chunk, use]
         column = first + expert * stride + start - position
         return range(column, column + stop - start)
 
     def _main_gates(self, mixture: Mixture, members: list[tuple[int, int]]) -> Tensor:  # [modules, columns]
         hidden, weights = [], []
         for i, use in members:
-            part = self._batch.parts[i]
-            bound = _bound(part, use)
-            hidden.append(part.sequence.scalings[bound.scaling].hidden(part.start, part.stop))
-            weights += [bound.weight] * part.count
+            chunk = self._batch.chunks[i]
+            bound = _bound(chunk, use)
+            hidden.append(chunk.sequence.scalings[bound.scaling].hidden(chunk.start, chunk.stop))
+            weights += [bound.weight] * chunk.count
         scalings = mixture.head(torch.cat(hidden))  # [tokens, lora_layers, experts]
         self._keep_wanted(members, scalings)
         gates = mixture.gates(scalings[None, None], torch.ones(1))[:, :, 0]  # [modules, experts, tokens]
         return self._place(members, gates * torch.tensor(weights, device=gates.device))
 
     def _keep_wanted(self, members: list[tuple[int, int]], scalings: Tensor) -> None:
-        """Give the scalings to the parts whose requests want them, in the order of their links."""
+        """Give the scalings to the chunks whose requests want them, in the order of their links."""
         offset = 0
         for i, use in members:
-            part = self._batch.parts[i]
-            observations = part.sequence.observations
-            if observations is not None and observations.wants_scalings:
-                kept = self._batch.scalings.setdefault(i, [scalings[:0]] * _num_mixtures(part))
-                kept[use] = scalings[offset : offset + part.count]
-            offset += part.count
+            chunk = self._batch.chunks[i]
+            captures = chunk.sequence.captures
+            if captures is not None and captures.wants_scalings:
+                kept = self._batch.scalings.setdefault(i, [scalings[:0]] * _num_mixtures(chunk))
+                kept[use] = scalings[offset : offset + chunk.count]
+            offset += chunk.count
 
     def _pass_gates(self, mixture: Mixture, members: list[tuple[int, int]]) -> Tensor:  # [modules, columns]
-        num_tokens = sum(self._batch.parts[i].count for i, _ in members)
+        num_tokens = sum(self._batch.chunks[i].count for i, _ in members)
         return self._place(members, mixture.pass_gates(1, 1, num_tokens)[:, :, 0])
 
     def _place(self, members: list[tuple[int, int]], gates: Tensor) -> Tensor:
         num_tokens, offset = gates.shape[2], 0
         for i, use in members:
-            part = self._batch.parts[i]
-            self._places[i, use] = (self._num_columns + offset, num_tokens, part.start)
-            offset += part.count
+            chunk = self._batch.chunks[i]
+            self._places[i, use] = (self._num_columns + offset, num_tokens, chunk.start)
+            offset += chunk.count
         self._num_columns += gates.shape[1] * num_tokens
         return gates.flatten(1)
 
 
-def _bound(part: ScheduledChunk, use: int) -> BoundMixture:
-    return _binding(part).mixtures[use]
+def _bound(chunk: ScheduledChunk, use: int) -> BoundMixture:
+    return _binding(chunk).mixtures[use]
 
 
-def _num_mixtures(part: ScheduledChunk) -> int:
-    return len(_binding(part).mixtures)
+def _num_mixtures(chunk: ScheduledChunk) -> int:
+    return len(_binding(chunk).mixtures)
 
 
-def _binding(part: ScheduledChunk) -> RequestAdapters:
-    binding = part.sequence.state.binding
+def _binding(chunk: ScheduledChunk) -> RequestAdapters:
+    binding = chunk.sequence.state.binding
     assert binding is not None, "a sequence runs without its adapters"
     return binding
 
 
 class RouteSpan(NamedTuple):
-    """Tokens of one part as a layer sees them."""
+    """Tokens of one chunk as a layer sees them."""
 
-    part: int
+    chunk: int
     first: int  # place of the first token
-    start: int  # its position in the track
+    start: int  # its position in the sequence
     num_tokens: int
 
 
 def _adapter_by_adapter(placed: Sequence[RouteSpan], batch: InputBatch) -> list[tuple[RouteSpan, SequenceRoute]]:
-    """The parts' routes, those through one adapter one after the other; a part's own stay in the order of its link.
+    """The chunks' routes, those through one adapter one after the other; a chunk's own stay in the order of its link.
 
     The compiled kernel reads an adapter once for tokens that follow each other, with the same bits for each.
     """
     ranked = [
         (rank, route.slot, item.first, item, route)
         for item in placed
-        for rank, route in enumerate(batch.parts[item.part].track.routes)
+        for rank, route in enumerate(batch.chunks[item.chunk].kv.routes)
     ]
     return [(item, route) for _, _, _, item, route in sorted(ranked, key=lambda entry: entry[:3])]
 
@@ -139,7 +139,7 @@ class PackedPlan(RoutingPlan):
             if route.use is not None:
                 gate = GateColumn(num_gates, stop - start)
                 own += range(num_gates, num_gates + stop - start)
-                columns += gates.columns(item.part, route.use, route.expert, start, stop)
+                columns += gates.columns(item.chunk, route.use, route.expert, start, stop)
             first = item.first + start - item.start
             segments.append(Segment(first, first + stop - start, route.slot, gate))
             num_gates += stop - start
@@ -171,7 +171,7 @@ class PackedPlan(RoutingPlan):
 
 
 class PackedRouting(RowRouting):
-    """One plan for all tokens, one for those whose logits are wanted, and others for parts that run by themselves.
+    """One plan for all tokens, one for those whose logits are wanted, and others for chunks that run by themselves.
 
     The output layer sees the second kind, state mixers the third.
     """
@@ -181,13 +181,13 @@ class PackedRouting(RowRouting):
         self._batch = batch
         self._gates = MixtureGates(batch)
         placed = [
-            RouteSpan(i, first, part.start, part.count)
-            for i, (first, part) in enumerate(zip(batch.offsets, batch.parts, strict=True))
+            RouteSpan(i, first, chunk.start, chunk.count)
+            for i, (first, chunk) in enumerate(zip(batch.offsets, batch.chunks, strict=True))
         ]
         self._all = self._plan(placed)
         self._selected: PackedPlan | None = None
         self._by_parts: dict[tuple[int, int], PackedPlan] = {}
-        self._only: PackedPlan | None = None  # of the parts that run by themselves now
+        self._only: PackedPlan | None = None  # of the chunks that run by themselves now
 
     @property
     def plan(self) -> PackedPlan:
@@ -196,7 +196,7 @@ class PackedRouting(RowRouting):
 
     @contextmanager
     def only(self, first: int, stop: int) -> Iterator[None]:
-        """Let layers see the tokens of the parts [first, stop) alone inside the block."""
+        """Let layers see the tokens of the chunks [first, stop) alone inside the block."""
         self._only = self._plan_of_parts(first, stop)
         try:
             yield
@@ -228,21 +228,21 @@ class PackedRouting(RowRouting):
             )
         if self._selected is None:
             placed, first = [], 0
-            for i, part in enumerate(self._batch.parts):
-                if part.num_logits:
-                    placed.append(RouteSpan(i, first, part.stop - part.num_logits, part.num_logits))
-                    first += part.num_logits
+            for i, chunk in enumerate(self._batch.chunks):
+                if chunk.num_logits:
+                    placed.append(RouteSpan(i, first, chunk.stop - chunk.num_logits, chunk.num_logits))
+                    first += chunk.num_logits
             self._selected = self._plan(placed)
         return self._selected
 
     def _plan_of_parts(self, first: int, stop: int) -> PackedPlan:
-        if (first, stop) == (0, len(self._batch.parts)):
+        if (first, stop) == (0, len(self._batch.chunks)):
             return self._all
         if (first, stop) not in self._by_parts:
             offset = self._batch.offsets[first]
             placed = [
-                RouteSpan(i, self._batch.offsets[i] - offset, part.start, part.count)
-                for i, part in enumerate(self._batch.parts[first:stop], first)
+                RouteSpan(i, self._batch.offsets[i] - offset, chunk.start, chunk.count)
+                for i, chunk in enumerate(self._batch.chunks[first:stop], first)
             ]
             self._by_parts[first, stop] = self._plan(placed)
         return self._by_parts[first, stop]

@@ -1,6 +1,6 @@
 """State mixers in packed passes: each sequence goes on from its own state.
 
-A mixer runs once for all single tokens, as sequences of one token, and once for each longer part, by transformers' own
+A mixer runs once for all single tokens, as sequences of one token, and once for each longer chunk, by transformers' own
 code and with transformers' own cache.
 """
 

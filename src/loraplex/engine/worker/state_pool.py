@@ -1,4 +1,4 @@
-"""The states of all tracks beside their keys and values, and those that a pass changes."""
+"""The states of all sequences beside their keys and values, and those that a pass changes."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -18,30 +18,30 @@ from loraplex.errors import ConfigError
 
 @dataclass(frozen=True)
 class Group:
-    """Parts [first_part, stop_part) that a mixer runs in one call: single tokens, or a part by itself."""
+    """Parts [first_part, stop_part) that a mixer runs in one call: single tokens, or a chunk by itself."""
 
     first_part: int
     stop_part: int
     start: int  # the first token's place in the batch
     stop: int
-    rows: Tensor  # [parts]
+    rows: Tensor  # [chunks]
     is_new: bool  # begins without a state
 
     @property
     def is_single(self) -> bool:
-        """One token for each part."""
+        """One token for each chunk."""
         return self.stop - self.start == self.stop_part - self.first_part
 
 
 class StatePool:
-    """By state mixer, states [tracks, ...]: a track has the row that it has in the block table."""
+    """By state mixer, states [sequences, ...]: a sequence has the row that it has in the block table."""
 
     def __init__(self, shapes: dict[nn.Module, MixerShape], num_rows: int, device: torch.device) -> None:
         self.shapes = shapes
         self.num_rows = num_rows
         self.num_bytes = num_rows * sum(shape.sequence_bytes for shape in shapes.values())
         self.lengths = [0] * num_rows  # tokens that each row's states have seen
-        # Not zeroed: a track begins without a state.
+        # Not zeroed: a sequence begins without a state.
         self.states: dict[nn.Module, dict[StateKey, Tensor]] = {
             module: {
                 key: torch.empty(num_rows, *size, dtype=dtype, device=device)
@@ -54,7 +54,7 @@ class StatePool:
 def make_states(base: PreTrainedModel, attention: Collection[nn.Module], config: EngineConfig) -> StatePool | None:
     """Room for the states of a model that keeps some, in up to half of `cache_bytes`.
 
-    Raises ConfigError where not one track's fit there, and BaseModelError for states of an unknown form.
+    Raises ConfigError where not one sequence's fit there, and BaseModelError for states of an unknown form.
     """
     shapes = find_mixers(base, attention)
     if not shapes:
@@ -81,24 +81,24 @@ def without_rollback(config: EngineConfig) -> EngineConfig:
 class PassStates:
     """The states that one pass reads, and those that it leaves; they are kept when all of it has run.
 
-    A pass that fails has changed nothing, so its parts can be run again.
+    A pass that fails has changed nothing, so its chunks can be run again.
     """
 
     def __init__(self, pool: StatePool, batch: InputBatch) -> None:
         self.groups = _groups(batch)
         self.num_tokens = batch.num_tokens
         self._pool = pool
-        self._left: list[tuple[Tensor, Tensor, Tensor]] = []  # all tracks' states, rows, their new ones
-        self._lengths = {part.track.row: part.stop for part in batch.parts}
-        for part in batch.parts:
-            seen = pool.lengths[part.track.row]
-            assert part.start in (0, seen), f"a part begins at token {part.start}, but its state has seen {seen}"
+        self._left: list[tuple[Tensor, Tensor, Tensor]] = []  # all sequences' states, rows, their new ones
+        self._lengths = {chunk.kv.row: chunk.stop for chunk in batch.chunks}
+        for chunk in batch.chunks:
+            seen = pool.lengths[chunk.kv.row]
+            assert chunk.start in (0, seen), f"a chunk begins at token {chunk.start}, but its state has seen {seen}"
 
     def shape_of(self, module: nn.Module) -> MixerShape:
         return self._pool.shapes[module]
 
     def begin(self, module: nn.Module, group: Group) -> LinearAttentionLayer:
-        """The layer of a cache with the states of a group's parts, which may be changed in place."""
+        """The layer of a cache with the states of a group's chunks, which may be changed in place."""
         shape = self._pool.shapes[module]
         if group.is_new:
             return shape.new_layer()
@@ -112,7 +112,7 @@ class PassStates:
             self._left.append((states[key], group.rows, values.to(states[key].dtype)))
 
     def keep(self) -> None:
-        """The pass has run: its states are the tracks' now."""
+        """The pass has run: its states are the sequences' now."""
         for states, rows, values in self._left:
             states.index_copy_(0, rows, values)
         self._left = []
@@ -121,19 +121,19 @@ class PassStates:
 
 
 def _groups(batch: InputBatch) -> list[Group]:
-    """Single tokens that follow others in one group, every other part by itself."""
-    num_going_on = sum(part.count == 1 and part.start > 0 for part in batch.parts)
+    """Single tokens that follow others in one group, every other chunk by itself."""
+    num_going_on = sum(chunk.count == 1 and chunk.start > 0 for chunk in batch.chunks)
     groups = [_group(batch, 0, num_going_on)] if num_going_on else []
-    return groups + [_group(batch, i, i + 1) for i in range(num_going_on, len(batch.parts))]
+    return groups + [_group(batch, i, i + 1) for i in range(num_going_on, len(batch.chunks))]
 
 
 def _group(batch: InputBatch, first: int, stop: int) -> Group:
-    parts: Sequence[ScheduledChunk] = batch.parts[first:stop]
+    chunks: Sequence[ScheduledChunk] = batch.chunks[first:stop]
     return Group(
         first_part=first,
         stop_part=stop,
         start=batch.offsets[first],
-        stop=batch.offsets[stop - 1] + parts[-1].count,
-        rows=torch.tensor([part.track.row for part in parts], device=batch.rows.device),
-        is_new=parts[0].start == 0,
+        stop=batch.offsets[stop - 1] + chunks[-1].count,
+        rows=torch.tensor([chunk.kv.row for chunk in chunks], device=batch.rows.device),
+        is_new=chunks[0].start == 0,
     )
