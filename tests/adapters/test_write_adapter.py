@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex.adapters import atomic_dir as atomic_folder
-from loraplex.adapters import peft_write
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.peft import writer as peft_write
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter, LoraWeights

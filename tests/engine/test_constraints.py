@@ -12,7 +12,7 @@ from loraplex.engine.frontend.structured_output import _Grammars, _JsonSchema, m
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
-from tests.chunks import require
+from tests.parts import require
 from tests.training.tiny_jobs import tiny_tokenizer
 
 require("llguidance")

@@ -10,7 +10,7 @@ KEYS = torch.arange(LENGTH + 1)
 
 
 @pytest.mark.parametrize(
-    "sight",
+    "mask_rule",
     [
         MaskRule(),
         *(MaskRule(window=n) for n in (1, 2, 7, 16, 4096, 4999)),

@@ -56,7 +56,7 @@ async def one(client: httpx.AsyncClient, number: int) -> str:
 
 
 async def load_and_stop(process: subprocess.Popen, port: int) -> tuple[Counter, Counter, int]:
-    limits = httpx.RequestLimits(max_connections=100)
+    limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, limits=limits) as client:
         before = [asyncio.create_task(one(client, number)) for number in range(NUM_REQUESTS)]
         while await in_engine(client) < NUM_REQUESTS:

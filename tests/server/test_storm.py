@@ -200,7 +200,7 @@ async def rage(storm: Storm, count: int) -> Counter[str]:
 
 
 async def storm_over(server: Running, key: str, count: int) -> Counter[str]:
-    limits = httpx.RequestLimits(max_connections=CONCURRENT)
+    limits = httpx.Limits(max_connections=CONCURRENT)
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, limits=limits) as client:
         storm = Storm(server, client, key, {}, random.Random(0))
         for model in MODELS:

@@ -14,7 +14,8 @@ from accelerate import PartialState
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import TrainingError
-from loraplex.training import AdapterJob, TrainConfig, TrainResult, checks, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
+from loraplex.training.core import checks
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 

@@ -13,7 +13,8 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import CheckpointError, ConfigError, TrainingError
-from loraplex.training import AdapterJob, TrainConfig, TrainResult, checks, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
+from loraplex.training.core import checks
 from loraplex.training.core.train_state import TrainState
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records

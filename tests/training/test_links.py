@@ -12,9 +12,10 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError, UnsupportedAdapterError
 from loraplex.residual.layers import AttentionLayers
-from loraplex.training import AdapterJob, TrainConfig, forward, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.data.examples import Example
+from loraplex.training.forward import loss as forward
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.test_residual_jobs import residual_job

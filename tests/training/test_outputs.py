@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loraplex.training import AdapterJob, TrainConfig, progress, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.training.core import progress
 from loraplex.training.core.plots import running_mean
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records

@@ -13,11 +13,12 @@ from loraplex.residual.config import ResidualConfig
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import LinkedResidual
-from loraplex.training import AdapterJob, TrainConfig, forward, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.adapters.run import residual_rows
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.trainer import Trainer
 from loraplex.training.data.batches import TrainingRow, shared_prefix_lengths
+from loraplex.training.forward import loss as forward
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.residual.tiny_residuals import random_linked

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from loraplex import XLoraConfig
 from loraplex.errors import AdapterExistsError, CheckpointError, TrainingError
-from loraplex.training import MixtureTrainResult, checks, train_mixture
+from loraplex.training import MixtureTrainResult, train_mixture
+from loraplex.training.core import checks
 from loraplex.training.mixture.state import MixtureState
 from tests.training.mixture.run_tiny import DROPOUT, STEPS, run
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
