@@ -70,7 +70,7 @@ def test_leaving_a_stream_cancels_its_request(model):
             return engine.stats()
 
     stats = run(main())
-    assert (stats.num_blocks_held, stats.num_sequences) == (0, 0)
+    assert (stats.num_blocks_held, stats.num_passes) == (0, 0)
     assert stats.counts.num_new_tokens < 390, "cancelled requests ran to their end"
 
 

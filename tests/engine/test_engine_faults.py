@@ -47,7 +47,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch):
 
 def assert_nothing_held(engine: Engine, model: MultiLoraModel) -> None:
     stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_sequences) == (0, 0, 0, 0)
+    assert (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_passes) == (0, 0, 0, 0)
     assert all(state.num_leases == 0 for state in model.adapters())
     assert not engine.has_work
     assert engine._tracker._results == {}

@@ -121,7 +121,7 @@ async def sweep(model: MultiLoraModel, injector: Injector, chosen: slice) -> dic
                 assert await asyncio.wait_for(outcome(engine, NEXT), TIMEOUT_S) == expected_next, where
                 await asyncio.wait_for(until_idle(engine), TIMEOUT_S)
                 stats = engine.stats()
-                assert (stats.num_blocks_held, stats.num_sequences) == (0, 0), where
+                assert (stats.num_blocks_held, stats.num_passes) == (0, 0), where
                 assert all(state.num_leases == 0 for state in model.adapters()), where
                 assert engine._collectors == {}, where
         counts["restarts"] = engine.faults.count

@@ -131,7 +131,7 @@ def run_traffic(model: MultiLoraModel, config: EngineConfig, num_requests: int, 
                 traffic.disturb()
             traffic.step()
         stats = engine.stats()
-    assert (stats.num_blocks_held, stats.num_sequences, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
+    assert (stats.num_blocks_held, stats.num_passes, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
     assert sum(state.num_leases for state in model.adapters()) == leases
     return traffic
 

@@ -37,7 +37,7 @@ def test_answers_equal_generates(served, config):
     for prompted, result, tokens in zip(asked, results, expected, strict=True):
         assert_same(model, prompted, result, tokens)
         assert result.finish_reason == "length"
-    assert (stats.num_blocks_held, stats.num_sequences, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
+    assert (stats.num_blocks_held, stats.num_passes, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
     assert all(state.num_leases == 0 for state in model.adapters())
 
 

@@ -54,7 +54,7 @@ def test_a_mixed_batch_gives_what_each_request_gets_alone(name, tmp_path):
         results = [engine.pop_result(request_id) for request_id in ids]
         stats = engine.stats()
     assert stats.num_preempted > 0, "some must give way and be computed again"
-    assert (stats.num_blocks_held, stats.num_sequences) == (0, 0)
+    assert (stats.num_blocks_held, stats.num_passes) == (0, 0)
     assert [type(module) for module in hybrid.model.base.modules()] == kinds
     for prompted, result in zip(asked, results, strict=True):
         assert_greedy(hybrid, prompted, result)

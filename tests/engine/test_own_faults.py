@@ -84,7 +84,7 @@ def test_own_work_that_fails_ends_one_request(model, monkeypatch, kind, method, 
             assert result in failed or result.token_ids == right.token_ids
         assert engine.faults.count == 0
         stats = engine.stats()
-        assert (stats.num_blocks_held, stats.num_sequences) == (0, 0)
+        assert (stats.num_blocks_held, stats.num_passes) == (0, 0)
         assert all(state.num_leases == 0 for state in model.adapters())
 
 

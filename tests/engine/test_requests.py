@@ -90,7 +90,7 @@ def test_a_cancelled_request_frees_what_it_held_and_the_others_go_on(model):
     assert [result.finish_reason for result in results] == ["cancelled", "length"] * 5
     for prompted, result in list(zip(asked, results, strict=True))[1::2]:
         assert_same(model, prompted, result, answer(model, prompted, 10))
-    assert (stats.num_blocks_held, stats.num_sequences) == (0, 0)
+    assert (stats.num_blocks_held, stats.num_passes) == (0, 0)
     assert all(state.num_leases == 0 for state in model.adapters())
 
 

@@ -51,7 +51,7 @@ def model(tmp_path_factory) -> MultiLoraModel:
 
 def check_nothing_held(engine: Engine) -> None:
     stats = engine.stats()
-    assert (stats.num_blocks_held, stats.num_sequences, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
+    assert (stats.num_blocks_held, stats.num_passes, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
     engine.clear_prefix_cache()
     assert engine._runner.attention.responses.num_bytes == 0
 

@@ -129,7 +129,7 @@ def wait_until_idle(server: Running) -> None:
     stop = time.monotonic() + TIMEOUT_S
     while time.monotonic() < stop:
         stats = server.server.state.engine.stats()
-        held = (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_sequences)
+        held = (stats.num_running, stats.num_waiting, stats.num_blocks_held, stats.num_passes)
         if held == (0, 0, 0, 0) and server.server.state.num_active == 0:
             return
         time.sleep(0.02)

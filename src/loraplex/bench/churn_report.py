@@ -71,7 +71,7 @@ class Holdings:
             "leases": after.num_leases - self.num_leases,
             "forgotten versions": (after.num_versions - self.num_versions) - (after.num_adapters - self.num_adapters),
             "blocks": stats.num_blocks_held,
-            "tracks": stats.num_sequences,
+            "tracks": stats.num_passes,
             "running answers": stats.num_running,
             "waiting requests": stats.num_waiting,
         }

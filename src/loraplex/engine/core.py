@@ -42,7 +42,7 @@ class EngineCore:
             block_tokens=self.runner.pool.block_tokens,
             max_answers=config.max_waiting + config.max_running,
             lengths=self.runner.lengths,
-            max_sequences=self.runner.max_sequences,
+            max_passes=self.runner.max_passes,
         )
 
     def join(self, tracker: RequestTracker, input_processor: InputProcessor, counts: StepCounts) -> None:

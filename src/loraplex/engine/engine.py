@@ -41,14 +41,14 @@ class Engine:
         self.faults = FaultLog(self.config)
         self._is_closed = False
         self._counts = StepCounts()
-        self._num_preempted = 0  # by machinery that a fault took down
+        self._num_preempted = 0  # by cores that faults took down
         self._numbers = itertools.count()
         self._step_lock = threading.Lock()
         self._tracker = RequestTracker(self.config.max_waiting + self.config.max_running)
-        self._machinery: EngineCore | None = EngineCore(model, self.config)
-        self._capacity = self._machinery.capacity
+        self._core: EngineCore | None = EngineCore(model, self.config)
+        self._capacity = self._core.capacity
         self._input_processor = InputProcessor(model, self._capacity)
-        self._machinery.join(self._tracker, self._input_processor, self._counts)
+        self._core.join(self._tracker, self._input_processor, self._counts)
 
     def __enter__(self) -> "Engine":
         return self
@@ -141,7 +141,7 @@ class Engine:
     @property
     def is_up(self) -> bool:
         """Whether steps can run: not once it is closed or stopped, nor between a fault and the restart."""
-        return self._machinery is not None
+        return self._core is not None
 
     @property
     def has_work(self) -> bool:
@@ -152,13 +152,13 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one forward pass, if anything can run; returns what it added to the requests.
 
-        A fault in between ends all requests with an EngineError, and the next step starts with new machinery; after
+        A fault in between ends all requests with an EngineError, and the next step starts with a new core; after
         `EngineConfig.max_restarts` of them the engine takes no more requests (EngineStoppedError).
         """
         with self._step_lock:
             try:
                 self._restart()
-                deltas = [] if self._machinery is None else self._machinery.step()
+                deltas = [] if self._core is None else self._core.step()
                 self._tracker.told()
                 return deltas
             except Exception as error:
@@ -169,7 +169,7 @@ class Engine:
                 raise
 
     def restart(self) -> None:
-        """Make new machinery after a fault now, rather than at the next step."""
+        """Make a new core after a fault now, rather than at the next step."""
         with self._step_lock:
             self._restart()
 
@@ -197,38 +197,38 @@ class Engine:
 
     def _take_down(self) -> None:
         """Give the model back as it was; after a fault that may fail too."""
-        machinery, self._machinery = self._machinery, None
-        if machinery is None:
+        core, self._core = self._core, None
+        if core is None:
             return
-        self._num_preempted += machinery.scheduler.num_preempted
+        self._num_preempted += core.scheduler.num_preempted
         try:
-            machinery.close()
+            core.close()
         except Exception:
             logger.exception("the engine could not be taken down in order")
 
     def _restart(self) -> None:
-        if self._machinery is not None or self._is_closed or self.faults.has_stopped:
+        if self._core is not None or self._is_closed or self.faults.has_stopped:
             return
-        gc.collect()  # what is left of the old machinery would be frozen with the heap
-        machinery = EngineCore(self.model, self.config)
-        machinery.join(self._tracker, self._input_processor, self._counts)
-        self._machinery = machinery
+        gc.collect()  # what is left of the old core would be frozen with the heap
+        core = EngineCore(self.model, self.config)
+        core.join(self._tracker, self._input_processor, self._counts)
+        self._core = core
         logger.warning("the engine has started anew; it has had %d faults", self.faults.count)
 
     # What it holds
 
     def stats(self) -> EngineStats:
         """What is held and what was done."""
-        counts, machinery = self._counts.copy(), self._machinery
-        if machinery is None:  # closed, or between a fault and the restart
+        counts, core = self._counts.copy(), self._core
+        if core is None:  # closed, or between a fault and the restart
             return EngineStats(num_blocks=self._capacity.num_blocks, num_preempted=self._num_preempted, counts=counts)
-        pool, scheduler = machinery.runner.pool, machinery.scheduler
+        pool, scheduler = core.runner.pool, core.scheduler
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=pool.num_blocks,
             num_blocks_held=pool.num_held,
-            num_sequences=machinery.runner.table.num_rows_held,
+            num_passes=core.runner.table.num_rows_held,
             num_preempted=self._num_preempted + scheduler.num_preempted,
             counts=counts,
         )
@@ -236,20 +236,20 @@ class Engine:
     def clear_prefix_cache(self) -> None:
         """Forget the keys and values of finished requests."""
         with self._step_lock:
-            if self._machinery is not None:
+            if self._core is not None:
                 self._runner.pool.forget_all_idle()
                 if self._runner.pool.num_held == 0:
                     self._runner.attention.responses.clear()
 
     @property
     def _runner(self) -> ModelRunner:
-        assert self._machinery is not None, "the engine is closed, or between a fault and its restart"
-        return self._machinery.runner
+        assert self._core is not None, "the engine is closed, or between a fault and its restart"
+        return self._core.runner
 
     @property
     def _scheduler(self) -> Scheduler:
-        assert self._machinery is not None, "the engine is closed, or between a fault and its restart"
-        return self._machinery.scheduler
+        assert self._core is not None, "the engine is closed, or between a fault and its restart"
+        return self._core.scheduler
 
     def _new_id(self) -> str:
         return next(name for number in self._numbers if not self._tracker.knows(name := f"request-{number}"))

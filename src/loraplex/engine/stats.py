@@ -37,12 +37,12 @@ class StepCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A picture of now. Of an engine without requests nothing is held: all blocks are free or in the prefix cache."""
+    """A snapshot of counters. Without requests nothing is held: all blocks are free or in the prefix cache."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int
     num_blocks_held: int = 0
-    num_sequences: int = 0
+    num_passes: int = 0  # that hold a row of the block table
     num_preempted: int
     counts: StepCounts

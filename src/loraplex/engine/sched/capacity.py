@@ -18,7 +18,7 @@ class Capacity:
     block_tokens: int
     max_answers: int  # of one request
     lengths: LengthRule = field(default_factory=LengthRule)  # when positions change with a sequence's length
-    max_sequences: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
+    max_passes: int | None = None  # passes that can be under way at once; None: as many as there are blocks for
 
     def check_answers(self, num_answers: int) -> None:
         """Raises TooLargeError for more answers than may wait and run at once."""
@@ -38,9 +38,9 @@ class Capacity:
 
     def check_blocks(self, num_tokens: int, num_passes: int) -> None:
         """Raises TooLargeError if the passes over one answer's tokens need more blocks than there are."""
-        if self.max_sequences is not None and num_passes > self.max_sequences:
+        if self.max_passes is not None and num_passes > self.max_passes:
             raise TooLargeError(
-                f"the request needs the states of {num_passes} passes, but there is room for {self.max_sequences}. "
+                f"the request needs the states of {num_passes} passes, but there is room for {self.max_passes}. "
                 "Link fewer mixtures, or raise EngineConfig.max_running and cache_bytes."
             )
         needed = -(-num_tokens // self.block_tokens) * num_passes

@@ -131,7 +131,7 @@ class ModelRunner:
                 self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
 
     @property
-    def max_sequences(self) -> int | None:
+    def max_passes(self) -> int | None:
         """How many passes can be under way at once; None: as many as there are blocks for."""
         return None if self._states is None else self._states.num_rows
 
