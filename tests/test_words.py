@@ -15,7 +15,7 @@ FORMER_FILES = {
     *("binding", "parts", "packing", "feed", "heap", "text", "token_choice", "constraints", "attachment"),
     *("joining", "attending", "fronts", "observations", "responses", "drafts", "uses", "caches", "choice"),
     *("bank", "learner", "ranks", "seeds", "identity", "gate", "runs", "library", "roots", "rates", "seams"),
-    *("front", "core", "runner", "room", "sight", "lengths"),
+    *("front", "machinery", "runner", "room", "sight", "lengths"),
 }
 FORMER_NAMES = {
     *("Intake", "Answers", "AnswerText", "RequestBook", "Generation", "Track", "KeyPart", "Waiting", "Shares"),

@@ -135,7 +135,7 @@ class AsyncEngine:
 
     @property
     def is_restarting(self) -> bool:
-        """Whether a fault has ended all requests, and those that come wait for new core."""
+        """Whether a fault has ended all requests, and those that come wait for a new core."""
         return self.is_running and not self._engine.is_up
 
     @property
