@@ -3,7 +3,7 @@
 import importlib.util
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from importlib.core import ModuleSpec
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
