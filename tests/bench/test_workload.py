@@ -90,6 +90,6 @@ def test_resident_memory_grows_with_what_is_held():
     before = resident_bytes()
     if before is None:
         skip_here("the memory of a process, which Linux tells")
-    held = np.ones(2**23)  # 64 MiB
-    assert 2**25 < resident_bytes() - before < 2**28
+    held = np.ones(2**25)  # 256 MiB: more than what earlier tests have left that the system takes back meanwhile
+    assert 2**27 < resident_bytes() - before < 2**29
     del held
