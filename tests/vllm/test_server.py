@@ -159,7 +159,7 @@ def test_many_mixed_requests_at_once(served):
     kinds = [(choice, prompts(9, seed=1)[i]) for i, choice in enumerate(CHOICES)]
 
     async def run():
-        limits = httpx.EngineLimits(max_connections=NUM_REQUESTS)
+        limits = httpx.Limits(max_connections=NUM_REQUESTS)
         async with httpx.AsyncClient(timeout=900, limits=limits) as client:
             calls = [
                 client.post(f"{address}/v1/completions", json=body(*kinds[i % len(kinds)])) for i in range(NUM_REQUESTS)

@@ -69,7 +69,7 @@ class BatchGates:
         self.buffers.is_on = True
         self.is_waiting = False
 
-    def mixture_batch_of(self, token: int) -> tuple[SlotMixture, ...]:
+    def mixtures_of(self, token: int) -> tuple[SlotMixture, ...]:
         """The mixtures that a token of this batch goes through."""
         return self._uses.get(self._slots[token], ())
 

@@ -58,7 +58,7 @@ class BatchScalingPass:
 
     def _note_scalings(self, hidden: Tensor) -> None:  # [tokens, hidden]
         for row in asked_rows(self._runner):
-            for use in self._gates.mixture_batch_of(row.tokens.start):
+            for use in self._gates.mixtures_of(row.tokens.start):
                 self.log.add(row.request_id, use.name, row.first_position, use.head(hidden[row.tokens]))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
