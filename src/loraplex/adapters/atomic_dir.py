@@ -1,7 +1,7 @@
 """Write a folder all or nothing: whatever happens, a reader finds the whole old one or the whole new one."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 
 from loraplex.adapters.exchange import exchange
 from loraplex.adapters.leftovers import claim_temporary, remove_leftovers, restore_replaced
+from loraplex.errors import AdapterExistsError
 from loraplex.output_files import flush_to_disk, unwritable
+from loraplex.validation import listed
 
 
 @contextmanager
@@ -56,3 +58,20 @@ def _replace_by_two_renames(temporary: Path, folder: Path) -> None:
         raise
     old.rename(temporary)  # so that nobody restores what is half removed
     shutil.rmtree(temporary)
+
+
+def check_destination(folder: Path, what: str, replaceable: Collection[str], *, overwrite: bool) -> None:
+    """Raise AdapterExistsError for a folder that is there, unless it may be overwritten and holds nothing but `what`.
+
+    `replaceable` are the names of the files that such a folder has.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise AdapterExistsError(f"{str(folder)!r} exists already. Choose another folder, or pass overwrite=True.")
+    others = {path.name for path in folder.iterdir()} - {*replaceable} if folder.is_dir() else {folder.name}
+    if others:
+        raise AdapterExistsError(
+            f"{str(folder)!r} is not only {what}, it holds {listed(others)}, so it is not replaced. Choose another "
+            "folder, or move these files away."
+        )

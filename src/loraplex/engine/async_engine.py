@@ -20,7 +20,7 @@ from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
 
-_INTAKE_THREADS = 4  # that read prompts and compile grammars
+_INPUT_THREADS = 4  # that read prompts and compile grammars
 EXIT_STATUS = 70  # of the process, with EngineConfig(on_fault="exit")
 _LOADING_PAUSE_S = 0.001  # while all requests wait for their adapters
 _LAST_WORDS_S = 1.0  # for errors to reach their readers before the process ends
@@ -38,7 +38,7 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
-        self._input_threads = ThreadPoolExecutor(_INTAKE_THREADS, thread_name_prefix="loraplex-intake")
+        self._input_threads = ThreadPoolExecutor(_INPUT_THREADS, thread_name_prefix="loraplex-input")
         # The engine is made in its thread: what computes in another one gets compute threads of its own, and with more
         # of them than cores OpenMP puts all to sleep between operators, which makes steps 1.4 times slower.
         made: Future[Engine] = Future()

@@ -2,17 +2,18 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.adapters.atomic_dir import atomic_folder
+from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
-from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 from loraplex.output_files import resolved
 from loraplex.residual.config import BaseFingerprint, ResidualConfig
@@ -92,7 +93,8 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
         require_finite(tensor, repr(name))
         if tuple(tensor.shape) != expected[name]:
             raise AdapterFormatError(f"{name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}.")
-    with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
+    check = partial(check_destination, folder, "a residual adapter", _REPLACEABLE, overwrite=overwrite)
+    with atomic_folder(folder, check) as temporary:
         (temporary / CONFIG_FILE).write_text(settings_as_json(settings), encoding="utf-8")
         write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual) else ())
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -151,17 +153,4 @@ def _check_entries(file: TensorFile, shapes: dict[str, tuple[int, ...]]) -> None
         raise AdapterFormatError(
             f"{file.path}: {name!r} has shape {list(wrong[name])}; expected {list(shapes[name])} ({len(wrong)} tensors "
             "have wrong shapes)."
-        )
-
-
-def _check_destination(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise AdapterExistsError(f"{str(folder)!r} exists already. Choose another folder, or pass overwrite=True.")
-    others = {path.name for path in folder.iterdir()} - _REPLACEABLE if folder.is_dir() else {folder.name}
-    if others:
-        raise AdapterExistsError(
-            f"{str(folder)!r} is not only a residual adapter, it holds {listed(others)}, so it is not replaced. Choose "
-            "another folder, or move these files away."
         )

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.adapters.atomic_dir import atomic_folder
+from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
@@ -17,7 +18,7 @@ from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
-from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.output_files import resolved
 from loraplex.validation import listed
 
@@ -46,7 +47,8 @@ def write_adapter(
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)
-    with atomic_folder(folder, lambda: _check_destination(folder, overwrite)) as temporary:
+    check = partial(check_destination, folder, "an adapter", _REPLACEABLE, overwrite=overwrite)
+    with atomic_folder(folder, check) as temporary:
         _write_files(adapter, temporary, dtype)
 
 
@@ -77,19 +79,6 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> N
     write_record(folder, adapter.end_tokens)
     # safetensors makes its file readable by the owner only.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-
-
-def _check_destination(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise AdapterExistsError(f"{str(folder)!r} exists already. Choose another folder, or pass overwrite=True.")
-    others = {path.name for path in folder.iterdir()} - _REPLACEABLE if folder.is_dir() else {folder.name}
-    if others:
-        raise AdapterExistsError(
-            f"{str(folder)!r} is not only an adapter, it holds {listed(others)}, so it is not overwritten. "
-            "Choose another folder, or move these files away."
-        )
 
 
 def _check_writable(adapter: Adapter) -> None:

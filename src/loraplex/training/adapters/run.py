@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loraplex.adapters.atomic_dir import check_destination
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
@@ -37,7 +38,6 @@ from loraplex.training.core.train_state import Divergence, Finish
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
-from loraplex.validation import listed
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _resume_or_start(
             "another output folder, or pass resume=False to train it anew and replace it."
         )
     for name in existing:
-        _check_replaceable(output / name)
+        check_destination(output / name, "an adapter", REPLACEABLE, overwrite=True)
     _check_folders_of_diverged(output, states)
     ranks.wait()
     if ranks.is_first:
@@ -220,17 +220,7 @@ def _resume_or_start(
 def _check_folders_of_diverged(output: Path, states: Sequence[JobState]) -> None:
     for folder in (output / f"{state.job.name}{DIVERGED}" for state in states):
         if folder.exists():
-            _check_replaceable(folder)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raise now what writing the trained adapter would raise hours later."""
-    others = {path.name for path in folder.iterdir()} - REPLACEABLE if folder.is_dir() else {folder.name}
-    if others:
-        raise AdapterExistsError(
-            f"{str(folder)!r} is not only an adapter, it holds {listed(others)}, so it is not replaced. "
-            "Choose another output folder, or move these files away."
-        )
+            check_destination(folder, "an adapter", REPLACEABLE, overwrite=True)
 
 
 def _result(state: JobState, output: Path) -> TrainResult:
