@@ -20,7 +20,8 @@ from loraplex.adapters.store.slots import Slots
 from loraplex.kernels.native import attend_rows_native, gated_linear_native, gated_lora_native, native_available
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
-from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import SlotWeightProvider
 
 SHAPES = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
@@ -86,7 +87,7 @@ def base_product(dtype: torch.dtype, shapes: list[tuple[int, int]], num_rows: in
     x = {n: torch.randn(num_rows, n).to(dtype) for n in {shape[0] for shape in shapes}}
     torch_calls = [lambda w=w: torch.nn.functional.linear(x[w.shape[1]], w) for w in weights]
     native_calls = [
-        lambda w=w: gated_linear_native(x[w.shape[1]], w, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
+        lambda w=w: gated_linear_native(x[w.shape[1]], w, None, *plan.table, 0, plan.rows[:0], plan.gates.of_module(0))
         for w in weights
     ]
     return {"torch": median_us(torch_calls), "native": median_us(native_calls)}

@@ -10,9 +10,9 @@ from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.sequence_kv import ExtraKey, LengthRule
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.sched.scheduler import Scheduler
 from loraplex.engine.sched.sequence import SequenceState
-from loraplex.engine.worker.input_batch import ScheduledChunk
 
 BLOCK = 4  # tokens
 

@@ -167,7 +167,7 @@ def test_an_engine_that_cant_start_anew_stops(model, fails_at, monkeypatch):
         def broken(*given: object) -> None:
             raise MemoryError("no room for keys and values")
 
-        monkeypatch.setattr("loraplex.engine.core.ModelRunner", broken)
+        monkeypatch.setattr("loraplex.engine.core.start_model_runner", broken)
         for _ in range(3):
             result = engine.generate([Request([9, 10])])[0]
             assert "no room for keys and values" in str(result.error)

@@ -9,8 +9,9 @@ from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
+from loraplex.engine.sampling.logprobs import token_logprobs, top_tokens
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import largest, token_logprobs, top_tokens
+from loraplex.engine.sampling.sampler import largest
 from loraplex.xlora.two_pass.speculation import SpeculativeStep
 from loraplex.xlora.two_pass.two_pass import TwoPass
 from tests.engine.near_ties import Seen, near_tied, output_layer_seen

@@ -7,8 +7,8 @@ import pytest
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.request import Request
+from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.request_adapters import RequestAdapters

@@ -11,8 +11,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loraplex.engine.sampling.logprobs import token_logprobs
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.sampling.sampler import Sampler, draw, largest, token_logprobs
+from loraplex.engine.sampling.sampler import Sampler, draw, largest
 from loraplex.errors import EngineError, RequestError
 
 VOCAB = 50

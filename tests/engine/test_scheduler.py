@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraplex.engine.worker.input_batch import ScheduledChunk
+from loraplex.engine.sched.chunk import ScheduledChunk
 from tests.engine.scheduled import BLOCK, Bench, main_tokens
 
 LONGEST = 40  # tokens of prompt and answer

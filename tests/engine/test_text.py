@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplex.engine.frontend.detokenizer import Detokenizer
+from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.models.loading import load_tokenizer
 
 TEXTS = ("The capital of France is Paris.", "naïve — 数学 🙂 done", "a\n\n  b\tc", "1234 567.89%")

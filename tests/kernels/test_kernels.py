@@ -13,7 +13,8 @@ from loraplex.kernels.reference import gated_lora
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import gated_lora_stacked
-from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import SlotWeightProvider
 from tests.examples import examples
 from tests.kernels.rounding import Sizes, excess, output_sizes
@@ -38,7 +39,7 @@ def make_plan(num_in, num_out, ranks, segments, num_tokens, dtype=torch.float32)
 
 def run_kernel(name, plan, y, x):
     if name == "native":
-        return gated_lora_native(y, x, *plan.bank.native_table(), 0, plan.rows, plan.gates_of(0))
+        return gated_lora_native(y, x, *plan.bank.native_table(), 0, plan.rows, plan.gates.of_module(0))
     if name == "segmented":
         return gated_lora_segmented(y, x, plan.lora_segments(0))
     return gated_lora_stacked(y, x, plan.stack(0))
@@ -244,7 +245,7 @@ def test_native_linear_equals_float64_with_and_without_adapters(dtype, num_in, n
     size_of_product = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
     with_adapters = float64_result(plan, product, x), lora_segments(plan)
     for rows, (expected, segments) in ((plan.rows[:0], (product, [])), (plan.rows, with_adapters)):
-        y = gated_linear_native(x, weight, bias, *plan.table, 0, rows, plan.gates_of(0))
+        y = gated_linear_native(x, weight, bias, *plan.table, 0, rows, plan.gates.of_module(0))
         sizes = output_sizes(size_of_product, x, segments).terms, output_sizes(product, x, segments).kept
         assert excess(y, expected, Sizes(*sizes)) <= 1
 
@@ -254,11 +255,11 @@ def test_native_linear_equals_float64_with_and_without_adapters(dtype, num_in, n
 def test_native_linear_gives_a_token_the_same_bits_in_any_batch(dtype):
     plan = make_plan(96, 80, [4], [Segment(0, 1, 0, 1.0)], 1, dtype)
     x, weight = torch.randn(15, 96).to(dtype), torch.randn(80, 96).to(dtype)
-    together = gated_linear_native(x, weight, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
+    together = gated_linear_native(x, weight, None, *plan.table, 0, plan.rows[:0], plan.gates.of_module(0))
     for first in range(15):
         for count in (1, 2, 3, 5):
             part = x[first : first + count].contiguous()
-            alone = gated_linear_native(part, weight, None, *plan.table, 0, plan.rows[:0], plan.gates_of(0))
+            alone = gated_linear_native(part, weight, None, *plan.table, 0, plan.rows[:0], plan.gates.of_module(0))
             assert torch.equal(alone, together[first : first + count])
 
 
@@ -270,4 +271,4 @@ def test_native_linear_refuses_what_it_can_not_run(problem):
     x = x.half() if problem == "dtype" else x
     weight = torch.zeros(16, 8).t() if problem == "contiguous" else weight
     with pytest.raises(RuntimeError, match=problem):
-        gated_linear_native(x, weight, None, *plan.table, 0, plan.rows, plan.gates_of(0))
+        gated_linear_native(x, weight, None, *plan.table, 0, plan.rows, plan.gates.of_module(0))

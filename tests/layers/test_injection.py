@@ -10,7 +10,8 @@ from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelMismatchError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.lora_linear import LoraLinear, become_lora_linear
-from loraplex.routing.rows import RowRouting, use_routing
+from loraplex.routing.routing import use_routing
+from loraplex.routing.rows import RowRouting
 from tests.tiny_models import (
     HIDDEN_SIZE,
     TINY_MODELS,

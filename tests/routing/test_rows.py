@@ -7,7 +7,8 @@ from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.store.slots import Slots
 from loraplex.errors import BatchError
-from loraplex.routing.rows import Route, RowRouting, current_routing, use_routing
+from loraplex.routing.routing import current_routing, use_routing
+from loraplex.routing.rows import Route, RowRouting
 from loraplex.routing.weight_provider import SlotWeightProvider
 
 

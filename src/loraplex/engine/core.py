@@ -13,11 +13,12 @@ from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.request import Delta
 from loraplex.engine.sched.adapter_leases import AdapterLeases
 from loraplex.engine.sched.capacity import Capacity
+from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.sched.request_tracker import RequestTracker
 from loraplex.engine.sched.scheduler import Scheduler
+from loraplex.engine.startup.start import start_model_runner
 from loraplex.engine.stats import StepCounts
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
-from loraplex.engine.worker.model_runner import ModelRunner
+from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class EngineCore:
         """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
         self._thaw_gc = freeze_gc(self)
         try:
-            self.runner = ModelRunner(model, config)
+            self.runner = start_model_runner(model, config)
         except BaseException:
             self._thaw_gc()
             raise

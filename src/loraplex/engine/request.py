@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
+from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
@@ -30,16 +31,6 @@ class Request:
     return_scalings: bool = False  # of the link's mixtures, for every token that is run
     scalings_budget_bytes: int | None = None  # what an answer's scalings may take; None: no limit
     cache_salt: str = ""  # requests share keys and values only with those of the same salt
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprobs:
-    """Natural logarithms of probabilities, of the model's own logits: before penalties, temperature and filters."""
-
-    token_id: int
-    logprob: float
-    rank: int  # 1 is the likeliest
-    top: tuple[tuple[int, float], ...]  # the likeliest tokens, in order
 
 
 @dataclass(frozen=True, kw_only=True)

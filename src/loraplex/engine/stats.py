@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loraplex.engine.worker.input_batch import ScheduledChunk
+from loraplex.engine.sched.chunk import ScheduledChunk
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.native import attend_rows_native
 from loraplex.layers.attention_interface import AttentionFront, AttentionOutput, Behind
-from loraplex.routing.rows import current_routing
+from loraplex.routing.routing import current_routing
 
 
 def attend(

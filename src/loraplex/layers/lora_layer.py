@@ -15,7 +15,7 @@ from loraplex.kernels.segmented import gated_lora_embedding, gated_lora_segmente
 from loraplex.kernels.stacked import gated_lora_stacked
 from loraplex.layers.row_order import RowOrder
 from loraplex.routing.plan import RoutingPlan
-from loraplex.routing.rows import RowRouting, current_routing
+from loraplex.routing.routing import Routing, current_routing
 
 
 class GatedLinear:
@@ -73,7 +73,7 @@ class GatedEmbedding:
 
 
 def add_tokens_first(
-    module: int, path: str, y: Tensor, x: Tensor, routing: RowRouting, *, bias: Tensor | None
+    module: int, path: str, y: Tensor, x: Tensor, routing: Routing, *, bias: Tensor | None
 ) -> Tensor:  # [tokens, rows, ..]
     """Add the adapters for `module` where it sees the rows' tokens beside each other."""
     x = x.transpose(0, 1)
@@ -111,7 +111,7 @@ def gradients_flow(x: Tensor, y: Tensor, plan: RoutingPlan) -> bool:
     """Whether the adapters' share needs a kernel with gradients."""
     if plan.bank.trainable:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or plan.gates_need_grad)
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or plan.gates.need_grad)
 
 
 def add_adapters_together(
@@ -127,7 +127,7 @@ def add_adapters_together(
 
     flat_ys = [y.view(-1, y.shape[-1]) for y in ys]
     flat_x = x.contiguous().view(-1, x.shape[-1])
-    gated_lora_triton(flat_ys, flat_x, plan.factors, modules, plan.work, plan.all_gates())
+    gated_lora_triton(flat_ys, flat_x, plan.factors, modules, plan.work, plan.gates.all())
     return list(ys)
 
 
@@ -142,13 +142,13 @@ def add_dora_scales(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *
             continue
         part = base[segment.start : segment.stop]
         part = part if bias is None else part - bias.float()
-        gate = plan.gate_of(segment, module)
+        gate = plan.gates.of_segment(segment, module)
         gate = gate.unsqueeze(-1) if isinstance(gate, Tensor) else gate
         total[segment.start : segment.stop].add_((part * weights.dora_scale * gate).to(y.dtype))
     return total.view_as(y)
 
 
-def plan_for(routing: RowRouting, layout: torch.Size, module: int, path: str, order: RowOrder) -> RoutingPlan | None:
+def plan_for(routing: Routing, layout: torch.Size, module: int, path: str, order: RowOrder) -> RoutingPlan | None:
     """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row.
 
     None where the layout is another and no row adapts the module. Raises BatchError where the layout doesn't tell

@@ -17,7 +17,7 @@ from loraplex.layers.lora_layer import (
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.shared_input import SharedInputs
 from loraplex.routing.plan import RoutingPlan
-from loraplex.routing.rows import RowRouting, current_routing
+from loraplex.routing.routing import Routing, current_routing
 
 
 class LoraLinear(nn.Linear):
@@ -55,7 +55,7 @@ class LoraLinear(nn.Linear):
             return y
         return add_adapters(self.lora_index, y, x, plan, bias=self.bias)
 
-    def _run_tokens_first(self, x: Tensor, routing: RowRouting) -> Tensor:  # [tokens, rows, in]
+    def _run_tokens_first(self, x: Tensor, routing: Routing) -> Tensor:  # [tokens, rows, in]
         """The base product as the model computes it; the adapters see the rows one after the other."""
         y = functional.linear(x, self.weight, self.bias)
         return add_tokens_first(self.lora_index, self.lora_path, y, x, routing, bias=self.bias)

@@ -16,7 +16,7 @@ from loraplex.kernels.float_product import float_product
 from loraplex.layers.lora_layer import add_adapters, add_tokens_first, plan_for
 from loraplex.layers.lora_linear import LoraLinear
 from loraplex.layers.row_order import RowOrder
-from loraplex.routing.rows import current_routing
+from loraplex.routing.routing import current_routing
 
 _chooses: ContextVar[bool] = ContextVar("loraplex_chooses_tokens", default=False)
 

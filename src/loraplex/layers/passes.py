@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from loraplex.routing.rows import current_routing
+from loraplex.routing.routing import current_routing
 
 _CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 

@@ -14,7 +14,9 @@ from loraplex.errors import RequestError
 from loraplex.models.mixtures import Mixtures
 from loraplex.residual.scope import use_attention
 from loraplex.routing.adapter_spec import Link
-from loraplex.routing.rows import Route, RowRouting, use_routing
+from loraplex.routing.invocation import invocation_start
+from loraplex.routing.routing import use_routing
+from loraplex.routing.rows import Route, RowRouting
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.xlora.mixture import Mixture
 from loraplex.xlora.two_pass.hooks import use_two_pass
@@ -110,24 +112,11 @@ class RowTokens:
             )
         ids = self.new[row] if self.cached is None else torch.cat([self.cached[row], self.new[row]])
         num_before = 0 if self.cached is not None else self.num_cached
-        num_active = tokens_from_invocation(ids, invocation)
-        if num_before is None or (num_before > 0 and num_active == 0):
+        start = invocation_start(ids.tolist(), invocation)
+        if num_before is None or (num_before > 0 and start is None):
             raise RequestError(
                 f"row {row} asks for the aLoRA {name!r}, but which tokens past_key_values holds is not known, and its "
                 "invocation may be among them. Pass a cache that this model's forward returned, or all tokens of the "
                 "row without past_key_values."
             )
-        return None if num_active == 0 else num_before + ids.numel() - num_active
-
-
-def tokens_from_invocation(ids: Tensor, invocation: Sequence[int]) -> int:
-    """How many of a row's last tokens an aLoRA adapts: from the last occurrence of its invocation on; 0 without one.
-
-    As PEFT counts them (`calculate_alora_offsets`): from the end, so that tokens generated later are adapted too.
-    """
-    wanted = torch.tensor(invocation, device=ids.device)
-    if ids.numel() < wanted.numel():
-        return 0
-    windows = ids.unfold(0, wanted.numel(), 1)  # [positions, invocation]
-    starts = (windows == wanted).all(dim=1).nonzero()
-    return 0 if starts.numel() == 0 else ids.numel() - int(starts[-1])
+        return None if start is None else num_before + start

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,35 +18,10 @@ from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
 from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
-from loraplex.routing.layer_gates import GateColumn, LayerGates
+from loraplex.routing.gates import Gates, gates_of_segments
+from loraplex.routing.layer_gates import LayerGates
+from loraplex.routing.segments import Segment, join_neighbours
 from loraplex.routing.weight_provider import WeightProvider
-
-
-class Segment(NamedTuple):
-    """The tokens [start, stop) go through `slot` with one gate, or a gate for each token."""
-
-    start: int
-    stop: int
-    slot: int
-    gate: float | Tensor | GateColumn = 1.0  # or [stop - start], float32; or what an expert's mixture predicts
-
-
-def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
-    """Let segments of one slot and gate that follow each other be one: fewer and larger matrix products."""
-    joined: list[Segment] = []
-    for segment in segments:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and (last.stop, last.slot) == (segment.start, segment.slot)
-            and isinstance(last.gate, float)
-            and isinstance(segment.gate, float)
-            and last.gate == segment.gate
-        ):
-            joined[-1] = last._replace(stop=segment.stop)
-        else:
-            joined.append(segment)
-    return joined
 
 
 class RoutingPlan:
@@ -62,7 +36,9 @@ class RoutingPlan:
         tokens_per_row: int | None = None,
         fast_decode: bool = False,
         layer_gates: LayerGates | None = None,
+        gates: Gates | None = None,
     ) -> None:
+        """Where segments take what a mixture predicts, `layer_gates` has it for each pass, or `gates` for this one."""
         segments = [segment for segment in segments if segment.start < segment.stop]
         # Served rows stay apart and the layout alone chooses the kernel: a row's bits must not depend on what its
         # neighbours use. Training has no such promise to keep.
@@ -70,8 +46,7 @@ class RoutingPlan:
         self.num_tokens = num_tokens
         self.tokens_per_row = num_tokens if tokens_per_row is None else tokens_per_row
         self.bank = bank
-        self._layer_gates = layer_gates if any(isinstance(s.gate, GateColumn) for s in self.segments) else None
-        self._filled_version = 0
+        self.gates: Gates = gates or gates_of_segments(self.segments, bank, layer_gates)
         self._stacks: dict[int, LoraStack] = {}
         self._adapted: set[int] = set()
         self._gained: set[int] = set()
@@ -98,10 +73,9 @@ class RoutingPlan:
         return module in self._gained
 
     @property
-    def gates_need_grad(self) -> bool:
-        """Whether a scaling head that predicted this pass's gates is in training."""
-        values = None if self._layer_gates is None else self._layer_gates.values
-        return values is not None and values.requires_grad
+    def has_dora_scales(self) -> bool:
+        """Whether a DoRA adapter of this batch takes a share of any module's base output."""
+        return bool(self._gained)
 
     def kernel(self, x: Tensor, *, needs_grad: bool) -> Kernel:
         """Which kernel runs this plan on inputs like x; decided once, since a plan meets one dtype and device."""
@@ -128,11 +102,10 @@ class RoutingPlan:
 
     def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
         """What the compiled kernel takes of this plan for one module; kept, since every decoding step asks for it."""
-        if self._layer_gates is not None:
-            self.gates_of(module)  # brings the kept tensor up to date
+        gates = self.gates.of_module(module)  # which also brings the kept tensor up to date
         known = self._native_arguments.get(module)
         if known is None:
-            known = self._native_arguments[module] = (*self.table, module, self.rows, self.gates_of(module))
+            known = self._native_arguments[module] = (*self.table, module, self.rows, gates)
         return known
 
     @cached_property
@@ -174,68 +147,6 @@ class RoutingPlan:
             first += segment.stop - segment.start
         return rows
 
-    def gates_of(self, module: int) -> Tensor:  # [sum of segment lengths]  float32, without LoRA scaling
-        """The module's gates, in the order of the segments; all modules share one tensor unless experts take part."""
-        if self._layer_gates is None:
-            return self._gate_table[0]
-        if self._filled_version != self._layer_gates.version:
-            self._fill_gate_table(self._layer_gates)
-        return self._gate_table[module]
-
-    def all_gates(self) -> Tensor:  # [gates] or [modules, gates]  float32
-        """The gates of all modules, in the order of the segments, for a kernel that runs several modules."""
-        if self._layer_gates is None:
-            return self._gate_table[0]
-        table = self.gates_of(0)._base
-        assert table is not None, "the rows of the gate table are views of one tensor"
-        return table
-
-    @cached_property
-    def _gate_table(self) -> tuple[Tensor, ...]:
-        """One row of gates for each module; only one without experts. Experts' gates are filled in for each pass."""
-        parts = [
-            segment.gate
-            if isinstance(segment.gate, Tensor)
-            else torch.full((segment.stop - segment.start,), segment.gate if isinstance(segment.gate, float) else 0.0)
-            for segment in self.segments
-        ]
-        table = self.bank.native_table()
-        device = torch.device("cpu") if table is None else table[0].device
-        if device.type != "cpu" and any(isinstance(segment.gate, Tensor) for segment in self.segments):
-            parts = [part.to(device) for part in parts]
-        gates = (torch.cat(parts).float() if parts else torch.zeros(0)).to(device)  # one copy
-        num_rows = 1 if self._layer_gates is None else self.table[0].shape[1]
-        return gates.repeat(num_rows, 1).unbind(0)
-
-    def _fill_gate_table(self, layer_gates: LayerGates) -> None:
-        columns, positions = self._expert_columns
-        length = next(s.gate.length for s in self.segments if isinstance(s.gate, GateColumn))
-        known = layer_gates.of_tokens(length)
-        values = known[:, columns, :, -length:].flatten(1)  # [modules, experts' gates]
-        table = self._gate_table[0]._base
-        assert table is not None, "the rows of the gate table are views of one tensor"
-        table[:, positions] = values.to(table.dtype)
-        self._filled_version = layer_gates.version
-
-    @cached_property
-    def _expert_columns(self) -> tuple[Tensor, Tensor]:  # [expert segments], [their gates]
-        """The columns of the layer gates that this plan uses, and where their gates lie in a row of the table."""
-        columns, positions, first = [], [], 0
-        for segment in self.segments:
-            stop = first + segment.stop - segment.start
-            if isinstance(segment.gate, GateColumn):
-                columns.append(segment.gate.column)
-                positions.append(torch.arange(first, stop))
-            first = stop
-        return torch.tensor(columns), torch.cat(positions)
-
-    def gate_of(self, segment: Segment, module: int) -> float | Tensor:  # or [stop - start]
-        """One segment's gate for one module, without LoRA scaling."""
-        if not isinstance(segment.gate, GateColumn):
-            return segment.gate
-        assert self._layer_gates is not None, "an expert's segment was planned without layer gates"
-        return segment.gate.of(self._layer_gates.of_module(module, segment.gate.length))
-
     def weights_of(self, module: int) -> list[tuple[Segment, SlotWeights]]:
         """The segments whose adapters adapt `module`, with the weights they have there."""
         pairs = ((segment, self.bank.layers(segment.slot).get(module)) for segment in self.segments)
@@ -252,7 +163,7 @@ class RoutingPlan:
                     segment.stop,
                     weights.lora_a,
                     weights.lora_b,
-                    self.gate_of(segment, module) * weights.scaling,
+                    self.gates.of_segment(segment, module) * weights.scaling,
                     dropout,
                     generator,
                 )
@@ -262,6 +173,6 @@ class RoutingPlan:
     def stack(self, module: int) -> LoraStack:
         """The module's active adapters stacked, kept for the following passes of the same layout."""
         known = self._stacks.get(module)
-        if known is None or self._layer_gates is not None:
+        if known is None or self.gates.change:
             self._stacks[module] = stack_segments(self.lora_segments(module), self.num_tokens, known=known)
         return self._stacks[module]

@@ -1,13 +1,13 @@
 """A batch's rows and the routes they take, turned into a routing plan for whatever layout reaches a layer."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import BatchError
 from loraplex.routing.layer_gates import GateColumn, LayerGates
-from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.routing import Routing
+from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import WeightProvider
 
 _MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step
@@ -23,7 +23,7 @@ class Route:
     column: int | None = None  # an expert of a mixture: its column of the layer gates, which replace the weight
 
 
-class RowRouting:
+class RowRouting(Routing):
     """The routes of every row; a plan for each layout of tokens that layers see.
 
     A layer may see the rows' tokens as [rows, tokens, features], flattened, expanded by beams (a row's beams
@@ -146,21 +146,3 @@ class RowRouting:
     def _build_uniform(self, num_tokens: int) -> RoutingPlan:
         segments = [Segment(0, num_tokens, route.slot, route.weight) for route in self.rows[0]]
         return RoutingPlan(segments, num_tokens, self.bank)
-
-
-_current: ContextVar[RowRouting | None] = ContextVar("loraplex_current_routing", default=None)
-
-
-def current_routing() -> RowRouting | None:
-    """The routing of the forward pass that runs now; None outside of one."""
-    return _current.get()
-
-
-@contextmanager
-def use_routing(routing: RowRouting) -> Iterator[None]:
-    """Let the LoRA layers follow `routing` inside the block. It is scoped because transformers owns the signatures."""
-    token = _current.set(routing)
-    try:
-        yield
-    finally:
-        _current.reset(token)

@@ -66,7 +66,8 @@ def use_torch_kernels(monkeypatch):
 def test_gradients_of_an_adapter_in_training_are_those_of_the_torch_kernel(model, monkeypatch):
     from loraplex.adapters.store.slot_weights import SlotWeights
     from loraplex.layers.lora_layer import add_adapters
-    from loraplex.routing.plan import RoutingPlan, Segment
+    from loraplex.routing.plan import RoutingPlan
+    from loraplex.routing.segments import Segment
     from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 
     a, b = torch.randn(4, 16, requires_grad=True), torch.randn(4, 12, requires_grad=True)

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.engine.request import Prompt, Request
+from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.capacity import Capacity, check_slots

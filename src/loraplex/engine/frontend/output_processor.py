@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from loraplex.engine.faults import own_fault
 from loraplex.engine.frontend.input_processor import InputProcessor
-from loraplex.engine.request import Delta, FinishReason, TokenLogprobs, TokenScalings
-from loraplex.engine.sampling.sampler import token_logprobs
+from loraplex.engine.request import Delta, FinishReason, TokenScalings
+from loraplex.engine.sampling.logprobs import TokenLogprobs, token_logprobs
 from loraplex.engine.sched.request_tracker import RequestTracker
 from loraplex.engine.sched.sequence import SequenceState
 from loraplex.engine.stats import StepCounts

@@ -14,6 +14,7 @@ from loraplex.residual.modules import FunctionResidual
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
 from loraplex.routing.adapter_spec import Link
+from loraplex.routing.invocation import invocation_start
 from loraplex.xlora.mixture import Mixture
 
 _serials: "WeakKeyDictionary[object, int]" = WeakKeyDictionary()
@@ -129,10 +130,4 @@ def _slot(version: AdapterVersion) -> int:
 
 def _active_from(version: AdapterVersion, prompt: Sequence[int]) -> int | None:
     """Where an aLoRA's last invocation in the prompt begins; None if there is none, or for other adapters."""
-    if version.invocation is None:
-        return None
-    length = len(version.invocation)
-    for start in range(len(prompt) - length, -1, -1):
-        if tuple(prompt[start : start + length]) == version.invocation:
-            return start
-    return None
+    return None if version.invocation is None else invocation_start(prompt, version.invocation)

@@ -7,10 +7,10 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.faults import own_fault
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.sched.request_queue import FairShares, RequestQueue
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
-from loraplex.engine.worker.input_batch import ScheduledChunk
 from loraplex.errors import LoraplexError
 
 

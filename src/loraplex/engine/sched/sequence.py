@@ -4,10 +4,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from loraplex.adapters.store.prepared import PreparedAdapter
-from loraplex.engine.frontend.detokenizer import Detokenizer
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.sequence_kv import ExtraKey, LengthRule, SequenceKV, SequenceRoute
-from loraplex.engine.request import Completion, FinishReason, Request, TokenLogprobs
+from loraplex.engine.request import Completion, FinishReason, Request
+from loraplex.engine.sampling.detokenizer import Detokenizer
+from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache, LayerShape
 from loraplex.engine.kv.sequence_kv import SequenceKV
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
+from loraplex.engine.sched.chunk import ScheduledChunk
+from loraplex.engine.worker.input_batch import InputBatch
+from loraplex.engine.worker.state_pool import LEAST_SEQUENCES
 from loraplex.errors import BaseModelError
 
 _FIRST = 3  # tokens that each sequence has run before
@@ -20,7 +22,7 @@ _FIRST = 3  # tokens that each sequence has run before
 _COUNTS = (1, 1, 4, 5)
 _SPOILT = (True, False, True, False)
 _BLOCK_TOKENS = 16
-FLOW_SEQUENCES = len(_COUNTS)  # which have to have room for their states
+assert len(_COUNTS) <= LEAST_SEQUENCES, "the sequences of the check have no room for their states"
 
 
 @torch.inference_mode()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.kv.sequence_kv import SequenceKV
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
+from loraplex.engine.sched.chunk import ScheduledChunk
+from loraplex.engine.worker.input_batch import InputBatch
 
 _LONG = (40, 264)  # tokens at least, so that many see something that begins behind a short prompt's end; and at most
 _FAR = 6  # tokens of a sequence that begins far behind

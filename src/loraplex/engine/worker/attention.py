@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import AttentionTerms, gather_blocks
+from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
+from loraplex.engine.worker.input_batch import InputBatch
 
 
 def packed_attention(

@@ -1,7 +1,7 @@
 """Modules between the linear ones, run by one compiled operator each where a packed batch is decoded.
 
 Not by architecture: a module is taken over if it has the parts that a formula needs and gives what the formula gives
-(engine/agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
+(agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.startup.agreement import SCALES, TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.agreement import SCALES, TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker.attention import packed_attention
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.layer_stack import LayerStack, chains, layer_forward, may_be_stacked

@@ -18,9 +18,9 @@ from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker.cuda_graphs_batch import StaticBatch
 from loraplex.engine.worker.cuda_graphs_plan import StaticPlan, StaticRouting
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
-from loraplex.engine.worker.routing import PackedPlan
 from loraplex.residual.scope import use_attention
-from loraplex.routing.rows import use_routing
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.routing import use_routing
 from loraplex.routing.weight_provider import WeightProvider
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class RecordedStep:
         self._routing = StaticRouting(plan, fast_decode=fast_decode)
         self._replay: Step | None = None
 
-    def run(self, batch: InputBatch, plan: PackedPlan, record: Recorder) -> tuple[Tensor, Tensor]:
+    def run(self, batch: InputBatch, plan: RoutingPlan, record: Recorder) -> tuple[Tensor, Tensor]:
         """The logits and the decoder's hidden states of a pass, as copies: the next replay overwrites its own."""
         self.batch.fill(batch)
         self.plan.fill(plan)
@@ -114,7 +114,7 @@ class DecodeGraphs:
         self._broken: str | None = None
         self.num_recorded = self.num_replayed = 0
 
-    def run(self, batch: InputBatch, plan: PackedPlan) -> tuple[Tensor, Tensor] | None:
+    def run(self, batch: InputBatch, plan: RoutingPlan) -> tuple[Tensor, Tensor] | None:
         """Logits [tokens, vocab] and hidden states of a pass; None if it must run without a graph, which is logged."""
         reason = self.obstacle(batch, plan)
         if reason is None:
@@ -132,7 +132,7 @@ class DecodeGraphs:
             logger.info("a pass runs without a CUDA graph: %s", reason)
         return None
 
-    def obstacle(self, batch: InputBatch, plan: PackedPlan) -> str | None:
+    def obstacle(self, batch: InputBatch, plan: RoutingPlan) -> str | None:
         """Why a pass can't run as a graph; None if it can."""
         if self._broken is not None:
             return self._broken
@@ -153,7 +153,7 @@ class DecodeGraphs:
             return "the torch kernels run the adapters, with shapes that depend on the batch"
         return None
 
-    def _step(self, batch: InputBatch, plan: PackedPlan) -> RecordedStep:
+    def _step(self, batch: InputBatch, plan: RoutingPlan) -> RecordedStep:
         max_rank = max((self._bank.max_rank(slot) for slot in {s.slot for s in plan.segments}), default=0)
         if not plan.adapted <= self._modules or max_rank > self._max_rank:
             self._modules |= plan.adapted
@@ -169,10 +169,10 @@ class DecodeGraphs:
         self._steps[shape] = step
         return step
 
-    def shape_of(self, batch: InputBatch, plan: PackedPlan) -> Shape:
+    def shape_of(self, batch: InputBatch, plan: RoutingPlan) -> Shape:
         """The padded shape of a pass."""
         size = padded_size(batch.num_tokens)
-        num_gates = plan.all_gates().shape[-1]
+        num_gates = plan.gates.all().shape[-1]
         return Shape(
             size=size,
             num_key_blocks=min(self._row_blocks, max(_FEWEST_BLOCKS, _power_of_two(batch.num_key_blocks))),

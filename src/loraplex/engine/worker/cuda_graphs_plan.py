@@ -1,12 +1,12 @@
 """A routing plan whose tensors keep their places and sizes, so that a recorded step can be run with other contents."""
 
 import torch
-from torch import Tensor
 
 from loraplex.errors import BatchError
 from loraplex.kernels.triton.work import SMALL_TILE_TOKENS, SlotFactors, WorkList, cut_work
+from loraplex.routing.gates import TableGates
 from loraplex.routing.plan import RoutingPlan
-from loraplex.routing.rows import RowRouting
+from loraplex.routing.routing import Routing
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -27,11 +27,12 @@ class StaticPlan(RoutingPlan):
         max_rank: int,
         fast_decode: bool,
     ) -> None:
-        super().__init__([], size, bank, tokens_per_row=1, fast_decode=fast_decode)
-        self._adapted = set(modules)
-        table, scalings = self.table
+        known = bank.native_table()
+        assert known is not None, "recorded steps read the weights' addresses from a table"
+        table, scalings = known
         self._gates = torch.zeros(table.shape[1], capacity, device=table.device)
-        self._gates_of_module = self._gates.unbind(0)
+        super().__init__([], size, bank, tokens_per_row=1, fast_decode=fast_decode, gates=TableGates(self._gates))
+        self._adapted = set(modules)
         self._items = torch.zeros(size + capacity, 4, dtype=torch.int32, device=table.device)
         self.work = WorkList(self._items[:size], self._items[size:], SMALL_TILE_TOKENS, capacity)
         self.rows = torch.zeros(capacity, 4, dtype=torch.int64)  # those beyond the batch's are empty
@@ -46,28 +47,18 @@ class StaticPlan(RoutingPlan):
         empty = (0, 0, 0, 0)
         padded = tiles + [empty] * (size - len(tiles)) + entries + [empty] * (capacity - len(entries))
         self._items.copy_(torch.tensor(padded, dtype=torch.int32))
-        gates = plan.all_gates()
+        gates = plan.gates.all()
         self._gates[:, : gates.shape[-1]] = gates
         self.rows.zero_()
         self.rows[: len(plan.row_list)] = plan.rows
 
-    def gates_of(self, module: int) -> Tensor:
-        return self._gates_of_module[module]
 
-    def all_gates(self) -> Tensor:
-        return self._gates
-
-
-class StaticRouting(RowRouting):
+class StaticRouting(Routing):
     """One plan for everything: all tokens' logits are computed."""
 
     def __init__(self, plan: StaticPlan, *, fast_decode: bool) -> None:
-        super().__init__([()], plan.bank, fast_decode=fast_decode)
+        self.fast_decode = fast_decode
         self._plan = plan
-
-    @property
-    def is_uniform(self) -> bool:
-        return False
 
     def adapts(self, module: int) -> bool:
         return self._plan.adapts(module)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
-from loraplex.engine.worker.routing import PackedPlan
-from loraplex.routing.rows import current_routing
+from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.routing import current_routing
 
 _LINEAR = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -58,13 +58,13 @@ class LayerStack:
             return None
         if batch.cache not in self._described:
             self._described[batch.cache] = self._describe(batch.cache)
-        adapters = (*plan.table, plan.rows, plan.all_gates())
+        adapters = (*plan.table, plan.rows, plan.gates.all())
         cos, sin = position_embeddings
         places = (batch.table.values, batch.rows, batch.positions)
         described = self._described[batch.cache]
         return native_ops.decode_layers(hidden[0], *described, cos[0], sin[0], *places, *adapters).unsqueeze(0)
 
-    def _plan(self, batch: InputBatch, hidden: Tensor) -> PackedPlan | None:
+    def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:
         """The routing plan of a pass that the compiled call can run."""
         if batch.layer_by_layer or not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
             return None
@@ -72,7 +72,7 @@ class LayerStack:
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        return plan if isinstance(plan, PackedPlan) and plan.decodes_fast(hidden) and not plan.has_dora_scales else None
+        return plan if plan.decodes_fast(hidden) and not plan.has_dora_scales else None
 
     def _describe(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[int]]:
         """What the compiled call reads about the layers: addresses, constants and sizes."""

@@ -1,33 +1,31 @@
 """Run packed batches through the base model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.sampling.sampler import largest
-from loraplex.engine.startup.model_check import ModelCheck
-from loraplex.engine.startup.token_flow import check_flow
-from loraplex.engine.startup.trial_passes import TrialPasses, trial_groups
+from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
 from loraplex.engine.worker.attention_residuals import AttentionRows, ForwardContext
 from loraplex.engine.worker.cpu_fusion import CpuFusion
-from loraplex.engine.worker.cuda_graphs import DecodeGraphs, GraphRecorder, Recorder
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk, forward_context
+from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
+from loraplex.engine.worker.input_batch import InputBatch, forward_context
+from loraplex.engine.worker.mixture_gates import MixtureGates
 from loraplex.engine.worker.residual_cache import ResidualCache
 from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_mixers import join_mixers, leave_mixers
 from loraplex.engine.worker.state_pool import PassStates, make_states, without_rollback
 from loraplex.errors import AdapterError, ConfigError
-from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.output_layer import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.scope import use_attention
-from loraplex.routing.rows import use_routing
+from loraplex.routing.routing import use_routing
 from loraplex.routing.weight_provider import SlotWeightProvider
 
 
@@ -51,16 +49,16 @@ class ModelRunner:
         self.model = model
         longest = self._model_length(config)
         self._hooks = AttentionHooks(model.base, longest)
-        self.lengths = self._hooks.lengths
+        self.shapes, self.lengths = self._hooks.shapes, self._hooks.lengths
         self._bank = SlotWeightProvider(model.store.slots)
         try:
-            self._states = make_states(model.base, self._hooks.shapes, config)
+            self._states = make_states(model.base, self.shapes, config)
         except BaseException:
             self._hooks.detach()
             raise
         self.config = config if self._states is None else without_rollback(config)  # as this model can be run
         device = model.base.device
-        token_bytes = sum(shape.token_bytes for shape in self._hooks.shapes.values())
+        token_bytes = sum(shape.token_bytes for shape in self.shapes.values())
         state_bytes = 0 if self._states is None else self._states.num_bytes
         num_blocks = (config.cache_bytes - state_bytes) // (token_bytes * config.block_tokens)
         if num_blocks < 1:
@@ -74,20 +72,12 @@ class ModelRunner:
         row_blocks = -(-(self.max_length + 1) // config.block_tokens)
         num_rows = 2 * config.max_running if self._states is None else self._states.num_rows
         self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
-        self.cache = KeyValueCache(self._hooks.shapes, num_blocks, config.block_tokens, device)
+        self.cache = KeyValueCache(self.shapes, num_blocks, config.block_tokens, device)
         self.attention = AttentionRows(model.registry.linked, ResidualCache(num_blocks, config.block_tokens, device))
         self._fused: CpuFusion | None = None
         self.graphs: DecodeGraphs | None = None
         if self._states is not None:
             join_mixers(self._states.shapes)
-        try:
-            check_flow(model.base, self._hooks.shapes, self.forward)
-            self._check_model()
-            if device.type == "cuda" and self.config.cuda_graphs and self.lengths.is_step:
-                self.use_graphs(GraphRecorder())
-        except BaseException:
-            self.close()
-            raise
 
     def use_graphs(self, record: Recorder) -> None:
         """Run passes of single tokens as recorded steps from now on, where they can be."""
@@ -104,6 +94,10 @@ class ModelRunner:
             record=record,
         )
 
+    def forget_lengths(self) -> None:
+        """Let positions that depend on a sequence's length be those of a fresh model in its next pass of its own."""
+        self._hooks.forget_lengths()
+
     def close(self) -> None:
         if self._fused is not None:
             self._fused.restore()
@@ -111,24 +105,17 @@ class ModelRunner:
             leave_mixers(self._states.shapes)
         self._hooks.detach()
 
-    def _check_model(self) -> None:
-        """Compare packed passes with the model's own; take modules over where that changes nothing.
+    def fuse(self, trial: Callable[[], object]) -> None:
+        """Let compiled operators run modules of the base model where that changes nothing, as `trial`'s passes show."""
+        adaptable = self.model.adaptable
+        index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
+        with torch.inference_mode():
+            self._fused = CpuFusion(self.model.base, self.attends, trial)
+            self._fused.stack_layers(self.model.base, self.cache, index, trial)
 
-        Raises BaseModelError for a model whose tokens depend on something that packed passes don't know.
-        """
-        base, attends = self.model.base, self._hooks.shapes.__contains__
-        chunks = [shape.terms.mask_rule.chunk for shape in self._hooks.shapes.values()]
-        groups = trial_groups(base, self.max_length, step=max((chunk for chunk in chunks if chunk), default=1))
-        if self.lengths.threshold is not None:  # a pass of the model's own gives all its rows the longest one's length
-            groups = [[row] for group in groups for row in group]
-        passes = TrialPasses(self.pool, self.table, self.cache, self.forward)
-        ModelCheck(base, attends, groups, self._hooks.forget_lengths).run(passes)
-        if native_runs(base.device, self.model.dtype):
-            adaptable = self.model.adaptable
-            index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
-            with torch.inference_mode():
-                self._fused = CpuFusion(base, attends, lambda: passes.run(groups, 3))
-                self._fused.stack_layers(base, self.cache, index, lambda: passes.run(groups, 3))
+    def attends(self, module: nn.Module) -> bool:
+        """Whether it is a module of which keys and values are kept."""
+        return module in self.shapes
 
     @property
     def max_passes(self) -> int | None:
@@ -179,7 +166,8 @@ class ModelRunner:
         """The logits of the chunks that want some, in the batch's order."""
         batch.attention = scope
         batch.states = None if self._states is None else PassStates(self._states, batch)
-        routing = PackedRouting(batch, self._bank, fast_decode=self.model.decodes_fast)
+        gates = MixtureGates(batch)  # the scaling heads, on what the scaling passes of these tokens left
+        routing = PackedRouting(batch, gates, self._bank, fast_decode=self.model.decodes_fast)
         if self.graphs is not None and scope is None:
             with choosing_tokens():
                 recorded = self.graphs.run(batch, routing.plan)

@@ -15,7 +15,7 @@ from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_pool import Group, PassStates
 from loraplex.engine.worker.state_shapes import cut_tokens
-from loraplex.routing.rows import current_routing
+from loraplex.routing.routing import current_routing
 
 _JOINED = "loraplex_state_mixer"  # on a mixer: how many engines run it apart
 _lock = threading.RLock()

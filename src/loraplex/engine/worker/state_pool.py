@@ -9,11 +9,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.startup.token_flow import FLOW_SEQUENCES
-from loraplex.engine.worker.input_batch import InputBatch, ScheduledChunk
+from loraplex.engine.sched.chunk import ScheduledChunk
+from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.engine.worker.state_probe import find_mixers
 from loraplex.engine.worker.state_shapes import MixerShape, StateKey
 from loraplex.errors import ConfigError
+
+LEAST_SEQUENCES = 4  # that have room for their states: those of the check at start
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def make_states(base: PreTrainedModel, attention: Collection[nn.Module], config:
     if not shapes:
         return None
     track_bytes = sum(shape.sequence_bytes for shape in shapes.values())
-    num_rows = min(max(2 * config.max_running, FLOW_SEQUENCES), config.cache_bytes // 2 // track_bytes)
-    if num_rows < FLOW_SEQUENCES:
+    num_rows = min(max(2 * config.max_running, LEAST_SEQUENCES), config.cache_bytes // 2 // track_bytes)
+    if num_rows < LEAST_SEQUENCES:
         raise ConfigError(
             f"cache_bytes is {config.cache_bytes}, half of which is for states, but this model keeps {track_bytes} "
-            f"bytes of them for a sequence. Raise cache_bytes to at least {2 * FLOW_SEQUENCES * track_bytes}, so that "
-            f"{FLOW_SEQUENCES} sequences have room."
+            f"bytes of them for a sequence. Raise cache_bytes to at least {2 * LEAST_SEQUENCES * track_bytes}, so that "
+            f"{LEAST_SEQUENCES} sequences have room."
         )
     return StatePool(shapes, num_rows, base.device)
 

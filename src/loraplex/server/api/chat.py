@@ -4,7 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
+from loraplex.engine.request import Completion, Request, RequestResult
+from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.extensions import capture_request

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from loraplex.engine.request import Completion, Request, RequestResult, TokenLogprobs
+from loraplex.engine.request import Completion, Request, RequestResult
+from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.extensions import capture_request

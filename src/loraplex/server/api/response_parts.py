@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from loraplex.engine.request import Completion, Delta, RequestResult, TokenLogprobs, TokenScalings
+from loraplex.engine.request import Completion, Delta, RequestResult, TokenScalings
+from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.event_stream import sse, sse_pieces
 from loraplex.server.api.extensions import extras

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loraplex.routing.rows import RowRouting, use_routing
+from loraplex.routing.routing import use_routing
+from loraplex.routing.rows import RowRouting
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.adapters.residual_rows import ResidualRows
 from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths

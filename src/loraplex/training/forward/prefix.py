@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from loraplex.residual.cache import ResidualState
-from loraplex.routing.rows import use_routing
+from loraplex.routing.routing import use_routing
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.adapters.residual_rows import PrefixResidualStates, ResidualRows
 from loraplex.training.data.batches import RowBatch, TrainingRow

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
+from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import WeightProvider
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from loraplex.layers.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
-from loraplex.routing.rows import use_routing
+from loraplex.routing.routing import use_routing
 from loraplex.training.data.batches import RowBatch, cut_sizes
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.loss import FORWARD_COST, FORWARD_COST_ELSEWHERE

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from loraplex.kernels.segments import LoraSegment
 from loraplex.routing.layer_gates import GateColumn, LayerGates
-from loraplex.routing.plan import RoutingPlan, Segment
+from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import RowRouting
+from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.mixture.experts import Experts
 

@@ -1,14 +1,15 @@
 """The routing of a call with mixtures: that of whichever pass runs now."""
 
 from loraplex.routing.plan import RoutingPlan
+from loraplex.routing.routing import Routing
 from loraplex.routing.rows import RowRouting
 
 
-class PassRouting(RowRouting):
+class PassRouting(Routing):
     """The routing of a call: that of the pass which runs now."""
 
     def __init__(self, main: RowRouting) -> None:
-        super().__init__(main.rows, main.bank, fast_decode=main.fast_decode)
+        self.fast_decode = main.fast_decode
         self.now = main
         self.last_pass: tuple[int, int | None] = (0, None)  # what `begin_pass` was told of it
 
@@ -19,6 +20,13 @@ class PassRouting(RowRouting):
     @property
     def is_uniform(self) -> bool:
         return self.now.is_uniform
+
+    @property
+    def has_starts(self) -> bool:
+        return self.now.has_starts
+
+    def takes(self, num_sequences: int) -> bool:
+        return self.now.takes(num_sequences)
 
     def adapts(self, module: int) -> bool:
         return self.now.adapts(module)

@@ -1,0 +1,67 @@
+"""What LoRA layers ask of the pass that runs: the plan for the tokens that reach them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+from loraplex.errors import BatchError
+from loraplex.routing.plan import RoutingPlan
+
+
+class Routing(Protocol):
+    """The defaults are those of one row of tokens, whose order counts and whose adapters are active from the first."""
+
+    fast_decode: bool  # whether single-token steps run base product and adapters in one compiled call
+
+    @property
+    def num_rows(self) -> int:
+        return 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tokens go through the same adapters with the same gates, so that their order doesn't matter."""
+        return False
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether an adapter begins inside a row, so that the rows' length counts."""
+        return False
+
+    def begin_pass(self, num_new: int, length: int | None) -> None:
+        """Learn how many columns the pass that begins adds to the rows, and how many they then have."""
+        return
+
+    def adapts(self, module: int) -> bool:
+        """Whether any row adapts the module."""
+        ...
+
+    def takes(self, num_sequences: int) -> bool:
+        """Whether so many sequences are the rows, each equally often."""
+        return True
+
+    def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
+        """The plan for `num_sequences` sequences. Raises BatchError for a layout that the routing doesn't know."""
+        ...
+
+    def uniform_plan(self, num_tokens: int) -> RoutingPlan:
+        """The plan for tokens in any order, where the routing is uniform."""
+        raise BatchError(f"a layer got {num_tokens} tokens in an unknown order, but their adapters differ.")
+
+
+_current: ContextVar[Routing | None] = ContextVar("loraplex_current_routing", default=None)
+
+
+def current_routing() -> Routing | None:
+    """The routing of the forward pass that runs now; None outside of one."""
+    return _current.get()
+
+
+@contextmanager
+def use_routing(routing: Routing) -> Iterator[None]:
+    """Let the LoRA layers follow `routing` inside the block. It is scoped because transformers owns the signatures."""
+    token = _current.set(routing)
+    try:
+        yield
+    finally:
+        _current.reset(token)

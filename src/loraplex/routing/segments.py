@@ -1,0 +1,35 @@
+"""Runs of a pass's tokens that go through one slot."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loraplex.routing.layer_gates import GateColumn
+
+
+class Segment(NamedTuple):
+    """The tokens [start, stop) go through `slot` with one gate, or a gate for each token."""
+
+    start: int
+    stop: int
+    slot: int
+    gate: float | Tensor | GateColumn = 1.0  # or [stop - start], float32; or what an expert's mixture predicts
+
+
+def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:
+    """Let segments of one slot and gate that follow each other be one: fewer and larger matrix products."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and (last.stop, last.slot) == (segment.start, segment.slot)
+            and isinstance(last.gate, float)
+            and isinstance(segment.gate, float)
+            and last.gate == segment.gate
+        ):
+            joined[-1] = last._replace(stop=segment.stop)
+        else:
+            joined.append(segment)
+    return joined
