@@ -478,12 +478,26 @@ def make_config(name: str) -> PreTrainedConfig:
     return config_class(**_settings(config_class, {**COMMON, **encoder, **relative}, explicit))
 
 
-def make_model(name: str, seed: int = 0) -> PreTrainedModel:
+def make_deep_config(name: str) -> PreTrainedConfig:
+    """The configuration with twice as many layers, each kind of which comes again."""
+    config = make_config(name)
+    text = config.get_text_config(decoder=True)
+    count = text.num_hidden_layers
+    if getattr(text, "per_layer_config", None):  # which knows layers by their numbers
+        return config
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == count and "multiplier" not in key:  # of sizes, not of layers
+            setattr(text, key, 2 * value)
+    text.num_hidden_layers = 2 * count
+    return config
+
+
+def make_model(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The variant with random float32 weights, none of which is zero or one throughout, in evaluation mode."""
     auto_class = KINDS[kind_of(name)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto_class.from_config(make_config(name)).float()
+        model = auto_class.from_config(config or make_config(name)).float()
         for path, parameter in model.named_parameters():
             _randomise(path, parameter.data)
     return model.eval()

@@ -8,7 +8,6 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker.cpu_fusion import CpuFusion
 from loraplex.errors import BaseModelError
 from tests.engine.engines import answer, assert_same, prompts
 from tests.tiny_models import tiny_model
@@ -49,10 +48,11 @@ def test_a_norm_that_computes_something_else_is_left_alone():
         def forward(self, hidden_states):
             return super().forward(hidden_states) + 0.5
 
+    former = type(base.model.norm)
     base.model.norm.__class__ = OddRMSNorm
-    fused = CpuFusion(base, lambda module: False, lambda: None)
-    assert type(base.model.norm) is OddRMSNorm
-    fused.restore()
+    with Engine(MultiLoraModel(base), CONFIG):
+        assert type(base.model.norm) is OddRMSNorm
+        assert all(type(layer.input_layernorm) is not former for layer in base.model.layers)
 
 
 @needs_compiler

@@ -1,12 +1,14 @@
 """Modules between the linear ones, run by one compiled operator each where a packed batch is decoded.
 
-Not by architecture: a module is taken over if it has the parts that a formula needs and gives what the formula gives
-(agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
+Not by architecture: a module is taken over if it has the parts that a formula needs and one of its kind gives what the
+formula gives (agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,46 +19,79 @@ from loraplex.engine.worker.agreement import SCALES, TOLERANCE, agree, attention
 from loraplex.engine.worker.attention import packed_attention
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
+from loraplex.layers.module_kinds import module_kind
 
 _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
 _STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
 
 
+class Trial(NamedTuple):
+    """Packed passes to compare modules in."""
+
+    run: Callable[[], object]  # through a layer of each kind: long, short and at far positions
+    run_all: Callable[[], object]  # a few tokens through all layers
+
+
 class CpuFusion:
-    """The modules of one base model that were taken over; `restore` gives them back."""
+    """The modules of one base model that were taken over; those of a kind by what one of them computes."""
 
     def __init__(
-        self, base: PreTrainedModel, attends: Callable[[nn.Module], bool], trial: Callable[[], object]
-    ) -> None:
-        """`attends` says whether a module is one that packed passes know; `trial` runs some packed passes."""
-        self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
-        modules = [module for module in base.modules() if "forward" not in vars(module)]  # offloading puts one there
-        attention = [module for module in modules if attends(module) and _is_rotary_attention(module)]
-        for module in _attention_that_agrees(attention, trial):
-            self._take(module, _attention_forward)
-        for module in modules:
-            if holds(partial(_is_norm, module)):
-                self._take(module, _norm_forward)
-            elif holds(partial(_is_gated_mlp, module)):
-                self._take(module, _mlp_forward)
-
-    def stack_layers(
         self,
         base: PreTrainedModel,
         cache: KeyValueCache,
         module_index: Mapping[nn.Module, int],
-        trial: Callable[[], object],
+        trial: Trial,
     ) -> None:
-        """Let decoder layers run together where single tokens are decoded; `module_index` as in routing plans."""
+        """`module_index` as in routing plans; `cache` has the modules that packed passes know."""
+        self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.num_users = 0
+        try:
+            self._take_modules(base, cache, trial)
+            self._stack_layers(base, cache, module_index, trial)
+        except BaseException:
+            self._restore()
+            raise
+
+    def release(self) -> None:
+        """One user less; the last one gives the modules back."""
+        self.num_users -= 1
+        if self.num_users == 0:
+            self._restore()
+
+    def _take_modules(self, base: PreTrainedModel, cache: KeyValueCache, trial: Trial) -> None:
+        modules = [module for module in base.modules() if "forward" not in vars(module)]  # offloading puts one there
+        attention = [module for module in modules if module in cache.shapes and _is_rotary_attention(module)]
+        for module in _attention_that_agrees(attention, trial):
+            self._take(module, _attention_forward)
+        norms: dict[Hashable, bool | None] = {}  # by kind, whether it multiplies by 1 + weight; None: it is another one
+        mlps: dict[Hashable, bool] = {}
+        for module in modules:
+            if _may_be_norm(module):
+                kind = module_kind(module)
+                if kind not in norms:
+                    norms[kind] = _plus_one(module)
+                if norms[kind] is not None:
+                    vars(module)[_PLUS_ONE] = norms[kind]
+                    self._take(module, _norm_forward)
+            elif _may_be_gated_mlp(module):
+                kind = module_kind(module)
+                if kind not in mlps:
+                    mlps[kind] = holds(partial(_is_gated_mlp, module))
+                if mlps[kind]:
+                    self._take(module, _mlp_forward)
+
+    def _stack_layers(
+        self, base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial
+    ) -> None:
+        """Let decoder layers run together where single tokens are decoded."""
         candidates = [module for module in base.modules() if may_be_stacked(module, cache, _is_taken)]
         for run in _stacks_that_agree(candidates, module_index, trial):
             stack = LayerStack(run, module_index, _norm_terms)
             for place, layer in enumerate(run):
-                former = type(layer)
                 vars(layer)[_STACK] = (stack, place)
-                self._take_as(layer, _layer_class(former))
+                self._take_as(layer, _layer_class(type(layer)))
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         for module, former in self._taken:
             module.__class__ = former
             vars(module).pop(_PLUS_ONE, None)
@@ -64,12 +99,25 @@ class CpuFusion:
         self._taken = []
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        if not _is_taken(module):  # else another engine of this base model has it, and gives it back
-            self._take_as(module, _subclass(type(module), forward))
+        self._take_as(module, _subclass(type(module), forward))
 
     def _take_as(self, module: nn.Module, subclass: type[nn.Module]) -> None:
         self._taken.append((module, type(module)))
         module.__class__ = subclass
+
+
+_fusions: "WeakKeyDictionary[PreTrainedModel, CpuFusion]" = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial) -> CpuFusion:
+    """The base model's fusion, which all its engines share; each ends its use with `release`."""
+    with _lock:
+        known = _fusions.get(base)
+        if known is None or known.num_users == 0:
+            known = _fusions[base] = CpuFusion(base, cache, module_index, trial)
+        known.num_users += 1
+    return known
 
 
 _subclasses: dict[tuple[type[nn.Module], Callable[..., Any]], type[nn.Module]] = {}
@@ -103,20 +151,22 @@ def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[
 # Root mean square norms
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _may_be_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or weight.ndim != 1:
         return False
-    if not isinstance(_epsilon(module), float) or list(module.children()) or weight.dtype not in TOLERANCE:
-        return False
-    inputs = list(random_inputs(3, weight.shape[0], like=weight))
-    expected = [module(x) for x in inputs]
-    for plus_one in (False, True):
-        ours = [native_ops.rms_norm(x, weight, _epsilon(module), plus_one) for x in inputs]
-        if all(map(agree, ours, expected)):
-            vars(module)[_PLUS_ONE] = plus_one
-            return True
-    return False
+    return isinstance(_epsilon(module), float) and not list(module.children()) and weight.dtype in TOLERANCE
+
+
+def _plus_one(module: nn.Module) -> bool | None:
+    """Whether it multiplies by 1 + weight, rather than by its weight; None if it does neither."""
+    inputs = list(random_inputs(3, module.weight.shape[0], like=module.weight))  # type: ignore[arg-type, index]
+
+    def is_so(plus_one: bool) -> bool:
+        ours = [native_ops.rms_norm(x, module.weight, _epsilon(module), plus_one) for x in inputs]  # type: ignore[arg-type]
+        return all(map(agree, ours, (module(x) for x in inputs)))
+
+    return next((plus_one for plus_one in (False, True) if holds(partial(is_so, plus_one))), None)
 
 
 def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -130,13 +180,17 @@ def _epsilon(module: nn.Module) -> Any:
 # Gated feed-forward modules
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
+def _may_be_gated_mlp(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_children()}
     if names - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
         return False
     gate = module.get_submodule("gate_proj")
-    if not isinstance(gate, nn.Linear) or gate.weight.dtype not in TOLERANCE:
-        return False
+    return isinstance(gate, nn.Linear) and gate.weight.dtype in TOLERANCE
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    gate = module.get_submodule("gate_proj")
+    assert isinstance(gate, nn.Linear), "a module without gate_proj was taken for a gated one"
     inputs = random_inputs(3, gate.in_features, like=gate.weight)
     return all(agree(_mlp_forward(module, x), module(x)) for x in inputs)
 
@@ -154,7 +208,14 @@ def _is_rotary_attention(module: nn.Module) -> bool:
     return names == {"q_proj", "k_proj", "v_proj", "o_proj"} and isinstance(getattr(module, "head_dim", None), int)
 
 
-def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], object]) -> list[nn.Module]:
+def _of_agreed_kinds(modules: Sequence[nn.Module], agreed: Mapping[nn.Module, bool]) -> list[nn.Module]:
+    """Those of kinds of which some were compared, and all of these agree."""
+    kinds = {module: module_kind(module, vars(module).get("layer_idx")) for module in modules}
+    tried = {kinds[module] for module in agreed} - {kinds[module] for module, agrees in agreed.items() if not agrees}
+    return [module for module in modules if kinds[module] in tried]
+
+
+def _attention_that_agrees(modules: Sequence[nn.Module], trial: Trial) -> list[nn.Module]:
     """Those that in all passes of `trial` give what the formula gives for the same input."""
     agreed: dict[nn.Module, bool] = {}
 
@@ -165,11 +226,11 @@ def _attention_that_agrees(modules: Sequence[nn.Module], trial: Callable[[], obj
     handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
     try:
         if modules:
-            trial()
+            trial.run()
     finally:
         for handle in handles:
             handle.remove()
-    return [module for module in modules if agreed.get(module, False)]
+    return _of_agreed_kinds(modules, agreed)
 
 
 def _attention_forward(
@@ -202,7 +263,7 @@ def _norm_terms(norm: nn.Module) -> tuple[float, bool]:
 
 
 def _stacks_that_agree(
-    layers: Sequence[nn.Module], module_index: Mapping[nn.Module, int], trial: Callable[[], object]
+    layers: Sequence[nn.Module], module_index: Mapping[nn.Module, int], trial: Trial
 ) -> list[list[nn.Module]]:
     """Those that give what the formula gives in every pass of single tokens, in runs that feed each other."""
     agreed: dict[nn.Module, bool] = {}
@@ -211,21 +272,22 @@ def _stacks_that_agree(
     def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         batch = current_input_batch()
         assert batch is not None, "the trial runs packed passes"
-        seen.setdefault(batch, []).append((layer, args[0] if args else None, output))
-        if batch.num_single < batch.num_tokens:
-            return
-        agreed[layer] = agreed.get(layer, True) and holds(
-            lambda: _layers_agree(layer, module_index, batch, args, kwargs)
-        )
+        if batch.num_single == batch.num_tokens:
+            agrees = holds(lambda: _layers_agree(layer, module_index, batch, args, kwargs))
+            agreed[layer] = agreed.get(layer, True) and agrees
 
-    handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
-    try:
-        if layers:
-            trial()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return chains([layer for layer in layers if agreed.get(layer, False)], list(seen.values()))
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.setdefault(current_input_batch(), []).append((layer, args[0] if args else None, output))
+
+    for hook, run in ((compare, trial.run), (see, trial.run_all)):
+        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+        try:
+            if layers:
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+    return chains(_of_agreed_kinds(layers, agreed), list(seen.values()))
 
 
 def _layers_agree(

@@ -1,10 +1,11 @@
 """Run packed batches through the base model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
@@ -13,7 +14,7 @@ from loraplex.engine.sampling.sampler import largest
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
 from loraplex.engine.worker.attention_residuals import AttentionRows, ForwardContext
-from loraplex.engine.worker.cpu_fusion import CpuFusion
+from loraplex.engine.worker.cpu_fusion import CpuFusion, Trial, fuse
 from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
 from loraplex.engine.worker.mixture_gates import MixtureGates
@@ -100,18 +101,18 @@ class ModelRunner:
 
     def close(self) -> None:
         if self._fused is not None:
-            self._fused.restore()
+            self._fused.release()
+            self._fused = None
         if self._states is not None:
             leave_mixers(self._states.shapes)
         self._hooks.detach()
 
-    def fuse(self, trial: Callable[[], object]) -> None:
-        """Let compiled operators run modules of the base model where that changes nothing, as `trial`'s passes show."""
+    @torch.inference_mode()
+    def fuse(self, trial: Trial) -> None:
+        """Let compiled operators run modules of the base model where that changes nothing, as `trial` shows."""
         adaptable = self.model.adaptable
         index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
-        with torch.inference_mode():
-            self._fused = CpuFusion(self.model.base, self.attends, trial)
-            self._fused.stack_layers(self.model.base, self.cache, index, trial)
+        self._fused = fuse(self.model.base, self.cache, index, trial)
 
     def attends(self, module: nn.Module) -> bool:
         """Whether it is a module of which keys and values are kept."""
@@ -162,8 +163,10 @@ class ModelRunner:
             )
         return results
 
-    def forward(self, batch: InputBatch, scope: ForwardContext | None = None) -> Tensor:  # [logits, vocab]
-        """The logits of the chunks that want some, in the batch's order."""
+    def forward(
+        self, batch: InputBatch, scope: ForwardContext | None = None, base: PreTrainedModel | None = None
+    ) -> Tensor:  # [logits, vocab]
+        """The logits of the chunks that want some, in the batch's order; `base`: of a part of the model's layers."""
         batch.attention = scope
         batch.states = None if self._states is None else PassStates(self._states, batch)
         gates = MixtureGates(batch)  # the scaling heads, on what the scaling passes of these tokens left
@@ -175,7 +178,7 @@ class ModelRunner:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
         with use_routing(routing), forward_context(batch), use_attention(scope), choosing_tokens():
-            output = self.model.base(
+            output = (base or self.model.base)(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
             )
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
