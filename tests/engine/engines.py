@@ -120,6 +120,7 @@ def answer(
     ids = torch.tensor([prompted.prompt])
     out = model.generate(
         ids,
+        packed=False,
         attention_mask=torch.ones_like(ids),
         adapters=[prompted.adapters],
         attention=attention,

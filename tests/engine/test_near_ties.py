@@ -52,7 +52,7 @@ def test_generate_chooses_by_float32_logits(dtype, fast_decode):
     model = MultiLoraModel(near_tied("llama", dtype), fast_decode=fast_decode)
     ids = torch.tensor(PROMPTS)
     with output_layer_seen(model.base) as seen:
-        out = model.generate(ids, torch.ones_like(ids), **GREEDY)
+        out = model.generate(ids, torch.ones_like(ids), **GREEDY, packed=False)
     assert assert_chosen(seen, weight_of(model), out[:, ids.shape[1] :].t().tolist()) > 2
 
 
@@ -61,7 +61,7 @@ def test_generate_and_engine_choose_the_same_behind_caps_and_scales(model):
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         with output_layer_seen(model.base) as seen:
-            out = model.generate(ids, torch.ones_like(ids), **GREEDY)
+            out = model.generate(ids, torch.ones_like(ids), **GREEDY, packed=False)
         num_missed += assert_chosen(seen, weight_of(model), out[:, ids.shape[1] :].t().tolist())
         with Engine(model, EngineConfig(cache_bytes=2**22)) as engine, output_layer_seen(model.base) as seen:
             (result,) = engine.generate([Request(prompt, sampling=SamplingParams(max_tokens=NUM_TOKENS))])
@@ -108,7 +108,9 @@ def test_adapters_of_the_output_layer_are_not_rounded_either(fast_decode, option
     model.load_adapter("a", folder)
     ids = torch.tensor(PROMPTS)
     with output_layer_seen(base) as seen:
-        model.generate(ids, torch.ones_like(ids), adapters=[None, "a", "a:0.5"], max_new_tokens=4, do_sample=False)
+        model.generate(
+            ids, torch.ones_like(ids), adapters=[None, "a", "a:0.5"], max_new_tokens=4, do_sample=False, packed=False
+        )
     factors = load_file(folder / "adapter_model.safetensors")
     a, b = (factors[f"base_model.model.lm_head.lora_{side}.weight"].bfloat16().double() for side in "AB")
     for call in seen:
@@ -140,7 +142,7 @@ def test_drafts_guess_by_float32_logits(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, guess if owner is TwoPass else staticmethod(guess))
     ids = torch.tensor(PROMPTS)
     with output_layer_seen(model.base) as seen:
-        model.generate(ids, torch.ones_like(ids), adapters=["m:0"] * 3, draft=True, **GREEDY)
+        model.generate(ids, torch.ones_like(ids), adapters=["m:0"] * 3, draft=True, **GREEDY, packed=False)
     assert guesses
     weight = weight_of(model)
     wanted = {tuple(call.expected(weight).argmax(dim=-1)[-len(g) :].tolist()) for call in seen for g in guesses}

@@ -25,7 +25,7 @@ def test_single_token_steps_run_compiled(calls):
     model = MultiLoraModel(tiny_model("llama"))
     expected = tiny_model("llama").generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
     assert calls == [], "a model by itself attends as it did"
-    assert model.generate(IDS, torch.ones_like(IDS), **OPTIONS).tolist() == expected.tolist()
+    assert model.generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False).tolist() == expected.tolist()
     assert calls == [None] * 3 * model.base.config.num_hidden_layers  # the first new token comes from the prompt's pass
 
 
@@ -33,15 +33,15 @@ def test_left_padding_is_hidden(calls):
     model = MultiLoraModel(tiny_model("llama"))
     mask = torch.ones_like(IDS)
     mask[1, :3] = 0
-    both = model.generate(IDS, mask, **OPTIONS)
+    both = model.generate(IDS, mask, **OPTIONS, packed=False)
     assert [hidden.shape[1] for hidden in calls[:: model.base.config.num_hidden_layers]] == [8, 9, 10]
-    alone = model.generate(IDS[1:, 3:], mask[1:, 3:], **OPTIONS)
+    alone = model.generate(IDS[1:, 3:], mask[1:, 3:], **OPTIONS, packed=False)
     assert both[1, 7:].tolist() == alone[0, 4:].tolist()
 
 
 def test_forward_training_and_slow_decoding_keep_torchs(calls):
     fast, slow = MultiLoraModel(tiny_model("llama")), MultiLoraModel(tiny_model("llama"), fast_decode=False)
-    slow.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    slow.generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False)
     fast(IDS[:, :1])
     assert calls == []
 
@@ -51,17 +51,17 @@ def test_other_models_and_other_attention_keep_torchs(calls):
     eager = tiny_model("llama")
     eager.set_attn_implementation("eager")
     expected = other.generate(IDS, attention_mask=torch.ones_like(IDS), **OPTIONS)
-    assert MultiLoraModel(eager).generate(IDS, torch.ones_like(IDS), **OPTIONS).equal(expected)
+    assert MultiLoraModel(eager).generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False).equal(expected)
     assert calls == []
-    model.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    model.generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False)
     assert calls != []
 
 
 def test_two_models_on_one_base_take_over_once(calls):
     base = tiny_model("llama")
     first, second = MultiLoraModel(base), MultiLoraModel(base)
-    first.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    first.generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False)
     assert len(calls) == 3 * base.config.num_hidden_layers
     second.close()
-    first.generate(IDS, torch.ones_like(IDS), **OPTIONS)
+    first.generate(IDS, torch.ones_like(IDS), **OPTIONS, packed=False)
     assert first.decodes_fast

@@ -82,7 +82,9 @@ def test_cached_generation_of_latent_attention_equals_whole_passes(latent, draft
     assert model.mixtures.cache_use.sees_past
     ids = prompts()
     options = {**OPTIONS, "output_logits": True, "return_dict_in_generate": True, "draft": draft}
-    out = model.generate(ids, torch.ones_like(ids), adapters=["science", None, "science:0.5+0"], **options)
+    out = model.generate(
+        ids, torch.ones_like(ids), adapters=["science", None, "science:0.5+0"], **options, packed=False
+    )
     assert torch.equal(out.sequences[0], oracle.generate(ids[0], 5))
     whole = oracle.logits(out.sequences[0])
     for step, logits in enumerate(out.logits):
@@ -95,8 +97,10 @@ def test_beams_of_latent_attention_keep_their_own_gates(latent):
     model, _ = latent
     ids, rows = prompts(), ["science", None, "science"]
     options = {**OPTIONS, "num_beams": 3}
-    cached = model.generate(ids, torch.ones_like(ids), adapters=rows, **options)
-    assert torch.equal(cached, model.generate(ids, torch.ones_like(ids), adapters=rows, use_cache=False, **options))
+    cached = model.generate(ids, torch.ones_like(ids), adapters=rows, **options, packed=False)
+    assert torch.equal(
+        cached, model.generate(ids, torch.ones_like(ids), adapters=rows, use_cache=False, **options, packed=False)
+    )
 
 
 @torch.no_grad()
@@ -116,8 +120,8 @@ def test_going_on_from_a_returned_cache_keeps_the_gates(latent):
 def test_scaling_pass_with_experts_sees_past_tokens_too(tmp_path):
     model, _ = mixed("deepseek_v3", tmp_path, LATENT, scaling_pass_value=0.5)
     ids, rows = prompts(), ["science", None, "science"]
-    cached = model.generate(ids, adapters=rows, **OPTIONS)
-    assert torch.equal(cached, model.generate(ids, adapters=rows, use_cache=False, **OPTIONS))
+    cached = model.generate(ids, adapters=rows, **OPTIONS, packed=False)
+    assert torch.equal(cached, model.generate(ids, adapters=rows, use_cache=False, **OPTIONS, packed=False))
 
 
 @pytest.mark.parametrize("name", ["vlm-qwen2_5_vl", "modernbert-decoder"])
@@ -125,7 +129,7 @@ def test_scaling_pass_with_experts_sees_past_tokens_too(tmp_path):
 def test_mixtures_where_positions_or_outputs_have_another_form(name, tmp_path):
     model, oracle = mixed(name, tmp_path, ["q_proj", "v_proj", "o_proj"])
     ids = prompts()
-    tokens = model.generate(ids, torch.ones_like(ids), adapters=["science", None, "science"], **OPTIONS)
+    tokens = model.generate(ids, torch.ones_like(ids), adapters=["science", None, "science"], **OPTIONS, packed=False)
     for row in (0, 2):
         assert torch.equal(tokens[row], oracle.generate(ids[row], 5)), f"row {row}"
 
@@ -137,8 +141,8 @@ def test_mixture_on_a_model_that_keeps_another_state_is_refused_with_a_cache_and
     model, oracle = mixed(name, tmp_path, targets)
     ids, rows = prompts(), ["science", None, "science"]
     with pytest.raises(RequestError, match="use_cache=False"):
-        model.generate(ids, adapters=rows, **OPTIONS)
-    tokens = model.generate(ids, torch.ones_like(ids), adapters=rows, use_cache=False, **OPTIONS)
+        model.generate(ids, adapters=rows, **OPTIONS, packed=False)
+    tokens = model.generate(ids, torch.ones_like(ids), adapters=rows, use_cache=False, **OPTIONS, packed=False)
     assert torch.equal(tokens[0], oracle.generate(ids[0], 5))
 
 

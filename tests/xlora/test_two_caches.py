@@ -29,7 +29,7 @@ def uncached_logits(model, sequences, mask, choices, prompt):  # [new tokens, ro
 
 def generated(model, ids, mask, choices, num_tokens, **options):
     return model.generate(
-        ids, attention_mask=mask, adapters=choices, max_new_tokens=num_tokens, min_new_tokens=num_tokens,
+        ids, attention_mask=mask, adapters=choices, max_new_tokens=num_tokens, min_new_tokens=num_tokens, packed=False,
         **GREEDY, **options,
     )  # fmt: skip
 
@@ -88,7 +88,9 @@ def test_drafted_and_undrafted_tokens_are_identical(options, tmp_path):
     for draft in (False, True):
         torch.manual_seed(4)
         outputs.append(
-            model.generate(ids, attention_mask=mask, adapters=choices, max_new_tokens=40, draft=draft, **options)
+            model.generate(
+                ids, attention_mask=mask, adapters=choices, max_new_tokens=40, draft=draft, packed=False, **options
+            )
         )
     assert outputs[0].tolist() == outputs[1].tolist()
     counts = model.draft_counts
@@ -101,10 +103,10 @@ def test_drafting_stops_and_begins_again_between_steps(tmp_path, monkeypatch):
     model = mixed_model("llama", tmp_path)
     ids, mask = padded_batch(3, 8, "left", VOCAB_SIZE)
     options = {"attention_mask": mask, "adapters": ["science", None, "science:0.3"], "max_new_tokens": 40}
-    undrafted = model.generate(ids, draft=False, do_sample=False, **options)
+    undrafted = model.generate(ids, draft=False, do_sample=False, **options, packed=False)
     pays = itertools.cycle([True, True, False, True, False, False])
     monkeypatch.setattr(SpeculationCounts, "rate", property(lambda counts: float(next(pays))))
-    assert model.generate(ids, do_sample=False, **options).tolist() == undrafted.tolist()
+    assert model.generate(ids, do_sample=False, **options, packed=False).tolist() == undrafted.tolist()
     assert 0 < model.draft_counts.drafted < 2 * 38
 
 
@@ -114,7 +116,13 @@ def test_drafts_that_are_mostly_wrong_are_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(TwoPass, "guess", lambda self, hidden: torch.zeros(len(hidden), dtype=torch.int64))
     monkeypatch.setattr(SpeculativeStep, "_guess_of", lambda self, logits: torch.zeros(len(logits), dtype=torch.int64))
     model.generate(
-        ids, attention_mask=mask, adapters=["science"] * 2, max_new_tokens=30, min_new_tokens=30, do_sample=False
+        ids,
+        attention_mask=mask,
+        adapters=["science"] * 2,
+        max_new_tokens=30,
+        min_new_tokens=30,
+        do_sample=False,
+        packed=False,
     )
     assert 0 < model.draft_counts.drafted <= 4
 
@@ -123,17 +131,17 @@ def test_batch_without_a_mask_is_drafted_too(tmp_path):
     model = mixed_model("llama", tmp_path)
     ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
     options = {"adapters": ["science"], "max_new_tokens": 20, "do_sample": False}
-    drafted = model.generate(ids, **options)  # by default, for one row
+    drafted = model.generate(ids, **options, packed=False)  # by default, for one row
     assert model.draft_counts.drafted > 0
-    assert drafted.tolist() == model.generate(ids, draft=False, **options).tolist()
+    assert drafted.tolist() == model.generate(ids, draft=False, **options, packed=False).tolist()
 
 
 def test_beam_search_reorders_both_caches(tmp_path):
     model = mixed_model("llama", tmp_path)
     ids, mask = padded_batch(3, 8, "left", VOCAB_SIZE)
     options = {"attention_mask": mask, "adapters": ["science", None, "science:-0.5"], "num_beams": 3}
-    cached = model.generate(ids, max_new_tokens=15, do_sample=False, **options)
-    whole = model.generate(ids, max_new_tokens=15, do_sample=False, use_cache=False, **options)
+    cached = model.generate(ids, max_new_tokens=15, do_sample=False, **options, packed=False)
+    whole = model.generate(ids, max_new_tokens=15, do_sample=False, use_cache=False, **options, packed=False)
     assert cached.tolist() == whole.tolist()
 
 
@@ -179,16 +187,16 @@ def test_generation_that_mixtures_do_not_support_is_refused(options, message, tm
     model = mixed_model("llama", tmp_path)
     ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
     with pytest.raises(RequestError, match=message):
-        model.generate(ids, adapters=["science"], max_new_tokens=3, **options)
-    model.generate(ids, adapters=["science"], max_new_tokens=3)  # the next request runs
+        model.generate(ids, adapters=["science"], max_new_tokens=3, **options, packed=False)
+    model.generate(ids, adapters=["science"], max_new_tokens=3, packed=False)  # the next request runs
 
 
 def test_an_enabled_log_records_and_never_refuses(tmp_path):
     model = mixed_model("llama", tmp_path)
     ids, _ = padded_batch(1, 8, "left", VOCAB_SIZE)
-    model.generate(ids, adapters=["science"], max_new_tokens=3, do_sample=False)
+    model.generate(ids, adapters=["science"], max_new_tokens=3, do_sample=False, packed=False)
     assert len(model.scalings_log) == 0
     model.scalings_log.enable()
-    model.generate(ids, adapters=["science"], max_new_tokens=3, do_sample=False)
-    model.generate(ids, adapters=["science"], max_new_tokens=3, num_beams=2, do_sample=False)
+    model.generate(ids, adapters=["science"], max_new_tokens=3, do_sample=False, packed=False)
+    model.generate(ids, adapters=["science"], max_new_tokens=3, num_beams=2, do_sample=False, packed=False)
     assert [entry.num_tokens for entry in model.scalings_log.entries()] == [10]

@@ -55,11 +55,9 @@ class Call:
     def running(self) -> Iterator[Ran]:
         """Run the base model's call inside. Raises what is wrong with the request before anything runs."""
         _ = self.row_tokens
-        tokens = self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
-        links = parse_adapter_specs(self.adapters, 0 if tokens is None else tokens.shape[0])
+        tokens, ends = self._tokens, self.row_ends
+        links, chains = self.registry.linked.split(self.links)
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
-        ends = self._row_ends(links)
-        links, chains = self.registry.linked.split(links)
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
         chooses = choosing_tokens() if self.generates else nullcontext()
         with scope as two_pass, chooses, use_row_positions():
@@ -88,11 +86,22 @@ class Call:
             options=self.options,
         )
 
-    def _row_ends(self, links: Sequence[Link]) -> list[tuple[int, ...]]:
+    @property
+    def _tokens(self) -> Tensor | None:  # [rows, tokens] or [rows, tokens, hidden]
+        return self.input_ids if self.input_ids is not None else self.inputs.get("inputs_embeds")
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """By row, its adapters. Raises BatchError or LinkSyntaxError."""
+        return parse_adapter_specs(self.adapters, 0 if self._tokens is None else self._tokens.shape[0])
+
+    @cached_property
+    def row_ends(self) -> list[tuple[int, ...]]:
         """By row, the tokens after which what is generated is padding: also what ends its adapters' answers.
 
         `generate` is told, by its options, of those that it doesn't know. A call's own eos_token_id counts alone.
         """
+        links = self.links
         if not self.generates:
             return [()] * len(links)
         known = end_tokens(self.base, self.inputs)

@@ -1,9 +1,10 @@
 """MultiLoraModel: a frozen transformers model whose batch rows each go through their own adapters."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from loraplex.adapters.peft.hub import resolve_mixture_folder
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
 from loraplex.adapters.store.version import AdapterState
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import BaseModelError
+from loraplex.errors import BaseModelError, RequestError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.attention import FAST_DECODE_FRONT
@@ -33,6 +34,9 @@ from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
 from loraplex.xlora.two_pass.options import TwoPassOptions
 from loraplex.xlora.two_pass.speculation import SpeculationCounts
+
+if TYPE_CHECKING:
+    from loraplex.engine.packed_generate import PackedCall, PackedGenerator
 
 
 class MultiLoraModel:
@@ -60,6 +64,8 @@ class MultiLoraModel:
         self.adaptable.attach_output()
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
+        self._packed: PackedGenerator | None = None  # made by the first `generate`
+        self._packed_lock = threading.Lock()
         self._front: FrontHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
@@ -77,9 +83,9 @@ class MultiLoraModel:
     ) -> "MultiLoraModel":
         """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError.
 
-        `fast_decode` lets `generate` compute single-token steps of plain linear modules in the compiled CPU kernel:
-        equal to torch's product up to rounding, and independent of a row's neighbours to the bit. `forward` always
-        computes the base product with torch.
+        `fast_decode` lets `generate` run in packed passes (see there) and compute single-token steps of plain linear
+        modules in the compiled CPU kernel: equal to torch's product up to rounding, and independent of a row's
+        neighbours to the bit. `forward` always computes the base product with torch.
         """
         base, source = load_base_model(path_or_id, dtype=dtype, device=device)
         return cls(base, source=source, store=store, fast_decode=fast_decode)
@@ -196,6 +202,8 @@ class MultiLoraModel:
             if name in self.names():  # a mixture takes its own experts along
                 self.unload(name)
         self._fast_decode = False
+        if self._packed is not None:
+            self._packed.close()
         if self._front is not None:
             self._front.remove()
         self.registry.detach()
@@ -247,6 +255,7 @@ class MultiLoraModel:
         adapters: Sequence[AdapterSpec] | None = None,
         attention: AttentionRequest | None = None,
         draft: bool | None = None,
+        packed: bool | None = None,
         return_scalings: bool = False,
         **generation: Any,  # whatever else transformers' generate takes
     ) -> Any:
@@ -255,6 +264,11 @@ class MultiLoraModel:
         For rows with mixtures: `draft` runs the scaling pass of the token that the base model expects next beside the
         main pass, which gives the same tokens in less time (None: where that pays). `attention` and `return_scalings`
         as in `forward`.
+
+        Greedy search and sampling choose their tokens as transformers does, from logits that the engine's packed passes
+        compute: equal up to rounding, and in less time. The first such call compares these passes with the model's own,
+        as an engine does when it starts. `packed=False` lets transformers' own loop run the model's own passes, as it
+        does for whatever packed passes can't (None), or then raises RequestError, which says why (True).
         """
         num_rows = 1 if input_ids is None else len(input_ids)
         check_generates(self.base, num_rows, use_cache=generation.get("use_cache") is not False)
@@ -271,7 +285,29 @@ class MultiLoraModel:
             generates=True,
             fast_decode=self._fast_decode,
         )
+        _ = call.row_ends
+        prepared = "" if packed is False else self._packed_call(call)
+        if not isinstance(prepared, str):
+            return self._run_packed(prepared)
+        if packed:
+            raise RequestError(f"packed=True, but this call can't run so: {prepared}. Leave packed out.")
         return self._run(call, self.base.generate, return_scalings)
+
+    def _packed_call(self, call: Call) -> "PackedCall | str":
+        """The call on packed passes, or why it can't be."""
+        if not self._fast_decode:
+            return "there is no compiled kernel for this model, or fast_decode is False"
+        from loraplex.engine.packed_generate import PackedGenerator  # which imports this module
+
+        with self._packed_lock:
+            if self._packed is None:
+                self._packed = PackedGenerator(self)
+        return self._packed.prepare(call)
+
+    def _run_packed(self, call: "PackedCall") -> Tensor:
+        output: Tensor = call.run()
+        self.draft_counts.add(call.counts)
+        return output
 
     def _run(self, call: Call, run: Callable[..., Any], return_scalings: bool) -> Any:
         with call.running() as ran:

@@ -47,13 +47,15 @@ class RequestAdapters:
     """A request's leases; `close` ends them."""
 
     def __init__(self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link) -> None:
-        """Raises AdapterNotFoundError, CapacityError (no slot is free now) or AdapterChangedError."""
+        """Raises AdapterNotFoundError, CapacityError (no slot is free now), AdapterChangedError or RequestError."""
         (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
         found, names = mixtures.expand([link])
         self.scaling_routes: list[tuple[SequenceRoute, ...]] = []  # of each scaling pass
         self.scaling_keys: list[tuple[ExtraKey, ...]] = []
         with ExitStack() as leases:
             leased = leases.enter_context(store.lease(names))
+            for version in leased.values():
+                mixtures.check_attached(version.modules)
             self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
             self.mixtures = self._bind_mixtures(link, found, leased)
             self._leases = leases.pop_all()
