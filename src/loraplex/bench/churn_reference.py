@@ -57,7 +57,12 @@ class Reference:
                 ids = torch.tensor([list(prompt)] * len(part), device=self._model.base.device)
                 lengths: dict[str, Any] = {"min_new_tokens": self._num_tokens, "max_new_tokens": self._num_tokens}
                 out = self._model.generate(
-                    ids, attention_mask=torch.ones_like(ids), adapters=part, do_sample=False, **lengths
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    adapters=part,
+                    do_sample=False,
+                    packed=False,  # the engine is compared with another way of computing
+                    **lengths,
                 )
                 for row, tokens in zip(part, out[:, len(prompt) :].tolist(), strict=True):
                     self._answers[number, row] = tuple(tokens)
