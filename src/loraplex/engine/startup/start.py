@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.startup.model_check import ModelCheck
 from loraplex.engine.startup.token_flow import check_flow
-from loraplex.engine.startup.trial_passes import FEW_TOKENS, TrialPasses, TrialRow, trial_groups
+from loraplex.engine.startup.trial_passes import SHORT_LENGTH, TrialPasses, TrialRow, trial_groups
 from loraplex.engine.worker.cpu_fusion import Trial
 from loraplex.engine.worker.cuda_graphs import GraphRecorder
 from loraplex.engine.worker.model_runner import ModelRunner
@@ -63,7 +63,7 @@ def _check_model(runner: ModelRunner, part: PreTrainedModel) -> None:
     room = (runner.pool, runner.table, runner.cache)
     of_part, of_all = TrialPasses(*room, partial(runner.forward, base=part)), TrialPasses(*room, runner.forward)
     ModelCheck(part, runner.attends, groups, runner.forget_lengths).run(of_part)
-    few = [[TrialRow(row.tokens[:FEW_TOKENS]) for row in groups[0]]]
+    few = [[TrialRow(row.tokens[:SHORT_LENGTH]) for row in groups[0]]]
     if part is not base:
         ModelCheck(base, runner.attends, few, runner.forget_lengths).run(of_all)
     if native_runs(base.device, runner.model.dtype):

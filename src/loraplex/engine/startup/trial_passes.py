@@ -15,7 +15,7 @@ from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.input_batch import InputBatch
 
 _LONG = (40, 264)  # tokens at least, so that many see something that begins behind a short prompt's end; and at most
-FEW_TOKENS = 6  # of a sequence that begins far behind
+SHORT_LENGTH = 6  # of a sequence that begins far behind
 _MAX_FAR = 16  # sequences
 # Settings that may be the number of tokens from which on something changes inside a sequence, by their names.
 _LENGTHS = ("window", "chunk", "topk", "top_k", "block", "local", "keep", "original", "floor", "compress")
@@ -37,18 +37,20 @@ def trial_groups(base: PreTrainedModel, longest: int, step: int = 1) -> list[lis
     One at the end follows tokens of a cache, at a multiple of `step`: some models count their tokens by that.
     """
     settings = _numbers(base.config.get_text_config(decoder=True).to_dict())
-    lengths = [n for name, n in settings if any(chunk in name for chunk in _LENGTHS) and 2 * n + FEW_TOKENS <= _LONG[1]]
-    long = min(max(_LONG[0], *(2 * n + FEW_TOKENS for n in lengths), 0), longest)
-    most = longest - FEW_TOKENS
+    lengths = [
+        n for name, n in settings if any(chunk in name for chunk in _LENGTHS) and 2 * n + SHORT_LENGTH <= _LONG[1]
+    ]
+    long = min(max(_LONG[0], *(2 * n + SHORT_LENGTH for n in lengths), 0), longest)
+    most = longest - SHORT_LENGTH
     named = [n for name, n in settings if any(chunk in name for chunk in (*_LENGTHS, "position", "length"))]
-    starts = [most, *(n - FEW_TOKENS // 2 for n in [*named, *(2**power for power in range(6, most.bit_length()))])]
-    far = list(dict.fromkeys(start for start in starts if FEW_TOKENS < start <= most))[:_MAX_FAR]
+    starts = [most, *(n - SHORT_LENGTH // 2 for n in [*named, *(2**power for power in range(6, most.bit_length()))])]
+    far = list(dict.fromkeys(start for start in starts if SHORT_LENGTH < start <= most))[:_MAX_FAR]
     draw = _Tokens(base)
     groups = [[TrialRow(draw(long))]]
     if far:
-        groups.append([TrialRow(draw(FEW_TOKENS), start) for start in far])
+        groups.append([TrialRow(draw(SHORT_LENGTH), start) for start in far])
     if most >= step:
-        groups.append([TrialRow(draw(FEW_TOKENS), most // step * step, is_cached=True)])
+        groups.append([TrialRow(draw(SHORT_LENGTH), most // step * step, is_cached=True)])
     return groups
 
 
