@@ -32,8 +32,9 @@ using Half = c10::BFloat16;
 constexpr int64_t kTileColumns = 16, kTileDepth = 32, kTileTokens = 16;
 constexpr int64_t kTileValues = kTileColumns * kTileDepth;
 constexpr int64_t kBlockColumns = 2 * kTileColumns, kBlockTokens = 2 * kTileTokens;
-constexpr int64_t kPanel = 128;     // tokens whose values stay in the second cache while all columns pass
-constexpr int64_t kPartSteps = 16;  // of depth: a block's tiles stay in the first cache while a panel passes
+constexpr int64_t kPanel = 256;        // tokens that pass all columns together: the weights are read once for them
+constexpr int64_t kSliceSteps = 80;    // of depth, together: a panel's values stay in the second cache
+constexpr int64_t kPartSteps = 16;     // of depth, of a block: its weights stay in the first cache while a panel passes
 
 constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -72,21 +73,23 @@ inline void copy_tiles(Half* weight, Half* tiled, int64_t out, int64_t in, int64
   }
 }
 
-// x [tokens, in] as tiles [tokens / 16][steps][16, 32]; ends are zeros. Valid until the thread packs again.
-inline const Half* packed_tokens(const Half* x, int64_t in, int64_t num_tokens) {
-  const int64_t num_steps = tiles_of(in, kTileDepth);
+// Values [first, first + 32 * steps) of x [tokens, in] as tiles [tokens / 16][steps][16, 32]; ends are zeros. Valid until
+// the thread packs again.
+inline const Half* packed_tokens(const Half* x, int64_t in, int64_t num_tokens, int64_t first, int64_t num_steps) {
   thread_local std::vector<Half> buffer;
   const int64_t size = tiles_of(num_tokens, kTileTokens) * num_steps * kTileValues;
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  const int64_t count = std::min(num_steps * kTileDepth, in - first);
   for (int64_t t = 0; t < num_tokens; ++t) {
+    const Half* source = x + t * in + first;
     Half* target = buffer.data() + (t / kTileTokens * num_steps * kTileTokens + t % kTileTokens) * kTileDepth;
     int64_t k = 0;
-    for (; k + kTileDepth <= in; k += kTileDepth, target += kTileValues) {
-      std::memcpy(target, x + t * in + k, kTileDepth * sizeof(Half));
+    for (; k + kTileDepth <= count; k += kTileDepth, target += kTileValues) {
+      std::memcpy(target, source + k, kTileDepth * sizeof(Half));
     }
-    if (k < in) {
-      std::memcpy(target, x + t * in + k, (in - k) * sizeof(Half));
-      std::memset(target + in - k, 0, (kTileDepth - in + k) * sizeof(Half));
+    if (k < count) {
+      std::memcpy(target, source + k, (count - k) * sizeof(Half));
+      std::memset(target + count - k, 0, (kTileDepth - count + k) * sizeof(Half));
     }
   }
   return buffer.data();
@@ -298,30 +301,44 @@ struct TiledLinear {
 
  private:
   void panel(int64_t begin, int64_t end, int64_t first, int64_t count, Ahead& ahead, int64_t portions) const {
-    const int64_t num_steps = tiles_of(in, kTileDepth), num_tiles = tiles_of(out, kTileColumns);
-    const Half* tokens = packed_tokens(x + first * in, in, count);
-    alignas(64) thread_local float sums[kPanel / kBlockTokens][4 * kTileTokens * kTileColumns];
+    const int64_t num_steps = tiles_of(in, kTileDepth), num_blocks = tiles_of(count, kBlockTokens);
     // Few tokens go through the whole depth at once: nothing is read twice.
-    const int64_t part = count <= kBlockTokens ? num_steps : kPartSteps;
+    const bool are_few = count <= kBlockTokens;
+    const int64_t num_slices = are_few ? 1 : tiles_of(num_steps, kSliceSteps);
+    const int64_t slice_steps = tiles_of(num_steps, num_slices);
+    const int64_t column_sums = num_blocks * 4 * kTileTokens * kTileColumns;
+    const int64_t kept = num_slices == 1 ? 0 : column_sums;  // from a block of columns to the next
+    thread_local std::vector<float> buffer;
+    const int64_t size = column_sums + kept * tiles_of(end - begin, kBlockColumns);
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
     [[maybe_unused]] int configured = 0;
-    for (int64_t column = begin; column < end; column += kBlockColumns) {
-      const int64_t tile = column / kTileColumns;
-      const Half* w = weight + tile_place(tile, 0, num_tiles, num_steps);
-      const int width = static_cast<int>(std::min<int64_t>(2, num_tiles - tile));
-      for (int64_t step = 0; step < num_steps; step += part) {
-        for (int64_t t = 0; t < count; t += kBlockTokens) {
-          const int block = static_cast<int>(std::min(kBlockTokens, count - t));
+    for (int64_t slice = 0; slice < num_steps; slice += slice_steps) {
+      const int64_t steps = std::min(slice_steps, num_steps - slice);
+      const Half* tokens = packed_tokens(x + first * in, in, count, slice * kTileDepth, steps);
+      float* sums = buffer.data();
+      for (int64_t column = begin; column < end; column += kBlockColumns, sums += kept) {
+        const int64_t tile = column / kTileColumns, num_tiles = tiles_of(out, kTileColumns);
+        const int width = static_cast<int>(std::min<int64_t>(2, num_tiles - tile));
+        const Half* w = weight + tile_place(tile, slice, num_tiles, num_steps);
+        const int64_t part = are_few ? steps : kPartSteps;
+        for (int64_t step = 0; step < steps; step += part) {
+          for (int64_t t = 0; t < count; t += kBlockTokens) {
+            const int block = static_cast<int>(std::min(kBlockTokens, count - t));
 #ifdef LORAPLEX_AMX
-          if (tiling == Tiling::kTiles && block != configured) configure_tiles(configured = block);
+            if (tiling == Tiling::kTiles && block != configured) configure_tiles(configured = block);
 #endif
-          multiply({tokens + t * num_steps * kTileDepth + step * kTileValues, num_steps * kTileValues,
-                    w + step * width * kTileValues, width, std::min(part, num_steps - step), block,
-                    sums[t / kBlockTokens], step == 0, t == 0},
-                   tiling);
-          ahead.ask(portions);
+            multiply({tokens + t * steps * kTileDepth + step * kTileValues, steps * kTileValues,
+                      w + step * width * kTileValues, width, std::min(part, steps - step), block,
+                      sums + t / kBlockTokens * 4 * kTileTokens * kTileColumns, slice + step == 0, t == 0},
+                     tiling);
+            ahead.ask(portions);
+          }
+        }
+        if (slice + steps < num_steps) continue;
+        for (int64_t t = 0; t < count; ++t) {
+          put(sums + t / kBlockTokens * 4 * kTileTokens * kTileColumns, t % kBlockTokens, first + t, column);
         }
       }
-      for (int64_t t = 0; t < count; ++t) put(sums[t / kBlockTokens], t % kBlockTokens, first + t, column);
     }
   }
 
