@@ -94,7 +94,8 @@ void decode(loraplex::Decoder<T>& decoder, at::Tensor& out, const at::Tensor& la
 at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at::Tensor& constants,
                          at::IntArrayRef sizes, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
-                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates) {
+                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
+                         bool packed) {
   check_input(x, cos);
   check_input(x, sin);
   TORCH_CHECK(x.dim() == 2 && sizes.size() == 6 && layers.is_contiguous() && constants.is_contiguous() &&
@@ -128,6 +129,8 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                                       positions.const_data_ptr<int64_t>(),
                                       cos.const_data_ptr<scalar>(),
                                       sin.const_data_ptr<scalar>()};
+    TORCH_CHECK(!packed || x.scalar_type() == at::kBFloat16, "weights of ", x.scalar_type(), " can't be packed");
+    if (packed) decoder.tiling = loraplex::best_tiling();
     decode<scalar>(decoder, out, layers, constants);
   })
   return out;
@@ -138,7 +141,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
 TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int[] sizes, Tensor cos, Tensor sin, Tensor table, "
-      "Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, Tensor segments, Tensor gates) -> Tensor");
+      "Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, Tensor segments, Tensor gates, bool packed=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

@@ -9,10 +9,12 @@
 
 #include <omp.h>
 
+#include <optional>
 #include <vector>
 
 #include "adapters.h"
 #include "fused.h"
+#include "tiles.h"
 
 namespace loraplex {
 
@@ -64,6 +66,7 @@ struct Decoder {
   T* made[kModules];      // what each module gives [tokens, out]; kGate's becomes the product with kUp's
   T* attended;            // [tokens, heads * head_dim]
   float* rank_space;      // of three modules that run together
+  std::optional<Tiling> tiling;  // where all weights are packed, which bfloat16 ones can be
 
   // Called by all threads of a team, each with its number.
   void run(int64_t i, int64_t n) const {
@@ -112,22 +115,27 @@ struct Decoder {
         run(m, own, own.first_unit(i, n), own.first_unit(i + 1, n), share(out, i, n), share(out, i + 1, n));
       }
     };
-    const auto base = [&](Module m) {
-      return Linear<T>{layers[l].weight[m], layers[l].bias[m], input, made[m], in, sizes.out(m), sizes.tokens};
+    const auto with_base = [&](Module m, const auto& use) {
+      if constexpr (std::is_same_v<T, Half>) {
+        if (tiling.has_value()) {
+          return use(TiledLinear<>{layers[l].weight[m], layers[l].bias[m], input, made[m], in, sizes.out(m),
+                                   sizes.tokens, *tiling});
+        }
+      }
+      return use(Linear<T>{layers[l].weight[m], layers[l].bias[m], input, made[m], in, sizes.out(m), sizes.tokens});
     };
     int64_t num_tiles = 0, num_units = 0;
     each_module([&](Module m, const Adapters& own, int64_t first, int64_t last, int64_t begin, int64_t end) {
       own.add_shrink_to<T>(ahead, first, last, in);
-      num_tiles += base(m).num_tiles(begin, end);
+      with_base(m, [&](const auto& base) { num_tiles += base.num_tiles(begin, end); });
       num_units += own.num_units;
     });
     each_module([&](Module m, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
       own.add_expand_to<T>(ahead, begin, end, sizes.out(m));
     });
     const int64_t portions = ahead.share(num_tiles);
-    const T* together = packed(input, in, sizes.tokens);
     each_module([&](Module m, const Adapters&, int64_t, int64_t, int64_t begin, int64_t end) {
-      base(m).columns(begin, end, together, ahead, portions);
+      with_base(m, [&](const auto& base) { base.columns(begin, end, ahead, portions); });
     });
     if (num_units == 0) return;
     float* space = rank_space;

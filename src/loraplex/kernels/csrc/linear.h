@@ -183,8 +183,14 @@ struct Linear {
   // Of the columns [begin, end): N tokens take N tiles of a block, whatever N is.
   int64_t num_tiles(int64_t begin, int64_t end) const { return (end - begin) / kBlock * num_parts() * num_tokens; }
 
-  // The output columns [begin, end) of all tokens, whose x is packed. Each tile asks for `portions` of what lies ahead.
-  void columns(int64_t begin, int64_t end, const T* packed_x, Ahead& ahead, int64_t portions) const {
+  // The output columns [begin, end) of all tokens, while `ahead` is asked for.
+  void product(int64_t begin, int64_t end, Ahead& ahead) const {
+    columns(begin, end, ahead, ahead.share(num_tiles(begin, end)));
+  }
+
+  // The output columns [begin, end) of all tokens. Each tile asks for `portions` of what lies ahead.
+  void columns(int64_t begin, int64_t end, Ahead& ahead, int64_t portions) const {
+    const T* packed_x = packed(x, in, num_tokens);
     thread_local std::vector<float> buffer;
     const int64_t num_parts = this->num_parts();
     const int64_t depth = ((in + num_parts - 1) / num_parts + kStep<T> - 1) / kStep<T> * kStep<T>;

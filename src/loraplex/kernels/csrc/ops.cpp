@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "fused.h"
+#include "tiles.h"
 
 namespace {
 
@@ -14,14 +15,16 @@ using loraplex::Ahead;
 using loraplex::check_input;
 using loraplex::check_output;
 using loraplex::kSmallWork;
+using loraplex::Half;
 using loraplex::Linear;
 using loraplex::read_adapters;
 using loraplex::share;
+using loraplex::TiledLinear;
 
 // The base product (unless base.weight is null: then y holds it already) and the adapters. Threads are woken once for
 // everything: waking them costs as much as a small adapter's arithmetic.
-template <typename T, typename O>
-void run(const Linear<T, O>& base, const Adapters& adapters) {
+template <typename T, typename Base>
+void run(const Base& base, const Adapters& adapters) {
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < adapters.num_hidden) buffer.resize(adapters.num_hidden);
   float* hidden = buffer.data();
@@ -31,10 +34,7 @@ void run(const Linear<T, O>& base, const Adapters& adapters) {
     ahead.clear();
     adapters.add_shrink_to<T>(ahead, first, last, base.in);
     adapters.add_expand_to<T>(ahead, begin, end, base.out);
-    if (base.weight != nullptr) {
-      const T* together = loraplex::packed(base.x, base.in, base.num_tokens);
-      base.columns(begin, end, together, ahead, ahead.share(base.num_tiles(begin, end)));
-    }
+    if (base.weight != nullptr) base.product(begin, end, ahead);
     adapters.shrink<T>(first, last, base.x, base.in, hidden, ahead);
   };
   auto second_phase = [&](int64_t i, int64_t n, Ahead& ahead) {
@@ -64,10 +64,10 @@ template <typename T, typename O = T>
 void dispatch_to(const at::Tensor& x, const at::Tensor* weight, const std::optional<at::Tensor>& bias, at::Tensor& y,
                  const Adapters& adapters) {
   const int64_t in = x.size(-1), out = y.size(-1);
-  run(Linear<T, O>{weight == nullptr ? nullptr : weight->const_data_ptr<T>(),
-                   bias.has_value() ? bias->const_data_ptr<T>() : nullptr, x.const_data_ptr<T>(),
-                   y.mutable_data_ptr<O>(), in, out, in == 0 ? 0 : x.numel() / in},
-      adapters);
+  run<T>(Linear<T, O>{weight == nullptr ? nullptr : weight->const_data_ptr<T>(),
+                      bias.has_value() ? bias->const_data_ptr<T>() : nullptr, x.const_data_ptr<T>(),
+                      y.mutable_data_ptr<O>(), in, out, in == 0 ? 0 : x.numel() / in},
+         adapters);
 }
 
 void dispatch(const at::Tensor& x, const at::Tensor* weight, const std::optional<at::Tensor>& bias, at::Tensor& y,
@@ -102,6 +102,63 @@ at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std
   const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
   dispatch(x, &weight, bias, y, adapters);
   return y;
+}
+
+// The same with a weight that `pack_weight` packed; `out` are its rows. tiling: see best_tiling.
+template <typename O>
+void run_packed(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, at::Tensor& y,
+                const Adapters& adapters, loraplex::Tiling tiling) {
+  const int64_t in = x.size(-1);
+  run<Half>(TiledLinear<O>{packed.const_data_ptr<Half>(), bias.has_value() ? bias->const_data_ptr<Half>() : nullptr,
+                           x.const_data_ptr<Half>(), y.mutable_data_ptr<O>(), in, y.size(-1), x.numel() / in, tiling},
+            adapters);
+}
+
+at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out,
+                               const std::optional<at::Tensor>& bias, const at::Tensor& table,
+                               const at::Tensor& scalings, int64_t module, const at::Tensor& segments,
+                               const at::Tensor& gates, bool float_sums, int64_t tiling) {
+  check_input(x, packed);
+  if (bias.has_value()) check_input(x, *bias);
+  const int64_t in = x.size(-1);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && in > 0 && packed.numel() == loraplex::tiled_size(out, in),
+              "the packed weight isn't one of ", out, " rows and ", in, " bfloat16 values");
+  TORCH_CHECK(tiling >= -1 && tiling <= static_cast<int64_t>(loraplex::best_tiling()), "this machine has no way ", tiling);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = out;
+  at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), x.numel() / in);
+  const loraplex::Tiling way = tiling < 0 ? loraplex::best_tiling() : static_cast<loraplex::Tiling>(tiling);
+  if (float_sums) {
+    run_packed<float>(x, packed, bias, y, adapters, way);
+  } else {
+    run_packed<Half>(x, packed, bias, y, adapters, way);
+  }
+  return y;
+}
+
+// Between a weight [out, in] and its packed values, in either direction.
+void move_tiles(Half* weight, Half* packed, int64_t out, int64_t in, bool back) {
+  at::parallel_for(0, loraplex::tiles_of(out, loraplex::kTileColumns), 4, [&](int64_t begin, int64_t end) {
+    loraplex::copy_tiles(weight, packed, out, in, begin, end, back);
+  });
+}
+
+at::Tensor pack_weight(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == at::kBFloat16,
+              "a weight to pack must be contiguous bfloat16 [out, in]");
+  at::Tensor packed = at::empty({loraplex::tiled_size(weight.size(0), weight.size(1))}, weight.options());
+  move_tiles(const_cast<Half*>(weight.const_data_ptr<Half>()), packed.mutable_data_ptr<Half>(), weight.size(0),
+             weight.size(1), false);
+  return packed;
+}
+
+at::Tensor unpack_weight(const at::Tensor& packed, int64_t out, int64_t in) {
+  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kBFloat16 &&
+                  packed.numel() == loraplex::tiled_size(out, in), "no packed weight [", out, ", ", in, "]");
+  at::Tensor weight = at::empty({out, in}, packed.options());
+  move_tiles(weight.mutable_data_ptr<Half>(), const_cast<Half*>(packed.const_data_ptr<Half>()), out, in, true);
+  return weight;
 }
 
 // Splits [0, count) over threads, unless the work (multiply-adds) isn't worth waking them.
@@ -293,6 +350,11 @@ TORCH_LIBRARY(loraplex, m) {
   m.def(
       "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor scalings, int module, "
       "Tensor segments, Tensor gates, bool float_sums=False) -> Tensor");
+  m.def(
+      "gated_packed_linear(Tensor x, Tensor packed, int out, Tensor? bias, Tensor table, Tensor scalings, int module, "
+      "Tensor segments, Tensor gates, bool float_sums=False, int tiling=-1) -> Tensor");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int out, int in_) -> Tensor");
   m.def("store_tokens_(Tensor states, Tensor(a!) pool, Tensor table, Tensor rows, Tensor positions) -> ()");
   m.def(
       "attend_single_(Tensor query, Tensor(a!) out, Tensor keys, Tensor values, Tensor table, Tensor rows, "
@@ -306,6 +368,9 @@ TORCH_LIBRARY(loraplex, m) {
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) {
   m.impl("gated_lora_", gated_lora_);
   m.impl("gated_linear", gated_linear);
+  m.impl("gated_packed_linear", gated_packed_linear);
+  m.impl("pack_weight", pack_weight);
+  m.impl("unpack_weight", unpack_weight);
   m.impl("store_tokens_", store_tokens_);
   m.impl("attend_single_", attend_single_);
   m.impl("attend_rows", attend_rows);

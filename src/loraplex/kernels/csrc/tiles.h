@@ -283,9 +283,13 @@ struct TiledLinear {
   int64_t in, out, num_tokens;
   Tiling tiling;
 
-  int64_t num_turns(int64_t begin, int64_t end) const {
+  void product(int64_t begin, int64_t end, Ahead& ahead) const {
+    columns(begin, end, ahead, ahead.share(num_tiles(begin, end)));
+  }
+
+  int64_t num_tiles(int64_t begin, int64_t end) const {
     return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
-           tiles_of(tiles_of(in, kTileDepth), kPartSteps);
+           (num_tokens <= kBlockTokens ? 1 : tiles_of(tiles_of(in, kTileDepth), kPartSteps));
   }
 
   // The columns [begin, end) of y, where begin is a multiple of a block's. Each turn asks for `portions` of what lies
