@@ -49,10 +49,13 @@ def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in SUPPORTED_DTYPES and not is_interpreted() and native_available()
 
 
-def compiled_product_pays(num_tokens: int, num_inputs: int, dtype: torch.dtype) -> bool:
-    """Whether the compiled base product runs for modules that take `num_inputs` values of each token."""
-    return num_tokens <= MAX_COMPILED_ROWS and (
-        dtype != torch.bfloat16 or num_tokens * num_inputs <= MAX_COMPILED_VALUES
+def compiled_product_pays(num_tokens: int, num_inputs: int, dtype: torch.dtype, *, is_packed: bool) -> bool:
+    """Whether the compiled base product runs for modules that take `num_inputs` values of each token.
+
+    Packed weights have no other one.
+    """
+    return is_packed or (
+        num_tokens <= MAX_COMPILED_ROWS and (dtype != torch.bfloat16 or num_tokens * num_inputs <= MAX_COMPILED_VALUES)
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraplex.environment import switch, variable
 from loraplex.kernels import library
+from loraplex.kernels.packed_weight import PackedWeight, packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def gated_lora_native(
 
 def gated_linear_native(
     x: Tensor,  # [.., in]  contiguous
-    weight: Tensor,  # [out, in]  contiguous, of x's dtype
+    weight: Tensor,  # [out, in]  contiguous, of x's dtype; or a PackedWeight
     bias: Tensor | None,  # [out]
     table: Tensor,
     scalings: Tensor,
@@ -55,6 +56,8 @@ def gated_linear_native(
 
     For few tokens: the weights are read once for all of them, and a token's result has the same bits in any batch.
     """
+    if isinstance(weight, PackedWeight):
+        return packed_linear(x, weight, bias, (table, scalings, module, segments, gates), float_sums=float_sums)
     return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates, float_sums)
 
 

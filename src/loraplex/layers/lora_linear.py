@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraplex.kernels.native import gated_linear_native, gated_lora_native
+from loraplex.kernels.packed_weight import PackedWeight
 from loraplex.layers.lora_layer import (
     add_adapters,
     add_adapters_together,
@@ -42,11 +43,21 @@ class LoraLinear(nn.Linear):
         plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
         if plan is None:
             return functional.linear(input, self.weight, self.bias)
-        if plan.decodes_fast(input) and input.dtype == self.weight.dtype:
+        if plan.decodes_fast(input, is_packed=self.is_packed) and input.dtype == self.weight.dtype:
             return self.decode(input.contiguous(), plan)
         if plan.launches_together(input) and input.dtype == self.weight.dtype:
             return self.lora_shared.run(self, input, plan, run_together)
         return self.run_alone(input, plan)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weight is held in the order in which the compiled product reads it."""
+        return isinstance(self.decoding_weight, PackedWeight)
+
+    @property
+    def decoding_weight(self) -> Tensor:  # [out, in]
+        """What the compiled product reads."""
+        return self.weight
 
     def run_alone(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """The base product, and the adapters behind it."""
@@ -64,10 +75,10 @@ class LoraLinear(nn.Linear):
         """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
         index = self.lora_index
         if not plan.has_dora_scale(index):
-            return gated_linear_native(x, self.weight, self.bias, *plan.native_arguments(index), float_sums)
+            return gated_linear_native(x, self.decoding_weight, self.bias, *plan.native_arguments(index), float_sums)
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
         table, scalings, _, rows, gates = plan.native_arguments(index)
-        y = gated_linear_native(x, self.weight, self.bias, table, scalings, index, rows[:0], gates, float_sums)
+        y = gated_linear_native(x, self.decoding_weight, self.bias, table, scalings, index, rows[:0], gates, float_sums)
         y = add_dora_scales(index, y, y, plan, bias=self.bias)
         return gated_lora_native(y, x, table, scalings, index, rows, gates)
 

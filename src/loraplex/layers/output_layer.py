@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.kernels.float_product import float_product
+from loraplex.kernels.packed_weight import PackedWeight, packed_linear
 from loraplex.layers.lora_layer import add_adapters, add_tokens_first, plan_for
 from loraplex.layers.lora_linear import LoraLinear
 from loraplex.layers.row_order import RowOrder
 from loraplex.routing.routing import current_routing
+
+PACKED_COPY = "loraplex_packed_copy"  # on an output layer whose weight is tied
 
 _chooses: ContextVar[bool] = ContextVar("loraplex_chooses_tokens", default=False)
 
@@ -39,17 +42,29 @@ class LoraOutput(LoraLinear):
             return super().forward(input)
         routing = current_routing()
         if routing is None:
-            return float_product(input, self.weight, self.bias)
+            return self._float_product(input)
         if self.lora_order is RowOrder.TOKENS:
-            y = float_product(input, self.weight, self.bias)
+            y = self._float_product(input)
             return add_tokens_first(self.lora_index, self.lora_path, y, input, routing, bias=self.bias)
         plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
-        if plan is not None and plan.decodes_fast(input):
+        if plan is not None and plan.decodes_fast(input, is_packed=self.is_packed):
             return self.decode(input.contiguous(), plan, float_sums=True)
-        y = float_product(input, self.weight, self.bias)
+        y = self._float_product(input)
         if plan is None or not plan.adapts(self.lora_index):
             return y
         return add_adapters(self.lora_index, y, input, plan, bias=self.bias)
+
+    @property
+    def decoding_weight(self) -> Tensor:
+        """A packed copy where the weight is the embedding's too, which reads single rows."""
+        copy: Tensor | None = vars(self).get(PACKED_COPY)
+        return self.weight if copy is None else copy
+
+    def _float_product(self, x: Tensor) -> Tensor:
+        weight = self.decoding_weight
+        if isinstance(weight, PackedWeight):
+            return packed_linear(x, weight, self.bias, float_sums=True)
+        return float_product(x, weight, self.bias)
 
 
 def rounds_logits(module: nn.Module) -> bool:

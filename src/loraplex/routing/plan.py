@@ -56,7 +56,7 @@ class RoutingPlan:
         self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and bank.native_table() is not None
-        self._decodes_fast: bool | None = None
+        self._decodes_fast: dict[bool, bool] = {}  # by whether the weight is packed
         self._launches_together: bool | None = None
 
     def adapts(self, module: int) -> bool:
@@ -93,12 +93,12 @@ class RoutingPlan:
             self._launches_together = bool(self._adapted) and triton_runs(x.device, x.dtype)
         return self._launches_together
 
-    def decodes_fast(self, x: Tensor) -> bool:
+    def decodes_fast(self, x: Tensor, *, is_packed: bool) -> bool:
         """Whether base product and adapters run in one compiled call for inputs like x; decided once."""
-        if self._decodes_fast is None:
-            pays = compiled_product_pays(self.num_tokens, x.shape[-1], x.dtype)
-            self._decodes_fast = self._fast_decode and pays and native_runs(x.device, x.dtype)
-        return self._decodes_fast and not torch.is_grad_enabled()
+        if is_packed not in self._decodes_fast:
+            pays = compiled_product_pays(self.num_tokens, x.shape[-1], x.dtype, is_packed=is_packed)
+            self._decodes_fast[is_packed] = self._fast_decode and pays and native_runs(x.device, x.dtype)
+        return self._decodes_fast[is_packed] and not torch.is_grad_enabled()
 
     def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
         """What the compiled kernel takes of this plan for one module; kept, since every decoding step asks for it."""

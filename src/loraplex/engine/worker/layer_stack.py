@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
+from loraplex.kernels.packed_weight import PackedWeight
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
@@ -49,6 +50,8 @@ class LayerStack:
             if module is not layer
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        weights = [_linear(layer, path).weight for layer in layers for path in _LINEAR]
+        self._is_packed = all(isinstance(weight, PackedWeight) for weight in weights)
         self._described: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[int]]] = WeakKeyDictionary()
 
     def run(self, batch: InputBatch, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
@@ -62,7 +65,9 @@ class LayerStack:
         cos, sin = position_embeddings
         places = (batch.table.values, batch.rows, batch.positions)
         described = self._described[batch.cache]
-        return native_ops.decode_layers(hidden[0], *described, cos[0], sin[0], *places, *adapters).unsqueeze(0)
+        return native_ops.decode_layers(
+            hidden[0], *described, cos[0], sin[0], *places, *adapters, self._is_packed
+        ).unsqueeze(0)
 
     def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:
         """The routing plan of a pass that the compiled call can run."""
@@ -72,7 +77,7 @@ class LayerStack:
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        return plan if plan.decodes_fast(hidden) and not plan.has_dora_scales else None
+        return plan if plan.decodes_fast(hidden, is_packed=self._is_packed) and not plan.has_dora_scales else None
 
     def _describe(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[int]]:
         """What the compiled call reads about the layers: addresses, constants and sizes."""

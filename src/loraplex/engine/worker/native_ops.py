@@ -67,8 +67,9 @@ def decode_layers(
     scalings: Tensor,
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
+    is_packed: bool,  # all weights of the layers
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; the first three come from engine/layer_stack.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates)
-    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters)
+    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters, is_packed)

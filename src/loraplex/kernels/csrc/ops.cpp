@@ -353,6 +353,7 @@ TORCH_LIBRARY(loraplex, m) {
   m.def(
       "gated_packed_linear(Tensor x, Tensor packed, int out, Tensor? bias, Tensor table, Tensor scalings, int module, "
       "Tensor segments, Tensor gates, bool float_sums=False, int tiling=-1) -> Tensor");
+  m.def("tiling() -> int", []() { return static_cast<int64_t>(loraplex::best_tiling()); });
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out, int in_) -> Tensor");
   m.def("store_tokens_(Tensor states, Tensor(a!) pool, Tensor table, Tensor rows, Tensor positions) -> ()");
