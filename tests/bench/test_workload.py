@@ -56,6 +56,8 @@ def test_random_prompts_have_the_length_and_no_special_tokens():
 class Words:
     """A tokenizer that knows words and a template of one word."""
 
+    chat_template = "answer:"
+
     def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
         assert (tokenize, add_generation_prompt) == (False, True)
         return " ".join([turn["content"] for turn in turns] + ["answer:"])

@@ -77,6 +77,16 @@ def test_tokenizer_without_chat_template_is_refused_with_the_way_out():
     assert encode_prompts(tokenizer, ["w7"], chat=False)["input_ids"].tolist() == [[7]]
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no such role') }}", "{{ 1 // 0 }}", "{{ messages[9].role }}"]
+)
+def test_messages_that_the_chat_template_fails_on_are_refused(template):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RequestError, match="the chat template refuses these messages"):
+        encode_prompts(tokenizer, ["w7"])
+
+
 def test_empty_batch_is_refused(model):
     with pytest.raises(BatchError, match="no prompts"):
         encode_prompts(word_tokenizer(), [])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.models.chat_template import render_chat
 from loraplex.training.data.records import read_records
 
 PromptSource = Callable[[random.Random], list[int]]  # draws a prompt's token ids
@@ -47,8 +48,7 @@ def _read_prompts(tokenizer: PreTrainedTokenizerBase, file: Path) -> list[list[i
     prompts = []
     for record in read_records(file):
         if record.messages is not None:
-            turns = [dict(turn) for turn in record.messages[:-1]]
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            text = render_chat(tokenizer, record.messages[:-1])
         else:
             text = record.prompt or record.text or ""
         prompts.append(list(tokenizer(text, add_special_tokens=record.messages is None)["input_ids"]))

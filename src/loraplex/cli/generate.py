@@ -69,7 +69,7 @@ def generate(
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
     load_named(multi, load, load_all, load_mixture)
     start = time.perf_counter()
-    results = run(multi, make_requests(multi, rows, sampling, raw=raw), progress=not json and Console().is_terminal)
+    results = run(multi, make_requests(rows, sampling, raw=raw), progress=not json and Console().is_terminal)
     seconds = time.perf_counter() - start
     if json:
         typer.echo(json_format.dumps(answers_as_json(rows, results), indent=2, ensure_ascii=False))
@@ -106,15 +106,8 @@ def pair_rows(prompts: list[str], adapters: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, adapters, strict=True))
 
 
-def make_requests(
-    model: MultiLoraModel, rows: Sequence[tuple[str, str]], sampling: Sequence[SamplingParams], *, raw: bool
-) -> list[Request]:
-    """A request for each row. Raises RequestError for a chat with a model that has no template for it."""
-    if not raw and model.tokenizer.chat_template is None:
-        raise RequestError(
-            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass --raw to "
-            "continue the prompt as it is."
-        )
+def make_requests(rows: Sequence[tuple[str, str]], sampling: Sequence[SamplingParams], *, raw: bool) -> list[Request]:
+    """A request for each row."""
     return [
         Request(
             prompt if raw else [{"role": "user", "content": prompt}],

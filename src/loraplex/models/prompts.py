@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from loraplex.errors import BatchError, RequestError
+from loraplex.errors import BatchError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids, generation_ends, stop_rows
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_specs
@@ -70,10 +71,9 @@ def _row_ends(
     model: MultiLoraModel, adapters: Sequence[AdapterSpec] | None, num_rows: int, options: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """What ends each row; tells `generate` by its options of what it doesn't know. A call's own choice counts."""
+    known, base_ends = generation_ends(model.base, options), end_token_ids(model.base, model.tokenizer)
     if "eos_token_id" in options:
-        eos = options["eos_token_id"]
-        return [(eos,) if isinstance(eos, int) else tuple(eos or ())] * num_rows
-    known, base_ends = generation_ends(model.base), end_token_ids(model.base, model.tokenizer)
+        return [known] * num_rows
     unknown = tuple(end for end in base_ends if end not in known)
     if unknown:
         stop_rows(options, [unknown] * num_rows, model.base)
@@ -107,14 +107,8 @@ def decode_batch(
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """A prompt in the chat template, up to where the answer starts. Raises RequestError if there is none."""
-    if tokenizer.chat_template is None:
-        raise RequestError(
-            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False "
-            "(on the command line --raw) to continue the prompt as it is."
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """A prompt in the chat template, up to where the answer starts. Raises RequestError as `render_chat`."""
+    return render_chat(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.frontend.detokenizer import Detokenizer
@@ -18,6 +17,7 @@ from loraplex.engine.sched.capacity import Capacity, check_slots
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.engine.worker.captures import Captures
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
@@ -109,7 +109,8 @@ class InputProcessor:
         if isinstance(prompt, str):
             tokens = self._tokenize(prompt)
         elif isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
-            tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
+            text = render_chat(self._model.tokenizer, prompt)  # type: ignore[arg-type]
+            tokens = self._tokenize(text, add_special_tokens=False)
         is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, self.vocab_size) for token in tokens)
         if not is_tokens or not tokens:
             raise RequestError(
@@ -117,17 +118,6 @@ class InputProcessor:
                 f"{self.vocab_size - 1}, or the messages of a chat."
             )
         return tuple(tokens)
-
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        tokenizer = self._model.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError("the model's tokenizer has no chat template. Give the prompt as a text.")
-        turns = [dict(turn) for turn in messages]
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}.") from error
-        return self._tokenize(text, add_special_tokens=False)
 
     def _tokenize(self, text: str, **options: bool) -> Sequence[int]:
         try:

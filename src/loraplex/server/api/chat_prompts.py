@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypedDict
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from loraplex.errors import RequestError
+from loraplex.models.chat_template import render_chat
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.prompts import EncodedPrompt, encode_text, encode_with
 
@@ -137,16 +138,10 @@ class ChatEncoder:
         return ControlTokens(self._tokenizer)  # type: ignore[arg-type]  # a fast one
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        if self._tokenizer.chat_template is None:
-            raise ApiError(BAD_REQUEST, "the model has no chat template. Use /v1/completions.", param="messages")
-        given = [dict(turn) for turn in turns]  # templates may change them
         try:
-            return str(
-                self._tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            message = f"the chat template refuses these messages: {error}."
-            raise ApiError(BAD_REQUEST, message, param="messages", quotes_request=True) from error
+            return render_chat(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
+        except RequestError as error:
+            raise ApiError(BAD_REQUEST, str(error), param="messages", quotes_request=True) from error
 
 
 class _Skeleton:
