@@ -14,8 +14,7 @@ from loraplex.residual.format import is_residual_folder
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status, as_api_error
 from loraplex.server.auth.access import Entry, Kind
 from loraplex.server.auth.path_sandbox import AdapterRoots
-from loraplex.server.handlers import until_client_leaves
-from loraplex.server.state import context_of, state_of
+from loraplex.server.state import context_of, in_thread, state_of
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE
@@ -34,7 +33,7 @@ class AdapterLibrary:
         self._model = self._state.model
         self._context = context_of(http)
         self._principal = self._context.principal
-        self._receive = http.receive
+        self._http = http
 
     @cached_property
     def _roots(self) -> AdapterRoots:
@@ -161,7 +160,7 @@ class AdapterLibrary:
         Errors don't tell paths outside of the roots, or names of others.
         """
         try:
-            return await until_client_leaves(self._receive, self._state.loaders.run(self._context.owner, work))
+            return await in_thread(self._http, work, self._state.loaders)
         except LoraplexError as error:
             told = as_api_error(error, may_see_all=self._principal.may_manage)
             raise ApiError(told.status, self._roots.without_roots(told.message)) from error

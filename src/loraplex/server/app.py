@@ -23,14 +23,14 @@ from loraplex.server.api.api_errors import (
     as_api_error,
 )
 from loraplex.server.api.json_route import json_response
-from loraplex.server.api.routes import adapters, generation, health, models, page, tokens, vllm
-from loraplex.server.handlers import ClientLeft
+from loraplex.server.api.routes import adapters, chat, completions, health, models, page, tokens, vllm
 from loraplex.server.middleware import Gate
-from loraplex.server.state import ServerState, context_of
+from loraplex.server.state import ClientLeft, ServerState, context_of
 
 _ROUTERS = (
     models.router,
-    generation.router,
+    completions.router,
+    chat.router,
     adapters.router,
     vllm.router,
     tokens.router,

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from loraplex.errors import RequestError
 from loraplex.models.chat_template import render_chat
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.prompts import EncodedPrompt, encode_text, encode_with
+from loraplex.server.api.bodies import Message
+from loraplex.server.api.engine_requests import EncodedPrompt, encode_text, encode_with
 
 _FIRST_ALIAS, _NUM_ALIASES = 0xF0000, 0xFFFE  # a plane of private use: no text means anything by it
 
@@ -183,3 +184,12 @@ def _refusal() -> ApiError:
         "that doesn't let it be told from the template's own. Leave it out (allow_special_tokens_in_content).",
         param="messages",
     )
+
+
+def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
+    turns = []
+    for message in messages:
+        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        turns.append(turn if message.name is None else turn | {"name": message.name})
+    return turns
