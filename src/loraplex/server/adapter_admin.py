@@ -11,7 +11,7 @@ from fastapi import Request
 from loraplex.adapters.store.version import AdapterState
 from loraplex.errors import LoraplexError
 from loraplex.residual.format import is_residual_folder
-from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status, as_api_error
+from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status
 from loraplex.server.auth.access import Entry, Kind
 from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.state import context_of, in_thread, state_of
@@ -162,7 +162,7 @@ class AdapterLibrary:
         try:
             return await in_thread(self._http, work, self._state.loaders)
         except LoraplexError as error:
-            told = as_api_error(error, may_see_all=self._principal.may_manage)
+            told = self._context.refusal(error)
             raise ApiError(told.status, self._roots.without_roots(told.message)) from error
 
     def _states(self) -> dict[str, AdapterState]:

@@ -14,7 +14,7 @@ from loraplex.engine.frontend.output_collector import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.routing.adapter_spec import AdapterSpec
-from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError, as_api_error
+from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import GenerationBody
 from loraplex.server.api.json_route import documented
 from loraplex.server.api.response_parts import Extras, News, usage
@@ -49,7 +49,7 @@ async def respond(
     try:
         call = await in_thread(http, partial(make, state, context, choice))
     except LoraplexError as error:
-        raise as_api_error(error, may_see_all=context.principal.may_manage) from error
+        raise context.refusal(error) from error
     if state.config.logs.log_prompts:
         context.log["prompts"] = call.prompts
     if body.stream:
@@ -147,7 +147,7 @@ class Run:
             self.charge(events)
             return events
         except LoraplexError as error:
-            raise as_api_error(error, may_see_all=self._context.principal.may_manage) from error
+            raise self._context.refusal(error) from error
 
     def charge(self, events: Sequence[Delta | RequestResult]) -> None:
         """Let the key pay for tokens as they are made, whoever waits for them."""
@@ -169,7 +169,7 @@ class Run:
             raise ApiError(SHUTTING_DOWN, "the server is shutting down; this answer was not finished. Try again.")
         if ended.finish_reason == "error":
             error = ended.error or LoraplexError("the answer failed")
-            raise as_api_error(error, may_see_all=self._context.principal.may_manage)
+            raise self._context.refusal(error)
 
     def gather(self, events: Sequence[Delta | RequestResult], *, holds_end: bool) -> tuple[list[News], ApiError | None]:
         """One News for each answer, up to the first failure.
@@ -234,7 +234,7 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
     try:
         return await state.engine.submit(request, feed)
     except QueueFullError as error:
-        raise as_api_error(error, may_see_all=context.principal.may_manage) from error
+        raise context.refusal(error) from error
     except CapacityError as error:  # of one that is refused at once: it could never run
         raise ApiError(TOO_LARGE, str(error)) from error
     except BaseModelError as error:
@@ -246,4 +246,4 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
 def _refused(error: LoraplexError, state: ServerState, context: RequestContext) -> ApiError:
     if state.is_draining:
         return ApiError(SHUTTING_DOWN, "the server is shutting down. Try again.")
-    return as_api_error(error, may_see_all=context.principal.may_manage)
+    return context.refusal(error)

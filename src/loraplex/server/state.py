@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
-from loraplex.errors import BaseModelError, ConfigError, RequestError
+from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
-from loraplex.server.api.api_errors import ApiError
+from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
 from loraplex.server.auth.access import Principal, VisibleModels
 from loraplex.server.auth.keys import KeyFile
@@ -101,6 +101,10 @@ class RequestContext:
     def owner(self) -> str:
         """Whose share of the threads its work takes."""
         return self.address if self.principal.key is None else self.principal.id
+
+    def refusal(self, error: LoraplexError) -> ApiError:
+        """An engine's error as this client may read it."""
+        return as_api_error(error, may_see_all=self.principal.may_manage)
 
     def note(self, error: ApiError) -> None:
         """Let the request's log line tell a refusal; not what it quotes of the request."""
