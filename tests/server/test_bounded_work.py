@@ -24,7 +24,7 @@ from loraplex.server.api.bodies import Steer
 from loraplex.server.api.engine_requests import encode_text, steerings
 from loraplex.server.api.json_route import check_num_values
 from loraplex.server.api.response_parts import array_json
-from loraplex.server.api.responses import json_pieces
+from loraplex.server.api.streaming import json_pieces
 from loraplex.server.state import Workers
 from tests.server.tiny_server import TIMEOUT_S, Running, character_tokenizer, wait_until_idle
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loraplex.server.api.response_parts import array_json
-from loraplex.server.api.responses import gathered, json_pieces
+from loraplex.server.api.streaming import gathered, json_pieces
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings import AccessSettings, RequestLimits
 from loraplex.server.state import Workers

@@ -18,7 +18,7 @@ from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE
 from loraplex.server.api.bodies import GenerationBody
 from loraplex.server.api.json_route import documented
 from loraplex.server.api.response_parts import Extras, News, usage
-from loraplex.server.api.responses import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
+from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
 from loraplex.server.state import RequestContext, ServerState, context_of, in_thread, state_of, until_client_leaves
 
@@ -26,7 +26,7 @@ _FIELDS = ("id", "object", "created", "model", "choices", "usage")
 ANSWERS = documented("The answers.", 400, 401, 404, 429, required=_FIELDS, media="text/event-stream")
 
 
-class Call(Protocol):
+class ApiCall(Protocol):
     """One call of one of OpenAI's APIs: what it asks the engine, and how it writes what comes back."""
 
     prompts: list[Any]
@@ -41,7 +41,7 @@ class Call(Protocol):
 
 
 async def respond(
-    body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], Call]
+    body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall]
 ) -> Response:
     """The answer to a body, whose call is made in a thread."""
     state, context = state_of(http), context_of(http)
@@ -58,13 +58,13 @@ async def respond(
     return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
 
 
-async def _whole(call: Call, state: ServerState, context: RequestContext) -> list[bytes]:
+async def _whole(call: ApiCall, state: ServerState, context: RequestContext) -> list[bytes]:
     async with running(state, context, call.requests, wants_deltas=False) as run:
         results = await run.results()
     return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(results))))
 
 
-async def _stream(call: Call, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:
+async def _stream(call: ApiCall, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:
     """What is refused is refused here, with its status; the stream begins when the engine has the requests."""
     stack = AsyncExitStack()
     run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
@@ -74,7 +74,7 @@ async def _stream(call: Call, body: GenerationBody, state: ServerState, context:
 
 
 async def _chunks(
-    run: "Run", call: Call, state: ServerState, context: RequestContext, *, include_usage: bool
+    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
     results: list[RequestResult] = []

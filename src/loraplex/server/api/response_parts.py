@@ -11,7 +11,7 @@ import numpy as np
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenLogprobs, TokenScalings
 from loraplex.residual.capture import AttentionCapture
 from loraplex.server.api.bodies import GenerationBody
-from loraplex.server.api.responses import Encoding, Numbers
+from loraplex.server.api.streaming import Encoding, Numbers
 from loraplex.server.state import TokenTexts
 from loraplex.xlora.scalings.row_scalings import RowScalings
 

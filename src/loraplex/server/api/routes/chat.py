@@ -16,7 +16,7 @@ from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
 from loraplex.server.api.json_route import JsonRoute
 from loraplex.server.api.response_parts import Extras, News, envelope, usage
-from loraplex.server.api.responses import Choice
+from loraplex.server.api.streaming import Choice
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
 
