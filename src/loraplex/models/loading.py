@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError
-from loraplex.json_files import read_json
+from loraplex.json_files import MAX_BYTES, read_object
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 
 # transformers goes on without the last two, with other tokens that end an answer for example.
@@ -175,15 +175,9 @@ def refuse_damaged_json(source: str) -> None:
         if not file.exists():
             continue
         try:
-            content = read_json(file, finite=False)  # time_step_limit of Mamba is infinite
-        except (OSError, ValueError) as error:
-            raise BaseModelError(
-                f"can't load the base model: {file} can't be read as JSON: {error}. Restore or write it again."
-            ) from error
-        if not isinstance(content, dict):
-            raise BaseModelError(
-                f"can't load the base model: {file} holds a JSON {type(content).__name__}; settings are one object."
-            )
+            read_object(file, BaseModelError, finite=False, max_bytes=MAX_BYTES)  # Mamba's time_step_limit is infinite
+        except BaseModelError as error:
+            raise BaseModelError(f"can't load the base model: {error}") from error
 
 
 def refuse_injected_adapters(base: nn.Module) -> None:

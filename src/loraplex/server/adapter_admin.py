@@ -15,10 +15,7 @@ from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, Ap
 from loraplex.server.auth.access import Entry, Kind
 from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.state import context_of, in_thread, state_of
-from loraplex.xlora.formats.folders import read_mixture_folder
-from loraplex.xlora.formats.original_layout import SETTINGS_FILE
-from loraplex.xlora.formats.peft_layout import PEFT_TYPE
-from loraplex.xlora.formats.settings import read_json_object
+from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +185,4 @@ def _kind_of(folder: Path) -> Kind:
     """What a folder holds."""
     if is_residual_folder(folder):
         return "residual"
-    if (folder / SETTINGS_FILE).is_file():
-        return "mixture"
-    settings = folder / "adapter_config.json"
-    if settings.is_file() and read_json_object(settings).get("peft_type") == PEFT_TYPE:
-        return "mixture"
-    return "adapter"
+    return "mixture" if is_mixture_folder(folder) else "adapter"

@@ -16,10 +16,10 @@ from loraplex.errors import AdapterChangedError, AdapterNotFoundError, Unsupport
 from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
-from loraplex.vllm_plugin.folders import is_mixture_folder
 from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
 from loraplex.vllm_plugin.model_manager import LinkModelManager
 from loraplex.vllm_plugin.options import PluginOptions
+from loraplex.xlora.formats.folders import is_mixture_folder
 
 
 class LinkWorkerManager(LRUCacheWorkerLoRAManager):
