@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loraplex.errors import ConfigError
+from loraplex.errors import ConfigError, RequestError
 
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_QUOTED = 300  # characters of a value in a message
@@ -25,6 +25,17 @@ def check_least(settings: object, least: Mapping[str, float]) -> None:
     for name, value in least.items():
         if not value <= getattr(settings, name) < math.inf:
             raise ConfigError(f"{name} is {getattr(settings, name)!r}; it must be at least {value:g} and finite.")
+
+
+def check_text(text: str) -> None:
+    """Raise RequestError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt can't be read: its character {error.start}, {text[error.start]!r}, is half of a surrogate "
+            "pair, which no text has alone. Leave it out, or give the whole character."
+        ) from None
 
 
 def quoted(value: Any) -> str:

@@ -87,6 +87,12 @@ def test_messages_that_the_chat_template_fails_on_are_refused(template):
         encode_prompts(tokenizer, ["w7"])
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_half_of_a_surrogate_pair_is_refused(chat):
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        encode_prompts(word_tokenizer(), ["w7", "w8 \ud800"], chat=chat)
+
+
 def test_empty_batch_is_refused(model):
     with pytest.raises(BatchError, match="no prompts"):
         encode_prompts(word_tokenizer(), [])

@@ -14,6 +14,7 @@ from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids, generation_ends, stop_rows
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_specs
+from loraplex.validation import check_text
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat that end with a user's
 
@@ -36,11 +37,13 @@ def encode_prompts(
 ) -> BatchEncoding:
     """Token ids and mask [rows, tokens], padded on the left; with `chat`, each prompt is a user's turn or messages.
 
-    Raises BatchError for an empty batch and RequestError if the tokenizer has no chat template.
+    Raises BatchError for an empty batch and RequestError without a chat template, or for a text that is none.
     """
     if not prompts:
         raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
     texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else [str(prompt) for prompt in prompts]
+    for text in texts:
+        check_text(text)
     if tokenizer.pad_token_id is None:
         # Masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))

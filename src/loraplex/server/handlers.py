@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from loraplex.engine.frontend.output_collector import OutputCollector
+from loraplex.engine.frontend.output_processor import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.routing.adapter_spec import AdapterSpec

@@ -24,6 +24,7 @@ from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering
 from loraplex.routing.adapter_spec import Link, parse_adapter_spec
+from loraplex.validation import check_text
 from loraplex.xlora.mixture import Mixture
 
 
@@ -120,13 +121,7 @@ class InputProcessor:
         return tuple(tokens)
 
     def _tokenize(self, text: str, **options: bool) -> Sequence[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the prompt can't be read: its character {error.start}, {text[error.start]!r}, is half of a surrogate "
-                "pair, which no text has alone. Leave it out, or give the whole character."
-            ) from None
+        check_text(text)
         ids: Sequence[int] = self._model.tokenizer(text, **options)["input_ids"]
         return ids
 

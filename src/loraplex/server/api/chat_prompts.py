@@ -142,7 +142,8 @@ class ChatEncoder:
         try:
             return render_chat(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
         except RequestError as error:
-            raise ApiError(BAD_REQUEST, str(error), param="messages", quotes_request=True) from error
+            quotes = self._tokenizer.chat_template is not None
+            raise ApiError(BAD_REQUEST, str(error), param="messages", quotes_request=quotes) from error
 
 
 class _Skeleton:

@@ -19,6 +19,7 @@ from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CaptureAttention, GenerationBody, ResponseFormat, Steer
 from loraplex.server.auth.access import Principal
 from loraplex.server.settings import RequestLimits, ServeConfig
+from loraplex.validation import check_text
 
 _SLACK = 64  # tokens by which a part of a text may differ from the same part of the whole
 
@@ -42,11 +43,8 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool, most: int, param: str = "prompt"
 ) -> EncodedPrompt:
     """Raises ApiError for what is no text, and for more than `most` tokens before anything is done with them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"the character {error.start} is half of a surrogate pair, which no text has alone."
-        raise ApiError(BAD_REQUEST, message, param=param) from None
+    with _naming(param):
+        check_text(text)
     if not tokenizer.is_fast:
         ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         check_length(len(ids), most, param)
