@@ -293,9 +293,10 @@ def test_pipe_device_folder_and_endless_line_are_refused_at_once(
         reader(tmp_path / "holes")
 
 
-def test_spans_of_layers_are_bounded() -> None:
-    with bounded(), pytest.raises(ValueError, match="layers"):
-        READERS["layers"]("0-99999999999")
+@pytest.mark.parametrize(("text", "message"), [("0-99999999999", "no list of numbers"), ("0-99999999", "too many")])
+def test_spans_of_layers_are_bounded(text: str, message: str) -> None:
+    with bounded(), pytest.raises(ValueError, match=message):
+        READERS["layers"](text)
 
 
 def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:

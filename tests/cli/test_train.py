@@ -86,6 +86,14 @@ def test_refuses_a_file_of_jobs_with_unknown_content(tmp_path: Path, text: str, 
         read_job_file(file)
 
 
+@pytest.mark.parametrize("setting", ["kind = 'residual'\nlayers = 5", "targets = 5"])
+def test_a_job_of_the_file_with_a_number_in_the_place_of_a_list_is_refused(tmp_path: Path, setting: str) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(f"[jobs.a]\ndata = 'x'\n{setting}\n")
+    with pytest.raises(ConfigError, match="is 5"):
+        jobs_from({}, read_job_file(file))
+
+
 def test_a_job_of_the_file_needs_data(tmp_path: Path) -> None:
     file = tmp_path / "jobs.toml"
     file.write_text("[jobs.a]\nrank = 2\n")

@@ -166,7 +166,7 @@ def test_the_folder_says_what_ends_an_answer_and_peft_does_not_mind(folder: Path
     ("text", "error"),
     [
         ("[" * 100_000, AdapterFormatError),
-        ("[]", UnsupportedAdapterError),
+        ("[]", AdapterFormatError),
         ('{"format_version": 2, "end_tokens": []}', UnsupportedAdapterError),
         ('{"format_version": 1, "end_tokens": [], "more": 1}', UnsupportedAdapterError),
         ('{"format_version": 1, "end_tokens": [-1]}', AdapterFormatError),

@@ -20,10 +20,9 @@ from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.attention import FAST_DECODE_FRONT
 from loraplex.layers.attention_interface import FrontHandle
 from loraplex.layers.row_positions import join_positions
-from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
 from loraplex.models.generate_checks import check_generates
-from loraplex.models.loading import load_base_model, load_tokenizer
+from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual

@@ -13,7 +13,7 @@ from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
 from loraplex.errors import AdapterExistsError, TrainingError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.models.base_checks import refuse_injected_adapters
+from loraplex.models.loading import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.output_files import writing
 from loraplex.residual import settings

@@ -6,7 +6,8 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.errors import DatasetError
+from loraplex.errors import DatasetError, RequestError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import TrainingEnds, training_ends
 from loraplex.training.data.records import Record
 
@@ -86,15 +87,12 @@ def _record_parts(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tu
 def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
     assert record.messages is not None, f"{record.place} has no messages to render"
     try:
-        text = tokenizer.apply_chat_template(
-            list(record.messages[:num_messages]), tokenize=False, add_generation_prompt=ask
-        )
-    except Exception as error:  # a template is a program, which may fail in any way
+        return render_chat(tokenizer, record.messages[:num_messages], add_generation_prompt=ask)
+    except RequestError as error:
         raise DatasetError(
-            f"{record.place}: the chat template refuses the first {num_messages} messages: {error}. Write "
-            "the roles in the order that the template asks for."
+            f"{record.place}, its first {num_messages} messages: {error} Write the roles in the order that the "
+            "template asks for."
         ) from error
-    return str(text)
 
 
 def _conversation(prefixes: Sequence[Sequence[int]], record: Record, ends: TrainingEnds) -> tuple[list[int], list[int]]:

@@ -1,57 +1,69 @@
 """/v1/completions: from its body to requests, and from results to its answers."""
 
-import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
-from loraplex.engine.request import Completion, Request, RequestResult
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from loraplex.engine.request import Completion, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
-from loraplex.server.api.extensions import capture_request
-from loraplex.server.api.json_pieces import Choice
-from loraplex.server.api.prompts import EncodedPrompt, check_length, encode_text, steerings
-from loraplex.server.api.request_options import cache_salt, sampling_params
-from loraplex.server.api.response_parts import Extras, News, new_id, top_texts, usage
-from loraplex.server.api.schemas.generation import CompletionBody
+from loraplex.server.api.bodies import CompletionBody
+from loraplex.server.api.engine_requests import (
+    EncodedPrompt,
+    check_length,
+    encode_text,
+    engine_request,
+    sampling_params,
+)
+from loraplex.server.api.json_route import JsonRoute
+from loraplex.server.api.response_parts import Extras, News, envelope, usage
+from loraplex.server.api.streaming import Choice
+from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
 
+router = APIRouter(route_class=JsonRoute)
 _DEFAULT_TOKENS = 16  # as OpenAI's
+
+
+@router.post("/v1/completions", responses=ANSWERS)
+async def completions(body: CompletionBody, http: HttpRequest) -> Response:
+    """Continue prompts."""
+    return await respond(body, http, partial(CompletionCall, body))
 
 
 class CompletionCall:
     """One call: checked, and its prompts tokenized, when it is made; that is work for a thread."""
 
-    def __init__(self, body: CompletionBody, state: ServerState, context: RequestContext, choice: AdapterSpec) -> None:
+    def __init__(
+        self, body: CompletionBody, state: ServerState, context: RequestContext, adapters: AdapterSpec
+    ) -> None:
         self._state = state
         self.body = body
         self.n = body.n or 1
         self._echo = bool(body.echo)
         self.prompts = _prompts(body.prompt)
-        self.extras = Extras(
-            scalings=bool(body.return_scalings),
-            capture=body.capture_attention is not None,
-            encoding=body.capture_attention.encoding if body.capture_attention else "base64",
-        )
+        self.extras = Extras.of_body(body)
         self._check()
-        prompt_logprobs = body.logprobs if self._echo and not body.stream else None
-        self._sampling = sampling_params(
+        config, principal = state.config, context.principal
+        sampling = sampling_params(
             body,
-            context.principal,
-            state.config.limits,
+            principal,
+            config.limits,
             max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
             logprobs=body.logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=body.logprobs if self._echo and not body.stream else None,
         )
-        self.requests = [self._request(prompt, context, choice) for prompt in self.prompts]
+        self.requests = [
+            engine_request(body, self._encode(prompt), sampling, adapters=adapters, principal=principal, config=config)
+            for prompt in self.prompts
+        ]
         self._prompt_text = cache(self._decoded)  # of all its answers
-        self.envelope: dict[str, Any] = {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model,
-        }
+        self.envelope = envelope("cmpl", "text_completion", body)
         self._echoed: set[tuple[int, int]] = set()
         self._offsets: dict[tuple[int, int], int] = {}
 
@@ -74,21 +86,6 @@ class CompletionCall:
             raise ApiError(BAD_REQUEST, "echo with logprobs can't be streamed.", param="echo")
         if self.extras.capture and len(self.prompts) > 1:
             raise ApiError(BAD_REQUEST, "attention is captured for one prompt.", param="capture_attention")
-
-    def _request(self, prompt: str | list[int], context: RequestContext, choice: AdapterSpec) -> Request:
-        body, config = self.body, self._state.config
-        encoded = self._encode(prompt)
-        return Request(
-            encoded.ids,
-            adapters=choice,
-            sampling=self._sampling,
-            priority=body.priority or 0,
-            capture=capture_request(body.capture_attention, config.limits.max_capture_bytes),
-            steering=steerings(body.steer, encoded, config.limits.max_steered_spans),
-            return_scalings=self.extras.scalings,
-            scalings_budget_bytes=config.limits.max_capture_bytes,
-            cache_salt=cache_salt(body, context.principal, isolated=config.access.prefix_isolation),
-        )
 
     def _encode(self, prompt: str | list[int]) -> EncodedPrompt:
         most = self._state.engine.max_length - 1  # one for the answer
@@ -155,7 +152,7 @@ class CompletionCall:
             assert token is not None, "only the first token of a prompt has no probability"
             listed["tokens"].append(texts.of(token))
             listed["token_logprobs"].append(None if entry is None else entry.logprob)
-            listed["top_logprobs"].append(None if entry is None else top_texts(entry, texts.of))
+            listed["top_logprobs"].append(None if entry is None else _top_texts(entry, texts.of))
             listed["text_offset"].append(offset)
             offset += len(texts.of(token))
         return listed
@@ -174,3 +171,11 @@ def _prompts(given: Any) -> list[Any]:
     if not given:
         raise ApiError(BAD_REQUEST, "the prompt is empty.", param="prompt")
     return list(given)
+
+
+def _top_texts(logprobs: TokenLogprobs, text: Callable[[int], str]) -> dict[str, float]:
+    """The likeliest tokens by their texts, the chosen one among them; of equal texts the likelier counts."""
+    found = {text(logprobs.token_id): logprobs.logprob}
+    for token, value in logprobs.top:
+        found[text(token)] = max(value, found.get(text(token), value))
+    return found
