@@ -19,7 +19,7 @@ from loraplex.training import TrainConfig, TrainResult, train_adapters
 from loraplex.training.adapters.job_state import JobState
 from tests.tiny_models import tiny_model
 from tests.training.run_tiny import STEPS, jobs_in, run
-from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
+from tests.training.tiny_jobs import changed, tiny_job, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +105,7 @@ def test_resume_false_starts_over(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "a", max_steps=3)
     config = TrainConfig(output=tmp_path / "out", plots=False)
     train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
-    job, config = replace(job, max_steps=2), replace(config, resume=False)
+    job, config = changed(job, max_steps=2), replace(config, resume=False)
     (result,) = train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
     assert result.num_steps == 2
     entries = [json.loads(line) for line in result.log.read_text().splitlines()]
@@ -124,7 +124,7 @@ def test_resume_false_starts_over(tmp_path: Path) -> None:
 def test_checkpoint_of_another_configuration_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], difference: str
 ) -> None:
-    stop_and_check(tmp_path, monkeypatch, difference, lambda jobs: [jobs[0], replace(jobs[1], **change), jobs[2]])
+    stop_and_check(tmp_path, monkeypatch, difference, lambda jobs: [jobs[0], changed(jobs[1], **change), jobs[2]])
 
 
 def test_checkpoint_of_other_jobs_data_or_adapters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ import pytest
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import ConfigError, NameFormatError, UnsupportedAdapterError
 from loraplex.training import AdapterJob, TrainConfig
-from loraplex.training.config import check_jobs
+from loraplex.training.adapters.config import check_jobs
+from loraplex.training.core.config import compose
 
 
 def job(**options: Any) -> AdapterJob:
     defaults: dict[str, Any] = {"name": "a", "data": "a.jsonl", "lora": LoraConfig(target_modules=("q_proj",))}
-    return AdapterJob(**defaults | {"max_steps": 10} | options)
+    return compose(AdapterJob, defaults | {"max_steps": 10} | options, "job")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from loraplex import XLoraConfig
-from loraplex.training import MixtureTrainResult, train_mixture
+from loraplex.training import TrainResult, train_mixture
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
 
 STEPS = 40
 DROPOUT = XLoraConfig(xlora_depth=2, xlora_size=32, xlora_dropout_p=0.3, layerwise_scalings=True)
 
 
-def run(folder: Path, output: Path, config: XLoraConfig = DROPOUT) -> MixtureTrainResult:
+def run(folder: Path, output: Path, config: XLoraConfig = DROPOUT) -> TrainResult:
     """Dropout in head and experts, accumulation, shares, early stopping: everything that a checkpoint has to know."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from loraplex import XLoraConfig
 from loraplex.errors import AdapterExistsError, CheckpointError, TrainingError
-from loraplex.training import MixtureTrainResult, train_mixture
+from loraplex.training import TrainResult, train_mixture
 from loraplex.training.core import checks
 from loraplex.training.mixture.state import MixtureState
 from tests.training.mixture.run_tiny import DROPOUT, STEPS, run
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def assert_identical(result: MixtureTrainResult, other: MixtureTrainResult) -> None:
+def assert_identical(result: TrainResult, other: TrainResult) -> None:
     """Bit for bit: losses, log and every file of the mixture."""
     assert result.train_losses == other.train_losses
     assert result.eval_losses == other.eval_losses
@@ -169,7 +169,7 @@ def test_divergence_keeps_the_last_good_weights(
     def explode(self: MixtureState, *arguments: Any) -> float:
         seen.append(self.flat.detach().clone())
         if self.progress.step == 2:
-            self.optimizer.param_groups[0]["lr"] = 1e37
+            self.optimizer.adamw.param_groups[0]["lr"] = 1e37
         return update(self, *arguments)
 
     monkeypatch.setattr(MixtureState, "update", explode)
@@ -201,6 +201,6 @@ def test_a_mixture_that_diverged_is_left_as_it_was_in_memory(tmp_path: Path, mon
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def start(folder: Path, xlora: XLoraConfig | None = None, **options: Any) -> MixtureTrainResult:
+def start(folder: Path, xlora: XLoraConfig | None = None, **options: Any) -> TrainResult:
     config = tiny_config(folder / "out", **{"max_steps": 4} | options)
     return train_mixture(tiny_mixture(folder, xlora), NAME, tiny_sources(folder), config)
