@@ -33,8 +33,9 @@ from loraplex.errors import (
 )
 from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_lines, read_text
 from loraplex.residual.config import ResidualConfig
-from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig, train_adapters
+from loraplex.training import AdapterJob, MixtureTrainConfig, OptimizerConfig, TrainConfig, train_adapters
 from loraplex.training.core.checkpoint import FILE
+from loraplex.training.core.config import compose
 from loraplex.training.data.records import read_records
 from loraplex.validation import MAX_QUOTED, is_finite, quoted
 from loraplex.xlora.config import XLoraConfig
@@ -241,17 +242,15 @@ def test_training_setting_out_of_range_is_refused_by_name(tmp_path: Path, option
     lora = LoraConfig(target_modules=("q_proj",))
     options: dict[str, Any] = {"max_steps": 1, option: value}
     with pytest.raises(ConfigError, match=option):
-        AdapterJob(name="j", data="d.jsonl", lora=lora, **options)
+        compose(AdapterJob, {"name": "j", "data": "d.jsonl", "lora": lora} | options, "job")
     with pytest.raises(ConfigError, match=option):
-        MixtureTrainConfig(output=tmp_path, **options)
+        compose(MixtureTrainConfig, {"output": tmp_path} | options, "mixture")
 
 
-def test_learning_rate_that_nothing_is_learnt_with_is_refused(tmp_path: Path) -> None:
+def test_learning_rate_that_nothing_is_learnt_with_is_refused() -> None:
     for rate in (101, 1e10, 1e30):
         with pytest.raises(ConfigError, match="learning_rate is"):
-            AdapterJob(name="j", data="d", lora=LoraConfig(target_modules=("q",)), max_steps=1, learning_rate=rate)
-        with pytest.raises(ConfigError, match="learning_rate is"):
-            MixtureTrainConfig(output=tmp_path, max_steps=1, learning_rate=rate)
+            OptimizerConfig(learning_rate=rate)
 
 
 def test_answers_of_one_request_are_bounded() -> None:

@@ -8,12 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.layers.attention_interface import fronts_of
-from loraplex.training.data.batches import TrainingRow
-from loraplex.training.data.dataset import load_job_data
+from loraplex.training.adapters.data import load_job_data
 from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

@@ -10,7 +10,8 @@ from loraplex.cli.options import read_numbers
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.residual.config import ResidualConfig
-from loraplex.training.config import AdapterJob
+from loraplex.training import AdapterJob
+from loraplex.training.core.config import compose
 
 Settings = dict[str, Any]
 
@@ -113,7 +114,7 @@ def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
         settings["max_steps"] = 300
     if "data" not in settings:
         raise ConfigError(f"job {name!r} has no data; add --data {name}=FILE, or data = 'FILE' to its table.")
-    return AdapterJob(name=name, **settings)
+    return compose(AdapterJob, {"name": name, **settings}, f"job {name!r}")
 
 
 def _adapter(name: str, settings: Settings, base_model: str) -> Settings:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training import MixtureTrainResult, TrainResult
+from loraplex.training import TrainResult
 
 _MAX_NUMBERS = 10_000
 
@@ -82,7 +82,7 @@ def summary_table(rows: Mapping[str, str]) -> Table:
     return table
 
 
-def results_table(kind: str, results: Sequence[TrainResult | MixtureTrainResult]) -> Table:
+def results_table(kind: str, results: Sequence[TrainResult]) -> Table:
     """What became of trainings."""
     table = Table(box=SIMPLE_HEAD)
     for column in (kind, "steps", "stopped by", "loss", "held-out loss", "best at step", "tokens", "folder"):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -170,3 +171,10 @@ def _outermost_first(fronts: Iterable[AttentionFront]) -> tuple[AttentionFront, 
 
 def _is_set(term: Any) -> bool:
     return term is not None and (isinstance(term, Tensor) or bool(term))
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # [1, 1, queries, keys]  bool
+    """What torch's `is_causal` means: query t sees the keys up to t (aligned at the first)."""
+    queries = torch.arange(query.shape[2], device=query.device)
+    keys = torch.arange(key.shape[2], device=query.device)
+    return (queries.unsqueeze(1) >= keys).view(1, 1, query.shape[2], key.shape[2])

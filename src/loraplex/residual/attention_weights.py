@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from loraplex.layers.attention_interface import causal_mask
+
 # Weights of more bytes are computed in parts, a range of queries at a time, and not kept.
 KEPT_BYTES = 64 * 2**20
 
@@ -145,10 +147,3 @@ class AttentionWeights:
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
-
-
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # [1, 1, queries, keys]  bool
-    """What torch's `is_causal` means: query t sees the keys up to t (aligned at the first)."""
-    queries = torch.arange(query.shape[2], device=query.device)
-    keys = torch.arange(key.shape[2], device=query.device)
-    return (queries.unsqueeze(1) >= keys).view(1, 1, query.shape[2], key.shape[2])

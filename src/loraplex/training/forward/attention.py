@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from loraplex.layers.attention_interface import AttentionFront, AttentionOutput, Behind, FrontHandle
-from loraplex.residual.attention_weights import causal_mask
+from loraplex.layers.attention_interface import AttentionFront, AttentionOutput, Behind, FrontHandle, causal_mask
 
 # Attention by matrix products keeps a matrix of this side for each head, row and block until the backward pass.
 LONGEST = 512  # tokens
