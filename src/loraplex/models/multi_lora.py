@@ -16,8 +16,8 @@ from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.attention import FAST_DECODE_FRONT
-from loraplex.layers.attention_interface import FrontHandle
+from loraplex.layers.attention_interface import AttentionHandle
+from loraplex.layers.fast_decode import FAST_DECODE
 from loraplex.layers.row_positions import join_positions
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
@@ -60,10 +60,10 @@ class MultiLoraModel:
         self.adaptable.attach_output()
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
-        self._front: FrontHandle | None = None
+        self._front: AttentionHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
-            self._front = FrontHandle(base, FAST_DECODE_FRONT)
+            self._front = AttentionHandle(base, FAST_DECODE)
 
     @classmethod
     def from_pretrained(
