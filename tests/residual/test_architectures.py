@@ -86,7 +86,7 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     assert_close(output.logits[1], logits_with(oracle, layers, linked, ids[:1])[0], "linked")
     assert_close(output.logits[2], logits_with(oracle, layers, vector, ids[:1])[0], "vector")
     assert not torch.allclose(output.logits[1], alone[1], atol=1e-2)
-    found = torch.from_numpy(scope.buffers[3].result([0] * LENGTH, ["t"] * LENGTH).weights)
+    found = torch.from_numpy(scope.plans.buffers[3].result([0] * LENGTH, ["t"] * LENGTH).weights)
     expected = [weights[0] for weights in own_attentions(oracle, ids[:1]) if weights.shape[-1] == LENGTH]
     assert len(expected) == len(found)
     # As exactly as logits are told apart by float32: one of size 1000 moves its weight by a thousandth part of 1e-7.

@@ -6,11 +6,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.calls import make_scope
+from loraplex.residual.compute import stack_linked
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.links import stack_linked
 from loraplex.residual.modules import LinkedLayer, LinkedResidual
 from loraplex.residual.reference import chain_reference
-from loraplex.residual.runner import make_scope
 from loraplex.residual.scope import use_attention
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, random_linked, random_vector, row

@@ -8,7 +8,7 @@ from typing import Any
 from loraplex.adapters.config import ALL_LINEAR, LoraConfig
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
-from loraplex.residual.config import ResidualConfig
+from loraplex.residual.modules import ResidualConfig
 from loraplex.training.config import AdapterJob
 
 Settings = dict[str, Any]

@@ -3,7 +3,6 @@
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from loraplex.errors import RequestError
@@ -61,12 +60,11 @@ def _run(call: AttentionCall) -> AttentionOutput:
     scope.check_whole(layer)
     log_strength = plan.log_strength(scope.num_heads[layer], first_key, call.key.shape[2])
     weights = weights_of(call, plan.sequences, log_strength=log_strength, first_key=first_key)
-    for place, buffer in plan.captures:
-        buffer.keep(layer, weights, place)
+    plan.capture(weights)
     if plan.links:
         scope.pending[layer] = weights
     if plan.steered:
-        output = _steer(call, weights, [place for place, _, _ in plan.steered], output)
+        output = _steer(call, weights, plan.steered_places, output)
     return output, own_weights
 
 
@@ -80,9 +78,8 @@ RESIDUALS = AttentionFunction(
 )
 
 
-def _steer(call: AttentionCall, weights: AttentionWeights, steered: list[int], output: Tensor) -> Tensor:
+def _steer(call: AttentionCall, weights: AttentionWeights, places: Tensor, output: Tensor) -> Tensor:
     """The steered rows once more, by the same function, with a mask that holds their strengths."""
-    places = torch.tensor(steered, device=call.query.device)
     rows, options = weights.sequences[places], call.options
     bias = options.get("position_bias")
     if bias is not None and bias.shape[0] > 1:

@@ -21,7 +21,6 @@ from loraplex.layers.attention_check import (
 )
 from loraplex.layers.attention_interface import AttentionCall, AttentionHandle, attention_functions
 from loraplex.residual.cache import FollowedCache
-from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.hooks import (
     RESIDUALS,
     add_residuals,
@@ -31,6 +30,7 @@ from loraplex.residual.hooks import (
     take_number,
     weights_of,
 )
+from loraplex.residual.modules import BaseFingerprint
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")

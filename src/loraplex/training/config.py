@@ -10,8 +10,7 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.output_files import writing
-from loraplex.residual.config import ResidualConfig
-from loraplex.residual.modules import LinkedResidual, SteeringVector
+from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
 from loraplex.training.core.checks import MAX_STEPS, check_flags, check_learning_rate, check_number, check_whole
 from loraplex.validation import is_finite
 

@@ -8,8 +8,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.residual.spans import Range, TokenOffsets, ranges_of_text
-from loraplex.residual.steering import Span, Steering
+from loraplex.residual.steering import Range, Span, Steering, TokenOffsets, ranges_of_text
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.schemas.generation import Steer
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from loraplex.residual.config import BaseFingerprint, ResidualConfig
-from loraplex.residual.modules import LinkedLayer, LinkedResidual, fresh_linked_layer
+from loraplex.residual.modules import BaseFingerprint, LinkedLayer, LinkedResidual, ResidualConfig, fresh_linked_layer
 from loraplex.training.core.parameters import FlatTensors
 from loraplex.training.core.rng import Purpose, generator
 

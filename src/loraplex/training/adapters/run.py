@@ -16,7 +16,8 @@ from loraplex.layers.attach import AdaptableModel
 from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.output_files import writing
-from loraplex.residual import settings
+from loraplex.residual.format import CONFIG_FILE as RESIDUAL_CONFIG_FILE
+from loraplex.residual.format import WEIGHTS_FILE as RESIDUAL_WEIGHTS_FILE
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
@@ -41,7 +42,7 @@ from loraplex.training.forward.probe import can_share_prefixes, check_trainable_
 
 logger = logging.getLogger(__name__)
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, RECORD_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 
 @dataclass(frozen=True, kw_only=True)

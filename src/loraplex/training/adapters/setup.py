@@ -16,11 +16,9 @@ from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdap
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.modules import embed_scale
 from loraplex.models.end_tokens import training_ends
-from loraplex.residual.config import check_rank
-from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits, check_same_base
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.links import frozen_link
 from loraplex.training.adapters.residual_parameters import ResidualParameters, fresh_residual
