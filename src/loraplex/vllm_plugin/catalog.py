@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 from loraplex.adapters.leftovers import restore_replaced
+from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, LinkSyntaxError, RequestError
 from loraplex.routing.adapter_spec import Link, parse_adapter_spec
 from loraplex.vllm_plugin.options import KEY, PluginOptions
+from loraplex.xlora.formats.original_layout import SETTINGS_FILE
+from loraplex.xlora.formats.peft_layout import PEFT_TYPE
+from loraplex.xlora.formats.settings import read_json_object
 
 Wanted = tuple[tuple[Path, float], ...]  # the folders of a link's adapters and mixtures, with their weights
 
@@ -91,3 +95,11 @@ class FolderCatalog:
             for name in (*folders, *files):
                 if not self._is_inside(Path(parent, name)):
                     raise RequestError(f"{str(Path(parent, name))!r} leads out of {KEY}.folder, so it isn't read.")
+
+
+def is_mixture_folder(folder: Path) -> bool:
+    """Whether a folder holds a mixture, in PEFT's or the original package's layout."""
+    if (folder / SETTINGS_FILE).is_file():
+        return True
+    file = folder / CONFIG_FILE
+    return file.is_file() and read_json_object(file).get("peft_type") == PEFT_TYPE

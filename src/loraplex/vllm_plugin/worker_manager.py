@@ -14,8 +14,7 @@ from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
-from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
-from loraplex.vllm_plugin.folders import is_mixture_folder
+from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted, is_mixture_folder
 from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
 from loraplex.vllm_plugin.model_manager import LinkModelManager
 from loraplex.vllm_plugin.options import PluginOptions
