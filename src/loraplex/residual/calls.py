@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.residual.cache import FollowedCache, ResidualState
+from loraplex.residual.cache import FollowedCache, ResidualState, state_of
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual, check_residual_fits
+from loraplex.residual.modules import check_residual_fits
 from loraplex.residual.plan import RowPlans
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.scope import AttentionScope
@@ -175,37 +175,6 @@ def captures(
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Each token's text; without a tokenizer its number."""
     return [str(token) if tokenizer is None else str(tokenizer.decode([token])) for token in ids]
-
-
-def state_of(cache: Any, rows: Sequence[RowAttention], fed_before: int) -> ResidualState | None:
-    """The state that goes with a cache. Raises RequestError if the cache was filled without these rows' residuals."""
-    followers = getattr(cache, "followers", None)
-    state = next((follower for follower in followers or () if isinstance(follower, ResidualState)), None)
-    signature = tuple(
-        tuple(
-            (place, link.name, link.weight, id(link.residual))
-            for place, link in enumerate(row.chain)
-            if isinstance(link.residual, LinkedResidual)
-        )
-        for row in rows
-    )
-    if not any(signature):
-        return state
-    if followers is None:
-        raise RequestError(
-            f"residuals keep numbers beside keys and values, which a {type(cache).__name__} doesn't hold. Pass no "
-            "cache, or a loraplex.residual.FollowedCache(config=base.config)."
-        )
-    if state is None:
-        state = ResidualState()
-        followers.append(state)
-    if fed_before and state.signature != signature:
-        raise RequestError(
-            "the cache was filled with other residuals than these rows have. Continue it with the same rows and links, "
-            "or start with an empty cache."
-        )
-    state.signature = signature
-    return state
 
 
 def num_left_padding(attention_mask: Tensor | None, num_rows: int) -> list[int]:

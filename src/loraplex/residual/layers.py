@@ -43,7 +43,6 @@ class AttentionLayer:
     number: int  # transformers' layer_idx
     path: str
     num_heads: int
-    hidden_size: int
 
 
 class AttentionLayers:
@@ -100,9 +99,7 @@ class AttentionLayers:
             _check_block(block_input(run.args, run.kwargs), block_output(run.output), hidden_size, where)
             number = getattr(module, "layer_idx", None)
             number = order if number is None else int(number)
-            layers[number] = AttentionLayer(
-                number=number, path=paths[module], num_heads=call.query.shape[1], hidden_size=hidden_size
-            )
+            layers[number] = AttentionLayer(number=number, path=paths[module], num_heads=call.query.shape[1])
             give_number(module, number)
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(add_residuals, with_kwargs=True))
