@@ -75,10 +75,10 @@ def lora_hook(path: str, weights: Any, gate: Gate) -> Hook:
     def add(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         x = args[0]
         if weights.kind == "embedding":
-            hidden, scale = weights.lora_a.t()[x], weights.scaling * embed_scale(module)
-        else:
-            hidden, scale = x @ weights.lora_a.t(), weights.scaling
-        return y + (hidden @ weights.lora_b) * scale * gate(path, x)
+            scale = weights.scaling * embed_scale(module)
+            return y + (weights.lora_a.t()[x] @ weights.lora_b) * scale * gate(path, x)
+        # The gate first, as PEFT's X-LoRA has it: sparse attention chooses its keys by the last bits.
+        return y + (x * gate(path, x)) @ weights.lora_a.t() @ weights.lora_b * weights.scaling
 
     return add
 
