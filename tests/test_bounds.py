@@ -32,7 +32,7 @@ from loraplex.errors import (
     UnsupportedAdapterError,
 )
 from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_lines, read_text
-from loraplex.residual.config import ResidualConfig
+from loraplex.residual.modules import ResidualConfig
 from loraplex.training import AdapterJob, MixtureTrainConfig, OptimizerConfig, TrainConfig, train_adapters
 from loraplex.training.core.checkpoint import FILE
 from loraplex.training.core.config import compose

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from loraplex.errors import RequestError
-from loraplex.residual.spans import TokenOffsets, ranges_of_text
-from loraplex.residual.steering import Steering, log_strengths
+from loraplex.residual.steering import Steering, TokenOffsets, log_strengths, ranges_of_text
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.bodies import Steer
 from loraplex.server.api.engine_requests import encode_text, steerings

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.layers.attention_interface import fronts_of
+from loraplex.layers.attention_interface import attention_functions
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
@@ -80,6 +80,6 @@ def test_fast_attention_gives_the_model_back_as_it_was() -> None:
     before = BaseSnapshot(base)
     for num_tokens, stands in ((10, True), (5000, False)):
         with fast_attention(base, num_tokens):
-            assert any(map(fronts_of, base.modules())) == stands
+            assert any(map(attention_functions, base.modules())) == stands
             assert base.config._attn_implementation == "sdpa"
         before.check()

@@ -9,10 +9,9 @@ import torch
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.residual.config import ResidualConfig
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import LinkedResidual, ResidualConfig
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import residual_rows

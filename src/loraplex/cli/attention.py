@@ -12,8 +12,7 @@ from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.prompts import as_chat
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.registry import AttentionRequest
-from loraplex.residual.spans import spans_of_ranges, unmark
-from loraplex.residual.steering import Span, Steering
+from loraplex.residual.steering import Span, Steering, spans_of_ranges, unmark
 from loraplex.viz.attention_page import write_page
 from loraplex.viz.attention_pictures import plot_compared, plot_heads, plot_residual_norms, plot_text
 

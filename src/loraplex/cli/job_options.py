@@ -9,7 +9,7 @@ from loraplex.adapters.config import ALL_LINEAR, LoraConfig
 from loraplex.cli.options import read_numbers
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
-from loraplex.residual.config import ResidualConfig
+from loraplex.residual.modules import ResidualConfig
 from loraplex.training import AdapterJob
 from loraplex.training.core.config import compose
 

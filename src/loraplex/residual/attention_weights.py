@@ -42,6 +42,11 @@ class AttentionWeights:
         self._kept: Tensor | None = None
         self._selected = False
 
+    @property
+    def first_query(self) -> int:
+        """The place of the first query among all tokens that were fed."""
+        return self.first_key + self.num_keys - self.num_queries
+
     def apply(self, values: Tensor, index: Tensor | None = None) -> Tensor:  # [rows, heads, queries, dim]
         """sum_s w[.., s] values[.., s]; values [rows, kv_heads, keys, dim] of all rows or of those in `index`."""
         parts = []

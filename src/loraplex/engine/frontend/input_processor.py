@@ -14,8 +14,8 @@ from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.capacity import Capacity, check_slots
+from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.sequence import RequestState, SequenceState
-from loraplex.engine.worker.captures import Captures
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
 from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids

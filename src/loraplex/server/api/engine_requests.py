@@ -12,8 +12,7 @@ from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.spans import Range, TokenOffsets, ranges_of_text
-from loraplex.residual.steering import Span, Steering
+from loraplex.residual.steering import Range, Span, Steering, TokenOffsets, ranges_of_text
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CaptureAttention, GenerationBody, ResponseFormat, Steer

@@ -8,8 +8,7 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
-from loraplex.residual.config import ResidualConfig
-from loraplex.residual.modules import LinkedResidual, SteeringVector
+from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
 from loraplex.training.core.checks import check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
 from loraplex.validation import is_finite

@@ -12,7 +12,8 @@ from loraplex.adapters.atomic_dir import check_destination
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
-from loraplex.residual import settings
+from loraplex.residual.format import CONFIG_FILE as RESIDUAL_CONFIG_FILE
+from loraplex.residual.format import WEIGHTS_FILE as RESIDUAL_WEIGHTS_FILE
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import JobData
 from loraplex.training.adapters.links import FrozenLink
@@ -21,7 +22,7 @@ from loraplex.training.core.config import flat_options
 from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.core.train_state import Optimizer, TrainState
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, settings.CONFIG_FILE, settings.WEIGHTS_FILE, RECORD_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, "README.md"}
 _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
 
 

@@ -16,11 +16,16 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.residual.config import BaseFingerprint
-from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import is_residual_folder, read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
+from loraplex.residual.modules import (
+    BaseFingerprint,
+    FunctionResidual,
+    LinkedResidual,
+    SteeringVector,
+    check_residual_fits,
+    check_same_base,
+)
 from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.config import AdapterJob, LinkMember
 from loraplex.training.core.parameters import factors_of, slot_weights

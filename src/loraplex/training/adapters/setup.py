@@ -14,11 +14,9 @@ from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.models.end_tokens import training_ends
-from loraplex.residual.config import check_rank
-from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits, check_same_base
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.job_state import JobState

@@ -6,12 +6,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from loraplex.residual.cache import ResidualState
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.cache import Key, ResidualState
+from loraplex.residual.plan import RowPlans
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.scope import AttentionScope, use_attention
-
-Key = tuple[int, int]  # attention layer, place in the link
 
 
 class ResidualRows:
@@ -28,16 +26,11 @@ class ResidualRows:
         rows = [RowAttention(chain=self._chains.get(job, ())) for job in jobs]
         if not any(row.chain for row in rows):
             return use_attention(None)
-        return use_attention(
-            AttentionScope(rows=rows, num_heads=self._num_heads, paddings=[0] * len(rows), state=state)
-        )
+        return use_attention(AttentionScope(plans=RowPlans(rows), num_heads=self._num_heads, state=state))
 
     def rank(self, job: int, key: Key) -> int:
         """The rank of the job's residual at a layer and place in the link; 0 where it has none."""
-        layer, place = key
-        here = [link.residual for link in self._chains.get(job, ()) if link.reaches(layer)]
-        residual = here[place] if place < len(here) else None
-        return residual.layers[layer].rank if isinstance(residual, LinkedResidual) else 0
+        return RowAttention(chain=self._chains.get(job, ())).rank(*key)
 
 
 class PrefixResidualStates:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.residual.cache import Key
 
 _WIDTH = 8  # numbers of one token in one tensor; a larger rank has several
@@ -46,33 +45,29 @@ class ResidualCache:
         return sum(tensor.nbytes for tensors in self._tensors.values() for tensor in tensors)
 
 
-class GroupResidualCache:
-    """u of some rows of a packed pass that stand side by side, as a chain of residuals extends it."""
+class BlockStates:
+    """u of some rows whose tokens lie in blocks: `ResidualStates` of one pass."""
 
     def __init__(
         self,
-        pool: ResidualCache,
-        batch: InputBatch,
-        tokens: Tensor,  # [rows, count]  places in the batch
-        num_keys: int,  # of the longest row
-        ranks: Callable[
-            [Key, torch.device], Tensor
-        ],  # [rows]  of each row's residual at a layer and place; 0 without one
+        cache: ResidualCache,
+        slots: tuple[Tensor, Tensor],  # [rows, tokens] each: the new tokens' blocks, and their places there
+        table: Tensor,  # [rows, blocks]  each row's, as far as the longest reaches
+        counts: Tensor,  # [rows]  tokens, with the new ones
+        num_keys: int,  # the largest count
+        ranks: Callable[[Key, torch.device], Tensor],  # [rows]  of each row's residual; 0 without one
     ) -> None:
-        self._pool, self._batch, self._tokens = pool, batch, tokens
-        self._num_keys, self._ranks = num_keys, ranks
+        self._cache, self._slots, self._table = cache, slots, table
+        self._counts, self._num_keys, self._ranks = counts, num_keys, ranks
 
     def extend(self, key: Key, sequences: Tensor, u: Tensor) -> Tensor:  # [rows, keys, rank]
-        """Keep the new tokens' u [rows, count, rank] of `sequences`, and return that of all keys."""
-        tokens = self._tokens[sequences]
-        blocks, places = (where[tokens] for where in self._batch.slots)
-        self._pool.write(key, blocks, places, u)
-        num_blocks = -(-self._num_keys // self._batch.cache.block_tokens)
-        table = self._batch.table.values[self._batch.rows[tokens[:, 0]], :num_blocks].long()
-        kept = self._pool.read(key, table, u.shape[2])[:, : self._num_keys]
-        if self._tokens.shape[0] == 1:
+        """Keep the new tokens' u [rows, tokens, rank] of `sequences`, and return that of all keys."""
+        blocks, places = (where[sequences] for where in self._slots)
+        self._cache.write(key, blocks, places, u)
+        kept = self._cache.read(key, self._table[sequences], u.shape[2])[:, : self._num_keys]
+        if len(self._table) == 1:
             return kept
         # Shorter sequences and smaller ranks end where memory may hold anything.
-        written = torch.arange(self._num_keys, device=u.device) <= self._batch.positions[tokens[:, -1:]]
+        written = torch.arange(self._num_keys, device=u.device) < self._counts[sequences].unsqueeze(1)
         own = torch.arange(u.shape[2], device=u.device) < self._ranks(key, u.device)[sequences].unsqueeze(1)
         return kept.masked_fill(~(written.unsqueeze(2) & own.unsqueeze(1)), 0)

@@ -1,19 +1,18 @@
-"""From what the rows of a batch ask for to the scope that serves them, everything checked before anything runs."""
+"""From what the rows of a call ask for to the scope that serves them, everything checked before anything runs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.errors import AdapterError, RequestError
-from loraplex.residual.cache import FollowedCache, ResidualState
+from loraplex.errors import RequestError
+from loraplex.residual.cache import FollowedCache, ResidualState, state_of
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
-from loraplex.residual.fit import check_residual_fits
-from loraplex.residual.generating import check_generation, generation_config, max_new_tokens
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import check_residual_fits
+from loraplex.residual.plan import RowPlans
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.scope import AttentionScope
 from loraplex.residual.steering import check_steering
@@ -33,7 +32,6 @@ def make_scope(
 ) -> AttentionScope:
     """Check every row and reserve its captures. Raises RequestError, TooLargeError or BaseModelMismatchError."""
     paddings = num_left_padding(attention_mask, len(rows))
-    failures: dict[int, AdapterError] | None = {} if record_failures else None
     buffers = {}
     for number, row in enumerate(rows):
         for link in row.chain:
@@ -52,14 +50,11 @@ def make_scope(
                 has_residuals=bool(row.chain),
             )
     return AttentionScope(
-        rows=rows,
+        plans=RowPlans(rows, paddings=paddings, buffers=buffers, failures={} if record_failures else None),
         num_heads=layers.num_heads,
-        paddings=paddings,
-        buffers=buffers,
         state=state,
         fed_before=fed_before,
         cached=cached,
-        failures=failures,
     )
 
 
@@ -105,8 +100,8 @@ def generation_scope(
     new_cache: Callable[[], Any] | None = None,
 ) -> AttentionScope:
     """The scope of one generation, which begins with the whole prompt."""
-    config = generation_config(base, generation)
-    check_generation(rows, config, generation)
+    config = _generation_config(base, generation)
+    _check_generation(rows, config, generation)
     _keep_all_tokens(layers, generation, default=1)
     cache = _cache(rows, layers, generation, base, uses_cache=config.use_cache is not False, new_cache=new_cache)
     fed_before = 0 if cache is None else int(cache.get_seq_length())
@@ -115,7 +110,7 @@ def generation_scope(
         layers,
         attention_mask,
         num_tokens,
-        max_new_tokens=max_new_tokens(config, num_tokens),
+        max_new_tokens=_max_new_tokens(config, num_tokens),
         fed_before=fed_before,
         cached=cache is not None or config.use_cache is not False,
         state=None if cache is None else state_of(cache, rows, fed_before),
@@ -137,7 +132,7 @@ def _cache(
     if given is not None or not uses_cache:
         return given
     if new_cache is None and not layers.takes_caches:
-        linked = [number for number, row in enumerate(rows) if has_linked(row)]
+        linked = [number for number, row in enumerate(rows) if row.has_linked]
         if linked:
             raise RequestError(
                 f"{type(base).__name__} takes only a cache of its own kind, beside which the residuals of the rows "
@@ -166,12 +161,12 @@ def captures(
 ) -> list[AttentionCapture | None]:
     """Each row's capture."""
     results: list[AttentionCapture | None] = []
-    for row in range(len(scope.rows)):
-        buffer = scope.buffers.get(row)
+    for row, padding in enumerate(scope.plans.paddings):
+        buffer = scope.plans.buffers.get(row)
         if buffer is None:
             results.append(None)
             continue
-        ids = sequences[row, scope.paddings[row] :].tolist()
+        ids = sequences[row, padding:].tolist()
         ids = ids[: buffer.num_fed(ids, () if ends is None else ends[row])]
         results.append(buffer.result(ids, token_texts(ids, tokenizer)))
     return results
@@ -182,42 +177,6 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -
     return [str(token) if tokenizer is None else str(tokenizer.decode([token])) for token in ids]
 
 
-def state_of(cache: Any, rows: Sequence[RowAttention], fed_before: int) -> ResidualState | None:
-    """The state that goes with a cache. Raises RequestError if the cache was filled without these rows' residuals."""
-    followers = getattr(cache, "followers", None)
-    state = next((follower for follower in followers or () if isinstance(follower, ResidualState)), None)
-    signature = tuple(
-        tuple(
-            (place, link.name, link.weight, id(link.residual))
-            for place, link in enumerate(row.chain)
-            if isinstance(link.residual, LinkedResidual)
-        )
-        for row in rows
-    )
-    if not any(signature):
-        return state
-    if followers is None:
-        raise RequestError(
-            f"residuals keep numbers beside keys and values, which a {type(cache).__name__} doesn't hold. Pass no "
-            "cache, or a loraplex.residual.FollowedCache(config=base.config)."
-        )
-    if state is None:
-        state = ResidualState()
-        followers.append(state)
-    if fed_before and state.signature != signature:
-        raise RequestError(
-            "the cache was filled with other residuals than these rows have. Continue it with the same rows and links, "
-            "or start with an empty cache."
-        )
-    state.signature = signature
-    return state
-
-
-def has_linked(row: RowAttention) -> bool:
-    """Whether a row has residuals that need numbers of earlier tokens."""
-    return any(isinstance(link.residual, LinkedResidual) for link in row.chain)
-
-
 def num_left_padding(attention_mask: Tensor | None, num_rows: int) -> list[int]:
     """How many tokens at each row's start are masked."""
     if attention_mask is None or attention_mask.dim() != 2:
@@ -225,3 +184,39 @@ def num_left_padding(attention_mask: Tensor | None, num_rows: int) -> list[int]:
     shown = attention_mask != 0
     first = shown.int().argmax(dim=1)
     return [int(place) for place in first.tolist()]
+
+
+# What generate is told
+
+
+def _max_new_tokens(config: GenerationConfig, num_tokens: int) -> int:
+    """How many tokens a generation may add to the prompt."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return max(1, int(config.max_length or 20) - num_tokens)
+
+
+def _generation_config(base: PreTrainedModel, generation: dict[str, Any]) -> GenerationConfig:
+    """transformers' defaults, the model's and the call's, as `generate` combines them."""
+    given = generation.get("generation_config") or base.generation_config or GenerationConfig()
+    set_values = {name: value for name, value in given.to_dict().items() if value is not None}
+    merged = GenerationConfig(**{**GenerationConfig().to_dict(), **set_values})
+    merged.update(**{name: value for name, value in generation.items() if hasattr(merged, name)})
+    return merged
+
+
+def _check_generation(rows: Sequence[RowAttention], config: GenerationConfig, generation: dict[str, Any]) -> None:
+    if config.cache_implementation is not None:
+        raise RequestError(
+            f"cache_implementation={config.cache_implementation!r} can't be used with residuals, capture or steering. "
+            "Leave it out: the cache grows as it is needed."
+        )
+    if generation.get("assistant_model") is not None or config.prompt_lookup_num_tokens is not None:
+        raise RequestError("assisted generation can't be used with residuals, capture or steering. Leave it out.")
+    sequences = max(config.num_beams or 1, config.num_return_sequences or 1)
+    captured = [number for number, row in enumerate(rows) if row.capture is not None]
+    if sequences > 1 and captured:
+        raise RequestError(
+            f"rows {captured} capture attention, which beam search and num_return_sequences > 1 mix between sequences. "
+            "Capture with greedy search or sampling of one sequence."
+        )

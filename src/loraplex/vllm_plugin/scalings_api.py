@@ -1,6 +1,7 @@
-"""What mixtures predicted for requests that asked for it, until it is fetched."""
+"""What mixtures predicted for requests that asked for it: noted while they run, kept until it is fetched."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,3 +60,39 @@ class RequestScalingsLog:
 
     def _num_bytes(self) -> int:
         return sum(request.num_bytes for request in self._requests.values())
+
+
+@dataclass(frozen=True)
+class ScalingsRequest:
+    """One request in the batch."""
+
+    request_id: str
+    tokens: slice  # in the batch
+    first_position: int  # of these tokens in the sequence
+
+
+def asked_rows(runner: Any) -> Iterator[ScalingsRequest]:
+    """The rows of vLLM's first model runner whose requests asked; the second one keeps them elsewhere."""
+    if not hasattr(runner, "input_batch"):
+        return
+    batch, starts = runner.input_batch, runner.query_start_loc.np
+    for row, request_id in enumerate(batch.req_ids):
+        params = runner.requests[request_id].sampling_params
+        if params is None or not (params.extra_args or {}).get(ASKED):
+            continue
+        tokens = slice(int(starts[row]), int(starts[row + 1]))
+        yield ScalingsRequest(request_id, tokens, int(batch.num_computed_tokens_cpu[row]))
+
+
+EXTENSION = "loraplex.vllm_plugin.scalings_api.ScalingsExtension"
+
+
+class ScalingsExtension:
+    """vLLM makes its worker class a subclass of this one (`worker_extension_cls`)."""
+
+    model_runner: Any
+
+    def loraplex_scalings(self, request_id: str) -> list[dict[str, Any]]:
+        """What mixtures predicted for a request that asked for it; empty if there is nothing. Each is given once."""
+        scaling_pass = getattr(self.model_runner, "loraplex_scaling_pass", None)
+        return [] if scaling_pass is None else scaling_pass.log.take(request_id)

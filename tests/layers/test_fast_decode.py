@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import loraplex.layers.attention as attention
+import loraplex.layers.fast_decode as fast_decode
 from loraplex import MultiLoraModel
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -16,8 +16,8 @@ OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 def calls(monkeypatch):
     """The masks of the compiled attention's calls."""
     masks = []
-    real = attention.attend_rows_native
-    monkeypatch.setattr(attention, "attend_rows_native", lambda *args: masks.append(args[3]) or real(*args))
+    real = fast_decode.attend_rows_native
+    monkeypatch.setattr(fast_decode, "attend_rows_native", lambda *args: masks.append(args[3]) or real(*args))
     return masks
 
 

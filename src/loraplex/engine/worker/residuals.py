@@ -1,21 +1,20 @@
 """Residuals, captures and steering inside packed passes: only chunks that ask for them are looked at."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import AttentionTerms
-from loraplex.engine.worker.captures import SequenceAttention
+from loraplex.engine.kv.residual_cache import BlockStates, ResidualCache
+from loraplex.engine.sched.captures import SequenceAttention
 from loraplex.engine.worker.input_batch import InputBatch
-from loraplex.engine.worker.residual_cache import GroupResidualCache, ResidualCache
-from loraplex.engine.worker.row_plans import RowPlans
 from loraplex.errors import AdapterError, EngineError
 from loraplex.residual.attention_weights import AttentionWeights
-from loraplex.residual.chain import run_chain
 from loraplex.residual.hooks import layer_number
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.plan import LayerPlan
+from loraplex.residual.plan import LayerPlan, RowPlans
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import RowAttention
 
@@ -23,16 +22,34 @@ from loraplex.residual.rows import RowAttention
 class RowGroup:
     """The rows of some plans in one packed pass: parts of equally many tokens."""
 
-    def __init__(self, plans: RowPlans, chunks: Sequence[int], batch: InputBatch) -> None:
+    def __init__(self, plans: RowPlans, chunks: Sequence[int], batch: InputBatch, cache: ResidualCache) -> None:
         self.plans = plans
         self.chunks = tuple(chunks)  # their places in the batch, in the order of the plans' rows
-        self._batch = batch
+        self._batch, self._cache = batch, cache
         chosen = [batch.chunks[chunk] for chunk in chunks]
         device = batch.positions.device
         firsts = torch.tensor([batch.offsets[chunk] for chunk in chunks], device=device)
         self.tokens = firsts.unsqueeze(1) + torch.arange(chosen[0].count, device=device)  # [rows, count]
         self.num_keys = max(chunk.stop for chunk in chosen)
         self._start = min(chunk.start for chunk in chosen)
+
+    def plan(self, layer: int, query: Tensor) -> LayerPlan | None:
+        """What to do at a layer."""
+        return self.plans.plan(layer, query, len(self.chunks))
+
+    @cached_property
+    def states(self) -> BlockStates:
+        """u of the rows' tokens."""
+        batch, last = self._batch, self.tokens[:, -1]
+        blocks, places = batch.slots
+        return BlockStates(
+            self._cache,
+            (blocks[self.tokens], places[self.tokens]),
+            batch.table.values[batch.rows[last], : -(-self.num_keys // batch.cache.block_tokens)].long(),
+            batch.positions[last] + 1,
+            self.num_keys,
+            self.plans.ranks,
+        )
 
     def weights(
         self, plan: LayerPlan, num_heads: int, query: Tensor, keys: Tensor, terms: AttentionTerms
@@ -92,9 +109,10 @@ class AttentionRows:
             return None
         together, alone = _side_by_side(batch.asking, batch.num_single)
         self._together = self._plans_together([batch.asking[chunk].row for chunk in together])
-        groups = [] if self._together is None else [RowGroup(self._together, together, batch)]
-        groups += [RowGroup(batch.asking[chunk].plans, [chunk], batch) for chunk in alone]
-        return ForwardContext(batch, groups, self._linked.layers, self.responses)
+        chosen = [] if self._together is None else [(self._together, together)]
+        chosen += [(batch.asking[chunk].plans, [chunk]) for chunk in alone]
+        groups = [RowGroup(plans, chunks, batch, self.responses) for plans, chunks in chosen]
+        return ForwardContext(groups, self._linked.layers)
 
     def forget_rows(self) -> None:
         """No request runs: keep nothing of the last ones."""
@@ -103,16 +121,14 @@ class AttentionRows:
     def _plans_together(self, rows: Sequence[RowAttention]) -> RowPlans | None:
         if self._together is not None and self._together.rows == tuple(rows):
             return self._together
-        return RowPlans(rows, None) if rows else None
+        return RowPlans(rows, failures={}) if rows else None
 
 
 class ForwardContext:
     """What the attention layers do in one packed pass besides attending."""
 
-    def __init__(
-        self, batch: InputBatch, groups: list[RowGroup], layers: AttentionLayers, responses: ResidualCache
-    ) -> None:
-        self._batch, self._groups, self._layers, self._responses = batch, groups, layers, responses
+    def __init__(self, groups: list[RowGroup], layers: AttentionLayers) -> None:
+        self._groups, self._layers = groups, layers
         # By layer, between attention and its block's output.
         self.pending: dict[int, list[tuple[RowGroup, LayerPlan, AttentionWeights]]] = {}
         self._num_attended = 0
@@ -126,16 +142,15 @@ class ForwardContext:
             return
         self._num_attended += 1
         for group in self._groups:
-            plan = group.plans.plan(layer, query)
+            plan = group.plan(layer, query)
             if plan is None:
                 continue
             weights = group.weights(plan, self._layers.num_heads[layer], query, keys, terms)
-            for place, buffer in plan.captures:
-                buffer.keep(layer, weights, place)
+            plan.capture(weights)
             if plan.links:
                 self.pending.setdefault(layer, []).append((group, plan, weights))
             if plan.steered:
-                places = query.new_tensor([place for place, _, _ in plan.steered], dtype=plan.sequences.dtype)
+                places = plan.steered_places
                 rows = plan.sequences[places]
                 heard = weights.apply(group.values(rows, values, terms), places)  # [rows, heads, count, dim]
                 out[group.tokens[rows]] = heard.transpose(1, 2).to(out.dtype)
@@ -143,13 +158,7 @@ class ForwardContext:
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """A block's output [1, tokens, hidden] with the residuals of the chunks that have some."""
         for group, plan, weights in self.pending.pop(layer):
-            responses = GroupResidualCache(
-                self._responses, self._batch, group.tokens, group.num_keys, group.plans.ranks
-            )
-            residual = run_chain(plan, layer, x[0][group.tokens], weights, responses)  # [rows, count, hidden]
-            for place, buffer in plan.captures:
-                first = weights.first_key + weights.num_keys - weights.num_queries
-                buffer.keep_norms(layer, residual[place].norm(dim=-1), first)
+            residual = plan.residual(x[0][group.tokens], weights, group.states)  # [rows, count, hidden]
             tokens = group.tokens[plan.sequences].flatten()
             output = output.index_add(1, tokens, residual.flatten(0, 1).unsqueeze(0).to(output.dtype))
         return output
@@ -161,7 +170,9 @@ class ForwardContext:
                 "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "
                 "when no request is running; this one can be asked again."
             )
-        return {group.chunks[row]: error for group in self._groups for row, error in group.plans.failures.items()}
+        return {
+            group.chunks[row]: error for group in self._groups for row, error in (group.plans.failures or {}).items()
+        }
 
 
 def _side_by_side(asking: Mapping[int, SequenceAttention], num_single: int) -> tuple[list[int], list[int]]:

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.request import TokenScalings
 from loraplex.engine.sched.request_adapters import BoundMixture
-from loraplex.engine.worker.row_plans import RowPlans
+from loraplex.residual.calls import token_texts
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
 from loraplex.residual.modules import FunctionResidual
+from loraplex.residual.plan import RowPlans
 from loraplex.residual.rows import RowAttention
-from loraplex.residual.runner import token_texts
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 
@@ -28,7 +28,7 @@ class SequenceAttention:
     @cached_property
     def plans(self) -> RowPlans:
         """What each layer does for this row by itself."""
-        return RowPlans((self.row,), self.buffer)
+        return RowPlans((self.row,), buffers={} if self.buffer is None else {0: self.buffer}, failures={})
 
     @cached_property
     def stands_alone(self) -> bool:

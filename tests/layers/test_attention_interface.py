@@ -1,4 +1,4 @@
-"""Functions in front of a model's attention: that model goes through them, and nothing else ever changes."""
+"""Functions before a model's attention: that model goes through them, and nothing else ever changes."""
 
 import ast
 import copy
@@ -15,28 +15,37 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers import attention_interface as fronts
-from loraplex.layers.attention_interface import TERMS, AttentionFront, FrontHandle, fronts_of
-from loraplex.layers.attention_join import join_front
+from loraplex.layers import attention_interface
+from loraplex.layers.attention_check import install_checked
+from loraplex.layers.attention_interface import (
+    TERMS,
+    AttentionCall,
+    AttentionFunction,
+    AttentionHandle,
+    AttentionOutput,
+    AttentionOwner,
+    attention_functions,
+)
 from tests.architectures.variants import make_model
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
-USER = {"user": "a test", "instead": "Do without."}
 
 
 class Counting:
-    """A front that counts its calls, and multiplies the outputs."""
+    """A function that counts its calls, and multiplies the outputs."""
 
-    def __init__(self, place: int = 0, factor: float = 1.0) -> None:
+    def __init__(self, owner: AttentionOwner = AttentionOwner.ENGINE, factor: float = 1.0, **options: object) -> None:
         self.order: list[int] = []
         self.factor = factor
-        self.front = AttentionFront(place=place, attend=self.attend)
+        self.function = AttentionFunction(
+            name="a test", owner=owner, run=self.run, instead="Do without.", **{"terms": TERMS, **options}
+        )
 
-    def attend(self, former, module, query, key, value, attention_mask, **options):
-        self.order.append(self.front.place)
-        output, weights = former(module, query, key, value, attention_mask, **options)
+    def run(self, call: AttentionCall) -> AttentionOutput:
+        self.order.append(self.function.owner)
+        output, weights = call.run_inner()
         return output if self.factor == 1 else output * self.factor, weights
 
 
@@ -46,13 +55,13 @@ def logits(base: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_only_the_chosen_model_goes_through_a_front(implementation: str) -> None:
+def test_only_the_chosen_model_goes_through_a_function(implementation: str) -> None:
     base, other = tiny_model("llama"), tiny_model("llama")
     for model in (base, other):
         model.set_attn_implementation(implementation)
     before, expected = BaseSnapshot(base), logits(base)
     counting, doubling = Counting(), Counting(factor=2.0)
-    handles = [FrontHandle(base, counting.front), FrontHandle(base, doubling.front)]
+    handles = [AttentionHandle(base, counting.function), AttentionHandle(base, doubling.function)]
     assert not logits(base).equal(expected)
     assert logits(other).equal(expected)
     assert len(counting.order) == len(doubling.order) == base.config.num_hidden_layers
@@ -63,22 +72,22 @@ def test_only_the_chosen_model_goes_through_a_front(implementation: str) -> None
     before.check()
 
 
-def test_fronts_stand_by_place_whatever_the_order_they_came_in() -> None:
+def test_functions_stand_by_owner_whatever_the_order_they_came_in() -> None:
     base = tiny_model("llama")
-    outer, inner = Counting(place=5), Counting(place=1)
+    outer, inner = Counting(AttentionOwner.ENGINE), Counting(AttentionOwner.TRAINING)
     inner.order = outer.order
     for order in ((outer, inner), (inner, outer)):
-        handles = [FrontHandle(base, counting.front) for counting in order]
+        handles = [AttentionHandle(base, counting.function) for counting in order]
         outer.order.clear()
         logits(base)
-        assert outer.order == [5, 1] * base.config.num_hidden_layers
+        assert outer.order == [AttentionOwner.ENGINE, AttentionOwner.TRAINING] * base.config.num_hidden_layers
         for handle in handles:
             handle.remove()
 
 
-def test_a_front_that_is_there_twice_runs_once_and_leaves_with_its_last_handle() -> None:
+def test_a_function_of_two_owners_runs_once_and_leaves_with_the_last_of_them() -> None:
     base, counting = tiny_model("llama"), Counting()
-    first, second = FrontHandle(base, counting.front), FrontHandle(base, counting.front)
+    first, second = AttentionHandle(base, counting.function), AttentionHandle(base, counting.function)
     logits(base)
     assert len(counting.order) == base.config.num_hidden_layers
     first.remove()
@@ -89,23 +98,23 @@ def test_a_front_that_is_there_twice_runs_once_and_leaves_with_its_last_handle()
     assert len(counting.order) == 2 * base.config.num_hidden_layers
 
 
-def test_copies_have_no_fronts_and_models_that_end_take_theirs_along() -> None:
+def test_copies_have_no_functions_and_models_that_end_take_theirs_along() -> None:
     gc.collect()  # what other tests have left
     base, counting = tiny_model("llama"), Counting()
-    before = set(fronts._in_use)
-    FrontHandle(base, counting.front)
-    assert len(fronts._in_use) == len(before) + 1
+    before = set(attention_interface._installed)
+    AttentionHandle(base, counting.function)
+    assert len(attention_interface._installed) == len(before) + 1
     logits(copy.deepcopy(base))
     assert counting.order == []
     del base
     gc.collect()
-    assert set(fronts._in_use) == before
+    assert set(attention_interface._installed) == before
 
 
 def test_what_others_put_in_transformers_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttentionInterface, "get_interface", AttentionInterface.get_interface)  # put back at the end
     base, counting = tiny_model("llama"), Counting()
-    handle = FrontHandle(base, counting.front)
+    handle = AttentionHandle(base, counting.function)
     theirs, asked = AttentionInterface.get_interface, []
 
     def get_interface(self, name, default):
@@ -115,7 +124,7 @@ def test_what_others_put_in_transformers_place_stays(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(AttentionInterface, "get_interface", get_interface)
     handle.remove()
     assert AttentionInterface.get_interface is get_interface
-    handle = FrontHandle(base, counting.front)
+    handle = AttentionHandle(base, counting.function)
     logits(base)
     assert len(counting.order) == len(asked) == base.config.num_hidden_layers
     handle.remove()
@@ -123,7 +132,7 @@ def test_what_others_put_in_transformers_place_stays(monkeypatch: pytest.MonkeyP
     assert len(counting.order) == base.config.num_hidden_layers
 
 
-def test_masks_are_made_behind_the_fronts_that_have_one() -> None:
+def test_masks_are_made_behind_the_functions_that_have_one() -> None:
     base, made = tiny_model("llama"), []
     own = vars(AttentionMaskInterface).get("__getitem__")
 
@@ -132,8 +141,7 @@ def test_masks_are_made_behind_the_fronts_that_have_one() -> None:
         return former(*args, **options)
 
     expected = logits(base)
-    front = AttentionFront(place=0, attend=Counting().attend, mask=mask)
-    handle = FrontHandle(base, front)
+    handle = AttentionHandle(base, Counting(mask=mask).function)
     assert logits(base).equal(expected)
     assert made == [IDS.shape[1]]
     handle.remove()
@@ -145,7 +153,7 @@ def test_models_whose_attention_goes_another_way_are_refused(name: str) -> None:
     base = make_model(name)
     before = BaseSnapshot(base)
     with pytest.raises(BaseModelError, match="attention interface"):
-        join_front(base, Counting().front, **USER)
+        install_checked(base, Counting().function)
     before.check()
 
 
@@ -155,15 +163,15 @@ def test_a_model_some_of_whose_layers_go_another_way_is_refused() -> None:
     layer.forward = lambda hidden_states, **options: (hidden_states, None)
     before = BaseSnapshot(base)
     with pytest.raises(BaseModelError, match="some layers"):
-        join_front(base, Counting().front, **USER)
+        install_checked(base, Counting().function)
     before.check()
 
 
-def test_a_front_that_changes_a_models_results_is_refused() -> None:
+def test_a_function_that_changes_a_models_results_is_refused() -> None:
     base = tiny_model("llama")
     before, expected = BaseSnapshot(base), logits(base)
     with pytest.raises(BaseModelError, match="other results"):
-        join_front(base, Counting(factor=1 + 2**-20).front, **USER)
+        install_checked(base, Counting(factor=1 + 2**-20).function)
     before.check()
     assert logits(base).equal(expected)
 
@@ -172,7 +180,7 @@ def test_a_model_that_never_gives_the_same_bits_twice_is_joined() -> None:
     base, counting = tiny_model("llama"), Counting()
     draw = torch.Generator().manual_seed(0)
     base.lm_head.register_forward_hook(lambda module, args, out: out + torch.randn(out.shape, generator=draw) * 1e-6)
-    handle, _ = join_front(base, counting.front, **USER)
+    handle, _ = install_checked(base, counting.function)
     counting.order.clear()
     logits(base)
     assert counting.order
@@ -185,7 +193,7 @@ def test_looking_at_a_model_leaves_its_positions_as_they_were() -> None:
     with torch.no_grad():
         base(input_ids=long)
     grown = base.model.rotary_emb.inv_freq.clone()
-    join_front(base, Counting().front, **USER)[0].remove()
+    install_checked(base, Counting().function)[0].remove()
     assert base.model.rotary_emb.inv_freq.equal(grown)
 
 
@@ -216,7 +224,7 @@ def calls_of_attention(text: str) -> Iterator[ast.Call]:
         yield statement.value
 
 
-def test_with_the_last_front_transformers_lookups_are_its_own_again() -> None:
+def test_with_the_last_function_transformers_lookups_are_its_own_again() -> None:
     code = (
         "from transformers import AttentionInterface, AttentionMaskInterface\n"
         "from tests.tiny_models import tiny_model\n"
@@ -241,9 +249,29 @@ def test_every_term_of_transformers_models_is_known() -> None:
     assert {term: where for term, where in given.items() if term not in TERMS | HARMLESS} == {}
 
 
-def test_fronts_are_of_modules_that_still_are() -> None:
+def test_functions_are_those_of_modules_that_still_are() -> None:
     base = tiny_model("llama")
-    handle = FrontHandle(base, Counting().front)
-    assert fronts_of(base.model.layers[0].self_attn) == (handle.front,)
+    counting = Counting()
+    handle = AttentionHandle(base, counting.function)
+    assert attention_functions(base.model.layers[0].self_attn) == (counting.function,)
     handle.remove()
-    assert fronts_of(base.model.layers[0].self_attn) == ()
+    assert attention_functions(base.model.layers[0].self_attn) == ()
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "diffllama"])
+def test_what_a_function_does_not_compute_is_refused_at_once_for_every_owner(name: str) -> None:
+    base = make_model(name)
+    before = BaseSnapshot(base)
+    for owner in (AttentionOwner.RESIDUALS, AttentionOwner.ENGINE):
+        with pytest.raises(BaseModelError, match=r"which a test doesn't know. Do without\."):
+            install_checked(base, Counting(owner, terms=frozenset()).function)
+    before.check()
+
+
+def test_a_tensor_under_a_name_that_nobody_knows_is_a_term() -> None:
+    base = tiny_model("llama")
+    attention = base.model.layers[0].self_attn
+    former = attention.forward
+    attention.forward = lambda *args, **options: former(*args, tilt=torch.ones(1), **options)
+    with pytest.raises(BaseModelError, match="'tilt'"):
+        install_checked(base, Counting().function)
