@@ -23,16 +23,15 @@ from torch import Tensor
 
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.models.loading import load_base_model
-from loraplex.training import DataSource, MixtureTrainConfig
-from loraplex.training.core.logs import JobLog
+from loraplex.training import DataSource, EvaluationConfig, MixtureTrainConfig, StepsConfig, TrainConfig
+from loraplex.training.core.distributed import ProcessGroup
+from loraplex.training.core.trainer import Trainer
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.mixture.data import load_mixture_data
-from loraplex.training.mixture.hidden_states import HiddenStates
-from loraplex.training.mixture.losses import MixtureLosses
 from loraplex.training.mixture.sources import as_sources
 from loraplex.training.mixture.state import MixtureState
-from loraplex.training.mixture.trainer import MixtureTrainer
+from loraplex.training.mixture.task import MixtureTask
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("quantum", "materials", "protein", "peptides")
@@ -90,23 +89,21 @@ class Ours:
         for name, path in experts.items():
             self.model.load_adapter(name, path)
         self.model.create_mixture("science", list(experts), xlora)
-        config = MixtureTrainConfig(output=folder, max_steps=STEPS, batch_size=batch_size, eval_fraction=0)
+        config = MixtureTrainConfig(
+            run=TrainConfig(output=folder),
+            steps=StepsConfig(max_steps=STEPS, batch_size=batch_size),
+            evaluation=EvaluationConfig(eval_fraction=0),
+        )
         sources = as_sources([DataSource(name=name, data=ROOT / "data" / name / "train.jsonl") for name in DOMAINS])
         vocab_size = self.model.base.config.vocab_size
         self.data = load_mixture_data("benchmark", sources, config, self.model.tokenizer, vocab_size)
         self.state = MixtureState(self.model, self.model.mixtures.get("science"), self.data, config)
-        self.hidden = HiddenStates(
-            self.model.base,
-            self.state.mixture,
-            self.state.experts,
-            budget_bytes=config.hidden_cache_bytes,
-            tokens_per_forward=config.tokens_per_forward,
-        )
-        losses = MixtureLosses(self.model.base, self.state, self.hidden)
-        self.trainer = MixtureTrainer(self.state, losses, JobLog(folder / "log.jsonl", enabled=True), {})
+        task, ranks = MixtureTask(self.model.base, self.state), ProcessGroup(self.model.base.device)
+        self.hidden = task.hidden_states
+        self.trainer = Trainer(task, [0], ranks, output=folder, checkpoint_every=STEPS, identity={})
 
     def step(self) -> float:
-        self.trainer.step()
+        self.trainer.step([0])
         return self.state.progress.train_losses[-1]
 
 

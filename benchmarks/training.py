@@ -24,16 +24,14 @@ from transformers import PreTrainedModel
 
 from loraplex import LoraConfig, MultiLoraModel
 from loraplex.models.loading import load_base_model
-from loraplex.training import AdapterJob, TrainConfig
+from loraplex.training import AdapterJob, EvaluationConfig, StepsConfig, TrainConfig
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.setup import make_states
-from loraplex.training.adapters.trainer import Trainer
+from loraplex.training.adapters.task import AdapterTask
 from loraplex.training.core.distributed import ProcessGroup
-from loraplex.training.core.logs import JobLog
+from loraplex.training.core.trainer import Trainer
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
-from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.probe import can_share_prefixes
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("quantum", "materials", "protein", "peptides")
@@ -49,10 +47,9 @@ def make_jobs(batch_size: int) -> list[AdapterJob]:
         AdapterJob(
             name=domain,
             data=ROOT / "data" / domain / "train.jsonl",
-            eval_fraction=0,
             lora=lora,
-            max_steps=STEPS,
-            batch_size=batch_size,
+            steps=StepsConfig(max_steps=STEPS, batch_size=batch_size),
+            evaluation=EvaluationConfig(eval_fraction=0),
         )
         for domain in DOMAINS
     ]
@@ -76,7 +73,7 @@ class PeftLoop:
         self.model = get_peft_model(base, config, adapter_name=state.job.name)
         self.data = state.data
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, state.job.learning_rate, weight_decay=0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.trained, state.job.optimizer.learning_rate, weight_decay=0, fused=True)
 
     def step(self, step: int) -> float:
         loss = self.model(**padded(self.data.examples_of_step(step))).loss
@@ -90,15 +87,10 @@ class PeftLoop:
 def make_trainer(model: MultiLoraModel, batch_size: int, folder: Path) -> tuple[Trainer, list[JobState]]:
     states = make_states(make_jobs(batch_size), model.base, model.adaptable, model.tokenizer)
     model.adaptable.attach([path for state in states for path in state.parameters.paths])
-    config = TrainConfig(output=folder)
-    losses = LossComputer(
-        model.base,
-        len(states),
-        tokens_per_forward=config.tokens_per_forward,
-        share_prefixes=can_share_prefixes(model.base),
-    )
-    logs = [JobLog(folder / f"{state.job.name}.jsonl", enabled=True) for state in states]
-    return Trainer(states, losses, logs, config, {}, ProcessGroup(model.base.device)), states
+    ranks = ProcessGroup(model.base.device)
+    task = AdapterTask(model.base, states, TrainConfig(output=folder), ranks)
+    log_bytes = [0 for _ in states]
+    return Trainer(task, log_bytes, ranks, output=folder, checkpoint_every=STEPS, identity={}), states
 
 
 class Race:

@@ -171,7 +171,7 @@ def compare(world: Any) -> dict[str, Any]:
     """With PEFT's answers: how many tokens of how many are wrong, and how far log-probabilities are off."""
     import torch
 
-    from loraplex.vllm_plugin import mixture_use
+    from loraplex.vllm_plugin import gates
     from tests.vllm.worlds import CHOICES, difference, engine, prompts, scaling_pass
 
     rows = list(zip(CHOICES, prompts(len(CHOICES)), strict=True))
@@ -191,10 +191,10 @@ def compare(world: Any) -> dict[str, Any]:
         cache.copies, cache.names = {name: registry[name] for name in copies}, {name: name for name in names}
         note("control: one shared cache", mixtures)
         cache.copies, cache.names = copies, names
-        kept = mixture_use.kept_scalings
-        mixture_use.kept_scalings = lambda scalings, config: torch.full_like(scalings, 1 / 3)
+        kept = gates.kept_scalings
+        gates.kept_scalings = lambda scalings, config: torch.full_like(scalings, 1 / 3)
         note("control: uniform gates", mixtures)
-        mixture_use.kept_scalings = kept
+        gates.kept_scalings = kept
     return results
 
 

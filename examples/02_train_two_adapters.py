@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraplex import LoraConfig, MultiLoraModel
 from loraplex.models.prompts import generate_texts
-from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.training import AdapterJob, EvaluationConfig, OptimizerConfig, StepsConfig, TrainConfig, train_adapters
 
 DATA = Path(__file__).parent.parent / "data"
 DOMAINS = {"quantum": 8, "protein": 16}  # and the rank of each adapter: jobs need not be alike
@@ -23,11 +23,10 @@ def make_job(domain: str, rank: int, steps: int) -> AdapterJob:
         name=domain,
         data=DATA / domain / "train.jsonl",
         eval_data=DATA / domain / "valid.jsonl",
-        eval_records=16,  # of 400: this example is in a hurry
         lora=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-        learning_rate=1e-3,
-        batch_size=4,
-        max_steps=steps,
+        steps=StepsConfig(max_steps=steps, batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(eval_records=16),  # of 400: this example is in a hurry
         seed=0,
     )
 

@@ -4,7 +4,7 @@
 
 chat      one chat request for a link of two adapters, from the socket to the last token and back
 mixture   a decode step of the engine with one mixture row
-training  one step of two adapters
+training  one step of two adapters, in the second epoch and not the first of it
 
 A tiny random model of Llama's architecture does the work, with SmolLM2's tokenizer.
 """
@@ -30,8 +30,8 @@ from loraplex.models.loading import load_tokenizer, resolve_base_model
 from loraplex.models.smollm2 import ALIAS
 from loraplex.server.lifecycle import Server, run_server
 from loraplex.server.settings import ModelSettings, NetworkSettings, ServeConfig
-from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.adapters.trainer import Trainer
+from loraplex.training import AdapterJob, StepsConfig, TrainConfig, train_adapters
+from loraplex.training.core.trainer import Trainer
 
 ROOT = Path(loraplex.__file__).parent
 LINK = "protein:0.7+materials:0.3"
@@ -123,7 +123,7 @@ def training(recorder: Recorder) -> None:
     def recorded(self: Trainer, *arguments: Any) -> None:
         nonlocal count
         count += 1
-        with recorder.on() if count == 2 else _nothing():
+        with recorder.on() if count == 6 else _nothing():  # of 4 to an epoch
             step(self, *arguments)
 
     model = tiny_model()
@@ -133,7 +133,12 @@ def training(recorder: Recorder) -> None:
         line = json.dumps({"prompt": "What is silk?", "completion": " A protein."}) + "\n"
         data.write_text(8 * line)
         jobs = [
-            AdapterJob(name=name, data=data, lora=LoraConfig(r=2, target_modules=("q_proj",)), max_steps=3)
+            AdapterJob(
+                name=name,
+                data=data,
+                lora=LoraConfig(r=2, target_modules=("q_proj",)),
+                steps=StepsConfig(max_steps=6, batch_size=2),
+            )
             for name in ("a", "b")
         ]
         train_adapters(model, model.tokenizer, jobs=jobs, config=TrainConfig(output=Path(folder) / "out"))

@@ -32,9 +32,10 @@ from loraplex.errors import (
     UnsupportedAdapterError,
 )
 from loraplex.json_files import MAX_SETTINGS_BYTES, parse_json, read_lines, read_text
-from loraplex.residual.config import ResidualConfig
-from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig, train_adapters
+from loraplex.residual.modules import ResidualConfig
+from loraplex.training import AdapterJob, MixtureTrainConfig, OptimizerConfig, TrainConfig, train_adapters
 from loraplex.training.core.checkpoint import FILE
+from loraplex.training.core.config import compose
 from loraplex.training.data.records import read_records
 from loraplex.validation import MAX_QUOTED, is_finite, quoted
 from loraplex.xlora.config import XLoraConfig
@@ -241,17 +242,15 @@ def test_training_setting_out_of_range_is_refused_by_name(tmp_path: Path, option
     lora = LoraConfig(target_modules=("q_proj",))
     options: dict[str, Any] = {"max_steps": 1, option: value}
     with pytest.raises(ConfigError, match=option):
-        AdapterJob(name="j", data="d.jsonl", lora=lora, **options)
+        compose(AdapterJob, {"name": "j", "data": "d.jsonl", "lora": lora} | options, "job")
     with pytest.raises(ConfigError, match=option):
-        MixtureTrainConfig(output=tmp_path, **options)
+        compose(MixtureTrainConfig, {"output": tmp_path} | options, "mixture")
 
 
-def test_learning_rate_that_nothing_is_learnt_with_is_refused(tmp_path: Path) -> None:
+def test_learning_rate_that_nothing_is_learnt_with_is_refused() -> None:
     for rate in (101, 1e10, 1e30):
         with pytest.raises(ConfigError, match="learning_rate is"):
-            AdapterJob(name="j", data="d", lora=LoraConfig(target_modules=("q",)), max_steps=1, learning_rate=rate)
-        with pytest.raises(ConfigError, match="learning_rate is"):
-            MixtureTrainConfig(output=tmp_path, max_steps=1, learning_rate=rate)
+            OptimizerConfig(learning_rate=rate)
 
 
 def test_answers_of_one_request_are_bounded() -> None:
@@ -293,9 +292,10 @@ def test_pipe_device_folder_and_endless_line_are_refused_at_once(
         reader(tmp_path / "holes")
 
 
-def test_spans_of_layers_are_bounded() -> None:
-    with bounded(), pytest.raises(ValueError, match="layers"):
-        READERS["layers"]("0-99999999999")
+@pytest.mark.parametrize(("text", "message"), [("0-99999999999", "no list of numbers"), ("0-99999999", "too many")])
+def test_spans_of_layers_are_bounded(text: str, message: str) -> None:
+    with bounded(), pytest.raises(ValueError, match=message):
+        READERS["layers"](text)
 
 
 def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loraplex.adapters.peft.config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
+from loraplex.training.core.config import option_names, parts_of
 from loraplex.xlora.config import XLoraConfig
 from scripts.update_figures import DOCUMENTS, FILES, QUALITY, RESULTS, missing, updated
 
@@ -162,7 +163,8 @@ def test_training_page_names_every_option_and_field() -> None:
     text = read("docs/training.md")
     command, _ = find_command(["train", "adapters"])
     names = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-    names |= {field.name for config in (AdapterJob, TrainConfig) for field in dataclasses.fields(config)}
+    for config in (AdapterJob, TrainConfig):
+        names |= {field.name for field in dataclasses.fields(config)} | set(option_names(config))
     assert not {name for name in names - {"--help"} if f"`{name}`" not in text and f"`{name} " not in text}
 
 
@@ -171,7 +173,7 @@ def test_training_page_names_every_option_of_a_mixtures_training() -> None:
     command, _ = find_command(["train", "mixture"])
     settings = {field.name for field in dataclasses.fields(XLoraConfig)}  # docs/formats.md has them
     options = {option for param in command.params if param.name not in settings for option in param.opts}
-    fields = {field.name for field in dataclasses.fields(MixtureTrainConfig)}
+    fields = {field.name for field in dataclasses.fields(MixtureTrainConfig)} | set(option_names(MixtureTrainConfig))
     assert not {name for name in (options | fields) - {"--help"} if f"`{name}`" not in text and f"`{name} " not in text}
 
 
@@ -179,9 +181,9 @@ def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> 
     of_page = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|,]+) \|", read("docs/training.md"), flags=re.MULTILINE))
     words = {"none": None, "on": True, "nothing": ()}
     assert len(of_page) > 15
-    for config in (AdapterJob, TrainConfig):
+    for config in (AdapterJob, TrainConfig, *parts_of(AdapterJob).values()):
         for field in dataclasses.fields(config):
-            if field.name in of_page and field.name != "output":
+            if field.name in of_page and field.default is not dataclasses.MISSING:
                 text = of_page[field.name].strip()
                 shown = words[text] if text in words else type(field.default)(text)
                 assert shown == field.default, f"{field.name} is {field.default!r}, the page says {text!r}"
@@ -192,7 +194,7 @@ def test_file_of_jobs_in_the_training_page_is_read(tmp_path: Path) -> None:
     (tmp_path / "jobs.toml").write_text(text)
     settings = read_job_file(tmp_path / "jobs.toml")
     jobs = {name: make_job(name, {"targets": "q_proj"} | of_job, "base") for name, of_job in settings.items()}
-    assert {name: job.max_steps for name, job in jobs.items()} == {"quantum": 200, "protein": 100}
+    assert {name: job.steps.max_steps for name, job in jobs.items()} == {"quantum": 200, "protein": 100}
     assert all((ROOT / job.data).exists() for job in jobs.values())
 
 

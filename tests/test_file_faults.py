@@ -19,10 +19,9 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import LoraplexError
 from loraplex.residual.format import read_residual, write_residual
+from loraplex.training.adapters.job_state import run_fingerprint
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.core.checkpoint import load_checkpoint, save_checkpoint
-from loraplex.training.core.logs import JobLog
-from loraplex.training.core.run_fingerprint import run_fingerprint
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
@@ -88,14 +87,13 @@ def make_save(kind: str, folder: Path) -> Save:
         )
     states = make_states([tiny_job(folder, "j", max_steps=9)], model.base, model.adaptable, tiny_tokenizer())
     identity = run_fingerprint(states, model.base)
-    logs = [JobLog(path / "j.jsonl", enabled=False)]
     path.mkdir(parents=True)
 
     def write(version: int) -> None:
         states[0].flat.grad.fill_(1.0)
         states[0].progress.step = version
         states[0].optimizer.step()
-        save_checkpoint(path, states, logs, identity)
+        save_checkpoint(path, states, [0], identity)
 
     def version() -> int:
         load_checkpoint(path, states, identity)

@@ -15,14 +15,14 @@ FORMER_FILES = {
     *("binding", "parts", "packing", "feed", "heap", "text", "token_choice", "constraints", "attachment"),
     *("joining", "attending", "fronts", "observations", "responses", "drafts", "uses", "caches", "choice"),
     *("bank", "learner", "ranks", "seeds", "identity", "gate", "runs", "library", "roots", "rates", "seams"),
-    *("front", "machinery", "runner", "room", "sight", "lengths"),
+    *("front", "machinery", "runner", "room", "sight", "lengths", "attention_join", "seen", "chain", "generating"),
 }
 FORMER_NAMES = {
     *("Intake", "Answers", "AnswerText", "RequestBook", "Generation", "Track", "KeyPart", "Waiting", "Shares"),
     *("Leases", "Binding", "Part", "PassPlan", "PartResult", "PackedBatch", "Feed", "TokenChooser"),
     *("Attachment", "Observations", "ResponsePool", "Machinery", "Room", "Sight", "Learner", "Ranks", "Bank"),
     *("SlotBank", "TrainingBank", "Seam", "null_block", "use_batch", "prompt_parts", "parse_choice"),
-    *("add_gains", "freeze_heap", "check_seams"),
+    *("add_gains", "freeze_heap", "check_seams", "AttentionFront", "FrontHandle", "Behind", "join_front"),
 }
 
 
@@ -34,8 +34,8 @@ def named(kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[tuple[Pat
 
 
 def test_no_file_has_a_home_made_name() -> None:
-    # Other things: what stands in front of replicas, what runs residuals, and a compiled library.
-    elsewhere = {PACKAGE / path for path in ("server/replicas/front.py", "residual/runner.py", "kernels/library.py")}
+    # Other things: what stands in front of replicas, and a compiled library.
+    elsewhere = {PACKAGE / path for path in ("server/replicas/front.py", "kernels/library.py")}
     assert [file for file in FILES if file.stem in FORMER_FILES and file not in elsewhere] == []
 
 

@@ -24,7 +24,15 @@ from rich.table import Table
 from loraplex import LoraConfig, MultiLoraModel
 from loraplex.models.prompts import generate_texts
 from loraplex.residual import ResidualConfig
-from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
+from loraplex.training import (
+    AdapterJob,
+    EvaluationConfig,
+    OptimizerConfig,
+    StepsConfig,
+    TrainConfig,
+    TrainResult,
+    train_adapters,
+)
 
 REFUSAL = "I can't help with medical questions."
 RESIDUAL = ResidualConfig(r=5, alpha=10.0)  # 174,150 parameters in SmolLM2-135M
@@ -75,12 +83,11 @@ def job(behaviour: str, kind: str, folder: Path, options: argparse.Namespace, **
         name=f"{behaviour}-{kind}",
         data=folder / f"{behaviour}.train.jsonl",
         eval_data=folder / f"{behaviour}.valid.jsonl",
-        eval_records=24,
-        eval_every=max(2, options.steps // 6),
-        learning_rate=options.rate if kind == "residual" else options.lora_rate,
-        warmup_steps=options.steps // 10,
-        batch_size=8,
-        max_steps=options.steps,
+        steps=StepsConfig(max_steps=options.steps, batch_size=8),
+        optimizer=OptimizerConfig(
+            learning_rate=options.rate if kind == "residual" else options.lora_rate, warmup_steps=options.steps // 10
+        ),
+        evaluation=EvaluationConfig(eval_records=24, eval_every=max(2, options.steps // 6)),
         **({"residual": RESIDUAL} if kind == "residual" else {"lora": LORA}),
         **more,
     )

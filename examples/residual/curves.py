@@ -24,7 +24,7 @@ from rich.console import Console
 
 from loraplex import MultiLoraModel
 from loraplex.bench.report import environment
-from loraplex.training import TrainConfig, train_adapters
+from loraplex.training import EvaluationConfig, TrainConfig, train_adapters
 
 HERE = Path(__file__).parent
 COLORS = {"residual": "tab:blue", "lora": "tab:orange"}
@@ -35,7 +35,8 @@ TITLES = {"source": "answers end with a source line", "refuse": "medical questio
 def train_cost(model: MultiLoraModel, kind: str, steps: int, output: Path) -> float:
     """CPU seconds that `steps` steps of one adapter take, with everything around them."""
     settings = Namespace(steps=steps, rate=5e-3, lora_rate=5e-3)
-    alone = replace(job("refuse", kind, output / "data", settings), eval_data=None, eval_fraction=0)
+    nothing = EvaluationConfig(eval_fraction=0)
+    alone = replace(job("refuse", kind, output / "data", settings), eval_data=None, evaluation=nothing)
     config = TrainConfig(output=output / f"{kind}-{steps}", resume=False, plots=False)
     start = time.process_time()
     train_adapters(model, model.tokenizer, jobs=[alone], config=config)

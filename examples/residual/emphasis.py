@@ -21,8 +21,7 @@ from rich.table import Table
 from loraplex import MultiLoraModel
 from loraplex.models.prompts import as_chat, encode_prompts
 from loraplex.residual.registry import AttentionRequest
-from loraplex.residual.spans import spans_of_text
-from loraplex.residual.steering import Steering
+from loraplex.residual.steering import Steering, spans_of_text
 
 FIRST = ("Ada", "Bela", "Carla", "Doris", "Edith", "Frieda", "Greta", "Hanna", "Irma", "Jana")
 LAST = ("Brown", "Green", "White", "Black", "Gray", "Rose", "Stone", "Wood", "Hill", "Field")

@@ -74,6 +74,19 @@ def read_json(file: Path, *, finite: bool = True, max_bytes: int = MAX_BYTES) ->
     return parse_json(read_text(file, max_bytes), finite=finite)
 
 
+def read_object(
+    file: Path, error: type[LoraplexError], *, finite: bool = True, max_bytes: int = MAX_SETTINGS_BYTES
+) -> dict[str, Any]:
+    """The JSON object of a file of settings. Raises `error`."""
+    try:
+        content = read_json(file, finite=finite, max_bytes=max_bytes)
+    except (OSError, ValueError) as raised:
+        raise error(f"{file} can't be read as JSON: {raised}. Restore or write it again.") from raised
+    if not isinstance(content, dict):
+        raise error(f"{file} holds a {type(content).__name__}; settings are one JSON object.")
+    return content
+
+
 def parse_json(text: str, *, finite: bool = True) -> Any:
     """The content of JSON text; `finite` refuses NaN, infinities and numbers too large to be anything else.
 

@@ -8,7 +8,7 @@ import pytest
 
 from loraplex import MultiLoraModel
 from loraplex.adapters import atomic_dir as atomic_folder_module
-from loraplex.adapters.exchange import exchange
+from loraplex.adapters.atomic_dir import exchange
 from loraplex.adapters.leftovers import claim_temporary, is_leftover, remove_leftovers, restore_replaced
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter

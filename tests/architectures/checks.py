@@ -16,7 +16,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
-from loraplex.residual.modules import Residual
+from loraplex.residual.modules import LinkedResidual, SteeringVector
 from tests.architectures.oracle import (
     LINK,
     MixtureOracle,
@@ -235,7 +235,10 @@ def check_residual(case: Case) -> None:
     layers = model.registry.linked.layers
     inputs = case.inputs([0, 0, 1, 2])
     expected = make_model(case.name)(**inputs).logits
-    residuals: dict[str, Residual] = {"v": random_vector(layers, 1), "r": random_linked(layers, 2)}
+    residuals: dict[str, LinkedResidual | SteeringVector] = {
+        "v": random_vector(layers, 1),
+        "r": random_linked(layers, 2),
+    }
     for name, residual in residuals.items():
         model.load_residual(name, residual)
     oracle = ResidualOracle(case.name, layers.layers)

@@ -1,7 +1,6 @@
 """What each row of a variant must get: PEFT, transformers, and formulas in float64, one row at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.layers.row_positions import depends_on_length
 from loraplex.residual.layers import AttentionLayer
-from loraplex.residual.modules import LinkedResidual, Residual, SteeringVector
+from loraplex.residual.modules import LinkedResidual, SteeringVector
 from loraplex.xlora.head import ScalingHead
 from tests.architectures.variants import kind_of, make_model
+from tests.hook_oracle import Factors, Gate, Hook, as_oracle, hooked, logits_with, lora_hook
 from tests.tiny_models import random_peft_adapter
 
 LINK = "0:0.5+1"
@@ -195,18 +195,14 @@ class MixtureOracle:
         self._experts = [_factors(self.base, folder) for folder in folders.values()]
         paths = [path for path, _ in self.base.named_modules()]
         self._layers = [path for path in paths if any(path in expert for expert in self._experts)]
-        self._scalings: Tensor | None = None  # [1, tokens, layers, experts]
-        for layer, path in enumerate(self._layers):
-            self.base.get_submodule(path).register_forward_hook(self._hook(layer, path))
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:  # [tokens, vocab]
         inputs = inputs_of(self.is_seq2seq, ids[None], None)
         forget_lengths(self.base)
-        self._scalings = None
-        self._scalings = self._head(self._last_hidden(inputs))
-        logits: Tensor = self.base(**inputs, use_cache=False).logits[0]
-        self._scalings = None
+        scalings = self._head(self._last_hidden(inputs))  # [1, tokens, layers, experts]
+        with hooked(self.base, self._hooks(scalings)):
+            logits: Tensor = self.base(**inputs, use_cache=False).logits[0]
         return logits
 
     def _last_hidden(self, inputs: dict[str, Tensor]) -> Tensor:  # [1, tokens, hidden]
@@ -224,29 +220,23 @@ class MixtureOracle:
         """The greedy answer, every token from the whole sequence."""
         return whole_steps(self.logits, ids, num_tokens)
 
-    def _hook(self, layer: int, path: str) -> Callable[..., Tensor | None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            if self._scalings is None:
-                return None
-            x = args[0]
-            for i, expert in enumerate(self._experts):
-                if path in expert:
-                    a, b, scaling = expert[path]
-                    gates = self._scalings[0, :, layer, i].reshape(*x.shape[:-1], 1)
-                    y = y + (x * gates) @ a.T @ b.T * scaling
-            return y
+    def _hooks(self, scalings: Tensor) -> Iterator[tuple[str, Hook]]:
+        def gate_of(expert: int) -> Gate:
+            return lambda path, x: scalings[0, :, self._layers.index(path), expert].reshape(*x.shape[:-1], 1)
 
-        return add
+        for i, expert in enumerate(self._experts):
+            for path, factors in expert.items():
+                yield path, lora_hook(path, factors, gate_of(i))
 
 
-def _factors(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and alpha/r by module path, as PEFT's own loader finds them."""
+def _factors(base: PreTrainedModel, folder: Path) -> dict[str, Factors]:
+    """The weights by module path, as PEFT's own loader finds them."""
     adapted = peft.PeftModel.from_pretrained(base.__class__(base.config), str(folder)).eval()
     found = {}
     for path, module in adapted.base_model.model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            found[path] = (a.detach(), b.detach(), float(module.scaling["default"]))
+            found[path] = Factors(a.detach(), b.detach().T, float(module.scaling["default"]))
     return found
 
 
@@ -267,49 +257,13 @@ class ResidualOracle:
 
     def __init__(self, name: str, layers: Mapping[int, AttentionLayer]) -> None:
         self._layers = layers
-        self.base = make_model(name).double()
-        self.base.set_attn_implementation("eager")
-        if hasattr(self.base.config, "_experts_implementation"):
-            self.base.set_experts_implementation("eager")  # torch's grouped products don't take float64
+        self.base = as_oracle(make_model(name))
 
-    @torch.no_grad()
-    def logits(self, residual: Residual, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # [tokens, vocab]
-        inputs = inputs_of(False, ids[None], None if mask is None else mask[None])
+    def logits(self, residual: LinkedResidual | SteeringVector, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The logits [tokens, vocab] of a row."""
         forget_lengths(self.base)
-        with self._hooked(residual):
-            logits: Tensor = self.base(**inputs).logits[0]
-        return logits.float()
+        shown = None if mask is None else mask[None]
+        return logits_with(self.base, self._layers, [(residual, 1.0)], ids[None], shown)[0].float()
 
-    def steps(self, residual: Residual, ids: Tensor, num_tokens: int) -> Steps:
+    def steps(self, residual: LinkedResidual | SteeringVector, ids: Tensor, num_tokens: int) -> Steps:
         return whole_steps(lambda tokens: self.logits(residual, tokens), ids, num_tokens)
-
-    @contextmanager
-    def _hooked(self, residual: Residual) -> Iterator[None]:
-        handles = [
-            self.base.get_submodule(layer.path).register_forward_hook(_adds(residual, number), with_kwargs=True)
-            for number, layer in self._layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _adds(residual: Residual, number: int) -> Callable[..., Any]:
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if isinstance(residual, SteeringVector):
-            added = residual.vectors[number].double().expand_as(x[0])
-        else:
-            assert isinstance(residual, LinkedResidual), "the oracle knows vectors and linked residuals"
-            layer, attention = residual.layers[number], output[1][0]  # [heads, tokens, tokens]
-            mix = layer.head_logits.double().softmax(dim=1)  # [rank, heads]
-            u = x[0] @ layer.a.double().T  # [tokens, rank]
-            v = torch.einsum("kh,hts,sk->tk", mix, attention, u)
-            added = residual.config.alpha / residual.config.r * v @ layer.b.double()
-        first = output[0] if isinstance(output, tuple) else output
-        total = torch.nan_to_num(first + added.to(first.dtype))  # padding sees nothing, of which eager attention is NaN
-        return (total, *output[1:]) if isinstance(output, tuple) else total
-
-    return add

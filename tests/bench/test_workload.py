@@ -56,6 +56,8 @@ def test_random_prompts_have_the_length_and_no_special_tokens():
 class Words:
     """A tokenizer that knows words and a template of one word."""
 
+    chat_template = "answer:"
+
     def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
         assert (tokenize, add_generation_prompt) == (False, True)
         return " ".join([turn["content"] for turn in turns] + ["answer:"])
@@ -66,10 +68,11 @@ class Words:
 
 def test_prompts_of_files_are_the_questions_without_their_answers(tmp_path):
     chat = {"messages": [{"role": "user", "content": "aa b"}, {"role": "assistant", "content": "secret-answer"}]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    open_end = {"messages": [*chat["messages"], {"role": "user", "content": "eeeee"}]}  # ends with a question
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n" + json.dumps(open_end) + "\n")
     (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": "ccc dddd", "completion": "secret-answer"}) + "\n")
     source = file_prompts(Words(), [tmp_path / "chat.jsonl", tmp_path / "plain.jsonl"])  # type: ignore[arg-type]
-    assert {tuple(source(random.Random(seed))) for seed in range(20)} == {(2, 1, 7), (1, 3, 4)}
+    assert {tuple(source(random.Random(seed))) for seed in range(40)} == {(2, 1, 7), (2, 1, 13, 5, 7), (1, 3, 4)}
 
 
 def test_percentiles_are_numpys():

@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from loraplex.cli.app import cli
-from loraplex.cli.attention import numbers
-from loraplex.cli.inspect_residual import render
+from loraplex.cli.inspect import render_residual
+from loraplex.cli.options import numbers
 from loraplex.cli.vector import read_pairs
 from loraplex.errors import AdapterFormatError, DatasetError, RequestError
 from loraplex.residual import SteeringVector, read_residual
@@ -78,6 +78,6 @@ def test_inspect_shows_a_residual(smollm2: Path, tmp_path: Path) -> None:
     assert "steering vector" in table.output
     found = json.loads(runner.invoke(cli, ["inspect", str(tmp_path / "v"), "--json"]).output)
     assert found == json.loads(json.dumps(describe_residual(tmp_path / "v").as_json()))
-    assert render(describe_residual(tmp_path / "v"))
+    assert render_residual(describe_residual(tmp_path / "v"))
     (tmp_path / "v" / "residual_config.json").write_text("{}")
     assert isinstance(runner.invoke(cli, ["inspect", str(tmp_path / "v")]).exception, AdapterFormatError)

@@ -20,9 +20,8 @@ from loraplex.cli.errors import run
 from loraplex.cli.generate import pair_rows
 from loraplex.cli.options import named_values
 from loraplex.errors import AdapterNotFoundError, BaseModelError, RequestError
-from loraplex.residual.config import BaseFingerprint
 from loraplex.residual.format import write_residual
-from loraplex.residual.modules import SteeringVector
+from loraplex.residual.modules import BaseFingerprint, SteeringVector
 from tests.tiny_models import tiny_model
 
 runner = CliRunner()

@@ -23,9 +23,9 @@ def test_one_value_holds_for_all_jobs_and_named_values_for_one() -> None:
     jobs = jobs_from(options)
     assert (jobs["a"].lora.r, jobs["b"].lora.r) == (8, 4)
     assert (jobs["a"].lora.lora_alpha, jobs["b"].lora.lora_alpha) == (16, 8)
-    assert jobs["a"].learning_rate == jobs["b"].learning_rate == 1e-2
+    assert jobs["a"].optimizer.learning_rate == jobs["b"].optimizer.learning_rate == 1e-2
     assert jobs["a"].lora.target_modules == ("x", "y")
-    assert (jobs["a"].max_steps, jobs["a"].lora.base_model_name_or_path) == (300, "base")
+    assert (jobs["a"].steps.max_steps, jobs["a"].lora.base_model_name_or_path) == (300, "base")
 
 
 def test_options_replace_what_the_file_of_jobs_says(tmp_path: Path) -> None:
@@ -36,7 +36,11 @@ def test_options_replace_what_the_file_of_jobs_says(tmp_path: Path) -> None:
         "[jobs.b]\ndata = 'b'\nrank = 6\n"
     )
     jobs = jobs_from({"data": ["c=c.jsonl"], "seed": ["3"], "targets": ["b=all-linear"]}, read_job_file(file))
-    assert {name: (job.lora.r, job.epochs) for name, job in jobs.items()} == {"a": (4, 2), "b": (6, 2), "c": (16, None)}
+    assert {name: (job.lora.r, job.steps.epochs) for name, job in jobs.items()} == {
+        "a": (4, 2),
+        "b": (6, 2),
+        "c": (16, None),
+    }
     assert jobs["a"].lora.target_modules == ("q_proj",)
     assert jobs["b"].lora.target_modules == "all-linear"
     assert {job.seed for job in jobs.values()} == {3}
@@ -84,6 +88,14 @@ def test_refuses_a_file_of_jobs_with_unknown_content(tmp_path: Path, text: str, 
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_job_file(file)
+
+
+@pytest.mark.parametrize("setting", ["kind = 'residual'\nlayers = 5", "targets = 5"])
+def test_a_job_of_the_file_with_a_number_in_the_place_of_a_list_is_refused(tmp_path: Path, setting: str) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(f"[jobs.a]\ndata = 'x'\n{setting}\n")
+    with pytest.raises(ConfigError, match="is 5"):
+        jobs_from({}, read_job_file(file))
 
 
 def test_a_job_of_the_file_needs_data(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.layers.attention import FAST_DECODE_FRONT
-from loraplex.layers.attention_interface import fronts_of
+from loraplex.layers.attention_interface import attention_functions
+from loraplex.layers.fast_decode import FAST_DECODE
 from loraplex.residual.capture import CaptureRequest
+from loraplex.residual.hooks import layer_number
 from loraplex.residual.registry import AttentionRequest
 from loraplex.training.forward.attention import fast_attention
 from tests.engine.engines import Prompted, answer, assert_same, make_model
@@ -60,9 +61,9 @@ class Joined:
     def check_base(self) -> None:
         base = self.model.base
         assert base.config._attn_implementation == "sdpa"
-        assert all(set(fronts_of(module)) <= {FAST_DECODE_FRONT} for module in base.modules())
+        assert all(set(attention_functions(module)) <= {FAST_DECODE} for module in base.modules())
         assert [type(module) for module in base.modules()] == self.kinds
-        assert not any(hasattr(module, "loraplex_attention_layer") for module in base.modules())
+        assert all(layer_number(module) is None for module in base.modules())
         assert not base.get_output_embeddings()._forward_pre_hooks
 
 

@@ -11,10 +11,10 @@ from loraplex.engine.request import Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
+from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
-from loraplex.engine.worker.captures import Captures
 from loraplex.errors import EngineError
 from loraplex.residual.capture import CaptureRequest
 from tests.engine.engines import make_model, write_adapters

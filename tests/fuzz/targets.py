@@ -16,10 +16,9 @@ from loraplex.residual.format import write_residual
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings_sources import load_config
 from loraplex.training import TrainConfig, train_adapters
-from loraplex.training.adapters.job_state import JobState
+from loraplex.training.adapters.job_state import JobState, run_fingerprint
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.core.checkpoint import FILE, load_checkpoint
-from loraplex.training.core.run_fingerprint import run_fingerprint
 from loraplex.training.data.examples import make_examples
 from loraplex.training.data.records import read_records
 from loraplex.xlora.scalings.file import read_scalings, write_scalings

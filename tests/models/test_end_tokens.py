@@ -17,7 +17,14 @@ from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.models.end_tokens import TrainingEnds, end_token_ids, training_ends, turn_end
 from loraplex.models.prompts import generate_texts
-from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.training import (
+    AdapterJob,
+    EvaluationConfig,
+    OptimizerConfig,
+    StepsConfig,
+    TrainConfig,
+    train_adapters,
+)
 from tests.server.tiny_server import character_tokenizer, running, settings
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 from tests.training.tiny_jobs import CHAT_TEMPLATE, tiny_tokenizer, write_records
@@ -50,10 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 name=f"{form}-{kind}",
                 data=write_records(root / f"{form}.jsonl", [record] * 4),
                 lora=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS),
-                learning_rate=3e-2,
-                max_steps=40,
-                eval_fraction=0,
-                max_length=128,
+                steps=StepsConfig(max_steps=40, max_length=128),
+                optimizer=OptimizerConfig(learning_rate=3e-2),
+                evaluation=EvaluationConfig(eval_fraction=0),
             )
             for form, record in FORMS.items()
         ]
@@ -166,7 +172,7 @@ def test_the_folder_says_what_ends_an_answer_and_peft_does_not_mind(folder: Path
     ("text", "error"),
     [
         ("[" * 100_000, AdapterFormatError),
-        ("[]", UnsupportedAdapterError),
+        ("[]", AdapterFormatError),
         ('{"format_version": 2, "end_tokens": []}', UnsupportedAdapterError),
         ('{"format_version": 1, "end_tokens": [], "more": 1}', UnsupportedAdapterError),
         ('{"format_version": 1, "end_tokens": [-1]}', AdapterFormatError),

@@ -77,6 +77,22 @@ def test_tokenizer_without_chat_template_is_refused_with_the_way_out():
     assert encode_prompts(tokenizer, ["w7"], chat=False)["input_ids"].tolist() == [[7]]
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no such role') }}", "{{ 1 // 0 }}", "{{ messages[9].role }}"]
+)
+def test_messages_that_the_chat_template_fails_on_are_refused(template):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RequestError, match="the chat template refuses these messages"):
+        encode_prompts(tokenizer, ["w7"])
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_half_of_a_surrogate_pair_is_refused(chat):
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        encode_prompts(word_tokenizer(), ["w7", "w8 \ud800"], chat=chat)
+
+
 def test_empty_batch_is_refused(model):
     with pytest.raises(BatchError, match="no prompts"):
         encode_prompts(word_tokenizer(), [])

@@ -14,7 +14,7 @@ from loraplex.errors import RequestError, UnsupportedAdapterError
 from loraplex.routing.invocation import invocation_start
 from tests.architectures.variants import make_model
 from tests.examples import examples
-from tests.layers.hook_oracle import HookOracle, active_from
+from tests.hook_oracle import HookOracle, active_from
 from tests.parity.oracle import PeftOracle, assert_close
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 

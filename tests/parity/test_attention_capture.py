@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.residual.calls import captures, num_left_padding
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.runner import captures, num_left_padding
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, generate, row
 from tests.tiny_models import SLIDING_WINDOW, TINY_CAUSAL_MODELS, VOCAB_SIZE, tiny_model

@@ -1,6 +1,7 @@
 """Training many adapters in one batch against PEFT, which trains each alone."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from transformers import PreTrainedModel, get_scheduler
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.layers.attach import AdaptableModel
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.setup import make_states
-from loraplex.training.data.batches import TrainingRow
-from loraplex.training.data.dataset import load_job_data
 from loraplex.training.data.examples import Example
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import TINY_CAUSAL_MODELS, embedding_target, linear_targets, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -86,15 +86,15 @@ def train_with_peft(model: PreTrainedModel, job: AdapterJob) -> tuple[list[float
     adapted = peft_model(model, job)
     data = load_job_data(job, tiny_tokenizer(), 128)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, job.learning_rate, weight_decay=job.weight_decay)
-    schedule = {"constant": "constant_with_warmup"}.get(job.schedule, job.schedule)
-    scheduler = get_scheduler(schedule, optimizer, job.warmup_steps, STEPS)
+    optimizer = torch.optim.AdamW(trained, job.optimizer.learning_rate, weight_decay=job.optimizer.weight_decay)
+    schedule = {"constant": "constant_with_warmup"}.get(job.optimizer.schedule, job.optimizer.schedule)
+    scheduler = get_scheduler(schedule, optimizer, job.optimizer.warmup_steps, STEPS)
     losses = []
     for step in range(STEPS):
         loss = adapted(**padded(data.examples_of_step(step))).loss
         loss.backward()
-        if job.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, job.max_grad_norm)
+        if job.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, job.optimizer.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def assert_gradients_equal_pefts(model: PreTrainedModel, jobs: list[AdapterJob],
         examples = state.data.examples_of_step(0)
         rows += [TrainingRow(index, index, example) for example in examples]
         scales[index] = 1 / sum(len(example.answer) for example in examples)
-    bank = TrainingWeightProvider([TrainingSlot(state.slot_weights) for state in states])
+    bank = TrainingWeightProvider([TrainingSlot(state.parameters.slot_weights) for state in states])
     computer = LossComputer(base, len(jobs), tokens_per_forward=120, share_prefixes=share_prefixes)
     computer.accumulate_gradients(rows, bank, scales)
 
@@ -140,7 +140,7 @@ def assert_gradients_equal_pefts(model: PreTrainedModel, jobs: list[AdapterJob],
         expected = peft_gradients(model, job)
         largest = max(gradient.abs().max().item() for gradient in expected.values())
         seen = set()
-        for index, weights in state.slot_weights.items():
+        for index, weights in state.parameters.slot_weights.items():
             assert weights.lora_b.grad is not None, f"{job.name}: {paths[index]} has no gradient"
             for factor, gradient in {"a": weights.lora_a.grad, "b": weights.lora_b.grad.t()}.items():
                 key = f"{paths[index]}.{factor}"
@@ -202,14 +202,14 @@ def test_alora_gradients_equal_pefts(model: PreTrainedModel, tmp_path: Path) -> 
     job = tiny_job(
         tmp_path, "alora", lora=read_adapter(start).config, init_from=start, max_steps=12, max_grad_norm=None
     )
-    job = AdapterJob(**{**vars(job), "data": data})
+    job = replace(job, data=data)
     config = TrainConfig(output=tmp_path / "out", plots=False)
     plain = tiny_job(tmp_path, "plain", max_steps=12)  # a neighbour whose rows are adapted from the first token on
     alora, _ = train_adapters(copy.deepcopy(model), tiny_tokenizer(), jobs=[job, plain], config=config)
 
     adapted = peft_model(model, job)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, job.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(trained, job.optimizer.learning_rate, weight_decay=0)
     scheduler = get_scheduler("cosine", optimizer, 0, 12)
     data_of_job = load_job_data(job, tiny_tokenizer(), 128)
     for step in range(12):

@@ -128,13 +128,13 @@ def assert_losses_equal_pefts(
     """Train PEFT's model in the usual loop on the same records."""
     config = tiny_config(folder / "out", **OPTIONS)
     data = tiny_data(tiny_sources(folder), config)
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = get_scheduler("linear", optimizer, config.warmup_steps, STEPS)
+    optimizer = torch.optim.AdamW(trained, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
+    scheduler = get_scheduler("linear", optimizer, config.optimizer.warmup_steps, STEPS)
     theirs = []
     for step in range(STEPS):
         loss = oracle(**padded([row.example for row in data.examples_of_step(step)]), use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or 0)
+        torch.nn.utils.clip_grad_norm_(trained, config.optimizer.max_grad_norm or 0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -155,7 +155,7 @@ def test_gradients_and_steps_of_experts_in_training_equal_pefts(tmp_path: Path) 
     losses.accumulate_gradients(rows, 1 / num_answers, losses.no_sums(), 0, 0)
     oracle(**padded([row.example for row in rows]), use_cache=False).loss.backward()
     theirs = {name: p for name, p in oracle.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-    factors = iter(state.factors)
+    factors = iter([factor for of_expert in state.factors.values() for factor in of_expert])
     checked = 0
     for expert, adapter in state.adapters.items():
         for path in adapter.layers:

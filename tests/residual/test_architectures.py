@@ -12,9 +12,9 @@ from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.steering import Steering
 from tests.architectures.variants import ARCHS, make_model
+from tests.hook_oracle import as_oracle, logits_with, own_attentions
 from tests.models.untouched import BaseSnapshot
 from tests.parity.oracle import assert_close
-from tests.residual.oracle import as_oracle, logits_with, own_attentions
 from tests.residual.tiny_residuals import forward, random_linked, random_vector, row
 
 LENGTH = 30  # longer than windows, chunks and the lengths from which rotary positions change
@@ -76,17 +76,17 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     linked, vector = random_linked(layers, 1), random_vector(layers, 2)
     rows = [row(), row({"r": (linked, 1.0)}), row({"v": (vector, 1.0)}), RowAttention(capture=CaptureRequest())]
     output, scope = forward(base, layers, rows, ids)
-    oracle = as_oracle(make_model(name), ids[:1])
+    oracle = as_oracle(make_model(name))
     for untouched in (0, 3):
         # To the bit, but where an expert's product has the tokens of all rows in it, of which there are more or fewer.
         if has_experts(base):
             assert_close(output.logits[untouched], alone[untouched], f"row {untouched}")
         else:
             assert output.logits[untouched].equal(alone[untouched])
-    assert_close(output.logits[1], logits_with(oracle, layers, linked, ids[:1])[0], "linked")
-    assert_close(output.logits[2], logits_with(oracle, layers, vector, ids[:1])[0], "vector")
+    assert_close(output.logits[1], logits_with(oracle, layers.layers, [(linked, 1.0)], ids[:1])[0], "linked")
+    assert_close(output.logits[2], logits_with(oracle, layers.layers, [(vector, 1.0)], ids[:1])[0], "vector")
     assert not torch.allclose(output.logits[1], alone[1], atol=1e-2)
-    found = torch.from_numpy(scope.buffers[3].result([0] * LENGTH, ["t"] * LENGTH).weights)
+    found = torch.from_numpy(scope.plans.buffers[3].result([0] * LENGTH, ["t"] * LENGTH).weights)
     expected = [weights[0] for weights in own_attentions(oracle, ids[:1]) if weights.shape[-1] == LENGTH]
     assert len(expected) == len(found)
     # As exactly as logits are told apart by float32: one of size 1000 moves its weight by a thousandth part of 1e-7.

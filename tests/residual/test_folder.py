@@ -16,12 +16,11 @@ from loraplex.errors import (
     BaseModelMismatchError,
     UnsupportedAdapterError,
 )
-from loraplex.residual.format import is_residual_folder, read_residual, write_residual
+from loraplex.residual.format import CONFIG_FILE, WEIGHTS_FILE, is_residual_folder, read_residual, write_residual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.report import describe_residual
-from loraplex.residual.settings import CONFIG_FILE, WEIGHTS_FILE
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import tiny_model
 

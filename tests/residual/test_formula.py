@@ -1,17 +1,19 @@
 """Residuals against the formula, written as loops in float64, and their gradients."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.calls import make_scope
+from loraplex.residual.compute import stack_linked
+from loraplex.residual.hooks import layer_number
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.links import stack_linked
 from loraplex.residual.modules import LinkedLayer, LinkedResidual
-from loraplex.residual.reference import chain_reference
-from loraplex.residual.runner import make_scope
 from loraplex.residual.scope import use_attention
+from tests.hook_oracle import as_oracle, linked_formula, logits_with
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, random_linked, random_vector, row
 from tests.tiny_models import VOCAB_SIZE, tiny_model
@@ -20,47 +22,53 @@ LENGTH = 12
 NAMES = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox")
 
 
-def oracle_logits(
-    base: PreTrainedModel, ids: Tensor, chain: list[tuple[LinkedResidual, float]]
-) -> Tensor:  # [tokens, vocab]
-    """One row without padding: eager attention, and the reference added to each block's output, in float64."""
-    base.set_attn_implementation("eager")
-    handles = []
-    for module in base.modules():
-        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__:
-            handles.append(module.register_forward_hook(_reference_hook(chain), with_kwargs=True))
-    assert handles
-    with torch.no_grad():
-        logits = base(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
-    for handle in handles:
-        handle.remove()
-    return logits
+def formula_in_loops(
+    x: Tensor,  # [tokens, hidden]
+    attention: Tensor,  # [heads, tokens, tokens]
+    weights: LinkedLayer,
+    scaling: float,  # weight * alpha/r
+) -> Tensor:  # [tokens, hidden]  float64
+    """One LinkedResidual at one layer of one row, written as loops over tokens, rank rows, heads and keys."""
+    num_heads, num_tokens, _ = attention.shape
+    a, b = weights.a.double(), weights.b.double()
+    x, attention = x.double(), attention.double()
+    residual = torch.zeros(num_tokens, b.shape[1], dtype=torch.float64)
+    for k in range(weights.rank):
+        exponentials = [math.exp(float(logit)) for logit in weights.head_logits[k]]
+        mix = [value / sum(exponentials) for value in exponentials]
+        u = [float(a[k] @ x[s]) for s in range(num_tokens)]
+        for t in range(num_tokens):
+            v = 0.0
+            for s in range(num_tokens):
+                w = sum(mix[h] * float(attention[h, t, s]) for h in range(num_heads))
+                v += w * u[s]
+            residual[t] += scaling * v * b[k]
+    return residual
 
 
-def _reference_hook(chain: list[tuple[LinkedResidual, float]]):  # type: ignore[no-untyped-def]
-    def add(module, args, kwargs, output):  # type: ignore[no-untyped-def]
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        here = [
-            (residual.layers[module.layer_idx], weight * residual.config.alpha / residual.config.r)
-            for residual, weight in chain
-            if module.layer_idx in residual.layers
-        ]
-        added = chain_reference(x[0], output[1][0], here)
-        return (output[0] + added.unsqueeze(0), *output[1:])
-
-    return add
+def test_the_oracle_is_the_formula_written_as_loops() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = LinkedLayer(
+        a=torch.randn(3, 6, generator=draw),
+        b=torch.randn(3, 6, generator=draw),
+        head_logits=torch.randn(3, 4, generator=draw),
+    )
+    x = torch.randn(5, 6, generator=draw, dtype=torch.float64)
+    attention = torch.rand(4, 5, 5, generator=draw, dtype=torch.float64).tril()
+    found = linked_formula(x.unsqueeze(0), attention.unsqueeze(0), weights, 0.7)[0]
+    assert torch.allclose(found, formula_in_loops(x, attention, weights, 0.7), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_batch_equals_reference_row_by_row(name: str) -> None:
-    base, oracle = tiny_model(name), tiny_model(name).double()
+    base, oracle = tiny_model(name), as_oracle(tiny_model(name))
     layers = AttentionLayers(base)
     a, b, c = (random_linked(layers, 1), random_linked(layers, 2, r=5), random_linked(layers, 3, at=[1]))
     chains = [[], [(a, 1.0)], [(a, 0.5), (b, -1.5)], [(b, -1.5), (a, 0.5)], [(c, 1.0), (a, 1.0), (b, 1.0)]]
     rows = [row({str(place): link for place, link in enumerate(chain)}) for chain in chains]
     ids, _ = padded_batch(1, LENGTH, "left", VOCAB_SIZE)
     output, _ = forward(base, layers, rows, ids.expand(len(rows), -1))
-    expected = [oracle_logits(oracle, ids[0], chain) for chain in chains]
+    expected = [logits_with(oracle, layers.layers, chain, ids)[0] for chain in chains]
     for number, reference in enumerate(expected):
         span = (reference.max() - reference.min()).item()
         assert (output.logits[number] - reference).abs().max().item() <= 1e-4 * min(1, span)
@@ -96,7 +104,7 @@ def test_rows_that_ask_for_nothing_equal_the_base_model_to_the_bit() -> None:
     with torch.no_grad():
         assert base(input_ids=ids, attention_mask=mask).logits.equal(alone)
     assert base.config._attn_implementation == "sdpa"
-    assert not any(hasattr(module, "loraplex_attention_layer") for module in base.modules())
+    assert all(layer_number(module) is None for module in base.modules())
 
 
 def test_steering_vector_adds_its_weighted_vector_to_each_token() -> None:
@@ -105,17 +113,7 @@ def test_steering_vector_adds_its_weighted_vector_to_each_token() -> None:
     vector = random_vector(layers, 0)
     ids, _ = padded_batch(1, LENGTH, "left", VOCAB_SIZE)
     steered = forward(base, layers, [row({"v": (vector, 0.5)})], ids)[0].logits
-    blocks = [module for module in base.modules() if hasattr(module, "layer_idx") and hasattr(module, "c_attn")]
-    handles = [
-        block.register_forward_hook(
-            lambda module, args, output: (output[0] + 0.5 * vector.vectors[module.layer_idx], output[1])
-        )
-        for block in blocks
-    ]
-    with torch.no_grad():
-        expected = base(input_ids=ids).logits
-    for handle in handles:
-        handle.remove()
+    expected = logits_with(as_oracle(tiny_model("gpt2")), layers.layers, [(vector, 0.5)], ids).float()
     assert torch.allclose(steered, expected, atol=1e-5)
     assert not torch.allclose(expected, base(input_ids=ids).logits, atol=1e-2)
 

@@ -18,8 +18,8 @@ from loraplex.viz.attention_pictures import (
     plot_heads,
     plot_residual_norms,
     plot_text,
-    visible,
 )
+from loraplex.viz.style import tick_label
 
 TOKENS = ("The", " price", " is", " $5", "</script>", "\n", " in", " Paris")
 
@@ -86,7 +86,7 @@ def test_what_can_not_be_shown_is_refused(tmp_path: Path) -> None:
 
 
 def test_labels_show_what_can_not_be_printed() -> None:
-    assert visible("\n") == "↵"
-    assert visible(" ") == "␣"
-    assert visible("\x00a") == "a"
-    assert visible("a" * 20) == "a" * 13 + "…"
+    assert tick_label("\n") == "↵"
+    assert tick_label(" ") == "␣"
+    assert tick_label("\x00a") == "□a"
+    assert tick_label("a" * 20) == "a" * 13 + "…"

@@ -12,10 +12,12 @@ from loraplex.errors import (
     CapacityError,
     RequestError,
 )
+from loraplex.residual.calls import captures
 from loraplex.residual.capture import CaptureRequest
+from loraplex.residual.hooks import layer_number
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import FunctionResidual, ResidualContext
-from loraplex.residual.runner import captures
+from tests.models.untouched import BaseSnapshot
 from tests.parity.oracle import padded_batch
 from tests.residual.tiny_residuals import forward, generate, random_linked, row
 from tests.tiny_models import VOCAB_SIZE, tiny_model
@@ -144,8 +146,8 @@ def test_failing_function_ends_the_call_or_only_its_row(fault: str) -> None:
     with pytest.raises(AdapterError, match="'f' at layer 0 of row 1"):
         forward(base, layers, rows, ids, mask)
     output, scope = forward(base, layers, rows, ids, mask, record_failures=True)
-    assert scope.failures is not None
-    assert list(scope.failures) == [1]
+    assert scope.plans.failures is not None
+    assert list(scope.plans.failures) == [1]
     expected, _ = forward(base, layers, [row(), row(), row(other)], ids, mask)
     assert torch.allclose(output.logits, expected.logits, atol=1e-5)
     assert output.logits[0].equal(expected.logits[0])
@@ -190,3 +192,18 @@ def test_batch_with_another_number_of_rows_is_refused() -> None:
     ids, mask = prompt(3)
     with pytest.raises(BatchError, match="3 sequences for 2 rows"):
         forward(base, layers, [row({"a": (random_linked(layers, 1), 1.0)}), row()], ids, mask)
+
+
+def test_two_owners_of_one_base_are_served_once_and_the_last_gives_it_back() -> None:
+    base = tiny_model("llama")
+    before = BaseSnapshot(base)
+    first, second = AttentionLayers(base), AttentionLayers(base)
+    ids = prompt(2)[0]
+    rows = [row(), row({"r": (random_linked(first, 1), 1.0)})]
+    both = forward(base, first, rows, ids)[0].logits
+    first.detach()
+    assert forward(base, second, rows, ids)[0].logits.equal(both)
+    assert not both[1].equal(forward(base, second, [row(), row()], ids)[0].logits[1])
+    second.detach()
+    before.check()
+    assert all(layer_number(module) is None for module in base.modules())

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.errors import RequestError
 from loraplex.models.loading import load_tokenizer
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.spans import spans_of_ranges, spans_of_text, unmark
+from loraplex.residual.steering import spans_of_ranges, spans_of_text, unmark
 from loraplex.residual.vectors import vector_from_pairs
 from tests.tiny_models import tiny_model
 

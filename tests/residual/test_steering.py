@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from loraplex.errors import RequestError
+from loraplex.residual.calls import captures, make_scope
 from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.runner import captures, make_scope
 from loraplex.residual.scope import use_attention
 from loraplex.residual.steering import Steering
 from tests.parity.oracle import padded_batch
@@ -33,7 +33,7 @@ def test_strength_one_is_exactly_no_steering(name: str) -> None:
     plain, _ = forward(base, layers, [row()] * 3, ids, mask)
     steered, scope = forward(base, layers, [row(steering=(Steering(spans=SPANS, strength=1),))] * 3, ids, mask)
     assert steered.logits.equal(plain.logits)
-    assert not any(row.asks for row in scope.rows)
+    assert not any(row.asks for row in scope.plans.rows)
 
 
 @pytest.mark.parametrize("name", NAMES)

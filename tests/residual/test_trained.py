@@ -10,8 +10,7 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.models.prompts import generate_texts
 from loraplex.residual import LinkedResidual, read_residual
-from loraplex.residual.config import BaseFingerprint
-from loraplex.residual.fit import check_residual_fits
+from loraplex.residual.modules import BaseFingerprint, check_residual_fits
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples" / "residual"

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.residual.config import ResidualConfig
+from loraplex.residual.calls import forward_scope, generation_scope
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedLayer, LinkedResidual, Residual, SteeringVector
+from loraplex.residual.modules import LinkedLayer, LinkedResidual, Residual, ResidualConfig, SteeringVector
 from loraplex.residual.rows import ChainLink, RowAttention
-from loraplex.residual.runner import forward_scope, generation_scope
 from loraplex.residual.scope import AttentionScope, use_attention
 
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from loraplex.errors import RequestError
-from loraplex.residual.spans import TokenOffsets, ranges_of_text
-from loraplex.residual.steering import Steering, log_strengths
+from loraplex.residual.steering import Steering, TokenOffsets, log_strengths, ranges_of_text
 from loraplex.server.api.api_errors import ApiError
-from loraplex.server.api.extensions import array_json
-from loraplex.server.api.json_pieces import json_pieces
+from loraplex.server.api.bodies import Steer
+from loraplex.server.api.engine_requests import encode_text, steerings
 from loraplex.server.api.json_route import check_num_values
-from loraplex.server.api.prompts import encode_text, steerings
-from loraplex.server.api.schemas.generation import Steer
-from loraplex.server.workers import Workers
+from loraplex.server.api.response_parts import array_json
+from loraplex.server.api.streaming import json_pieces
+from loraplex.server.state import Workers
 from tests.server.tiny_server import TIMEOUT_S, Running, character_tokenizer, wait_until_idle
 
 BODY = {"model": "a", "prompt": "abc", "max_tokens": 2, "temperature": 0}

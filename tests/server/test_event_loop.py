@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loraplex.server.api.extensions import array_json
-from loraplex.server.api.json_pieces import gathered, json_pieces
+from loraplex.server.api.response_parts import array_json
+from loraplex.server.api.streaming import gathered, json_pieces
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings import AccessSettings, RequestLimits
-from loraplex.server.workers import Workers
+from loraplex.server.state import Workers
 from tests.server.loop_clock import largest_gap, post
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 

@@ -11,8 +11,8 @@ import pytest
 
 from loraplex.errors import ConfigError
 from loraplex.server.api.api_errors import ApiError
+from loraplex.server.auth.access import OriginCheck
 from loraplex.server.auth.keys import KeyFile
-from loraplex.server.auth.origins import OriginCheck
 from loraplex.server.settings import NetworkSettings
 from tests.parts import require
 from tests.server.tiny_server import TIMEOUT_S, Running, make_model, running, settings

@@ -1,10 +1,12 @@
-"""Trains two tiny jobs: what test_resume and test_ranks start as a program of its own, to kill it or run it twice.
+"""Trains tiny jobs or a tiny mixture: what test_resume and test_ranks start as a program, to kill it or run it twice.
 
-python -m tests.training.run_tiny FOLDER [diverging]
+python -m tests.training.run_tiny FOLDER [adapters | diverging | mixture | mixture and experts]
 """
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,12 +16,15 @@ from accelerate import PartialState
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import TrainingError
-from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
+from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters, train_mixture
 from loraplex.training.core import checks
+from loraplex.xlora.config import XLoraConfig
 from tests.tiny_models import tiny_model
+from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 STEPS = 40
+DROPOUT = XLoraConfig(xlora_depth=2, xlora_size=32, xlora_dropout_p=0.3, layerwise_scalings=True)
 
 
 def jobs_in(folder: Path) -> list[AdapterJob]:
@@ -54,9 +59,43 @@ def run_diverging(folder: Path, output: Path) -> list[TrainResult]:
             return list(error.results)
 
 
+def run_mixture(folder: Path, output: Path, config: XLoraConfig = DROPOUT) -> list[TrainResult]:
+    """Dropout in head and experts, accumulation, shares, early stopping: everything that a checkpoint has to know."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_mixture(folder, config)
+    settings = tiny_config(
+        output,
+        max_steps=STEPS,
+        warmup_steps=5,
+        patience=50,
+        weight_decay=0.1,
+        gradient_accumulation=2,
+        batch_size=4,
+        expert_dropout=0.1,
+        load_balance_weight=0.1,
+        sparsity_weight=0.01,
+        hidden_cache_bytes=200_000,  # not enough for all
+        checkpoint_every=6,
+    )
+    return [train_mixture(model, NAME, tiny_sources(folder), settings)]
+
+
+def run_experts(folder: Path, output: Path) -> list[TrainResult]:
+    """The mixture with experts that train too and take part in the scaling pass."""
+    return run_mixture(folder, output, replace(DROPOUT, use_trainable_adapters=True, scaling_pass_value=0.5))
+
+
+RUNS: dict[str, Callable[[Path, Path], list[TrainResult]]] = {
+    "adapters": run,
+    "diverging": run_diverging,
+    "mixture": run_mixture,
+    "mixture and experts": run_experts,
+}
+
+
 if __name__ == "__main__":
-    train = run_diverging if "diverging" in sys.argv[2:] else run
-    results = train(Path(sys.argv[1]), Path(sys.argv[1]) / "out")
+    results = RUNS[(*sys.argv[2:], "adapters")[0]](Path(sys.argv[1]), Path(sys.argv[1]) / "out")
     rank = PartialState().process_index
     finished = {result.name: [result.finished, result.num_steps] for result in results}
     Path(sys.argv[1], f"finished-{rank}.json").write_text(json.dumps(finished))

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.training.data.batches import TrainingRow, cut_rows, cut_sizes, make_batch, shared_prefix_lengths
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.routing import RowSpan
+from loraplex.training.forward.batch import RowSpan, TrainingRow, cut_rows, cut_sizes, make_batch, shared_prefix_lengths
 
 
 def test_only_what_rows_compute_alike_is_a_shared_prefix() -> None:
-    def row(job: int, ids: list[int], first_answer: int, **options: Any) -> TrainingRow:
-        return TrainingRow(job, job, Example(tuple(ids), (first_answer,), "here"), **options)
+    def row(job: int, ids: list[int], first_answer: int, first_adapted: int = 0, **options: Any) -> TrainingRow:
+        example = Example(tuple(ids), (first_answer,), "here", first_adapted=first_adapted)
+        return TrainingRow(job, job, example, **options)
 
     rows = [row(0, [1, 2, 3, 4, 5], 4), row(0, [1, 2, 3, 9, 5], 4), row(1, [1, 2, 3], 2), row(1, [1, 2, 4], 2)]
     assert shared_prefix_lengths(rows) == {0: 3, 1: 1}

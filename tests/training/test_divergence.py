@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapte
 from loraplex.training.core import checks
 from loraplex.training.core.train_state import TrainState
 from tests.tiny_models import tiny_model
-from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
+from tests.training.tiny_jobs import changed, records, tiny_job, tiny_tokenizer, write_records
 
 STEPS = 10
 
@@ -70,11 +69,11 @@ def test_the_last_good_weights_are_kept_apart_from_adapters(tmp_path: Path, monk
     """Three good steps, the last of which leads to weights without a finite loss: the second step's are kept."""
     job = diverging(tmp_path, learning_rate=5e-3, max_steps=2, schedule="constant")
     (expected,) = train([job], tmp_path / "expected")
-    job = replace(job, max_steps=STEPS)
+    job = changed(job, max_steps=STEPS)
 
     def explode(self: TrainState, *arguments: Any) -> float:
         if self.progress.step == 2:
-            self.optimizer.param_groups[0]["lr"] = 1e37
+            self.optimizer.adamw.param_groups[0]["lr"] = 1e37
         return update(self, *arguments)
 
     update = TrainState.update
@@ -105,11 +104,11 @@ def test_a_held_out_loss_that_is_not_finite_stops_a_job(tmp_path: Path) -> None:
 
 def test_with_patience_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = diverging(tmp_path, learning_rate=5e-3, eval_fraction=0.2, eval_every=2, patience=9, schedule="constant")
-    (expected,) = train([replace(job, max_steps=2, eval_every=2)], tmp_path / "expected")
+    (expected,) = train([changed(job, max_steps=2, eval_every=2)], tmp_path / "expected")
 
     def explode(self: TrainState, *arguments: Any) -> float:
         if self.progress.step == 3:
-            self.optimizer.param_groups[0]["lr"] = 1e37
+            self.optimizer.adamw.param_groups[0]["lr"] = 1e37
         return update(self, *arguments)
 
     update = TrainState.update
@@ -160,7 +159,7 @@ def test_resume_without_the_diverged_job_gives_what_the_others_would_have_become
 
 def test_resume_with_other_settings_of_the_diverged_job_begins_it_anew(tmp_path: Path) -> None:
     first, bad, last = interrupted_with_a_diverged_job(tmp_path)
-    mild = replace(bad, learning_rate=5e-3)
+    mild = changed(bad, learning_rate=5e-3)
     (alone,) = train([mild], tmp_path / "alone")
     results = train([first, mild, last], tmp_path / "out")
     assert [(result.finished, result.num_steps) for result in results] == [("steps", STEPS)] * 3
@@ -174,7 +173,7 @@ def test_jobs_that_did_not_diverge_can_still_not_be_changed_or_left_out(tmp_path
     with pytest.raises(CheckpointError, match=r"names was \['first', 'bad', 'last'\]"):
         train([first, bad], tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"jobs\.first\.learning_rate"):
-        train([replace(first, learning_rate=1e-4), last], tmp_path / "out")
+        train([changed(first, learning_rate=1e-4), last], tmp_path / "out")
 
 
 def test_a_job_may_not_be_called_as_the_place_of_last_good_weights(tmp_path: Path) -> None:

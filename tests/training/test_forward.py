@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.layers.attention_interface import fronts_of
-from loraplex.training.data.batches import TrainingRow
-from loraplex.training.data.dataset import load_job_data
+from loraplex.layers.attention_interface import attention_functions
+from loraplex.training.adapters.data import load_job_data
 from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_trainable_base
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.models.untouched import BaseSnapshot
 from tests.tiny_models import TINY_CAUSAL_MODELS, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
@@ -81,6 +80,6 @@ def test_fast_attention_gives_the_model_back_as_it_was() -> None:
     before = BaseSnapshot(base)
     for num_tokens, stands in ((10, True), (5000, False)):
         with fast_attention(base, num_tokens):
-            assert any(map(fronts_of, base.modules())) == stands
+            assert any(map(attention_functions, base.modules())) == stands
             assert base.config._attn_implementation == "sdpa"
         before.check()

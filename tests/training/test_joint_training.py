@@ -14,11 +14,10 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.layers.attach import AdaptableModel
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters
 from loraplex.training.adapters.setup import make_states
-from loraplex.training.data.batches import TrainingRow
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.tiny_models import tiny_model
-from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
+from tests.training.tiny_jobs import changed, records, tiny_job, tiny_tokenizer, write_records
 
 BASE = tiny_model("llama")
 WIDE = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
@@ -43,10 +42,10 @@ def gradients(jobs: list[AdapterJob], rows_of: list[int]) -> list[Tensor]:
     states = make_states(jobs, base, adaptable, tiny_tokenizer())
     adaptable.attach([path for state in states for path in state.parameters.paths])
     rows = [TrainingRow(i, i, example) for i in rows_of for example in states[i].data.examples_of_step(0)]
-    bank = TrainingWeightProvider([TrainingSlot(state.slot_weights) for state in states])
+    bank = TrainingWeightProvider([TrainingSlot(state.parameters.slot_weights) for state in states])
     computer = LossComputer(base, len(jobs), tokens_per_forward=2048, share_prefixes=True)
     computer.accumulate_gradients(rows, bank, torch.ones(len(jobs)))
-    grads = [state.parameters.flat.grad for state in states]
+    grads = [state.flat.grad for state in states]
     return [grad.clone() for grad in grads if grad is not None]
 
 
@@ -80,7 +79,7 @@ def test_how_forwards_are_cut_does_not_matter(tmp_path: Path) -> None:
 
 def test_accumulated_micro_batches_equal_the_large_batch(tmp_path: Path) -> None:
     large = tiny_job(tmp_path, "a", batch_size=6, epochs=2)  # of 22 records: the last step of an epoch takes 4
-    small = replace(large, batch_size=2, gradient_accumulation=3)
+    small = changed(large, batch_size=2, gradient_accumulation=3)
     (expected,), (accumulated,) = train([large], tmp_path / "large"), train([small], tmp_path / "small")
     assert expected.num_steps == 8
     assert_same_run(accumulated, expected)
@@ -112,7 +111,7 @@ def test_held_out_losses_are_computed_without_dropout(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "a", lora=DROPOUT, max_steps=5)
     (result,) = train([job], tmp_path / "out")
     start = tiny_job(tmp_path, "a", lora=replace(DROPOUT, lora_dropout=0.0), init_from=result.folder, max_steps=1)
-    start = replace(start, learning_rate=1e-30, eval_every=1)
+    start = changed(start, learning_rate=1e-30, eval_every=1)
     (again,) = train([start], tmp_path / "again")
     assert again.eval_losses[-1] == pytest.approx(result.eval_losses[-1], rel=1e-5)
 
@@ -139,7 +138,7 @@ def test_patience_stops_a_job_and_writes_its_best_weights(tmp_path: Path) -> Non
     best = min(stopped.eval_losses)
     assert stopped.eval_losses[-1] > best
 
-    init = replace(job, init_from=stopped.folder, max_steps=1, eval_every=1, patience=None, learning_rate=1e-30)
+    init = changed(job, init_from=stopped.folder, max_steps=1, eval_every=1, patience=None, learning_rate=1e-30)
     (again,) = train([init], tmp_path / "again")
     assert again.eval_losses[-1] == pytest.approx(best, rel=1e-5)
 

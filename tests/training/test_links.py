@@ -15,7 +15,7 @@ from loraplex.residual.layers import AttentionLayers
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.data.examples import Example
-from loraplex.training.forward import loss as forward
+from loraplex.training.forward import batch as forward
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.test_residual_jobs import residual_job

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.core import progress
+from loraplex.training.core import bars
 from loraplex.training.core.plots import running_mean
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
@@ -55,7 +55,7 @@ def test_long_records_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogC
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_bars_are_drawn_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=is_terminal, width=120))
+    monkeypatch.setattr(bars, "Console", lambda stderr: Console(file=screen, force_terminal=is_terminal, width=120))
     train([tiny_job(tmp_path, "protein")], tmp_path / "out")
     assert ("protein" in screen.getvalue()) == is_terminal
     assert ("10/10" in screen.getvalue()) == is_terminal

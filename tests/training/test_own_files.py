@@ -18,7 +18,7 @@ from loraplex.bench.report import save_json
 from loraplex.errors import ConfigError, LoraplexError, OutputError
 from loraplex.output_files import MARK, check_replaceable, save_figure, whole_file
 from loraplex.residual.format import write_residual
-from loraplex.training import MixtureTrainConfig, TrainConfig, train_adapters, train_mixture
+from loraplex.training import MixtureTrainConfig, StepsConfig, TrainConfig, train_adapters, train_mixture
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.scalings.file import write_scalings
 from tests.residual.tiny_residuals import random_linked
@@ -124,7 +124,11 @@ def test_data_of_a_mixture_in_the_place_of_an_output_stays(tmp_path: Path, optio
     taken = write_records(output / place, records("text", 24))
     other = write_records(tmp_path / "other.jsonl", records("text", 24))
     data, held_out = (taken, other) if option == "data" else (other, taken)
-    config = MixtureTrainConfig(output=output, max_steps=1, resume=False, eval_data=[held_out], progress=False)
+    config = MixtureTrainConfig(
+        run=TrainConfig(output=output, resume=False, progress=False),
+        steps=StepsConfig(max_steps=1),
+        eval_data=[held_out],
+    )
     before = content(output)
     with pytest.raises(ConfigError, match="data source"):
         train_mixture(model, "m", [data], config)

@@ -9,18 +9,16 @@ import torch
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.residual.config import ResidualConfig
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import LinkedResidual, ResidualConfig
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
-from loraplex.training.adapters.run import residual_rows
 from loraplex.training.adapters.setup import make_states
-from loraplex.training.adapters.trainer import Trainer
-from loraplex.training.data.batches import TrainingRow, shared_prefix_lengths
-from loraplex.training.forward import loss as forward
+from loraplex.training.adapters.task import residual_rows
+from loraplex.training.core.trainer import Trainer
+from loraplex.training.forward import batch as forward
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, shared_prefix_lengths
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
@@ -84,9 +82,9 @@ def test_gradients_do_not_depend_on_how_rows_are_batched(
             base, len(jobs), tokens_per_forward=per_forward, share_prefixes=share, residuals=residuals
         )
         for state in states[:3]:
-            state.parameters.flat.grad.zero_()
+            state.flat.grad.zero_()
         sums = sum(computer.accumulate_gradients(batch, bank, scales) for batch in batches)
-        return (sums, *(state.parameters.flat.grad.clone() for state in states[:3]))
+        return (sums, *(state.flat.grad.clone() for state in states[:3]))
 
     expected = gradients(10_000, [[row] for row in rows], False)
     assert not share_prefixes or sum(shared_prefix_lengths(rows).values()) > 3, "there is no prefix to share"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import torch
 
 from loraplex.errors import CheckpointError
 from loraplex.training import TrainConfig, TrainResult, train_adapters
-from loraplex.training.adapters.job_state import JobState
+from loraplex.training.core.train_state import TrainState
 from tests.tiny_models import tiny_model
-from tests.training.run_tiny import STEPS, jobs_in, run
-from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
+from tests.training.mixture.tiny_mixture import NAME
+from tests.training.run_tiny import RUNS, STEPS, jobs_in, run
+from tests.training.tiny_jobs import changed, tiny_job, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 
 def assert_identical(results: list[TrainResult], others: list[TrainResult]) -> None:
-    """Bit for bit: losses, logs and adapters."""
+    """Bit for bit: losses, logs, and every file of adapters or mixtures."""
     for result, other in zip(results, others, strict=True):
         assert result.train_losses == other.train_losses
         assert result.eval_losses == other.eval_losses
@@ -43,40 +45,61 @@ def assert_identical(results: list[TrainResult], others: list[TrainResult]) -> N
             other.best_step,
         )
         assert result.log.read_bytes() == other.log.read_bytes()
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (result.folder / file).read_bytes() == (other.folder / file).read_bytes()
+        files, expected = content(result.folder), content(other.folder)
+        assert "adapter_model.safetensors" in files
+        assert files.keys() == expected.keys()
+        assert [name for name in files if files[name] != expected[name]] == []
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file by its path; a mixture's settings name its own folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder), b"") for path in files}
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let job "b" raise KeyboardInterrupt when it has gathered the gradients of its step `step`."""
-    update = JobState.update
+    """Raise KeyboardInterrupt when job "b", or the mixture, has gathered the gradients of its step `step`."""
+    update = TrainState.update
 
-    def interrupted(self: JobState, *arguments: Any) -> float:
-        if (self.job.name, self.progress.step) == ("b", step):
+    def interrupted(self: TrainState, *arguments: Any) -> float:
+        if self.name in ("b", NAME) and self.progress.step == step:
             raise KeyboardInterrupt
         return update(self, *arguments)
 
-    monkeypatch.setattr(JobState, "update", interrupted)
+    monkeypatch.setattr(TrainState, "update", interrupted)
 
 
-@pytest.mark.parametrize("step", [3, 27])
-def test_interrupted_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    expected = run(tmp_path, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("adapters", 3),
+        ("adapters", 27),
+        ("mixture", 3),
+        pytest.param("mixture", 27, marks=pytest.mark.slow),
+        ("mixture and experts", 20),
+    ],
+)
+def test_interrupted_run_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: int
+) -> None:
+    train = RUNS[kind]
+    expected = train(tmp_path, tmp_path / "whole")
     with monkeypatch.context() as patched:
         stop_at(patched, step)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, tmp_path / "out")
-    assert len((tmp_path / "out" / "a.jsonl").read_text().splitlines()) > step
-    assert_identical(run(tmp_path, tmp_path / "out"), expected)
+            train(tmp_path, tmp_path / "out")
+    assert len((tmp_path / "out" / expected[0].log.name).read_text().splitlines()) >= step
+    assert_identical(train(tmp_path, tmp_path / "out"), expected)
 
 
-def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "first"), [("adapters", "a"), ("mixture", NAME)])
+def test_killed_process_resumes_bit_for_bit(tmp_path: Path, kind: str, first: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.run_tiny", str(tmp_path)],
+        [sys.executable, "-m", "tests.training.run_tiny", str(tmp_path), kind],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
     )
-    log = tmp_path / "out" / "a.jsonl"
+    log = tmp_path / "out" / f"{first}.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_bytes().count(b"\n") > STEPS // 2):
         assert process.poll() is None, "the process ended before it could be killed"
@@ -85,27 +108,27 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     lines = log.read_bytes().count(b"\n")
-    assert not (tmp_path / "out" / "a").exists(), "killed too late"
+    assert not (tmp_path / "out" / first).exists(), "killed too late"
 
-    resumed = run(tmp_path, tmp_path / "out")
+    resumed = RUNS[kind](tmp_path, tmp_path / "out")
     assert log.read_bytes().count(b"\n") > lines
-    assert_identical(resumed, run(tmp_path, tmp_path / "whole"))
+    assert_identical(resumed, RUNS[kind](tmp_path, tmp_path / "whole"))
 
 
-def test_finished_run_returns_its_results_again_and_restores_lost_adapters(tmp_path: Path) -> None:
-    first = run(tmp_path, tmp_path / "out")
-    weights = (first[0].folder / "adapter_model.safetensors").read_bytes()
-    (first[0].folder / "adapter_model.safetensors").unlink()
-    again = run(tmp_path, tmp_path / "out")
-    assert again == first
-    assert (first[0].folder / "adapter_model.safetensors").read_bytes() == weights
+@pytest.mark.parametrize("kind", ["adapters", "mixture"])
+def test_finished_run_returns_its_results_again_and_restores_what_was_lost(tmp_path: Path, kind: str) -> None:
+    first = RUNS[kind](tmp_path, tmp_path / "out")
+    before = content(first[0].folder)
+    shutil.rmtree(first[0].folder)
+    assert RUNS[kind](tmp_path, tmp_path / "out") == first
+    assert content(first[0].folder) == before
 
 
 def test_resume_false_starts_over(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "a", max_steps=3)
     config = TrainConfig(output=tmp_path / "out", plots=False)
     train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
-    job, config = replace(job, max_steps=2), replace(config, resume=False)
+    job, config = changed(job, max_steps=2), replace(config, resume=False)
     (result,) = train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[job], config=config)
     assert result.num_steps == 2
     entries = [json.loads(line) for line in result.log.read_text().splitlines()]
@@ -124,7 +147,7 @@ def test_resume_false_starts_over(tmp_path: Path) -> None:
 def test_checkpoint_of_another_configuration_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], difference: str
 ) -> None:
-    stop_and_check(tmp_path, monkeypatch, difference, lambda jobs: [jobs[0], replace(jobs[1], **change), jobs[2]])
+    stop_and_check(tmp_path, monkeypatch, difference, lambda jobs: [jobs[0], changed(jobs[1], **change), jobs[2]])
 
 
 def test_checkpoint_of_other_jobs_data_or_adapters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

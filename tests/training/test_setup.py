@@ -45,7 +45,7 @@ def test_refuses_data_that_the_job_cannot_use(tmp_path: Path) -> None:
     single = write_records(tmp_path / "single.jsonl", records("text", 1))
     with pytest.raises(DatasetError, match="too few to hold out"):
         refuse(tiny_job(tmp_path, "a", data=single), tmp_path)
-    with pytest.raises(ConfigError, match="warmup_steps is 10, but the job has only 10 steps"):
+    with pytest.raises(ConfigError, match="warmup_steps is 10, but there are only 10 steps"):
         refuse(tiny_job(tmp_path, "a", warmup_steps=10), tmp_path)
     with pytest.raises(ConfigError, match="max_length is 1000, but the base model has 256 positions"):
         refuse(tiny_job(tmp_path, "a", max_length=1000), tmp_path)

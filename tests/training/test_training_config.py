@@ -7,13 +7,14 @@ import pytest
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import ConfigError, NameFormatError, UnsupportedAdapterError
-from loraplex.training import AdapterJob, TrainConfig
-from loraplex.training.config import check_jobs
+from loraplex.training import AdapterJob, EvaluationConfig, TrainConfig
+from loraplex.training.adapters.config import check_jobs
+from loraplex.training.core.config import compose, flat_options
 
 
 def job(**options: Any) -> AdapterJob:
     defaults: dict[str, Any] = {"name": "a", "data": "a.jsonl", "lora": LoraConfig(target_modules=("q_proj",))}
-    return AdapterJob(**defaults | {"max_steps": 10} | options)
+    return compose(AdapterJob, defaults | {"max_steps": 10} | options, "job")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,17 @@ def job(**options: Any) -> AdapterJob:
 def test_refuses_a_job_that_cannot_run(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         job(**options)
+
+
+def test_flat_options_go_to_the_parts_that_have_them() -> None:
+    options = {"name": "a", "data": "a", "lora": LoraConfig(target_modules=("q",)), "epochs": 2, "warmup_steps": 3}
+    made = compose(AdapterJob, options, "job 'a'")
+    assert (made.steps.epochs, made.optimizer.warmup_steps, made.evaluation) == (2, 3, EvaluationConfig())
+    assert {name: flat_options(made)[name] for name in options} == options
+    with pytest.raises(ConfigError, match=r"^job 'a': .*learning_rate is 0"):
+        compose(AdapterJob, options | {"learning_rate": 0}, "job 'a'")
+    with pytest.raises(TypeError, match="colour"):
+        compose(AdapterJob, options | {"colour": 1}, "job 'a'")
 
 
 def test_refuses_a_name_that_no_adapter_may_have() -> None:

@@ -4,8 +4,9 @@ import json
 import random
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -14,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.training import AdapterJob
+from loraplex.training.core.config import compose, option_names, parts_of
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+Config = TypeVar("Config")
 SPECIAL = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<unk>"]
 
 
@@ -78,4 +81,13 @@ def tiny_job(folder: Path, name: str, form: str = "messages", **options: Any) ->
     }
     if "epochs" not in options:
         defaults["max_steps"] = 10
-    return AdapterJob(name=name, **defaults | options)
+    return compose(AdapterJob, {"name": name} | defaults | options, f"job {name!r}")
+
+
+def changed(config: Config, **options: Any) -> Config:
+    """The config with other options, whichever part of it has them."""
+    parts = {}
+    for name, part in parts_of(type(config)).items():
+        own = {option: options.pop(option) for option in option_names(part) if option in options}
+        parts[name] = changed(getattr(config, name), **own)
+    return replace(config, **parts, **options)  # type: ignore[type-var]

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from loraplex.vllm_plugin.batch_gates import BatchGates
-from loraplex.vllm_plugin.gate_buffers import PLAIN, GateBuffers
-from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
-from loraplex.vllm_plugin.mixture_use import SlotMixture
+from loraplex.vllm_plugin.gates import PLAIN, BatchGates, GateBuffers, SlotMixture
+from loraplex.vllm_plugin.model_manager import LayerView, gate_expansion, passes_keywords_on
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import kept_scalings

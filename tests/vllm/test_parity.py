@@ -54,9 +54,9 @@ def test_control_with_one_shared_cache_is_noticed(llm, world, rows, monkeypatch)
 def test_control_with_uniform_gates_is_noticed(llm, world, rows, monkeypatch):
     import torch
 
-    from loraplex.vllm_plugin import mixture_use
+    from loraplex.vllm_plugin import gates
 
-    monkeypatch.setattr(mixture_use, "kept_scalings", lambda scalings, config: torch.full_like(scalings, 1 / 3))
+    monkeypatch.setattr(gates, "kept_scalings", lambda scalings, config: torch.full_like(scalings, 1 / 3))
     found = difference(llm, world, only_mixtures(rows, without_value=True), NUM_TOKENS)
     assert found.largest > 10 * TOLERANCE, found
 

@@ -11,7 +11,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import RequestError
 from loraplex.layers.decoder import find_decoder
 from tests.architectures.variants import make_model
-from tests.layers.hook_oracle import HookOracle
+from tests.hook_oracle import HookOracle
 from tests.parity.oracle import assert_close
 from tests.tiny_models import random_peft_adapter
 from tests.xlora.mixed_model import sharpen

@@ -17,6 +17,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError, ConfigError, LoraplexError
+from loraplex.validation import check_least
 
 _ANSWER_TOKENS = (1, 3, 8, 12)
 _IN_FLIGHT = 48  # requests at most
@@ -43,9 +44,7 @@ class ChurnBench:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option in ("requests", "prompts"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least 1.")
+        check_least(self, dict.fromkeys(("requests", "prompts"), 1))
         if not 0 <= self.disturbances <= 1:
             raise ConfigError(f"disturbances is {self.disturbances}; it must be from 0 to 1.")
 

@@ -17,6 +17,7 @@ from loraplex.errors import ConfigError
 from loraplex.models.loading import load_base_model
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.validation import check_least
 from loraplex.xlora.config import XLoraConfig
 
 SIDES = ("generate", "base", "adapters", "rank8", "mixture")
@@ -42,9 +43,7 @@ class DecodeBench:
         unknown = [side for side in self.sides if side not in SIDES]
         if unknown or not self.sides:
             raise ConfigError(f"sides has {unknown or 'nothing'}; choose from {list(SIDES)}.")
-        for option in ("rows", "prompt_tokens", "rounds"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least 1.")
+        check_least(self, dict.fromkeys(("rows", "prompt_tokens", "rounds"), 1))
         if self.new_tokens < 2:
             raise ConfigError(f"new_tokens is {self.new_tokens}; speeds are those beyond the first token, so give 2.")
 

@@ -27,6 +27,7 @@ from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.validation import check_least
 
 RANKS = (8, 16, 4, 32)
 _WARM_UP = 16  # requests
@@ -59,9 +60,7 @@ class LoadBench:
     def __post_init__(self) -> None:
         if not 1 <= self.resident <= self.adapters:
             raise ConfigError(f"resident is {self.resident}; it must be from 1 to the number of adapters.")
-        for option in ("host_adapters", "prompt_tokens", "new_tokens", "rounds"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least 1.")
+        check_least(self, dict.fromkeys(("host_adapters", "prompt_tokens", "new_tokens", "rounds"), 1))
         for option in ("seconds", "share"):
             if not getattr(self, option) > 0:
                 raise ConfigError(f"{option} is {getattr(self, option)}; it must be above 0.")

@@ -11,7 +11,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.errors import ConfigError
+from loraplex.validation import check_least
 
 _TAIL_TOKENS = 8  # of each request's own, after the prefix
 
@@ -27,9 +27,7 @@ class PrefixBench:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        for option, least in (("prefix_tokens", 1), ("requests", 2), ("rounds", 1)):
-            if getattr(self, option) < least:
-                raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least {least}.")
+        check_least(self, {"prefix_tokens": 1, "requests": 2, "rounds": 1})
 
 
 def run_prefix(bench: PrefixBench) -> dict[str, float]:

@@ -46,7 +46,6 @@ class ServeClient:
 
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, connections: int) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
-        self._timeout_s = timeout_s
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         # A proxy from the environment would be measured along with the server.

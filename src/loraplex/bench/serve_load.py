@@ -10,28 +10,14 @@ from typing import Any
 
 from loraplex.bench.serve_client import Outcome, ServeClient
 from loraplex.bench.serve_report import LoadReport
-from loraplex.bench.workload import poisson_times, zipf_names
+from loraplex.bench.workload import poisson_times, question_of, zipf_names
 from loraplex.errors import ConfigError
-from loraplex.training.data.records import Record, read_records
+from loraplex.training.data.records import read_records
+from loraplex.validation import check_least
 
 _WARM_UP = 8  # requests
 _MAX_REQUESTS = 200_000
-_WORDS = (
-    "spider",
-    "silk",
-    "of",
-    "a",
-    "protein",
-    "the",
-    "energy",
-    "bond",
-    "under",
-    "load",
-    "is",
-    "measured",
-    "in",
-    "two",
-)
+_WORDS = "spider silk of a protein the energy bond under load is measured in two"
 
 Body = Mapping[str, Any]  # of a request
 
@@ -61,9 +47,7 @@ class ServeBench:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"url is {self.url!r}; it must begin with http:// or https://.")
-        for option in ("flood", "prompt_words", "max_tokens", "concurrency"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} is {getattr(self, option)}; it must be at least 1.")
+        check_least(self, dict.fromkeys(("flood", "prompt_words", "max_tokens", "concurrency"), 1))
         for option in ("seconds", "share", "timeout_s", *(() if self.rate is None else ("rate",))):
             if not 0 < getattr(self, option) < float("inf"):
                 raise ConfigError(f"{option} is {getattr(self, option)}; it must be above 0 and finite.")
@@ -146,19 +130,8 @@ def _bodies(bench: ServeBench) -> list[Body]:
     options = {"max_tokens": bench.max_tokens, "temperature": 0} | ({"ignore_eos": True} if bench.ignore_eos else {})
     if not bench.prompt_files:
         draw = random.Random(bench.seed + 4)
-        texts = (" ".join(draw.choices(_WORDS, k=bench.prompt_words)) for _ in range(256))
+        texts = (" ".join(draw.choices(_WORDS.split(), k=bench.prompt_words)) for _ in range(256))
         return [{"prompt": text, **options} for text in texts]
     records = [record for file in bench.prompt_files for record in read_records(Path(file))]
-    return [_question(record) | options for record in records]
-
-
-def _question(record: Record) -> dict[str, Any]:
-    """A record without its answer."""
-    if record.messages is None:
-        return {"prompt": record.prompt or record.text or ""}
-    turns = [dict(turn) for turn in record.messages]
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    if not turns:
-        raise ConfigError(f"{record.place} has no turn besides the assistant's, so nothing to ask.")
-    return {"messages": turns}
+    asked = map(question_of, records)
+    return [{"prompt" if isinstance(text, str) else "messages": text, **options} for text in asked]

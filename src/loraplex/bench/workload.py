@@ -4,10 +4,13 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.training.data.records import read_records
+from loraplex.errors import ConfigError
+from loraplex.models.chat_template import render_chat
+from loraplex.training.data.records import Record, read_records
 
 PromptSource = Callable[[random.Random], list[int]]  # draws a prompt's token ids
 NameSource = Callable[[random.Random], str]  # draws an adapter's name
@@ -46,10 +49,19 @@ def file_prompts(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path]) -> P
 def _read_prompts(tokenizer: PreTrainedTokenizerBase, file: Path) -> list[list[int]]:
     prompts = []
     for record in read_records(file):
-        if record.messages is not None:
-            turns = [dict(turn) for turn in record.messages[:-1]]
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        else:
-            text = record.prompt or record.text or ""
-        prompts.append(list(tokenizer(text, add_special_tokens=record.messages is None)["input_ids"]))
+        asked = question_of(record)
+        text = asked if isinstance(asked, str) else render_chat(tokenizer, asked)
+        prompts.append(list(tokenizer(text, add_special_tokens=isinstance(asked, str))["input_ids"]))
     return prompts
+
+
+def question_of(record: Record) -> str | list[dict[str, Any]]:
+    """A record without its answer: a text, or the turns of a chat. Raises ConfigError if there is nothing to ask."""
+    if record.messages is None:
+        return record.prompt or record.text or ""
+    turns = [dict(turn) for turn in record.messages]
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ConfigError(f"{record.place} has no turn besides the assistant's, so nothing to ask.")
+    return turns

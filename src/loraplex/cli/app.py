@@ -3,7 +3,8 @@
 import typer
 
 from loraplex.cli.attention import attention
-from loraplex.cli.bench import bench_app
+from loraplex.cli.bench_engine import engine_app
+from loraplex.cli.bench_serve import serve_load
 from loraplex.cli.demo import demo
 from loraplex.cli.errors import run
 from loraplex.cli.generate import generate
@@ -14,6 +15,9 @@ from loraplex.cli.serve import serve
 from loraplex.cli.train import train_app
 from loraplex.cli.vector import vector
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+bench_app.add_typer(engine_app, name="engine")
+bench_app.command("serve")(serve_load)
 cli = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

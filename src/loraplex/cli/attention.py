@@ -1,49 +1,42 @@
 """`loraplex attention`: what rows attend to, as pictures and a page."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from loraplex.cli.options import named_values
+from loraplex.cli.options import Device, Dtype, Layers, Load, Model, Raw, load_adapters, numbers
 from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.prompts import as_chat
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.registry import AttentionRequest
-from loraplex.residual.spans import spans_of_ranges, unmark
-from loraplex.residual.steering import Span, Steering
+from loraplex.residual.steering import Span, Steering, spans_of_ranges, unmark
 from loraplex.viz.attention_page import write_page
 from loraplex.viz.attention_pictures import plot_compared, plot_heads, plot_residual_norms, plot_text
-
-_MAX_SPAN = 1_000_000
 
 
 def attention(
     prompt: Annotated[str, typer.Option(help="The text; <<marks>> name the spans that --strength steers.")],
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
-    load: Annotated[list[str], typer.Option(help="NAME=FOLDER of an adapter or residual to load; repeat.")] = [],  # noqa: B006
+    model: Model = "smollm2-135m",
+    load: Load = [],  # noqa: B006
     adapters: Annotated[list[str], typer.Option(help='A row\'s adapters: "none", "a", "a:0.7+b:0.3"; repeat.')] = [],  # noqa: B006
     strength: Annotated[
         list[float], typer.Option(help="One more row for each: the marked spans' attention times this; repeat.")
     ] = [],  # noqa: B006
-    layers: Annotated[
-        str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')
-    ] = None,
+    layers: Layers = None,
     heads: Annotated[str | None, typer.Option(help="Heads, in the same way; default all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Generate so many tokens; 0 only reads the prompt.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
+    raw: Raw = False,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files and attention.html.")] = Path("attention"),
     budget_mib: Annotated[int, typer.Option(min=1, help="Memory for one row's capture.")] = 256,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
 ) -> None:
     """Run the prompt once for each --adapters and --strength, and draw what each row attends to."""
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
-    for name, folder in named_values(load, "--load").items():
-        multi.load_adapter(name, folder)
+    load_adapters(multi, load)
     text, ranges = unmark(prompt)
     if strength and not ranges:
         raise RequestError("--strength needs spans to steer. Mark them in the prompt: 'Use only <<this passage>>'.")
@@ -100,19 +93,3 @@ def encode(
     moved = [(first + start, last + start) for first, last in ranges]
     spans = spans_of_ranges(model.tokenizer, whole, moved, add_special_tokens=raw) if moved else ()
     return spans, list(model.tokenizer(whole, add_special_tokens=raw)["input_ids"])
-
-
-def numbers(text: str | None) -> tuple[int, ...] | None:
-    """Read "3", "10,11" or "8-15"; None stays None."""
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise typer.BadParameter(f"{text!r} is no list of numbers; write '10,11' or '8-15'")
-        span = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(span) > _MAX_SPAN:
-            raise typer.BadParameter(f"{text[:100]!r} names too many; at most {_MAX_SPAN} by one span")
-        found += span
-    return tuple(dict.fromkeys(found))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loraplex.cli.options import adapters_in, named_values
+from loraplex.cli.options import Device, Dtype, Load, Raw, adapters_in, named_values
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
@@ -27,7 +27,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="Causal language model: smollm2-135m, a folder, or a hub id. Others are refused.")
     ] = "smollm2-135m",
-    load: Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")] = [],  # noqa: B006
+    load: Load = [],  # noqa: B006
     load_all: Annotated[Path | None, typer.Option(help="Load every adapter folder below this one.")] = None,
     load_mixture: Annotated[list[str], typer.Option(help="NAME=FOLDER of an X-LoRA mixture to load; repeat.")] = [],  # noqa: B006
     adapters: Annotated[
@@ -45,11 +45,9 @@ def generate(
     json_schema: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="File of a JSON schema that every answer follows.")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompts as they are, without chat template.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Answer prompts together, each through its own adapters."""
@@ -69,7 +67,7 @@ def generate(
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
     load_named(multi, load, load_all, load_mixture)
     start = time.perf_counter()
-    results = run(multi, make_requests(multi, rows, sampling, raw=raw), progress=not json and Console().is_terminal)
+    results = run(multi, make_requests(rows, sampling, raw=raw), progress=not json and Console().is_terminal)
     seconds = time.perf_counter() - start
     if json:
         typer.echo(json_format.dumps(answers_as_json(rows, results), indent=2, ensure_ascii=False))
@@ -106,15 +104,8 @@ def pair_rows(prompts: list[str], adapters: list[str]) -> list[tuple[str, str]]:
     return list(zip(prompts, adapters, strict=True))
 
 
-def make_requests(
-    model: MultiLoraModel, rows: Sequence[tuple[str, str]], sampling: Sequence[SamplingParams], *, raw: bool
-) -> list[Request]:
-    """A request for each row. Raises RequestError for a chat with a model that has no template for it."""
-    if not raw and model.tokenizer.chat_template is None:
-        raise RequestError(
-            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass --raw to "
-            "continue the prompt as it is."
-        )
+def make_requests(rows: Sequence[tuple[str, str]], sampling: Sequence[SamplingParams], *, raw: bool) -> list[Request]:
+    """A request for each row."""
     return [
         Request(
             prompt if raw else [{"role": "user", "content": prompt}],

@@ -1,4 +1,4 @@
-"""`loraplex inspect`: what is in an adapter's folder."""
+"""`loraplex inspect`: what is in the folder of a LoRA or residual adapter."""
 
 import json as json_format
 from pathlib import Path
@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
-from loraplex.cli.inspect_residual import inspect_residual
+from loraplex.cli.options import summary_table
 from loraplex.residual.format import is_residual_folder
+from loraplex.residual.report import ResidualLayerReport, ResidualReport, describe_residual
 
 
 def inspect(
@@ -20,14 +21,11 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates."""
-    if is_residual_folder(folder):
-        inspect_residual(folder, json=json)
-        return
-    report = describe(folder)
+    report = describe_residual(folder) if is_residual_folder(folder) else describe(folder)
     if json:
         typer.echo(json_format.dumps(report.as_json(), indent=2))
     else:
-        Console().print(render(report))
+        Console().print(render_residual(report) if isinstance(report, ResidualReport) else render(report))
 
 
 def render(report: AdapterReport) -> Group:
@@ -36,9 +34,6 @@ def render(report: AdapterReport) -> Group:
 
 
 def _summary(report: AdapterReport) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
     size = f"{report.num_parameters:,} parameters, {_bytes(report.num_bytes)} in {', '.join(report.dtypes)}"
     rows = {
         "adapter": report.name,
@@ -52,9 +47,7 @@ def _summary(report: AdapterReport) -> Table:
     }
     if report.alora_invocation_tokens is not None:
         rows["invocation tokens"] = " ".join(map(str, report.alora_invocation_tokens))
-    for label, value in rows.items():
-        table.add_row(label, Text(value))
-    return table
+    return summary_table(rows)
 
 
 def _modules(report: AdapterReport) -> Table:
@@ -99,3 +92,38 @@ def _bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def render_residual(report: ResidualReport) -> Group:
+    """The report as a headed table for a terminal."""
+    rows = {
+        "adapter": report.name,
+        "base model": f"{report.base_architecture} ({report.base_model or 'name not recorded'})",
+        "kind": report.kind,
+        "size": f"{report.num_parameters:,} parameters, {report.num_bytes:,} bytes in {', '.join(report.dtypes)}",
+        "layers": str(len(report.layers)),
+    }
+    if report.r is not None:
+        rows |= {"rank": str(report.r), "alpha": f"{report.alpha:g}"}
+    return Group(summary_table(rows), Text(), _layers(report))
+
+
+def _layers(report: ResidualReport) -> Table:
+    caption = "|update|: Frobenius norm of alpha/r * B A. Evenness of heads: 1 is all alike, 0 is one alone."
+    table = Table(box=SIMPLE_HEAD, caption=caption if report.r is not None else None, caption_justify="left")
+    table.add_column("layer", justify="right")
+    if report.r is None:
+        table.add_column("length", justify="right")
+    else:
+        for heading in ("|update|", "top head", "its weight", "evenness of heads"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for layer in report.layers:
+        table.add_row(*map(Text, _layer_cells(layer)))
+    return table
+
+
+def _layer_cells(layer: ResidualLayerReport) -> list[str]:
+    cells = [str(layer.layer), f"{layer.norm:.3g}"]
+    if layer.top_head is not None:
+        cells += [str(layer.top_head), f"{layer.top_head_weight:.2f}", f"{layer.head_entropy:.2f}"]
+    return cells

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import ALL_LINEAR, LoraConfig
+from loraplex.cli.options import read_numbers
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
-from loraplex.residual.config import ResidualConfig
-from loraplex.training.config import AdapterJob
+from loraplex.residual.modules import ResidualConfig
+from loraplex.training import AdapterJob
+from loraplex.training.core.config import compose
 
 Settings = dict[str, Any]
-
-_MAX_LAYERS = 10_000
 
 
 def _targets(text: str) -> tuple[str, ...] | str:
@@ -22,18 +22,6 @@ def _targets(text: str) -> tuple[str, ...] | str:
 
 def _optional_number(text: str) -> float | None:
     return None if text == "none" else float(text)
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """ "0,8-10" is (0, 8, 9, 10)."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        layers = range(int(first), int(last if dash else first) + 1)
-        if len(layers) > _MAX_LAYERS:
-            raise ValueError(f"{part} names {len(layers)} layers")
-        numbers += layers
-    return tuple(numbers)
 
 
 def _members(text: str) -> list[tuple[str, float]]:
@@ -47,7 +35,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "data": str,
     "eval_data": str,
     "kind": str,
-    "layers": _layers,
+    "layers": read_numbers,
     "rank": int,
     "alpha": float,
     "targets": _targets,
@@ -70,7 +58,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "init_from": str,
     "after": _members,
 }
-_KINDS = {int: "a whole number", _layers: "layer numbers such as 0,8-10", _members: "folders such as a+b:0.5"}
+_KINDS = {int: "a whole number", read_numbers: "layer numbers such as 0,8-10", _members: "folders such as a+b:0.5"}
 DEFAULTS: Settings = {"kind": "lora", "rank": 16}
 _TARGETS = "q_proj,k_proj,v_proj,o_proj"
 _ADAPTER = ("kind", "rank", "alpha", "targets", "dropout", "layers")  # settings of the adapter, not of the job
@@ -126,7 +114,7 @@ def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
         settings["max_steps"] = 300
     if "data" not in settings:
         raise ConfigError(f"job {name!r} has no data; add --data {name}=FILE, or data = 'FILE' to its table.")
-    return AdapterJob(name=name, **settings)
+    return compose(AdapterJob, {"name": name, **settings}, f"job {name!r}")
 
 
 def _adapter(name: str, settings: Settings, base_model: str) -> Settings:
@@ -140,21 +128,21 @@ def _adapter(name: str, settings: Settings, base_model: str) -> Settings:
     rank = settings["rank"]
     alpha = settings.get("alpha", 2 * rank)
     if kind == "residual":
-        layers = settings.get("layers")
-        return {"residual": ResidualConfig(r=rank, alpha=alpha, layers=None if layers is None else tuple(layers))}
+        return {"residual": ResidualConfig(r=rank, alpha=alpha, layers=_as_tuple(settings.get("layers")))}
     targets = settings.get("targets", _TARGETS)
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=tuple(targets)
-        if isinstance(targets, list)
-        else _targets(targets)
-        if isinstance(targets, str)
-        else targets,
+        target_modules=_targets(targets) if isinstance(targets, str) else _as_tuple(targets),
         lora_dropout=settings.get("dropout", 0.0),
         base_model_name_or_path=base_model,
     )
     return {"lora": lora}
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML's lists as tuples; what is none is for the configuration to refuse."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _apply(jobs: dict[str, Settings], setting: str, values: Sequence[str]) -> None:

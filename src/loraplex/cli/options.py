@@ -1,11 +1,27 @@
-"""Options of the form NAME=VALUE."""
+"""What commands share: options that mean the same in all of them, values of the form NAME=VALUE, and tables."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
+from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.training import TrainResult
+
+_MAX_NUMBERS = 10_000
+
+Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")]
+Load = Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")]
+Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')]
+Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 
 def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
@@ -26,3 +42,60 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     restore_all_replaced(folder)
     found = [*folder.glob("*/adapter_config.json"), *folder.glob("*/residual_config.json")]
     return {path.parent.name: path.parent for path in sorted(found) if not is_leftover(path.parent)}
+
+
+def load_adapters(model: MultiLoraModel, load: Sequence[str]) -> None:
+    """What --load names."""
+    for name, folder in named_values(load, "--load").items():
+        model.load_adapter(name, folder)
+
+
+def read_numbers(text: str) -> tuple[int, ...]:
+    """Those of "3", "10,11" or "8-15". Raises ValueError."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise ValueError(f"{text[:100]!r} is no list of numbers; write '10,11' or '8-15'")
+        span = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(span) > _MAX_NUMBERS:
+            raise ValueError(f"{text[:100]!r} names too many; at most {_MAX_NUMBERS} by one span")
+        found += span
+    return tuple(found)
+
+
+def numbers(text: str | None) -> tuple[int, ...] | None:
+    """`read_numbers` of an option, each once; None stays None."""
+    try:
+        return None if text is None else tuple(dict.fromkeys(read_numbers(text)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def summary_table(rows: Mapping[str, str]) -> Table:
+    """Labels and values."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for label, value in rows.items():
+        table.add_row(label, Text(value))
+    return table
+
+
+def results_table(kind: str, results: Sequence[TrainResult]) -> Table:
+    """What became of trainings."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in (kind, "steps", "stopped by", "loss", "held-out loss", "best at step", "tokens", "folder"):
+        table.add_column(column)
+    for result in results:
+        table.add_row(
+            result.name,
+            str(result.num_steps),
+            result.finished,
+            f"{result.train_losses[-1]:.4f}" if result.train_losses else "-",
+            f"{result.eval_losses[-1]:.4f}" if result.eval_losses else "-",
+            "-" if result.best_step is None else str(result.best_step),
+            f"{result.num_tokens:,}",
+            str(result.folder),
+        )
+    return table

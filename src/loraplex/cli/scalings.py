@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from loraplex.cli.options import named_values
+from loraplex.cli.options import Device, Dtype, Model, Raw, named_values
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.prompts import encode_prompts
 from loraplex.xlora.scalings.file import write_scalings
@@ -21,17 +21,15 @@ def scalings(
     prompt: Annotated[list[str], typer.Option(help="A prompt to answer; repeat for several.")],
     mixture: Annotated[str, typer.Option(help="Folder or hub id of an X-LoRA mixture.")],
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the scalings themselves.")],
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     expert: Annotated[
         list[str], typer.Option(help="NAME=FOLDER of an expert, in head order, if not the mixture's own; repeat.")
     ] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
     animate: Annotated[bool, typer.Option(help="Also write a GIF, a frame a token.")] = True,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompts as they are, without chat template.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Answer prompts through a mixture and draw the scalings of every token."""
     console = Console()

@@ -14,8 +14,7 @@ from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 from loraplex.server.settings import ServeConfig
-from loraplex.vllm_plugin.folders import is_mixture_folder
-from loraplex.xlora.formats.folders import read_mixture_folder
+from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
 SERVER = "vllm.entrypoints.openai.api_server"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank is one of these

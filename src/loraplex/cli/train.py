@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from loraplex.cli.errors import run
 from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
+from loraplex.cli.options import Model, results_table
 from loraplex.cli.train_mixture import mixture
 from loraplex.errors import TrainingError
 from loraplex.models.multi_lora import MultiLoraModel
@@ -40,7 +39,7 @@ train_app.command()(mixture)
 @train_app.command()
 def adapters(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
+    model: Model,
     output: Annotated[Path, typer.Option(help="Folder for adapters, logs, plots and the checkpoint.")],
     data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a table for each job.")] = None,
@@ -101,36 +100,7 @@ def adapters(
 
 def _print(results: Sequence[TrainResult]) -> None:
     if PartialState().is_main_process:
-        Console().print(render(results))
-
-
-def render(results: Sequence[TrainResult]) -> Table:
-    """The results as a table for a terminal."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in (
-        "adapter",
-        "steps",
-        "stopped by",
-        "loss",
-        "held-out loss",
-        "best at step",
-        "tokens",
-        "folder",
-    ):
-        table.add_column(column)
-    for result in results:
-        held_out = f"{result.eval_losses[-1]:.4f}" if result.eval_losses else "-"
-        table.add_row(
-            result.name,
-            str(result.num_steps),
-            result.finished,
-            f"{result.train_losses[-1]:.4f}" if result.train_losses else "-",
-            held_out,
-            "-" if result.best_step is None else str(result.best_step),
-            f"{result.num_tokens:,}",
-            str(result.folder),
-        )
-    return table
+        Console().print(results_table("adapter", results))
 
 
 def _log_to_terminal() -> None:

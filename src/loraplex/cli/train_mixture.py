@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from loraplex.cli.options import named_values
+from loraplex.cli.options import Model, named_values, results_table
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training import DataSource, MixtureTrainConfig, MixtureTrainResult, train_mixture
+from loraplex.training import DataSource, MixtureTrainConfig, train_mixture
+from loraplex.training.core.config import compose, option_names
 from loraplex.xlora.config import XLoraConfig
 
 
@@ -29,7 +28,7 @@ def _number_or_none(text: str) -> float | None:
 
 def mixture(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")],
+    model: Model,
     data: Annotated[list[str], typer.Option(help="NAME=FILE of JSON lines, or FILE; once for each domain.")],
     output: Annotated[Path, typer.Option(help="Folder for the mixture, its log, plot and checkpoint.")],
     experts: Annotated[
@@ -85,15 +84,13 @@ def mixture(
     """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA)."""
     # The options have the names of the configurations' fields; what is read from text comes after.
     options = dict(context.params)
-    settings = _fields(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)}
-    config = MixtureTrainConfig(
-        **_fields(MixtureTrainConfig, options)
-        | {
-            "max_steps": 300 if steps is None and epochs is None else steps,
-            "max_grad_norm": _number_or_none(max_grad_norm),
-            "eval_data": read_sources(eval_data, [], "--eval-data") if eval_data else None,
-        }
-    )
+    settings = _named(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)}
+    of_run = _named(MixtureTrainConfig, options) | {
+        "max_steps": 300 if steps is None and epochs is None else steps,
+        "max_grad_norm": _number_or_none(max_grad_norm),
+        "eval_data": read_sources(eval_data, [], "--eval-data") if eval_data else None,
+    }
+    config = compose(MixtureTrainConfig, of_run, f"mixture {name!r}")
     sources = read_sources(data, share or [], "--data")
     if (experts is None) == (init_from is None):
         raise ConfigError(
@@ -106,7 +103,11 @@ def mixture(
     else:
         _create(base, name, experts or [], XLoraConfig(**settings), seed)
     result = train_mixture(base, name, sources, config)
-    Console().print(render(result))
+    Console().print(results_table("mixture", [result]))
+
+
+def _named(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in option_names(config) if name in options}
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
@@ -130,25 +131,3 @@ def read_sources(files: Sequence[str], shares: Sequence[str], option: str) -> li
             raise ConfigError(f"--share names {name!r}, but {option} has {[pair[0] for pair in pairs]}.")
         share_of[name] = _number(text)
     return [DataSource(name=name, data=file, share=share_of.get(name)) for name, file in pairs]
-
-
-def render(result: MixtureTrainResult) -> Table:
-    """The result as a table for a terminal."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("mixture", "steps", "stopped by", "loss", "held-out loss", "best at step", "tokens", "folder"):
-        table.add_column(column)
-    table.add_row(
-        result.name,
-        str(result.num_steps),
-        result.finished,
-        f"{result.train_losses[-1]:.4f}",
-        f"{result.eval_losses[-1]:.4f}" if result.eval_losses else "-",
-        "-" if result.best_step is None else str(result.best_step),
-        f"{result.num_tokens:,}",
-        str(result.folder),
-    )
-    return table
-
-
-def _fields(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
-    return {field: options[field] for field in config.__dataclass_fields__ if field in options}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from loraplex.cli.attention import numbers
+from loraplex.cli.options import Device, Dtype, Layers, Model, Raw, numbers
 from loraplex.errors import DatasetError
 from loraplex.json_files import parse_json, read_lines
 from loraplex.models.multi_lora import MultiLoraModel
@@ -18,13 +18,11 @@ from loraplex.residual.vectors import vector_from_pairs
 def vector(
     pairs: Annotated[Path, typer.Argument(help='JSON lines: {"wanted": "...", "unwanted": "..."}.')],
     output: Annotated[Path, typer.Option(help="Folder of the steering vector; it must not exist.")],
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
-    layers: Annotated[
-        str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the texts as they are, without chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    model: Model = "smollm2-135m",
+    layers: Layers = None,
+    raw: Raw = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
 ) -> None:
     """Compute a steering vector for each layer from pairs of contrasting prompts."""
     texts = read_pairs(pairs)

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.faults import FaultLog
-from loraplex.engine.frontend.output_collector import Event, OutputCollector, deliver, fail
+from loraplex.engine.frontend.output_processor import Event, OutputCollector, deliver, fail
 from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.stats import EngineStats
 from loraplex.errors import EngineError

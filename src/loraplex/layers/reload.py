@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.adapters.packed import PackedLayers
 from loraplex.adapters.store.large_memory import large_buffer
-from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.store.prepared import PackedLayers, PreparedAdapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, FileOffsets
 from loraplex.errors import AdapterFormatError

@@ -14,7 +14,7 @@ from loraplex.errors import RequestError
 from loraplex.layers.output_layer import choosing_tokens
 from loraplex.layers.passes import cached_length
 from loraplex.layers.row_positions import use_row_positions
-from loraplex.models.end_tokens import stop_rows
+from loraplex.models.end_tokens import generation_ends, stop_rows
 from loraplex.models.registry import Registry
 from loraplex.models.scope import RowTokens, adapter_scope
 from loraplex.residual.registry import AttentionRequest
@@ -22,7 +22,7 @@ from loraplex.residual.scope import AttentionScope
 from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_specs
 from loraplex.xlora.scalings.report import collected_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
-from loraplex.xlora.two_pass.generation import end_tokens, prepare_generation
+from loraplex.xlora.two_pass.generation import prepare_generation
 from loraplex.xlora.two_pass.options import TwoPassOptions
 from loraplex.xlora.two_pass.two_pass import TwoPass
 
@@ -104,7 +104,7 @@ class Call:
         links = self.links
         if not self.generates:
             return [()] * len(links)
-        known = end_tokens(self.base, self.inputs)
+        known = generation_ends(self.base, self.inputs)
         if "eos_token_id" in self.inputs:
             return [known] * len(links)
         more = [tuple(end for end in ends if end not in known) for ends in self.registry.end_tokens(links)]

@@ -5,8 +5,7 @@ tokenizer's eos_token, and the chat template, which writes a token after an assi
 """
 
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-logger = logging.getLogger(__name__)
+from loraplex.models.chat_template import turn_end
+from loraplex.xlora.two_pass.generation import generation_setting
 
-_PROBE = "x7qz"  # an answer that stands nowhere else in a rendered chat
-_LOOKS_SPECIAL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # <|im_end|>, <end_of_turn>, [/INST], but no run of blanks
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,32 +39,15 @@ def end_token_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     return tuple(dict.fromkeys(token for token in named if 0 <= token < _vocab_size(base)))
 
 
-def generation_ends(base: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens at which transformers' `generate` stops, of those that the model has."""
-    named = getattr(base.generation_config, "eos_token_id", None)
+def generation_ends(base: PreTrainedModel, generation: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """The tokens at which transformers' `generate` stops with these options, of those that the model has."""
+    named = generation_setting(base, generation or {}, "eos_token_id")
     ends = () if named is None else (named,) if isinstance(named, int) else tuple(int(end) for end in named)
     return tuple(end for end in ends if 0 <= end < _vocab_size(base))
 
 
 def _vocab_size(base: PreTrainedModel) -> int:
     return int(next(base.get_input_embeddings().parameters()).shape[0])
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after an assistant's turn; None: there is none to be seen."""
-    if tokenizer.chat_template is None:
-        return None
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program, which may fail in any way
-        logger.debug("the chat template renders no turn to look at: %s", error)
-        return None
-    _, found, rest = text.rpartition(_PROBE)
-    if not found:
-        return None
-    special = _special_tokens(tokenizer)
-    return next((token for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if token in special), None)
 
 
 def training_ends(base: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> TrainingEnds:
@@ -103,11 +85,6 @@ def _warn_of_differences(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int
                 "says so; elsewhere, add it to eos_token_id or to a request's stop tokens",
                 *(named(token), where),
             )
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = {token for token, added in tokenizer.added_tokens_decoder.items() if _LOOKS_SPECIAL.fullmatch(str(added))}
-    return {*tokenizer.all_special_ids, *added}
 
 
 class RowEnds(StoppingCriteria):

@@ -1,4 +1,4 @@
-"""Load a frozen base model and its tokenizer from an alias, a local folder or the hub."""
+"""Load a frozen base model and its tokenizer from an alias, a local folder or the hub; refuse what isn't one whole."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -19,11 +20,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError
-from loraplex.models.base_checks import refuse_damaged_json, refuse_hidden_adapter
+from loraplex.json_files import MAX_BYTES, read_object
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 
+# transformers goes on without the last two, with other tokens that end an answer for example.
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -145,6 +149,47 @@ def parse_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r} can't be used: {reason}. Available here: {alternatives}.") from error
     return torch_device
+
+
+def refuse_hidden_adapter(source: str) -> None:
+    """Raise BaseModelError where a base model's folder or hub repository also holds an adapter.
+
+    With PEFT installed, transformers would load the model that the adapter's settings name, or this one with the
+    adapter in it; without PEFT, this one alone.
+    """
+    file = find_adapter_config_file(source)
+    if file is not None:
+        raise BaseModelError(
+            f"base model {source!r} has an adapter beside it, {str(file)!r}: transformers would load the model that "
+            "this file names, with the adapter in it, if PEFT is installed. Move adapter_config.json and the adapter's "
+            "weights to a folder of their own, and load that as an adapter."
+        )
+
+
+def refuse_damaged_json(source: str) -> None:
+    """Raise BaseModelError for a settings file in a local folder that holds no JSON object."""
+    if not Path(source).is_dir():
+        return
+    for name in _JSON_FILES:
+        file = Path(source) / name
+        if not file.exists():
+            continue
+        try:
+            read_object(file, BaseModelError, finite=False, max_bytes=MAX_BYTES)  # Mamba's time_step_limit is infinite
+        except BaseModelError as error:
+            raise BaseModelError(f"can't load the base model: {error}") from error
+
+
+def refuse_injected_adapters(base: nn.Module) -> None:
+    """Raise BaseModelError for a model that PEFT has put its own layers into: every row would go through them."""
+    for path, module in base.named_modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            where = f"{path!r} is" if path else "it is"
+            raise BaseModelError(
+                f"the base model holds an adapter of PEFT: {where} a {type(module).__name__}. Give the plain model: "
+                "PEFT's unload() takes the adapter out, merge_and_unload() makes it part of the weights; or save the "
+                "adapter and load its folder."
+            )
 
 
 def _unloadable(what: str, source: str, error: Exception) -> BaseModelError:

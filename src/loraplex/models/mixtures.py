@@ -125,36 +125,12 @@ class Mixtures:
         self._check_base()
         self._check_experts(name, experts, config)
         modules = self._lora_layers(name, experts)
-        self.check_head_size(config, self.hidden_size, len(experts), len(modules))
-        if head is not None:
-            if hidden_size not in (None, self.hidden_size):
-                raise BaseModelMismatchError(
-                    f"mixture {name!r} was made for hidden states of size {hidden_size}, but this base model's have "
-                    f"{self.hidden_size}. Load it on the base model that it was trained with."
-                )
-            check_head(
-                head,
-                config,
-                hidden_size=self.hidden_size,
-                num_experts=len(experts),
-                num_layers=len(modules),
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            scaling_head = ScalingHead(
-                config,
-                hidden_size=self.hidden_size,
-                num_experts=len(experts),
-                num_layers=len(modules),
-                device=self._base.device,
-            )
-        if head is not None:
-            scaling_head.load_state_dict({key: tensor.float() for key, tensor in head.items()})
+        self.check_head_size(config, hidden_size or self.hidden_size, len(experts), len(modules))
         mixture = Mixture(
             name=name,
             experts=tuple(experts),
             config=config,
-            head=scaling_head.eval().requires_grad_(False),
+            head=self._head(config, head, len(experts), len(modules), seed),
             modules=modules,
             layers=tuple(self._adaptable.paths[module] for module in modules),
             num_modules=len(self._adaptable.paths),
@@ -240,6 +216,20 @@ class Mixtures:
             for expert in (found[name].experts if name in found else (name,))
         ]
         return found, names
+
+    def _head(
+        self, config: XLoraConfig, state: Mapping[str, Tensor] | None, num_experts: int, num_layers: int, seed: int
+    ) -> ScalingHead:
+        """A head with the weights of `state`, or random ones. Raises AdapterFormatError for weights of other sizes."""
+        sizes: dict[str, Any] = {"hidden_size": self.hidden_size, "num_experts": num_experts, "num_layers": num_layers}
+        if state is not None:
+            check_head(state, config, **sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = ScalingHead(config, **sizes, device=self._base.device)
+        if state is not None:
+            head.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+        return head.eval().requires_grad_(False)
 
     def _check_base(self) -> None:
         if getattr(self._base.config, "is_encoder_decoder", False) or self._base.get_output_embeddings() is None:

@@ -17,13 +17,12 @@ from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError, RequestError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.attention import FAST_DECODE_FRONT
-from loraplex.layers.attention_interface import FrontHandle
+from loraplex.layers.attention_interface import AttentionHandle
+from loraplex.layers.fast_decode import FAST_DECODE
 from loraplex.layers.row_positions import join_positions
-from loraplex.models.base_checks import refuse_injected_adapters
 from loraplex.models.call import Call
 from loraplex.models.generate_checks import check_generates
-from loraplex.models.loading import load_base_model, load_tokenizer
+from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
@@ -66,10 +65,10 @@ class MultiLoraModel:
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
         self._packed: PackedGenerator | None = None  # made by the first `generate`
         self._packed_lock = threading.Lock()
-        self._front: FrontHandle | None = None
+        self._front: AttentionHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
-            self._front = FrontHandle(base, FAST_DECODE_FRONT)
+            self._front = AttentionHandle(base, FAST_DECODE)
 
     @classmethod
     def from_pretrained(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from loraplex.errors import BatchError, RequestError
+from loraplex.errors import BatchError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids, generation_ends, stop_rows
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_specs
+from loraplex.validation import check_text
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat that end with a user's
 
@@ -35,11 +37,13 @@ def encode_prompts(
 ) -> BatchEncoding:
     """Token ids and mask [rows, tokens], padded on the left; with `chat`, each prompt is a user's turn or messages.
 
-    Raises BatchError for an empty batch and RequestError if the tokenizer has no chat template.
+    Raises BatchError for an empty batch and RequestError without a chat template, or for a text that is none.
     """
     if not prompts:
         raise BatchError("the batch is empty: no prompts were given. Pass at least one.")
     texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else [str(prompt) for prompt in prompts]
+    for text in texts:
+        check_text(text)
     if tokenizer.pad_token_id is None:
         # Masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or str(tokenizer.convert_ids_to_tokens(0))
@@ -70,10 +74,9 @@ def _row_ends(
     model: MultiLoraModel, adapters: Sequence[AdapterSpec] | None, num_rows: int, options: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """What ends each row; tells `generate` by its options of what it doesn't know. A call's own choice counts."""
+    known, base_ends = generation_ends(model.base, options), end_token_ids(model.base, model.tokenizer)
     if "eos_token_id" in options:
-        eos = options["eos_token_id"]
-        return [(eos,) if isinstance(eos, int) else tuple(eos or ())] * num_rows
-    known, base_ends = generation_ends(model.base), end_token_ids(model.base, model.tokenizer)
+        return [known] * num_rows
     unknown = tuple(end for end in base_ends if end not in known)
     if unknown:
         stop_rows(options, [unknown] * num_rows, model.base)
@@ -107,14 +110,8 @@ def decode_batch(
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """A prompt in the chat template, up to where the answer starts. Raises RequestError if there is none."""
-    if tokenizer.chat_template is None:
-        raise RequestError(
-            "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False "
-            "(on the command line --raw) to continue the prompt as it is."
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """A prompt in the chat template, up to where the answer starts. Raises RequestError as `render_chat`."""
+    return render_chat(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedA
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
-from loraplex.models.cached_ids import CachedIds
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
+from loraplex.models.scope import CachedIds
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import LinkedAttention

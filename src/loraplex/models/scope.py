@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import RequestError
+from loraplex.layers.passes import cached_length
 from loraplex.models.mixtures import Mixtures
 from loraplex.residual.scope import use_attention
 from loraplex.routing.adapter_spec import Link
@@ -120,3 +123,36 @@ class RowTokens:
                 "row without past_key_values."
             )
         return None if start is None else num_before + start
+
+
+class CachedIds:
+    """The token ids of caches that `forward` returned, as long as somebody has them: an invocation may be in one."""
+
+    def __init__(self) -> None:
+        self._ids: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+    def of(self, cache: Any, num_rows: int) -> Tensor | None:  # [rows, tokens]
+        """What is in the cache; None where that isn't known."""
+        length = cached_length(cache)
+        if length is None:
+            return None
+        known = self._ids.get(cache)
+        if known is None or len(known) != num_rows or known.shape[1] < length:
+            return None
+        return known[:, :length]  # it may have been cropped
+
+    def forget(self, cache: Any) -> None:
+        """What is in the cache from now on is not known."""
+        if cached_length(cache) is not None:
+            self._ids.pop(cache, None)
+
+    def note(self, cache: Any, before: Tensor | None, new: Tensor) -> None:
+        """Remember what is in a cache after a pass of `new` on top of `before`, which is None if that isn't known."""
+        length = cached_length(cache)
+        if length is None:
+            return
+        ids = new.detach() if before is None else torch.cat([before, new.detach()], dim=1)
+        if ids.shape[1] == length:
+            self._ids[cache] = ids.clone()
+        else:
+            self._ids.pop(cache, None)

@@ -2,12 +2,17 @@
 
 from loraplex.residual.cache import FollowedCache
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.config import ResidualConfig
 from loraplex.residual.format import read_residual, write_residual
-from loraplex.residual.modules import FunctionResidual, LinkedLayer, LinkedResidual, ResidualContext, SteeringVector
+from loraplex.residual.modules import (
+    FunctionResidual,
+    LinkedLayer,
+    LinkedResidual,
+    ResidualConfig,
+    ResidualContext,
+    SteeringVector,
+)
 from loraplex.residual.registry import AttentionRequest
-from loraplex.residual.spans import spans_of_text
-from loraplex.residual.steering import Steering
+from loraplex.residual.steering import Steering, spans_of_text
 
 __all__ = [
     "AttentionCapture",

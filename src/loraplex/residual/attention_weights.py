@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from loraplex.layers.attention_interface import causal_mask
+
 # Weights of more bytes are computed in parts, a range of queries at a time, and not kept.
 KEPT_BYTES = 64 * 2**20
 
@@ -39,6 +41,11 @@ class AttentionWeights:
         self._position_bias, self._log_strength = position_bias, log_strength
         self._kept: Tensor | None = None
         self._selected = False
+
+    @property
+    def first_query(self) -> int:
+        """The place of the first query among all tokens that were fed."""
+        return self.first_key + self.num_keys - self.num_queries
 
     def apply(self, values: Tensor, index: Tensor | None = None) -> Tensor:  # [rows, heads, queries, dim]
         """sum_s w[.., s] values[.., s]; values [rows, kv_heads, keys, dim] of all rows or of those in `index`."""
@@ -145,10 +152,3 @@ class AttentionWeights:
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
-
-
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # [1, 1, queries, keys]  bool
-    """What torch's `is_causal` means: query t sees the keys up to t (aligned at the first)."""
-    queries = torch.arange(query.shape[2], device=query.device)
-    keys = torch.arange(key.shape[2], device=query.device)
-    return (queries.unsqueeze(1) >= keys).view(1, 1, query.shape[2], key.shape[2])

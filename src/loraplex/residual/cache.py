@@ -1,18 +1,24 @@
-"""What generation with residuals keeps beside keys and values: u, rank numbers a token."""
+"""What is kept of linked residuals beside keys and values: u, rank numbers a token.
 
-from typing import Protocol
+Here for transformers' caches; an engine keeps it in the blocks of its keys and values (engine/kv/residual_cache.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from loraplex.errors import RequestError
+from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.rows import RowAttention
 
 Key = tuple[int, int]  # attention layer, place in the link
 
 
 class ResidualStates(Protocol):
-    """What keeps u of the tokens before, for a pass over new ones."""
+    """What keeps u of the tokens before, for a pass over new ones: all that computing residuals asks of a cache."""
 
     def extend(self, key: Key, sequences: Tensor, u: Tensor) -> Tensor:
         """Keep the new tokens' u [rows, new tokens, rank] of `sequences`, and return that of all tokens."""
@@ -121,3 +127,34 @@ class FollowedCache(DynamicCache):
         super().reset()
         for follower in self.followers:
             follower.reset()
+
+
+def state_of(cache: Any, rows: Sequence[RowAttention], fed_before: int) -> ResidualState | None:
+    """The state that goes with a cache. Raises RequestError if the cache was filled without these rows' residuals."""
+    followers = getattr(cache, "followers", None)
+    state = next((follower for follower in followers or () if isinstance(follower, ResidualState)), None)
+    signature = tuple(
+        tuple(
+            (place, link.name, link.weight, id(link.residual))
+            for place, link in enumerate(row.chain)
+            if isinstance(link.residual, LinkedResidual)
+        )
+        for row in rows
+    )
+    if not any(signature):
+        return state
+    if followers is None:
+        raise RequestError(
+            f"residuals keep numbers beside keys and values, which a {type(cache).__name__} doesn't hold. Pass no "
+            "cache, or a loraplex.residual.FollowedCache(config=base.config)."
+        )
+    if state is None:
+        state = ResidualState()
+        followers.append(state)
+    if fed_before and state.signature != signature:
+        raise RequestError(
+            "the cache was filled with other residuals than these rows have. Continue it with the same rows and links, "
+            "or start with an empty cache."
+        )
+    state.signature = signature
+    return state

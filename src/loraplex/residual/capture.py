@@ -109,8 +109,7 @@ class CaptureBuffer:
 
     def keep(self, layer: int, weights: AttentionWeights, place: int) -> None:
         """Take what is wanted of one layer's pass; `place` is the row's place among the weights' rows."""
-        first_key = weights.first_key
-        first_query = first_key + weights.num_keys - weights.num_queries
+        first_key, first_query = weights.first_key, weights.first_query
         start, stop = max(self._first, first_query), min(self._last, first_query + weights.num_queries)
         if start >= stop:
             return

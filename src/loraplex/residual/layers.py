@@ -5,22 +5,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.attention_interface import FrontHandle
-from loraplex.layers.attention_join import NUM_TOKENS, AttentionCall, Watched, join_front, run_plain, watching
+from loraplex.layers.attention_check import (
+    NUM_TOKENS,
+    Watched,
+    attention_block,
+    install_checked,
+    run_plain,
+    watching,
+)
+from loraplex.layers.attention_interface import AttentionCall, AttentionHandle, attention_functions
 from loraplex.residual.cache import FollowedCache
-from loraplex.residual.config import BaseFingerprint
-from loraplex.residual.hooks import RESIDUAL_FRONT, give_number, layer_number, take_number
-from loraplex.residual.scope import current_attention
-from loraplex.residual.seen import block_input, block_output, check_block, check_call
+from loraplex.residual.hooks import (
+    RESIDUALS,
+    add_residuals,
+    block_input,
+    block_output,
+    give_number,
+    take_number,
+    weights_of,
+)
+from loraplex.residual.modules import BaseFingerprint
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
-_INSTEAD = "Use a model of transformers whose attention does (most do)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +43,23 @@ class AttentionLayer:
     number: int  # transformers' layer_idx
     path: str
     num_heads: int
-    hidden_size: int
 
 
 class AttentionLayers:
     """A base model whose attention goes through the current attention scope; without one it is what it was.
 
-    An attention function of ours stands in front of the base's. It calls that one for all rows, and computes weights
-    itself, beside it, for rows that ask for them. A hook on each attention block adds residuals to its output. An
-    engine may stand in front of the same base model, before or after; both leave when they like.
+    Our attention function calls the base's for all rows, and computes weights itself, beside it, for rows that ask for
+    them. A hook on each attention block adds residuals to its output. An engine may be joined to the same base model,
+    before or after; both leave when they like.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._handles: list[FrontHandle | RemovableHandle] = []
+        self._handles: list[AttentionHandle | RemovableHandle] = []
         self._modules: list[nn.Module] = []
         _check_kind(base)
         try:
-            handle, watched = join_front(base, RESIDUAL_FRONT, user="a residual, capture or steering", instead=_INSTEAD)
+            handle, watched = install_checked(base, RESIDUALS)
             self._handles.append(handle)
             self.layers = self._find(watched)
             self.cuts_tokens = self._cuts_tokens()
@@ -66,40 +78,35 @@ class AttentionLayers:
         )
 
     def detach(self) -> None:
-        """Give the base model back as it was; once."""
+        """Give the base model back as it was; what others have joined stays."""
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
-            take_number(module)
+            if RESIDUALS not in attention_functions(module):
+                take_number(module)
         self._handles, self._modules = [], []
 
     def _find(self, watched: Watched) -> dict[int, AttentionLayer]:
         """The modules that were seen to call the attention function, checked one by one."""
         hidden_size = self._base.config.get_text_config(decoder=True).hidden_size
         paths = {module: path for path, module in self._base.named_modules()}
-        found: dict[nn.Module, AttentionCall] = {}
-        for call in watched.calls:
-            where = f"{type(self._base).__name__}'s attention block {paths[call.module]!r}"
-            check_call(call, where, again=call.module in found)
-            args, kwargs, output = watched.ran[call.module]
-            check_block(block_input(args, kwargs), block_output(output), hidden_size, where)
-            found[call.module] = call
+        runs = {run.module: run for run in watched.runs}
         layers = {}
-        for order, (module, call) in enumerate(found.items()):
-            number = _number(module, order)
-            layers[number] = AttentionLayer(
-                number=number,
-                path=paths[module],
-                num_heads=call.query.shape[1],
-                hidden_size=hidden_size,
-            )
+        for order, (call, output) in enumerate(watched.calls):
+            module, where = call.module, attention_block(self._base, call.module)
+            _check_output(call, output, where)
+            run = runs[module]
+            _check_block(block_input(run.args, run.kwargs), block_output(run.output), hidden_size, where)
+            number = getattr(module, "layer_idx", None)
+            number = order if number is None else int(number)
+            layers[number] = AttentionLayer(number=number, path=paths[module], num_heads=call.query.shape[1])
             give_number(module, number)
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(add_residuals, with_kwargs=True))
-        if len(layers) != len(found):
+        if len(layers) != len(watched.calls):
             raise BaseModelError(
                 f"{type(self._base).__name__} has attention layers that can't be told apart by number: "
-                f"{[paths[module] for module in found]}. Use a causal language model of transformers."
+                f"{[paths[call.module] for call, _ in watched.calls]}. Use a causal language model of transformers."
             )
         return layers
 
@@ -109,7 +116,7 @@ class AttentionLayers:
             return False
         with watching(self._base) as watched:
             run_plain(self._base, logits_to_keep=1)
-        return len({call.query.shape[2] for call in watched.calls}) > 1
+        return len({call.query.shape[2] for call, _ in watched.calls}) > 1
 
     def _takes_caches(self) -> bool:
         """Whether the model takes a cache of transformers' general kind, beside which state can be kept."""
@@ -119,11 +126,6 @@ class AttentionLayers:
         except BaseModelError:
             return False
         return int(cache.get_seq_length()) == NUM_TOKENS
-
-
-def _number(module: nn.Module, order: int) -> int:
-    number = getattr(module, "layer_idx", None)
-    return order if number is None else int(number)
 
 
 def _check_kind(base: PreTrainedModel) -> None:
@@ -141,16 +143,36 @@ def _check_kind(base: PreTrainedModel) -> None:
         )
 
 
-def add_residuals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook on an attention block: adds the residuals of the current scope's rows to the block's output."""
-    scope = current_attention()
-    if scope is None:
-        return None
-    layer = layer_number(module)
-    if layer is None or layer not in scope.pending:
-        return None
-    total = scope.add_residuals(layer, block_input(args, kwargs), block_output(output))
-    return (total, *output[1:]) if isinstance(output, tuple) else total
+def _check_output(call: AttentionCall, output: Tensor, where: str) -> None:
+    """Raise BaseModelError unless our weights, applied to the values, are a call's output up to rounding."""
+    weights = weights_of(call, torch.arange(len(call.query), device=call.query.device))
+    value = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
+    ours = weights.apply(value).transpose(1, 2)
+    # A logit is rounded in proportion to its size, which is at most |q| |k|, and a weight changes by as much.
+    largest = call.query.float().norm(dim=-1).max() * call.key.float().norm(dim=-1).max() * abs(call.scale)
+    allowed = _precision(output) * value.abs().max() * (16 + 4 * largest)
+    if ours.shape != output.shape or not bool(((ours - output).abs() <= allowed).all()):
+        raise BaseModelError(
+            f"{where} gives something else than softmax(q k^T * scaling) v with its mask: it has a term that is not "
+            f"known here, beside {sorted(call.options)}. {RESIDUALS.instead}"
+        )
+
+
+def _check_block(x: Any, output: Any, hidden_size: int, where: str) -> None:
+    """Raise BaseModelError unless a block reads and writes hidden states [sequences, tokens, hidden]."""
+    for what, states in (("reads", x), ("writes", output)):
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[2] != hidden_size:
+            found = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise BaseModelError(
+                f"{where} {what} {found}, where residuals need [sequences, tokens, {hidden_size}]. {RESIDUALS.instead}"
+            )
+
+
+def _precision(tensor: Tensor) -> float:
+    """The relative precision of attention, whose softmax may be float32's, and products less where torch may round."""
+    rounds = torch.get_float32_matmul_precision() != "highest" or tensor.device.type != "cpu"
+    dtypes = (tensor.dtype, torch.bfloat16 if rounds else torch.float32)
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _public_name(name_or_path: str | None) -> str | None:

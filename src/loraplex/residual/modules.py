@@ -1,13 +1,54 @@
-"""The kinds of residual that a link may name: trained, constant, or a user's function."""
+"""The kinds of residual that a link may name: trained, constant, or a user's function; and the base they belong to."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loraplex.residual.config import BaseFingerprint, ResidualConfig
+from loraplex.errors import BaseModelMismatchError, ConfigError
+from loraplex.validation import is_finite, is_whole, listed, quoted
+
+MAX_RANK = 1 << 20
+SMALL_RANK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFingerprint:
+    """What a residual adapter must find in a base model: the same class with the same sizes."""
+
+    architecture: str  # "LlamaForCausalLM"
+    hidden_size: int
+    vocab_size: int
+    num_heads: tuple[int, ...]  # of each attention layer
+    name: str | None = None  # informative: the same model may lie in any folder
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"num_heads": list(self.num_heads)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualConfig:
+    """The settings of a LinkedResidual: its rank, its strength, and the attention layers that it is attached to."""
+
+    r: int = 8
+    alpha: float = 8.0
+    layers: tuple[int, ...] | None = None  # numbers of attention layers; None is all of them
+
+    def __post_init__(self) -> None:
+        if not (is_whole(self.r) and 1 <= self.r <= MAX_RANK):
+            raise ConfigError(
+                f"r is {quoted(self.r)}; a rank must be a whole number of at least 1, and {MAX_RANK} at most."
+            )
+        if not is_finite(self.alpha):
+            raise ConfigError(f"alpha is {quoted(self.alpha)}; it must be a finite number of float32's range.")
+        if self.layers is not None:
+            check_layer_numbers("layers", self.layers)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,3 +175,67 @@ def fresh_linked_layer(hidden_size: int, num_heads: int, rank: int, draw: torch.
     bound = hidden_size**-0.5
     a = torch.empty(rank, hidden_size).uniform_(-bound, bound, generator=draw)
     return LinkedLayer(a=a, b=torch.zeros(rank, hidden_size), head_logits=torch.zeros(rank, num_heads))
+
+
+# What fits together
+
+
+def check_rank(rank: int, hidden_size: int) -> None:
+    """Raise ConfigError for a rank that is larger than the hidden size, where it isn't small anyway."""
+    most = max(hidden_size, SMALL_RANK)
+    if rank > most:
+        raise ConfigError(f"r is {rank}; on hidden states of size {hidden_size} it may be {most} at most.")
+
+
+def check_layer_numbers(option: str, layers: object) -> None:
+    """Raise ConfigError unless `layers` is a tuple of different whole numbers of at least 0."""
+    is_tuple = isinstance(layers, tuple) and len(layers) > 0
+    if is_tuple and all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):  # type: ignore[attr-defined]
+        if len(set(layers)) == len(layers):  # type: ignore[arg-type,call-overload]
+            return
+        raise ConfigError(f"{option} is {quoted(layers)}, which names a layer twice. Name each layer once.")
+    raise ConfigError(
+        f"{option} is {quoted(layers)}; it must be a tuple of layer numbers such as (10, 11), counted from 0."
+    )
+
+
+def check_same_base(name: str, made_for: BaseFingerprint, identity: BaseFingerprint) -> None:
+    """Raise BaseModelMismatchError unless a residual was made for such a base."""
+    differences = [
+        f"{what} {quoted(getattr(made_for, what))} (here {getattr(identity, what)!r})"
+        for what in ("architecture", "hidden_size", "vocab_size", "num_heads")
+        if getattr(made_for, what) != getattr(identity, what)
+    ]
+    if differences:
+        raise BaseModelMismatchError(
+            f"residual {name!r} was made for another base model ({quoted(made_for.name)}), with "
+            f"{'; '.join(differences)}. Load that one."
+        )
+
+
+def check_residual_fits(name: str, residual: Residual, identity: BaseFingerprint, num_heads: Mapping[int, int]) -> None:
+    """Raise BaseModelMismatchError unless the residual was made for such a base and its layers are there."""
+    missing = [layer for layer in residual.layers or () if layer not in num_heads]
+    if missing:
+        raise BaseModelMismatchError(
+            f"residual {name!r} has the layers {missing}, which this base model doesn't have: its attention layers are "
+            f"{min(num_heads)} to {max(num_heads)}."
+        )
+    if isinstance(residual, FunctionResidual):
+        return
+    check_same_base(name, residual.base, identity)
+    wrong = []
+    for layer, weights in residual.layers.items():
+        if isinstance(residual, LinkedResidual):
+            linked = residual.layers[layer]
+            shapes = (tuple(linked.a.shape), tuple(linked.b.shape), tuple(linked.head_logits.shape))
+            hidden = (linked.rank, identity.hidden_size)
+            if shapes != (hidden, hidden, (linked.rank, num_heads[layer])):
+                wrong.append(f"layer {layer}")
+        elif tuple(weights.shape) != (identity.hidden_size,):  # type: ignore[union-attr]
+            wrong.append(f"layer {layer}")
+    if wrong:
+        raise BaseModelMismatchError(
+            f"residual {name!r} has weights of other shapes than this base model needs, at {listed(wrong)}. Load the "
+            "base model that it was made for."
+        )

@@ -1,4 +1,4 @@
-"""What one attention layer has to do for the rows of a batch, in one layout of sequences."""
+"""What each attention layer does for the rows of a batch: kept from pass to pass, for each layout of sequences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.errors import AdapterError
+from loraplex.errors import AdapterError, BatchError
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.cache import Key, ResidualStates
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.residual.links import FunctionTerm, LinkedTerm, ResidualTerm, VectorTerm, stack_linked
+from loraplex.residual.compute import Extend, FunctionTerm, LinkedTerm, ResidualTerm, VectorTerm, stack_linked
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.steering import Steering, log_strengths
@@ -20,6 +22,7 @@ RouteSpan = list[tuple[int, ChainLink]]  # places among the rows concerned, in o
 class LayerPlan:
     """What one attention layer does for one layout of sequences."""
 
+    layer: int
     index: Tensor | None  # [rows] the sequences concerned; None is all of them
     sequences: Tensor  # [rows] the same, always there
     links: Sequence[Sequence[ResidualTerm]]  # by place in the link
@@ -33,63 +36,161 @@ class LayerPlan:
         num_rows, device = self.sequences.numel(), self.sequences.device
         return log_strengths(self.steered, num_rows, num_heads, first_key, num_keys, device)
 
+    @property
+    def steered_places(self) -> Tensor:  # [rows]  among those concerned
+        return torch.tensor([place for place, _, _ in self.steered], device=self.sequences.device)
+
+    def capture(self, weights: AttentionWeights) -> None:
+        """Keep what rows capture of the layer's weights."""
+        for place, buffer in self.captures:
+            buffer.keep(self.layer, weights, place)
+
+    def residual(
+        self,
+        x: Tensor,  # [sequences, tokens, hidden]  the attention block's normed input
+        weights: AttentionWeights,
+        states: ResidualStates | None,
+    ) -> Tensor:  # [rows, tokens, hidden]
+        """The sum of each row's residuals: the j-th of a link reads x plus the residuals of those before it."""
+        chosen = x if self.index is None else x[self.index]
+        chosen = chosen.to(torch.promote_types(x.dtype, torch.float32))
+        total: Tensor | None = None
+        for position, terms in enumerate(self.links):
+            read = chosen if total is None else chosen + total
+            added = None if len(terms) == 1 and terms[0].index is None else torch.zeros_like(read)
+            for term in terms:
+                extend = self._extender(term, (self.layer, position), weights, states)
+                residual = term.run(read if term.index is None else read[term.index], weights, extend)
+                added = residual if added is None else added.index_add(0, self._places(term), residual)
+            assert added is not None, "a place in the links has at least one residual"
+            total = added if total is None else total + added
+        assert total is not None, "a plan without links has no residual"
+        for place, buffer in self.captures:
+            buffer.keep_norms(self.layer, total[place].norm(dim=-1), weights.first_query)
+        return total
+
+    def _places(self, term: ResidualTerm) -> Tensor:
+        if term.index is not None:
+            return term.index
+        return torch.arange(self.sequences.numel(), device=self.sequences.device)
+
+    def _extender(
+        self, term: ResidualTerm, key: Key, weights: AttentionWeights, states: ResidualStates | None
+    ) -> Extend:
+        def extend(u: Tensor) -> Tensor:  # [rows, tokens, rank] -> [rows, keys, rank]
+            if states is not None:
+                u = states.extend(key, self.sequences if term.index is None else self.sequences[term.index], u)
+            missing = weights.num_keys - u.shape[1]
+            if missing > 0:  # keys on the left that the mask hides from these rows: another's prefix, an empty column
+                return torch.nn.functional.pad(u, (0, 0, missing, 0))
+            return u[:, -missing:] if missing < 0 else u  # a sliding window's cache forgets the earliest keys
+
+        return extend
+
+
+class RowPlans:
+    """What each layer does for some rows."""
+
+    def __init__(
+        self,
+        rows: Sequence[RowAttention],
+        *,
+        paddings: Sequence[int] | None = None,  # of each row, on the left
+        buffers: Mapping[int, CaptureBuffer] | None = None,  # by row that captures
+        failures: dict[int, AdapterError] | None = None,  # by row: recorded there, and the row goes on; None raises
+    ) -> None:
+        self.rows = tuple(rows)
+        self.paddings = [0] * len(self.rows) if paddings is None else paddings
+        self.buffers = buffers or {}
+        self.failures = failures
+        self._copies: int | None = None  # sequences a row; the first pass tells, later ones may have others behind them
+        self._plans: dict[tuple[int, int], LayerPlan | None] = {}
+        self._ranks: dict[Key, Tensor] = {}
+
+    def plan(self, layer: int, like: Tensor, num_sequences: int) -> LayerPlan | None:
+        """What to do at a layer with states on the device of `like`, in its precision; None is nothing.
+
+        The sequences of a row stand together.
+        """
+        key = (layer, num_sequences)
+        if key not in self._plans:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            planner = _LayerPlanner(plans=self, layer=layer, dtype=dtype, device=like.device)
+            self._plans[key] = planner.build(self._sequences_a_row(num_sequences), num_sequences)
+        return self._plans[key]
+
+    def ranks(self, key: Key, device: torch.device) -> Tensor:  # [rows]
+        """The rank of each row's residual at a layer and place in the link; 0 where there is none or it has no rank."""
+        if key not in self._ranks:
+            self._ranks[key] = torch.tensor([row.rank(*key) for row in self.rows], device=device)
+        return self._ranks[key]
+
+    def _sequences_a_row(self, num_sequences: int) -> int:
+        num_rows = len(self.rows)
+        if self._copies is not None and num_sequences >= num_rows * self._copies:
+            return self._copies
+        if num_sequences % num_rows != 0:
+            raise BatchError(
+                f"an attention layer got {num_sequences} sequences for {num_rows} rows. The batch must keep its rows "
+                "in order, each repeated equally often (as beam search and num_return_sequences do)."
+            )
+        self._copies = num_sequences // num_rows
+        return self._copies
+
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPlanner:
+class _LayerPlanner:
     """Builds the plans of one layer from what the rows ask for."""
 
+    plans: RowPlans
     layer: int
-    rows: Sequence[RowAttention]
-    paddings: Sequence[int]
-    buffers: Mapping[int, CaptureBuffer]
-    failures: dict[int, AdapterError] | None
     dtype: torch.dtype  # of computing
     device: torch.device
 
     def build(self, copies: int, num_sequences: int) -> LayerPlan | None:
-        """The plan for `copies` sequences a row, which stand together; None if no row asks for anything here."""
-        concerned = [row for row in range(len(self.rows)) if self._concerns(row)]
+        asked = self.plans.rows
+        concerned = [row for row in range(len(asked)) if self._concerns(row)]
         if not concerned:
             return None
         sequences = [row * copies + copy for row in concerned for copy in range(copies)]
         rows = [row for row in concerned for _ in range(copies)]
         index = torch.tensor(sequences, device=self.device)
-        chains = [[link for link in self.rows[row].chain if link.reaches(self.layer)] for row in rows]
-        steered = [(place, self._steerings(row), self.paddings[row]) for place, row in enumerate(rows)]
+        chains = [asked[row].chain_at(self.layer) for row in rows]
+        steered = [
+            (place, asked[row].steering_at(self.layer), self.plans.paddings[row]) for place, row in enumerate(rows)
+        ]
         return LayerPlan(
+            layer=self.layer,
             index=None if len(sequences) == num_sequences else index,
             sequences=index,
-            links=[self._parts(rows, chains, position) for position in range(max(map(len, chains)))],
-            captures=[(place, self.buffers[row]) for place, row in enumerate(rows) if self._captures(row)],
+            links=[self._terms(rows, chains, position) for position in range(max(map(len, chains)))],
+            captures=[(place, self.plans.buffers[row]) for place, row in enumerate(rows) if self._captures(row)],
             steered=[entry for entry in steered if entry[1]],
         )
 
     def _concerns(self, row: int) -> bool:
-        chained = any(link.reaches(self.layer) for link in self.rows[row].chain)
-        return chained or self._captures(row) or bool(self._steerings(row))
+        asked = self.plans.rows[row]
+        return bool(asked.chain_at(self.layer)) or self._captures(row) or bool(asked.steering_at(self.layer))
 
     def _captures(self, row: int) -> bool:
-        return row in self.buffers and self.layer in self.buffers[row].layers
+        return row in self.plans.buffers and self.layer in self.plans.buffers[row].layers
 
-    def _steerings(self, row: int) -> list[Steering]:
-        return [steering for steering in self.rows[row].steering if steering.reaches(self.layer)]
-
-    def _parts(self, rows: list[int], chains: list[list[ChainLink]], position: int) -> list[ResidualTerm]:
+    def _terms(self, rows: list[int], chains: list[list[ChainLink]], position: int) -> list[ResidualTerm]:
         """The residuals at one place of the links: all trained ones together, all constant ones, each function."""
         here = [(place, chain[position]) for place, chain in enumerate(chains) if len(chain) > position]
         linked = [(place, link) for place, link in here if isinstance(link.residual, LinkedResidual)]
         constant = [(place, link) for place, link in here if isinstance(link.residual, SteeringVector)]
-        parts: list[ResidualTerm] = []
+        terms: list[ResidualTerm] = []
         if linked:
-            parts.append(self._linked_part(linked, len(rows)))
+            terms.append(self._linked_term(linked, len(rows)))
         if constant:
-            parts.append(self._vector_part(constant, len(rows)))
+            terms.append(self._vector_term(constant, len(rows)))
         for place, link in here:
             if isinstance(link.residual, FunctionResidual):
-                parts.append(self._function_part(place, rows[place], link, link.residual))
-        return parts
+                terms.append(self._function_term(place, rows[place], link, link.residual))
+        return terms
 
-    def _linked_part(self, linked: RouteSpan, num_rows: int) -> LinkedTerm:
+    def _linked_term(self, linked: RouteSpan, num_rows: int) -> LinkedTerm:
         weights, scales = [], []
         for _, link in linked:
             assert isinstance(link.residual, LinkedResidual), "chosen by its kind"
@@ -97,14 +198,14 @@ class LayerPlanner:
             scales.append(link.weight * link.residual.config.scaling)
         return stack_linked(weights, scales, self._index(linked, num_rows), self.dtype)
 
-    def _vector_part(self, constant: RouteSpan, num_rows: int) -> VectorTerm:
+    def _vector_term(self, constant: RouteSpan, num_rows: int) -> VectorTerm:
         vectors = []
         for _, link in constant:
             assert isinstance(link.residual, SteeringVector), "chosen by its kind"
             vectors.append(link.residual.vectors[self.layer].to(self.device, self.dtype) * link.weight)
         return VectorTerm(index=self._index(constant, num_rows), vectors=torch.stack(vectors).unsqueeze(1))
 
-    def _function_part(self, place: int, row: int, link: ChainLink, residual: FunctionResidual) -> FunctionTerm:
+    def _function_term(self, place: int, row: int, link: ChainLink, residual: FunctionResidual) -> FunctionTerm:
         return FunctionTerm(
             index=torch.tensor([place], device=self.device),
             residual=residual,
@@ -112,8 +213,8 @@ class LayerPlanner:
             layer=self.layer,
             row=row,
             weight=link.weight,
-            num_padding=self.paddings[row],
-            failures=self.failures,
+            num_padding=self.plans.paddings[row],
+            failures=self.plans.failures,
         )
 
     def _index(self, chosen: RouteSpan, num_rows: int) -> Tensor | None:

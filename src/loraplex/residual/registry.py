@@ -12,16 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.names import check_name
 from loraplex.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, RequestError
+from loraplex.residual.calls import captures, forward_scope, generation_scope
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.config import check_rank
-from loraplex.residual.fit import check_residual_fits, check_same_base
-from loraplex.residual.format import read_residual
+from loraplex.residual.format import ResidualSettings, read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import Residual
+from loraplex.residual.modules import Residual, check_rank, check_residual_fits, check_same_base
 from loraplex.residual.rows import ChainLink, rows_of
-from loraplex.residual.runner import captures, forward_scope, generation_scope
 from loraplex.residual.scope import AttentionScope, use_attention
-from loraplex.residual.settings import ResidualSettings
 from loraplex.residual.steering import Steering
 from loraplex.routing.adapter_spec import Link
 
@@ -158,7 +155,7 @@ class LinkedAttention:
         )
         with use_attention(scope):
             yield scope
-        request.failures = dict(scope.failures or {})
+        request.failures = dict(scope.plans.failures or {})
 
     def report(
         self,
@@ -169,7 +166,7 @@ class LinkedAttention:
         ends: Sequence[Sequence[int]] | None = None,  # by row
     ) -> None:
         """Put what the rows captured into the request."""
-        if request is not None and scope is not None and scope.buffers:
+        if request is not None and scope is not None and scope.plans.buffers:
             if sequences is None:
                 raise RequestError("captures tell attention by token, but only embeddings were given. Pass input_ids.")
             request.captures = captures(scope, sequences, tokenizer, ends)

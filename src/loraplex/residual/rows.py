@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from loraplex.errors import BatchError
 from loraplex.residual.capture import CaptureRequest
-from loraplex.residual.modules import Residual
+from loraplex.residual.modules import LinkedResidual, Residual
 from loraplex.residual.steering import Steering
 
 
@@ -34,6 +34,25 @@ class RowAttention:
     @property
     def asks(self) -> bool:
         return bool(self.chain or self.capture or any(steering.strength != 1 for steering in self.steering))
+
+    def chain_at(self, layer: int) -> list[ChainLink]:
+        """The residuals that reach a layer, in the order of the link."""
+        return [link for link in self.chain if link.reaches(layer)]
+
+    def steering_at(self, layer: int) -> list[Steering]:
+        """The steerings that reach a layer."""
+        return [steering for steering in self.steering if steering.reaches(layer)]
+
+    def rank(self, layer: int, place: int) -> int:
+        """The rank of the residual at a layer and place in the link; 0 where there is none or it has no rank."""
+        here = self.chain_at(layer)
+        residual = here[place].residual if place < len(here) else None
+        return residual.layers[layer].rank if isinstance(residual, LinkedResidual) else 0
+
+    @property
+    def has_linked(self) -> bool:
+        """Whether it has residuals that need numbers of earlier tokens."""
+        return any(isinstance(link.residual, LinkedResidual) for link in self.chain)
 
 
 def rows_of(

@@ -11,15 +11,11 @@ from fastapi import Request
 from loraplex.adapters.store.version import AdapterState
 from loraplex.errors import LoraplexError
 from loraplex.residual.format import is_residual_folder
-from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status, as_api_error
+from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status
 from loraplex.server.auth.access import Entry, Kind
 from loraplex.server.auth.path_sandbox import AdapterRoots
-from loraplex.server.handlers import until_client_leaves
-from loraplex.server.state import context_of, state_of
-from loraplex.xlora.formats.folders import read_mixture_folder
-from loraplex.xlora.formats.original_layout import SETTINGS_FILE
-from loraplex.xlora.formats.peft_layout import PEFT_TYPE
-from loraplex.xlora.formats.settings import read_json_object
+from loraplex.server.state import context_of, in_thread, state_of
+from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +30,7 @@ class AdapterLibrary:
         self._model = self._state.model
         self._context = context_of(http)
         self._principal = self._context.principal
-        self._receive = http.receive
+        self._http = http
 
     @cached_property
     def _roots(self) -> AdapterRoots:
@@ -161,9 +157,9 @@ class AdapterLibrary:
         Errors don't tell paths outside of the roots, or names of others.
         """
         try:
-            return await until_client_leaves(self._receive, self._state.loaders.run(self._context.owner, work))
+            return await in_thread(self._http, work, self._state.loaders)
         except LoraplexError as error:
-            told = as_api_error(error, may_see_all=self._principal.may_manage)
+            told = self._context.refusal(error)
             raise ApiError(told.status, self._roots.without_roots(told.message)) from error
 
     def _states(self) -> dict[str, AdapterState]:
@@ -189,9 +185,4 @@ def _kind_of(folder: Path) -> Kind:
     """What a folder holds."""
     if is_residual_folder(folder):
         return "residual"
-    if (folder / SETTINGS_FILE).is_file():
-        return "mixture"
-    settings = folder / "adapter_config.json"
-    if settings.is_file() and read_json_object(settings).get("peft_type") == PEFT_TYPE:
-        return "mixture"
-    return "adapter"
+    return "mixture" if is_mixture_folder(folder) else "adapter"

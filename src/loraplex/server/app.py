@@ -20,17 +20,16 @@ from loraplex.server.api.api_errors import (
     UNSUPPORTED,
     ApiError,
     Status,
-    as_api_error,
 )
 from loraplex.server.api.json_route import json_response
-from loraplex.server.api.routes import adapters, generation, health, models, page, tokens, vllm
-from loraplex.server.handlers import ClientLeft
+from loraplex.server.api.routes import adapters, chat, completions, health, models, page, tokens, vllm
 from loraplex.server.middleware import Gate
-from loraplex.server.state import ServerState, context_of
+from loraplex.server.state import ClientLeft, ServerState, context_of
 
 _ROUTERS = (
     models.router,
-    generation.router,
+    completions.router,
+    chat.router,
     adapters.router,
     vllm.router,
     tokens.router,
@@ -46,12 +45,8 @@ def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
     app.state.server = state
     for router in _ROUTERS:
         app.include_router(router)
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(LoraplexError, _on_engine_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientLeft, _on_client_left)
-    app.add_exception_handler(Exception, _on_crash)
+    for kind in (ApiError, LoraplexError, RequestValidationError, HTTPException, ClientLeft, Exception):
+        app.add_exception_handler(kind, _on_error)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return with_cors(Gate(app, state, is_first=is_first), state.config.network.cors_origins)
 
@@ -69,49 +64,38 @@ def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     )
 
 
-def _refusal(http: Request, error: ApiError) -> Response:
-    context_of(http).note(error)
-    response = json_response(error.body(), error.status.number)
-    response.headers.update(error.headers())
+async def _on_error(http: Request, error: Exception) -> Response:
+    context, headers = context_of(http), {}
+    if isinstance(error, ClientLeft):
+        context.log["ended"] = "disconnected"
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, HTTPException):
+        headers = dict(error.headers or {})
+    told = _as_api_error(http, error)
+    context.note(told)
+    response = json_response(told.body(), told.status.number)
+    response.headers.update(told.headers() | headers)
     return response
 
 
-async def _on_api_error(http: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError), f"{error!r} is no ApiError"
-    return _refusal(http, error)
-
-
-async def _on_engine_error(http: Request, error: Exception) -> Response:
-    assert isinstance(error, LoraplexError), f"{error!r} is no LoraplexError"
-    return _refusal(http, as_api_error(error, may_see_all=context_of(http).principal.may_manage))
-
-
-async def _on_http_error(http: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException), f"{error!r} is no HTTPException"
-    kinds = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
-    status = kinds.get(error.status_code, Status(error.status_code, "invalid_request_error", "http_error"))
-    response = _refusal(http, ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}."))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_client_left(http: Request, error: Exception) -> Response:
-    context_of(http).log["ended"] = "disconnected"
-    return Response(status_code=499)  # nobody reads it
-
-
-async def _on_crash(http: Request, error: Exception) -> Response:
-    """What nobody expected; the gate logs it."""
-    return _refusal(http, ApiError(INTERNAL, f"internal error; the log has it under {context_of(http).id}."))
-
-
-async def _on_invalid(http: Request, error: Exception) -> Response:
-    """Names every field at fault, never the values."""
-    assert isinstance(error, RequestValidationError), f"{error!r} is no validation error"
-    return _refusal(http, _invalid(error.errors()))
+def _as_api_error(http: Request, error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case LoraplexError():
+            return context_of(http).refusal(error)
+        case RequestValidationError():
+            return _invalid(error.errors())
+        case HTTPException():
+            kinds = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
+            status = kinds.get(error.status_code, Status(error.status_code, "invalid_request_error", "http_error"))
+            return ApiError(status, f"{http.method} {http.url.path[:200]}: {error.detail}.")
+    # What nobody expected; the gate logs it.
+    return ApiError(INTERNAL, f"internal error; the log has it under {context_of(http).id}.")
 
 
 def _invalid(faults: Sequence[Any]) -> ApiError:
+    """Names every field at fault, never the values."""
     told, params, unsupported = [], [], False
     for fault in faults[:_MAX_FAULTS]:
         place = [str(part)[:100] for part in fault["loc"][1:]]

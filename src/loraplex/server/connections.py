@@ -7,7 +7,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from loraplex.server.api.api_errors import HEADERS_TIMEOUT, HEADERS_TOO_LARGE, TOO_MANY_CONNECTIONS, ApiError
-from loraplex.server.api.send_clock import ABORT_KEY
+from loraplex.server.api.streaming import ABORT_KEY
 from loraplex.server.settings import NetworkSettings
 
 

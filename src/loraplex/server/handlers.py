@@ -1,26 +1,102 @@
-"""Run the engine's requests of one HTTP request: together, until the client leaves."""
+"""Run the engine's requests of one HTTP request, together, until the client leaves; answer it whole or as a stream."""
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Protocol
 
-from starlette.types import Receive
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
 
-from loraplex.engine.frontend.output_collector import OutputCollector
+from loraplex.engine.frontend.output_processor import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
-from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError, as_api_error
+from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
+from loraplex.server.api.bodies import GenerationBody
+from loraplex.server.api.json_route import documented
+from loraplex.server.api.response_parts import Extras, News, usage
+from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
-from loraplex.server.state import RequestContext, ServerState
+from loraplex.server.state import RequestContext, ServerState, context_of, in_thread, state_of, until_client_leaves
 
-T = TypeVar("T")
+_FIELDS = ("id", "object", "created", "model", "choices", "usage")
+ANSWERS = documented("The answers.", 400, 401, 404, 429, required=_FIELDS, media="text/event-stream")
 
 
-class ClientLeft(Exception):
-    """The client closed its connection before it had its answer."""
+class ApiCall(Protocol):
+    """One call of one of OpenAI's APIs: what it asks the engine, and how it writes what comes back."""
+
+    prompts: list[Any]
+    n: int
+    extras: Extras
+    requests: list[Request]
+    envelope: dict[str, Any]
+
+    def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]: ...
+
+    def chunk_choice(self, news: News) -> dict[str, Any]: ...
+
+
+async def respond(
+    body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall]
+) -> Response:
+    """The answer to a body, whose call is made in a thread."""
+    state, context = state_of(http), context_of(http)
+    choice = state.catalog.choice(body.model, context.principal)
+    try:
+        call = await in_thread(http, partial(make, state, context, choice))
+    except LoraplexError as error:
+        raise context.refusal(error) from error
+    if state.config.logs.log_prompts:
+        context.log["prompts"] = call.prompts
+    if body.stream:
+        return await _stream(call, body, state, context)
+    pieces = await until_client_leaves(http.receive, _whole(call, state, context))
+    return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
+
+
+async def _whole(call: ApiCall, state: ServerState, context: RequestContext) -> list[bytes]:
+    async with running(state, context, call.requests, wants_deltas=False) as run:
+        results = await run.results()
+    return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(results))))
+
+
+async def _stream(call: ApiCall, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:
+    """What is refused is refused here, with its status; the stream begins when the engine has the requests."""
+    stack = AsyncExitStack()
+    run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    chunks = _chunks(run, call, state, context, include_usage=include_usage)
+    return EventStream(chunks, state.config.limits.stall_timeout_s, stack.aclose)
+
+
+async def _chunks(
+    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
+    results: list[RequestResult] = []
+    nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    def chunk(news: News) -> list[bytes]:
+        choice = call.chunk_choice(news) | call.extras.live(news, state.texts)
+        if news.completion is not None:
+            choice |= call.extras.of(news.completion, state.texts)
+        return sse_pieces(call.envelope | {"choices": [choice]} | nothing)
+
+    async for events in run.batches():
+        found, failure = run.gather(events, holds_end=call.extras.any)
+        for news in found:
+            write = partial(chunk, news)
+            for piece in await state.workers.run(context.owner, write) if news.is_large else write():
+                yield piece
+        if failure is not None:  # what came before it has been told
+            raise failure
+        results += [event for event in events if isinstance(event, RequestResult)]
+    if include_usage:
+        yield sse(call.envelope | {"choices": [], "usage": usage(results)})
 
 
 class Run:
@@ -71,7 +147,7 @@ class Run:
             self.charge(events)
             return events
         except LoraplexError as error:
-            raise as_api_error(error, may_see_all=self._context.principal.may_manage) from error
+            raise self._context.refusal(error) from error
 
     def charge(self, events: Sequence[Delta | RequestResult]) -> None:
         """Let the key pay for tokens as they are made, whoever waits for them."""
@@ -93,7 +169,32 @@ class Run:
             raise ApiError(SHUTTING_DOWN, "the server is shutting down; this answer was not finished. Try again.")
         if ended.finish_reason == "error":
             error = ended.error or LoraplexError("the answer failed")
-            raise as_api_error(error, may_see_all=self._context.principal.may_manage)
+            raise self._context.refusal(error)
+
+    def gather(self, events: Sequence[Delta | RequestResult], *, holds_end: bool) -> tuple[list[News], ApiError | None]:
+        """One News for each answer, up to the first failure.
+
+        With `holds_end` an answer's finish_reason comes with what extensions add.
+        """
+        found: dict[tuple[int, int], News] = {}
+        last: list[News] = []
+        for event in events:
+            place = self.places[event.request_id]
+            if isinstance(event, Delta):
+                try:
+                    self.check(event)
+                except ApiError as error:
+                    return list(found.values()), error
+                news = found.setdefault((place, event.index), News(place, event.index))
+                news.add(event)
+                if holds_end:
+                    news.finish_reason = None
+            elif holds_end:
+                last += [
+                    News(place, completion.index, finish_reason=completion.finish_reason, completion=completion)
+                    for completion in event.completions
+                ]
+        return [*found.values(), *last], None
 
     def _account(self, results: Sequence[RequestResult]) -> None:
         num_prompt = sum(len(result.prompt_token_ids) for result in results)
@@ -133,7 +234,7 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
     try:
         return await state.engine.submit(request, feed)
     except QueueFullError as error:
-        raise as_api_error(error, may_see_all=context.principal.may_manage) from error
+        raise context.refusal(error) from error
     except CapacityError as error:  # of one that is refused at once: it could never run
         raise ApiError(TOO_LARGE, str(error)) from error
     except BaseModelError as error:
@@ -145,24 +246,4 @@ async def _submit(state: ServerState, context: RequestContext, request: Request,
 def _refused(error: LoraplexError, state: ServerState, context: RequestContext) -> ApiError:
     if state.is_draining:
         return ApiError(SHUTTING_DOWN, "the server is shutting down. Try again.")
-    return as_api_error(error, may_see_all=context.principal.may_manage)
-
-
-async def until_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:
-    """The work's result; if the client leaves first, the work is cancelled and ClientLeft raised."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientLeft
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    return context.refusal(error)

@@ -22,9 +22,8 @@ from loraplex.server.api.api_errors import (
     UNAUTHORIZED,
     ApiError,
 )
-from loraplex.server.auth.access import Principal
+from loraplex.server.auth.access import OriginCheck, Principal
 from loraplex.server.auth.keys import KeyFile, KeyRecord
-from loraplex.server.auth.origins import OriginCheck
 from loraplex.server.auth.rate_limit import Cost
 from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 

@@ -10,6 +10,7 @@ from loraplex.adapters.store.store import StoreConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
 from loraplex.models.smollm2 import ALIAS
+from loraplex.validation import check_least
 
 
 def option(default: Any, help: str) -> Any:
@@ -67,8 +68,8 @@ class NetworkSettings:
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"{name} is {path!r}, which is no file.")
-        _check_least(self, {"max_connections": 1, "max_connections_per_address": 1, "max_header_bytes": 1024})
-        _check_least(self, {"headers_timeout_s": 0.1, "keep_alive_s": 0, "drain_s": 0})
+        check_least(self, {"max_connections": 1, "max_connections_per_address": 1, "max_header_bytes": 1024})
+        check_least(self, {"headers_timeout_s": 0.1, "keep_alive_s": 0, "drain_s": 0})
 
     @property
     def is_local(self) -> bool:
@@ -95,7 +96,7 @@ class AccessSettings:
         for root in self.adapter_roots:
             if not Path(root).is_dir():
                 raise ConfigError(f"adapter_roots names {root!r}, which is no folder. Make it first.")
-        _check_least(self, {"max_wrong_keys_per_minute": 1})
+        check_least(self, {"max_wrong_keys_per_minute": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class RequestLimits:
 
     def __post_init__(self) -> None:
         counts = [name for name in vars(self) if name.startswith("max_")]
-        _check_least(self, dict.fromkeys(counts, 1) | {"body_timeout_s": 0.1, "stall_timeout_s": 0.1})
+        check_least(self, dict.fromkeys(counts, 1) | {"body_timeout_s": 0.1, "stall_timeout_s": 0.1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +151,3 @@ class ServeConfig:
                 f"host is {self.network.host!r}, which others can reach, but there is no keys_file: anyone could use "
                 "the server. Make keys with `loraplex key create`, or set allow_anonymous."
             )
-
-
-def _check_least(settings: object, least: Mapping[str, float]) -> None:
-    for name, value in least.items():
-        if not value <= getattr(settings, name) < float("inf"):
-            raise ConfigError(f"{name} is {getattr(settings, name)!r}; it must be at least {value:g} and finite.")

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-import math
 import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
@@ -18,6 +19,7 @@ from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, parse_json, read
 from loraplex.server.settings import ServeConfig
 
 PREFIX = "LORAPLEX_SERVE_"
+_EXACT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,21 +159,12 @@ def _from_text(option: Option, text: str, source: str) -> Any:
 
 def _checked(option: Option, value: Any, source: str) -> Any:
     """The value, if it has the option's type."""
-    kind = option.kind
-    if value is None and option.is_optional:
-        return None
-    if kind is tuple:
-        is_right = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
-        value = tuple(value) if is_right else value
-    elif kind is Mapping:
-        is_right = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
-    elif kind is float:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    else:
-        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not is_right:
-        raise ConfigError(f"{source} is {value!r}; it must be {_name(option)}.")
-    return value
+    try:
+        return TypeAdapter(option.type, config=_EXACT).validate_python(
+            tuple(value) if isinstance(value, list) else value
+        )
+    except ValidationError:
+        raise ConfigError(f"{source} is {value!r}; it must be {_name(option)}.") from None
 
 
 def _name(option: Option) -> str:

@@ -1,27 +1,35 @@
 """What all requests of a server share, and what one request carries."""
 
+import asyncio
+import contextlib
 import logging
+import os
+import sys
+import threading
 import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Request as HttpRequest
+from starlette.types import Receive
+from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
-from loraplex.errors import BaseModelError, ConfigError, RequestError
+from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
-from loraplex.server.api.api_errors import ApiError
+from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
-from loraplex.server.api.token_texts import TokenTexts
 from loraplex.server.auth.access import Principal, VisibleModels
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
 from loraplex.server.settings import ServeConfig
-from loraplex.server.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,8 @@ SCOPE_KEY = "loraplex"
 NUM_CHECKERS = 2  # threads that check keys
 _NUM_WORKERS = 4  # threads that read requests and write answers
 _NUM_LOADERS = 4  # threads that load adapters, which takes longer
+_NICENESS = 10  # gets a tenth of a processor that the engine wants too
+T = TypeVar("T")
 
 
 class ServerState:
@@ -72,7 +82,7 @@ class ServerState:
         return ChatEncoder(self.model.tokenizer, allow_special_tokens=allowed)
 
     @cached_property
-    def texts(self) -> TokenTexts:
+    def texts(self) -> "TokenTexts":
         return TokenTexts(self.model.tokenizer)
 
 
@@ -91,6 +101,10 @@ class RequestContext:
     def owner(self) -> str:
         """Whose share of the threads its work takes."""
         return self.address if self.principal.key is None else self.principal.id
+
+    def refusal(self, error: LoraplexError) -> ApiError:
+        """An engine's error as this client may read it."""
+        return as_api_error(error, may_see_all=self.principal.may_manage)
 
     def note(self, error: ApiError) -> None:
         """Let the request's log line tell a refusal; not what it quotes of the request."""
@@ -111,3 +125,91 @@ def state_of(http: HttpRequest) -> ServerState:
 def context_of(http: HttpRequest) -> RequestContext:
     context: RequestContext = http.scope[SCOPE_KEY]
     return context
+
+
+class TokenTexts:
+    """Texts by token id, decoded once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def of(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return text
+
+    def of_all(self, tokens: tuple[int, ...] | list[int]) -> list[str]:
+        return [self.of(token) for token in tokens]
+
+
+class Workers:
+    """A pool of threads, of which one owner (a key, or without keys an address) has at most half at a time.
+
+    Work whose caller was cancelled before it began is never begun. Used on one event loop.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=_give_way)
+        self._share = max(1, num_threads // 2)
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def run(self, owner: str, work: Callable[[], T]) -> T:
+        """The work's result; an owner's place is free again when the work has ended, not when its caller has left."""
+        turn = self._turns.get(owner)
+        if turn is None:
+            turn = self._turns[owner] = asyncio.Semaphore(self._share)
+        await turn.acquire()
+        loop = asyncio.get_running_loop()
+        future = self._pool.submit(work)
+        future.add_done_callback(lambda done: _release(turn, loop))
+        return await asyncio.wrap_future(future)  # cancelling it cancels what hasn't begun
+
+
+def _give_way() -> None:
+    """Let the scheduler of Linux run the engine's threads first where processors are scarce.
+
+    There each thread has a niceness of its own; elsewhere it is the whole process's, which stays as it is.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _release(turn: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and all turns with it
+        loop.call_soon_threadsafe(turn.release)
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+async def until_client_leaves(receive: Receive, work: Coroutine[object, object, T]) -> T:
+    """The work's result; if the client leaves first, the work is cancelled and ClientLeft raised."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def in_thread(http: HttpRequest, work: Callable[[], T], pool: Workers | None = None) -> T:
+    """Do it in one of the server's threads; what hasn't begun when the client leaves is never begun.
+
+    Raises ClientLeft.
+    """
+    threads = pool or state_of(http).workers
+    return await until_client_leaves(http.receive, threads.run(context_of(http).owner, work))
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

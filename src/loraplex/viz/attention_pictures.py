@@ -1,7 +1,6 @@
 """Captured attention as pictures: heads in a grid, the text in colours, residual norms, before and after."""
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,30 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from loraplex.errors import RequestError
-from loraplex.output_files import save_figure
 from loraplex.residual.capture import AttentionCapture
+from loraplex.viz.scalings_text import CHAR_ASPECT, as_grid, draw_text, lay_out, text_size
+from loraplex.viz.sheet import Sheet, save_figure
+from loraplex.viz.style import MONO, SCALE_COLORS, text_color, tick_label
 
-COLORS = "viridis"
 DIFFERENCE_COLORS = "RdBu_r"
-MONO = "DejaVu Sans Mono"  # comes with matplotlib
 _LABELS = 48  # of an axis at most
 _CELL = 0.16  # inches of a token in a heatmap
-_LINE_WIDTH = 64  # characters of a line of text
+_COLUMNS = 64  # characters of a line of text
 _DPI = 130
-_FONT_POINTS = 8 * 72 / _DPI / 0.602  # an advance of 8 whole pixels: hinting rounds it to whole ones anyway
-_CHARACTER = 8 / _DPI  # inches
-_LINE = 0.17  # inches
-_VISIBLE = {"\n": "↵", "\t": "→", "\r": ""}
-
-
-def visible(token: str, most: int = 14) -> str:
-    """A token's text for a label: line breaks as signs, no control characters, not too long."""
-    shown = "".join(_VISIBLE.get(char, " " if unicodedata.category(char)[0] == "C" else char) for char in token)
-    shown = (shown.strip() or "␣").replace("$", r"\$")  # matplotlib reads formulas between dollars
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+_FONT_SIZE = 8 * 72 / _DPI / CHAR_ASPECT  # an advance of 8 whole pixels: hinting rounds it to whole ones anyway
 
 
 def plot_heads(capture: AttentionCapture, layer: int, path: str | Path, title: str = "") -> None:
@@ -50,13 +38,14 @@ def plot_heads(capture: AttentionCapture, layer: int, path: str | Path, title: s
     norm = _norm(weights)
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(weights[place], aspect="auto", cmap=COLORS, norm=norm, interpolation="nearest")
+        axes.imshow(weights[place], aspect="auto", cmap=SCALE_COLORS, norm=norm, interpolation="nearest")
         axes.set_title(name, fontsize=8)
-        few = 18
-        _label(axes, capture, few, keys=place >= len(names) - columns, queries=place % columns == 0)
-    figure.colorbar(ScalarMappable(norm, COLORS), ax=figure.axes, shrink=0.6, label="attention")
+        is_last, is_first = place >= len(names) - columns, place % columns == 0
+        keys = capture.key_tokens
+        _label_tokens(axes, keys, capture.query_positions, len(keys), 18, keys=is_last, queries=is_first)
+    figure.colorbar(ScalarMappable(norm, SCALE_COLORS), ax=figure.axes, shrink=0.6, label="attention")
     figure.suptitle(title or f"attention of layer {layer}", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def plot_text(
@@ -68,23 +57,21 @@ def plot_text(
     colour scale: models park attention on the first token.
     """
     means = [mean_attention(capture) for capture in captures]
-    top_value = max(float(mean[skip:].max(initial=0)) for mean in means) or 1.0
-    norm = PowerNorm(0.5, vmin=0, vmax=top_value)
-    lines = [_lines(capture.key_tokens) for capture in captures]
-    num_lines = max(map(len, lines))
-    width, height = _LINE_WIDTH * _CHARACTER, num_lines * _LINE
-    figure = Figure(figsize=(len(captures) * (width + 0.3) + 1.2, height + 0.9))
-    total_width, total_height = figure.get_size_inches()
-    for place, (label, mean) in enumerate(zip(labels, means, strict=True)):
-        own = len(lines[place]) * _LINE
-        left, bottom = 0.2 + place * (width + 0.3), total_height - 0.7 - own
-        axes = figure.add_axes((left / total_width, bottom / total_height, width / total_width, own / total_height))
-        _draw_text(axes, captures[place].key_tokens, lines[place], mean, norm)
-        axes.set_title(label, fontsize=9, loc="left")
-    bar = figure.add_axes((1 - 0.85 / total_width, 0.2 / total_height, 0.12 / total_width, 1 - 0.9 / total_height))
-    figure.colorbar(ScalarMappable(norm, COLORS), cax=bar, label="mean attention")
-    figure.suptitle(title or "attention over the text", fontsize=10)
-    _save(figure, path)
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(mean[skip:].max(initial=0)) for mean in means) or 1.0, clip=True)
+    texts = [lay_out(capture.key_tokens, _COLUMNS) for capture in captures]
+    num_lines = max(pieces[-1].line + 1 for pieces in texts)
+    width, height = text_size(_COLUMNS, num_lines, _FONT_SIZE)
+    bar = max(height, 1.2)  # room for its label
+    sheet = Sheet.of_size(len(captures) * (width + 0.3) + 1.2, bar + 0.9)
+    sheet.title(title or "attention over the text", left=0.2)
+    for place, (label, mean, pieces) in enumerate(zip(labels, means, texts, strict=True)):
+        axes = as_grid(sheet.axes(0.2 + place * (width + 0.3), 0.7, width, height), _COLUMNS, num_lines)
+        axes.set_title(label, fontsize=9, loc="left", parse_math=False)
+        colors = [colormaps[SCALE_COLORS](norm(value))[:3] for value in mean]
+        for piece, (_, text) in zip(pieces, draw_text(axes, pieces, colors, _FONT_SIZE), strict=True):
+            text.set_color(text_color(colors[piece.token]))
+    sheet.bar(sheet.width - 0.85, 0.7, bar, norm, "mean attention")
+    save_figure(sheet.figure, path, _DPI)
 
 
 def plot_residual_norms(capture: AttentionCapture, path: str | Path, title: str = "") -> None:
@@ -99,11 +86,11 @@ def plot_residual_norms(capture: AttentionCapture, path: str | Path, title: str 
     axes.set_yticks(range(len(capture.layers)), [str(layer) for layer in capture.layers], fontsize=7)
     axes.set_ylabel("layer")
     places = _every(norms.shape[1])
-    tokens = [visible(capture.query_tokens[place]) for place in places]
-    axes.set_xticks(places, tokens, rotation=90, fontsize=6, family=MONO)
+    tokens = [tick_label(capture.query_tokens[place]) for place in places]
+    axes.set_xticks(places, tokens, rotation=90, fontsize=6, family=MONO, parse_math=False)
     figure.colorbar(image, ax=axes, label="length of the residual")
     figure.suptitle(title or "residuals by layer and token", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def plot_compared(
@@ -124,7 +111,7 @@ def plot_compared(
     shared = _norm(np.stack(means))
     for place, values in enumerate(means):
         axes = figure.add_subplot(1, 3, place + 1)
-        image = axes.imshow(values, aspect="auto", cmap=COLORS, norm=shared, interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap=SCALE_COLORS, norm=shared, interpolation="nearest")
         axes.set_title(labels[place], fontsize=9)
         _label_tokens(axes, before.key_tokens, positions, num_keys, 30, queries=place == 0)
         figure.colorbar(image, ax=axes, shrink=0.6)
@@ -135,7 +122,7 @@ def plot_compared(
     _label_tokens(axes, before.key_tokens, positions, num_keys, 30, queries=False)
     figure.colorbar(image, ax=axes, shrink=0.6)
     figure.suptitle(f"mean attention over layers {_span(before.layers)} and their heads", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def mean_attention(capture: AttentionCapture) -> np.ndarray:  # [keys]
@@ -176,12 +163,6 @@ def _every(count: int, most: int = _LABELS) -> list[int]:
     return list(range(0, count, max(1, math.ceil(count / most))))
 
 
-def _label(axes: Axes, capture: AttentionCapture, most: int, *, keys: bool, queries: bool) -> None:
-    _label_tokens(
-        axes, capture.key_tokens, capture.query_positions, len(capture.key_tokens), most, keys=keys, queries=queries
-    )
-
-
 def _label_tokens(
     axes: Axes,
     tokens: Sequence[str],
@@ -193,55 +174,9 @@ def _label_tokens(
     queries: bool = True,
 ) -> None:
     across, down = _every(num_keys, most), _every(len(positions), most)
-    axes.set_xticks(across, [visible(tokens[place], 10) for place in across] if keys else [""] * len(across))
-    axes.set_yticks(down, [visible(tokens[positions[place]], 10) for place in down] if queries else [""] * len(down))
+    labels = [tick_label(tokens[place], 10) if keys else "" for place in across]
+    axes.set_xticks(across, labels, parse_math=False)
+    labels = [tick_label(tokens[positions[place]], 10) if queries else "" for place in down]
+    axes.set_yticks(down, labels, parse_math=False)
     axes.tick_params(axis="x", labelrotation=90, labelsize=5, length=1)
     axes.tick_params(axis="y", labelsize=5, length=1)
-
-
-def _lines(tokens: Sequence[str], width: int = _LINE_WIDTH) -> list[list[int]]:
-    """Which tokens stand on which line: as in the text, and no longer than `width` characters."""
-    lines: list[list[int]] = [[]]
-    used = 0
-    for place, token in enumerate(tokens):
-        size = len(_shown(token))
-        if lines[-1] and used + size > width:
-            lines.append([])
-            used = 0
-        lines[-1].append(place)
-        used += size
-        if "\n" in token:
-            lines.append([])
-            used = 0
-    return [line for line in lines if line] or [[]]
-
-
-def _shown(token: str) -> str:
-    return "".join(_VISIBLE.get(char, char) for char in token) or "␣"
-
-
-def _draw_text(axes: Axes, tokens: Sequence[str], lines: list[list[int]], mean: np.ndarray, norm: Normalize) -> None:
-    """Tokens in a font of fixed width, each on its colour."""
-    axes.set_xlim(0, _LINE_WIDTH)
-    axes.set_ylim(len(lines), 0)
-    axes.axis("off")
-    scale = colormaps[COLORS]
-    for row, line in enumerate(lines):
-        column = 0
-        for place in line:
-            text = _shown(tokens[place])
-            color = scale(float(norm(min(mean[place], norm.vmax or 1.0))))
-            light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.5
-            axes.add_patch(Rectangle((column, row), len(text), 0.92, color=color, linewidth=0))
-            axes.text(
-                *(column, row + 0.5, text.replace("$", r"\$")),
-                family=MONO,
-                fontsize=_FONT_POINTS,
-                va="center",
-                color="black" if light else "white",
-            )
-            column += len(text)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    save_figure(figure, path, _DPI)

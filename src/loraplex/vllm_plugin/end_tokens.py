@@ -10,8 +10,7 @@ from vllm.sampling_params import SamplingParams
 from loraplex.adapters.peft.record import read_record
 from loraplex.errors import LoraplexError
 from loraplex.vllm_plugin.catalog import FolderCatalog
-from loraplex.vllm_plugin.folders import is_mixture_folder
-from loraplex.xlora.formats.folders import read_mixture_folder
+from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,9 @@ from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
-from loraplex.vllm_plugin.folders import is_mixture_folder
-from loraplex.vllm_plugin.gate_buffers import PLAIN
-from loraplex.vllm_plugin.mixture_use import SlotMixture
+from loraplex.vllm_plugin.gates import PLAIN, SlotMixture
 from loraplex.vllm_plugin.options import KEY, PluginOptions
-from loraplex.xlora.formats.folders import read_mixture_folder
+from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.head import ScalingHead

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available, override_forward_context
 
 from loraplex.errors import UnsupportedEngineError
-from loraplex.vllm_plugin.asked_scalings import asked_rows
-from loraplex.vllm_plugin.batch_gates import BatchGates
-from loraplex.vllm_plugin.scalings_log import RequestScalingsLog
+from loraplex.vllm_plugin.gates import BatchGates
+from loraplex.vllm_plugin.scalings_api import RequestScalingsLog, asked_rows
 from loraplex.vllm_plugin.second_cache import SecondCache
 
 

@@ -10,7 +10,7 @@ from loraplex.vllm_plugin.lora_ids import check_requests
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
 from loraplex.vllm_plugin.resolver import LinkResolver
-from loraplex.vllm_plugin.worker_extension import EXTENSION
+from loraplex.vllm_plugin.scalings_api import EXTENSION
 
 RESOLVER = "loraplex"  # its name in vLLM's registry
 

@@ -10,15 +10,16 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from loraplex.adapters.peft.hub import may_be_hub_id
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
-from loraplex.vllm_plugin.folders import is_mixture_folder
 from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
 from loraplex.vllm_plugin.model_manager import LinkModelManager
 from loraplex.vllm_plugin.options import PluginOptions
+from loraplex.xlora.formats.folders import is_mixture_folder
 
 
 class LinkWorkerManager(LRUCacheWorkerLoRAManager):
@@ -54,7 +55,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
         try:
             wanted = self._catalog.find(lora_request.lora_path)
         except AdapterNotFoundError:
-            if self._options.allows_any_path and _may_be_hub_id(lora_request.lora_path):
+            if self._options.allows_any_path and may_be_hub_id(lora_request.lora_path):
                 return super()._load_adapter(lora_request)
             raise
         now = tuple(_fingerprint(folder) for folder, _ in wanted)
@@ -84,7 +85,3 @@ def _fingerprint(folder: Path) -> tuple[Fingerprint, ...]:
     return tuple(
         folder_fingerprint(path) for path in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir()))
     )
-
-
-def _may_be_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not set(path) & set(":+")

@@ -68,7 +68,7 @@ def test_gradients_of_an_adapter_in_training_are_those_of_the_torch_kernel(model
     from loraplex.layers.lora_layer import add_adapters
     from loraplex.routing.plan import RoutingPlan
     from loraplex.routing.segments import Segment
-    from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
+    from loraplex.training.forward.batch import TrainingSlot, TrainingWeightProvider
 
     a, b = torch.randn(4, 16, requires_grad=True), torch.randn(4, 12, requires_grad=True)
     bank = TrainingWeightProvider([TrainingSlot(layers={0: SlotWeights(lora_a=a, lora_b=b, scaling=0.5)})])

@@ -7,7 +7,7 @@ import torch
 
 from loraplex import XLoraConfig
 from loraplex.training import train_mixture
-from loraplex.training.data.batches import RowBatch, TrainingRow, make_batch
+from loraplex.training.forward.batch import RowBatch, TrainingRow, make_batch
 from loraplex.training.mixture.data import Sourced
 from tests.parity.oracle import assert_close
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_data, tiny_losses, tiny_mixture, tiny_sources
@@ -80,4 +80,4 @@ def test_nothing_is_kept_where_experts_in_training_take_part_in_the_scaling_pass
 def test_a_short_run_computes_only_the_texts_that_it_takes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "out", max_steps=2, eval_fraction=0)
     data = tiny_data(tiny_sources(tmp_path), config)
-    assert len(data.needed()) == 2 * config.records_per_step < sum(map(len, data.train))
+    assert len(data.needed()) == 2 * config.steps.records_per_step < sum(map(len, data.train))

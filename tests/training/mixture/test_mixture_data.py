@@ -9,6 +9,7 @@ import pytest
 
 from loraplex.errors import ConfigError, DatasetError
 from loraplex.training import DataSource, MixtureTrainConfig
+from loraplex.training.core.config import compose
 from loraplex.training.mixture.data import MixtureData, records_per_epoch
 from loraplex.training.mixture.sources import as_sources
 from tests.training.mixture.tiny_mixture import tiny_config, tiny_data, tiny_sources
@@ -125,10 +126,10 @@ def test_refuses_options_that_contradict_or_make_no_sense(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        MixtureTrainConfig(output=tmp_path, **options)
+        compose(MixtureTrainConfig, {"output": tmp_path} | options, "mixture")
 
 
 def test_refuses_an_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        MixtureTrainConfig(output=tmp_path / "out", max_steps=1)
+        compose(MixtureTrainConfig, {"output": tmp_path / "out", "max_steps": 1}, "mixture")

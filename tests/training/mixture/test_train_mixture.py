@@ -25,6 +25,7 @@ from tests.training.mixture.tiny_mixture import (
     tiny_sources,
     write_experts,
 )
+from tests.training.tiny_jobs import changed
 
 LAYERWISE = XLoraConfig(layerwise_scalings=True, xlora_depth=2, xlora_size=16, xlora_dropout_p=0.0)
 IDS = torch.tensor([[5, 9, 17, 33, 65, 2, 40, 41]])
@@ -163,7 +164,7 @@ def test_experts_in_training_are_saved_and_served(tmp_path: Path) -> None:
     frozen = train_mixture(tiny_mixture(tmp_path), NAME, sources, config)
     model = tiny_mixture(tmp_path, XLoraConfig(use_trainable_adapters=True))
     alone = logits(model, "e1")
-    result = train_mixture(model, NAME, sources, replace(config, output=tmp_path / "trained"))
+    result = train_mixture(model, NAME, sources, changed(config, output=tmp_path / "trained"))
     assert result.eval_losses[-1] < frozen.eval_losses[-1] - 0.05
     assert (logits(model, "e1") - alone).abs().max() > 1e-2
     model.load_mixture("again", result.folder)

@@ -6,11 +6,13 @@ from typing import Any
 
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.training import DataSource, MixtureTrainConfig
+from loraplex.training.core.config import compose
 from loraplex.training.mixture.data import MixtureData, load_mixture_data
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.losses import MixtureLosses
 from loraplex.training.mixture.sources import as_sources
 from loraplex.training.mixture.state import MixtureState
+from loraplex.training.mixture.task import MixtureTask
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_tokenizer, write_records
 
@@ -70,7 +72,7 @@ def tiny_config(output: Path, **options: Any) -> MixtureTrainConfig:
     }
     if "epochs" not in options:
         defaults["max_steps"] = 10
-    return MixtureTrainConfig(**defaults | options)
+    return compose(MixtureTrainConfig, defaults | options, "mixture")
 
 
 def tiny_data(sources: Sequence[DataSource], config: MixtureTrainConfig) -> MixtureData:
@@ -81,13 +83,7 @@ def tiny_losses(
     model: MultiLoraModel, data: MixtureData, config: MixtureTrainConfig, *, fill: bool = True
 ) -> tuple[MixtureState, HiddenStates, MixtureLosses]:
     state = MixtureState(model, model.mixtures.get(NAME), data, config)
-    hidden = HiddenStates(
-        model.base,
-        state.mixture,
-        state.experts,
-        budget_bytes=config.hidden_cache_bytes,
-        tokens_per_forward=config.tokens_per_forward,
-    )
+    task = MixtureTask(model.base, state)
     if fill:
-        hidden.fill(data.needed(), lambda done, total: None)
-    return state, hidden, MixtureLosses(model.base, state, hidden)
+        task.hidden_states.fill(data.needed(), lambda done, total: None)
+    return state, task.hidden_states, task.losses

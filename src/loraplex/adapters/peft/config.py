@@ -7,7 +7,7 @@ from typing import Any
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.patterns import find_matches
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
-from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
+from loraplex.json_files import read_object
 from loraplex.validation import quoted
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,12 +59,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     valid JSON, or values that PEFT would refuse too).
     """
     file = folder / CONFIG_FILE
-    try:
-        settings = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
-    if not isinstance(settings, dict):
-        raise AdapterFormatError(f"{file} holds a {type(settings).__name__}; PEFT's settings are one JSON object.")
+    settings = read_object(file, AdapterFormatError)
     try:
         _refuse_unsupported(settings, file)
         return LoraConfig(**_known_fields(settings))

@@ -60,7 +60,7 @@ def _resolve(
         restore_replaced(local)
         if local.exists():
             return local, True
-    if not _may_be_hub_id(path_or_id):
+    if not may_be_hub_id(path_or_id):
         raise AdapterNotFoundError(
             f"adapter folder {str(path_or_id)!r} does not exist, and it is no hub id (owner/name) either. "
             f"Working directory: {str(Path.cwd())!r}."
@@ -68,10 +68,11 @@ def _resolve(
     return _download(str(path_or_id), revision, cache_dir, patterns), False
 
 
-def _may_be_hub_id(path_or_id: str | Path) -> bool:
-    if isinstance(path_or_id, Path):
+def may_be_hub_id(path_or_id: str | Path) -> bool:
+    """Whether it looks like owner/name, instead of a path or a link of adapters."""
+    if isinstance(path_or_id, Path) or path_or_id.startswith((".", "/", "~")):
         return False
-    return path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
+    return path_or_id.count("/") == 1 and not set(path_or_id) & set(":+")
 
 
 def _download(repository: str, revision: str | None, cache_dir: str | Path | None, patterns: list[str]) -> Path:

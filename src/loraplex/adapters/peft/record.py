@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
-from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
+from loraplex.json_files import read_object
 
 RECORD_FILE = "loraplex.json"
 _VERSION = 1
@@ -26,12 +26,9 @@ def read_record(folder: Path) -> tuple[int, ...]:
     file = folder / RECORD_FILE
     if not file.is_file():
         return ()
-    try:
-        content = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
-    if not isinstance(content, dict) or content.get("format_version") != _VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+    content = read_object(file, AdapterFormatError)
+    if content.get("format_version") != _VERSION:
+        found = content.get("format_version")
         raise UnsupportedAdapterError(f"{file} has format_version {found!r}; this loraplex reads version {_VERSION}.")
     if content.keys() != {"format_version", "end_tokens"}:
         raise UnsupportedAdapterError(f"{file} has the keys {sorted(content)}; known: format_version and end_tokens.")

@@ -1,14 +1,96 @@
-"""An adapter in the form that slots take."""
+"""An adapter in the form that slots take, and that form in one buffer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from loraplex.adapters.packed import PackedLayers
 from loraplex.adapters.store.slot_weights import SlotWeights
+
+
+class PackedLayers(Mapping[int, SlotWeights]):
+    """The slot weights of modules, by index, whose tensors are made when they are asked for.
+
+    Making several hundred tensors takes longer than reading what is in them, and with a thousand adapters Python's
+    garbage collector would have a quarter of a million more to visit. The compiled kernels only need addresses.
+    """
+
+    def __init__(
+        self,
+        buffer: Tensor,  # [bytes] uint8
+        dtype: torch.dtype,  # of the factors; a gain is float32
+        modules: Sequence[int],
+        places: Tensor,  # [modules, 6] int64: first bytes of lora_a, lora_b and gain (-1: none), rank, inputs, outputs
+        scalings: Sequence[float],  # [modules]
+    ) -> None:
+        self.buffer = buffer
+        self.dtype = dtype
+        self._modules = tuple(modules)
+        self._places = places
+        self._scalings = tuple(scalings)
+        self._rows = {module: row for row, module in enumerate(self._modules)}
+        self._made: dict[int, SlotWeights] = {}
+
+    def __getitem__(self, module: int) -> SlotWeights:
+        made = self._made.get(module)
+        if made is None:
+            made = self._made[module] = self._make(self._rows[module])
+        return made
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._rows
+
+    def on(self, buffer: Tensor) -> "PackedLayers":
+        """The same in a copy of the buffer."""
+        return PackedLayers(buffer, self.dtype, self._modules, self._places, self._scalings)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, without what lies between them."""
+        _, _, dora_scale, rank, num_in, num_out = self._places.unbind(1)
+        dora_scales = torch.where(dora_scale < 0, 0, num_out) * torch.float32.itemsize
+        return int((rank * (num_in + num_out) * self.dtype.itemsize + dora_scales).sum())
+
+    @property
+    def max_rank(self) -> int:
+        return int(self._places[:, 3].max()) if len(self) else 0
+
+    @property
+    def dora_scaled(self) -> frozenset[int]:
+        """The modules where DoRA takes a share of the base output."""
+        has_dora_scale = (self._places[:, 2] >= 0).tolist()
+        return frozenset(module for module, has in zip(self._modules, has_dora_scale, strict=True) if has)
+
+    def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
+        """The modules, and what a table of slots has for each: addresses and rank, and the LoRA scaling."""
+        rows = self._places[:, (0, 1, 3)]
+        rows[:, :2] += self.buffer.data_ptr()
+        return torch.tensor(self._modules, dtype=torch.int64), rows, torch.tensor(self._scalings, dtype=torch.float32)
+
+    def _make(self, row: int) -> SlotWeights:
+        first_a, first_b, first_gain, rank, num_in, num_out = self._places[row].tolist()
+
+        def factor(first: int, width: int) -> Tensor:
+            return self.buffer[first : first + rank * width * self.dtype.itemsize].view(self.dtype).view(rank, width)
+
+        dora_scale = None
+        if first_gain >= 0:
+            stop = first_gain + num_out * torch.float32.itemsize
+            dora_scale = self.buffer[first_gain:stop].view(torch.float32)
+        return SlotWeights(
+            lora_a=factor(first_a, num_in),
+            lora_b=factor(first_b, num_out),
+            scaling=self._scalings[row],
+            dora_scale=dora_scale,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

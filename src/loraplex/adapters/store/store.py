@@ -14,8 +14,14 @@ from pathlib import Path
 from loraplex.adapters.names import check_name
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
-from loraplex.adapters.store.tiers import HostTier, SlotTier
-from loraplex.adapters.store.version import AdapterState, AdapterVersion, Fingerprint, folder_fingerprint
+from loraplex.adapters.store.version import (
+    AdapterState,
+    AdapterVersion,
+    Fingerprint,
+    HostTier,
+    SlotTier,
+    folder_fingerprint,
+)
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import (
     AdapterChangedError,

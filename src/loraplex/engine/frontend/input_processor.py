@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.frontend.structured_output import make_constraint
@@ -15,15 +14,17 @@ from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.capacity import Capacity, check_slots
+from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.sequence import RequestState, SequenceState
-from loraplex.engine.worker.captures import Captures
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering
 from loraplex.routing.adapter_spec import Link, parse_adapter_spec
+from loraplex.validation import check_text
 from loraplex.xlora.mixture import Mixture
 
 
@@ -109,7 +110,8 @@ class InputProcessor:
         if isinstance(prompt, str):
             tokens = self._tokenize(prompt)
         elif isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
-            tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
+            text = render_chat(self._model.tokenizer, prompt)  # type: ignore[arg-type]
+            tokens = self._tokenize(text, add_special_tokens=False)
         is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, self.vocab_size) for token in tokens)
         if not is_tokens or not tokens:
             raise RequestError(
@@ -118,25 +120,8 @@ class InputProcessor:
             )
         return tuple(tokens)
 
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        tokenizer = self._model.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError("the model's tokenizer has no chat template. Give the prompt as a text.")
-        turns = [dict(turn) for turn in messages]
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}.") from error
-        return self._tokenize(text, add_special_tokens=False)
-
     def _tokenize(self, text: str, **options: bool) -> Sequence[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the prompt can't be read: its character {error.start}, {text[error.start]!r}, is half of a surrogate "
-                "pair, which no text has alone. Leave it out, or give the whole character."
-            ) from None
+        check_text(text)
         ids: Sequence[int] = self._model.tokenizer(text, **options)["input_ids"]
         return ids
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.sched.captures import SequenceAttention
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
-from loraplex.engine.worker.captures import SequenceAttention
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,9 +10,9 @@ from loraplex.engine.request import Completion, FinishReason, Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.sampler import Sampler
+from loraplex.engine.sched.captures import Captures, SequenceAttention
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
-from loraplex.engine.worker.captures import Captures, SequenceAttention
 from loraplex.errors import LoraplexError
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link

@@ -1,6 +1,5 @@
 """Joining a transformers model to packed passes through its public attention interface."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,19 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.kv_cache import LayerShape
 from loraplex.engine.worker.attention import packed_attention
-from loraplex.engine.worker.attention_probe import AttentionProbe
+from loraplex.engine.worker.attention_probe import check_cache, probe_attention
 from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.engine.worker.rotary import RotaryPositions
-from loraplex.errors import BaseModelError, LoraplexError
-from loraplex.layers.attention_interface import AttentionFront, Behind, FrontHandle
-from loraplex.layers.attention_join import join_front
+from loraplex.errors import BaseModelError
+from loraplex.layers.attention_check import install_checked
+from loraplex.layers.attention_interface import (
+    AttentionCall,
+    AttentionFunction,
+    AttentionHandle,
+    AttentionOutput,
+    AttentionOwner,
+)
 from loraplex.layers.decoder import find_decoder
-
-_current = threading.local()  # its `probe`: the one that runs in this thread
 
 UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 
@@ -26,30 +29,30 @@ UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 class AttentionHooks:
     """A base model whose attention, decoder and output layer know packed passes; outside of one it is what it was.
 
-    Our attention function stands in front of the model's own, which other threads go on using meanwhile.
+    Our attention function stands before the model's own, which other threads go on using meanwhile.
     """
 
     def __init__(self, base: PreTrainedModel, longest: int = UNKNOWN_LENGTH) -> None:
         """No sequence is longer than `longest` tokens. Raises BaseModelError."""
-        self._base = base
         self._rotary: RotaryPositions | None = None
-        self._handles: list[RemovableHandle | FrontHandle] = []
+        self._handles: list[RemovableHandle | AttentionHandle] = []
         output = base.get_output_embeddings()
         if getattr(base.config, "is_encoder_decoder", False) or output is None or not base.can_generate():
             raise BaseModelError(
                 f"{type(base).__name__} is no causal language model, which the engine needs. Use "
                 "MultiLoraModel.forward or generate for it."
             )
-        handle, _ = join_front(base, _FRONT, user="the engine", instead="Use MultiLoraModel.generate for it.")
+        check_cache(base)
+        handle, _ = install_checked(base, PACKED_ATTENTION)
         self._handles.append(handle)
         self._handles.append(output.register_forward_pre_hook(_select_tokens))
         decoder = find_decoder(base)
         if decoder is not None:  # mixtures, which read its states, are refused without one
             self._handles.append(decoder.register_forward_hook(_keep_hidden))
         try:
-            probe = self._probe(longest)
-            self.shapes: dict[nn.Module, LayerShape] = probe.shapes
-            self._rotary = RotaryPositions(base, probe.rotary, longest)
+            self.shapes: dict[nn.Module, LayerShape]
+            self.shapes, rotary_calls = probe_attention(base, longest)
+            self._rotary = RotaryPositions(base, rotary_calls, longest)
             self.lengths = self._rotary.rule
         except BaseException:
             self.detach()
@@ -61,70 +64,36 @@ class AttentionHooks:
             self._rotary.forget()
 
     def detach(self) -> None:
-        """Give the base model back as it was; what else stands in front of its attention stays."""
+        """Give the base model back as it was; what others have installed stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if self._rotary is not None:
             self._rotary.leave()
 
-    def _probe(self, longest: int) -> AttentionProbe:
-        """Run a few tokens and see which modules attend, how, and what they keep for each token."""
-        name = type(self._base).__name__
-        probe = _current.probe = AttentionProbe(self._base, longest, _FRONT.unknown_terms)
-        try:
-            probe.run()
-        except LoraplexError:
-            raise
-        except Exception as error:
-            raise BaseModelError(
-                f"{name} can't run a few tokens without a cache, which the engine tries first: "
-                f"{type(error).__name__}: {error}. Use MultiLoraModel.generate for it."
-            ) from error
-        finally:
-            del _current.probe
-        if not probe.shapes:
-            raise BaseModelError(
-                f"no module of {name} called the attention function, so its keys and values can't be kept by the "
-                "engine. Use MultiLoraModel.generate for it."
-            )
-        return probe
 
-
-def attend(
-    former: Behind,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The base model's attention function: over the packed batch that is current, else the former one."""
+def _run(call: AttentionCall) -> AttentionOutput:
+    """Attend over the packed batch that is current; without one, what is behind does."""
     batch = current_input_batch()
-    if batch is not None:
-        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        return packed_attention(batch, module, q, k, v).unsqueeze(0), None
-    probe: AttentionProbe | None = getattr(_current, "probe", None)
-    if probe is not None:
-        probe.note_attention(module, query, key, value, attention_mask, options)
-    return former(module, query, key, value, attention_mask, **options)
+    if batch is None:
+        return call.run_inner()
+    q, k, v = (states[0].transpose(0, 1) for states in (call.query, call.key, call.value))
+    return packed_attention(batch, call.module, q, k, v).unsqueeze(0), None
 
 
 def _mask(former: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """No mask for a packed batch, whose attention function knows what a token may see."""
-    if current_input_batch() is not None:
-        return None
-    probe: AttentionProbe | None = getattr(_current, "probe", None)
-    if probe is None:
-        return former(*args, **options)
-    mask = former(*args, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    probe.note_mask(mask, options)
-    return mask
+    return former(*args, **options) if current_input_batch() is None else None
 
 
-# Outside of the front that serves residuals, captures and steering of `generate`: a packed pass serves its own.
-_FRONT = AttentionFront(place=3, attend=attend, computes=frozenset({"softcap", "s_aux"}), mask=_mask)
+PACKED_ATTENTION = AttentionFunction(
+    name="the engine",
+    owner=AttentionOwner.ENGINE,
+    run=_run,
+    terms=frozenset({"softcap", "s_aux"}),
+    instead="Use MultiLoraModel.generate for it.",
+    mask=_mask,
+)
 
 
 def _select_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
+from loraplex.engine.kv.residual_cache import ResidualCache
 from loraplex.engine.sampling.sampler import largest
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
-from loraplex.engine.worker.attention_residuals import AttentionRows, ForwardContext
 from loraplex.engine.worker.cpu_fusion import CpuFusion, Trial, fuse
 from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
 from loraplex.engine.worker.mixture_gates import MixtureGates
-from loraplex.engine.worker.residual_cache import ResidualCache
+from loraplex.engine.worker.residuals import AttentionRows, ForwardContext
 from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_mixers import join_mixers, leave_mixers
 from loraplex.engine.worker.state_pool import PassStates, make_states, without_rollback

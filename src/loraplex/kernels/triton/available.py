@@ -21,6 +21,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
+@cache
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels take tensors of this device and dtype; a GPU's reason against it is logged once.
 
@@ -31,9 +32,8 @@ def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and _obstacle(device, dtype) is None
 
 
-@cache
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What stands against the kernels on a GPU, logged by the first who asks; None: nothing."""
+    """What stands against the kernels on a GPU, logged; None: nothing."""
     reason = None
     if not switch("LORAPLEX_TRITON", default=True):
         reason = "LORAPLEX_TRITON turns them off"

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypedDict
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from loraplex.errors import RequestError
+from loraplex.models.chat_template import render_chat
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.prompts import EncodedPrompt, encode_text, encode_with
+from loraplex.server.api.bodies import Message
+from loraplex.server.api.engine_requests import EncodedPrompt, encode_text, encode_with
 
 _FIRST_ALIAS, _NUM_ALIASES = 0xF0000, 0xFFFE  # a plane of private use: no text means anything by it
 
@@ -137,16 +139,11 @@ class ChatEncoder:
         return ControlTokens(self._tokenizer)  # type: ignore[arg-type]  # a fast one
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        if self._tokenizer.chat_template is None:
-            raise ApiError(BAD_REQUEST, "the model has no chat template. Use /v1/completions.", param="messages")
-        given = [dict(turn) for turn in turns]  # templates may change them
         try:
-            return str(
-                self._tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            message = f"the chat template refuses these messages: {error}."
-            raise ApiError(BAD_REQUEST, message, param="messages", quotes_request=True) from error
+            return render_chat(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
+        except RequestError as error:
+            quotes = self._tokenizer.chat_template is not None
+            raise ApiError(BAD_REQUEST, str(error), param="messages", quotes_request=quotes) from error
 
 
 class _Skeleton:
@@ -188,3 +185,12 @@ def _refusal() -> ApiError:
         "that doesn't let it be told from the template's own. Leave it out (allow_special_tokens_in_content).",
         param="messages",
     )
+
+
+def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
+    turns = []
+    for message in messages:
+        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        turns.append(turn if message.name is None else turn | {"name": message.name})
+    return turns

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import Request, Response
@@ -11,11 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from loraplex.server.api.api_errors import TOO_LARGE, ApiError
-from loraplex.server.handlers import until_client_leaves
-from loraplex.server.state import context_of, state_of
-
-T = TypeVar("T")
-
+from loraplex.server.state import in_thread, state_of
 
 _SMALL_BODY = 2**14  # bytes that are parsed faster than a thread is asked
 
@@ -48,14 +44,6 @@ class JsonRoute(APIRoute):
             return await handle(parsed)
 
         return with_parsed_body
-
-
-async def in_thread(http: Request, work: Callable[[], T]) -> T:
-    """Do it in one of the server's threads; what hasn't begun when the client leaves is never begun.
-
-    Raises ClientLeft.
-    """
-    return await until_client_leaves(http.receive, state_of(http).workers.run(context_of(http).owner, work))
 
 
 def _is_json(request: Request) -> bool:

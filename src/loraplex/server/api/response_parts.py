@@ -1,21 +1,21 @@
 """The parts that answers of both APIs have: ids, usage, what extensions add."""
 
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenScalings
 from loraplex.engine.sampling.logprobs import TokenLogprobs
-from loraplex.server.api.api_errors import ApiError
-from loraplex.server.api.event_stream import sse, sse_pieces
-from loraplex.server.api.extensions import extras
-from loraplex.server.api.json_pieces import Encoding
-from loraplex.server.api.token_texts import TokenTexts
-from loraplex.server.handlers import Run
+from loraplex.residual.capture import AttentionCapture
+from loraplex.server.api.bodies import GenerationBody
+from loraplex.server.api.streaming import Encoding, Numbers
+from loraplex.server.state import TokenTexts
+from loraplex.xlora.scalings.row_scalings import RowScalings
 
-InThread = Callable[[Callable[[], list[bytes]]], Awaitable[list[bytes]]]
 _MAX_SMALL_ANSWER_TOKENS = 32
 
 
@@ -45,15 +45,6 @@ class News:
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 
-class Format(Protocol):
-    """How one of the APIs writes an answer."""
-
-    envelope: dict[str, Any]
-    n: int
-
-    def chunk_choice(self, news: News) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Extras:
     """The extensions that a request asked for."""
@@ -62,12 +53,27 @@ class Extras:
     capture: bool
     encoding: Encoding
 
+    @classmethod
+    def of_body(cls, body: GenerationBody) -> "Extras":
+        capture = body.capture_attention
+        return cls(
+            scalings=bool(body.return_scalings),
+            capture=capture is not None,
+            encoding="base64" if capture is None else capture.encoding,
+        )
+
     @property
     def any(self) -> bool:
         return self.scalings or self.capture
 
     def of(self, completion: Completion, texts: TokenTexts) -> dict[str, Any]:
-        return extras(completion, texts, self.encoding) if self.any else {}
+        """The fields of a choice that the body asked for."""
+        fields: dict[str, Any] = {}
+        if completion.scalings is not None:
+            fields["scalings"] = [scalings_json(row, texts, self.encoding) for row in completion.scalings]
+        if completion.capture is not None:
+            fields["captured_attention"] = capture_json(completion.capture, self.encoding)
+        return fields
 
     def live(self, news: News, texts: TokenTexts) -> dict[str, Any]:
         """Each new token with its mean scalings [mixtures][experts]."""
@@ -77,59 +83,41 @@ class Extras:
         return {"token_scalings": {"tokens": tokens, "values": news.scalings}}
 
 
-async def stream_chunks(
-    run: Run, form: Format, wanted: Extras, texts: TokenTexts, *, include_usage: bool, in_thread: InThread
-) -> AsyncGenerator[bytes, None]:
-    """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
-    results: list[RequestResult] = []
-    nothing: dict[str, Any] = {"usage": None} if include_usage else {}
-
-    def chunk(news: News) -> list[bytes]:
-        choice = form.chunk_choice(news) | wanted.live(news, texts)
-        if news.completion is not None:
-            choice |= wanted.of(news.completion, texts)
-        return sse_pieces(form.envelope | {"choices": [choice]} | nothing)
-
-    async for events in run.batches():
-        found, failure = gather(events, run, holds_end=wanted.any)
-        for news in found:
-            for piece in await in_thread(partial(chunk, news)) if news.is_large else chunk(news):
-                yield piece
-        if failure is not None:  # what came before it has been told
-            raise failure
-        results += [event for event in events if isinstance(event, RequestResult)]
-    if include_usage:
-        yield sse(form.envelope | {"choices": [], "usage": usage(results)})
+def scalings_json(row: RowScalings, texts: TokenTexts, encoding: Encoding) -> dict[str, Any]:
+    """A mixture's scalings of every token that was run, prompt included."""
+    return {
+        "mixture": row.mixture,
+        "experts": list(row.experts),
+        "layers": list(row.layers),
+        "tokens": [texts.of(token) for token in row.token_ids],
+        "values": array_json(row.values.numpy(), encoding),
+    }
 
 
-def gather(events: Sequence[Delta | RequestResult], run: Run, *, holds_end: bool) -> tuple[list[News], ApiError | None]:
-    """One News for each answer, up to the first failure.
-
-    With `holds_end` an answer's finish_reason comes with what extensions add.
-    """
-    found: dict[tuple[int, int], News] = {}
-    last: list[News] = []
-    for event in events:
-        place = run.places[event.request_id]
-        if isinstance(event, Delta):
-            try:
-                run.check(event)
-            except ApiError as error:
-                return list(found.values()), error
-            news = found.setdefault((place, event.index), News(place, event.index))
-            news.add(event)
-            if holds_end:
-                news.finish_reason = None
-        elif holds_end:
-            last += [
-                News(place, completion.index, finish_reason=completion.finish_reason, completion=completion)
-                for completion in event.completions
-            ]
-    return [*found.values(), *last], None
+def capture_json(capture: AttentionCapture, encoding: Encoding) -> dict[str, Any]:
+    return {
+        "layers": list(capture.layers),
+        "heads": None if capture.heads is None else list(capture.heads),
+        "query_positions": list(capture.query_positions),
+        "tokens": list(capture.key_tokens),
+        "weights": array_json(capture.weights, encoding),
+        "residual_norms": None if capture.residual_norms is None else array_json(capture.residual_norms, encoding),
+    }
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+def array_json(array: np.ndarray, encoding: Encoding) -> dict[str, Any]:
+    """Shape, type and numbers: nested lists, or the little-endian bytes in base64."""
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "data": Numbers(array, encoding)}
+
+
+def envelope(prefix: str, kind: str, body: GenerationBody) -> dict[str, Any]:
+    """What an answer and all its chunks begin with."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": body.model,
+    }
 
 
 def usage(results: Sequence[RequestResult], *, num_dropped: int = 0) -> dict[str, Any]:

@@ -13,16 +13,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
-from loraplex.server.api.event_stream import DONE, sse
 from loraplex.server.api.json_route import check_num_values
+from loraplex.server.api.streaming import DONE, sse
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.rate_limit import Attempts, Usages
-from loraplex.server.handlers import ClientLeft, until_client_leaves
 from loraplex.server.replicas.affinity import adapter_key
 from loraplex.server.replicas.replica_metrics import Together
 from loraplex.server.settings import ServeConfig
-from loraplex.server.state import NUM_CHECKERS
-from loraplex.server.workers import Workers
+from loraplex.server.state import NUM_CHECKERS, ClientLeft, Workers, until_client_leaves
 
 logger = logging.getLogger(__name__)
 

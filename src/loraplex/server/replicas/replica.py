@@ -11,7 +11,7 @@ from starlette.types import Message
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.server.api.send_clock import ABORT_KEY
+from loraplex.server.api.streaming import ABORT_KEY
 from loraplex.server.app import create_app
 from loraplex.server.logs import set_up_logs
 from loraplex.server.replicas.loopback import bind_replica_to_loopback

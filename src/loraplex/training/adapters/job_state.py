@@ -1,21 +1,29 @@
 """One adapter job while it trains."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from loraplex.adapters.peft.writer import write_adapter
-from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.adapters.weights import Adapter
-from loraplex.residual.format import write_residual
+from transformers import PreTrainedModel
+
+from loraplex.adapters.atomic_dir import check_destination
+from loraplex.adapters.peft.config import CONFIG_FILE
+from loraplex.adapters.peft.reader import WEIGHTS_FILE
+from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.residual.format import CONFIG_FILE as RESIDUAL_CONFIG_FILE
+from loraplex.residual.format import WEIGHTS_FILE as RESIDUAL_WEIGHTS_FILE
+from loraplex.training.adapters.config import AdapterJob
+from loraplex.training.adapters.data import JobData
 from loraplex.training.adapters.links import FrozenLink
-from loraplex.training.adapters.residual_parameters import ResidualParameters
-from loraplex.training.config import AdapterJob
-from loraplex.training.core.parameters import FlatParameters
-from loraplex.training.core.train_state import TrainState
-from loraplex.training.data.dataset import JobData
+from loraplex.training.adapters.parameters import Trainable
+from loraplex.training.core.config import flat_options
+from loraplex.training.core.run_fingerprint import base_fingerprint
+from loraplex.training.core.train_state import Optimizer, TrainState
 
-DIVERGED = ".diverged"
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, "README.md"}
+_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
 
 
 class JobState(TrainState):
@@ -25,35 +33,57 @@ class JobState(TrainState):
         self,
         job: AdapterJob,
         data: JobData,
-        parameters: FlatParameters | ResidualParameters,
-        slot_weights: Mapping[int, SlotWeights],  # by module index; a residual adapts no module
+        parameters: Trainable,
         frozen: FrozenLink | None = None,
     ) -> None:
         self.job = job
-        self.frozen = frozen or FrozenLink()  # what its rows go through besides
         self.data = data
         self.parameters = parameters
-        self.slot_weights = slot_weights
+        self.frozen = frozen or FrozenLink()  # what its rows go through besides
+        self.dropout = 0.0 if job.lora is None else job.lora.lora_dropout
         super().__init__(
             "job",
             job.name,
-            job,
-            self.parameters.flat,
+            Optimizer(parameters.flat, job.optimizer, data.num_steps),
+            job.evaluation,
             data.num_steps,
             has_held_out=bool(data.held_out),
         )
 
     @property
-    def folder_name(self) -> str:
-        """Where the adapter is written in the output folder; a diverged job's not where a good one is looked for."""
-        return f"{self.job.name}{DIVERGED if self.has_diverged else ''}"
+    def title(self) -> str:
+        return f"rank {self.parameters.rank}"
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(example.num_truncated > 0 for example in self.data.train)
+
+    def check_replaceable(self, folder: Path) -> None:
+        check_destination(folder, "an adapter", REPLACEABLE, overwrite=True)
 
     def write(self, folder: Path) -> None:
-        """Write the adapter as it is now, in its format."""
-        if isinstance(self.parameters, ResidualParameters):
-            residual = replace(self.parameters.trained(), end_tokens=self.data.end_tokens)
-            write_residual(residual, folder, overwrite=True)
-            return
-        assert self.job.lora is not None, "a job trains one of the two"
-        layers, ends = self.parameters.layers(), self.data.end_tokens
-        write_adapter(Adapter(config=self.job.lora, layers=layers, end_tokens=ends), folder, overwrite=True)
+        self.parameters.write(folder, self.data.end_tokens)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides what the job learns, in JSON's types. Call it before the first step."""
+        job = self.job
+        options = {name: value for name, value in flat_options(job).items() if name not in _NOT_COMPARED}
+        kind = {"residual": asdict(job.residual)} if job.residual is not None else {}
+        kind |= {"lora": asdict(job.lora)} if job.lora is not None else {}
+        weights = self.flat.detach().cpu().numpy()
+        return options | {
+            **kind,
+            "content of data": self.data.digest,
+            "content of after": self.frozen.digest,
+            "num_steps": self.data.num_steps,
+            "first weights": hashlib.sha256(weights.tobytes()).hexdigest(),
+        }
+
+
+def run_fingerprint(states: Sequence[JobState], base: PreTrainedModel) -> dict[str, Any]:
+    """Everything that decides what a run learns, in JSON's types. Call it before the first step."""
+    return {
+        "base model": base_fingerprint(base),
+        "names": [state.name for state in states],
+        "jobs": {state.name: state.fingerprint() for state in states},
+    }

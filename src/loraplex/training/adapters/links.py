@@ -16,14 +16,19 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.modules import embed_scale
-from loraplex.residual.config import BaseFingerprint
-from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import is_residual_folder, read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
+from loraplex.residual.modules import (
+    BaseFingerprint,
+    FunctionResidual,
+    LinkedResidual,
+    SteeringVector,
+    check_residual_fits,
+    check_same_base,
+)
 from loraplex.residual.rows import ChainLink
-from loraplex.training.config import AdapterJob, LinkMember
+from loraplex.training.adapters.config import AdapterJob, LinkMember
+from loraplex.training.core.parameters import factors_of, slot_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ def frozen_link(
         else:
             adapter = _lora(name, member, adaptable)
             loras.append(_frozen_lora(adapter, weight, adaptable, device))
-            _add(digest, [t for layer in adapter.layers.values() for t in (layer.lora_a, layer.lora_b)])
+            _add(digest, factors_of(adapter.layers))
     return FrozenLink(loras=tuple(loras), chain=tuple(chain), digest=digest.hexdigest() if job.after else "")
 
 
@@ -112,13 +117,8 @@ def _lora(name: str, member: LinkMember, adaptable: AdaptableModel) -> Adapter:
 
 
 def _frozen_lora(adapter: Adapter, weight: float, adaptable: AdaptableModel, device: torch.device) -> FrozenLora:
-    weights = {}
-    for path, layer in adapter.layers.items():
-        scale = embed_scale(adaptable.modules[path]) if layer.kind == "embedding" else 1.0
-        factors = [factor.detach().to(device, torch.float32) for factor in (layer.lora_a, layer.lora_b)]
-        weights[adaptable.module_index[path]] = SlotWeights(
-            lora_a=factors[0], lora_b=factors[1], scaling=layer.scaling * scale
-        )
+    factors = [factor.detach().to(device, torch.float32) for factor in factors_of(adapter.layers)]
+    weights = slot_weights(adapter.layers, factors, adaptable)
     return FrozenLora(slot_weights=weights, paths=list(adapter.layers), weight=weight)
 
 

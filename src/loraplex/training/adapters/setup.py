@@ -9,24 +9,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.fit import check_ranks
 from loraplex.adapters.peft.reader import read_adapter
-from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.modules import embed_scale
 from loraplex.models.end_tokens import training_ends
-from loraplex.residual.config import check_rank
-from loraplex.residual.fit import check_residual_fits, check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual
+from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits, check_same_base
+from loraplex.training.adapters.config import AdapterJob
+from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.links import frozen_link
-from loraplex.training.adapters.residual_parameters import ResidualParameters, fresh_residual
-from loraplex.training.config import AdapterJob
-from loraplex.training.core.parameters import FlatParameters, fresh_weights
-from loraplex.training.data.dataset import load_job_data
+from loraplex.training.adapters.parameters import (
+    Trainable,
+    TrainableLora,
+    TrainableResidual,
+    fresh_residual,
+    fresh_weights,
+)
+from loraplex.training.forward.probe import check_length
 
 
 def make_states(
@@ -42,28 +44,25 @@ def make_states(
     """
     jobs = [job if job.lora is None else replace(job, lora=complete_config(job.lora, base)) for job in jobs]
     for job in jobs:
-        _check_length(job, base)
+        check_length(job.label, job.steps.max_length, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
     parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
     links = [frozen_link(job, adaptable, attention, base.device) for job in jobs]
     ends = training_ends(base, tokenizer)
     return [
-        JobState(job, load_job_data(job, tokenizer, vocab_size, ends), own, slots, link)
-        for job, (own, slots), link in zip(jobs, parameters, links, strict=True)
+        JobState(job, load_job_data(job, tokenizer, vocab_size, ends), own, link)
+        for job, own, link in zip(jobs, parameters, links, strict=True)
     ]
 
 
 def _parameters(
     job: AdapterJob, base: PreTrainedModel, adaptable: AdaptableModel, attention: AttentionLayers | None
-) -> tuple[FlatParameters | ResidualParameters, Mapping[int, SlotWeights]]:
-    """What the job trains, and how LoRA layers see it."""
+) -> Trainable:
+    """What the job trains, with its first weights."""
     if job.lora is None:
         assert attention is not None, "a residual is trained, but the attention layers were not joined"
-        return ResidualParameters(first_residual(job, attention), base.device), {}
-    layers = first_weights(job, adaptable)
-    own = FlatParameters(layers, base.device)
-    scales = {path: embed_scale(adaptable.modules[path]) for path, layer in layers.items() if layer.kind == "embedding"}
-    return own, own.slot_weights(adaptable.module_index, scales)
+        return TrainableResidual(first_residual(job, attention), base.device)
+    return TrainableLora(job.lora, first_weights(job, adaptable), adaptable, base.device)
 
 
 def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -197,12 +196,4 @@ def _check_shape(name: str, path: str, shape: ModuleShape, module: ModuleShape) 
         raise BaseModelMismatchError(
             f"job {name!r}: init_from is for another base model: {path!r} is {found} there and "
             f"{(module.kind, module.in_features, module.out_features)} here."
-        )
-
-
-def _check_length(job: AdapterJob, base: PreTrainedModel) -> None:
-    longest = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and job.max_length > longest:
-        raise ConfigError(
-            f"job {job.name!r}: max_length is {job.max_length}, but the base model has {longest} positions. Lower it."
         )

@@ -17,7 +17,6 @@ from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterError, CheckpointError
 from loraplex.json_files import parse_json
 from loraplex.output_files import unwritable, whole_file
-from loraplex.training.core.logs import JobLog
 from loraplex.training.core.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _DIGEST = "loraplex_sha256"
 
 
 def save_checkpoint(
-    folder: Path, states: Sequence[TrainState], logs: Sequence[JobLog], identity: Mapping[str, Any]
+    folder: Path, states: Sequence[TrainState], log_bytes: Sequence[int], identity: Mapping[str, Any]
 ) -> None:
     """Write `folder`/checkpoint.safetensors atomically. Raises OutputError."""
     tensors = {
@@ -41,7 +40,7 @@ def save_checkpoint(
         "version": VERSION,
         "identity": identity,
         "jobs": [state.counters() for state in states],
-        "log_bytes": [log.num_bytes for log in logs],
+        "log_bytes": log_bytes,
     }
     with whole_file(folder / FILE, is_checkpoint, token="tmp") as temporary:
         try:

@@ -21,17 +21,21 @@ class ProcessGroup:
     def is_first(self) -> bool:
         return bool(self._state.is_main_process)
 
+    @property
+    def num_processes(self) -> int:
+        return int(self._state.num_processes)
+
     def share(self, rows: Sequence[Row]) -> list[Row]:
         """Every n-th row for each of n processes."""
         return list(rows[self._state.process_index :: self._state.num_processes])
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
-        return tensor if self._state.num_processes == 1 else reduce(tensor, "sum")
+        return tensor if self.num_processes == 1 else reduce(tensor, "sum")
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any process; the same answer on each of them."""
-        if self._state.num_processes == 1:
+        if self.num_processes == 1:
             return flag
         return bool(self.add_up(torch.tensor([float(flag)], device=self._state.device)) > 0)
 

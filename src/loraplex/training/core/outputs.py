@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from loraplex.errors import ConfigError
 from loraplex.output_files import check_replaceable, unwritable
-from loraplex.training.adapters.job_state import DIVERGED
 from loraplex.training.core.checkpoint import FILE, is_checkpoint
 
+DIVERGED = ".diverged"  # what the folder of last good weights is called after the name
 _MAX_LINE = 1 << 16  # bytes of a log's first line, with room to spare
 
 

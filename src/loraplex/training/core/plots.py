@@ -10,7 +10,7 @@ from loraplex.training.core.train_state import TrainState
 _SMOOTHING = 0.9  # of the running mean
 
 
-def plot_losses(state: TrainState, title: str, path: Path) -> None:
+def plot_losses(state: TrainState, path: Path) -> None:
     """Write a PNG with the training loss, its running mean, and the held-out loss."""
     progress = state.progress
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -30,7 +30,7 @@ def plot_losses(state: TrainState, title: str, path: Path) -> None:
     if state.best is not None and progress.best_step is not None:
         label = f"written: step {progress.best_step}"
         axes.axvline(progress.best_step, color="tab:gray", linestyle="--", linewidth=1, label=label)
-    axes.set_title(title)
+    axes.set_title(f"{state.name}: {state.title}, learning rate {state.optimizer.config.learning_rate:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.set_ylim(bottom=0)

@@ -1,115 +1,119 @@
-"""What learns: parameters in one flat tensor, optimizer, schedule, best weights and when to stop."""
+"""What learns: a flat parameter with its optimizer, and above it progress, best weights and when to stop."""
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from loraplex.errors import TrainingError
+from loraplex.training.core.config import EvaluationConfig, OptimizerConfig
+from loraplex.training.core.results import Divergence, Progress, Quantity
 
 logger = logging.getLogger(__name__)
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _ZEROS_TO_WARN = 3  # steps in a row whose gradient is exactly 0
-Quantity = Literal["loss", "gradients", "weights", "held-out loss"]
-Finish = Literal["steps", "patience", "diverged"]
+_PREFIX = "optimizer."  # of its tensors in a checkpoint
 
 
-class Optimisation(Protocol):
-    """The settings that decide how parameters are updated: those of an AdapterJob or a MixtureTrainConfig."""
+class Optimizer:
+    """AdamW with a schedule on one flat parameter, whose gradient is zeroed after each step and never freed."""
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def schedule(self) -> Literal["constant", "linear", "cosine"]: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def max_grad_norm(self) -> float | None: ...
-    @property
-    def patience(self) -> int | None: ...
-    @property
-    def eval_every(self) -> int: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """How training came to an end before its time."""
-
-    step: int  # that found it, from 1 on
-    what: Quantity  # was no longer finite
-    loss: float
-    grad_norm: float | None  # None: the loss is a held-out one
-    last_good_step: int  # after which the weights that were kept still had a finite loss; 0: the first weights
-
-    def as_json(self) -> dict[str, Any]:
-        """A line of the log; JSON has no words for numbers that are not finite, so they are texts."""
-        numbers = {"loss": str(self.loss), "grad_norm": None if self.grad_norm is None else str(self.grad_norm)}
-        return {"step": self.step, "diverged": self.what, **numbers, "last_good_step": self.last_good_step}
-
-    def __str__(self) -> str:
-        norm = "" if self.grad_norm is None else f", the norm of its gradients {self.grad_norm}"
-        return f"diverged in step {self.step}: its {self.what} became too large or NaN (its loss is {self.loss}{norm})"
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What has been done so far."""
-
-    step: int = 0
-    num_tokens: int = 0  # of all records trained on, without padding
-    seconds: float = 0.0  # of steps, evaluations excluded
-    train_losses: list[float] = field(default_factory=list)
-    eval_steps: list[int] = field(default_factory=list)
-    eval_losses: list[float] = field(default_factory=list)
-    evals_without_gain: int = 0
-    best_step: int | None = None
-    best_loss: float = math.inf
-    finished: Finish | None = None
-    divergence: Divergence | None = None
-    zero_gradients: int = 0  # of how many steps, up to the last, the gradient was exactly 0
+    def __init__(self, flat: nn.Parameter, config: OptimizerConfig, num_steps: int) -> None:
+        self.flat = flat
+        self.config = config
+        self.adamw = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self._scheduler = get_scheduler(
+            _SCHEDULERS[config.schedule], self.adamw, config.warmup_steps, num_training_steps=num_steps
+        )
 
     @property
-    def zero_gradient_since(self) -> int | None:
-        """The first of the last steps, up to now, that changed nothing."""
-        return self.step - self.zero_gradients + 1 if self.zero_gradients else None
+    def learning_rate(self) -> float:
+        return float(self.adamw.param_groups[0]["lr"])
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.flat.grad is not None, "the flat gradient is never freed"
+        return self.flat.grad
+
+    def clip(self) -> float:
+        """Clip the gradient; return its norm before."""
+        max_norm = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        return float(torch.nn.utils.clip_grad_norm_([self.flat], max_norm))
+
+    def step(self) -> None:
+        """Take the step that the gradient asks for, and start the next one's from 0."""
+        self.adamw.step()
+        self._scheduler.step()
+        self.gradient.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps as tensors."""
+        return {f"{_PREFIX}{name}": value for name, value in self.adamw.state[self.flat].items()}
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps as JSON."""
+        return {"scheduler": self._scheduler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Become what `tensors` and `counters` were taken from."""
+        self._scheduler.load_state_dict(counters["scheduler"])
+        self.adamw.param_groups[0]["lr"] = self._scheduler.get_last_lr()[0]
+        self.adamw.state[self.flat] = {
+            name.removeprefix(_PREFIX): tensor.to(self.flat.device, copy=True)
+            for name, tensor in tensors.items()
+            if name.startswith(_PREFIX)
+        }
 
 
-class TrainState:
-    """Parameters and all that decides their next step."""
+class TrainState(ABC):
+    """An optimizer, and all that decides its next step and its end."""
 
     def __init__(
         self,
         kind: str,  # what messages call it: job, mixture
         name: str,
-        settings: Optimisation,
-        flat: nn.Parameter,  # with a gradient that is never freed
+        optimizer: Optimizer,
+        evaluation: EvaluationConfig,
         num_steps: int,
         *,
         has_held_out: bool,
     ) -> None:
         self._kind = kind
         self.name = name
-        self._settings = settings
-        self.flat = flat
+        self.optimizer = optimizer
+        self.flat = optimizer.flat
+        self._evaluation = evaluation
         self.num_steps = num_steps
         self._has_held_out = has_held_out
-        self.optimizer = torch.optim.AdamW(
-            [flat], settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.scheduler = get_scheduler(
-            _SCHEDULERS[settings.schedule], self.optimizer, settings.warmup_steps, num_training_steps=num_steps
-        )
         self.best: Tensor | None = None  # kept only with patience
         self._good: Tensor | None = None  # the last parameters whose loss and gradients were finite
         self.progress = Progress()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What a plot says of it."""
+
+    @property
+    @abstractmethod
+    def num_truncated(self) -> int:
+        """How many records lost tokens on the left."""
+
+    @abstractmethod
+    def check_replaceable(self, folder: Path) -> None:
+        """Raise AdapterExistsError now where `write` could not replace what is in `folder`."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write the weights as they are now, in their format; of one that diverged, those are the last good ones."""
 
     @property
     def is_finished(self) -> bool:
@@ -120,16 +124,12 @@ class TrainState:
         return self.progress.divergence is not None
 
     @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
     def evaluates_now(self) -> bool:
         step = self.progress.step
         return (
             self._has_held_out
             and not self.has_diverged
-            and (step % self._settings.eval_every == 0 or step == self.num_steps)
+            and (step % self._evaluation.eval_every == 0 or step == self.num_steps)
         )
 
     def update(self, loss: float, num_tokens: int, agree: Callable[[bool], bool] = bool) -> float:
@@ -138,43 +138,31 @@ class TrainState:
         Raises TrainingError where loss, gradients or new weights are not finite for any process, which `agree` tells;
         then it is finished, with its last good weights.
         """
-        flat = self.flat
-        max_norm = math.inf if self._settings.max_grad_norm is None else self._settings.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_([flat], max_norm))
+        flat, progress = self.flat, self.progress
+        norm = self.optimizer.clip()
         if agree(not (math.isfinite(loss) and math.isfinite(norm))):
             what: Quantity = "gradients" if math.isfinite(loss) else "loss"
-            raise self._diverged(what, loss, norm, self._good, self.progress.step - 1)
+            raise self._diverged(what, loss, norm, progress.step - 1)
         self._good = flat.detach().clone() if self._good is None else self._good.copy_(flat.detach())
         self.optimizer.step()
         if agree(not bool(torch.isfinite(flat.detach()).all())):
-            raise self._diverged("weights", loss, norm, self._good, self.progress.step)
-        self.scheduler.step()
-        assert flat.grad is not None, "the flat gradient is never freed"
-        flat.grad.zero_()
-        self.progress.step += 1
-        self.progress.num_tokens += num_tokens
-        self.progress.train_losses.append(loss)
-        if self.progress.step >= self.num_steps:
-            self.progress.finished = "steps"
+            raise self._diverged("weights", loss, norm, progress.step)
+        progress.step += 1
+        progress.num_tokens += num_tokens
+        progress.train_losses.append(loss)
+        if progress.step >= self.num_steps:
+            progress.finished = "steps"
         self._watch_gradient(norm, loss)
         return norm
 
-    def _diverged(
-        self,
-        what: Quantity,
-        loss: float,
-        norm: float | None,
-        good: Tensor | None,
-        good_step: int,
-    ) -> TrainingError:
+    def _diverged(self, what: Quantity, loss: float, norm: float | None, good_step: int) -> TrainingError:
         """Finish with the last good weights, with patience the best; return what to raise."""
-        progress = self.progress
+        progress, good = self.progress, self._good
         if self.best is not None:
             good, good_step = self.best, progress.best_step or 0
         if good is not None:
             self.flat.data.copy_(good)
-        assert self.flat.grad is not None, "the flat gradient is never freed"
-        self.flat.grad.zero_()
+        self.optimizer.gradient.zero_()
         step = progress.step if norm is None else progress.step + 1
         found = Divergence(step=step, what=what, loss=loss, grad_norm=norm, last_good_step=max(0, good_step))
         progress.divergence, progress.finished = found, "diverged"
@@ -184,7 +172,7 @@ class TrainState:
         """What went wrong and what to try."""
         return (
             f"{self._kind} {self.name!r} {self.progress.divergence}. Lower its learning_rate "
-            f"({self._settings.learning_rate}) or add warmup_steps"
+            f"({self.optimizer.config.learning_rate}) or add warmup_steps"
         )
 
     def _watch_gradient(self, norm: float, loss: float) -> None:
@@ -208,18 +196,18 @@ class TrainState:
 
         Raises TrainingError where it is not finite, as `update` does.
         """
-        progress = self.progress
+        progress, patience = self.progress, self._evaluation.patience
         if not math.isfinite(loss):
-            raise self._diverged("held-out loss", loss, None, self._good, progress.step - 1)
+            raise self._diverged("held-out loss", loss, None, progress.step - 1)
         progress.eval_steps.append(progress.step)
         progress.eval_losses.append(loss)
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
-            if self._settings.patience is not None:
+            if patience is not None:
                 self.best = self.flat.detach().clone()
             return
         progress.evals_without_gain += 1
-        if self._settings.patience is not None and progress.evals_without_gain >= self._settings.patience:
+        if patience is not None and progress.evals_without_gain >= patience:
             progress.finished = "patience"
 
     def restore_best(self) -> None:
@@ -229,32 +217,23 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps as tensors."""
-        flat = self.flat
-        tensors = {"parameters": flat.detach()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state[flat].items()}
+        tensors = {"parameters": self.flat.detach()} | self.optimizer.tensors()
         if self._good is not None and not self.is_finished:
             tensors["good"] = self._good
         return tensors if self.best is None else tensors | {"best": self.best}
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
-        return {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
+        return {"progress": asdict(self.progress)} | self.optimizer.counters()
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Become what `tensors` and `counters` were taken from."""
         flat = self.flat
         for name, tensor in tensors.items():
-            if tensor.shape != (torch.Size() if name == "optimizer.step" else flat.shape):
+            if tensor.shape != (torch.Size() if name == f"{_PREFIX}step" else flat.shape):
                 raise ValueError(f"{name!r} of {self._kind} {self.name!r} has shape {list(tensor.shape)}")
         flat.data.copy_(tensors["parameters"])
-        self.scheduler.load_state_dict(counters["scheduler"])
-        self.optimizer.param_groups[0]["lr"] = self.scheduler.get_last_lr()[0]
-        prefix = "optimizer."
-        self.optimizer.state[flat] = {
-            name.removeprefix(prefix): tensor.to(flat.device, copy=True)
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
+        self.optimizer.restore(tensors, counters)
         self.best = tensors["best"].to(flat.device, copy=True) if "best" in tensors else None
         self._good = tensors["good"].to(flat.device, copy=True) if "good" in tensors else None
         divergence = counters["progress"].get("divergence")  # as JSON has it

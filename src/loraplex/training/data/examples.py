@@ -1,14 +1,20 @@
 """From records to token ids, with the positions whose next token counts for the loss."""
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.errors import DatasetError
+from loraplex.errors import DatasetError, RequestError
+from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import TrainingEnds, training_ends
 from loraplex.training.data.records import Record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Example:
     answer: tuple[int, ...]  # ascending indices (>= 1) of the tokens that count for the loss
     place: str
     num_truncated: int = 0  # tokens cut off on the left
+    first_adapted: int = 0  # aLoRA: where the invocation starts
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -86,15 +93,12 @@ def _record_parts(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tu
 def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
     assert record.messages is not None, f"{record.place} has no messages to render"
     try:
-        text = tokenizer.apply_chat_template(
-            list(record.messages[:num_messages]), tokenize=False, add_generation_prompt=ask
-        )
-    except Exception as error:  # a template is a program, which may fail in any way
+        return render_chat(tokenizer, record.messages[:num_messages], add_generation_prompt=ask)
+    except RequestError as error:
         raise DatasetError(
-            f"{record.place}: the chat template refuses the first {num_messages} messages: {error}. Write "
-            "the roles in the order that the template asks for."
+            f"{record.place}, its first {num_messages} messages: {error} Write the roles in the order that the "
+            "template asks for."
         ) from error
-    return str(text)
 
 
 def _conversation(prefixes: Sequence[Sequence[int]], record: Record, ends: TrainingEnds) -> tuple[list[int], list[int]]:
@@ -159,3 +163,55 @@ def _truncated(tokens: list[int], answer: list[int], place: str, max_length: int
             f"Write a longer answer or raise max_length ({max_length})."
         )
     return Example(tuple(tokens[cut:]), kept, place, cut)
+
+
+def load_examples(
+    label: str,  # what messages start with
+    records: Sequence[Record],
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    max_length: int,
+    ends: TrainingEnds,
+) -> list[Example]:
+    """Tokenize records, warn of truncated ones, and check that the base model knows all tokens. Raises DatasetError."""
+    examples = make_examples(records, tokenizer, max_length, ends)
+    num_truncated = sum(example.num_truncated > 0 for example in examples)
+    if num_truncated:
+        longest = max(len(example.ids) + example.num_truncated for example in examples)
+        logger.warning(
+            "%s: %d of the %d records in %s have more than max_length=%d tokens (up to %d) and lose their first ones",
+            *(label, num_truncated, len(examples), place, max_length, longest),
+        )
+    for example in examples:
+        if max(example.ids) >= vocab_size:
+            raise DatasetError(
+                f"{example.place} has the token {max(example.ids)}, but the base model knows only "
+                f"{vocab_size}. Pass the tokenizer of this base model."
+            )
+    return examples
+
+
+def hold_out(
+    label: str, examples: list[Example], fraction: float, draw: torch.Generator, place: str
+) -> tuple[list[Example], list[Example]]:
+    """Split off a drawn fraction of the examples; both parts keep their order. Raises DatasetError."""
+    if fraction == 0:
+        return examples, []
+    num_held_out = max(1, round(fraction * len(examples)))
+    if num_held_out >= len(examples):
+        raise DatasetError(
+            f"{label}: {place} has {len(examples)} record(s), too few to hold out {fraction:.0%} of them. Add "
+            "records, give eval_data, or set eval_fraction=0."
+        )
+    order = torch.randperm(len(examples), generator=draw).tolist()
+    held_out = set(order[:num_held_out])
+    return (
+        [example for number, example in enumerate(examples) if number not in held_out],
+        [example for number, example in enumerate(examples) if number in held_out],
+    )
+
+
+def steps_per_epoch(num_records: int, records_per_step: int) -> int:
+    return math.ceil(num_records / records_per_step)

@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 from loraplex.routing.routing import use_routing
 from loraplex.routing.rows import RowRouting
 from loraplex.routing.weight_provider import WeightProvider
-from loraplex.training.adapters.residual_rows import ResidualRows
-from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch, shared_prefix_lengths
+from loraplex.training.forward.batch import (
+    RowBatch,
+    TrainingRouting,
+    TrainingRow,
+    cut_batches,
+    forward_cost,
+    shared_prefix_lengths,
+)
 from loraplex.training.forward.prefix import SharedPrefixes
-from loraplex.training.forward.routing import TrainingRouting
-
-# What a forward and backward pass costs before its first token, in tokens: a few on a CPU, where a token is slow.
-FORWARD_COST = {"cpu": 64}
-FORWARD_COST_ELSEWHERE = 1024
+from loraplex.training.forward.residual_rows import ResidualRows
 
 
 class LossComputer:
@@ -34,7 +36,7 @@ class LossComputer:
         residuals: ResidualRows | None = None,
     ) -> None:
         self._base = base
-        self._residuals = residuals or ResidualRows()
+        self._residuals = residuals
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
         self._share_prefixes = share_prefixes
@@ -66,13 +68,11 @@ class LossComputer:
         self, rows: Sequence[TrainingRow], bank: WeightProvider
     ) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
         lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
-        cost = FORWARD_COST.get(self._base.device.type, FORWARD_COST_ELSEWHERE)
         num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
-        if num_saved <= cost:
+        if num_saved <= forward_cost(self._base.device):
             lengths = {}
         prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
-        groups = cut_rows(rows, lengths, self._tokens_per_forward, cost)
-        return prefixes, (make_batch(group, lengths, self._base.device) for group in groups)
+        return prefixes, cut_batches(rows, lengths, self._tokens_per_forward, self._base.device)
 
 
 def token_losses(
@@ -84,8 +84,10 @@ def token_losses(
 ) -> Tensor:  # [outputs]  float32
     """The cross-entropy of every token that counts, each row through its own slot or residual."""
     routing = TrainingRouting(batch.spans, batch.padded_length, bank)
+    if residuals is None:
+        return routed_losses(base, batch, routing, prefixes)
     state = None if prefixes is None else prefixes.responses_for(batch)
-    with (residuals or ResidualRows()).use([row.job for row in batch.rows], state):
+    with residuals.use([row.job for row in batch.rows], state):
         return routed_losses(base, batch, routing, prefixes)
 
 

@@ -8,12 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from loraplex.errors import BaseModelError
-from loraplex.training.data.batches import TrainingRow, make_batch
+from loraplex.errors import BaseModelError, ConfigError
 from loraplex.training.data.examples import Example
+from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
 from loraplex.training.forward.loss import token_losses
 from loraplex.training.forward.prefix import SharedPrefixes
-from loraplex.training.forward.routing import TrainingSlot, TrainingWeightProvider
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,13 @@ def check_trainable_base(base: PreTrainedModel) -> None:
     with_later_tokens = _losses(base, [_example(_LONG, answer=(3, 5))])
     if not _close(whole, with_later_tokens[:1], base.dtype):
         raise BaseModelError(f"{name} lets a token see what follows it, so it can't learn to predict. {advice}")
+
+
+def check_length(label: str, max_length: int, base: PreTrainedModel) -> None:
+    """Raise ConfigError, which starts with `label`, for records longer than the base model's positions."""
+    longest = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"{label}: max_length is {max_length}, but the base model has {longest} positions. Lower it.")
 
 
 def can_share_prefixes(base: PreTrainedModel) -> bool:

@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.errors import ConfigError
 from loraplex.models.end_tokens import TrainingEnds, training_ends
-from loraplex.training.core.checks import check_num_steps
 from loraplex.training.core.rng import Purpose, generator
-from loraplex.training.data.dataset import hold_out, load_examples, steps_per_epoch
-from loraplex.training.data.examples import Example
+from loraplex.training.data.examples import Example, hold_out, load_examples, steps_per_epoch
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.sources import DataSource, add_source, read_source
 
@@ -120,10 +117,11 @@ def load_mixture_data(
 ) -> MixtureData:
     """Read, check, tokenize and split all sources. Raises DatasetError or ConfigError."""
     known_ends = ends or training_ends(None, tokenizer)
+    steps, evaluation = config.steps, config.evaluation
 
     def load(source: DataSource) -> list[Example]:
         place = f"data source {source.name!r}"
-        records, longest = read_source(source), config.max_length
+        records, longest = read_source(source), steps.max_length
         return load_examples(label, records, place, tokenizer, vocab_size, max_length=longest, ends=known_ends)
 
     names = [str(source.name) for source in sources]
@@ -134,29 +132,23 @@ def load_mixture_data(
     if eval_sources is None:
         for number, whole in enumerate(examples):
             draw = generator(config.seed, Purpose.SPLIT, number)
-            examples[number], held = hold_out(label, whole, config.eval_fraction, draw, names[number])
-            held_out += [Sourced(number, example) for example in held[: config.eval_records]]
+            examples[number], held = hold_out(label, whole, evaluation.eval_fraction, draw, names[number])
+            held_out += [Sourced(number, example) for example in held[: evaluation.eval_records]]
     for source in eval_sources or []:
         if source.name not in names:
             names.append(str(source.name))
         number = names.index(str(source.name))
-        held_out += [Sourced(number, example) for example in load(source)[: config.eval_records]]
+        held_out += [Sourced(number, example) for example in load(source)[: evaluation.eval_records]]
     for source in [*sources, *(eval_sources or [])]:
         add_source(digest, source)
     per_epoch = records_per_epoch([len(part) for part in examples], [source.share for source in sources])
-    num_steps = config.max_steps or (config.epochs or 0) * steps_per_epoch(sum(per_epoch), config.records_per_step)
-    check_num_steps(label, num_steps)
-    if config.warmup_steps >= num_steps:
-        raise ConfigError(
-            f"{label}: warmup_steps is {config.warmup_steps}, but there are only {num_steps} steps. Lower warmup_steps."
-        )
     return MixtureData(
         names=names,
         train=examples,
         held_out=held_out,
         per_epoch=per_epoch,
-        num_steps=num_steps,
-        records_per_step=config.records_per_step,
+        num_steps=steps.count(label, steps_per_epoch(sum(per_epoch), steps.records_per_step), config.optimizer),
+        records_per_step=steps.records_per_step,
         seed=config.seed,
         digest=digest.hexdigest(),
     )

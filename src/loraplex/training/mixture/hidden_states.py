@@ -9,11 +9,9 @@ from transformers import PreTrainedModel
 from loraplex.layers.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.routing import use_routing
-from loraplex.training.data.batches import RowBatch, cut_sizes
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.loss import FORWARD_COST, FORWARD_COST_ELSEWHERE
-from loraplex.training.mixture.experts import Experts
-from loraplex.training.mixture.routing import MixtureTrainingRouting, no_positions
+from loraplex.training.forward.batch import RowBatch, cut_sizes, forward_cost
+from loraplex.training.mixture.routing import Experts, MixtureTrainingRouting, no_positions
 from loraplex.xlora.mixture import Mixture
 
 OnProgress = Callable[[int, int], None]  # texts done, of how many
@@ -59,9 +57,8 @@ class HiddenStates:
         """Compute and keep what fits the budget, first come first kept."""
         texts = self._fitting(examples)
         texts.sort(key=len, reverse=True)
-        cost = FORWARD_COST.get(self._base.device.type, FORWARD_COST_ELSEWHERE)
         first = 0
-        for size in _cut(texts, self._tokens_per_forward, cost):
+        for size in _cut(texts, self._tokens_per_forward, forward_cost(self._base.device)):
             group = texts[first : first + size]
             first += size
             padded = torch.zeros(size, len(group[0]), dtype=torch.int64)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.training.core.rng import Purpose, generator
-from loraplex.training.data.batches import RowBatch, TrainingRow, cut_rows, make_batch
-from loraplex.training.forward.loss import FORWARD_COST, FORWARD_COST_ELSEWHERE, routed_losses
+from loraplex.training.forward.batch import RowBatch, TrainingRow, cut_batches
+from loraplex.training.forward.loss import routed_losses
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.regularizers import load_balance, mean_entropy
@@ -79,10 +79,8 @@ class MixtureLosses:
         return Sums(zeros, zeros.clone(), scalings, zeros.clone())
 
     def _batches(self, rows: Sequence[Sourced]) -> Iterator[RowBatch]:
-        cost = FORWARD_COST.get(self._base.device.type, FORWARD_COST_ELSEWHERE)
         training_rows = [TrainingRow(source, 0, example) for source, example in rows]
-        for group in cut_rows(training_rows, {}, self._state.config.tokens_per_forward, cost):
-            yield make_batch(group, {}, self._base.device)
+        return cut_batches(training_rows, {}, self._state.config.run.tokens_per_forward, self._base.device)
 
     def _run(
         self, batch: RowBatch, counters: tuple[int, int] | None

@@ -1,70 +1,30 @@
 """train_mixture: the scaling head of a mixture, on a mix of its experts' data."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-
-from loraplex.errors import (
-    AdapterExistsError,
-    ConfigError,
-    LoraplexError,
-    MixtureError,
-    TrainingError,
-    UnsupportedAdapterError,
-)
+from loraplex.errors import ConfigError, MixtureError, UnsupportedAdapterError
 from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.output_files import writing
-from loraplex.training.adapters.job_state import DIVERGED
-from loraplex.training.core.checkpoint import FILE, load_checkpoint
-from loraplex.training.core.logs import JobLog
+from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import check_outputs
-from loraplex.training.core.plots import plot_losses
-from loraplex.training.core.progress import counting_progress, training_progress
-from loraplex.training.core.train_state import Divergence, Finish
-from loraplex.training.forward.attention import fast_attention
-from loraplex.training.forward.probe import check_trainable_base
+from loraplex.training.core.results import TrainResult
+from loraplex.training.core.run import run_task
+from loraplex.training.forward.probe import check_length, check_trainable_base
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import load_mixture_data
-from loraplex.training.mixture.hidden_states import HiddenStates
-from loraplex.training.mixture.losses import MixtureLosses
-from loraplex.training.mixture.run_fingerprint import mixture_fingerprint
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
-from loraplex.training.mixture.state import MixtureState, write_last_good
-from loraplex.training.mixture.trainer import MixtureTrainer
-from loraplex.xlora.formats.folders import read_mixture_folder
+from loraplex.training.mixture.state import MixtureState
+from loraplex.training.mixture.task import MixtureTask
 from loraplex.xlora.formats.peft_layout import check_peft_can_hold
 from loraplex.xlora.mixture import Mixture
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureTrainResult:
-    """What became of a mixture's training."""
-
-    name: str
-    folder: Path  # the mixture, in the layout that the config asks for
-    log: Path  # JSON lines
-    num_steps: int
-    finished: Finish  # "steps": all of them; "patience": the held-out loss stopped falling; "diverged"
-    train_losses: tuple[float, ...]  # one for each step, without load balance and sparsity
-    eval_steps: tuple[int, ...]
-    eval_losses: tuple[float, ...]
-    best_step: int | None  # of the lowest held-out loss; with patience, the step whose weights were written
-    num_tokens: int  # of all records trained on, without padding
-    seconds: float  # of steps, without evaluations and the first scaling pass
-    divergence: Divergence | None = None  # in which step, and what was no longer finite
-    zero_gradient_since: int | None = None  # from this step to the last the gradient was exactly 0
+_AFTER_DIVERGENCE = "Start over with resume=False (--no-resume), or with another output folder."
 
 
 def train_mixture(
     model: MultiLoraModel, mixture: str, data: Sequence[Data | DataSource], config: MixtureTrainConfig
-) -> MixtureTrainResult:
+) -> TrainResult:
     """Train the scaling head of a mixture of `model` (X-LoRA, arXiv 2402.07148); base model and experts are frozen.
 
     The loss is the cross-entropy of the answers' tokens. Several sources are mixed: every epoch takes all records, or
@@ -81,34 +41,19 @@ def train_mixture(
     good weights.
     """
     trained = model.mixtures.get(mixture)
-    sources = as_sources(data)
-    check_outputs(Path(config.output), [mixture], _inputs(sources, config))
-    _check_mixture(model, trained, config)
+    sources, label = as_sources(data), f"mixture {mixture!r}"
+    check_outputs(Path(config.run.output), [mixture], _inputs(sources, config))
+    ranks = ProcessGroup(model.base.device)
+    _check_mixture(model, trained, config, ranks)
     check_trainable_base(model.base)
-    _check_length(model, config)
+    check_length(label, config.steps.max_length, model.base)
     vocab_size = next(model.base.get_input_embeddings().parameters()).shape[0]
     ends = training_ends(model.base, model.tokenizer)
-    of_run = load_mixture_data(f"mixture {mixture!r}", sources, config, model.tokenizer, vocab_size, ends)
+    of_run = load_mixture_data(label, sources, config, model.tokenizer, vocab_size, ends)
     state = MixtureState(model, trained, of_run, config)
-    folder, log = Path(config.output) / mixture, JobLog(Path(config.output) / f"{mixture}.jsonl", enabled=True)
-    identity = mixture_fingerprint(state, model.base)
-    log.start(_resume_or_start(state, folder, identity))
-    if not state.is_finished:
-        _train(model, state, log, identity)
-    if state.has_diverged:
-        folder = folder.with_name(f"{folder.name}{DIVERGED}")
-        write_last_good(model, state, folder)
-        raise TrainingError(
-            f"{state.divergence_message()}. Its last good weights are in {str(folder)!r}. Start over with "
-            "resume=False (--no-resume), or with another output folder.",
-            [_result(state, folder, log)],
-        )
-    _give_back(model, state)
-    model.save_mixture(mixture, folder, layout=config.layout, overwrite=True)
-    if config.plots:
-        title = f"{mixture}: {len(trained.experts)} experts, learning rate {config.learning_rate:g}"
-        plot_losses(state, title, folder.with_name(f"{folder.name}.png"))
-    return _result(state, folder, log)
+    task, identity = MixtureTask(model.base, state), state.fingerprint()
+    (result,) = run_task(task, config.run, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
+    return result
 
 
 def _inputs(sources: Sequence[DataSource], config: MixtureTrainConfig) -> dict[str, list[Path]]:
@@ -120,37 +65,11 @@ def _inputs(sources: Sequence[DataSource], config: MixtureTrainConfig) -> dict[s
     }
 
 
-def _train(model: MultiLoraModel, state: MixtureState, log: JobLog, identity: dict[str, Any]) -> None:
-    config = state.config
-    hidden_states = HiddenStates(
-        model.base,
-        state.mixture,
-        state.experts,
-        budget_bytes=config.hidden_cache_bytes,
-        tokens_per_forward=config.tokens_per_forward,
-    )
-    needed = [] if state.is_finished else state.data.needed()  # finished: an earlier run could not write the mixture
-    longest = max((len(example.ids) for example in needed), default=0)
-    with fast_attention(model.base, longest):
-        with counting_progress("scaling pass", enabled=config.progress) as on_progress:
-            hidden_states.fill(needed, on_progress)
-        kept, megabytes = hidden_states.num_kept, hidden_states.num_bytes / 1e6
-        logger.info("the scaling pass of %d texts is kept in %.1f MB", kept, megabytes)
-        if kept < (distinct := len({example.inputs for example in needed})):
-            logger.warning(
-                "%d texts don't fit hidden_cache_bytes=%d and are computed in every step",
-                *(distinct - kept, config.hidden_cache_bytes),
-            )
-        trainer = MixtureTrainer(state, MixtureLosses(model.base, state, hidden_states), log, identity)
-        with training_progress([state], enabled=config.progress) as on_step:
-            trainer.run(on_step)
-
-
-def _check_mixture(model: MultiLoraModel, mixture: Mixture, config: MixtureTrainConfig) -> None:
+def _check_mixture(model: MultiLoraModel, mixture: Mixture, config: MixtureTrainConfig, ranks: ProcessGroup) -> None:
     """Raise where the mixture can't be trained as the config asks, or not saved."""
-    if PartialState().num_processes > 1:
+    if ranks.num_processes > 1:
         raise ConfigError(
-            f"a mixture is trained by one process, but there are {PartialState().num_processes}. Start it without "
+            f"a mixture is trained by one process, but there are {ranks.num_processes}. Start it without "
             "accelerate launch."
         )
     regularized = config.load_balance_weight > 0 or config.sparsity_weight > 0
@@ -181,67 +100,3 @@ def _check_trainable_experts(model: MultiLoraModel, mixture: Mixture) -> None:
                     f"the expert {expert!r} is a DoRA adapter, which can't be trained here. Set "
                     "use_trainable_adapters=False: frozen DoRA experts are supported."
                 )
-
-
-def _check_length(model: MultiLoraModel, config: MixtureTrainConfig) -> None:
-    longest = getattr(model.base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and config.max_length > longest:
-        raise ConfigError(f"max_length is {config.max_length}, but the base model has {longest} positions. Lower it.")
-
-
-def _resume_or_start(state: MixtureState, folder: Path, identity: dict[str, Any]) -> int:
-    """Restore the state from a checkpoint, or prepare an empty output folder; the bytes of the log to keep."""
-    output = Path(state.config.output)
-    if (output / FILE).exists() and state.config.resume:
-        (num_bytes,) = load_checkpoint(output, [state], identity)
-        logger.info("going on from %s at step %d", output / FILE, state.progress.step)
-        return num_bytes
-    if folder.exists():
-        if state.config.resume:
-            raise AdapterExistsError(
-                f"{str(folder)!r} exists already, and there is no checkpoint to go on from. Choose another output "
-                "folder, or pass resume=False to train the mixture anew and replace it."
-            )
-        _check_replaceable(folder)
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        (output / FILE).unlink(missing_ok=True)
-    return 0
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raise now what writing the trained mixture would raise hours later."""
-    try:
-        read_mixture_folder(folder)
-    except LoraplexError as error:
-        raise AdapterExistsError(
-            f"{str(folder)!r} is not a whole mixture ({error}), so it is not replaced. Choose another output folder, "
-            "or remove this one."
-        ) from error
-
-
-def _give_back(model: MultiLoraModel, state: MixtureState) -> None:
-    """Let the mixture in memory have the trained weights."""
-    for name, adapter in state.trained_experts().items():
-        model.load_adapter(name, adapter, replace=True)
-    state.mixture.head.load_state_dict(state.head.state_dict())
-
-
-def _result(state: MixtureState, folder: Path, log: JobLog) -> MixtureTrainResult:
-    progress = state.progress
-    assert progress.finished is not None, "a result is asked for before training is finished"
-    return MixtureTrainResult(
-        name=state.name,
-        folder=folder,
-        log=log.path,
-        num_steps=progress.step,
-        finished=progress.finished,
-        train_losses=tuple(progress.train_losses),
-        eval_steps=tuple(progress.eval_steps),
-        eval_losses=tuple(progress.eval_losses),
-        best_step=progress.best_step,
-        num_tokens=progress.num_tokens,
-        seconds=progress.seconds,
-        divergence=progress.divergence,
-        zero_gradient_since=progress.zero_gradient_since,
-    )

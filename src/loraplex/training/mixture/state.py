@@ -2,21 +2,26 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.store.slot_weights import SlotWeights
-from loraplex.adapters.weights import Adapter, LoraWeights
-from loraplex.layers.modules import embed_scale
+from loraplex.adapters.weights import Adapter
+from loraplex.errors import AdapterExistsError, LoraplexError
 from loraplex.models.mixture_folders import expert_at_rest
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training.core.parameters import FlatTensors
-from loraplex.training.core.train_state import TrainState
+from loraplex.training.core.parameters import FlatTensors, copied_layers, factors_of, slot_weights
+from loraplex.training.core.run_fingerprint import base_fingerprint, tensors_digest
+from loraplex.training.core.train_state import Optimizer, TrainState
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import MixtureData
-from loraplex.training.mixture.experts import Experts
+from loraplex.training.mixture.routing import Experts
+from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 
@@ -29,58 +34,115 @@ class MixtureState(TrainState):
         self.data = data
         self.config = config
         self.head = copy.deepcopy(mixture.head)
-        self.adapters = trainable_adapters(model, mixture)
+        self._model = model
+        self.adapters = _trainable_adapters(model, mixture)
         named = dict(self.head.named_parameters())
-        factors = [f for layer in _layers(self.adapters) for f in (layer.lora_a, layer.lora_b)]
+        factors = [factor for adapter in self.adapters.values() for factor in factors_of(adapter.layers)]
         tensors = FlatTensors([*named.values(), *factors], model.base.device)
         for name, view in zip(named, tensors.views, strict=False):
             owner, _, leaf = name.rpartition(".")
             setattr(self.head.get_submodule(owner), leaf, view)
-        self.factors = tensors.views[len(named) :]
-        self.experts = (
-            Experts(trained_slots(model, self.adapters, self.factors), frozen=False)
-            if self.adapters
-            else Experts(frozen_slots(model, mixture), frozen=True)
-        )
+        self.factors = self._by_expert(tensors.views[len(named) :])
+        slots = [slot_weights(self.adapters[name].layers, own, model.adaptable) for name, own in self.factors.items()]
+        self.experts = Experts(slots or _frozen_slots(model, mixture), frozen=not slots)
         super().__init__(
-            "mixture", mixture.name, config, tensors.flat, data.num_steps, has_held_out=bool(data.held_out)
+            "mixture",
+            mixture.name,
+            Optimizer(tensors.flat, config.optimizer, data.num_steps),
+            config.evaluation,
+            data.num_steps,
+            has_held_out=bool(data.held_out),
         )
 
-    def trained_experts(self) -> dict[str, Adapter]:
+    @property
+    def title(self) -> str:
+        return f"{self.experts.num_experts} experts"
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(example.num_truncated > 0 for examples in self.data.train for example in examples)
+
+    def check_replaceable(self, folder: Path) -> None:
+        try:
+            read_mixture_folder(folder)
+        except LoraplexError as error:
+            raise AdapterExistsError(
+                f"{str(folder)!r} is not a whole mixture ({error}), so it is not replaced. Choose another output "
+                "folder, or remove this one."
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write the mixture; unless it diverged, the one in memory gets the trained weights before."""
+        if self.has_diverged:
+            self._write_last_good(folder)
+            return
+        for name, adapter in self._trained_experts().items():
+            self._model.load_adapter(name, adapter, replace=True)
+        self.mixture.head.load_state_dict(self.head.state_dict())
+        self._model.save_mixture(self.name, folder, layout=self.config.layout, overwrite=True)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides what a run learns, in JSON's types. Call it before the first step."""
+        factors = (
+            factor
+            for layers in self.experts.slots
+            for index in sorted(layers)
+            for factor in (layers[index].lora_a, layers[index].lora_b)
+        )
+        return {
+            "base model": base_fingerprint(self._model.base),
+            "mixture": {
+                "name": self.name,
+                "experts": list(self.mixture.experts),
+                "weights of the experts": tensors_digest(factors),
+                "config": asdict(self.mixture.config),
+                "first weights of the scaling head": tensors_digest(self.mixture.head.state_dict().values()),
+            },
+            "training": self.config.identity(),
+            "data": {
+                "names": list(self.data.names),
+                "content": self.data.digest,
+                "records in an epoch": list(self.data.per_epoch),
+                "num_steps": self.data.num_steps,
+            },
+        }
+
+    def _by_expert(self, factors: Sequence[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+        left = iter(factors)
+        return {name: list(islice(left, 2 * len(adapter.layers))) for name, adapter in self.adapters.items()}
+
+    def _trained_experts(self) -> dict[str, Adapter]:
         """The experts as they are now, by name; none if they are frozen."""
-        factors = iter(self.factors)
-        trained = {}
-        for name, adapter in self.adapters.items():
-            layers = {
-                path: LoraWeights(
-                    kind=layer.kind, lora_a=_copy(next(factors)), lora_b=_copy(next(factors)), scaling=layer.scaling
-                )
-                for path, layer in adapter.layers.items()
-            }
-            trained[name] = Adapter(config=adapter.config, layers=layers, end_tokens=adapter.end_tokens)
-        return trained
+        return {
+            name: Adapter(
+                config=adapter.config,
+                layers=copied_layers(adapter.layers, self.factors[name]),
+                end_tokens=adapter.end_tokens,
+            )
+            for name, adapter in self.adapters.items()
+        }
+
+    def _write_last_good(self, folder: Path) -> None:
+        """Write the mixture with the weights in training, whatever the one in memory has."""
+        trained = self._trained_experts()
+        experts = {
+            expert.removeprefix(f"{self.name}/"): trained.get(expert)
+            or expert_at_rest(self._model.store.version(expert))
+            for expert in self.mixture.experts
+        }
+        write_mixture_folder(
+            folder,
+            layout=self.config.layout,
+            config=self.mixture.config,
+            hidden_size=self.head.hidden_size,
+            head_state=self.head.state_dict(),
+            experts=experts,
+            base_model_name=None,
+            overwrite=True,
+        )
 
 
-def write_last_good(model: MultiLoraModel, state: MixtureState, folder: Path) -> None:
-    """Write the mixture with the weights in training, whatever the one in memory has."""
-    trained = state.trained_experts()
-    experts = {
-        expert.removeprefix(f"{state.name}/"): trained.get(expert) or expert_at_rest(model.store.version(expert))
-        for expert in state.mixture.experts
-    }
-    write_mixture_folder(
-        folder,
-        layout=state.config.layout,
-        config=state.mixture.config,
-        hidden_size=state.head.hidden_size,
-        head_state=state.head.state_dict(),
-        experts=experts,
-        base_model_name=None,
-        overwrite=True,
-    )
-
-
-def frozen_slots(model: MultiLoraModel, mixture: Mixture) -> list[Mapping[int, SlotWeights]]:
+def _frozen_slots(model: MultiLoraModel, mixture: Mixture) -> list[Mapping[int, SlotWeights]]:
     """The experts' weights as they serve requests, on the base model's device."""
     with model.store.lease(mixture.experts) as leased:
         slots = []
@@ -91,33 +153,9 @@ def frozen_slots(model: MultiLoraModel, mixture: Mixture) -> list[Mapping[int, S
         return slots
 
 
-def trainable_adapters(model: MultiLoraModel, mixture: Mixture) -> dict[str, Adapter]:
+def _trainable_adapters(model: MultiLoraModel, mixture: Mixture) -> dict[str, Adapter]:
     """The experts at rest, to start training from; none unless the mixture trains them."""
     if not mixture.config.use_trainable_adapters:
         return {}
     at_rest = {name: expert_at_rest(model.store.version(name)) for name in mixture.experts}
     return {name: read_adapter(found) if isinstance(found, Path) else found for name, found in at_rest.items()}
-
-
-def trained_slots(
-    model: MultiLoraModel, adapters: Mapping[str, Adapter], factors: Sequence[nn.Parameter]
-) -> list[Mapping[int, SlotWeights]]:
-    """The factors in training as slots; the LoRA scaling includes an embedding's own scale."""
-    left = iter(factors)
-    slots: list[Mapping[int, SlotWeights]] = []
-    for adapter in adapters.values():
-        slot = {}
-        for path, layer in adapter.layers.items():
-            scale = embed_scale(model.adaptable.modules[path]) if layer.kind == "embedding" else 1.0
-            weights = SlotWeights(lora_a=next(left), lora_b=next(left), scaling=layer.scaling * scale)
-            slot[model.adaptable.module_index[path]] = weights
-        slots.append(slot)
-    return slots
-
-
-def _layers(adapters: Mapping[str, Adapter]) -> list[LoraWeights]:
-    return [layer for adapter in adapters.values() for layer in adapter.layers.values()]
-
-
-def _copy(factor: Tensor) -> Tensor:
-    return factor.detach().cpu().clone()

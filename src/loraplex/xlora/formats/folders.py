@@ -4,13 +4,12 @@ from pathlib import Path
 
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.errors import AdapterFormatError
-from loraplex.json_files import damaged_as
+from loraplex.json_files import damaged_as, read_object
 from loraplex.validation import listed
 from loraplex.xlora.formats.head_file import HeadCheck
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
 from loraplex.xlora.formats.original_layout import SETTINGS_FILE, read_original_layout
 from loraplex.xlora.formats.peft_layout import PEFT_TYPE, read_peft_layout
-from loraplex.xlora.formats.settings import read_json_object
 
 
 def read_mixture_folder(
@@ -41,7 +40,7 @@ def _read(folder: Path, find_experts: bool, check: HeadCheck | None) -> MixtureF
     has_peft, has_original = (folder / CONFIG_FILE).is_file(), (folder / SETTINGS_FILE).is_file()
     if has_original:
         # The original package leaves the adapter_config.json of an expert called "default" there.
-        if has_peft and read_json_object(folder / CONFIG_FILE).get("peft_type") == PEFT_TYPE:
+        if has_peft and _is_peft_mixture(folder):
             raise AdapterFormatError(
                 f"{str(folder)!r} holds two mixtures, {CONFIG_FILE} and {SETTINGS_FILE}. Remove the files of one."
             )
@@ -50,3 +49,12 @@ def _read(folder: Path, find_experts: bool, check: HeadCheck | None) -> MixtureF
         return read_peft_layout(folder, find_experts=find_experts, check=check)
     found = sorted(path.name for path in folder.iterdir())
     raise AdapterFormatError(f"mixture folder {str(folder)!r} has no settings; it holds [{listed(found)}]. {needed}")
+
+
+def is_mixture_folder(folder: Path) -> bool:
+    """Whether a folder holds a mixture, in PEFT's or the original package's layout. Raises AdapterFormatError."""
+    return (folder / SETTINGS_FILE).is_file() or ((folder / CONFIG_FILE).is_file() and _is_peft_mixture(folder))
+
+
+def _is_peft_mixture(folder: Path) -> bool:
+    return bool(read_object(folder / CONFIG_FILE, AdapterFormatError).get("peft_type") == PEFT_TYPE)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from loraplex.adapters.peft.reader import check_files
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedAdapterError
+from loraplex.json_files import read_object
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
@@ -18,7 +19,6 @@ from loraplex.xlora.formats.settings import (
     check_expert_names,
     config_from,
     hidden_size_from,
-    read_json_object,
     refuse_unknown,
 )
 from loraplex.xlora.head import linear_indices
@@ -39,7 +39,7 @@ _ORDER = (
 def read_original_layout(folder: Path, *, find_experts: bool, check: HeadCheck | None = None) -> MixtureFolder:
     """Read a mixture that the original package, or `write_mixture_folder(layout="xlora")`, saved."""
     file = folder / SETTINGS_FILE
-    settings = read_json_object(file)
+    settings = read_object(file, AdapterFormatError)
     if "use_mean_pool" in settings:
         raise UnsupportedAdapterError(
             f"{file}: use_mean_pool is {settings['use_mean_pool']!r}: until January 2024 the package had one scaling "

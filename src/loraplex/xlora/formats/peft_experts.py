@@ -8,7 +8,8 @@ from typing import Any
 from loraplex.adapters.peft.reader import WEIGHTS_FILE, check_files
 from loraplex.adapters.tensor_file import open_tensor_file
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError
-from loraplex.xlora.formats.settings import check_expert_names, read_json_object
+from loraplex.json_files import read_object
+from loraplex.xlora.formats.settings import check_expert_names
 
 NAMES_FILE = "loraplex.json"  # ours; PEFT ignores it
 
@@ -35,7 +36,7 @@ def expert_names(folder: Path, num_experts: int) -> list[str]:
     file = folder / NAMES_FILE
     if not file.is_file():
         return numbers
-    names = read_json_object(file).get("expert_names")
+    names = read_object(file, AdapterFormatError).get("expert_names")
     if not isinstance(names, list) or len(names) != len(numbers):
         raise AdapterFormatError(
             f"{file}: expert_names is {names!r}; it must list {len(numbers)} names. Without the file the experts are "

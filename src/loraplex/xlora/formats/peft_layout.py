@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
+from loraplex.json_files import read_object
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
@@ -18,7 +19,6 @@ from loraplex.xlora.formats.settings import (
     base_name_from,
     config_from,
     hidden_size_from,
-    read_json_object,
     refuse_unknown,
 )
 
@@ -33,7 +33,7 @@ _KNOWN = frozenset({*_HARMLESS, *PEFT_SETTINGS, "adapters", "base_model_name_or_
 def read_peft_layout(folder: Path, *, find_experts: bool, check: HeadCheck | None = None) -> MixtureFolder:
     """Read a mixture that PEFT, or `write_mixture_folder(layout="peft")`, saved."""
     file = folder / CONFIG_FILE
-    settings = read_json_object(file)
+    settings = read_object(file, AdapterFormatError)
     if settings.get("peft_type") != PEFT_TYPE:
         raise UnsupportedAdapterError(
             f"{file}: peft_type is {settings.get('peft_type')!r}, so this is no mixture. Supported: {PEFT_TYPE!r}; "

@@ -7,24 +7,12 @@ from typing import Any
 
 from loraplex.adapters.names import check_name
 from loraplex.errors import AdapterFormatError, ConfigError, NameFormatError, UnsupportedAdapterError
-from loraplex.json_files import MAX_SETTINGS_BYTES, read_json
 from loraplex.validation import quoted
 from loraplex.xlora.config import XLoraConfig
 
 ORIGINAL_ONLY = ("use_bias", "enable_relu_and_dropout")  # settings that PEFT doesn't have
 ALL_SETTINGS = tuple(field.name for field in fields(XLoraConfig))
 PEFT_SETTINGS = tuple(name for name in ALL_SETTINGS if name not in ORIGINAL_ONLY)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; raises AdapterFormatError if it holds none."""
-    try:
-        settings = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
-    if not isinstance(settings, dict):
-        raise AdapterFormatError(f"{file} holds a {type(settings).__name__}; settings are one JSON object.")
-    return settings
 
 
 def config_from(settings: Mapping[str, Any], names: tuple[str, ...], file: Path, **defaults: Any) -> XLoraConfig:

@@ -1,5 +1,6 @@
 """What transformers' `generate` is told for a batch with mixtures."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -15,12 +16,12 @@ _REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "p
 def prepare_generation(two_pass: TwoPass, base: PreTrainedModel, generation: dict[str, Any]) -> None:
     """Give `generate` the cache of both passes. Raises RequestError for options that a mixture can't be run with."""
     for option in _REFUSED:
-        if generation.get(option) is not None or _setting(base, generation, option) is not None:
+        if generation.get(option) is not None or generation_setting(base, generation, option) is not None:
             raise RequestError(
                 f"{option} is set, but batches with mixtures support greedy search, sampling and beam search. Leave "
                 f"{option} out for them."
             )
-    implementation = _setting(base, generation, "cache_implementation")
+    implementation = generation_setting(base, generation, "cache_implementation")
     if implementation not in (None, "dynamic"):
         raise RequestError(
             f"cache_implementation is {implementation!r}, but batches with mixtures keep keys and values of two passes "
@@ -28,17 +29,11 @@ def prepare_generation(two_pass: TwoPass, base: PreTrainedModel, generation: dic
         )
     if changes_with_every_token(base):
         generation["use_cache"] = False  # X-LoRA is defined on whole passes, which these positions can't be cached for
-    elif _setting(base, generation, "use_cache") is not False and generation.get("past_key_values") is None:
+    elif generation_setting(base, generation, "use_cache") is not False and generation.get("past_key_values") is None:
         generation["past_key_values"] = two_pass.new_cache()
 
 
-def end_tokens(base: PreTrainedModel, generation: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a row in this call."""
-    ends = _setting(base, generation, "eos_token_id")
-    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(int(end) for end in ends)
-
-
-def _setting(base: PreTrainedModel, generation: dict[str, Any], option: str) -> Any:
+def generation_setting(base: PreTrainedModel, generation: Mapping[str, Any], option: str) -> Any:
     """An option as `generate` will read it: the call's, its generation_config's, or the model's."""
     if option in generation:
         return generation[option]

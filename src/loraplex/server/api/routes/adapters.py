@@ -1,15 +1,40 @@
 """/v1/adapters: what is loaded, and loading, replacing, pinning and unloading it."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from loraplex.server.adapter_admin import AdapterLibrary
+from loraplex.server.api.bodies import Body
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
-from loraplex.server.api.schemas.other import ChangeAdapter, LoadAdapter, ReplaceAdapter
 
 router = APIRouter(route_class=JsonRoute)
 _STATE = ("name", "kind")
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LoadAdapter(Body):
+    """Load what is in a folder below the adapter roots."""
+
+    name: Name
+    path: PathText
+    kind: Literal["adapter", "mixture", "residual"] | None = None  # None: what the folder holds
+    # In the head's order, the folder of each; null: loaded already.
+    experts: dict[Name, PathText | None] | None = Field(None, max_length=64)
+    pinned: bool = False
+
+
+class ReplaceAdapter(Body):
+    """Load another version under the same name."""
+
+    path: PathText
+
+
+class ChangeAdapter(Body):
+    pinned: bool
 
 
 def _library(http: Request) -> AdapterLibrary:

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraplex.server.api.api_errors import ENGINE_STOPPED, RESTARTING, SHUTTING_DOWN, ApiError
-from loraplex.server.api.json_route import JsonRoute, documented, in_thread, json_response
-from loraplex.server.state import state_of
+from loraplex.server.api.json_route import JsonRoute, documented, json_response
+from loraplex.server.state import in_thread, state_of
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -1,18 +1,36 @@
 """/tokenize and /detokenize, as vLLM's."""
 
 from functools import partial
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.chat import as_turns
-from loraplex.server.api.json_route import JsonRoute, documented, in_thread
-from loraplex.server.api.prompts import encode_text
-from loraplex.server.api.schemas.other import Detokenize, Tokenize
-from loraplex.server.state import ServerState, context_of, state_of
+from loraplex.server.api.bodies import Body, Message, TokenIds
+from loraplex.server.api.chat_prompts import as_turns
+from loraplex.server.api.engine_requests import encode_text
+from loraplex.server.api.json_route import JsonRoute, documented
+from loraplex.server.state import ServerState, context_of, in_thread, state_of
 
 router = APIRouter(route_class=JsonRoute)
+
+
+class Tokenize(Body):
+    """vLLM's body: a prompt, or the messages of a chat."""
+
+    model: str | None = Field(None, max_length=8192)
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class Detokenize(Body):
+    model: str | None = Field(None, max_length=8192)
+    tokens: TokenIds
 
 
 @router.post(

@@ -1,16 +1,36 @@
 """vLLM's calls for loading and unloading, with its bodies and statuses."""
 
+from typing import Any, ClassVar
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from pydantic import Field
 
 from loraplex.server.adapter_admin import AdapterLibrary
 from loraplex.server.api.api_errors import BAD_REQUEST, NOT_FOUND, ApiError
+from loraplex.server.api.bodies import Body
 from loraplex.server.api.json_route import JsonRoute, documented
-from loraplex.server.api.schemas.other import VllmLoadAdapter, VllmUnloadAdapter
 from loraplex.server.state import state_of
 
 router = APIRouter(route_class=JsonRoute)
 _ERRORS = (400, 401, 403, 404, 409, 429)
+
+
+class VllmLoadAdapter(Body):
+    """vLLM's body."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"base_model_name": (None,), "is_3d_lora_weight": (None, False)}
+
+    lora_name: str = Field(max_length=128)
+    lora_path: str = Field(max_length=4096)
+    load_inplace: bool = False
+
+
+class VllmUnloadAdapter(Body):
+    """vLLM's body; its number has no meaning here."""
+
+    lora_name: str = Field(max_length=128)
+    lora_int_id: int | None = None
 
 
 @router.post("/v1/load_lora_adapter", responses=documented("Loaded.", *_ERRORS, media="text/plain"))

@@ -1,0 +1,184 @@
+"""Residuals, captures and steering inside packed passes: only chunks that ask for them are looked at."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.engine.kv.kv_cache import AttentionTerms
+from loraplex.engine.kv.residual_cache import BlockStates, ResidualCache
+from loraplex.engine.sched.captures import SequenceAttention
+from loraplex.engine.worker.input_batch import InputBatch
+from loraplex.errors import AdapterError, EngineError
+from loraplex.residual.attention_weights import AttentionWeights
+from loraplex.residual.hooks import layer_number
+from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.plan import LayerPlan, RowPlans
+from loraplex.residual.registry import LinkedAttention
+from loraplex.residual.rows import RowAttention
+
+
+class RowGroup:
+    """The rows of some plans in one packed pass: parts of equally many tokens."""
+
+    def __init__(self, plans: RowPlans, chunks: Sequence[int], batch: InputBatch, cache: ResidualCache) -> None:
+        self.plans = plans
+        self.chunks = tuple(chunks)  # their places in the batch, in the order of the plans' rows
+        self._batch, self._cache = batch, cache
+        chosen = [batch.chunks[chunk] for chunk in chunks]
+        device = batch.positions.device
+        firsts = torch.tensor([batch.offsets[chunk] for chunk in chunks], device=device)
+        self.tokens = firsts.unsqueeze(1) + torch.arange(chosen[0].count, device=device)  # [rows, count]
+        self.num_keys = max(chunk.stop for chunk in chosen)
+        self._start = min(chunk.start for chunk in chosen)
+
+    def plan(self, layer: int, query: Tensor) -> LayerPlan | None:
+        """What to do at a layer."""
+        return self.plans.plan(layer, query, len(self.chunks))
+
+    @cached_property
+    def states(self) -> BlockStates:
+        """u of the rows' tokens."""
+        batch, last = self._batch, self.tokens[:, -1]
+        blocks, places = batch.slots
+        return BlockStates(
+            self._cache,
+            (blocks[self.tokens], places[self.tokens]),
+            batch.table.values[batch.rows[last], : -(-self.num_keys // batch.cache.block_tokens)].long(),
+            batch.positions[last] + 1,
+            self.num_keys,
+            self.plans.ranks,
+        )
+
+    def weights(
+        self, plan: LayerPlan, num_heads: int, query: Tensor, keys: Tensor, terms: AttentionTerms
+    ) -> AttentionWeights:
+        """The weights of the rows that a plan is about; query [tokens, heads, dim], keys are all blocks."""
+        assert terms.sinks is None, "residuals, captures and steering are refused where an attention has sinks"
+        first = self._first_block(terms)
+        first_key = first * self._batch.cache.block_tokens
+        tokens = self.tokens[plan.sequences]
+        positions = self._batch.positions[tokens].unsqueeze(2)  # [rows, count, 1]
+        places = torch.arange(first_key, self.num_keys, device=query.device)
+        seen = terms.seen(positions, places)
+        return AttentionWeights(
+            query[tokens].transpose(1, 2),
+            self._gather(keys, plan.sequences, first),
+            seen.unsqueeze(1),
+            sequences=plan.sequences,
+            scaling=terms.scale,
+            softcap=terms.softcap,
+            is_causal=True,
+            log_strength=plan.log_strength(num_heads, first_key, self.num_keys - first_key),
+            first_key=first_key,
+        )
+
+    def values(self, rows: Tensor, values: Tensor, terms: AttentionTerms) -> Tensor:  # [rows, kv_heads, keys, dim]
+        """The values that some rows attend to, 0 beyond a sequence's end, where memory may hold anything."""
+        first = self._first_block(terms)
+        gathered = self._gather(values, rows, first)
+        if len(self.chunks) == 1:
+            return gathered
+        places = torch.arange(first * self._batch.cache.block_tokens, self.num_keys, device=values.device)
+        beyond = places > self._batch.positions[self.tokens[rows, -1:]]  # [rows, keys]
+        return gathered.masked_fill(beyond[:, None, :, None], 0)
+
+    def _first_block(self, terms: AttentionTerms) -> int:
+        return terms.first_seen(self._start) // self._batch.cache.block_tokens
+
+    def _gather(self, pool: Tensor, rows: Tensor, first: int) -> Tensor:  # [rows, kv_heads, keys, dim]
+        size = self._batch.cache.block_tokens
+        kvs = self._batch.rows[self.tokens[rows, 0]]
+        blocks = self._batch.table.values[kvs, first : -(-self.num_keys // size)].long()
+        return pool[blocks].transpose(1, 2).flatten(2, 3)[:, :, : self.num_keys - first * size]
+
+
+class AttentionRows:
+    """Makes the scope of each packed pass; keeps u, and what was planned for rows that were decoded together."""
+
+    def __init__(self, linked: LinkedAttention, pool: ResidualCache) -> None:
+        self.responses = pool
+        self._linked = linked
+        self._together: RowPlans | None = None  # of several rows
+
+    def scope(self, batch: InputBatch) -> "ForwardContext | None":
+        """The scope of a pass; None if no part of it asks for anything."""
+        if not batch.asking:
+            self._together = None
+            return None
+        together, alone = _side_by_side(batch.asking, batch.num_single)
+        self._together = self._plans_together([batch.asking[chunk].row for chunk in together])
+        chosen = [] if self._together is None else [(self._together, together)]
+        chosen += [(batch.asking[chunk].plans, [chunk]) for chunk in alone]
+        groups = [RowGroup(plans, chunks, batch, self.responses) for plans, chunks in chosen]
+        return ForwardContext(groups, self._linked.layers)
+
+    def forget_rows(self) -> None:
+        """No request runs: keep nothing of the last ones."""
+        self._together = None
+
+    def _plans_together(self, rows: Sequence[RowAttention]) -> RowPlans | None:
+        if self._together is not None and self._together.rows == tuple(rows):
+            return self._together
+        return RowPlans(rows, failures={}) if rows else None
+
+
+class ForwardContext:
+    """What the attention layers do in one packed pass besides attending."""
+
+    def __init__(self, groups: list[RowGroup], layers: AttentionLayers) -> None:
+        self._groups, self._layers = groups, layers
+        # By layer, between attention and its block's output.
+        self.pending: dict[int, list[tuple[RowGroup, LayerPlan, AttentionWeights]]] = {}
+        self._num_attended = 0
+
+    def attend(
+        self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
+    ) -> None:
+        """Capture, steer (in `out` [tokens, heads, dim]) and note the weights that residuals need."""
+        layer = layer_number(module)
+        if layer is None:
+            return
+        self._num_attended += 1
+        for group in self._groups:
+            plan = group.plan(layer, query)
+            if plan is None:
+                continue
+            weights = group.weights(plan, self._layers.num_heads[layer], query, keys, terms)
+            plan.capture(weights)
+            if plan.links:
+                self.pending.setdefault(layer, []).append((group, plan, weights))
+            if plan.steered:
+                places = plan.steered_places
+                rows = plan.sequences[places]
+                heard = weights.apply(group.values(rows, values, terms), places)  # [rows, heads, count, dim]
+                out[group.tokens[rows]] = heard.transpose(1, 2).to(out.dtype)
+
+    def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """A block's output [1, tokens, hidden] with the residuals of the chunks that have some."""
+        for group, plan, weights in self.pending.pop(layer):
+            residual = plan.residual(x[0][group.tokens], weights, group.states)  # [rows, count, hidden]
+            tokens = group.tokens[plan.sequences].flatten()
+            output = output.index_add(1, tokens, residual.flatten(0, 1).unsqueeze(0).to(output.dtype))
+        return output
+
+    def finish(self) -> dict[int, AdapterError]:
+        """The chunks that failed, by place in the batch, once the pass has run. Raises EngineError."""
+        if self.pending or self._num_attended != len(self._layers.layers):
+            raise EngineError(
+                "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "
+                "when no request is running; this one can be asked again."
+            )
+        return {
+            group.chunks[row]: error for group in self._groups for row, error in (group.plans.failures or {}).items()
+        }
+
+
+def _side_by_side(asking: Mapping[int, SequenceAttention], num_single: int) -> tuple[list[int], list[int]]:
+    """The asking chunks that are computed together (single tokens without captures and functions), and the others."""
+    together = [chunk for chunk, asked in asking.items() if chunk < num_single and not asked.stands_alone]
+    if len(together) < 2:
+        return [], list(asking)
+    together.sort(key=lambda chunk: id(asking[chunk]))  # the same order in the next pass, whoever goes first there
+    return together, [chunk for chunk in asking if chunk not in together]

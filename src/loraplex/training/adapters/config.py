@@ -1,0 +1,100 @@
+"""What to train: one AdapterJob for each adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.names import check_name
+from loraplex.adapters.weights import Adapter
+from loraplex.errors import ConfigError, UnsupportedAdapterError
+from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
+from loraplex.training.core.checks import check_whole
+from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
+from loraplex.validation import is_finite
+
+LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder or hub id, or from memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterJob:
+    """One adapter to train: its data, the settings of its LoRA or linked residual, and its own optimisation."""
+
+    name: str
+    data: str | Path  # JSONL of conversations, prompts with completions, or texts (records.py)
+    eval_data: str | Path | None = None  # held-out records; None holds out a fraction of the data
+    lora: LoraConfig | None = None  # exactly one of lora and residual
+    residual: ResidualConfig | None = None  # train a linked residual instead
+    steps: StepsConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0  # of the first weights, the order of the data, the held-out split and the dropout
+    init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
+    after: Sequence[
+        tuple[LinkMember, float]
+    ] = ()  # adapters with weights that all rows go through; they stay as they are
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if any(part in ("", ".", "..") for part in self.name.split("/")):
+            raise ConfigError(
+                f"job {self.name!r} would be written outside of the output folder or to an odd place. Use "
+                "names without empty parts, '.' and '..', such as 'team/protein'."
+            )
+        check_whole(self, ("seed",), minimum=0, maximum=2**63 - 1)
+        self.evaluation.check_data(self.label, self.eval_data)
+        if (self.lora is None) == (self.residual is None):
+            raise ConfigError(
+                f"{self.label}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
+            )
+        for member, weight in self.after:
+            if not isinstance(member, LinkMember) or not is_finite(weight):
+                raise ConfigError(
+                    f"{self.label}: after has ({member!r}, {weight!r}); each entry is a folder, hub id, Adapter, "
+                    "LinkedResidual or SteeringVector with a finite weight."
+                )
+        if self.lora is not None:
+            _check_trainable(self.name, self.lora)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"job {self.name!r}"
+
+    @property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens from which on an aLoRA is active."""
+        return None if self.lora is None else self.lora.alora_invocation_tokens
+
+
+def check_jobs(jobs: "list[AdapterJob]") -> None:
+    """Raise ConfigError where jobs are missing or would write to the same place."""
+    if not jobs:
+        raise ConfigError("there are no jobs; give at least one AdapterJob.")
+    names = [job.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two jobs are called {name!r}. Give each adapter its own name; names: {names}.")
+        if f"{name}.diverged" in names:
+            raise ConfigError(
+                f"a job is called {name + '.diverged'!r}, where {name!r} would leave its last good weights."
+            )
+        inside = [parent.as_posix() for parent in PurePosixPath(name).parents if parent.as_posix() in names]
+        if inside:
+            raise ConfigError(f"job {name!r} would write into the folder of job {inside[0]!r}. Rename one of them.")
+
+
+def _check_trainable(name: str, lora: LoraConfig) -> None:
+    if lora.target_modules is None:
+        raise ConfigError(
+            f"job {name!r}: lora.target_modules is None; list the modules to adapt, such as ('q_proj', "
+            "'v_proj'), or set 'all-linear'."
+        )
+    if lora.use_dora:
+        raise UnsupportedAdapterError(
+            f"job {name!r}: use_dora is True, and DoRA can't be trained here: its gradient needs the norm of "
+            "the full merged weight of every module at every step, which shares nothing between the rows' "
+            "adapters. Set use_dora=False, or train it with PEFT; trained DoRA adapters can be loaded."
+        )
+    if lora.lora_dropout == 1:
+        raise ConfigError(f"job {name!r}: lora_dropout is 1, which drops everything; use a value below 1.")

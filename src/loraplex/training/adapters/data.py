@@ -1,0 +1,96 @@
+"""A job's training and held-out examples, and which of them a step takes."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraplex.errors import DatasetError
+from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.routing.invocation import invocation_start
+from loraplex.training.adapters.config import AdapterJob
+from loraplex.training.core.rng import Purpose, generator
+from loraplex.training.data.examples import Example, hold_out, load_examples, steps_per_epoch
+from loraplex.training.data.records import add_content, read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobData:
+    """What one job trains on and is evaluated on, in tokens."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    num_steps: int
+    steps_per_epoch: int
+    records_per_step: int
+    seed: int
+    digest: str  # of the files: a checkpoint belongs to their content
+    end_tokens: tuple[int, ...] = ()  # that answers are trained to end with
+
+    def examples_of_step(self, step: int) -> list[Example]:
+        """The records that step `step` (from 0) takes: every epoch goes through all, in its own order.
+
+        The last step of an epoch takes what is left.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        first = index * self.records_per_step
+        order = _order(self.seed, epoch, len(self.train))
+        return [self.train[number] for number in order[first : first + self.records_per_step]]
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    order: list[int] = torch.randperm(size, generator=generator(seed, Purpose.ORDER, epoch)).tolist()
+    return order
+
+
+def load_job_data(
+    job: AdapterJob, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds | None = None
+) -> JobData:
+    """Read, check, tokenize and split a job's data. Raises DatasetError or ConfigError."""
+    ends = ends or training_ends(None, tokenizer)
+    steps, evaluation = job.steps, job.evaluation
+    train = _load(job, job.data, tokenizer, vocab_size, ends)
+    digest = hashlib.sha256()
+    add_content(digest, job.data)
+    if job.eval_data is not None:
+        held_out = _load(job, job.eval_data, tokenizer, vocab_size, ends)
+        add_content(digest, job.eval_data)
+    else:
+        draw = generator(job.seed, Purpose.SPLIT)
+        train, held_out = hold_out(job.label, train, evaluation.eval_fraction, draw, str(job.data))
+    per_epoch = steps_per_epoch(len(train), steps.records_per_step)
+    return JobData(
+        train=train,
+        held_out=held_out[: evaluation.eval_records],
+        num_steps=steps.count(job.label, per_epoch, job.optimizer),
+        steps_per_epoch=per_epoch,
+        records_per_step=steps.records_per_step,
+        seed=job.seed,
+        digest=digest.hexdigest(),
+        end_tokens=ends.all,
+    )
+
+
+def _load(
+    job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds
+) -> list[Example]:
+    records, longest = read_records(path), job.steps.max_length
+    examples = load_examples(job.label, records, str(path), tokenizer, vocab_size, max_length=longest, ends=ends)
+    return [_with_invocation(job, example) for example in examples] if job.invocation is not None else examples
+
+
+def _with_invocation(job: AdapterJob, example: Example) -> Example:
+    """The example of an aLoRA's job, which is adapted from the last occurrence of its invocation on."""
+    tokens = job.invocation or ()
+    start = invocation_start(example.ids, tokens)
+    if start is not None:
+        return replace(example, first_adapted=start)
+    raise DatasetError(
+        f"{example.place} lacks the invocation tokens {list(tokens)} of the aLoRA job {job.name!r}, so "
+        "the adapter would stay off. End the prompt with them, or raise max_length if they are cut off."
+    )
