@@ -53,10 +53,11 @@ class PackedWeight(Tensor):
     ) -> Any:
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -71,7 +72,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         input = input.unpack() if isinstance(input, PackedWeight) else input
         return functional.linear(input, weight, bias)
     if torch.is_grad_enabled() and input.requires_grad:
-        return _Product.apply(input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+        return _Product.apply(input, weight, bias)
     return packed_linear(input, weight, bias)
 
 
