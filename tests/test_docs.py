@@ -19,12 +19,23 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
+from loraplex.cli.lazy import LazyCommand
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
 from loraplex.xlora.config import XLoraConfig
 from scripts.update_figures import DOCUMENTS, FILES, QUALITY, RESULTS, missing, updated
 
 ROOT = Path(__file__).parent.parent
-COMMANDS: Any = typer.main.get_command(cli)
+
+
+def loaded(command: Any) -> Any:
+    """A command of loraplex, and those below it, in the place of what stands for them until they run."""
+    command = command.load() if isinstance(command, LazyCommand) else command
+    if hasattr(command, "commands"):
+        command.commands = {name: loaded(below) for name, below in command.commands.items()}
+    return command
+
+
+COMMANDS: Any = loaded(typer.main.get_command(cli))
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "examples/*.md", "data/**/*.md")
