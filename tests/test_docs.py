@@ -38,7 +38,7 @@ def loaded(command: Any) -> Any:
 COMMANDS: Any = loaded(typer.main.get_command(cli))
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "data/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "data/**/*.md")
     for path in ROOT.glob(pattern)
 )
 
