@@ -2,9 +2,9 @@
 
     python tests/page_blocks.py docs/first-steps.md
 
-A page's Python blocks share their names, as if a reader typed them one after the other; `loraplex serve` stays until the
-page ends or serves again, on a port of its own. Trainings and loads are shortened (SHORTER). A block below the comment
-`<!-- not run: REASON -->` is left out.
+A page's Python blocks share their names, as if a reader typed them one after the other; `loraplex serve` stays until
+the page ends or serves again, on a port of its own. Trainings and loads are shortened (SHORTER). A block below the
+comment `<!-- not run: REASON -->` is left out.
 """
 
 import os
@@ -84,7 +84,6 @@ class Runner:
 
     def _serve(self, command: str) -> None:
         self.close()
-        self._port = _free_port()
         command = re.sub(r"(\s+#[^\n]*)?\n$", "", command.replace("--port 8000", "")) + f" --port {self._port}"
         print(command, flush=True)
         self._server = subprocess.Popen(["bash", "-c", "exec " + command], cwd=self._folder)
