@@ -44,9 +44,9 @@ setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the 
 
 setup-all: setup-extras setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
 
-demo: setup ## Eight adapters in one batch, and the same batch through PEFT
-	$(BIN)/loraplex demo
-	$(BIN)/python benchmarks/demo_peft.py
+demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
+	@$(BIN)/loraplex demo --no-hints
+	@$(BIN)/python benchmarks/demo_peft.py
 
 docs: setup ## The documentation as a site, build/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
