@@ -2,7 +2,7 @@
 
     python scripts/newcomer.py [--keep FOLDER]
 
-The home folder is empty: no caches, no models, no compiled kernels. What pip downloads is fetched first and timed apart.
+The home folder is empty: no caches, models or compiled kernels. What pip downloads is fetched first and timed apart.
 The commands are those that README.md and docs/first-steps.md show, read from these pages: a step that they don't name
 isn't taken. Ends with status 1 if the path takes more than six minutes after the downloads.
 """
