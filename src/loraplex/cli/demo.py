@@ -1,8 +1,9 @@
 """`loraplex demo`: requests that share forward passes, each through its own adapters."""
 
+import io
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -83,7 +84,8 @@ def demo(
     folders = names | demo_residuals(residuals)
     with step(console, f"{DEMO_MODEL}, {len(folders)} adapters and a mixture of {len(names)} are loaded") as status:
         status.update(f"loading {DEMO_MODEL} (the first time it is converted, 20 seconds) ...")
-        model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
+        with redirect_stderr(io.StringIO()):  # where transformers draws the conversion's bar, whatever its settings
+            model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
         for number, (name, folder) in enumerate(folders.items(), 1):
             status.update(f"loading adapter {number} of {len(folders)}: {name} ...")
             model.load_adapter(name, folder)
