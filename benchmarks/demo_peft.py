@@ -47,7 +47,7 @@ def load(
     return ours, peft_model.eval(), peft_names
 
 
-def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
+def main(dtype: str = "bfloat16", rounds: int = 2) -> None:
     quiet_transformers()
     console = Console(highlight=False)
     folders = demo_adapters(Path("examples/adapters"))

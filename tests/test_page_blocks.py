@@ -23,8 +23,9 @@ def test_every_block_is_found_and_one_that_is_not_run_says_why(page: str) -> Non
 
 
 def test_blocks_are_shortened_without_losing_an_option() -> None:
-    assert shortened("loraplex train adapters --steps 100 --rank 8") == "loraplex train adapters --steps 2 --rank 8"
-    assert shortened("TrainConfig(max_steps=100)") == "TrainConfig(max_steps=2)"
+    train = shortened("loraplex train adapters --steps 100 --rank 8")
+    assert train == "loraplex train adapters --steps 2 --eval-records 8 --rank 8"
+    assert shortened("AdapterJob(max_steps=100)") == "AdapterJob(max_steps=2, eval_records=8)"
 
 
 @pytest.mark.slow  # models are loaded, trained and served

@@ -72,7 +72,7 @@ def demo(
         "examples/residual/adapters"
     ),
     data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
-    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 48,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 24,
     output: Annotated[Path, typer.Option(help="Folder for the picture of the mixture's scalings.")] = Path("runs/demo"),
     dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
     hints: Annotated[bool, typer.Option(help="Say at the end what to try next.")] = True,
@@ -209,7 +209,7 @@ def requests_of(rows: list[DemoRow], sampling: SamplingParams, *, adapted: bool 
     ]
 
 
-def demo_speeds(engine: Engine, rows: list[DemoRow], rounds: int = 3) -> dict[str, float]:
+def demo_speeds(engine: Engine, rows: list[DemoRow], rounds: int = 2) -> dict[str, float]:
     """Best tokens/s of the batch with its adapters and with none, alternating; every run reads its prompts again."""
     sampling = SamplingParams(max_tokens=TIMED_TOKENS, ignore_eos=True)
     sides = {"mixed": requests_of(rows, sampling), "base": requests_of(rows, sampling, adapted=False)}
