@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import venv
 import zipfile
@@ -165,18 +164,19 @@ print(sorted({"torch", "transformers", "numpy", "fastapi", "matplotlib"} & set(s
     [(["-c", "from loraplex.cli.app import app; app()", "--help"], 0.7), (["-c", "import loraplex"], 0.1)],
 )
 def test_first_answer_comes_at_once(arguments: list[str], limit_s: float) -> None:
-    """The quickest of several: other tests run beside this one. Python's own start doesn't count for the import."""
+    """In seconds of a processor, the best of several: other tests run beside this one. Python's start is its own."""
 
-    def quickest(arguments: list[str]) -> float:
+    def best(arguments: list[str]) -> float:
         seconds = []
-        for _ in range(7):
-            start = time.perf_counter()
+        for _ in range(5):
+            before = os.times()
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-            seconds.append(time.perf_counter() - start)
+            after = os.times()
+            seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of children that have ended
         return min(seconds)
 
-    start_of_python = quickest(["-c", ""]) if limit_s < 0.5 else 0
-    assert quickest(arguments) - start_of_python < limit_s
+    start_of_python = best(["-c", ""]) if limit_s < 0.5 else 0
+    assert best(arguments) - start_of_python < limit_s
 
 
 # The wheel, in an environment of its own
