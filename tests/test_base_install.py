@@ -130,7 +130,7 @@ def test_losses_are_left_to_the_log_without_the_extra_of_plots(tmp_path: Path) -
     program = f"""
 from pathlib import Path
 from loraplex.training.core.plots import plot_losses
-plot_losses(None, "", Path({str(tmp_path / "losses.png")!r}))
+plot_losses(None, Path({str(tmp_path / "losses.png")!r}))
 """
     result = run_without("plots", program=program)
     assert result.returncode == 0
