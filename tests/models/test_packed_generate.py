@@ -254,7 +254,7 @@ def test_a_model_without_room_for_its_keys_is_left_to_transformers(llama, monkey
     small = EngineConfig(prefix_cache=False, cache_bytes=1)
     monkeypatch.setattr("loraplex.engine.packed_generate.EngineConfig", lambda **_: small)
     ids = batch()["input_ids"][1:2]
-    with pytest.raises(RequestError, match="packed=True, but .*cache_bytes"):
+    with pytest.raises(RequestError, match=r"packed=True, but .*cache_bytes"):
         llama.generate(ids, packed=True, max_new_tokens=2)
     assert llama.generate(ids, max_new_tokens=2).shape == (1, max(LENGTHS) + 2)
 
