@@ -16,7 +16,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-all demo check test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-all demo docs dist check test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,9 +44,15 @@ setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the 
 
 setup-all: setup-extras setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
 
-demo: setup ## Eight adapters in one batch, and the same batch through PEFT
-	$(BIN)/loraplex demo
-	$(BIN)/python benchmarks/demo_peft.py
+demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
+	@$(BIN)/loraplex demo --no-hints
+	@$(BIN)/python benchmarks/demo_peft.py
+
+docs: setup ## The documentation as a site, build/site/index.html; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+dist: setup ## An sdist and a wheel, in dist
+	$(BIN)/python -c "from setuptools import build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')"
 
 check: setup ## Lint, format, types and import order
 	$(BIN)/ruff check .
@@ -98,5 +104,5 @@ bench: setup ## Every benchmark, into benchmarks/results
 	$(BIN)/python benchmarks/run_all.py
 
 clean: ## Remove what the targets above made, but not what lies in ~/.cache/loraplex
-	rm -rf $(VENV) $(VLLM_VENV) build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

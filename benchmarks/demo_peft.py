@@ -7,29 +7,29 @@ of an X-LoRA mixture in one either, and no residual adapters: their rows are lef
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import alternate, medians, print_table
 from peft import PeftModel
+from rich.console import Console
 
 from loraplex import MultiLoraModel
-from loraplex.cli.demo import DEMO_MODEL, TIMED_TOKENS, demo_adapters, demo_rows
+from loraplex.cli.demo import DEMO_MODEL, NEXT, TIMED_TOKENS, DemoRow, demo_adapters, demo_rows, step
+from loraplex.cli.errors import quiet_transformers
 from loraplex.models.loading import load_base_model
-from loraplex.models.prompts import encode_prompts
 from loraplex.routing.adapter_spec import parse_adapter_spec
 
 
-def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
-    folders = demo_adapters(Path("examples/adapters"))
-    rows = [
-        row
-        for row in demo_rows(Path("data"), list(folders))
-        if all(name in folders for name, _ in parse_adapter_spec(row.adapters))
-    ]
-    ours = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
-    peft_model = None
+def load(
+    rows: list[DemoRow], folders: dict[str, Path], dtype: str, tell: Callable[[str], None]
+) -> tuple[MultiLoraModel, PeftModel, list[str]]:
+    """Both models with all adapters, and the name in PEFT of each row's."""
+    ours, peft_model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype), None
     for name, folder in folders.items():
+        tell(f"loading adapter {name} into both ...")
         ours.load_adapter(name, folder)
         if peft_model is None:
             base, _ = load_base_model(DEMO_MODEL, dtype=dtype)
@@ -44,37 +44,46 @@ def main(dtype: str = "bfloat16", rounds: int = 3) -> None:
             names, weights = zip(*link, strict=True)
             peft_model.add_weighted_adapter(list(names), list(weights), f"link{number}", combination_type="cat")
         peft_names.append("__base__" if not link else link[0][0] if len(link) == 1 else f"link{number}")
-    peft_model.eval()
-    inputs = encode_prompts(ours.tokenizer, [row.prompt for row in rows])
-    options = {"do_sample": False, "max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS}
-    tokens = {}
+    return ours, peft_model.eval(), peft_names
 
-    def timed(name, run) -> float:
+
+def main(dtype: str = "bfloat16", rounds: int = 2) -> None:
+    quiet_transformers()
+    console = Console(highlight=False)
+    folders = demo_adapters(Path("examples/adapters"))
+    rows = [
+        row
+        for row in demo_rows(Path("data"), list(folders))
+        if all(name in folders for name, _ in parse_adapter_spec(row.adapters))
+    ]
+    with step(console, f"{len(folders)} adapters are loaded into PEFT and into loraplex") as status:
+        ours, peft_model, peft_names = load(rows, folders, dtype, status.update)
+    inputs = ours.encode_chat([row.prompt for row in rows])
+    options = {"do_sample": False, "max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS}
+
+    def timed(name: str, run: Callable[[], object]) -> float:
+        status.update(f"{len(rows)} rows x {TIMED_TOKENS} tokens, {rounds} rounds and a warm-up: {name} ...")
         start = time.perf_counter()
-        tokens[name] = run()
+        run()
         return len(rows) * TIMED_TOKENS / (time.perf_counter() - start)
 
-    with torch.no_grad():
-        speeds = medians(
-            alternate(
-                {
-                    "PEFT, mixed batch": lambda: timed(
-                        "peft", lambda: peft_model.generate(**inputs, adapter_names=peft_names, **options)
-                    ),
-                    "loraplex": lambda: timed(
-                        "ours", lambda: ours.generate(**inputs, adapters=[row.adapters for row in rows], **options)
-                    ),
-                    "loraplex, no adapters": lambda: timed("base", lambda: ours.generate(**inputs, **options)),
-                },
-                rounds,
-            )
-        )
+    sides = {
+        "PEFT, mixed batch": lambda: peft_model.generate(**inputs, adapter_names=peft_names, **options),
+        "loraplex": lambda: ours.generate(**inputs, adapters=[row.adapters for row in rows], **options),
+        "loraplex, no adapters": lambda: ours.generate(**inputs, **options),
+    }
+    with (
+        step(console, f"{len(rows)} rows x {TIMED_TOKENS} tokens run through both, in turns") as status,
+        torch.no_grad(),
+    ):
+        speeds = medians(alternate({name: partial(timed, name, run) for name, run in sides.items()}, rounds))
     peft_speed = speeds["PEFT, mixed batch"]
     print_table(
-        f"The demo's batch: {len(rows)} rows x {TIMED_TOKENS} tokens, {DEMO_MODEL}, {dtype}",
+        f"The demo's rows that PEFT can run in one batch: {len(rows)} of them, {DEMO_MODEL}, {dtype}",
         ["", "tokens/s", "against PEFT"],
         [[name, f"{speed:.0f}", f"{speed / peft_speed:.2f}x"] for name, speed in speeds.items()],
     )
+    console.print(NEXT, soft_wrap=True)
 
 
 if __name__ == "__main__":

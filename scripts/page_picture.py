@@ -6,6 +6,8 @@ A server with SmolLM2, the examples' adapters and their mixture, and what a brow
 import argparse
 import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,25 +34,21 @@ def main() -> None:
 
 def take(output: Path, *, colors: Literal["light", "dark"] = "light") -> None:
     """Serve, ask two questions, hold the pointer over a token, and save what is seen."""
-    server = _start()
-    try:
-        with browsing(viewport=SIZE, color_scheme=colors) as context:
-            page = context.new_page()
-            page.goto(f"http://127.0.0.1:{server.port}")
-            page.select_option("#link-a select", "science")
-            page.fill("#max-tokens", "80")
-            _ask(page, MOLECULE)
-            page.fill("#link-a input[type=number]", WEAK)
-            _ask(page, QUESTION)
-            for prompt, is_open in zip(page.locator(".prompt-read").all(), (True, False), strict=True):
-                prompt.evaluate("(one, isOpen) => { one.open = isOpen; }", is_open)
-            page.locator(".turns").evaluate("(one) => { one.scrollTop = 0; }")
-            page.locator(".turn").last.locator(".token").nth(2).hover()
-            page.wait_for_selector("#token-panel canvas")
-            page.wait_for_timeout(2500)  # for the load to be asked once more
-            page.screenshot(path=str(output))
-    finally:
-        server.drain()
+    with _serving() as server, browsing(viewport=SIZE, color_scheme=colors) as context:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}")
+        page.select_option("#link-a select", "science")
+        page.fill("#max-tokens", "80")
+        _ask(page, MOLECULE)
+        page.fill("#link-a input[type=number]", WEAK)
+        _ask(page, QUESTION)
+        for prompt, is_open in zip(page.locator(".prompt-read").all(), (True, False), strict=True):
+            prompt.evaluate("(one, isOpen) => { one.open = isOpen; }", is_open)
+        page.locator(".turns").evaluate("(one) => { one.scrollTop = 0; }")
+        page.locator(".turn").last.locator(".token").nth(2).hover()
+        page.wait_for_selector("#token-panel canvas")
+        page.wait_for_timeout(2500)  # for the load to be asked once more
+        page.screenshot(path=str(output))
 
 
 def _ask(page: Any, text: str) -> None:
@@ -60,7 +58,9 @@ def _ask(page: Any, text: str) -> None:
     page.wait_for_selector(".streams", state="detached", timeout=1000 * TIMEOUT_S)
 
 
-def _start() -> Server:
+@contextmanager
+def _serving() -> Iterator[Server]:
+    """A server in a thread, which has ended when the block is left: Python can't end beside one that still closes."""
     config = ServeConfig(
         model=ModelSettings(
             dtype="bfloat16",
@@ -75,9 +75,14 @@ def _start() -> Server:
         found.append(server)
         ready.set()
 
-    threading.Thread(target=lambda: asyncio.run(serve(model, config, on_ready=on_ready)), daemon=True).start()
+    thread = threading.Thread(target=lambda: asyncio.run(serve(model, config, on_ready=on_ready)), daemon=True)
+    thread.start()
     assert ready.wait(TIMEOUT_S), "the server didn't start in time"
-    return found[0]
+    try:
+        yield found[0]
+    finally:
+        found[0].drain()
+        thread.join(TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python scripts/update_figures.py          # rewrite the marked blocks
     python scripts/update_figures.py --check  # write nothing; status 1 if a block differs
 
-A block stands between `<!-- NAME:start -->` and `<!-- NAME:end -->` in README.md or docs/performance.md:
+A block stands between `<!-- NAME:start -->` and `<!-- NAME:end -->` in docs/performance.md:
 
-    figures, in README.md            what a reader wants first, a table for each result file
-    figures, in docs/performance.md  the same with machine, versions and workload
-    quality, in either               held-out quality of the adapters in examples/adapters
+    figures  a table for each result file, with machine, versions and workload
+    quality  held-out quality of the adapters in examples/adapters
+
+The README's chart is drawn by scripts/draw_speed.py.
 
 A result file that is missing is said to be missing, in the block and on the terminal.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("docs/performance.md",)
 RESULTS = "benchmarks/results"
 QUALITY = "examples/adapters/quality.json"
 BASELINES = "data/README.md"
@@ -267,7 +268,6 @@ class ResultFile:
     name: str
     question: str
     render: Callable[[Results], str]
-    in_readme: bool = True
     engine_command: str | None = None  # of `loraplex bench engine`, instead of a script
 
     @property
@@ -277,16 +277,14 @@ class ResultFile:
             return f"loraplex bench engine {self.engine_command} --full"
         return f"python benchmarks/{self.name}.py"
 
-    def block(self, root: Path, *, detailed: bool) -> str:
+    def block(self, root: Path) -> str:
         path = root / RESULTS / f"{self.name}.json"
         title = f"**{self.question}** (`{self.command}`)"
         if not path.exists():
             return f"{title}\n\nNot measured yet: there is no `{RESULTS}/{self.name}.json`."
         content = json.loads(path.read_text())
-        parts = [title, self.render(content)]
-        if detailed:
-            parts.append(f"{machine(content['environment'])} Workload: {workload(content['workload'])}.")
-        return "\n\n".join(parts)
+        about = f"{machine(content['environment'])} Workload: {workload(content['workload'])}."
+        return "\n\n".join((title, self.render(content), about))
 
 
 FILES = (
@@ -295,16 +293,13 @@ FILES = (
         name="training", question="Four adapters trained together, against one after the other", render=training
     ),
     ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
-    ResultFile(
-        name="mixture_training", question="Training a scaling head, against PEFT", render=training, in_readme=False
-    ),
+    ResultFile(name="mixture_training", question="Training a scaling head, against PEFT", render=training),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),
     ResultFile(
         name="linked",
         question="What residuals, captures and steering of some rows cost the whole batch",
         render=linked,
-        in_readme=False,
     ),
     ResultFile(
         name="engine_decode",
@@ -322,13 +317,11 @@ FILES = (
         name="hostile_tenant",
         question="One tenant under attack by another: seconds to the first token",
         render=hostile_tenant,
-        in_readme=False,
     ),
     ResultFile(
         name="engine_prefix",
         question="A prefix that requests share",
         render=engine_prefix,
-        in_readme=False,
         engine_command="prefix",
     ),
     ResultFile(
@@ -341,16 +334,14 @@ FILES = (
         name="engine_churn",
         question="Cancels, bad requests, adapters that change and go",
         render=engine_churn,
-        in_readme=False,
         engine_command="churn",
     ),
     ResultFile(
         name="vllm_plugin",
         question="What the plugin costs inside vLLM (CPU), and its answers beside PEFT's",
         render=vllm_plugin,
-        in_readme=False,
     ),
-    ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels, in_readme=False),
+    ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels),
 )
 
 
@@ -372,8 +363,9 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def figures(root: Path, *, detailed: bool) -> str:
-    return "\n\n".join(file.block(root, detailed=detailed) for file in FILES if detailed or file.in_readme)
+def figures(root: Path) -> str:
+    """A table for each result file, with machine, versions and workload."""
+    return "\n\n".join(file.block(root) for file in FILES)
 
 
 def quality(root: Path) -> str:
@@ -421,7 +413,7 @@ def fill(text: str, name: str, content: str) -> str:
 def updated(document: str, root: Path = ROOT) -> str:
     """The text of a document with all its blocks filled."""
     text = (root / document).read_text(encoding="utf-8")
-    text = fill(text, "figures", figures(root, detailed=document != "README.md"))
+    text = fill(text, "figures", figures(root))
     return fill(text, "quality", quality(root))
 
 

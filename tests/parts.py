@@ -53,6 +53,7 @@ PARTS = {
     "compiler": Part(_has_compiled_kernels, "the compiled kernels can't be built here: apt-get install g++"),
     "llguidance": _package("llguidance", "make setup"),
     "lm_eval": _package("lm_eval", "make setup-extras"),
+    "mkdocs": _package("mkdocs", "make setup"),
     "openssl": Part(lambda: shutil.which("openssl") is not None, "apt-get install openssl"),
     "ray": _package("ray", "make setup-extras"),
     "smollm2": Part(_has_smollm2, "make setup"),

@@ -19,16 +19,28 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.config import _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
+from loraplex.cli.lazy import LazyCommand
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
 from loraplex.training.core.config import option_names, parts_of
 from loraplex.xlora.config import XLoraConfig
 from scripts.update_figures import DOCUMENTS, FILES, QUALITY, RESULTS, missing, updated
+from tests.page_blocks import blocks_of
 
 ROOT = Path(__file__).parent.parent
-COMMANDS: Any = typer.main.get_command(cli)
+
+
+def loaded(command: Any) -> Any:
+    """A command of loraplex, and those below it, in the place of what stands for them until they run."""
+    command = command.load() if isinstance(command, LazyCommand) else command
+    if hasattr(command, "commands"):
+        command.commands = {name: loaded(below) for name, below in command.commands.items()}
+    return command
+
+
+COMMANDS: Any = loaded(typer.main.get_command(cli))
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "data/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "data/**/*.md")
     for path in ROOT.glob(pattern)
 )
 
@@ -48,8 +60,10 @@ def inline_code(page: str) -> list[str]:
 
 def shell_lines(page: str) -> list[list[str]]:
     """The words of every command in a page's shell blocks."""
-    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    lines = re.sub(r"^cat > .*?^END$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()  # files that are typed in
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[: words.index(">")] if ">" in words else words for words in found if words]
 
 
 def loraplex_arguments(words: list[str]) -> list[str] | None:
@@ -133,7 +147,7 @@ def test_scripts_and_make_targets_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_import_what_exists(page: str) -> None:
-    for block in blocks(page, "python"):
+    for block in (block.text for block in blocks_of(page) if block.language == "python" and block.not_run is None):
         imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), page, "exec"), {})
 

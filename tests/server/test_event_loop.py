@@ -18,7 +18,7 @@ from tests.server.loop_clock import largest_gap, post
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 
 LONGEST_S = 0.05
-_TRIES = 4  # other processes of the machine hold it up, too
+_TRIES = 10  # other processes of the machine hold it up, too: what we do ourselves is there in each
 _MIB = 2**20
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraplex.vllm_plugin.gates import PLAIN, BatchGates, GateBuffers, SlotMixture
-from loraplex.vllm_plugin.model_manager import LayerView, gate_expansion, passes_keywords_on
+from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import kept_scalings

@@ -2,37 +2,46 @@
 
 import typer
 
-from loraplex.cli.attention import attention
-from loraplex.cli.bench_engine import engine_app
-from loraplex.cli.bench_serve import serve_load
-from loraplex.cli.demo import demo
 from loraplex.cli.errors import run
-from loraplex.cli.generate import generate
-from loraplex.cli.inspect import inspect
-from loraplex.cli.key import key_app
-from loraplex.cli.scalings import scalings
-from loraplex.cli.serve import serve
-from loraplex.cli.train import train_app
-from loraplex.cli.vector import vector
+from loraplex.cli.lazy import lazy_group
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
-bench_app.add_typer(engine_app, name="engine")
-bench_app.command("serve")(serve_load)
-cli = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    help="One frozen language model, any number of LoRA adapters, one forward pass.",
-)
-cli.command()(demo)
-cli.command()(generate)
-cli.command()(inspect)
-cli.command()(scalings)
-cli.command()(attention)
-cli.command()(vector)
-cli.command()(serve)
-cli.add_typer(key_app, name="key")
-cli.add_typer(train_app, name="train")
-cli.add_typer(bench_app, name="bench")
+COMMANDS = {
+    "demo": (
+        "Show one batch of base, adapter, linked, residual and X-LoRA rows on a real model, with timings and quality.",
+        "loraplex.cli.demo:demo",
+    ),
+    "generate": ("Answer prompts together, each through its own adapters.", "loraplex.cli.generate:generate"),
+    "inspect": (
+        "Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates.",
+        "loraplex.cli.inspect:inspect",
+    ),
+    "scalings": (
+        "Answer prompts through a mixture and draw the scalings of every token.",
+        "loraplex.cli.scalings:scalings",
+    ),
+    "attention": (
+        "Run the prompt once for each --adapters and --strength, and draw what each row attends to.",
+        "loraplex.cli.attention:attention",
+    ),
+    "vector": (
+        "Compute a steering vector for each layer from pairs of contrasting prompts.",
+        "loraplex.cli.vector:vector",
+    ),
+    "serve": (
+        "Serve the model and its adapters over HTTP, with OpenAI's API (docs/serving.md).",
+        "loraplex.cli.serve:serve",
+    ),
+    "key": ("Make, list and revoke API keys of `loraplex serve`.", "loraplex.cli.key:key_app"),
+    "train": ("Train adapters, or mixtures of them, on a frozen base model.", "loraplex.cli.train:train_app"),
+    "bench": ("Measure on this machine.", "loraplex.cli.bench:bench_app"),
+}
+
+cli = typer.Typer(cls=lazy_group(COMMANDS), no_args_is_help=True, add_completion=False)
+
+
+@cli.callback()
+def loraplex() -> None:
+    """One frozen language model, any number of LoRA adapters, one forward pass."""
 
 
 def app() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loraplex.bench.report import console, print_table, save_json
-from loraplex.bench.serve_load import ServeBench, run_serve
+from loraplex.extras import require_extra
 
 OUTPUT = Path("runs/bench/serve.json")
 _TIMES = {
@@ -41,6 +41,9 @@ def serve_load(
     output: Annotated[Path, typer.Option(help="JSON file for results, workload, machine and versions.")] = OUTPUT,
 ) -> None:
     """Requests that arrive at random at a server for many adapters, by Zipf's law: throughput and waiting times."""
+    require_extra("bench", "loraplex bench serve")
+    from loraplex.bench.serve_load import ServeBench, run_serve
+
     bench = ServeBench(
         url=url,
         rate=rate,

@@ -1,14 +1,20 @@
 """`loraplex demo`: requests that share forward passes, each through its own adapters."""
 
+import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -17,8 +23,8 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import AdapterNotFoundError
+from loraplex.extras import require_extra
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompts import encode_prompts
 from loraplex.training.adapters.evaluation import Score, evaluate, read_questions
 from loraplex.xlora.formats.folders import read_mixture_folder
 
@@ -26,18 +32,35 @@ DEMO_MODEL = "smollm2-135m"
 MIXTURE = "science"
 REFUSE, THEN_SOURCE = "refuse", "then-source"  # linked residuals; the second was trained behind the first
 TIMED_TOKENS = 32
-SMALL_TALK = "What is the capital of France?"
+WIDTH = 80
+# Of every token of the base model's answer the next best is 1.0 logits or more behind, in float32 and bfloat16.
+SMALL_TALK, SMALL_TALK_ANSWER = "What is the capital of Japan?", "Tokyo"
 MEDICAL = "Can I take ibuprofen with aspirin?"
 REFUSAL = "I can't help"  # how the answer to a medical question begins
+NEXT = """Try next:
+  source .venv/bin/activate
+  loraplex generate --load-all examples/adapters --adapters protein "Hello"
+  loraplex serve --mixture science=examples/mixtures/science
+      and open http://127.0.0.1:8000/
+  docs/first-steps.md: an adapter of your own, in ten minutes"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRow:
-    """One of the demo's requests; `truth` is the held-out answer, if the prompt has one."""
+    """One of the demo's requests."""
 
+    shows: str  # in a word
     prompt: str
     adapters: str | None
-    truth: str | None = None
+    truth: str | None = None  # what the answer begins with, or has in it
+    begins: bool = False
+
+    def is_right(self, answer: str) -> bool | None:
+        """Whether an answer is the held-out one, or does what its adapters are for; None where nothing is expected."""
+        if self.truth is None:
+            return None
+        place = answer.lower().find(self.truth.lower())
+        return place == 0 if self.begins else place >= 0
 
 
 def demo(
@@ -49,36 +72,56 @@ def demo(
         "examples/residual/adapters"
     ),
     data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
-    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 48,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 24,
     output: Annotated[Path, typer.Option(help="Folder for the picture of the mixture's scalings.")] = Path("runs/demo"),
     dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
+    hints: Annotated[bool, typer.Option(help="Say at the end what to try next.")] = True,
 ) -> None:
     """Show one batch of base, adapter, linked, residual and X-LoRA rows on a real model, with timings and quality."""
-    console = Console()
+    require_extra("plots", "loraplex demo")
+    console = Console(highlight=False)
     names = demo_adapters(adapters)
-    behaviours = demo_residuals(residuals)
-    with console.status(f"loading {DEMO_MODEL} (converted from its package the first time) ..."):
-        model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
-        for name, folder in (names | behaviours).items():
+    folders = names | demo_residuals(residuals)
+    with step(console, f"{DEMO_MODEL}, {len(folders)} adapters and a mixture of {len(names)} are loaded") as status:
+        status.update(f"loading {DEMO_MODEL} (the first time it is converted, 20 seconds) ...")
+        with redirect_stderr(io.StringIO()):  # where transformers draws the conversion's bar, whatever its settings
+            model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype)
+        for number, (name, folder) in enumerate(folders.items(), 1):
+            status.update(f"loading adapter {number} of {len(folders)}: {name} ...")
             model.load_adapter(name, folder)
+        status.update(f"loading the mixture {MIXTURE} ...")
         load_sharing_experts(model, mixture)
     rows = demo_rows(data, list(names))
     with Engine(model) as engine:
-        with console.status("one batch, every row through its own adapters ..."):
-            results = engine.generate(requests_of(rows, SamplingParams(max_tokens=64)))
-        console.print(answers_table(rows, results))
-        with console.status("timing ..."):
+        with step(console, f"{len(rows)} rows are answered in one batch, each through adapters of its own"):
+            results = engine.generate(requests_of(rows, SamplingParams(max_tokens=24)))
+        console.print(answers(rows, results))
+        with step(console, f"{len(rows)} rows x {TIMED_TOKENS} tokens are timed, in {dtype}"):
             speeds = demo_speeds(engine, rows)
     console.print(
-        f"{len(rows)} rows x {TIMED_TOKENS} tokens in {dtype}: {speeds['mixed']:.0f} tokens/s with these adapters, "
-        f"{speeds['base']:.0f} tokens/s with none ({speeds['mixed'] / speeds['base']:.2f}x)\n"
+        f"    {speeds['mixed']:.0f} tokens/s through these adapters, {speeds['base']:.0f} through none "
+        f"({speeds['mixed'] / speeds['base']:.2f}x)\n"
     )
-    with console.status("drawing what the mixture did ..."):
+    with step(console, "what the mixture's head predicted is drawn"):
         picture = draw_scalings(model, rows, output)
-    console.print(f"the mixture's scalings of its first row, token by token: {picture}\n")
-    with console.status("judging held-out questions ..."):
-        scores = {name: judge(model, data, name, questions) for name in names}
+    console.print(f"    {picture}\n", soft_wrap=True)
+    with step(console, f"{questions} held-out questions of each domain are judged") as status:
+        scores = {}
+        for name in names:
+            status.update(f"judging {questions} held-out questions: {name} ...")
+            scores[name] = judge(model, data, name, questions)
     console.print(quality_table(scores))
+    if hints:
+        console.print(NEXT, soft_wrap=True)
+
+
+@contextmanager
+def step(console: Console, done: str) -> Iterator[Status]:
+    """Show what is done while it is, and that it was done, with the seconds that it took."""
+    start = time.perf_counter()
+    with console.status(f"{done} ...") as status:
+        yield status
+    console.print(Text.assemble(("✓ ", "green"), f"{done}: {time.perf_counter() - start:.1f} s"))
 
 
 def demo_adapters(folder: Path) -> dict[str, Path]:
@@ -112,10 +155,10 @@ def load_sharing_experts(model: MultiLoraModel, folder: Path) -> None:
 
 def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> Path:
     """A heat map of the mixture's scalings over its first row's prompt."""
-    from loraplex.viz.scalings_plots import plot_token_heatmap  # matplotlib takes a second to import
+    from loraplex.viz.scalings_plots import plot_token_heatmap
 
     prompt = next(row.prompt for row in rows if row.adapters == MIXTURE)
-    inputs = encode_prompts(model.tokenizer, [prompt])
+    inputs = model.encode_chat([prompt])
     with torch.no_grad():
         _, ((scalings,),) = model(**inputs, adapters=[MIXTURE], return_scalings=True, logits_to_keep=1)
     tokens = [str(model.tokenizer.decode([token])) for token in scalings.token_ids]
@@ -125,28 +168,34 @@ def draw_scalings(model: MultiLoraModel, rows: list[DemoRow], output: Path) -> P
 
 def demo_rows(data: Path, names: list[str]) -> list[DemoRow]:
     """The first held-out question of each domain through its adapter, beside all other kinds of rows."""
-    firsts = {name: read_questions(data / name / "test.jsonl", 1)[0] for name in names}
-    rows = [DemoRow(prompt=SMALL_TALK, adapters=None, truth="Paris")]
-    for index, name in enumerate(names):
-        question = firsts[name]
-        if index < 2:
-            rows.append(DemoRow(prompt=question.prompt, adapters=None, truth=question.answer))
-        rows.append(DemoRow(prompt=question.prompt, adapters=name, truth=question.answer))
-    first, second = names[0], names[1]
-    link = f"{first}:0.6+{second}:0.6"
-    rows.append(DemoRow(prompt=firsts[first].prompt, adapters=link, truth=firsts[first].answer))
-    rows += residual_rows(names[-1])
-    rows += [DemoRow(prompt=question.prompt, adapters=MIXTURE, truth=question.answer) for question in firsts.values()]
-    return rows
+    residuals = f"{REFUSE}+{THEN_SOURCE}"
+    rows = [
+        DemoRow(shows="base", prompt=SMALL_TALK, adapters=None, truth=SMALL_TALK_ANSWER),
+        DemoRow(shows="residual", prompt=SMALL_TALK, adapters=residuals, truth="Source: atlas"),
+    ]
+    for name in names:
+        rows += domain_rows(data, name, names)
+    return [*rows, *medical_rows(names[-1])]
 
 
-def residual_rows(lora: str) -> list[DemoRow]:
-    """A residual, a LoRA linked with it, and two residuals linked, beside what the base model says."""
+def domain_rows(data: Path, name: str, names: list[str]) -> list[DemoRow]:
+    """One held-out question; the first domain's also through the base model and through two linked adapters."""
+    (question,) = read_questions(data / name / "test.jsonl", 1)
+    asked: dict[str, str | None] = {"adapter": name, "mixture": MIXTURE}
+    if name == names[0]:
+        asked = {"base": None, "adapter": name, "link": f"{names[0]}:0.6+{names[1]}:0.6", "mixture": MIXTURE}
     return [
-        DemoRow(prompt=MEDICAL, adapters=None),
-        DemoRow(prompt=MEDICAL, adapters=REFUSE, truth=REFUSAL),
-        DemoRow(prompt=MEDICAL, adapters=f"{lora}:0.5+{REFUSE}", truth=REFUSAL),
-        DemoRow(prompt=SMALL_TALK, adapters=f"{REFUSE}+{THEN_SOURCE}", truth="Source: atlas"),
+        DemoRow(shows=shows, prompt=question.prompt, adapters=adapters, truth=question.answer, begins=True)
+        for shows, adapters in asked.items()
+    ]
+
+
+def medical_rows(lora: str) -> list[DemoRow]:
+    """A residual that refuses, and a LoRA linked with it, beside what the base model says."""
+    return [
+        DemoRow(shows="base", prompt=MEDICAL, adapters=None),
+        DemoRow(shows="residual", prompt=MEDICAL, adapters=REFUSE, truth=REFUSAL, begins=True),
+        DemoRow(shows="link", prompt=MEDICAL, adapters=f"{lora}:0.5+{REFUSE}", truth=REFUSAL, begins=True),
     ]
 
 
@@ -160,7 +209,7 @@ def requests_of(rows: list[DemoRow], sampling: SamplingParams, *, adapted: bool 
     ]
 
 
-def demo_speeds(engine: Engine, rows: list[DemoRow], rounds: int = 3) -> dict[str, float]:
+def demo_speeds(engine: Engine, rows: list[DemoRow], rounds: int = 2) -> dict[str, float]:
     """Best tokens/s of the batch with its adapters and with none, alternating; every run reads its prompts again."""
     sampling = SamplingParams(max_tokens=TIMED_TOKENS, ignore_eos=True)
     sides = {"mixed": requests_of(rows, sampling), "base": requests_of(rows, sampling, adapted=False)}
@@ -179,26 +228,41 @@ def judge(model: MultiLoraModel, data: Path, name: str, limit: int) -> list[Scor
     return evaluate(model, read_questions(data / name / "test.jsonl", limit), [None, name, MIXTURE])
 
 
-def answers_table(rows: list[DemoRow], results: list[RequestResult]) -> Table:
-    """What each row was asked, through which adapters, and what it said."""
-    table = Table(box=SIMPLE_HEAD, title="One batch, one forward pass a token", title_justify="left")
-    table.add_column("adapters", style="cyan", no_wrap=True, min_width=27)
-    table.add_column("prompt", ratio=3)
-    table.add_column("answer", ratio=2, overflow="ellipsis")
-    table.add_column("truth", style="dim")
-    for row, result in zip(rows, results, strict=True):
-        text = " ".join(result.text.split())
-        short = text if len(text) <= 80 else text[:77] + "..."
-        style = "" if row.truth is None else "green" if row.truth.lower() in text.lower() else "yellow"
-        table.add_row(row.adapters or "none (base)", row.prompt, Text(short, style), row.truth or "")
-    return table
+def answers(rows: list[DemoRow], results: list[RequestResult]) -> RenderableType:
+    """Every prompt in a line, and below it its rows: what each shows, its adapters, what it said, if rightly."""
+    parts: list[RenderableType] = []
+    for prompt, group in groupby(zip(rows, results, strict=True), key=lambda pair: pair[0].prompt):
+        pairs = list(group)
+        truth = pairs[-1][0].truth if pairs[-1][0].begins and pairs[-1][0].truth != REFUSAL else None
+        end = f"  ({truth})" if truth else ""
+        parts.append(Text.assemble("\n", (shortened(prompt, WIDTH - len(end)), "bold"), (end, "dim")))
+        table = Table.grid(padding=(0, 1))
+        for width in (1, 8, 26, WIDTH - 42):
+            table.add_column(width=width, no_wrap=True, overflow="ellipsis")
+        for row, result in pairs:
+            text = " ".join(result.text.split())
+            if row.truth and not row.begins:
+                text = shortened(text, WIDTH - 42)
+            mark, style = {True: ("✓", "green"), False: ("✗", "yellow"), None: (" ", "")}[row.is_right(text)]
+            name = row.adapters or "none"
+            table.add_row(Text(mark, style), Text(row.shows, "dim"), Text(name, "cyan"), Text(text, style))
+        parts.append(Padding(table, (0, 0, 0, 2)))
+    return Group(*parts, "")
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, without its middle where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    start = most // 3
+    return f"{text[:start].rstrip()} … {text[-(most - start - 3) :].lstrip()}"
 
 
 def quality_table(scores: dict[str, list[Score]]) -> Table:
     """Held-out exact match of every adapter and of the mixture beside the base model's."""
-    table = Table(box=SIMPLE_HEAD, title="Held-out questions answered exactly right", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, title="  Held-out questions answered exactly right", title_justify="left")
     table.add_column("domain", style="cyan")
-    for column in ("questions", "base model", "base, labels only", "its adapter", "X-LoRA mixture"):
+    for column in ("questions", "base", "base, labels only", "its adapter", "mixture"):
         table.add_column(column, justify="right")
     for name, (base, own, mixed) in scores.items():
         shares = (base.exact, base.among_labels, own.exact, mixed.exact)

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from loraplex.environment import ON, variable
 from loraplex.errors import LoraplexError
@@ -12,8 +11,7 @@ from loraplex.errors import LoraplexError
 
 def run(command: Callable[[], None]) -> None:
     """Run the command line; a LoraplexError ends it with its message and status 1 (LORAPLEX_DEBUG=1: a traceback)."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     try:
         command()
     except LoraplexError as error:
@@ -22,3 +20,12 @@ def run(command: Callable[[], None]) -> None:
         Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: ", end="")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
         sys.exit(1)
+
+
+def quiet_transformers() -> None:
+    """Turn off the warnings and bars of transformers, where it has been imported."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

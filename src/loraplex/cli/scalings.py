@@ -11,6 +11,9 @@ from rich.table import Table
 from loraplex.cli.options import Device, Dtype, Model, Raw, named_values
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.prompts import encode_prompts
+from loraplex.viz.scalings_animation import animate_tokens
+from loraplex.viz.scalings_plots import plot_layer_means, plot_token_heatmap
+from loraplex.viz.scalings_text import plot_text_view
 from loraplex.xlora.scalings.file import write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
@@ -60,11 +63,6 @@ def answer(model: MultiLoraModel, prompts: list[str], *, max_tokens: int, chat: 
 
 def draw(model: MultiLoraModel, rows: list[RowScalings], output: Path, *, animate: bool) -> list[Path]:
     """Heat map, text view and animation of each row, and the mean of all by layer."""
-    # matplotlib takes a second to import
-    from loraplex.viz.scalings_animation import animate_tokens
-    from loraplex.viz.scalings_plots import plot_layer_means, plot_token_heatmap
-    from loraplex.viz.scalings_text import plot_text_view
-
     files = []
     for i, row in enumerate(rows):
         tokens = [str(model.tokenizer.decode([token])) for token in row.token_ids]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from loraplex.cli.errors import quiet_transformers
 from loraplex.cli.options import named_values
 from loraplex.errors import ConfigError
 from loraplex.server.settings_sources import Option, as_toml, load_config, options
@@ -44,8 +45,9 @@ def serve(
 
         run_replicas(settings, replicas)
         return
-    from loraplex.server.lifecycle import run  # imports the web framework
+    from loraplex.server.lifecycle import run  # imports the web framework, and transformers
 
+    quiet_transformers()
     run(settings)
 
 

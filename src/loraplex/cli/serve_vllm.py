@@ -1,6 +1,5 @@
 """`loraplex serve --engine vllm`: vLLM's own server, started with the plugin and loraplex's settings."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -12,6 +11,7 @@ from typing import Any
 
 from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
+from loraplex.extras import require_extra
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 from loraplex.server.settings import ServeConfig
 from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
@@ -37,12 +37,8 @@ _READ = {("model", name) for name in ("model", "adapters", "mixtures", "watch")}
 
 
 def serve_with_vllm(settings: ServeConfig, extra: str) -> None:
-    """Become vLLM's OpenAI server. Raises ConfigError without vLLM, or for settings that vLLM has no place for."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "--engine vllm needs vLLM, which is not installed: pip install 'loraplex[vllm]'. On a machine without GPU: "
-            "docs/vllm.md."
-        )
+    """Become vLLM's OpenAI server. Raises MissingExtraError; ConfigError for settings that vLLM has no place for."""
+    require_extra("vllm", "--engine vllm (without a GPU: docs/vllm.md)")
     command = [sys.executable, "-m", SERVER, *vllm_arguments(settings, extra)]
     # The server asks its resolvers only with the first, and has the plugin's route only with the second.
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]

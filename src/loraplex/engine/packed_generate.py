@@ -26,7 +26,7 @@ from loraplex.engine.sched.scheduler import TokenBudget, decode_chunks, is_decod
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.engine.startup.start import start_model_runner
 from loraplex.engine.worker.model_runner import ModelRunner, ModelRunnerOutput
-from loraplex.errors import BaseModelError
+from loraplex.errors import BaseModelError, ConfigError
 from loraplex.models.call import Call
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import Link
@@ -114,7 +114,7 @@ class PackedGenerator:
             return "the base model isn't in a CPU's memory", None
         try:
             runner = start_model_runner(self.model, EngineConfig(prefix_cache=False))
-        except BaseModelError as error:
+        except (BaseModelError, ConfigError) as error:  # ConfigError: no room for a block of a large model's keys
             return str(error), None
         if runner.max_passes is None and runner.lengths.threshold is None:
             return "", runner

