@@ -20,6 +20,7 @@ class EngineConfig:
     prefix_cache: bool = True  # keep keys and values of finished requests for later ones that begin alike
     fair_tokens: int = 256  # by how many tokens one choice of adapters may get ahead of another that waits
     draft: bool = True  # run a mixture's scaling pass for the token that it expects next, beside the main pass
+    batch_invariant: bool = False  # a sequence's bits don't depend on how many tokens share its steps
     cuda_graphs: bool = True  # record the steps of decoding on a GPU and replay them; elsewhere without effect
     max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
     on_fault: str = "restart"  # what follows an error outside of the requests' own work; "exit" ends the process
@@ -31,7 +32,7 @@ class EngineConfig:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1.")
-        for option in ("prefix_cache", "draft", "cuda_graphs"):
+        for option in ("prefix_cache", "draft", "batch_invariant", "cuda_graphs"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
         if self.on_fault not in _ON_FAULT:

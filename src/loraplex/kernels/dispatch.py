@@ -17,13 +17,6 @@ logger = logging.getLogger(__name__)
 # all of them wins; beyond it, a matrix product for each segment does. Measured by benchmarks/kernel_choice.py.
 MAX_STACKED_TOKENS = 8
 
-# Up to this many tokens of a pass the compiled base product runs, and in bfloat16 up to this many input values of a
-# module: more don't stay in a core's second cache. By itself it is faster than torch's up to 128 tokens of SmolLM2's
-# shapes and 32 of 2048 features in bfloat16, and up to 256 of both in float32 (benchmarks/kernel_choice.py); beyond
-# that, what a pass gains is that adapters and layers run in the same call.
-MAX_COMPILED_ROWS = 256
-MAX_COMPILED_VALUES = 2**18
-
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, tokens_per_row: int, *, has_table: bool) -> Kernel:
     """The kernel for frozen adapters: Triton or native where they run; else segmented for long rows, else stacked."""
@@ -47,16 +40,6 @@ def choose_training_kernel(device: torch.device, dtype: torch.dtype, *, has_drop
 def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the compiled kernel takes tensors of this device and dtype; triton's interpreter takes its place."""
     return device.type == "cpu" and dtype in SUPPORTED_DTYPES and not is_interpreted() and native_available()
-
-
-def compiled_product_pays(num_tokens: int, num_inputs: int, dtype: torch.dtype, *, is_packed: bool) -> bool:
-    """Whether the compiled base product runs for modules that take `num_inputs` values of each token.
-
-    Packed weights have no other one.
-    """
-    return is_packed or (
-        num_tokens <= MAX_COMPILED_ROWS and (dtype != torch.bfloat16 or num_tokens * num_inputs <= MAX_COMPILED_VALUES)
-    )
 
 
 @cache

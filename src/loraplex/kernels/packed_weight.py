@@ -1,7 +1,8 @@
 """A bfloat16 weight whose values are held once, in the order in which the compiled product reads them.
 
-A linear product runs on it as it lies, with gradients for its input; whatever else touches it sees the weight that it
-was, unpacked for this use.
+A linear product runs on it as it lies, with gradients for its input; whatever else reads it sees the weight that it was,
+unpacked for this use, and what writes to it (`copy_`, `load_state_dict`) packs it anew. What writes to a part of it (a
+view) changes the unpacked one only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-_TILES = 2  # of tiles.h
+_TILES = 2  # AMX, of the ways in tiles.h
+_TILE_OUT, _TILE_IN = 16, 32  # values of W in a tile
+
+
+def packed_size(out: int, in_: int) -> int:
+    """How many values a packed weight [out, in] has: whole tiles."""
+    return -(-out // _TILE_OUT) * _TILE_OUT * (-(-in_ // _TILE_IN) * _TILE_IN)
 
 
 class PackedWeight(Tensor):
@@ -62,8 +69,24 @@ class PackedWeight(Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].packed, *args[0].shape)
-        plain = tree_map_only(PackedWeight, PackedWeight.unpack, (tuple(args), dict(kwargs or {})))
-        return func(*plain[0], **plain[1])
+        written = [args[i] for i, argument in enumerate(func._schema.arguments[: len(args)]) if _is_written(argument)]
+        plain: dict[int, Tensor] = {}
+
+        def unpacked(weight: PackedWeight) -> Tensor:
+            return plain.setdefault(id(weight), weight.unpack())
+
+        own_args, own_kwargs = tree_map_only(PackedWeight, unpacked, (tuple(args), dict(kwargs or {})))
+        result = func(*own_args, **own_kwargs)
+        for weight in written:
+            if isinstance(weight, PackedWeight):
+                weight.packed.copy_(torch.ops.loraplex.pack_weight(plain[id(weight)]))
+                result = weight
+        return result
+
+
+def _is_written(argument: Any) -> bool:
+    """Whether an operator writes to this argument."""
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -99,8 +122,8 @@ def packed_linear(
     tiling: int = -1,  # one of tiles.h; -1: the fastest that this machine has
 ) -> Tensor:  # [.., out]  of x's dtype, or float32 with `float_sums`
     """W x[t] + bias, and the adapters' part (see gated_linear_native); a token has the same bits in any batch."""
-    rest = _no_adapters() if adapters is None else adapters
-    return _operator()(x.contiguous(), weight.packed, weight.shape[0], bias, *rest, float_sums, tiling)
+    rest = no_adapters() if adapters is None else adapters
+    return _operator()(x.contiguous(), weight.packed, *weight.shape, bias, *rest, float_sums, tiling)
 
 
 @cache
@@ -109,7 +132,8 @@ def _operator() -> Callable[..., Tensor]:
 
 
 @cache
-def _no_adapters() -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+def no_adapters() -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    """The kernel's arguments for no adapter: table, scalings, module, segments, gates."""
     empty = torch.zeros(0, 4, dtype=torch.int64)
     return torch.zeros(1, 1, 3, dtype=torch.int64), torch.zeros(1, 1), 0, empty, torch.zeros(0)
 
@@ -118,7 +142,7 @@ def _no_adapters() -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
 
 
 @cache
-def packing_pays() -> bool:
+def has_fast_packed_product() -> bool:
     """Whether this machine multiplies packed weights by tiles."""
     return bool(torch.ops.loraplex.tiling() == _TILES)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraplex.kernels.native import gated_linear_native, gated_lora_native
-from loraplex.kernels.packed_weight import PackedWeight
+from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.layers.lora_layer import (
     add_adapters,
     add_adapters_together,
@@ -33,6 +33,7 @@ class LoraLinear(nn.Linear):
     lora_path: str
     lora_shared: "SharedInputs[LoraLinear]"
     lora_order: RowOrder
+    lora_max_compiled = ALL_TOKENS  # tokens up to which the compiled product is the fastest (kernels/tuning.py)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         routing = current_routing()
@@ -43,16 +44,11 @@ class LoraLinear(nn.Linear):
         plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
         if plan is None:
             return functional.linear(input, self.weight, self.bias)
-        if plan.decodes_fast(input, is_packed=self.is_packed) and input.dtype == self.weight.dtype:
+        if plan.decodes_fast(input, self.lora_max_compiled) and input.dtype == self.weight.dtype:
             return self.decode(input.contiguous(), plan)
         if plan.launches_together(input) and input.dtype == self.weight.dtype:
             return self.lora_shared.run(self, input, plan, run_together)
         return self.run_alone(input, plan)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether its weight is held in the order in which the compiled product reads it."""
-        return isinstance(self.decoding_weight, PackedWeight)
 
     @property
     def decoding_weight(self) -> Tensor:  # [out, in]

@@ -47,7 +47,7 @@ class LoraOutput(LoraLinear):
             y = self._float_product(input)
             return add_tokens_first(self.lora_index, self.lora_path, y, input, routing, bias=self.bias)
         plan = plan_for(routing, input.shape[:-1], self.lora_index, self.lora_path, self.lora_order)
-        if plan is not None and plan.decodes_fast(input, is_packed=self.is_packed):
+        if plan is not None and plan.decodes_fast(input, self.lora_max_compiled):
             return self.decode(input.contiguous(), plan, float_sums=True)
         y = self._float_product(input)
         if plan is None or not plan.adapts(self.lora_index):

@@ -11,7 +11,6 @@ from loraplex.kernels.dispatch import (
     Kernel,
     choose_kernel,
     choose_training_kernel,
-    compiled_product_pays,
     native_runs,
 )
 from loraplex.kernels.segments import LoraSegment
@@ -35,6 +34,7 @@ class RoutingPlan:
         *,
         tokens_per_row: int | None = None,
         fast_decode: bool = False,
+        batch_invariant: bool = False,
         layer_gates: LayerGates | None = None,
         gates: Gates | None = None,
     ) -> None:
@@ -56,7 +56,8 @@ class RoutingPlan:
         self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and bank.native_table() is not None
-        self._decodes_fast: dict[bool, bool] = {}  # by whether the weight is packed
+        self._batch_invariant = batch_invariant
+        self._native_runs: bool | None = None
         self._launches_together: bool | None = None
 
     def adapts(self, module: int) -> bool:
@@ -93,12 +94,16 @@ class RoutingPlan:
             self._launches_together = bool(self._adapted) and triton_runs(x.device, x.dtype)
         return self._launches_together
 
-    def decodes_fast(self, x: Tensor, *, is_packed: bool) -> bool:
-        """Whether base product and adapters run in one compiled call for inputs like x; decided once."""
-        if is_packed not in self._decodes_fast:
-            pays = compiled_product_pays(self.num_tokens, x.shape[-1], x.dtype, is_packed=is_packed)
-            self._decodes_fast[is_packed] = self._fast_decode and pays and native_runs(x.device, x.dtype)
-        return self._decodes_fast[is_packed] and not torch.is_grad_enabled()
+    def decodes_fast(self, x: Tensor, max_tokens: int) -> bool:
+        """Whether base product and adapters run in one compiled call for inputs like x.
+
+        It is the fastest for a module's weight up to `max_tokens`. A plan that is to be batch-invariant runs it for any
+        number of tokens: another product has other bits.
+        """
+        if self._native_runs is None:
+            self._native_runs = self._fast_decode and native_runs(x.device, x.dtype)
+        fits = self._batch_invariant or self.num_tokens <= max_tokens
+        return self._native_runs and fits and not torch.is_grad_enabled()
 
     def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
         """What the compiled kernel takes of this plan for one module; kept, since every decoding step asks for it."""

@@ -5,7 +5,6 @@ formula gives (agreement.py), also for large inputs and at far positions. Outsid
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +19,8 @@ from loraplex.engine.worker.agreement import SCALES, TOLERANCE, agree, attention
 from loraplex.engine.worker.attention import packed_attention
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
-from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, packing_pays, unpack
-from loraplex.layers.lora_linear import LoraLinear
+from loraplex.engine.worker.linear_products import LinearProducts
 from loraplex.layers.module_kinds import module_kind
-from loraplex.layers.output_layer import PACKED_COPY, LoraOutput
 
 _PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
 _STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
@@ -48,10 +45,9 @@ class CpuFusion:
     ) -> None:
         """`module_index` as in routing plans; `cache` has the modules that packed passes know."""
         self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._packed: list[LoraLinear] = []
+        self._products = LinearProducts(base)
         self.num_users = 0
         try:
-            self._pack_weights(base)
             self._take_modules(base, cache, trial)
             self._stack_layers(base, cache, module_index, trial)
         except BaseException:
@@ -63,20 +59,6 @@ class CpuFusion:
         self.num_users -= 1
         if self.num_users == 0:
             self._restore()
-
-    def _pack_weights(self, base: PreTrainedModel) -> None:
-        """Hold the weights of plain linear modules in the order in which this machine multiplies by them."""
-        if not packing_pays():
-            return
-        modules = [module for module in base.modules() if isinstance(module, LoraLinear) and can_be_packed(module)]
-        owners = Counter(id(parameter) for module in base.modules() for parameter in module._parameters.values())
-        for module in modules:
-            if owners[id(module.weight)] == 1:
-                pack(module)
-                self._packed.append(module)
-            elif isinstance(module, LoraOutput):
-                vars(module)[PACKED_COPY] = PackedWeight.of(module.weight)
-                self._packed.append(module)
 
     def _take_modules(self, base: PreTrainedModel, cache: KeyValueCache, trial: Trial) -> None:
         modules = [module for module in base.modules() if "forward" not in vars(module)]  # offloading puts one there
@@ -117,10 +99,7 @@ class CpuFusion:
             vars(module).pop(_PLUS_ONE, None)
             vars(module).pop(_STACK, None)
         self._taken = []
-        for linear in self._packed:
-            unpack(linear)
-            vars(linear).pop(PACKED_COPY, None)
-        self._packed = []
+        self._products.release()
 
     def _take(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._take_as(module, _subclass(type(module), forward))

@@ -16,6 +16,7 @@ from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.kernels.packed_weight import PackedWeight
+from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
@@ -50,8 +51,12 @@ class LayerStack:
             if module is not layer
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        weights = [_linear(layer, path).weight for layer in layers for path in _LINEAR]
-        self._is_packed = all(isinstance(weight, PackedWeight) for weight in weights)
+        linear = [_linear(layer, path) for layer in layers for path in _LINEAR]
+        packed = {isinstance(module.weight, PackedWeight) for module in linear}
+        self._is_packed = packed == {True}
+        self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linear)
+        if len(packed) > 1:
+            self._max_compiled = 0
         self._described: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[int]]] = WeakKeyDictionary()
 
     def run(self, batch: InputBatch, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
@@ -77,7 +82,7 @@ class LayerStack:
         if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        return plan if plan.decodes_fast(hidden, is_packed=self._is_packed) and not plan.has_dora_scales else None
+        return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
 
     def _describe(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[int]]:
         """What the compiled call reads about the layers: addresses, constants and sizes."""

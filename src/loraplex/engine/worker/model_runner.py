@@ -170,7 +170,13 @@ class ModelRunner:
         batch.attention = scope
         batch.states = None if self._states is None else PassStates(self._states, batch)
         gates = MixtureGates(batch)  # the scaling heads, on what the scaling passes of these tokens left
-        routing = PackedRouting(batch, gates, self._bank, fast_decode=self.model.decodes_fast)
+        routing = PackedRouting(
+            batch,
+            gates,
+            self._bank,
+            fast_decode=self.model.decodes_fast,
+            batch_invariant=self.config.batch_invariant,
+        )
         if self.graphs is not None and scope is None:
             with choosing_tokens():
                 recorded = self.graphs.run(batch, routing.plan)

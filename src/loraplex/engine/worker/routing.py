@@ -39,7 +39,13 @@ def _adapter_by_adapter(placed: Sequence[RouteSpan], batch: InputBatch) -> list[
 
 
 def packed_plan(
-    placed: Sequence[RouteSpan], batch: InputBatch, gates: MixtureGates, bank: WeightProvider, *, fast_decode: bool
+    placed: Sequence[RouteSpan],
+    batch: InputBatch,
+    gates: MixtureGates,
+    bank: WeightProvider,
+    *,
+    fast_decode: bool,
+    batch_invariant: bool,
 ) -> RoutingPlan:
     """The plan of some of a batch's tokens, whose experts take their gates from `gates`."""
     segments: list[Segment] = []
@@ -66,7 +72,13 @@ def packed_plan(
     num_tokens = sum(item.num_tokens for item in placed)
     longest = max((item.num_tokens for item in placed), default=1)
     return RoutingPlan(
-        segments, num_tokens, bank, tokens_per_row=longest, fast_decode=fast_decode, gates=TableGates(table)
+        segments,
+        num_tokens,
+        bank,
+        tokens_per_row=longest,
+        fast_decode=fast_decode,
+        batch_invariant=batch_invariant,
+        gates=TableGates(table),
     )
 
 
@@ -76,8 +88,16 @@ class PackedRouting(Routing):
     The output layer sees the second kind, state mixers the third.
     """
 
-    def __init__(self, batch: InputBatch, gates: MixtureGates, bank: WeightProvider, *, fast_decode: bool) -> None:
-        self.fast_decode = fast_decode
+    def __init__(
+        self,
+        batch: InputBatch,
+        gates: MixtureGates,
+        bank: WeightProvider,
+        *,
+        fast_decode: bool,
+        batch_invariant: bool,
+    ) -> None:
+        self.fast_decode, self._batch_invariant = fast_decode, batch_invariant
         self._batch, self._gates, self._bank = batch, gates, bank
         placed = [
             RouteSpan(i, first, chunk.start, chunk.count)
@@ -143,4 +163,11 @@ class PackedRouting(Routing):
         return self._by_parts[first, stop]
 
     def _plan(self, placed: Sequence[RouteSpan]) -> RoutingPlan:
-        return packed_plan(placed, self._batch, self._gates, self._bank, fast_decode=self.fast_decode)
+        return packed_plan(
+            placed,
+            self._batch,
+            self._gates,
+            self._bank,
+            fast_decode=self.fast_decode,
+            batch_invariant=self._batch_invariant,
+        )

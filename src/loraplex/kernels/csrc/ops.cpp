@@ -114,16 +114,18 @@ void run_packed(const at::Tensor& x, const at::Tensor& packed, const std::option
             adapters);
 }
 
-at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out,
+at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out, int64_t in,
                                const std::optional<at::Tensor>& bias, const at::Tensor& table,
                                const at::Tensor& scalings, int64_t module, const at::Tensor& segments,
                                const at::Tensor& gates, bool float_sums, int64_t tiling) {
   check_input(x, packed);
   if (bias.has_value()) check_input(x, *bias);
-  const int64_t in = x.size(-1);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && in > 0 && packed.numel() == loraplex::tiled_size(out, in),
+  TORCH_CHECK(x.size(-1) == in && in > 0, "x has shape ", x.sizes(), ", but the weight takes ", in, " values");
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.numel() == loraplex::tiled_size(out, in),
               "the packed weight isn't one of ", out, " rows and ", in, " bfloat16 values");
-  TORCH_CHECK(tiling >= -1 && tiling <= static_cast<int64_t>(loraplex::best_tiling()), "this machine has no way ", tiling);
+  TORCH_CHECK(tiling >= -1 && (tiling <= static_cast<int64_t>(loraplex::best_tiling()) ||
+                               tiling == static_cast<int64_t>(loraplex::Tiling::kEmulated)),
+              "this machine has no way ", tiling);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out;
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
@@ -351,7 +353,7 @@ TORCH_LIBRARY(loraplex, m) {
       "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor scalings, int module, "
       "Tensor segments, Tensor gates, bool float_sums=False) -> Tensor");
   m.def(
-      "gated_packed_linear(Tensor x, Tensor packed, int out, Tensor? bias, Tensor table, Tensor scalings, int module, "
+      "gated_packed_linear(Tensor x, Tensor packed, int out, int in_, Tensor? bias, Tensor table, Tensor scalings, int module, "
       "Tensor segments, Tensor gates, bool float_sums=False, int tiling=-1) -> Tensor");
   m.def("tiling() -> int", []() { return static_cast<int64_t>(loraplex::best_tiling()); });
   m.def("pack_weight(Tensor weight) -> Tensor");

@@ -1,0 +1,53 @@
+"""The fastest product for every linear module of a base model: its weight is packed, or torch's runs for many tokens."""
+
+from collections import Counter
+
+from torch import nn
+
+from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, unpack
+from loraplex.kernels.product_times import LinearShape
+from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice, choices
+from loraplex.layers.lora_linear import LoraLinear
+from loraplex.layers.output_layer import PACKED_COPY, LoraOutput
+
+_MAX_COMPILED = "lora_max_compiled"
+
+
+class LinearProducts:
+    """What was chosen for the modules of one base model."""
+
+    def __init__(self, base: nn.Module) -> None:
+        """Measures the products of shapes that this machine hasn't met yet."""
+        self._modules = [module for module in base.modules() if isinstance(module, LoraLinear)]
+        chosen = choices(shape_of(module) for module in self._modules)
+        owners = Counter(id(parameter) for module in base.modules() for parameter in module._parameters.values())
+        try:
+            for module in self._modules:
+                _use(module, chosen[shape_of(module)], is_tied=owners[id(module.weight)] > 1)
+        except BaseException:  # there is no memory for the next one
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the modules their weights back."""
+        for module in self._modules:
+            unpack(module)
+            vars(module).pop(PACKED_COPY, None)
+            vars(module).pop(_MAX_COMPILED, None)
+        self._modules = []
+
+
+def shape_of(module: nn.Linear) -> LinearShape:
+    """Of a module's weight."""
+    return LinearShape(module.out_features, module.in_features, module.weight.dtype)
+
+
+def _use(module: LoraLinear, choice: ProductChoice, *, is_tied: bool) -> None:
+    is_output = isinstance(module, LoraOutput)
+    if not choice.is_packed or not can_be_packed(module):
+        # An output layer's sums stay in float32, which no product of torch's does for 16 bits.
+        vars(module)[_MAX_COMPILED] = ALL_TOKENS if is_output else choice.max_compiled_tokens
+    elif not is_tied:
+        pack(module)
+    elif is_output:
+        vars(module)[PACKED_COPY] = PackedWeight.of(module.weight)
