@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.dispatch import compiled_product_pays
 from loraplex.kernels.native import gated_linear_native
 from loraplex.kernels.segments import LoraSegment
 from tests.kernels.rounding import Sizes, excess, output_sizes
@@ -72,9 +71,3 @@ def test_adapters_are_right_however_many_threads_share_them(dtype: torch.dtype) 
         assert torch.equal(result, results[0])
 
 
-def test_wide_passes_leave_the_product_to_torch_in_bfloat16_only() -> None:
-    assert compiled_product_pays(256, 576, torch.bfloat16)
-    assert not compiled_product_pays(257, 576, torch.bfloat16)
-    assert compiled_product_pays(64, 4096, torch.bfloat16)
-    assert not compiled_product_pays(65, 4096, torch.bfloat16)
-    assert compiled_product_pays(256, 4096, torch.float32)
