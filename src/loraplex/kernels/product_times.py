@@ -20,10 +20,11 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 _POOL_BYTES = 2**27  # of weights that calls read in turn: more than caches hold, as in a model
 _MAX_COLUMNS = 8192  # of a weight that is measured: a longer one's time is in proportion
-_MIN_CALLS, _MAX_CALLS = 2, 20  # for one time
-_REPEAT_S = 0.004  # calls are repeated so long
+_ROUNDS = 4  # through all products: others may work on the machine for a while
+_ROUND_S = 0.0005  # in which a call is repeated
+_MAX_CALLS = 4  # in a round
+_LONG_S = 0.005  # after a call of this time, those of more tokens are taken to be in proportion
 _ONEDNN_TOKENS = 32  # for which oneDNN orders a weight
-_LONG_S = 0.03  # after a call of this time, those of more tokens are taken to be in proportion
 
 
 class LinearShape(NamedTuple):
@@ -40,10 +41,12 @@ class LinearShape(NamedTuple):
 def measure_products(shape: LinearShape) -> ProductTimes:
     """Time everything that computes such a product here: some tenths of a second."""
     columns = min(shape.out_features, _MAX_COLUMNS)
-    measured = shape._replace(out_features=columns)
     with torch.inference_mode():
-        factor = shape.out_features / columns
-        times = {product: _measure(run, shape) for product, run in _calls(measured).items()}
+        calls = _calls(shape._replace(out_features=columns))
+        times: dict[Product, list[float]] = {product: [] for product in calls}
+        for tokens in TOKENS:
+            _add_times(times, calls, torch.randn(tokens, shape.in_features).to(shape.dtype))
+    factor = shape.out_features / columns
     return {product: [seconds * factor for seconds in of_product] for product, of_product in times.items()}
 
 
@@ -87,21 +90,24 @@ def _random(size: int, dtype: torch.dtype) -> Tensor:
     return part.repeat(-(-size // part.numel()))
 
 
-def _measure(run: Call, shape: LinearShape) -> list[float]:
-    times: list[float] = []
-    for tokens in TOKENS:
-        if times and times[-1] > _LONG_S:
-            times.append(times[-1] * tokens / TOKENS[len(times) - 1])
-        else:
-            times.append(_fastest(run, torch.randn(tokens, shape.in_features).to(shape.dtype)))
-    return times
+def _add_times(times: dict[Product, list[float]], calls: Mapping[Product, Call], x: Tensor) -> None:
+    """The next time of every product, for the tokens of x: those of the table, in their order."""
+    best: dict[Product, float] = {}
+    for product, before in times.items():
+        if before and before[-1] > _LONG_S:
+            best[product] = before[-1] * len(x) / TOKENS[len(before) - 1]
+    measured = [product for product in calls if product not in best]
+    for _ in range(_ROUNDS):
+        for product in measured:
+            best[product] = min(best.get(product, float("inf")), _fastest(calls[product], x))
+    for product, seconds in best.items():
+        times[product].append(seconds)
 
 
 def _fastest(run: Call, x: Tensor) -> float:
-    """Of a few calls: others may work on the machine, and only make them slower."""
-    run(x)
+    """Seconds of one of some calls."""
     times: list[float] = []
-    while len(times) < _MIN_CALLS or (sum(times) < _REPEAT_S and len(times) < _MAX_CALLS):
+    while sum(times) < _ROUND_S and len(times) < _MAX_CALLS:
         start = time.perf_counter()
         run(x)
         times.append(time.perf_counter() - start)

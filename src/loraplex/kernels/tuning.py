@@ -6,7 +6,9 @@ import logging
 import math
 import platform
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from loraplex.output_files import whole_file
 
 logger = logging.getLogger(__name__)
 
+_MIN_SHARE = 0.8  # of the processors' time while it is measured
 ALL_TOKENS = 2**62  # any number of them
 _MIN_VALUES = 2**16  # of a weight that is measured: the call itself takes longer than a smaller one's product
 _MIN_SINGLE = 0.95  # of the speed with one token, which packing must not cost more of
@@ -67,8 +70,10 @@ def tune(shapes: Iterable[LinearShape], *, anew: bool = False) -> dict[LinearSha
         missing = [shape for shape in wanted if anew or str(shape) not in kept]
         if missing:
             logger.info("measuring %d linear products on this machine, once", len(missing))
-            kept |= {str(shape): measure_products(shape) for shape in missing}
-            _write(tuning_file(), kept)
+            with _watching_processors() as were_ours:
+                kept |= {str(shape): measure_products(shape) for shape in missing}
+            if were_ours():
+                _write(tuning_file(), kept)
     return {shape: kept[str(shape)] for shape in wanted}
 
 
@@ -94,6 +99,20 @@ def _choice_of_small(dtype: torch.dtype) -> ProductChoice:
     return ProductChoice(
         is_packed=dtype == torch.bfloat16 and has_fast_packed_product(), max_compiled_tokens=ALL_TOKENS
     )
+
+
+@contextmanager
+def _watching_processors() -> Iterator[Callable[[], bool]]:
+    """Yield what tells, after the block, whether its threads had their processors to themselves for most of the time.
+
+    Times that weren't taken so are used, but not kept for other processes.
+    """
+    clock, processors = time.perf_counter(), time.process_time()
+    yield lambda: done
+    share = (time.process_time() - processors) / (torch.get_num_threads() * (time.perf_counter() - clock))
+    done = share >= _MIN_SHARE
+    if not done:
+        logger.info("others work on this machine (%.0f %% of it were free): not kept", 100 * share)
 
 
 def _read(file: Path) -> dict[str, ProductTimes]:
