@@ -69,5 +69,3 @@ def test_adapters_are_right_however_many_threads_share_them(dtype: torch.dtype) 
     assert excess(results[0], expected, sizes) <= 1
     for result in results[1:]:
         assert torch.equal(result, results[0])
-
-

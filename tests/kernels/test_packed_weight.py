@@ -134,7 +134,6 @@ def test_a_module_runs_as_before(modules):
 
 
 def test_gradients_flow_through_it(modules):
-    plain, packed = modules
     x, grad = random(4, 70), random(4, 50)
     found = []
     for module in modules:

@@ -33,6 +33,10 @@ COMMANDS = {
     ),
     "key": ("Make, list and revoke API keys of `loraplex serve`.", "loraplex.cli.key:key_app"),
     "train": ("Train adapters, or mixtures of them, on a frozen base model.", "loraplex.cli.train:train_app"),
+    "tune": (
+        "Measure which linear products are the fastest on this machine, and keep that for all engines.",
+        "loraplex.cli.tune:tune",
+    ),
     "bench": ("Measure on this machine.", "loraplex.cli.bench:bench_app"),
 }
 

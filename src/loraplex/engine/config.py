@@ -13,7 +13,9 @@ class EngineConfig:
     """How much runs at once and what is kept."""
 
     max_running: int = 64  # sequences that share steps; the others wait
-    max_step_tokens: int = 256  # of one forward pass; a longer prompt is read in chunks beside the others' decoding
+    # Of one forward pass: a longer prompt is read in chunks beside the others' decoding. None: as few as read prompts
+    # at nearly the best speed of this machine, which is measured when an engine starts with a model for the first time.
+    max_step_tokens: int | None = None
     max_waiting: int = 100_000  # requests; more are refused
     cache_bytes: int = 2**30  # for keys, values and (up to half of it) states; touched only as they are needed
     block_tokens: int = 16  # tokens that are allocated, shared and evicted together
@@ -30,6 +32,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for option in _COUNTS:
             value = getattr(self, option)
+            if value is None and option == "max_step_tokens":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{option} is {value!r}; it must be a whole number of at least 1.")
         for option in ("prefix_cache", "draft", "batch_invariant", "cuda_graphs"):

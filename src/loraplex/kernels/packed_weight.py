@@ -1,8 +1,8 @@
 """A bfloat16 weight whose values are held once, in the order in which the compiled product reads them.
 
-A linear product runs on it as it lies, with gradients for its input; whatever else reads it sees the weight that it was,
-unpacked for this use, and what writes to it (`copy_`, `load_state_dict`) packs it anew. What writes to a part of it (a
-view) changes the unpacked one only.
+A linear product runs on it as it lies, with gradients for its input; whatever else reads it sees the weight that it
+was, unpacked for this use, and what writes to it (`copy_`, `load_state_dict`) packs it anew. What writes to a part of
+it (a view) changes the unpacked one only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, packed: Tensor, out: int, in_: int) -> "PackedWeight":
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: PackedWeight = make(cls, (out, in_), dtype=packed.dtype, device=packed.device)
         made.packed = packed
         return made

@@ -7,10 +7,10 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -24,10 +24,12 @@ from loraplex.output_files import whole_file
 
 logger = logging.getLogger(__name__)
 
-_MIN_SHARE = 0.8  # of the processors' time while it is measured
 ALL_TOKENS = 2**62  # any number of them
+_MIN_SHARE = 0.8  # of the processors' time while something is measured
 _MIN_VALUES = 2**16  # of a weight that is measured: the call itself takes longer than a smaller one's product
 _MIN_SINGLE = 0.95  # of the speed with one token, which packing must not cost more of
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,31 +57,76 @@ def choose(times: ProductTimes) -> ProductChoice:
 
 
 def choices(shapes: Iterable[LinearShape]) -> dict[LinearShape, ProductChoice]:
-    """The choice for every shape, measured now where it has not been before."""
+    """The choice for every shape, measured now where it has not been before; without times, what usually is fastest."""
     wanted = set(shapes)
-    times = tune(shape for shape in wanted if _is_measured(shape))
-    small = {shape: _choice_of_small(shape.dtype) for shape in wanted - times.keys()}
-    return small | {shape: choose(of_shape) for shape, of_shape in times.items()}
+    times = tune(shape for shape in wanted if is_measured(shape))
+    return {shape: choose(times[shape]) if shape in times else usual_choice(shape.dtype) for shape in wanted}
+
+
+def is_measured(shape: LinearShape) -> bool:
+    """Whether it is large enough: with a small one, calls take longer than products."""
+    return shape.out_features * shape.in_features >= _MIN_VALUES
+
+
+def usual_choice(dtype: torch.dtype) -> ProductChoice:
+    """What is chosen for weights of which there are no times."""
+    is_packed = dtype == torch.bfloat16 and has_fast_packed_product()
+    return ProductChoice(is_packed=is_packed, max_compiled_tokens=ALL_TOKENS)
 
 
 def tune(shapes: Iterable[LinearShape], *, anew: bool = False) -> dict[LinearShape, ProductTimes]:
-    """The times for every shape, from the cache folder or (or `anew`) measured and kept there."""
+    """The times for every shape, from the cache folder, or (or `anew`) measured and kept there.
+
+    Those that can't be measured, as others work on the machine, are left out.
+    """
     wanted = sorted(set(shapes), key=str)
     with _lock:
         kept = _read(tuning_file())
-        missing = [shape for shape in wanted if anew or str(shape) not in kept]
+        missing = [shape for shape in wanted if anew or str(shape) not in kept["times"]]
         if missing:
             logger.info("measuring %d linear products on this machine, once", len(missing))
-            with _watching_processors() as were_ours:
-                kept |= {str(shape): measure_products(shape) for shape in missing}
-            if were_ours():
+            found, is_sound = undisturbed(lambda: {str(shape): measure_products(shape) for shape in missing})
+            if is_sound:
+                kept["times"] |= found
                 _write(tuning_file(), kept)
-    return {shape: kept[str(shape)] for shape in wanted}
+    return {shape: kept["times"][str(shape)] for shape in wanted if str(shape) in kept["times"]}
+
+
+def measured_once(name: str, measure: Callable[[], int], usual: int) -> int:
+    """A number of this machine's, by name: from the cache folder, or measured; `usual` while others work on it."""
+    with _lock:
+        kept = _read(tuning_file())
+        if name not in kept["numbers"]:
+            number, is_sound = undisturbed(measure)
+            if not is_sound:
+                return usual
+            kept["numbers"][name] = number
+            _write(tuning_file(), kept)
+        return kept["numbers"][name]
+
+
+def forget_numbers() -> None:
+    """Let every number be measured anew."""
+    with _lock:
+        kept = _read(tuning_file())
+        if kept["numbers"]:
+            kept["numbers"] = {}
+            _write(tuning_file(), kept)
+
+
+def undisturbed(measure: Callable[[], Result]) -> tuple[Result, bool]:
+    """What `measure` gives, and whether its threads had their processors to themselves for most of the time."""
+    clock, processors = time.perf_counter(), time.process_time()
+    result = measure()
+    share = (time.process_time() - processors) / (torch.get_num_threads() * (time.perf_counter() - clock))
+    if share < _MIN_SHARE:
+        logger.info("others work on this machine (%.0f %% of it were free): what was measured isn't used", 100 * share)
+    return result, share >= _MIN_SHARE
 
 
 def tuning_file() -> Path:
     """Where the times for this processor, torch, kernels and number of threads are kept."""
-    machine = [_processor(), torch.__version__, library.library_path().name, torch.get_num_threads()]
+    machine = [processor(), torch.__version__, library.library_path().name, torch.get_num_threads()]
     key = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     return cache_folder() / "tuning" / f"{key}.json"
 
@@ -91,56 +138,43 @@ def _fastest(times: ProductTimes, *products: Product) -> list[float]:
     return [min(column) for column in zip(*(times[product] for product in products), strict=True)]
 
 
-def _is_measured(shape: LinearShape) -> bool:
-    return shape.out_features * shape.in_features >= _MIN_VALUES
+class _Kept(TypedDict):
+    times: dict[str, ProductTimes]  # by shape
+    numbers: dict[str, int]  # by name
 
 
-def _choice_of_small(dtype: torch.dtype) -> ProductChoice:
-    return ProductChoice(
-        is_packed=dtype == torch.bfloat16 and has_fast_packed_product(), max_compiled_tokens=ALL_TOKENS
-    )
-
-
-@contextmanager
-def _watching_processors() -> Iterator[Callable[[], bool]]:
-    """Yield what tells, after the block, whether its threads had their processors to themselves for most of the time.
-
-    Times that weren't taken so are used, but not kept for other processes.
-    """
-    clock, processors = time.perf_counter(), time.process_time()
-    yield lambda: done
-    share = (time.process_time() - processors) / (torch.get_num_threads() * (time.perf_counter() - clock))
-    done = share >= _MIN_SHARE
-    if not done:
-        logger.info("others work on this machine (%.0f %% of it were free): not kept", 100 * share)
-
-
-def _read(file: Path) -> dict[str, ProductTimes]:
+def _read(file: Path) -> _Kept:
     """What is kept; nothing where it is damaged."""
     try:
-        kept = read_json(file)["times"]
-        return {shape: times for shape, times in kept.items() if _are_times(times)}
+        content = read_json(file)
+        times = {shape: times for shape, times in content["times"].items() if _are_times(times)}
+        return {"times": times, "numbers": {name: int(number) for name, number in content["numbers"].items()}}
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("%s can't be read, and is measured again: %s", file, error)
-        return {}
+    return {"times": {}, "numbers": {}}
 
 
 def _are_times(times: Mapping[Product, Sequence[float]]) -> bool:
-    return "compiled" in times and "torch" in times and all(len(column) == len(TOKENS) for column in times.values())
+    columns = list(times.values())
+    return (
+        "compiled" in times
+        and "torch" in times
+        and all(len(column) == len(TOKENS) and all(0 < seconds < math.inf for seconds in column) for column in columns)
+    )
 
 
-def _write(file: Path, kept: Mapping[str, ProductTimes]) -> None:
-    content = {"processor": _processor(), "torch": torch.__version__, "threads": torch.get_num_threads(), "times": kept}
+def _write(file: Path, kept: _Kept) -> None:
+    machine = {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     try:
         with whole_file(file, is_ours=lambda _: True) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps({**machine, **kept}, indent=1), encoding="utf-8")
     except OutputError as error:
-        logger.warning("the times are measured again in the next process: %s", error)
+        logger.warning("it is measured again in the next process: %s", error)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, and what it can do where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -158,6 +158,7 @@ class Scheduler:
             if sequence.holds_blocks and is_decoding(sequence):
                 self._place(plan, sequence, decode_chunks(sequence, self._config.draft))
         # However many answers there are, prompts get on by a block.
+        assert self._config.max_step_tokens is not None, "a start chooses it"
         budget = TokenBudget(max(self._config.max_step_tokens - plan.num_tokens, self._config.block_tokens))
         for sequence in ranked:
             if sequence.holds_blocks and not is_decoding(sequence):

@@ -1,6 +1,7 @@
 """Starting a model runner: what it gives is compared with the base model before it serves anybody."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.startup.model_check import ModelCheck
+from loraplex.engine.startup.step_tokens import best_step_tokens
 from loraplex.engine.startup.token_flow import check_flow
 from loraplex.engine.startup.trial_passes import SHORT_LENGTH, TrialPasses, TrialRow, trial_groups
 from loraplex.engine.worker.cpu_fusion import Trial
@@ -29,6 +31,8 @@ def start_model_runner(model: MultiLoraModel, config: EngineConfig) -> ModelRunn
         _check_model(runner, part)
         if model.base.device.type == "cuda" and runner.config.cuda_graphs and runner.lengths.is_step:
             runner.use_graphs(GraphRecorder())
+        if runner.config.max_step_tokens is None:
+            runner.config = replace(runner.config, max_step_tokens=best_step_tokens(runner))
     except BaseException:
         runner.close()
         raise

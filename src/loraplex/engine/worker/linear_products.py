@@ -1,4 +1,4 @@
-"""The fastest product for every linear module of a base model: its weight is packed, or torch's runs for many tokens."""
+"""The fastest product for every linear module of a base model: of a packed weight, or torch's for many tokens."""
 
 from collections import Counter
 

@@ -1,0 +1,57 @@
+"""How many tokens a pass should have where nobody says: as few as reach nearly all of this machine's speed."""
+
+import hashlib
+import time
+
+import torch
+from torch import nn
+
+from loraplex.engine.kv.sequence_kv import SequenceKV
+from loraplex.engine.sched.chunk import ScheduledChunk
+from loraplex.engine.worker.linear_products import shape_of
+from loraplex.engine.worker.model_runner import ModelRunner
+from loraplex.kernels.tuning import is_measured, measured_once
+
+USUAL_STEP_TOKENS = 256  # of models too small to be measured, and while others work on the machine
+_FIRST, _LAST = 64, 2048
+_ENOUGH = 0.9  # of the best tokens a second
+_GAIN = 1.05  # of twice the tokens: less ends the search
+_LONG_S = 0.5  # of a pass: longer ones are not tried, which other answers would wait for
+_PASSES = 2  # of one size
+
+
+def best_step_tokens(runner: ModelRunner) -> int:
+    """The tokens of a pass with which prompts are read at nearly the best speed; measured once for a model's shapes."""
+    linear = [module for module in runner.model.base.modules() if isinstance(module, nn.Linear)]
+    if not any(is_measured(shape_of(module)) for module in linear):
+        return USUAL_STEP_TOKENS
+    shapes = ", ".join(str(shape_of(module)) for module in linear)
+    device = runner.model.base.device
+    where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = f"step tokens on {where} {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    return measured_once(name, lambda: _measure(runner), USUAL_STEP_TOKENS)
+
+
+def _measure(runner: ModelRunner) -> int:
+    rates: dict[int, float] = {}  # tokens a second
+    tokens = _FIRST
+    while tokens <= min(_LAST, runner.max_length):
+        seconds = min(_pass_seconds(runner, tokens) for _ in range(_PASSES))
+        rates[tokens] = tokens / seconds
+        if seconds > _LONG_S or rates[tokens] < _GAIN * rates.get(tokens // 2, 0):
+            break
+        tokens *= 2
+    best = max(rates.values(), default=0)
+    return next((tokens for tokens, rate in rates.items() if rate >= _ENOUGH * best), USUAL_STEP_TOKENS)
+
+
+def _pass_seconds(runner: ModelRunner, num_tokens: int) -> float:
+    """Of a pass that reads a prompt."""
+    kv = SequenceKV([1] * num_tokens, (), (), runner.pool, runner.table)
+    try:
+        kv.grow(num_tokens)
+        start = time.perf_counter()
+        runner.run([ScheduledChunk(kv=kv, start=0, count=num_tokens, wants_logits=True)])
+        return time.perf_counter() - start
+    finally:
+        kv.close()
