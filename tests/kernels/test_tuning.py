@@ -126,6 +126,6 @@ def test_the_table_fits_a_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(product_tables({LinearShape(32000, 2048, torch.bfloat16): times(compiled=1e-6, packed=1e-3)}))
     text = console.export_text()
-    assert "2048 to 32000 bfloat16: packed" in text
+    assert "2048 to 32000 bfloat16: torch" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
