@@ -8,6 +8,7 @@ from loraplex.engine.kv.kv_cache import AttentionTerms, gather_blocks
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch
+from loraplex.kernels.packed_weight import has_fast_packed_product
 
 
 def packed_attention(
@@ -36,9 +37,15 @@ def packed_attention(
         values[blocks, :, places] = value
         if batch.num_single:
             single.copy_(attend_single(batch, query[: batch.num_single], keys, values, terms))
+    # Where there are no tiles, torch's attention of many tokens is the faster one.
+    has_tiles = batch.is_native and {query.dtype, keys.dtype} == {torch.bfloat16} and has_fast_packed_product()
     for first, chunk in batch.prompt_chunks():
         rows = slice(first, first + chunk.count)
-        out[rows] = attend_chunk(chunk, query[rows], keys, values, terms)
+        if has_tiles:
+            place = (batch.table.values, chunk.kv.row, chunk.start)
+            native_ops.attend_prompt(query[rows].contiguous(), out[rows], keys, values, *place, terms)
+        else:
+            out[rows] = attend_chunk(chunk, query[rows], keys, values, terms)
     if batch.attention is not None:
         batch.attention.attend(module, query, keys, values, out, terms)
     return out

@@ -37,6 +37,23 @@ def attend_single(
     _operator("attend_single_")(query, out, keys, values, *where, terms.scale, *mask_rule, terms.softcap or 0.0, sinks)
 
 
+def attend_prompt(
+    query: Tensor,  # [count, heads, dim]
+    out: Tensor,  # [count, heads, dim], filled
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    row: int,
+    start: int,
+    terms: AttentionTerms,
+) -> None:
+    """Attention of tokens that follow each other in the sequence of `row`, from the position `start` on; bfloat16."""
+    mask_rule = (terms.mask_rule.window or 0, terms.mask_rule.chunk or 0)
+    sinks = None if terms.sinks is None else terms.sinks.float().contiguous()
+    where = (table, row, start)
+    _operator("attend_prompt_")(query, out, keys, values, *where, terms.scale, *mask_rule, terms.softcap or 0.0, sinks)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps), or (1 + weight) * ..."""
     return _operator("rms_norm")(x, weight, eps, plus_one)

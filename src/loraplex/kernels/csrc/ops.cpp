@@ -123,14 +123,11 @@ at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, in
   TORCH_CHECK(x.size(-1) == in && in > 0, "x has shape ", x.sizes(), ", but the weight takes ", in, " values");
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.numel() == loraplex::tiled_size(out, in),
               "the packed weight isn't one of ", out, " rows and ", in, " bfloat16 values");
-  TORCH_CHECK(tiling >= -1 && (tiling <= static_cast<int64_t>(loraplex::best_tiling()) ||
-                               tiling == static_cast<int64_t>(loraplex::Tiling::kEmulated)),
-              "this machine has no way ", tiling);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out;
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
   const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), x.numel() / in);
-  const loraplex::Tiling way = tiling < 0 ? loraplex::best_tiling() : static_cast<loraplex::Tiling>(tiling);
+  const loraplex::Tiling way = loraplex::tiling_of(tiling);
   if (float_sums) {
     run_packed<float>(x, packed, bias, y, adapters, way);
   } else {

@@ -5,6 +5,8 @@
 // batch. The ways of computing round differently; a process uses one of them.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include "ahead.h"
 #include "tile_unit.h"
 
@@ -31,6 +33,14 @@ inline Tiling best_tiling() {
 #else
   return Tiling::kPlain;
 #endif
+}
+
+// The way of a number: -1 is the fastest.
+inline Tiling tiling_of(int64_t number) {
+  TORCH_CHECK(number >= -1 && (number <= static_cast<int64_t>(best_tiling()) ||
+                               number == static_cast<int64_t>(Tiling::kEmulated)),
+              "this machine has no way ", number);
+  return number < 0 ? best_tiling() : static_cast<Tiling>(number);
 }
 
 // What one turn multiplies: up to 32 tokens by up to 32 columns, over `steps` of the depth.
