@@ -49,6 +49,7 @@ struct PromptAttention {
   Tiling tiling;
 
   static constexpr int64_t kSlab = 16;  // blocks of 32 keys whose weights are computed together
+  static constexpr float kLog2E = 1.44269504f;
   static constexpr int64_t kBlockSums = kBlockTokens * kBlockColumns;
 
   int64_t key_steps() const { return tiles_of(keys.dim, kTileDepth); }
@@ -138,7 +139,7 @@ struct PromptAttention {
     std::fill(sums, sums + column_blocks * kBlockSums, 0.0f);
     Rows rows;
     for (int t = 0; t < num; ++t) {
-      rows.most[t] = sinks == nullptr ? -INFINITY : sinks[head];
+      rows.most[t] = sinks == nullptr ? -INFINITY : sinks[head] * kLog2E;
       rows.total[t] = sinks == nullptr ? 0.0f : 1.0f;
     }
     configure(tiling, num);
@@ -184,46 +185,78 @@ struct PromptAttention {
   }
 
   // Weights of one token for the keys of a slab, not yet divided by their sum; returns by what former sums shrink.
+  // Logits are counted in powers of two.
   float weigh(int64_t t, int64_t position, int64_t slab, int64_t blocks, float* logits, Half* weights,
               Rows& rows) const {
-    const int64_t seen = first_seen(position), first_key = (first_block() + slab) * kBlockColumns;
+    const int64_t first_key = (first_block() + slab) * kBlockColumns, seen = first_seen(position);
+    const auto is_edge = [&](int64_t key) { return key < seen || key + kTileColumns > position + 1; };
     const Floats nothing = Floats{} - INFINITY;
-    constexpr Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const float unit = is_capped() ? kLog2E : scale * kLog2E;
     Floats top = nothing;
     for (int64_t tile = 0; tile < 2 * blocks; ++tile) {
       float* at = place(logits + tile / 2 * kBlockSums, t, tile % 2);
       const int64_t key = first_key + tile * kTileColumns;
-      Floats value = load(at) * scale;
-      if (softcap > 0) value = capped(value);
-      if (key < seen || key + kTileColumns > position + 1) {
-        const Ints low = Ints{} + static_cast<int>(std::clamp<int64_t>(seen - key, 0, kLanes));
-        const Ints high = Ints{} + static_cast<int>(std::clamp<int64_t>(position - key, -1, kLanes));
-        value = (lanes >= low) & (lanes <= high) ? value : nothing;
+      Floats value = load(at);
+      if (is_capped() || is_edge(key)) {
+        value = is_capped() ? capped(value) : value;
+        value = is_seen(key, seen, position) ? value : nothing;
+        store(at, value);
       }
-      store(at, value);
       top = value > top ? value : top;
     }
-    float most = rows.most[t];
-    for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, top[lane]);
-    const bool sees_none = most == -INFINITY;
-    const float base = sees_none ? 0.0f : most;
+    float most = top[0];
+    for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, top[lane]);
+    most = std::max(rows.most[t], most * unit);
+    const float base = most == -INFINITY ? 0.0f : most;
     Floats total{};
     for (int64_t tile = 0; tile < 2 * blocks; ++tile) {
-      const Floats weight = exponential(load(place(logits + tile / 2 * kBlockSums, t, tile % 2)) - base);
+      const Floats value = load(place(logits + tile / 2 * kBlockSums, t, tile % 2));
+      Floats weight = power_of_two(value * unit - base);
+      if (is_edge(first_key + tile * kTileColumns)) weight = value == nothing ? Floats{} : weight;
       total += weight;
-      store(weights + ((t / kTileTokens * kSlab + tile / 2) * kTileTokens + t % kTileTokens) * kTileDepth +
-                tile % 2 * kTileColumns,
-            weight);
+      store_weights(weights + ((t / kTileTokens * kSlab + tile / 2) * kTileTokens + t % kTileTokens) * kTileDepth +
+                        tile % 2 * kTileColumns,
+                    weight);
     }
-    const float factor = rows.most[t] == most ? 1.0f : std::exp(rows.most[t] - base);
+    const float factor = rows.most[t] == most ? 1.0f : std::exp2(rows.most[t] - base);
     rows.total[t] = rows.total[t] * factor + sum(total);
     rows.most[t] = most;
     return factor;
   }
 
+  bool is_capped() const { return softcap > 0 || scale <= 0; }
+
   Floats capped(Floats value) const {
+    value *= scale;
+    if (softcap <= 0) return value;
     for (int lane = 0; lane < kLanes; ++lane) value[lane] = softcap * std::tanh(value[lane] / softcap);
     return value;
+  }
+
+  static Ints is_seen(int64_t key, int64_t first, int64_t last) {
+    constexpr Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints low = Ints{} + static_cast<int>(std::clamp<int64_t>(first - key, 0, kLanes));
+    const Ints high = Ints{} + static_cast<int>(std::clamp<int64_t>(last - key, -1, kLanes));
+    return (lanes >= low) & (lanes <= high);
+  }
+
+  // 2^x of 16 floats below 1, to 4e-5 of it, a fiftieth of what is lost by rounding to bfloat16; 2^-126 for less.
+  static Floats power_of_two(Floats x) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: the last bits of x + magic are the nearest whole number
+    const Floats low = Floats{} - 126.0f;
+    x = x > low ? x : low;
+    const Floats shifted = x + magic, r = x - (shifted - magic);
+    const Floats p = (((r * 9.6181291e-3f + 5.5504109e-2f) * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r + 1.0f;
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
+  }
+
+  static void store_weights(Half* to, Floats weights) {
+#ifdef __AVX512BF16__
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)weights);
+    std::memcpy(static_cast<void*>(to), &halves, sizeof(halves));
+#else
+    store(to, weights);
+#endif
   }
 
   static void shrink_sums(int64_t t, int64_t column_blocks, float factor, float* sums) {
