@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -195,7 +196,10 @@ def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return may_be_norm(module) and isinstance(weight, Tensor) and weight.ndim == 1 and "bias" not in module._parameters
+    takes_one_input = len(signature(type(module).forward).parameters) == 2  # itself, and x
+    if not takes_one_input or "bias" in module._parameters:
+        return False
+    return may_be_norm(module) and isinstance(weight, Tensor) and weight.ndim == 1
 
 
 def _rms_terms(module: nn.Module) -> NormTerms | None:

@@ -26,6 +26,7 @@ class Rotary(IntEnum):
     HALVES = 1
     PAIRS = 2
     PAIRS_OF_HALF = 3  # neighbours, whose cosines fill half a table
+    NARROW_HALVES = 4  # values of both halves, with a cosine for each pair
 
 
 class Activation(IntEnum):
@@ -68,6 +69,7 @@ class AttentionPart:
     key_norm: NormPart | None
     projection: Projection
     rotary: Rotary = Rotary.NONE
+    scale_factor: float = 1.0  # of queries, before attention scales their products with keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,8 @@ def layer_record(
         *(_address(keys), _address(values), rule.window or 0, rule.chunk or 0, _address(sinks)),
     ]
     floats = [0.0 if norm is None else norm.eps for norm in parts.norms]
-    return [int(i) for i in ints], [*floats, shape.terms.scale, shape.terms.softcap or 0.0, parts.multiplier], sinks
+    floats += [shape.terms.scale * parts.attention.scale_factor, shape.terms.softcap or 0.0, parts.multiplier]
+    return [int(i) for i in ints], floats, sinks
 
 
 def num_heads(layer: nn.Module, parts: LayerParts, cache: KeyValueCache) -> int:

@@ -83,7 +83,7 @@ class LayerStack:
                 continue
             kind = tables.setdefault(id(table[0]), len(tables))
             if 2 * kind == len(values):
-                values += [table[0][0], table[1][0]]
+                values += [part[0].float().contiguous() for part in table]
             kinds.append(kind)
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())

@@ -73,7 +73,7 @@ class LayerTrial:
         if run.module not in found:
             own = [replace(inner, path=inner.path.removeprefix(f"{run.path}.")) for inner in runs if _is_in(inner, run)]
             part = read_attention(replace(run, path=""), own, self._cache)
-            candidates = [] if part is None else attention_candidates(LayerParts(attention=part))
+            candidates = [] if part is None else attention_candidates(run.module, LayerParts(attention=part))
             found[run.module] = self._choose(run.module, candidates, call, run.returned)
         parts = found[run.module]
         if parts is not None and not self._agrees(run.module, parts, call):
@@ -118,26 +118,32 @@ class LayerTrial:
         return None if stacked is None else stacked.go_on(hidden, *call)
 
 
-def attention_candidates(parts: LayerParts) -> list[LayerParts]:
-    """The ways in which one module can give all heads, and those of rotary positions."""
+def attention_candidates(attention: nn.Module, parts: LayerParts) -> list[LayerParts]:
+    """The ways in which one module can give all heads, those of rotary positions, and numbers that may scale queries."""
     own = parts.attention
     is_joined = own.projection is not Projection.SEPARATE
     projections = (Projection.BLOCKS, Projection.GROUPS) if is_joined else (Projection.SEPARATE,)
     return [
-        replace(parts, attention=replace(own, projection=projection, rotary=rotary))
+        replace(parts, attention=replace(own, projection=projection, rotary=rotary, scale_factor=factor))
         for projection in projections
         for rotary in Rotary
+        for factor in _numbers(attention)
     ]
+
+
+def _numbers(module: nn.Module) -> list[float]:
+    """What it may multiply by: 1, and the numbers that it has."""
+    own = [value for value in vars(module).values() if isinstance(value, float) and value > 0]
+    return list(dict.fromkeys((1.0, *own)))
 
 
 def layer_candidates(layer: nn.Module, parts: LayerParts) -> Iterator[LayerParts]:
     """The activations, orders of a gate, and numbers that a layer may have."""
     mlp = parts.mlp
     assert mlp is not None, "a layer without feed-forward modules was taken for a whole one"
-    numbers = [value for value in vars(layer).values() if isinstance(value, float) and value > 0]
     for activation in activations_in(layer):
         for own in (mlp, replace(mlp, inputs=mlp.inputs[::-1], gating=_swapped(mlp.gating, len(mlp.inputs)))):
-            for multiplier in dict.fromkeys((1.0, *numbers)):
+            for multiplier in _numbers(layer):
                 yield replace(parts, mlp=replace(own, activation=activation), multiplier=multiplier)
 
 

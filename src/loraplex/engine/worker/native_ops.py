@@ -76,7 +76,7 @@ def decode_layers(
     layers: Tensor,
     constants: Tensor,
     cache_sizes: tuple[int, int],  # blocks, and tokens of one
-    rotary: list[Tensor],  # cosines and sines [tokens, dim] of each kind in turn
+    rotary: list[Tensor],  # cosines and sines [tokens, dim] of each kind in turn, float32
     rotary_kinds: list[int],  # by layer
     table: Tensor,
     rows: Tensor,

@@ -111,7 +111,9 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
                          const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates) {
   check_input(x, x);
-  for (const at::Tensor& values : rotary) check_input(x, values);
+  for (const at::Tensor& values : rotary) {
+    TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
+  }
   const int64_t num_layers = layers.size(0), num_tokens = x.size(0);
   TORCH_CHECK(x.dim() == 2 && layers.is_contiguous() && constants.is_contiguous() && num_layers > 0 &&
                   layers.size(1) == loraplex::kLayerInts && constants.size(1) == loraplex::kLayerFloats &&
@@ -144,11 +146,12 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                     " has no rotary positions");
         const at::Tensor &cos = rotary[2 * kinds[l]], &sin = rotary[2 * kinds[l] + 1];
         layer.rotary_dim = cos.size(-1);
-        TORCH_CHECK(cos.numel() == num_tokens * layer.rotary_dim && sin.numel() == cos.numel() &&
-                        layer.rotary_dim % 2 == 0 && layer.rotary_dim <= layer.head_dim,
+        const int64_t turned = layer.rotary_dim * (layer.rotary == loraplex::Rotary::kNarrowHalves ? 2 : 1);
+        TORCH_CHECK(cos.numel() == num_tokens * layer.rotary_dim && sin.numel() == cos.numel() && turned % 2 == 0 &&
+                        turned <= layer.head_dim,
                     "the rotary positions don't fit the tokens and heads");
-        layer.cos = cos.const_data_ptr<scalar>();
-        layer.sin = sin.const_data_ptr<scalar>();
+        layer.cos = cos.const_data_ptr<float>();
+        layer.sin = sin.const_data_ptr<float>();
       }
       add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens);
       decoder.layers.push_back(layer);

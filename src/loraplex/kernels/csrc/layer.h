@@ -53,7 +53,8 @@ struct Layer {
   bool is_attention_only;  // x = o(attention(..)), and nothing else
   bool is_parallel;
   bool shares_norm;  // n2 is n1
-  int64_t heads, kv_heads, head_dim, inner, rotary_dim;
+  int64_t heads, kv_heads, head_dim, inner;
+  int64_t rotary_dim;  // of cosines and sines
   Projection projection;
   Rotary rotary;
   Activation activation;
@@ -64,8 +65,8 @@ struct Layer {
   const float* sinks;     // [heads] or null
   float scale, softcap;   // softcap 0: none
   float multiplier;       // of what is added
-  const T* cos;           // [tokens, rotary_dim] or null
-  const T* sin;
+  const float* cos;       // [tokens, rotary_dim] or null
+  const float* sin;
 
   bool has_joined_gate() const { return gating != Gating::kNone && !modules[kUp].exists(); }
 

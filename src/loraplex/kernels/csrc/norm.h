@@ -55,24 +55,30 @@ struct Norm {
     }
     const float mean = centered ? total(x, 0, false) / size : 0;
     const float factor = 1.0f / std::sqrt(total(x, mean, true) / size + eps);
-    const float one = plus_one ? 1 : 0;
     const T *w = weight == nullptr ? nullptr : weight + group * step, *b = bias == nullptr ? nullptr : bias + group * step;
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) {
       Floats v = (load(x + i) - mean) * factor;
-      if (w != nullptr) v = v * (load(w + i) + one);
+      if (w != nullptr) v = v * weights(w + i);
       if (b != nullptr) v = v + load(b + i);
       store(out + i, v);
     }
     for (; i < size; ++i) {
       float v = (float(x[i]) - mean) * factor;
-      if (w != nullptr) v = v * (float(w[i]) + one);
+      if (w != nullptr) v = v * (plus_one ? float(static_cast<T>(float(w[i]) + 1.0f)) : float(w[i]));
       if (b != nullptr) v = v + float(b[i]);
       out[i] = static_cast<T>(v);
     }
   }
 
  private:
+  Floats weights(const T* w) const {
+    if (!plus_one) return load(w);
+    T rounded[kLanes];  // as Nemotron does; Gemma's norms are not centered
+    store(rounded, load(w) + 1.0f);
+    return load(rounded);
+  }
+
   // The sum of x - mean, or of its squares.
   float total(const T* x, float mean, bool squared) const {
     Floats sums = {};

@@ -6,8 +6,8 @@
 namespace loraplex {
 
 // In place: x[h] = x[h] * cos + (-x[h, half:], x[h, :half]) * sin, for `heads` heads of one token.
-template <typename T>
-void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t size) {
+template <typename T, typename C>
+void rotate(T* x, const C* cos, const C* sin, int64_t heads, int64_t size) {
   const int64_t half = size / 2;
   for (int64_t h = 0; h < heads; ++h, x += size) {
     int64_t i = 0;
@@ -24,13 +24,24 @@ void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t size) {
   }
 }
 
-// Which values are a pair, and where its cosine lies: values of both halves (Llama); neighbours, with a cosine for each
-// value (Cohere); neighbours, with the cosines of all pairs in the first half of the table (GLM).
-enum class Rotary { kNone, kHalves, kPairs, kPairsOfHalf };
+// Which values are a pair, and where its cosine lies: values of both halves, with a cosine for each value (Llama);
+// neighbours, with a cosine for each value (Cohere); neighbours, with the cosines of all pairs in the first half of the
+// table (GLM); values of both halves, with a cosine for each pair and no others (gpt-oss).
+enum class Rotary { kNone, kHalves, kPairs, kPairsOfHalf, kNarrowHalves };
+
+// The same with a cosine for each pair: cos, sin [half].
+template <typename T, typename C>
+void rotate_narrow(T* x, const C* cos, const C* sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = float(x[i]), high = float(x[half + i]), c = float(cos[i]), s = float(sin[i]);
+    x[i] = static_cast<T>(fused(low, c, -high * s));
+    x[half + i] = static_cast<T>(fused(high, c, low * s));
+  }
+}
 
 // The same for neighbours that are a pair. Cosine i / step is that of value i.
-template <typename T>
-void rotate_pairs(T* x, const T* cos, const T* sin, int64_t size, int64_t step) {
+template <typename T, typename C>
+void rotate_pairs(T* x, const C* cos, const C* sin, int64_t size, int64_t step) {
   for (int64_t i = 0; i < size; i += 2) {
     const float first = float(x[i]), second = float(x[i + 1]);
     const int64_t a = i / step, b = (i + 1) / step;
@@ -39,14 +50,15 @@ void rotate_pairs(T* x, const T* cos, const T* sin, int64_t size, int64_t step) 
   }
 }
 
-// The first `size` values of one head.
-template <typename T>
-void rotate_head(Rotary rotary, T* x, const T* cos, const T* sin, int64_t size) {
+// The first values of one head, by a token's cosines and sines [size].
+template <typename T, typename C>
+void rotate_head(Rotary rotary, T* x, const C* cos, const C* sin, int64_t size) {
   switch (rotary) {
     case Rotary::kNone: return;
     case Rotary::kHalves: return rotate(x, cos, sin, 1, size);
     case Rotary::kPairs: return rotate_pairs(x, cos, sin, size, 1);
     case Rotary::kPairsOfHalf: return rotate_pairs(x, cos, sin, size, 2);
+    case Rotary::kNarrowHalves: return rotate_narrow(x, cos, sin, size);
   }
 }
 
