@@ -148,7 +148,7 @@ class CpuFusion:
 
 
 def stack_of(module: nn.Module) -> LayerStack | None:
-    """The layers that a decoder layer is computed with, or what computes an attention module; None: it runs as it is."""
+    """What computes a decoder layer together with others, or an attention module; None: it runs as it is."""
     found: tuple[LayerStack, int] | None = vars(module).get(_STACK)
     return None if found is None else found[0]
 

@@ -1,6 +1,6 @@
 """Which decoder layers, and which attention modules by themselves, give what the compiled formula gives."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,7 +63,8 @@ class LayerTrial:
                 chosen = replace(alone.attention, **_paths(parts))
                 parts = self._choose(layer, layer_candidates(layer, replace(parts, attention=chosen)), call, output)
             found.layers[layer] = parts
-        if found.layers[layer] is not None and not self._agrees(layer, found.layers[layer], call):
+        own = found.layers[layer]
+        if own is not None and not self._agrees(layer, own, call):
             found.layers[layer] = None
         layer.forward(*call[0], **call[1])  # whose keys and values stay
 
@@ -81,7 +82,7 @@ class LayerTrial:
         return parts
 
     def _choose(
-        self, module: nn.Module, candidates: Sequence[LayerParts], call: Call, output: Any
+        self, module: nn.Module, candidates: Iterable[LayerParts], call: Call, output: Any
     ) -> LayerParts | None:
         """Those parts that come nearest to what the module gave, if they agree."""
         best: tuple[float, LayerParts | None] = (torch.inf, None)
@@ -119,7 +120,7 @@ class LayerTrial:
 
 
 def attention_candidates(attention: nn.Module, parts: LayerParts) -> list[LayerParts]:
-    """The ways in which one module can give all heads, those of rotary positions, and numbers that may scale queries."""
+    """The ways in which modules give heads, those of rotary positions, and numbers that may scale queries."""
     own = parts.attention
     is_joined = own.projection is not Projection.SEPARATE
     projections = (Projection.BLOCKS, Projection.GROUPS) if is_joined else (Projection.SEPARATE,)

@@ -168,12 +168,16 @@ def _layer(hidden: Tensor, attention: ModuleRun, runs: Sequence[ModuleRun], cach
     source = first if before_mlp is None else before_mlp  # of what the feed-forward modules read
     if before_attention is not None and not _same(before_attention.input, hidden):
         raise _Unknown
+    told = {name: None if run is None else _norm_part(run) for name, run in parts.items()}
     return LayerParts(
         attention=_attention(attention, inner, cache),
         mlp=_mlp(linears),
         is_parallel=_same(source.input, hidden),
         shares_norm=before_mlp is not None and before_mlp is before_attention,
-        **{name: None if run is None else _norm_part(run) for name, run in parts.items()},
+        before_attention=told["before_attention"],
+        behind_attention=told["behind_attention"],
+        before_mlp=told["before_mlp"],
+        behind_mlp=told["behind_mlp"],
     )
 
 
