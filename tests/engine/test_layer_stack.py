@@ -164,9 +164,16 @@ def test_all_layers_of_a_deep_model_are_in_one_stack(calls: list[int]) -> None:
     config = tiny_model("llama").config
     config.num_hidden_layers = 7
     base = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    with Engine(MultiLoraModel(base), CONFIG):
+    model = MultiLoraModel(base)
+    with Engine(model, CONFIG):
         stacks = {stack_of(layer) for layer in base.model.layers}
         assert [len(stack) for stack in stacks if stack is not None] == [7]
+        with Engine(model, CONFIG) as another:  # which starts with passes through some of them
+            calls.clear()
+            prompted = prompts((12,))[0]
+            result = another.generate([prompted.request(max_tokens=4)])[0]
+            assert len(calls) == 4
+    assert_same(model, prompted, result, answer(model, prompted, 4))
 
 
 def test_a_hook_on_a_layer_sees_what_it_makes(calls: list[int]) -> None:

@@ -15,7 +15,7 @@ from loraplex.engine.worker.agreement import SCALES, TOLERANCE, distance, holds
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.engine.worker.layer_parts import Activation, Gating, LayerParts, Projection, Rotary
 from loraplex.engine.worker.layer_stack import LayerStack
-from loraplex.engine.worker.layer_watch import LayerWatch, ModuleRun, read_attention, read_layer
+from loraplex.engine.worker.layer_watch import LayerWatch, PartRun, read_attention, read_layer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,7 +53,7 @@ class LayerTrial:
             watch.remove()
         return self.findings
 
-    def _compare(self, layer: nn.Module, runs: Sequence[ModuleRun], call: Call, output: Any) -> None:
+    def _compare(self, layer: nn.Module, runs: Sequence[PartRun], call: Call, output: Any) -> None:
         attention = next((run for run in runs if run.module in self._cache.shapes), None)
         found = self.findings
         alone = None if attention is None else self._attention(attention, runs)
@@ -68,7 +68,7 @@ class LayerTrial:
             found.layers[layer] = None
         layer.forward(*call[0], **call[1])  # whose keys and values stay
 
-    def _attention(self, run: ModuleRun, runs: Sequence[ModuleRun]) -> LayerParts | None:
+    def _attention(self, run: PartRun, runs: Sequence[PartRun]) -> LayerParts | None:
         """The parts of an attention module, as long as they agree."""
         found, call = self.findings.attentions, (run.args, run.kwargs)
         if run.module not in found:
@@ -171,7 +171,7 @@ def _paths(parts: LayerParts) -> dict[str, Any]:
     return {name: getattr(own, name) for name in names}
 
 
-def _is_in(inner: ModuleRun, outer: ModuleRun) -> bool:
+def _is_in(inner: PartRun, outer: PartRun) -> bool:
     return inner.path.startswith(f"{outer.path}.")
 
 

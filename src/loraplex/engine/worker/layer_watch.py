@@ -23,7 +23,7 @@ from loraplex.engine.worker.norms import may_be_norm, norm_terms
 
 
 @dataclass(frozen=True, eq=False)
-class ModuleRun:
+class PartRun:
     """One module's part in a pass. Input and output are copies: some modules are changed in place behind."""
 
     path: str
@@ -41,7 +41,7 @@ class LayerWatch:
     def __init__(self, layers: Sequence[nn.Module], wanted: Callable[[], bool]) -> None:
         """Only in passes that are `wanted`."""
         self._wanted = wanted
-        self._runs: list[ModuleRun] = []
+        self._runs: list[PartRun] = []
         self._handles = [
             module.register_forward_hook(self._note(path), with_kwargs=True)
             for layer in layers
@@ -49,7 +49,7 @@ class LayerWatch:
             if path
         ]
 
-    def take(self) -> list[ModuleRun]:
+    def take(self) -> list[PartRun]:
         """What was noted since the last time."""
         runs, self._runs = self._runs, []
         return runs
@@ -65,7 +65,7 @@ class LayerWatch:
             tensors = (value for value in (*args, *kwargs.values()) if _is_hidden(value))
             given, made = next(tensors, None), returned[0] if isinstance(returned, (tuple, list)) else returned
             if given is not None and _is_hidden(made):
-                self._runs.append(ModuleRun(path, module, given.clone(), made.clone(), args, kwargs, returned))
+                self._runs.append(PartRun(path, module, given.clone(), made.clone(), args, kwargs, returned))
 
         return note
 
@@ -78,7 +78,7 @@ class _Unknown(Exception):
     """A layer has something that the formula doesn't have."""
 
 
-def read_attention(attention: ModuleRun, runs: Sequence[ModuleRun], cache: KeyValueCache) -> AttentionPart | None:
+def read_attention(attention: PartRun, runs: Sequence[PartRun], cache: KeyValueCache) -> AttentionPart | None:
     """The parts of an attention module; None if it has others. `runs` are those of a layer or of the module itself."""
     try:
         return _attention(attention, _inside(runs, attention), cache)
@@ -86,7 +86,7 @@ def read_attention(attention: ModuleRun, runs: Sequence[ModuleRun], cache: KeyVa
         return None
 
 
-def read_layer(layer: nn.Module, hidden: Tensor, runs: Sequence[ModuleRun], cache: KeyValueCache) -> LayerParts | None:
+def read_layer(layer: nn.Module, hidden: Tensor, runs: Sequence[PartRun], cache: KeyValueCache) -> LayerParts | None:
     """The parts of a layer that ran on `hidden`, its activation and numbers being the first of those it may have."""
     attentions = [run for run in runs if run.module in cache.shapes]
     if len(attentions) != 1:
@@ -100,11 +100,11 @@ def read_layer(layer: nn.Module, hidden: Tensor, runs: Sequence[ModuleRun], cach
     return None if has_others else parts
 
 
-def _inside(runs: Sequence[ModuleRun], outer: ModuleRun) -> list[ModuleRun]:
+def _inside(runs: Sequence[PartRun], outer: PartRun) -> list[PartRun]:
     return [run for run in runs if run.path.startswith(f"{outer.path}.") or not outer.path]
 
 
-def _linears(runs: Sequence[ModuleRun], dtype: torch.dtype) -> list[ModuleRun]:
+def _linears(runs: Sequence[PartRun], dtype: torch.dtype) -> list[PartRun]:
     """Those of modules with parameters that are no norms; all have to be linear ones."""
     linears = [run for run in runs if not may_be_norm(run.module) and _owns_parameters(run.module)]
     if not all(is_plain_linear(run.module, dtype) for run in linears):
@@ -116,11 +116,11 @@ def _owns_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _norms(runs: Sequence[ModuleRun]) -> list[ModuleRun]:
+def _norms(runs: Sequence[PartRun]) -> list[PartRun]:
     return [run for run in runs if may_be_norm(run.module)]
 
 
-def _norm_part(run: ModuleRun) -> NormPart:
+def _norm_part(run: PartRun) -> NormPart:
     terms = norm_terms(run.module, run.input.flatten(0, -3) if run.input.ndim > 3 else run.input)
     if terms is None:
         raise _Unknown
@@ -128,7 +128,7 @@ def _norm_part(run: ModuleRun) -> NormPart:
     return NormPart(path=run.path, size=size, eps=terms.eps, is_centered=terms.is_centered, plus_one=terms.plus_one)
 
 
-def _attention(run: ModuleRun, runs: Sequence[ModuleRun], cache: KeyValueCache) -> AttentionPart:
+def _attention(run: PartRun, runs: Sequence[PartRun], cache: KeyValueCache) -> AttentionPart:
     shape = cache.shapes[run.module]
     if shape.key_dim != shape.value_dim or shape.dtype != cache.dtype:
         raise _Unknown
@@ -147,7 +147,7 @@ def _attention(run: ModuleRun, runs: Sequence[ModuleRun], cache: KeyValueCache) 
     )
 
 
-def _layer(hidden: Tensor, attention: ModuleRun, runs: Sequence[ModuleRun], cache: KeyValueCache) -> LayerParts:
+def _layer(hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: KeyValueCache) -> LayerParts:
     inner = _inside(runs, attention)
     outer = [run for run in runs if run not in inner and run is not attention]
     linears = _linears(outer, cache.dtype)
@@ -181,7 +181,7 @@ def _layer(hidden: Tensor, attention: ModuleRun, runs: Sequence[ModuleRun], cach
     )
 
 
-def _mlp(linears: Sequence[ModuleRun]) -> MlpPart:
+def _mlp(linears: Sequence[PartRun]) -> MlpPart:
     *inputs, down = linears
     is_gated = linear_shape(inputs[0].module)[0] != linear_shape(down.module)[1] or len(inputs) == 2
     return MlpPart(
@@ -192,7 +192,7 @@ def _mlp(linears: Sequence[ModuleRun]) -> MlpPart:
     )
 
 
-def _find(runs: Sequence[ModuleRun], **what: Tensor) -> ModuleRun | None:
+def _find(runs: Sequence[PartRun], **what: Tensor) -> PartRun | None:
     """The first run of which input or output is the given one."""
     ((name, value),) = what.items()
     return next((run for run in runs if _same(getattr(run, name), value)), None)

@@ -47,12 +47,6 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     _operator("rotate_")(query, key, cos, sin)
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in gate's memory."""
-    _operator("gated_silu_")(gate, up)
-    return gate
-
-
 def norm(
     x: Tensor,  # [.., size] or [.., heads, size]
     weight: Tensor | None,  # [size] or [heads, size]
