@@ -35,7 +35,7 @@ GROUPS = {
     "loraplex::store_tokens_": "attention",
     "loraplex::rms_norm": "norm, rotary, activation",
     "loraplex::rotate_": "norm, rotary, activation",
-    "loraplex::gated_silu_": "norm, rotary, activation",
+    "loraplex::activate_": "norm, rotary, activation",
     "aten::argmax": "choice of tokens",
 }
 ORDER = (*dict.fromkeys(GROUPS.values()), "other operators", "between", "with profiler", "without profiler")

@@ -9,9 +9,9 @@ from pathlib import Path
 import transformers
 
 from tests.architectures.checks import FEATURES, Case, Outcome, outcome
+from tests.architectures.decode_path import COLUMN, PAGE, decode_path
 from tests.architectures.variants import ARCHS, kind_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _BEGIN = "| variant | "
 _ROW = "| `{}` | {} |"
 # What a kind of model has no use for: encoders generate nothing, and the residuals are those of decoders and encoders.
@@ -42,7 +42,7 @@ def words_on_page(page: Path = PAGE) -> dict[str, dict[str, str]]:
     for line in page.read_text().splitlines():
         if line.startswith("| `"):
             first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            words = zip(FEATURES, (cell.partition(" ")[0] for cell in cells), strict=True)
+            words = zip(FEATURES, (cell.partition(" ")[0] for cell in cells[:-1]), strict=True)
             rows[first.strip("`")] = {feature: word for feature, word in words if word != "-"}
     return rows
 
@@ -50,9 +50,10 @@ def words_on_page(page: Path = PAGE) -> dict[str, dict[str, str]]:
 def table(rows: Mapping[str, Outcomes]) -> str:
     """The rows, and the reasons of refusals below them."""
     reasons: list[str] = []
-    lines = [_BEGIN + " | ".join(FEATURES) + " |", "|---" * (1 + len(FEATURES)) + "|"]
+    columns = [*FEATURES, COLUMN]
+    lines = [_BEGIN + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, outcomes in rows.items():
-        cells = [_cell(outcomes.get(feature), reasons) for feature in FEATURES]
+        cells = [*(_cell(outcomes.get(feature), reasons) for feature in FEATURES), decode_path(name)]
         lines.append(_ROW.format(name, " | ".join(cells)))
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes, ""])

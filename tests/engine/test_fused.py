@@ -17,11 +17,11 @@ needs_compiler = pytest.mark.needs("compiler")
 TAKEN = {  # by architecture: norms, gated activations, attention with rotary positions, whole layers
     "llama": {"LlamaRMSNorm": 5, "LlamaMLP": 2, "LlamaAttention": 2, "LlamaDecoderLayer": 2},
     "qwen2": {"Qwen2RMSNorm": 5, "Qwen2MLP": 2, "Qwen2Attention": 2, "Qwen2DecoderLayer": 2},
-    "qwen3": {"Qwen3RMSNorm": 9, "Qwen3MLP": 2},  # its attention norms queries and keys
-    "gemma2": {"Gemma2RMSNorm": 9, "Gemma2Attention": 2},  # its activation is another
-    "phi3": {"Phi3RMSNorm": 5},  # joined projections
-    "gpt2": {},
-    "opt": {},
+    "qwen3": {"Qwen3RMSNorm": 9, "Qwen3MLP": 2, "Qwen3Attention": 2, "Qwen3DecoderLayer": 2},
+    "gemma2": {"Gemma2RMSNorm": 9, "Gemma2MLP": 2, "Gemma2Attention": 2, "Gemma2DecoderLayer": 2},
+    "phi3": {"Phi3RMSNorm": 5, "Phi3DecoderLayer": 2},  # joined projections
+    "gpt2": {"GPT2Block": 2},
+    "opt": {"OPTDecoderLayer": 2},
 }
 
 

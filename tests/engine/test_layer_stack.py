@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.worker import layer_stack, native_ops
+from loraplex.engine.worker.cpu_fusion import stack_of
 from loraplex.engine.worker.layer_stack import chains
+from tests.architectures import variants as architectures
 from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -33,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3"])
 def test_same_bits_as_module_by_module(
     tmp_path: Path, calls: list[int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,12 +137,10 @@ def test_runs_are_cut_where_something_stands_between_layers() -> None:
     assert chains([a, b, c], [joined, cut]) == [[a], [b, c]]
     assert chains([a, c], [joined]) == [[a], [c]]
     assert chains([a, b, c], [joined, [(b, one, two)]]) == [], "another order in each pass"
-    wider = nn.Linear(2, 3)
-    assert chains([a, wider], [[(a, one, two), (wider, two, three)]]) == [[a], [wider]], "of other sizes"
     assert chains([a], [[(a, one, two), (a, two, three)]]) == [], "a layer that is used twice"
 
 
-def test_layers_of_other_sizes_are_stacks_of_their_own(calls: list[int]) -> None:
+def test_layers_of_other_sizes_are_in_one_stack(calls: list[int]) -> None:
     base = tiny_model("llama")
     mlp = base.model.layers[1].mlp
     inner = mlp.gate_proj.out_features
@@ -154,5 +155,67 @@ def test_layers_of_other_sizes_are_stacks_of_their_own(calls: list[int]) -> None
     with Engine(model, CONFIG) as engine:
         calls.clear()
         result = engine.generate([prompted.request(max_tokens=6)])[0]
-        assert len(calls) == 2 * 6, "two calls for the prompt and for each token after it but the last"
+        assert len(calls) == 6, "one call for the prompt and for each token after it but the last"
+    assert_same(model, prompted, result, answer(model, prompted, 6))
+
+
+def test_all_layers_of_a_deep_model_are_in_one_stack(calls: list[int]) -> None:
+    """Only the first few are compared; the others are of their kinds."""
+    config = tiny_model("llama").config
+    config.num_hidden_layers = 7
+    base = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = MultiLoraModel(base)
+    with Engine(model, CONFIG):
+        stacks = {stack_of(layer) for layer in base.model.layers}
+        assert [len(stack) for stack in stacks if stack is not None] == [7]
+        with Engine(model, CONFIG) as another:  # which starts with passes through some of them
+            calls.clear()
+            prompted = prompts((12,))[0]
+            result = another.generate([prompted.request(max_tokens=4)])[0]
+            assert len(calls) == 4
+    assert_same(model, prompted, result, answer(model, prompted, 4))
+
+
+def test_a_hook_on_a_layer_sees_what_it_makes(calls: list[int]) -> None:
+    base = tiny_model("llama")
+    model = MultiLoraModel(base)
+    prompted = prompts((9,))[0]
+    seen: list[torch.Tensor] = []
+    with Engine(model, CONFIG) as engine:
+        calls.clear()
+        base.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        engine.generate([prompted.request(max_tokens=1)])
+        assert calls == []
+    expected = model(torch.tensor([prompted.prompt]), output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "gemma3"])
+def test_a_row_has_the_same_bits_in_any_batch(
+    tmp_path: Path, calls: list[int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_adapters(name, tmp_path)
+    monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
+    model = make_model(name, folders, mixtures=False)
+    requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11), CHOICES[:5])]
+    with Engine(model, CONFIG) as engine:
+        calls.clear()
+        together = engine.generate(requests)
+        alone = [engine.generate([request])[0] for request in requests]
+        assert max(calls) >= 5, "all rows in one call"
+        assert min(calls) == 1
+    for ours, theirs in zip(together, alone, strict=True):
+        assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
+
+
+def test_experts_layers_have_their_attention_in_one_call(calls: list[int]) -> None:
+    base = architectures.make_model("qwen3_moe")
+    model = MultiLoraModel(base)
+    prompted = prompts((12,))[0]
+    with Engine(model, CONFIG) as engine:
+        assert all(stack_of(layer) is None and stack_of(layer.self_attn) is not None for layer in base.model.layers)
+        calls.clear()
+        result = engine.generate([prompted.request(max_tokens=6)])[0]
+        assert len(calls) == 2 * 6, "a call for each layer"
     assert_same(model, prompted, result, answer(model, prompted, 6))

@@ -8,6 +8,7 @@ from torch import Tensor
 from loraplex.engine.kv.kv_cache import AttentionTerms
 from loraplex.engine.kv.mask_rule import MaskRule
 from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.layer_parts import Activation
 
 pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.
@@ -49,15 +50,44 @@ def test_rotary_positions(dtype, size):
     assert_near(key, expected[1])
 
 
+ACTIVATIONS = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.RELU: F.relu,
+    Activation.SQUARED_RELU: lambda x: F.relu(x).square(),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1536, 40, 5])
-def test_gated_silu_for_small_and_huge_values(dtype, size):
+@pytest.mark.parametrize(("kind", "reference"), ACTIVATIONS.items())
+def test_activations_of_small_and_huge_values(dtype, size, kind, reference):
     gate, up = random(3, size, dtype=dtype) * 30, random(3, size, dtype=dtype, seed=1)
     gate[0, :3] = torch.tensor([-500.0, 500.0, 0.0])
-    expected = F.silu(gate.double()) * up.double()
-    result = native_ops.gated_silu(gate, up)
+    gate[1] /= 30
+    plain, expected = gate.clone(), reference(gate.double())
+    result = native_ops.activate(gate, up, kind)
     assert result.data_ptr() == gate.data_ptr()
-    assert_near(result, expected)
+    for row in range(3):
+        assert_near(result[row], expected[row] * up[row].double())
+        assert_near(native_ops.activate(plain[row].clone(), None, kind), expected[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [576, 33, 7])
+def test_layer_norm(dtype, size):
+    x, weight, bias = (random(2, 5, size, dtype=dtype, seed=seed) for seed in range(3))
+    expected = F.layer_norm(x.double(), (size,), weight[0, 0].double(), bias[0, 0].double(), 1e-5)
+    assert_near(native_ops.norm(x, weight[0, 0], bias[0, 0], 1e-5, True, False), expected)
+    assert_near(native_ops.norm(x, None, None, 1e-5, True, False), F.layer_norm(x.double(), (size,)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_with_weights_for_each_head(dtype):
+    x, weight = random(3, 4, 16, dtype=dtype), random(4, 16, dtype=dtype, seed=1)
+    expected = F.layer_norm(x.double(), (16,)) * weight.double()
+    assert_near(native_ops.norm(x, weight, None, 1e-5, True, False), expected)
 
 
 SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, sight, softcap, sinks

@@ -40,9 +40,12 @@ def check_flow(
     kvs = [SequenceKV(list(range(1, 1 + _FIRST + count)), (), (), pool, table) for count in _COUNTS]
     for kv in kvs:
         kv.grow(len(kv.tokens))
-    forward(InputBatch([_chunk(kv, 0, _FIRST) for kv in kvs], cache, table))
+    first = InputBatch([_chunk(kv, 0, _FIRST) for kv in kvs], cache, table)
+    first.layer_by_layer = True  # also where another engine runs layers of this base model in one call
+    forward(first)
     chunks = [_chunk(kv, _FIRST, count) for kv, count in zip(kvs, _COUNTS, strict=True)]
     batch = InputBatch(chunks, cache, table)
+    batch.layer_by_layer = True
     is_clean = [not _SPOILT[kvs.index(chunk.kv)] for chunk in batch.chunks for _ in range(chunk.count)]
     clean = torch.tensor(is_clean, device=base.device)
     with _spoilt_embeddings(base, clean), _watched(base, clean) as leaks:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -22,12 +23,21 @@ Forward = Callable[..., Any]
 
 def agree(ours: object, theirs: object) -> bool:
     """Whether two results [.., dim] of a pass are the same for every token, up to rounding."""
+    if not isinstance(theirs, Tensor):
+        return False
+    return distance(ours, theirs) <= TOLERANCE.get(theirs.dtype, 0.0)
+
+
+def distance(ours: object, theirs: object) -> float:
+    """How far two results [.., dim] are apart at most, relative to a token's largest value; infinite or NaN if they
+    can't be compared."""
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
-        return False
+        return inf
     if ours.dtype != theirs.dtype or theirs.dtype not in TOLERANCE:
-        return False
-    bound = TOLERANCE[theirs.dtype] * theirs.float().abs().amax(dim=-1, keepdim=True)
-    return bool(((ours.float() - theirs.float()).abs() <= bound).all())
+        return inf
+    apart = (ours.float() - theirs.float()).abs().amax(dim=-1)
+    size = theirs.float().abs().amax(dim=-1)
+    return (apart / size).masked_fill(apart == 0, 0.0).max().item()
 
 
 def holds(agrees: Callable[[], bool]) -> bool:

@@ -7,7 +7,8 @@ formula gives (agreement.py), also for large inputs and at far positions. Outsid
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -15,15 +16,22 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.agreement import SCALES, TOLERANCE, agree, attentions_agree, holds, random_inputs
+from loraplex.engine.worker.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker.attention import packed_attention
-from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
-from loraplex.engine.worker.layer_stack import LayerStack, chains, layer_forward, may_be_stacked
+from loraplex.engine.worker.input_batch import current_input_batch
+from loraplex.engine.worker.layer_parts import Activation, LayerParts
+from loraplex.engine.worker.layer_stack import LayerStack, attention_forward, chains, layer_forward
+from loraplex.engine.worker.layer_trial import LayerTrial, activations_in, hooked, states_of
 from loraplex.engine.worker.linear_products import LinearProducts
+from loraplex.engine.worker.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.layers.module_kinds import module_kind
 
-_PLUS_ONE = "loraplex_plus_one"  # on a norm: whether it multiplies by 1 + weight (Gemma)
-_STACK = "loraplex_stack"  # on a decoder layer: its stack, and its place there
+_NORM_TERMS = "loraplex_norm_terms"  # on a norm: how it is computed
+_ACTIVATION = "loraplex_activation"  # on a feed-forward module: the kind of its activation
+_STACK = "loraplex_stack"  # on a decoder layer, or an attention module: its stack, and its place there
+
+
+_Found = TypeVar("_Found", bool, LayerParts)
 
 
 class Trial(NamedTuple):
@@ -65,39 +73,48 @@ class CpuFusion:
         attention = [module for module in modules if module in cache.shapes and _is_rotary_attention(module)]
         for module in _attention_that_agrees(attention, trial):
             self._take(module, _attention_forward)
-        norms: dict[Hashable, bool | None] = {}  # by kind, whether it multiplies by 1 + weight; None: it is another one
-        mlps: dict[Hashable, bool] = {}
+        norms: dict[Hashable, NormTerms | None] = {}  # by kind; None: no formula gives what it gives
+        mlps: dict[Hashable, Activation | None] = {}
         for module in modules:
-            if _may_be_norm(module):
+            if _may_be_rms_norm(module):
                 kind = module_kind(module)
                 if kind not in norms:
-                    norms[kind] = _plus_one(module)
+                    norms[kind] = _rms_terms(module)
                 if norms[kind] is not None:
-                    vars(module)[_PLUS_ONE] = norms[kind]
+                    vars(module)[_NORM_TERMS] = norms[kind]
                     self._take(module, _norm_forward)
             elif _may_be_gated_mlp(module):
                 kind = module_kind(module)
                 if kind not in mlps:
-                    mlps[kind] = holds(partial(_is_gated_mlp, module))
-                if mlps[kind]:
+                    mlps[kind] = _activation_of(module)
+                if mlps[kind] is not None:
+                    vars(module)[_ACTIVATION] = mlps[kind]
                     self._take(module, _mlp_forward)
 
     def _stack_layers(
         self, base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial
     ) -> None:
-        """Let decoder layers run together where single tokens are decoded."""
-        candidates = [module for module in base.modules() if may_be_stacked(module, cache, _is_taken)]
-        for run in _stacks_that_agree(candidates, module_index, trial):
-            stack = LayerStack(run, module_index, _norm_terms)
+        """Let decoder layers run together where single tokens are decoded, and else their attention in one call."""
+        layers = _layers_with_attention(base, cache)
+        attentions = {layer: next(module for module in layer.modules() if module in cache.shapes) for layer in layers}
+        found = LayerTrial(cache, module_index).run(layers, trial.run)
+        parts = _of_all_kinds(layers, found.layers)
+        for run in chains(list(parts), _seen(list(parts), trial)):
+            stack = LayerStack([(layer, parts[layer]) for layer in run], module_index)
             for place, layer in enumerate(run):
+                attentions.pop(layer)
                 vars(layer)[_STACK] = (stack, place)
-                self._take_as(layer, _layer_class(type(layer)))
+                self._take_as(layer, _class_with(type(layer), layer_forward))
+        for attention, own in _of_all_kinds(list(attentions.values()), found.attentions).items():
+            stack = LayerStack([(attention, own)], module_index)
+            vars(attention)[_STACK] = (stack, 0)
+            self._take_as(attention, _class_with(type(attention), attention_forward))
 
     def _restore(self) -> None:
-        for module, former in self._taken:
+        for module, former in reversed(self._taken):
             module.__class__ = former
-            vars(module).pop(_PLUS_ONE, None)
-            vars(module).pop(_STACK, None)
+            for name in (_NORM_TERMS, _ACTIVATION, _STACK):
+                vars(module).pop(name, None)
         self._taken = []
         self._products.release()
 
@@ -107,6 +124,12 @@ class CpuFusion:
     def _take_as(self, module: nn.Module, subclass: type[nn.Module]) -> None:
         self._taken.append((module, type(module)))
         module.__class__ = subclass
+
+
+def stack_of(module: nn.Module) -> LayerStack | None:
+    """What computes a decoder layer together with others, or an attention module; None: it runs as it is."""
+    found: tuple[LayerStack, int] | None = vars(module).get(_STACK)
+    return None if found is None else found[0]
 
 
 _fusions: "WeakKeyDictionary[PreTrainedModel, CpuFusion]" = WeakKeyDictionary()
@@ -124,10 +147,6 @@ def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.M
 
 
 _subclasses: dict[tuple[type[nn.Module], Callable[..., Any]], type[nn.Module]] = {}
-
-
-def _is_taken(module: nn.Module) -> bool:
-    return type(module) in _subclasses.values()
 
 
 def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
@@ -154,30 +173,24 @@ def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[
 # Root mean square norms
 
 
-def _may_be_norm(module: nn.Module) -> bool:
+def _may_be_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or weight.ndim != 1:
+    takes_one_input = len(signature(type(module).forward).parameters) == 2  # itself, and x
+    if not takes_one_input or "bias" in module._parameters:
         return False
-    return isinstance(_epsilon(module), float) and not list(module.children()) and weight.dtype in TOLERANCE
+    return may_be_norm(module) and isinstance(weight, Tensor) and weight.ndim == 1
 
 
-def _plus_one(module: nn.Module) -> bool | None:
-    """Whether it multiplies by 1 + weight, rather than by its weight; None if it does neither."""
-    inputs = list(random_inputs(3, module.weight.shape[0], like=module.weight))  # type: ignore[arg-type, index]
-
-    def is_so(plus_one: bool) -> bool:
-        ours = [native_ops.rms_norm(x, module.weight, _epsilon(module), plus_one) for x in inputs]  # type: ignore[arg-type]
-        return all(map(agree, ours, (module(x) for x in inputs)))
-
-    return next((plus_one for plus_one in (False, True) if holds(partial(is_so, plus_one))), None)
+def _rms_terms(module: nn.Module) -> NormTerms | None:
+    """None for another norm: torch computes LayerNorm in one operator as it is."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    terms = norm_terms(module, weight.new_empty(3, len(weight)))
+    return None if terms is None or terms.is_centered else terms
 
 
 def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
-    return native_ops.rms_norm(x.contiguous(), module.weight, _epsilon(module), vars(module)[_PLUS_ONE])  # type: ignore[arg-type]
-
-
-def _epsilon(module: nn.Module) -> Any:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    terms: NormTerms = vars(module)[_NORM_TERMS]
+    return native_ops.rms_norm(x.contiguous(), module.weight, terms.eps, terms.plus_one)  # type: ignore[arg-type]
 
 
 # Gated feed-forward modules
@@ -191,15 +204,24 @@ def _may_be_gated_mlp(module: nn.Module) -> bool:
     return isinstance(gate, nn.Linear) and gate.weight.dtype in TOLERANCE
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
+def _activation_of(module: nn.Module) -> Activation | None:
+    """The kind that gives what the module gives; None for another formula."""
+    return next((kind for kind in activations_in(module) if holds(partial(_is_gated_mlp, module, kind))), None)
+
+
+def _is_gated_mlp(module: nn.Module, kind: Activation) -> bool:
     gate = module.get_submodule("gate_proj")
     assert isinstance(gate, nn.Linear), "a module without gate_proj was taken for a gated one"
     inputs = random_inputs(3, gate.in_features, like=gate.weight)
-    return all(agree(_mlp_forward(module, x), module(x)) for x in inputs)
+    return all(agree(_gated_mlp(module, x, kind), module(x)) for x in inputs)
 
 
 def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
-    return module.down_proj(native_ops.gated_silu(module.gate_proj(x), module.up_proj(x)))  # type: ignore[operator]
+    return _gated_mlp(module, x, vars(module)[_ACTIVATION])
+
+
+def _gated_mlp(module: nn.Module, x: Tensor, kind: Activation) -> Any:
+    return module.down_proj(native_ops.activate(module.gate_proj(x), module.up_proj(x), kind))  # type: ignore[operator]
 
 
 # Attention with rotary positions
@@ -207,15 +229,25 @@ def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
 
 def _is_rotary_attention(module: nn.Module) -> bool:
     """Whether it has the parts and no others."""
-    names = {name for name, _ in module.named_children()}
+    names = {name for name, _ in module.named_children()} - {"q_norm", "k_norm"}
     return names == {"q_proj", "k_proj", "v_proj", "o_proj"} and isinstance(getattr(module, "head_dim", None), int)
 
 
-def _of_agreed_kinds(modules: Sequence[nn.Module], agreed: Mapping[nn.Module, bool]) -> list[nn.Module]:
-    """Those of kinds of which some were compared, and all of these agree."""
-    kinds = {module: module_kind(module, vars(module).get("layer_idx")) for module in modules}
-    tried = {kinds[module] for module in agreed} - {kinds[module] for module, agrees in agreed.items() if not agrees}
-    return [module for module in modules if kinds[module] in tried]
+def _of_all_kinds(modules: Sequence[nn.Module], found: Mapping[nn.Module, _Found | None]) -> dict[nn.Module, _Found]:
+    """For all modules of a kind what was found for some; without kinds of which some were found to be nothing."""
+    kinds = {module: module_kind(module, _index_of(module)) for module in modules}
+    by_kind: dict[Hashable, _Found | None] = {}
+    for module, own in found.items():
+        if module in kinds:
+            known = by_kind.setdefault(kinds[module], own)
+            by_kind[kinds[module]] = own if own == known else None
+    told = {module: by_kind.get(kinds[module]) for module in modules}
+    return {module: own for module, own in told.items() if own is not None}
+
+
+def _index_of(module: nn.Module) -> int | None:
+    """A layer's own place among others, as it or its attention knows it."""
+    return next((vars(part)["layer_idx"] for part in module.modules() if "layer_idx" in vars(part)), None)
 
 
 def _attention_that_agrees(modules: Sequence[nn.Module], trial: Trial) -> list[nn.Module]:
@@ -233,7 +265,7 @@ def _attention_that_agrees(modules: Sequence[nn.Module], trial: Trial) -> list[n
     finally:
         for handle in handles:
             handle.remove()
-    return _of_agreed_kinds(modules, agreed)
+    return list(_of_all_kinds(modules, {module: agrees or None for module, agrees in agreed.items()}))
 
 
 def _attention_forward(
@@ -241,72 +273,49 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     batch = current_input_batch()
     assert batch is not None, "the packed attention ran outside of a packed pass"
-    shape = (batch.num_tokens, -1, module.head_dim)
-    query = module.q_proj(hidden_states).view(shape)  # type: ignore[operator]
-    key = module.k_proj(hidden_states).view(shape)  # type: ignore[operator]
-    value = module.v_proj(hidden_states).view(shape)  # type: ignore[operator]
+    query = _heads(module, module.q_proj(hidden_states), "q_norm")  # type: ignore[operator]
+    key = _heads(module, module.k_proj(hidden_states), "k_norm")  # type: ignore[operator]
+    value = _heads(module, module.v_proj(hidden_states), None)  # type: ignore[operator]
     cos, sin = position_embeddings  # [1, tokens, head_dim]
     native_ops.rotate(query, key, cos[0], sin[0])
     out = packed_attention(batch, module, query, key, value)
     return module.o_proj(out.view(1, batch.num_tokens, -1)), None  # type: ignore[operator]
 
 
+def _heads(module: nn.Module, states: Tensor, norm_name: str | None) -> Tensor:  # [tokens, heads, head_dim]
+    """Projected states, normed all together or head by head."""
+    norm = None if norm_name is None else getattr(module, norm_name, None)
+    if norm is not None and norm.weight.numel() == states.shape[-1]:
+        states, norm = norm(states), None
+    heads = states.view(states.shape[-2], -1, module.head_dim)  # type: ignore[call-overload]
+    return heads if norm is None else norm(heads)
+
+
 # Whole decoder layers
 
 
-def _layer_class(former: type[nn.Module]) -> type[nn.Module]:
-    known = _subclasses.get((former, layer_forward))
+def _class_with(former: type[nn.Module], forward: Callable[[type[nn.Module], str], Any]) -> type[nn.Module]:
+    known = _subclasses.get((former, forward))
     if known is None:
-        known = _subclasses[former, layer_forward] = _with_forward(former, layer_forward(former, _STACK))
+        known = _subclasses[former, forward] = _with_forward(former, forward(former, _STACK))
     return known
 
 
-def _norm_terms(norm: nn.Module) -> tuple[float, bool]:
-    return _epsilon(norm), vars(norm)[_PLUS_ONE]
+def _layers_with_attention(base: PreTrainedModel, cache: KeyValueCache) -> list[nn.Module]:
+    """The members of lists of modules that have one attention module each."""
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    members = [layer for one in lists for layer in one if layer not in cache.shapes]
+    return [layer for layer in members if sum(module in cache.shapes for module in layer.modules()) == 1]
 
 
-def _stacks_that_agree(
-    layers: Sequence[nn.Module], module_index: Mapping[nn.Module, int], trial: Trial
-) -> list[list[nn.Module]]:
-    """Those that give what the formula gives in every pass of single tokens, in runs that feed each other."""
-    agreed: dict[nn.Module, bool] = {}
+def _seen(layers: Sequence[nn.Module], trial: Trial) -> list[list[tuple[nn.Module, Any, Any]]]:
+    """The layers of each pass through all of them, with what they were given and gave."""
     seen: dict[object, list[tuple[nn.Module, Any, Any]]] = {}  # by pass
 
-    def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        batch = current_input_batch()
-        assert batch is not None, "the trial runs packed passes"
-        if batch.num_single == batch.num_tokens:
-            agrees = holds(lambda: _layers_agree(layer, module_index, batch, args, kwargs))
-            agreed[layer] = agreed.get(layer, True) and agrees
-
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.setdefault(current_input_batch(), []).append((layer, args[0] if args else None, output))
+        seen.setdefault(current_input_batch(), []).append((layer, args[0] if args else None, states_of(output)))
 
-    for hook, run in ((compare, trial.run), (see, trial.run_all)):
-        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-        try:
-            if layers:
-                run()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return chains(_of_agreed_kinds(layers, agreed), list(seen.values()))
-
-
-def _layers_agree(
-    layer: nn.Module,
-    module_index: Mapping[nn.Module, int],
-    batch: InputBatch,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> bool:
-    """Whether a layer that ran with these arguments gives what the formula gives, for inputs of other sizes too."""
-    positions = kwargs.get("position_embeddings")
-    if not args or not isinstance(positions, tuple) or positions[0].shape != positions[1].shape:
-        return False
-    stack = LayerStack([layer], module_index, _norm_terms)
-    agreed = True
-    for scale in sorted(SCALES, key=lambda scale: scale == 1):  # 1 is the last, whose keys and values stay
-        x = args[0] * scale
-        agreed &= agree(stack.run(batch, x, positions), layer.forward(x, *args[1:], **kwargs))
-    return agreed
+    if layers:
+        with hooked(layers, see):
+            trial.run_all()
+    return list(seen.values())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class InputBatch:
         self.stand_in: Callable[..., Tensor] | None = None  # a trial's, in the place of attention
         self.states: PassStates | None = None  # beside keys and values, of models that keep some
         self.layer_by_layer = False  # a trial that looks at what each layer makes
-        self.stack_done: object = None  # the layers that the first of them has computed together
+        self.stacked: Any = None  # the stack of layers that the pass is going through
         positions: list[int] = []
         rows: list[int] = []
         tokens: list[int] = []

@@ -1,8 +1,8 @@
 """Decoder layers that follow each other, run by one compiled call where a packed pass has few tokens.
 
 As with single modules (cpu_fusion.py), not by architecture: a layer is taken if it has the parts of the formula in
-kernels/csrc/decoder.h, whose modules were all taken over by themselves, and gave in trial passes what the formula
-gives. The first layer of a stack computes all of them, and the others hand its result on.
+kernels/csrc/layer.h, and gave in trial passes what the formula gives (layer_trial.py). All layers of a stack but the
+last hand on what they were given, and tell their rotary positions; the last one computes them all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,119 +15,124 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
-from loraplex.kernels.packed_weight import PackedWeight
+from loraplex.engine.worker.layer_parts import LayerParts, Rotary
+from loraplex.engine.worker.layer_record import layer_record
 from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
-_LINEAR = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 # The compiled attention goes token by token, also through a chunk of a prompt: some 3 microseconds for each key in all
 # layers of SmolLM2, so that beyond this it costs more than the calls from Python for each module, 10 ms in all.
 _CHUNK_KEYS = 4096
-_LANES = 16  # values of a vector in the compiled kernel
 
-NormTerms = Callable[[nn.Module], tuple[float, bool]]  # epsilon, and whether it multiplies by 1 + weight
+RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [1, tokens, dim]
 
 
 class LayerStack:
-    """Layers of one base model, in the order in which they run."""
+    """Layers of one base model in the order in which they run, or one attention module."""
 
-    def __init__(
-        self, layers: Sequence[nn.Module], module_index: Mapping[nn.Module, int], norm_terms: NormTerms
-    ) -> None:
+    def __init__(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: Mapping[nn.Module, int]) -> None:
         """`module_index` are the numbers of the linear modules in routing plans."""
         self._layers = tuple(layers)
         self._module_index = module_index
-        self._norm_terms = norm_terms
-        self._attention = layers[0].get_submodule("self_attn")
         self._hooks = [
             hooks
-            for layer in layers
+            for layer, _ in layers
             for module in layer.modules()
-            if module is not layer
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        linear = [_linear(layer, path) for layer in layers for path in _LINEAR]
-        packed = {isinstance(module.weight, PackedWeight) for module in linear}
-        self._is_packed = packed == {True}
-        self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linear)
-        if len(packed) > 1:
-            self._max_compiled = 0
-        self._described: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[int]]] = WeakKeyDictionary()
+        self._needs_rotary = [parts.attention.rotary is not Rotary.NONE for _, parts in layers]
+        linears = [layer.get_submodule(path) for layer, parts in layers for path in parts.linears if path is not None]
+        self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears)
+        self._records: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
 
-    def run(self, batch: InputBatch, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor | None:
-        """What the layers make of hidden [1, tokens, hidden]; None if they have to run one by one this time."""
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def begin(self, batch: InputBatch, hidden: Tensor) -> "StackedPass | None":
+        """A pass through the layers for hidden [1, tokens, hidden]; None if they have to run one by one this time."""
         plan = self._plan(batch, hidden)
-        if plan is None:
-            return None
-        if batch.cache not in self._described:
-            self._described[batch.cache] = self._describe(batch.cache)
-        adapters = (*plan.table, plan.rows, plan.gates.all())
-        cos, sin = position_embeddings
-        places = (batch.table.values, batch.rows, batch.positions)
-        described = self._described[batch.cache]
-        return native_ops.decode_layers(
-            hidden[0], *described, cos[0], sin[0], *places, *adapters, self._is_packed
-        ).unsqueeze(0)
+        return None if plan is None else StackedPass(self, batch, plan)
 
     def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:
         """The routing plan of a pass that the compiled call can run."""
         if batch.layer_by_layer or not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
             return None
         routing = current_routing()
-        if batch.attention is not None or routing is None or any(map(_is_foreign, self._hooks)):
+        if batch.attention is not None or batch.stand_in is not None or routing is None:
+            return None
+        if any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
         return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
 
-    def _describe(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[int]]:
-        """What the compiled call reads about the layers: addresses, constants and sizes."""
-        addresses, constants = [], []
-        for layer in self._layers:
-            attention = layer.get_submodule("self_attn")
-            linear = [_linear(layer, path) for path in _LINEAR]
-            norms = [layer.get_submodule(path) for path in _NORMS]
-            keys, values = cache.layers[attention]
-            terms = cache.shapes[attention].terms
-            addresses.append(
-                [_address(norm.weight) for norm in norms]
-                + [_address(module.weight) for module in linear]
-                + [_address(module.bias) for module in linear]
-                + [self._module_index[module] for module in linear]
-                + [_address(keys), _address(values), terms.mask_rule.window or 0]
-            )
-            norm_terms = [float(term) for norm in norms for term in self._norm_terms(norm)]
-            constants.append([*norm_terms, terms.scale, terms.softcap or 0.0])
-        head_dim, num_heads = _heads(self._attention)
-        num_kv_heads = cache.shapes[self._attention].num_kv_heads
-        inner = _linear(self._layers[0], "mlp.gate_proj").out_features
-        sizes = [num_heads, num_kv_heads, head_dim, inner, cache.num_blocks, cache.block_tokens]
-        return torch.tensor(addresses), torch.tensor(constants, dtype=torch.float64), sizes
+    def run(
+        self, batch: InputBatch, plan: RoutingPlan, hidden: Tensor, rotary: Sequence[RotaryTable | None]
+    ) -> Tensor:  # [1, tokens, hidden]
+        """What the layers make of hidden; `rotary` are the positions that each was given."""
+        if batch.cache not in self._records:
+            self._records[batch.cache] = self._record(batch.cache)
+        layers, constants, _ = self._records[batch.cache]
+        sizes = (batch.cache.num_blocks, batch.cache.block_tokens)
+        tables: dict[int, int] = {}  # by the cosines' identity
+        values: list[Tensor] = []
+        kinds = []
+        for table, needs_one in zip(rotary, self._needs_rotary, strict=True):
+            if not needs_one or table is None:
+                kinds.append(-1)
+                continue
+            kind = tables.setdefault(id(table[0]), len(tables))
+            if 2 * kind == len(values):
+                values += [part[0].float().contiguous() for part in table]
+            kinds.append(kind)
+        where = (batch.table.values, batch.rows, batch.positions)
+        adapters = (*plan.table, plan.rows, plan.gates.all())
+        made = native_ops.decode_layers(hidden[0], layers, constants, sizes, values, kinds, *where, *adapters)
+        return made.unsqueeze(0)
+
+    def as_output(self, made: Tensor, place: int) -> Any:
+        """States as the layer at this place returns them."""
+        num_outputs = self._layers[place][1].num_outputs
+        return (made, *[None] * (num_outputs - 1)) if num_outputs else made
+
+    def _record(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What the compiled call reads about the layers, and tensors that it reads from there."""
+        records = [layer_record(layer, parts, cache, self._module_index) for layer, parts in self._layers]
+        addresses = torch.tensor([ints for ints, _, _ in records])
+        constants = torch.tensor([floats for _, floats, _ in records], dtype=torch.float64)
+        return addresses, constants, [kept for _, _, kept in records if kept is not None]
 
 
-def may_be_stacked(layer: nn.Module, cache: KeyValueCache, taken: Callable[[nn.Module], bool]) -> bool:
-    """Whether a layer has the formula's parts and no others, of sizes that the compiled call takes."""
-    if {name for name, _ in layer.named_children()} != {"self_attn", "mlp", *_NORMS}:
-        return False
-    attention = layer.get_submodule("self_attn")
-    parts = [attention, layer.get_submodule("mlp"), *(layer.get_submodule(path) for path in _NORMS)]
-    if not all(taken(part) for part in parts) or attention not in cache.shapes:
-        return False
-    if not all(_is_plain(layer.get_submodule(path), cache.dtype) for path in _LINEAR):
-        return False
-    shape, head_dim = cache.shapes[attention], _heads(attention)[0]
-    if shape.terms.sinks is not None or shape.terms.mask_rule.chunk is not None:
-        return False
-    fits = shape.key_dim == shape.value_dim == head_dim and shape.dtype == cache.dtype
-    return fits and _linear(layer, "mlp.gate_proj").out_features % _LANES == 0
+class StackedPass:
+    """A packed pass on its way through a stack."""
+
+    def __init__(self, stack: LayerStack, batch: InputBatch, plan: RoutingPlan) -> None:
+        self.stack = stack
+        self._batch = batch
+        self._plan = plan
+        self._rotary: list[RotaryTable | None] = []
+
+    def go_on(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The next layer's turn, which was called with these arguments: its input, or at the end all layers' output."""
+        self._rotary.append(rotary_table(args, kwargs))
+        if len(self._rotary) < len(self.stack):
+            return hidden
+        return self.stack.run(self._batch, self._plan, hidden, self._rotary)
+
+
+def rotary_table(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RotaryTable | None:
+    """The cosines and sines among the arguments of a layer or of its attention."""
+    named = kwargs.get("position_embeddings")
+    for value in (named, *args, *kwargs.values()):
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
+            cos, sin = value
+            if cos.shape == sin.shape and cos.ndim == 3 and cos.is_floating_point():
+                return cos, sin
+    return None
 
 
 def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module, Any, Any]]]) -> list[list[nn.Module]]:
-    """`layers` in runs of equal sizes that feed each other; `seen` has (layer, input, output) of each pass.
+    """`layers` in runs that feed each other; `seen` has (layer, input, output) of each pass.
 
     In a pass the layers that are not among `layers` are not seen, so a layer behind one of those begins a run.
     """
@@ -137,7 +142,6 @@ def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module,
     runs: list[list[nn.Module]] = []
     for i, layer in enumerate(orders[0]):
         follows = i > 0 and all(one[i][1] is one[i - 1][2] for one in seen)
-        follows = follows and sizes_of(layer) == sizes_of(orders[0][i - 1])
         if layer not in layers:
             runs.append([])
         elif follows and runs:
@@ -145,35 +149,6 @@ def chains(layers: Sequence[nn.Module], seen: Sequence[Sequence[tuple[nn.Module,
         else:
             runs.append([layer])
     return [run for run in runs if run]
-
-
-def sizes_of(layer: nn.Module) -> list[torch.Size]:
-    """What must be equal in all layers of a stack, which the compiled call is told once."""
-    return [parameter.shape for parameter in layer.parameters()]
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} was looked for in a layer that may not be stacked"
-    return module
-
-
-def _heads(attention: nn.Module) -> tuple[int, int]:
-    """The dimension of a head, and the number of heads."""
-    head_dim = attention.head_dim
-    assert isinstance(head_dim, int), "an attention without head_dim was taken over"
-    return head_dim, _linear(attention, "q_proj").out_features // head_dim
-
-
-def _address(tensor: object) -> int:
-    """Where a weight lies; 0 is none."""
-    return tensor.data_ptr() if isinstance(tensor, Tensor) else 0
-
-
-def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    if not isinstance(module, nn.Linear) or "forward" in vars(module):
-        return False
-    return module.weight.is_contiguous() and module.weight.dtype == dtype
 
 
 def _is_foreign(hooks: Mapping[int, Any]) -> bool:
@@ -192,13 +167,29 @@ def layer_forward(former: type[nn.Module], attribute: str) -> Callable[..., Any]
             return former.forward(self, hidden_states, *args, **kwargs)
         stack, place = vars(self)[attribute]
         if place == 0:
-            positions = kwargs.get("position_embeddings")
-            made = None if positions is None else stack.run(batch, hidden_states, positions)
-            batch.stack_done = None if made is None else stack
-            if made is not None:
-                return made
-        elif batch.stack_done is stack:
-            return hidden_states
-        return former.forward(self, hidden_states, *args, **kwargs)
+            batch.stacked = stack.begin(batch, hidden_states)
+        stacked = batch.stacked
+        if stacked is None or stacked.stack is not stack:
+            return former.forward(self, hidden_states, *args, **kwargs)
+        made = stacked.go_on(hidden_states, args, kwargs)
+        return stack.as_output(made, place)
+
+    return run
+
+
+def attention_forward(former: type[nn.Module], attribute: str) -> Callable[..., Any]:
+    """The forward of an attention module that is computed in one call; `attribute` is as in `layer_forward`."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        batch = current_input_batch()
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if batch is None or not isinstance(hidden, Tensor):
+            return former.forward(self, *args, **kwargs)
+        stack, place = vars(self)[attribute]
+        stacked = stack.begin(batch, hidden)
+        if stacked is None:
+            return former.forward(self, *args, **kwargs)
+        made = stacked.go_on(hidden, args, kwargs)
+        return stack.as_output(made, place)
 
     return run

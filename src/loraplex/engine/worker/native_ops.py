@@ -64,9 +64,21 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     _operator("rotate_")(query, key, cos, sin)
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in gate's memory."""
-    _operator("gated_silu_")(gate, up)
+def norm(
+    x: Tensor,  # [.., size] or [.., heads, size]
+    weight: Tensor | None,  # [size] or [heads, size]
+    bias: Tensor | None,
+    eps: float,
+    is_centered: bool,
+    plus_one: bool,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight + bias, of x less its mean if `is_centered`; `plus_one`: (1 + weight)."""
+    return _operator("norm")(x, weight, bias, eps, is_centered, plus_one)
+
+
+def activate(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
+    """act(gate) * up, or act(gate), in gate's memory; `kind` is one of layer_parts.Activation."""
+    _operator("activate_")(gate, up, kind)
     return gate
 
 
@@ -74,9 +86,9 @@ def decode_layers(
     x: Tensor,  # [tokens, hidden]
     layers: Tensor,
     constants: Tensor,
-    sizes: list[int],
-    cos: Tensor,  # [tokens, head_dim]
-    sin: Tensor,
+    cache_sizes: tuple[int, int],  # blocks, and tokens of one
+    rotary: list[Tensor],  # cosines and sines [tokens, dim] of each kind in turn, float32
+    rotary_kinds: list[int],  # by layer
     table: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -84,9 +96,9 @@ def decode_layers(
     scalings: Tensor,
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
-    is_packed: bool,  # all weights of the layers
 ) -> Tensor:  # [tokens, hidden]
-    """A run of decoder layers for one token of each sequence; the first three come from engine/layer_stack.py."""
+    """A run of decoder layers for one token of each sequence; layers and constants come from layer_record.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates)
-    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters, is_packed)
+    described = (layers, constants, *cache_sizes, rotary, rotary_kinds)
+    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters)

@@ -6,13 +6,16 @@
 
 #include "arguments.h"
 #include "decoder.h"
+#include "layer_record.h"
 
 namespace {
 
 using loraplex::Adapters;
 using loraplex::check_input;
-using loraplex::kModules;
+using loraplex::kRoles;
 using loraplex::kSmallWork;
+using loraplex::Layer;
+using loraplex::Norm;
 using loraplex::read_adapters;
 
 // Tells whether every token lies in a block of the pools; checked here, as threads can't throw.
@@ -31,107 +34,129 @@ void check_places(const at::Tensor& table, const at::Tensor& rows, const at::Ten
   }
 }
 
-constexpr int64_t kLayerInts = 2 + 3 * kModules + 3;
-constexpr int64_t kLayerFloats = 6;
-
-// What Python wrote about a layer, in the order of engine/layer_stack.py; the numbers of its modules stay there.
+// The memory between the steps of a layer, as large as the largest layer needs it.
 template <typename T>
-loraplex::Layer<T> read_layer(const int64_t* ints, const double* floats) {
-  loraplex::Layer<T> layer;
-  layer.before_attention = {reinterpret_cast<const T*>(ints[0]), static_cast<float>(floats[0]), floats[1] != 0};
-  layer.before_mlp = {reinterpret_cast<const T*>(ints[1]), static_cast<float>(floats[2]), floats[3] != 0};
-  for (int m = 0; m < kModules; ++m) {
-    layer.weight[m] = reinterpret_cast<const T*>(ints[2 + m]);
-    layer.bias[m] = reinterpret_cast<const T*>(ints[2 + kModules + m]);
+struct Room {
+  int64_t made[kRoles] = {}, heads = 0, inner = 0, rank_space = 0;
+
+  explicit Room(const loraplex::Decoder<T>& decoder) {
+    for (size_t l = 0; l < decoder.layers.size(); ++l) {
+      const Layer<T>& layer = decoder.layers[l];
+      int64_t together = 0;
+      for (int role = 0; role < kRoles; ++role) {
+        made[role] = std::max(made[role], layer.modules[role].out);
+        together += decoder.adapters[l * kRoles + role].num_hidden;
+      }
+      heads = std::max(heads, layer.heads * layer.head_dim);
+      inner = std::max(inner, layer.inner);
+      rank_space = std::max(rank_space, together);
+    }
   }
-  const int64_t* rest = ints + 2 + 3 * kModules;
-  layer.keys = reinterpret_cast<T*>(rest[0]);
-  layer.values = reinterpret_cast<T*>(rest[1]);
-  layer.window = rest[2];
-  layer.scale = static_cast<float>(floats[4]);
-  layer.softcap = static_cast<float>(floats[5]);
-  return layer;
+};
+
+// Multiply-adds of one layer for one token.
+template <typename T>
+int64_t work_of(const Layer<T>& layer) {
+  int64_t work = 0;
+  for (const auto& module : layer.modules) work += module.in * module.out;
+  return work;
 }
 
 template <typename T>
-void decode(loraplex::Decoder<T>& decoder, at::Tensor& out, const at::Tensor& layers, const at::Tensor& constants) {
-  const loraplex::Sizes& sizes = decoder.sizes;
-  for (int64_t l = 0; l < layers.size(0); ++l) {
-    decoder.layers.push_back(
-        read_layer<T>(layers.const_data_ptr<int64_t>() + l * kLayerInts, constants.const_data_ptr<double>() + l * kLayerFloats));
-  }
-  int64_t num_values = sizes.tokens * (sizes.hidden + sizes.heads * sizes.head_dim), num_floats = 0, work = 0;
-  for (int m = 0; m < kModules; ++m) {
-    num_values += sizes.tokens * sizes.out(m);
-    work += sizes.in(m) * sizes.out(m);
-  }
-  for (size_t a = 0; a < decoder.adapters.size(); a += kModules) {
-    int64_t together = 0;
-    for (int m = 0; m < kModules; ++m) together += decoder.adapters[a + m].num_hidden;
-    num_floats = std::max(num_floats, together);
-  }
-  at::Tensor values = at::empty({num_values}, out.options());
-  at::Tensor floats = at::empty({num_floats}, out.options().dtype(at::kFloat));
+void decode(loraplex::Decoder<T>& decoder, at::Tensor& out) {
+  const Room<T> room(decoder);
+  int64_t num_values = decoder.hidden + 2 * room.heads + room.inner;
+  for (const int64_t size : room.made) num_values += size;
+  at::Tensor values = at::empty({decoder.tokens * num_values}, out.options());
+  at::Tensor floats = at::empty({room.rank_space}, out.options().dtype(at::kFloat));
   decoder.x = out.mutable_data_ptr<T>();
   decoder.rank_space = floats.mutable_data_ptr<float>();
   T* free = values.mutable_data_ptr<T>();
   const auto take = [&](int64_t size) {
     T* taken = free;
-    free += sizes.tokens * size;
+    free += decoder.tokens * size;
     return taken;
   };
-  decoder.normed = take(sizes.hidden);
-  decoder.attended = take(sizes.heads * sizes.head_dim);
-  for (int m = 0; m < kModules; ++m) decoder.made[m] = take(sizes.out(m));
-  const int num_threads = work < kModules * kSmallWork ? 1 : at::get_num_threads();
+  decoder.normed = take(decoder.hidden);
+  decoder.queries = take(room.heads);
+  decoder.attended = take(room.heads);
+  decoder.activated = take(room.inner);
+  for (int role = 0; role < kRoles; ++role) decoder.made[role] = take(room.made[role]);
+  const int num_threads = work_of(decoder.layers[0]) < kRoles * kSmallWork ? 1 : at::get_num_threads();
 #pragma omp parallel num_threads(num_threads)
   decoder.run(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// Layers of a decoder for x [tokens, hidden], one token of each track. layers [n, kLayerInts] and constants
-// [n, kLayerFloats] say what read_layer reads, sizes is heads, kv_heads, head_dim, inner, blocks, block_tokens.
-// gates [1 or modules, ..]: the same for all modules, or of each.
-at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at::Tensor& constants,
-                         at::IntArrayRef sizes, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& table,
+// Of all modules of a layer, in the order of their roles.
+void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& record, const at::Tensor& table,
+                  const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates, int64_t num_tokens) {
+  for (int role = 0; role < kRoles; ++role) {
+    if (segments.size(0) == 0 || !record.has_module(role)) {
+      adapters.emplace_back();
+      continue;
+    }
+    const int64_t module = record.module_index(role);
+    TORCH_CHECK(module >= 0 && module < table.size(1) && (gates.size(0) == 1 || module < gates.size(0)),
+                "there is no module ", module);
+    const float* row = gates.const_data_ptr<float>() + (gates.size(0) == 1 ? 0 : module * gates.size(1));
+    adapters.push_back(read_adapters(table, scalings, module, segments, row, num_tokens));
+  }
+}
+
+// Layers of a decoder for x [tokens, hidden], one token of each track. `layers` and `constants` have a row for each
+// layer, which layer_record.h reads. rotary: cosines and sines [tokens, dim] of all kinds in turn; kinds: by layer which
+// of them are its own. gates [1 or modules, ..]: the same for all modules, or of each.
+at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at::Tensor& constants, int64_t num_blocks,
+                         int64_t block_tokens, at::TensorList rotary, at::IntArrayRef kinds, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
-                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
-                         bool packed) {
-  check_input(x, cos);
-  check_input(x, sin);
-  TORCH_CHECK(x.dim() == 2 && sizes.size() == 6 && layers.is_contiguous() && constants.is_contiguous() &&
-                  layers.size(1) == kLayerInts && constants.size(1) == kLayerFloats &&
-                  layers.size(0) == constants.size(0),
+                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates) {
+  check_input(x, x);
+  for (const at::Tensor& values : rotary) {
+    TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
+  }
+  const int64_t num_layers = layers.size(0), num_tokens = x.size(0);
+  TORCH_CHECK(x.dim() == 2 && layers.is_contiguous() && constants.is_contiguous() && num_layers > 0 &&
+                  layers.size(1) == loraplex::kLayerInts && constants.size(1) == loraplex::kLayerFloats &&
+                  constants.size(0) == num_layers && static_cast<int64_t>(kinds.size()) == num_layers,
               "layers and constants don't describe the same layers");
-  const loraplex::Sizes all{x.size(0), x.size(1), sizes[0], sizes[1], sizes[2], sizes[3], sizes[5], table.size(1)};
-  TORCH_CHECK(cos.numel() == all.tokens * all.head_dim && sin.numel() == cos.numel() && all.head_dim % 2 == 0 &&
-                  all.inner % loraplex::kLanes == 0 && all.heads % all.kv_heads == 0,
-              "the sizes don't fit each other");
   TORCH_CHECK(table.is_contiguous() && table.scalar_type() == at::kInt && rows.is_contiguous() &&
                   positions.is_contiguous() && rows.scalar_type() == at::kLong && positions.scalar_type() == at::kLong,
               "table must be int32, rows and positions int64, contiguous");
   TORCH_CHECK(gates.dim() == 2 && gates.is_contiguous() && gates.scalar_type() == at::kFloat, "gates must be float32");
-  check_places(table, rows, positions, all.tokens, sizes[4], all.block_tokens);
-  std::vector<Adapters> adapters(layers.size(0) * kModules);
-  for (int64_t l = 0; segments.size(0) > 0 && l < layers.size(0); ++l) {
-    for (int m = 0; m < kModules; ++m) {
-      const int64_t module = layers.const_data_ptr<int64_t>()[l * kLayerInts + 2 + 2 * kModules + m];
-      const float* row = gates.const_data_ptr<float>() + (gates.size(0) == 1 ? 0 : module * gates.size(1));
-      adapters[l * kModules + m] = read_adapters(adapter_table, scalings, module, segments, row, all.tokens);
-    }
-  }
+  check_places(table, rows, positions, num_tokens, num_blocks, block_tokens);
   at::Tensor out = x.clone();
   LORAPLEX_DISPATCH(x, {
-    loraplex::Decoder<scalar> decoder{all,
+    loraplex::Decoder<scalar> decoder{num_tokens,
+                                      x.size(1),
+                                      block_tokens,
+                                      table.size(1),
                                       {},
-                                      std::move(adapters),
+                                      {},
                                       table.const_data_ptr<int32_t>(),
                                       rows.const_data_ptr<int64_t>(),
                                       positions.const_data_ptr<int64_t>(),
-                                      cos.const_data_ptr<scalar>(),
-                                      sin.const_data_ptr<scalar>()};
-    TORCH_CHECK(!packed || x.scalar_type() == at::kBFloat16, "weights of ", x.scalar_type(), " can't be packed");
-    if (packed) decoder.tiling = loraplex::best_tiling();
-    decode<scalar>(decoder, out, layers, constants);
+                                      loraplex::best_tiling()};
+    for (int64_t l = 0; l < num_layers; ++l) {
+      const loraplex::LayerRecord record{layers.const_data_ptr<int64_t>() + l * loraplex::kLayerInts,
+                                         constants.const_data_ptr<double>() + l * loraplex::kLayerFloats};
+      Layer<scalar> layer = record.read<scalar>();
+      loraplex::check_layer(layer, x.size(1));
+      if (layer.rotary != loraplex::Rotary::kNone) {
+        TORCH_CHECK(kinds[l] >= 0 && 2 * kinds[l] + 1 < static_cast<int64_t>(rotary.size()), "layer ", l,
+                    " has no rotary positions");
+        const at::Tensor &cos = rotary[2 * kinds[l]], &sin = rotary[2 * kinds[l] + 1];
+        layer.rotary_dim = cos.size(-1);
+        const int64_t turned = layer.rotary_dim * (layer.rotary == loraplex::Rotary::kNarrowHalves ? 2 : 1);
+        TORCH_CHECK(cos.numel() == num_tokens * layer.rotary_dim && sin.numel() == cos.numel() && turned % 2 == 0 &&
+                        turned <= layer.head_dim,
+                    "the rotary positions don't fit the tokens and heads");
+        layer.cos = cos.const_data_ptr<float>();
+        layer.sin = sin.const_data_ptr<float>();
+      }
+      add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens);
+      decoder.layers.push_back(layer);
+    }
+    decode<scalar>(decoder, out);
   })
   return out;
 }
@@ -140,8 +165,9 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
 
 TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
-      "decode_layers(Tensor x, Tensor layers, Tensor constants, int[] sizes, Tensor cos, Tensor sin, Tensor table, "
-      "Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, Tensor segments, Tensor gates, bool packed=False) -> Tensor");
+      "decode_layers(Tensor x, Tensor layers, Tensor constants, int num_blocks, int block_tokens, Tensor[] rotary, "
+      "int[] kinds, Tensor table, Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, "
+      "Tensor segments, Tensor gates) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }
