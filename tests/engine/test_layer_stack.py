@@ -42,7 +42,7 @@ def test_same_bits_as_module_by_module(
 ) -> None:
     folders = write_adapters(name, tmp_path)
     monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # module by module, torch attends to chunks
+    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
     model = make_model(name, folders)
     requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11))]
     with Engine(model, CONFIG) as engine:

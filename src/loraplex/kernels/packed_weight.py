@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 _TILES = 2  # AMX, of the ways in tiles.h
 _TILE_OUT, _TILE_IN = 16, 32  # values of W in a tile
+TILE_TOKENS = 16  # in a tile of x
 
 
 def packed_size(out: int, in_: int) -> int:

@@ -8,7 +8,7 @@ from loraplex.engine.kv.kv_cache import AttentionTerms, gather_blocks
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch
-from loraplex.kernels.packed_weight import has_fast_packed_product
+from loraplex.kernels.packed_weight import TILE_TOKENS
 
 
 def packed_attention(
@@ -37,13 +37,15 @@ def packed_attention(
         values[blocks, :, places] = value
         if batch.num_single:
             single.copy_(attend_single(batch, query[: batch.num_single], keys, values, terms))
-    # Where there are no tiles, torch's attention of many tokens is the faster one.
-    has_tiles = batch.is_native and {query.dtype, keys.dtype} == {torch.bfloat16} and has_fast_packed_product()
+    is_compiled = batch.is_native and native_ops.attends_prompts(query.dtype, keys.dtype)
     for first, chunk in batch.prompt_chunks():
         rows = slice(first, first + chunk.count)
-        if has_tiles:
+        if is_compiled and chunk.count >= TILE_TOKENS:
             place = (batch.table.values, chunk.kv.row, chunk.start)
             native_ops.attend_prompt(query[rows].contiguous(), out[rows], keys, values, *place, terms)
+        elif is_compiled:
+            where = (batch.table.values, batch.rows[rows], batch.positions[rows])
+            native_ops.attend_single(query[rows].contiguous(), out[rows], keys, values, *where, terms)
         else:
             out[rows] = attend_chunk(chunk, query[rows], keys, values, terms)
     if batch.attention is not None:

@@ -21,8 +21,8 @@ from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
-# The compiled attention goes token by token, also through a chunk of a prompt: some 3 microseconds for each key in all
-# layers of SmolLM2, so that beyond this it costs more than the calls from Python for each module, 10 ms in all.
+# Without tiles, the compiled attention goes token by token, also through a chunk of a prompt: some 3 microseconds for
+# each key in all layers of SmolLM2: beyond this, that is more than the calls from Python for each module, 10 ms in all.
 _CHUNK_KEYS = 4096
 
 RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [1, tokens, dim]
@@ -56,7 +56,9 @@ class LayerStack:
 
     def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:
         """The routing plan of a pass that the compiled call can run."""
-        if batch.layer_by_layer or not batch.is_native or batch.num_chunk_keys > _CHUNK_KEYS:
+        if batch.layer_by_layer or not batch.is_native:
+            return None
+        if batch.num_chunk_keys > _CHUNK_KEYS and not native_ops.attends_prompts(hidden.dtype, batch.cache.dtype):
             return None
         routing = current_routing()
         if batch.attention is not None or batch.stand_in is not None or routing is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.kv.kv_cache import AttentionTerms
+from loraplex.kernels.packed_weight import has_fast_packed_product
 
 
 @cache
@@ -35,6 +36,11 @@ def attend_single(
     sinks = None if terms.sinks is None else terms.sinks.float().contiguous()
     where = (table, rows, positions)
     _operator("attend_single_")(query, out, keys, values, *where, terms.scale, *mask_rule, terms.softcap or 0.0, sinks)
+
+
+def attends_prompts(*dtypes: torch.dtype) -> bool:
+    """Whether prompts have a compiled attention: on tiles; without them torch's is the faster one."""
+    return all(dtype == torch.bfloat16 for dtype in dtypes) and has_fast_packed_product()
 
 
 def attend_prompt(

@@ -79,10 +79,4 @@ void activate(Activation kind, const T* gate, const T* up, T* out, int64_t size)
   }
 }
 
-// gate = silu(gate) * up, in place.
-template <typename T>
-void gated_silu(T* gate, const T* up, int64_t size) {
-  activate<Activation::kSilu, true>(gate, up, gate, size);
-}
-
 }  // namespace loraplex

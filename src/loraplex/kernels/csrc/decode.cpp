@@ -62,12 +62,46 @@ int64_t work_of(const Layer<T>& layer) {
   return work;
 }
 
+// Room for the packed keys and values of the part of a prompt that sees most.
+template <typename T>
+at::Tensor room_for_prompts(const loraplex::Decoder<T>& decoder, const at::TensorOptions& options) {
+  int64_t size = 0;
+  if constexpr (std::is_same_v<T, loraplex::Half>) {
+    for (const Layer<T>& layer : decoder.layers) {
+      for (const loraplex::PromptPart& part : decoder.prompts) {
+        const loraplex::PromptAttention attention = decoder.prompt_attention(layer, part);
+        size = std::max(size, attention.packed_keys() + attention.packed_values());
+      }
+    }
+  }
+  return at::empty({size}, options);
+}
+
+// Which tokens are attended to together, where that has tiles: those that follow each other in one row and fill some.
+template <typename T>
+void find_prompts(loraplex::Decoder<T>& decoder) {
+  const bool has_tiles = std::is_same_v<T, loraplex::Half> && decoder.tiling == loraplex::Tiling::kTiles;
+  for (int64_t t = 0, stop = 0; t < decoder.tokens; t = stop) {
+    const auto follows = [&](int64_t token) {
+      return decoder.rows[token] == decoder.rows[t] && decoder.positions[token] == decoder.positions[t] + token - t;
+    };
+    for (stop = t + 1; stop < decoder.tokens && follows(stop);) ++stop;
+    if (has_tiles && stop - t >= loraplex::kTileTokens) {
+      decoder.prompts.push_back({t, stop - t});
+    } else {
+      for (int64_t token = t; token < stop; ++token) decoder.singles.push_back(token);
+    }
+  }
+}
+
 template <typename T>
 void decode(loraplex::Decoder<T>& decoder, at::Tensor& out) {
   const Room<T> room(decoder);
   int64_t num_values = decoder.hidden + 2 * room.heads + room.inner;
   for (const int64_t size : room.made) num_values += size;
   at::Tensor values = at::empty({decoder.tokens * num_values}, out.options());
+  at::Tensor packed = room_for_prompts(decoder, out.options());
+  if constexpr (std::is_same_v<T, loraplex::Half>) decoder.packed_keys = packed.mutable_data_ptr<T>();
   at::Tensor floats = at::empty({room.rank_space}, out.options().dtype(at::kFloat));
   decoder.x = out.mutable_data_ptr<T>();
   decoder.rank_space = floats.mutable_data_ptr<float>();
@@ -156,6 +190,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
       add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens);
       decoder.layers.push_back(layer);
     }
+    find_prompts(decoder);
     decode<scalar>(decoder, out);
   })
   return out;

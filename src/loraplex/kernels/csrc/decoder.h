@@ -1,4 +1,4 @@
-// A run of decoder layers for single tokens: everything between a pass's embedding and its last norm.
+// A run of decoder layers: everything between a pass's embedding and its last norm.
 //
 // Each of a layer's linear modules (layer.h) has its gated adapters. The parts are those that run by themselves too, so a
 // token has the same bits either way. All threads go through all layers together and wait for each other where one
@@ -11,8 +11,14 @@
 
 #include "adapters.h"
 #include "layer.h"
+#include "prompt_attention.h"
 
 namespace loraplex {
+
+// Tokens of a pass that follow each other in one sequence, and are attended to together.
+struct PromptPart {
+  int64_t first, count;
+};
 
 template <typename T>
 struct Decoder {
@@ -23,6 +29,9 @@ struct Decoder {
   const int64_t* rows;             // [tokens]
   const int64_t* positions;        // [tokens]
   Tiling tiling;
+  std::vector<PromptPart> prompts;
+  std::vector<int64_t> singles;     // the other tokens
+  Half* packed_keys;                // of a part of a prompt, and its values
   T* x;              // [tokens, hidden]  in and out
   T* normed;         // [tokens, hidden]
   T* made[kRoles];   // what each module gives [tokens, out]
@@ -152,17 +161,37 @@ struct Decoder {
   }
 
   void attend(const Layer<T>& layer, int64_t i, int64_t n) const {
+    attend_single(layer, i, n);
+    if constexpr (std::is_same_v<T, Half>) {
+      for (const PromptPart& part : prompts) prompt_attention(layer, part).run(i, n, packed_keys);
+    }
+  }
+
+  PromptAttention prompt_attention(const Layer<T>& layer, const PromptPart& part) const {
     const auto pages = [&](const T* data) {
       return Pages<T>{data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
     };
-    const T* query = layer.projection == Projection::kSeparate ? made[kQuery] : queries;
-    const Attention<T, Pages<T>> attention{query, attended, pages(layer.keys), pages(layer.values), layer.heads,
+    const int64_t offset = part.first * layer.heads * layer.head_dim;
+    return {queries_of(layer) + offset, attended + offset, pages(layer.keys),    pages(layer.values), layer.heads,
+            layer.kv_heads,             layer.scale,       layer.softcap,        layer.window,        layer.chunk,
+            layer.sinks,                part.first,        positions[part.first], part.count,          tiling};
+  }
+
+  const T* queries_of(const Layer<T>& layer) const {
+    return layer.projection == Projection::kSeparate ? made[kQuery] : queries;
+  }
+
+  void attend_single(const Layer<T>& layer, int64_t i, int64_t n) const {
+    const auto pages = [&](const T* data) {
+      return Pages<T>{data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
+    };
+    const Attention<T, Pages<T>> attention{queries_of(layer), attended, pages(layer.keys), pages(layer.values), layer.heads,
                                            layer.kv_heads, layer.scale, layer.softcap, layer.window, positions,
                                            nullptr, 0, layer.chunk, layer.sinks};
     thread_local std::vector<float> buffer;
     const int64_t stop = first_group(layer, attention, i + 1, n);
     for (int64_t g = first_group(layer, attention, i, n); g < stop; ++g) {
-      attention.head_group(g / layer.kv_heads, g % layer.kv_heads, buffer);
+      attention.head_group(singles[g / layer.kv_heads], g % layer.kv_heads, buffer);
     }
   }
 
@@ -170,15 +199,17 @@ struct Decoder {
   // computes; the others find its keys and values in the cache.
   int64_t first_group(const Layer<T>& layer, const Attention<T, Pages<T>>& attention, int64_t i, int64_t n) const {
     constexpr int64_t kAlways = 16;  // keys that take as long as a group with none
-    const auto cost = [&](int64_t t) {
+    const auto cost = [&](int64_t single) {
+      const int64_t t = singles[single];
       const int64_t keys = attention.stop(t) - attention.first(t);
       return kAlways + (t == 0 || rows[t] != rows[t - 1] ? 2 * keys : keys);
     };
-    int64_t total = 0, token = 0;
-    for (int64_t t = 0; t < tokens; ++t) total += cost(t);
+    const int64_t stop = singles.size();
+    int64_t total = 0, single = 0;
+    for (int64_t s = 0; s < stop; ++s) total += cost(s);
     int64_t before = total * i / n;
-    for (; token < tokens && before >= cost(token); ++token) before -= cost(token);
-    return token == tokens ? token * layer.kv_heads : token * layer.kv_heads + before * layer.kv_heads / cost(token);
+    for (; single < stop && before >= cost(single); ++single) before -= cost(single);
+    return single * layer.kv_heads + (single == stop ? 0 : before * layer.kv_heads / cost(single));
   }
 
   // What goes into the last module, on the thread's own columns.

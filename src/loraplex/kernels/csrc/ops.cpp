@@ -327,19 +327,6 @@ void rotate_(at::Tensor& query, at::Tensor& key, const at::Tensor& cos, const at
   })
 }
 
-void gated_silu_(at::Tensor& gate, const at::Tensor& up) {
-  check_input(gate, up);
-  TORCH_CHECK(gate.sizes() == up.sizes(), "gate and up differ in shape");
-  const int64_t size = gate.size(-1);
-  LORAPLEX_DISPATCH(gate, {
-    scalar* g = gate.mutable_data_ptr<scalar>();
-    const scalar* u = up.const_data_ptr<scalar>();
-    split(size == 0 ? 0 : gate.numel() / size, 16 * gate.numel(), [&](int64_t begin, int64_t end) {
-      loraplex::gated_silu(g + begin * size, u + begin * size, (end - begin) * size);
-    });
-  })
-}
-
 }  // namespace
 
 TORCH_LIBRARY(loraplex, m) {
@@ -362,7 +349,6 @@ TORCH_LIBRARY(loraplex, m) {
   m.def("attend_rows(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one) -> Tensor");
   m.def("rotate_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()");
-  m.def("gated_silu_(Tensor(a!) gate, Tensor up) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) {
@@ -376,5 +362,4 @@ TORCH_LIBRARY_IMPL(loraplex, CPU, m) {
   m.impl("attend_rows", attend_rows);
   m.impl("rms_norm", rms_norm);
   m.impl("rotate_", rotate_);
-  m.impl("gated_silu_", gated_silu_);
 }
