@@ -1,4 +1,4 @@
-"""Which kernel is fastest for how many tokens? Behind MAX_STACKED_TOKENS and MAX_COMPILED_ROWS in kernels/dispatch.py.
+"""Which kernel is fastest for how many tokens? Behind MAX_STACKED_TOKENS in kernels/dispatch.py.
 
     python benchmarks/kernel_choice.py
 
