@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
+from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import PackedWeight
 from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.routing.plan import RoutingPlan
@@ -52,10 +53,11 @@ class LayerStack:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         linear = [_linear(layer, path) for layer in layers for path in _LINEAR]
-        packed = {isinstance(module.weight, PackedWeight) for module in linear}
-        self._is_packed = packed == {True}
+        held = {type(module.weight) if isinstance(module.weight, PackedWeight) else Tensor for module in linear}
+        self._is_packed = held == {PackedWeight}
+        self._int8_groups = torch.tensor([module.weight.group for module in linear]) if held == {Int8Weight} else None
         self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linear)
-        if len(packed) > 1:
+        if len(held) > 1:
             self._max_compiled = 0
         self._described: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[int]]] = WeakKeyDictionary()
 
@@ -71,7 +73,7 @@ class LayerStack:
         places = (batch.table.values, batch.rows, batch.positions)
         described = self._described[batch.cache]
         return native_ops.decode_layers(
-            hidden[0], *described, cos[0], sin[0], *places, *adapters, self._is_packed
+            hidden[0], *described, cos[0], sin[0], *places, *adapters, self._is_packed, self._int8_groups
         ).unsqueeze(0)
 
     def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:

@@ -68,8 +68,10 @@ def decode_layers(
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
     is_packed: bool,  # all weights of the layers
+    int8_groups: Tensor | None,  # [layers * modules]  where all weights are 8-bit integers
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; the first three come from engine/layer_stack.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates)
-    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters, is_packed)
+    held = (is_packed, int8_groups)
+    return _operator("decode_layers")(x.contiguous(), layers, constants, sizes, cos, sin, *where, *adapters, *held)

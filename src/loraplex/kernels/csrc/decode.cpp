@@ -90,12 +90,13 @@ void decode(loraplex::Decoder<T>& decoder, at::Tensor& out, const at::Tensor& la
 
 // Layers of a decoder for x [tokens, hidden], one token of each track. layers [n, kLayerInts] and constants
 // [n, kLayerFloats] say what read_layer reads, sizes is heads, kv_heads, head_dim, inner, blocks, block_tokens.
-// gates [1 or modules, ..]: the same for all modules, or of each.
+// gates [1 or modules, ..]: the same for all modules, or of each. int8_groups [n, kModules]: of weights that are 8-bit
+// integers, each at its address as pack_int8 gives it.
 at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at::Tensor& constants,
                          at::IntArrayRef sizes, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
                          const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
-                         bool packed) {
+                         bool packed, const std::optional<at::Tensor>& int8_groups) {
   check_input(x, cos);
   check_input(x, sin);
   TORCH_CHECK(x.dim() == 2 && sizes.size() == 6 && layers.is_contiguous() && constants.is_contiguous() &&
@@ -131,6 +132,12 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                                       sin.const_data_ptr<scalar>()};
     TORCH_CHECK(!packed || x.scalar_type() == at::kBFloat16, "weights of ", x.scalar_type(), " can't be packed");
     if (packed) decoder.tiling = loraplex::best_tiling();
+    if (int8_groups.has_value()) {
+      TORCH_CHECK(x.scalar_type() == at::kBFloat16 && int8_groups->is_contiguous() &&
+                      int8_groups->scalar_type() == at::kLong && int8_groups->numel() == layers.size(0) * kModules,
+                  "int8_groups must be int64 [layers, modules], of bfloat16 layers");
+      decoder.int8_groups = int8_groups->const_data_ptr<int64_t>();
+    }
     decode<scalar>(decoder, out, layers, constants);
   })
   return out;
@@ -141,7 +148,8 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
 TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int[] sizes, Tensor cos, Tensor sin, Tensor table, "
-      "Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, Tensor segments, Tensor gates, bool packed=False) -> Tensor");
+      "Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, Tensor segments, Tensor gates, bool packed=False, "
+      "Tensor? int8_groups=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

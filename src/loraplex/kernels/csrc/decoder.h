@@ -14,7 +14,7 @@
 
 #include "adapters.h"
 #include "fused.h"
-#include "tiles.h"
+#include "int8_tiles.h"
 
 namespace loraplex {
 
@@ -67,6 +67,7 @@ struct Decoder {
   T* attended;            // [tokens, heads * head_dim]
   float* rank_space;      // of three modules that run together
   std::optional<Tiling> tiling;  // where all weights are packed, which bfloat16 ones can be
+  const int64_t* int8_groups = nullptr;  // [layers * kModules]  where all weights are 8-bit integers
 
   // Called by all threads of a team, each with its number.
   void run(int64_t i, int64_t n) const {
@@ -117,6 +118,11 @@ struct Decoder {
     };
     const auto with_base = [&](Module m, const auto& use) {
       if constexpr (std::is_same_v<T, Half>) {
+        if (int8_groups != nullptr) {
+          return use(Int8Linear<>{reinterpret_cast<const uint8_t*>(layers[l].weight[m]), layers[l].bias[m], input,
+                                  made[m], in, sizes.out(m), sizes.tokens, int8_groups[l * kModules + m],
+                                  best_int8_tiling()});
+        }
         if (tiling.has_value()) {
           return use(TiledLinear<>{layers[l].weight[m], layers[l].bias[m], input, made[m], in, sizes.out(m),
                                    sizes.tokens, *tiling});

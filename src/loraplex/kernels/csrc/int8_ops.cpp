@@ -83,7 +83,7 @@ at::Tensor gated_int8_linear(const at::Tensor& x, const at::Tensor& packed, int6
   TORCH_CHECK(x.size(-1) == in && x.scalar_type() == at::kBFloat16, "x has shape ", x.sizes(), " and dtype ",
               x.scalar_type(), ", but the weight takes ", in, " bfloat16 values");
   TORCH_CHECK(!bias.has_value() || bias->numel() == out, "the bias doesn't fit the weight");
-  TORCH_CHECK(tiling >= -1 && (tiling <= static_cast<int64_t>(loraplex::best_tiling()) ||
+  TORCH_CHECK(tiling >= -1 && (tiling <= static_cast<int64_t>(loraplex::best_int8_tiling()) ||
                                tiling == static_cast<int64_t>(Tiling::kEmulated)),
               "this machine has no way ", tiling);
   std::vector<int64_t> shape = x.sizes().vec();
@@ -91,7 +91,7 @@ at::Tensor gated_int8_linear(const at::Tensor& x, const at::Tensor& packed, int6
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
   const int64_t num_tokens = x.numel() / in;
   const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
-  const Tiling way = tiling < 0 ? loraplex::best_int8_tiling(num_tokens) : static_cast<Tiling>(tiling);
+  const Tiling way = tiling < 0 ? loraplex::best_int8_tiling() : static_cast<Tiling>(tiling);
   if (float_sums) {
     run_int8<float>(x, packed, bias, y, adapters, group, way);
   } else {
@@ -103,6 +103,7 @@ at::Tensor gated_int8_linear(const at::Tensor& x, const at::Tensor& packed, int6
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(loraplex, m) {
+  m.def("int8_tiling() -> int", []() { return static_cast<int64_t>(loraplex::best_int8_tiling()); });
   m.def("pack_int8(Tensor values, Tensor scales, int group) -> Tensor");
   m.def("unpack_int8(Tensor packed, int out, int in_, int group) -> (Tensor, Tensor)");
   m.def(

@@ -1,8 +1,7 @@
 // The base product with an 8-bit weight (int8_layout.h), for any number of tokens: y[t] = scale * (W x[t]) + bias.
 //
 // Tokens are 16-bit integers (int8_tokens.h), and all sums of products are whole numbers, so every way of computing them
-// gives the same bits, whatever stands beside a token; the ways may be chosen by the number of tokens. With scales of
-// groups, a group's sum is multiplied by its scale and added in float32, in the groups' order.
+// gives the same bits, whatever stands beside a token. With scales of groups, a group's sum is multiplied by its scale and added in float32, in the groups' order.
 #pragma once
 
 #include "ahead.h"
@@ -14,21 +13,27 @@ namespace loraplex {
 constexpr int64_t kMaxInt8Depth = 65536;  // of a sum in 32 bits
 constexpr int64_t kMaxInt8Group = 256;    // of one of both digits together
 
-// What one turn multiplies: up to 16 tokens by up to 32 columns, over `steps` of the depth.
+// What one turn multiplies: up to 32 tokens by up to 32 columns, over `steps` of the depth.
 struct Int8Turn {
-  const uint8_t* x;          // the first step of the token tile
+  const uint8_t* x;          // the first step of the first token tile
+  int64_t x_stride;          // to the second token tile
   const int32_t* high_sums;  // of the first token's first step
   int64_t high_stride;       // to the next token's
   const uint8_t* w;          // the block's part of the first step: `width` tiles a step
   int width;
   int64_t steps;
   int num_tokens;
-  int32_t* sums;  // [2 digits][2 column tiles][16][16]
+  int32_t* sums;  // [2 token tiles][2 digits][2 column tiles][16][16]
   bool begins;    // else sums go on from what is there
   bool asks;      // for the weights that follow
 };
 
-constexpr int64_t kTileSums = kTileTokens * kTileColumns, kDigitSums = 2 * kTileSums;
+constexpr int64_t kTileSums = kTileTokens * kTileColumns, kDigitSums = 2 * kTileSums, kTokenSums = 2 * kDigitSums;
+
+// Where the sums of a block's token `token` begin.
+inline int64_t sums_of(int64_t token) {
+  return token / kTileTokens * kTokenSums + token % kTileTokens * kTileColumns;
+}
 
 template <typename Unit, int depth, bool two_columns>
 inline void multiply_int8_tiles(const Int8Turn& turn) {
@@ -61,6 +66,41 @@ inline void multiply_int8_tiles(const Int8Turn& turn) {
   Unit::template store<2>(turn.sums + kDigitSums);
   if (two_columns) Unit::template store<1>(turn.sums + kTileSums);
   if (two_columns) Unit::template store<3>(turn.sums + kDigitSums + kTileSums);
+}
+
+// More than 16 tokens: one column tile after the other, each read once for both token tiles.
+template <typename Unit, int depth>
+inline void multiply_int8_two_tiles(const Int8Turn& turn) {
+  constexpr int64_t tile = kTileColumns * depth, low = Int8Tokens<depth>::kLowDigit;
+  Unit::written();
+  for (int column = 0; column < turn.width; ++column) {
+    int32_t* sums = turn.sums + column * kTileSums;
+    if (turn.begins) {
+      each<4>([&](auto i) { Unit::template zero<i>(); });
+    } else {
+      each<4>([&](auto i) { Unit::template load<i>(sums + i * kDigitSums); });
+    }
+    const uint8_t *x = turn.x, *w = turn.w + column * tile;
+    for (int64_t step = 0; step < turn.steps; ++step, x += Int8Tokens<depth>::kStepBytes, w += turn.width * tile) {
+      Unit::template load<6>(w);
+      if (turn.asks) each<tile / 64>([&](auto line) { ask_for(w + kAheadBytes + line * 64); });
+      Unit::template load<4>(x);
+      Unit::template multiply_bytes<0, 4, 6, int8_t>();
+      Unit::template load<5>(x + turn.x_stride);
+      Unit::template multiply_bytes<2, 5, 6, int8_t>();
+      Unit::template load<7>(x + low);
+      Unit::template multiply_bytes<1, 7, 6, uint8_t>();
+      Unit::template load<5>(x + turn.x_stride + low);
+      Unit::template multiply_bytes<3, 5, 6, uint8_t>();
+    }
+    each<4>([&](auto i) { Unit::template store<i>(sums + i * kDigitSums); });
+  }
+}
+
+template <typename Unit, int depth>
+inline void multiply_int8_tiles(const Int8Turn& turn) {
+  if (turn.num_tokens > kTileTokens) return multiply_int8_two_tiles<Unit, depth>(turn);
+  return turn.width == 2 ? multiply_int8_tiles<Unit, depth, true>(turn) : multiply_int8_tiles<Unit, depth, false>(turn);
 }
 
 // Four values of each of 16 columns: a line of column tile `tile`.
@@ -118,9 +158,9 @@ struct VectorQuads {
         std::memcpy(&high, place, sizeof(high));
         std::memcpy(&low, place + Int8Tokens<depth>::kLowDigit, sizeof(low));
         each<C>([&](auto c) {
-          __m512i &first = (__m512i&)acc[0][t * C + c], &second = (__m512i&)acc[1][t * C + c];
-          first = _mm512_dpbusd_epi32(first, raised[c], _mm512_set1_epi32(high));
-          second = _mm512_dpbusd_epi32(second, _mm512_set1_epi32(low), lines[c]);
+          Ints &first = acc[0][t * C + c], &second = acc[1][t * C + c];
+          first = (Ints)_mm512_dpbusd_epi32((__m512i)first, raised[c], _mm512_set1_epi32(high));
+          second = (Ints)_mm512_dpbusd_epi32((__m512i)second, _mm512_set1_epi32(low), lines[c]);
         });
       });
     }
@@ -131,7 +171,7 @@ struct VectorQuads {
 
 template <typename Quads, int T, int C, int depth>
 inline void multiply_int8_tokens(const Int8Turn& turn, int token) {
-  int32_t* sums = turn.sums + token * kTileColumns;
+  int32_t* sums = turn.sums + sums_of(token);
   Ints acc[2][T * C];
   each<2 * T * C>([&](auto i) {
     constexpr int digit = i / (T * C), t = i % (T * C) / C, c = i % C;
@@ -141,7 +181,8 @@ inline void multiply_int8_tokens(const Int8Turn& turn, int token) {
       std::memcpy(&acc[digit][t * C + c], sums + digit * kDigitSums + c * kTileSums + t * kTileColumns, sizeof(Ints));
     }
   });
-  const uint8_t *x = turn.x + token * Int8Tokens<depth>::kLine, *w = turn.w;
+  const uint8_t* x = turn.x + token / kTileTokens * turn.x_stride + token % kTileTokens * Int8Tokens<depth>::kLine;
+  const uint8_t* w = turn.w;
   for (int64_t step = 0; step < turn.steps; ++step, x += Int8Tokens<depth>::kStepBytes, w += C * kTileColumns * depth) {
     if (turn.asks && token == 0) {
       each<C * depth / kQuad>([&](auto line) { ask_for(w + kAheadBytes + line * 64); });
@@ -172,12 +213,10 @@ inline void multiply_int8(const Int8Turn& turn, Tiling tiling) {
   const bool two = turn.width == 2;
   switch (tiling) {
     case Tiling::kEmulated:
-      return two ? multiply_int8_tiles<EmulatedTiles, depth, true>(turn)
-                 : multiply_int8_tiles<EmulatedTiles, depth, false>(turn);
+      return multiply_int8_tiles<EmulatedTiles, depth>(turn);
 #ifdef LORAPLEX_AMX
     case Tiling::kTiles:
-      return two ? multiply_int8_tiles<ProcessorTiles, depth, true>(turn)
-                 : multiply_int8_tiles<ProcessorTiles, depth, false>(turn);
+      return multiply_int8_tiles<ProcessorTiles, depth>(turn);
 #endif
 #ifdef __AVX512VNNI__
     case Tiling::kVectors:
@@ -197,14 +236,14 @@ inline void configure_int8(Tiling tiling, int num_tokens, int depth) {
 #endif
 }
 
-constexpr int64_t kMaxVectorTokens = 4;  // up to which AVX-512 is faster than tiles
-
-// The fastest way for so many tokens; all give the same bits.
-inline Tiling best_int8_tiling(int64_t num_tokens) {
+// The fastest way that this machine has.
+inline Tiling best_int8_tiling() {
+  if (best_tiling() == Tiling::kTiles) return Tiling::kTiles;
 #ifdef __AVX512VNNI__
-  if (num_tokens <= kMaxVectorTokens) return Tiling::kVectors;
+  return Tiling::kVectors;
+#else
+  return Tiling::kPlain;
 #endif
-  return best_tiling();
 }
 
 template <typename O = Half>  // float: the sums as they are
@@ -223,8 +262,8 @@ struct Int8Linear {
 
   int64_t num_tiles(int64_t begin, int64_t end) const {
     const int64_t parts = group == 0 ? tiles_of(in, kPartDepth) : tiles_of(in, group);
-    return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kTileTokens) *
-           (num_tokens <= kTileTokens && group == 0 ? 1 : parts);
+    return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
+           (num_tokens <= kBlockTokens && group == 0 ? 1 : parts);
   }
 
   // The columns [begin, end) of y, where begin is a multiple of a block's. Each turn asks for `portions` of what lies
@@ -251,11 +290,11 @@ struct Int8Linear {
   void panel(int64_t begin, int64_t end, int64_t first, int64_t count, Ahead& ahead, int64_t portions) const {
     const Int8Layout all = layout();
     const int64_t num_steps = all.num_steps(), group_steps = group / depth;
-    const bool are_few = count <= kTileTokens;
+    const bool are_few = count <= kBlockTokens;  // they go through the whole depth at once
     const int64_t part_steps = group > 0 ? group_steps : are_few ? num_steps : kPartDepth / depth;
     const int64_t slice_steps = are_few ? num_steps : tiles_of(kSliceDepth / depth, part_steps) * part_steps;
     // A block of columns' sums: float32 ones of groups, or int32 ones, kept from a slice to the next.
-    const int64_t num_blocks = tiles_of(count, kTileTokens), block_sums = 2 * kDigitSums;
+    const int64_t num_blocks = tiles_of(count, kBlockTokens), block_sums = 2 * kTokenSums;
     const int64_t column_sums = num_blocks * block_sums, kept = slice_steps < num_steps ? column_sums : 0;
     thread_local std::vector<int32_t> whole;
     thread_local std::vector<float> scaled;
@@ -274,11 +313,11 @@ struct Int8Linear {
         const int width = static_cast<int>(std::min<int64_t>(2, all.num_tiles() - tile));
         const uint8_t* w = weight + all.tile_place(tile, slice);
         for (int64_t step = 0; step < steps; step += part_steps) {
-          for (int64_t t = 0; t < count; t += kTileTokens) {
-            const int block = static_cast<int>(std::min(kTileTokens, count - t));
+          for (int64_t t = 0; t < count; t += kBlockTokens) {
+            const int block = static_cast<int>(std::min(kBlockTokens, count - t));
             if (block != configured) configure_int8(tiling, configured = block, depth);
-            const int64_t sums = place + t / kTileTokens * block_sums;
-            multiply_int8<depth>({tokens.block(t, step), tokens.high_sums.data() + t * steps + step, steps,
+            const int64_t sums = place + t / kBlockTokens * block_sums;
+            multiply_int8<depth>({tokens.block(t, step), steps * Int8Tokens<depth>::kStepBytes, tokens.high_sums.data() + t * steps + step, steps,
                                   w + step * width * kTileColumns * depth, width, std::min(part_steps, steps - step),
                                   block, whole.data() + sums, group > 0 || slice + step == 0, t == 0},
                                  tiling);
@@ -291,7 +330,7 @@ struct Int8Linear {
         }
         if (slice + steps < num_steps) continue;
         for (int64_t t = 0; t < count; ++t) {
-          const int64_t row = place + t / kTileTokens * block_sums + t % kTileTokens * kTileColumns;
+          const int64_t row = place + t / kBlockTokens * block_sums + sums_of(t % kBlockTokens);
           put(whole.data() + row, scaled.data() + row, tokens.scales[t], first + t, column);
         }
       }
@@ -303,12 +342,12 @@ struct Int8Linear {
     return reinterpret_cast<const c10::Half*>(weight + all.value_bytes()) + all.scale_place(column, index);
   }
 
-  // scaled += scale * (256 * high + low), for all tokens of a tile.
+  // scaled += scale * (256 * high + low), for all tokens of a block.
   static void add_group(const int32_t* sums, const c10::Half* scales, int count, int width, bool begins, float* scaled) {
     for (int c = 0; c < width; ++c) {
       const Floats scale = load(scales + c * kTileColumns);
       for (int t = 0; t < count; ++t) {
-        const int64_t place = c * kTileSums + t * kTileColumns;
+        const int64_t place = sums_of(t) + c * kTileSums;
         Ints high, low;
         std::memcpy(&high, sums + place, sizeof(high));
         std::memcpy(&low, sums + kDigitSums + place, sizeof(low));

@@ -3,8 +3,9 @@
 // Registers 0 to 3 are float32 sums [token tile][column tile], each [16 tokens, 16 columns]; 4 and 5 are tokens [16, 32]
 // and 6 and 7 weights [16 pairs, 16 columns, 2], both bfloat16. A line has 64 bytes.
 //
-// With bytes: 0 to 3 are int32 sums [digit of the tokens][column tile]; 4 and 5 are the high and the low digits
-// [16, depth], 6 and 7 weights [depth / 4, 16 columns, 4].
+// With bytes, registers 0 to 3 are int32 sums, 6 weights [depth / 4, 16 columns, 4], and 4 high digits of tokens
+// [16, depth]. Of up to 16 tokens, 5 are the low digits and 7 the other column tile's weights; of more, 7 are the low
+// digits of the first 16, and 5 either digit of the others.
 #pragma once
 
 #include <type_traits>
@@ -38,12 +39,15 @@ inline TileConfig tile_config(int num_tokens) {
   return config;
 }
 
-// For bytes, of up to 16 tokens, and weights of `depth` values of x.
+// For bytes, of up to 32 tokens, and weights of `depth` values of x.
 inline TileConfig byte_tile_config(int num_tokens, int depth) {
   TileConfig config;
+  const int first = std::min<int>(num_tokens, kTileTokens);
+  const int second = num_tokens > kTileTokens ? num_tokens - kTileTokens : first;
   for (int tile = 0; tile < 8; ++tile) {
-    config.bytes[tile] = tile == 4 || tile == 5 ? depth : 64;
-    config.rows[tile] = tile < 6 ? num_tokens : depth / 4;
+    const bool are_weights = tile == 6 || (tile == 7 && num_tokens <= kTileTokens);
+    config.bytes[tile] = tile < 4 || are_weights ? 64 : depth;
+    config.rows[tile] = are_weights ? depth / 4 : tile == 2 || tile == 3 || tile == 5 ? second : first;
   }
   return config;
 }
