@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loraplex.kernels.packed_weight import PackedWeight, hold
 
-COLUMN = 0  # a group: one scale for all inputs of an output
-GROUP = 128  # inputs of an output that share a scale, where a weight is quantized here
-MAX_IN_FEATURES = 2**16  # of a weight with COLUMN scales: its sums have 32 bits
+COLUMN = 0  # a group: all inputs of an output share a scale
+GROUP = 128  # inputs of an output that share one, where a column's would be too coarse
 
+_MAX_COLUMN = 2**16  # inputs that can share a scale: their sums have 32 bits
 _LARGEST = 127
 _PART_VALUES = 2**22  # that are float32 at once: the whole weight never is
 
@@ -33,8 +33,10 @@ class Int8Weight(PackedWeight):
         return made
 
     @classmethod
-    def of(cls, weight: Tensor, group: int = GROUP) -> "Int8Weight":
+    def of(cls, weight: Tensor, group: int = COLUMN) -> "Int8Weight":
         """Quantize a weight [out, in] in a CPU's memory."""
+        if group == COLUMN and weight.shape[1] > _MAX_COLUMN:
+            group = GROUP
         return cls.from_values(*quantize(weight.detach(), group), group)
 
     @classmethod
@@ -127,7 +129,7 @@ def can_be_int8(module: nn.Module) -> bool:
     return is_plain and weight.device.type in ("cpu", "meta")
 
 
-def hold_int8(module: nn.Linear, group: int = GROUP) -> None:
+def hold_int8(module: nn.Linear, group: int = COLUMN) -> None:
     """Quantize a module's weight, and hold it so."""
     hold(module, Int8Weight.of(module.weight, group))
 

@@ -20,7 +20,7 @@ from loraplex.extras import install_command, missing_modules
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import hold
 from loraplex.layers.modules import output_module
-from loraplex.models.int8_base import int8_modules, mark_as_int8
+from loraplex.models.int8_base import group_of, int8_modules, mark_as_int8
 
 SUFFIX = ".gguf"
 SUPPORTED_TYPES = ("Q8_0", "F32", "F16", "BF16")
@@ -79,7 +79,8 @@ def _fill(file: Path, model: PreTrainedModel, tensors: Mapping[str, Any], archit
         elif tensor.tensor_type.name == "Q8_0":
             hold(in_8_bits[path], _from_blocks(file, tensor, process))
         else:
-            hold(in_8_bits[path], Int8Weight.of(process(_floats(tensor), tensor.name).bfloat16()))
+            values = process(_floats(tensor), tensor.name)
+            hold(in_8_bits[path], Int8Weight.of(values, group_of(path == output)))
     missing = [path for path, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise BaseModelError(f"{file} lacks {missing[:3]}, which {type(model).__name__} needs.")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.kernels.int8_weight import can_be_int8, hold_int8
+from loraplex.kernels.int8_weight import COLUMN, GROUP, can_be_int8, hold_int8
 from loraplex.kernels.native import native_available
 from loraplex.layers.modules import output_module
 
@@ -63,10 +63,16 @@ def int8_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def quantize_base(base: PreTrainedModel) -> None:
     """Hold the weights in 8 bits, one module after the other. An embedding that is tied to the output keeps its table."""
-    for module in int8_modules(base).values():
-        hold_int8(module)
+    output = output_module(base)
+    for path, module in int8_modules(base).items():
+        hold_int8(module, group_of(path == output))
     mark_as_int8(base)
     _return_memory()
+
+
+def group_of(is_output: bool) -> int:
+    """Inputs that share a scale: of the output layer fewer, as nothing behind it evens its errors out."""
+    return GROUP if is_output else COLUMN
 
 
 def mark_as_int8(base: PreTrainedModel) -> None:
