@@ -22,19 +22,17 @@ pytestmark = pytest.mark.needs("compiler")
 TOLERANCE = 0.03
 
 
-def saved(name: str, folder, **changes):
-    model = tiny_model(name, **changes).bfloat16() if changes else tiny_model(name).bfloat16()
-    model.save_pretrained(folder)
-    return folder
+def save(name: str, folder):
+    tiny_model(name, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("int8")
-    saved("llama", root / "base")
+    save("llama", root / "base")
     for seed, name in enumerate(("a", "b")):
         random_peft_adapter(tiny_model("llama"), root / name, targets=linear_targets("llama"), seed=seed)
-    random_peft_adapter(tiny_model("llama"), root / "dora", targets=linear_targets("llama"), use_dora=True)
+    random_peft_adapter(tiny_model("llama"), root / "dora", targets=linear_targets("llama"), options={"use_dora": True})
     return root
 
 
@@ -72,14 +70,20 @@ def test_layers_and_output_are_in_8_bits_and_the_rest_in_bfloat16(folders):
     assert type(base.get_input_embeddings().weight) is nn.Parameter
 
 
+def distance(found, expected) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("name", ["a", "b", "dora"])
 def test_logits_are_those_of_peft_on_the_dequantized_weights(folders, name):
     ids, mask = prompts()
-    ours = load(folders)(ids, mask, adapters=[name] * 3).logits
-    peft = PeftModel.from_pretrained(dequantized(folders), folders / name)
     with torch.inference_mode():
-        expected = peft(ids, attention_mask=mask).logits
-    assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        expected, rounded = (
+            PeftModel.from_pretrained(dequantized(folders, dtype), folders / name)(ids, attention_mask=mask).logits
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    ours = load(folders)(ids, mask, adapters=[name] * 3).logits
+    assert distance(ours, expected) <= 1.3 * distance(rounded, expected)
 
 
 def test_the_engine_and_generate_agree_with_forward(folders):
@@ -148,15 +152,17 @@ def test_a_saved_model_has_the_dequantized_values_and_says_so(folders, tmp_path)
 def test_adapters_are_trained_on_it_as_on_the_dequantized_weights(folders):
     ids, _ = prompts()
     gradients = []
-    for base in (MultiLoraModel.from_pretrained(folders / "base", weights="int8").base, dequantized(folders)):
+    for base in (
+        MultiLoraModel.from_pretrained(folders / "base", weights="int8").base,
+        dequantized(folders),
+        dequantized(folders, torch.bfloat16),
+    ):
         peft = PeftModel.from_pretrained(base, folders / "a", is_trainable=True)
         peft(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad.float() for name, p in peft.named_parameters() if p.grad is not None})
-    ours, expected = gradients
-    assert ours.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = (ours[name] - gradient).norm() / gradient.norm()
-        assert error <= 0.1, name
+    ours, expected, rounded = (torch.cat([grad.flatten() for grad in one.values()]) for one in gradients)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert distance(ours, expected) <= 2 * distance(rounded, expected)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ def test_a_machine_without_the_compiled_kernel_is_refused(folders, monkeypatch):
 
 
 def test_modules_that_are_not_plain_stay_in_bfloat16(tmp_path):
-    saved("gpt2", tmp_path / "base")
+    save("gpt2", tmp_path / "base")
     base = MultiLoraModel.from_pretrained(tmp_path / "base", weights="int8").base
     assert [path for path, module in base.named_modules() if is_int8(module)] == ["lm_head"]
 
@@ -196,18 +202,27 @@ def test_a_model_without_linear_modules_is_refused():
         int8_modules(model)
 
 
+# Memory of the process's own: pages of the file that is read are the system's, which takes them back.
 _MEASURE = """
-import json, resource, sys
+import json, sys, threading, time
 from loraplex import MultiLoraModel
 from loraplex.kernels.native import native_available
 import transformers.models.llama.modeling_llama
 
 native_available()
 def now():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
-before = now()
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+before, seen, done = now(), [], threading.Event()
+def look():
+    while not done.is_set():
+        seen.append(now())
+        time.sleep(0.002)
+watcher = threading.Thread(target=look)
+watcher.start()
 model = MultiLoraModel.from_pretrained(sys.argv[1], weights="int8")
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, now()]))
+done.set()
+watcher.join()
+print(json.dumps([before, max(seen), now()]))
 """
 
 
@@ -230,5 +245,5 @@ def test_loading_never_holds_two_whole_copies(tmp_path):
         [sys.executable, "-c", _MEASURE, str(tmp_path / "base")], capture_output=True, text=True, check=True
     )
     before, most, after = json.loads(made.stdout.strip().splitlines()[-1])
-    assert most - before <= 1.35 * size
-    assert after - before <= 0.7 * size
+    assert most - before <= 1.35 * size, [before, most, after, size]
+    assert after - before <= 0.7 * size, [before, most, after, size]

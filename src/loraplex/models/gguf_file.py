@@ -101,7 +101,8 @@ def _places(model: PreTrainedModel, architecture: str) -> tuple[Mapping[str, str
     names = files.get_gguf_hf_weights_map(model, processor)
 
     def process(values: np.ndarray[Any, Any], name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(processor.process(weights=values, name=name).weights))
+        ordered = processor.process(weights=values, name=name).weights
+        return torch.from_numpy(np.require(ordered, requirements=["C", "W"]))  # the file itself isn't written to
 
     return names, process
 
