@@ -2,10 +2,10 @@
 
     python benchmarks/int8_quality.py
 
-The mean Kullback-Leibler divergence of the next token's distribution from float32's, and how often the likeliest token
-is the same, on text of Python's language reference (pydoc_data.topics). Sides: bfloat16; our 8-bit weights (bfloat16
-beside them); and llama.cpp's Q8_0, emulated in float32: its weights (groups of 32, float16 scales), without and with its
-activations, which it also rounds to 8 bits in groups of 32.
+The mean Kullback-Leibler divergence of the next token's distribution from float32's, and how often the likeliest
+token is the same, on text of Python's language reference (pydoc_data.topics). Sides: bfloat16; our 8-bit weights
+(bfloat16 beside them); and llama.cpp's Q8_0, emulated in float32: its weights (groups of 32, float16 scales), without
+and with its activations, which it rounds to 8 bits in groups of 32 too.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from common import console, print_table, save
 from torch import Tensor, nn
 
 from loraplex.kernels.int8_weight import Int8Weight
+from loraplex.kernels.native import native_available
 from loraplex.models.loading import load_base_model, load_tokenizer
 
 WINDOW = 512  # tokens that are read together
@@ -37,7 +38,7 @@ def q8_0_weights(base: nn.Module) -> nn.Module:
     made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone(), requires_grad=False)
     for module in made.modules():
         if isinstance(module, nn.Linear):
-            module.weight.data = Int8Weight.of(module.weight, GROUP).dequantize(torch.float32)
+            module.weight.data = Int8Weight.of(module.weight, GROUP).to_values(torch.float32)
     return made
 
 
@@ -86,7 +87,9 @@ def compare(model: str, num_tokens: int) -> dict[str, dict[str, float]]:
                 is_same = expected.argmax(dim=-1) == found.argmax(dim=-1)
                 totals[side] += torch.stack([divergence.double().sum(), is_same.double().sum()])
             console.print(count, {side: f"{total[0] / count:.2e}" for side, total in totals.items()})
-    return {side: {"divergence": float(d) / count, "same_token": float(same) / count} for side, (d, same) in totals.items()}
+    return {
+        side: {"divergence": float(d) / count, "same_token": float(same) / count} for side, (d, same) in totals.items()
+    }
 
 
 def main() -> None:
@@ -95,6 +98,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
+    if not native_available():
+        raise SystemExit("there is no compiled kernel")
     results = compare(options.model, options.tokens)
     rows = [[side, f"{found['divergence']:.2e}", f"{found['same_token']:.1%}"] for side, found in results.items()]
     print_table("Divergence from float32", ["weights", "KL, nats", "same likeliest token"], rows)

@@ -64,10 +64,10 @@ def test_quantized_to_the_nearest(group):
     held = Int8Weight.of(weight, group)
     scales = held.values_and_scales()[1]
     steps = scales if group == COLUMN else scales.repeat_interleave(group, 1)[:, :300]
-    error = (held.dequantize(torch.float64) - weight.double()).abs()
+    error = (held.to_values(torch.float64) - weight.double()).abs()
     # float16 scales may be rounded down, so that the largest value is a little more than 127 of them
     assert bool((error <= steps * (0.5001 if group == COLUMN else 0.57) + 1e-12).all())
-    assert torch.equal(held.dequantize(torch.float32).bfloat16(), held.unpack())
+    assert torch.equal(held.to_values(torch.float32).bfloat16(), held.unpack())
     assert not held.unpack()[3].any()
 
 
@@ -77,7 +77,7 @@ def test_quantized_to_the_nearest(group):
 def test_right_and_the_same_alone_and_in_every_way(shape, group, with_bias):
     weight, x = Int8Weight.of(random(*shape), group), random(max(COUNTS), shape[1])
     bias = random(shape[0]) if with_bias else None
-    dequantized = weight.dequantize(torch.float64)
+    dequantized = weight.to_values(torch.float64)
     offset = torch.zeros(shape[0]).double() if bias is None else bias.double()
     expected = as_integers(x) @ dequantized.t() + offset
     terms = x.double().abs() @ dequantized.abs().t() + offset.abs()
@@ -112,7 +112,7 @@ def test_large_values_and_those_that_are_no_numbers(group):
     x[6, 7] = float("nan")
     for way in ways():
         y = packed_linear(x, weight, None, float_sums=True, tiling=way)
-        expected = as_integers(x.nan_to_num(0, 0)) @ weight.dequantize(torch.float64).t()
+        expected = as_integers(x.nan_to_num(0, 0)) @ weight.to_values(torch.float64).t()
         finite = [row for row in range(40) if row not in (5, 6)]
         assert torch.allclose(y[finite].double(), expected[finite], rtol=1e-4, atol=1e-33)
         assert torch.isnan(y[[5, 6]]).all()
@@ -126,13 +126,15 @@ def test_adapters_are_right_however_many_threads_share_them(group):
     factors = [(random(rank, width), random(rank, out)) for rank in ranks]
     table = torch.tensor([[(a.data_ptr(), b.data_ptr(), len(a))] for a, b in factors])
     stops = torch.tensor(counts).cumsum(0).tolist()
-    rows = [(stop - count, stop, slot, stop - count) for slot, (count, stop) in enumerate(zip(counts, stops, strict=True))]
+    rows = [
+        (stop - count, stop, slot, stop - count) for slot, (count, stop) in enumerate(zip(counts, stops, strict=True))
+    ]
     gates = torch.rand(sum(counts))
     loras = [
         LoraSegment(start, stop, a, b, 0.5 * gates[start:stop])
         for (start, stop, _, _), (a, b) in zip(rows, factors, strict=True)
     ]
-    dequantized = weight.dequantize(torch.float64)
+    dequantized = weight.to_values(torch.float64)
     expected = as_integers(x) @ dequantized.t()
     sizes = Sizes(
         output_sizes(x.double().abs() @ dequantized.abs().t(), x, loras).terms, output_sizes(expected, x, loras).kept

@@ -95,7 +95,7 @@ def test_the_values_are_those_of_the_blocks(tmp_path, is_tied):
         if "proj" in path or path == "lm_head.weight":
             assert isinstance(found, Int8Weight), path
             assert found.group == 32
-            assert torch.equal(found.dequantize(torch.float32), q8_0(weight)), path
+            assert torch.equal(found.to_values(torch.float32), q8_0(weight)), path
         else:
             expected = q8_0(weight) if weight.ndim == 2 else weight
             assert torch.equal(found, expected.bfloat16()), path
@@ -113,7 +113,7 @@ def test_values_of_16_and_32_bits_are_quantized(tmp_path):
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"):
         weight, found = plain.get_submodule(path).weight, base.get_submodule(path).weight
         assert isinstance(found, Int8Weight)
-        assert (found.dequantize(torch.float32) - weight).abs().max() <= weight.abs().max() / 127
+        assert (found.to_values(torch.float32) - weight).abs().max() <= weight.abs().max() / 127
 
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path):

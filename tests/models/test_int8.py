@@ -48,7 +48,7 @@ def dequantized(folders, dtype=torch.float32) -> nn.Module:
     held = MultiLoraModel.from_pretrained(folders / "base", weights="int8").base
     plain = tiny_model("llama").to(dtype)
     values = {
-        path: (weight.dequantize(dtype) if isinstance(weight, Int8Weight) else weight.to(dtype))
+        path: (weight.to_values(dtype) if isinstance(weight, Int8Weight) else weight.to(dtype))
         for path, weight in held.named_parameters()
     }
     plain.load_state_dict(values)

@@ -1,8 +1,8 @@
 """A weight held as 8-bit integers with scales, for products with bfloat16 tokens on a CPU.
 
-The integers are what a linear product reads (kernels/csrc/int8_tiles.h); whatever else reads the weight sees their values,
-dequantized and rounded to bfloat16 for this use, and what writes to it quantizes anew. A state dict has these values too:
-they are the quantized model's, not the original's.
+The integers are what a linear product reads (kernels/csrc/int8_tiles.h); whatever else reads the weight sees their
+values, dequantized and rounded to bfloat16 for this use, and what writes to it quantizes anew. A state dict has these
+values too: they are the quantized model's, not the original's.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ class Int8Weight(PackedWeight):
     group: int
 
     @staticmethod
-    def __new__(cls, packed: Tensor, out: int, in_: int, group: int) -> "Int8Weight":  # type: ignore[override]
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+    def __new__(cls, packed: Tensor, out: int, in_: int, group: int = COLUMN) -> "Int8Weight":
+        make: Any = Tensor._make_wrapper_subclass
         made: Int8Weight = make(cls, (out, in_), dtype=torch.bfloat16, device=packed.device)
         made.packed, made.group = packed, group
         return made
@@ -48,7 +48,7 @@ class Int8Weight(PackedWeight):
     ) -> "Int8Weight":
         """Hold integers and scales as they are."""
         packed = torch.ops.loraplex.pack_int8(values.contiguous(), scales.contiguous(), group)
-        return cls(packed, *values.shape, group)
+        return _held(packed, values.shape, group)
 
     def values_and_scales(self) -> tuple[Tensor, Tensor]:  # [out, in] int8, [out, groups] float32
         """The integers and scales as they are."""
@@ -57,9 +57,9 @@ class Int8Weight(PackedWeight):
 
     def unpack(self) -> Tensor:  # [out, in]
         """The values in bfloat16."""
-        return self.dequantize(torch.bfloat16)
+        return self.to_values(torch.bfloat16)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:  # [out, in]
+    def to_values(self, dtype: torch.dtype) -> Tensor:  # [out, in]
         """The values, rounded once to `dtype`."""
         values, scales = self.values_and_scales()
         made = torch.empty(self.shape, dtype=dtype)
@@ -72,7 +72,7 @@ class Int8Weight(PackedWeight):
         return made
 
     def alias(self) -> "Int8Weight":
-        return Int8Weight(self.packed, *self.shape, self.group)
+        return _held(self.packed, self.shape, self.group)
 
     def write(self, weight: Tensor) -> None:
         self.packed.copy_(Int8Weight.of(weight, self.group).packed)
@@ -84,7 +84,13 @@ class Int8Weight(PackedWeight):
         return f"Int8Weight({tuple(self.shape)}, group={self.group})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return nn.Parameter(Int8Weight(self.packed.clone(), *self.shape, self.group), requires_grad=False)
+        return nn.Parameter(_held(self.packed.clone(), self.shape, self.group), requires_grad=False)
+
+
+def _held(packed: Tensor, shape: torch.Size, group: int) -> Int8Weight:
+    make: Any = Int8Weight
+    made: Int8Weight = make(packed, *shape, group)
+    return made
 
 
 def _operator(*arguments: Any) -> Tensor:

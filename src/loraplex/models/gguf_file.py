@@ -1,8 +1,8 @@
 """A base model from a GGUF file whose blocks of 8 bits (Q8_0) are held as they are.
 
 transformers knows the file's settings and names; it would dequantize all of it. A block is 32 integers and a float16
-scale, which is what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized where a
-module's weights are held in 8 bits.
+scale, which is what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized
+where a module's weights are held in 8 bits.
 """
 
 from collections.abc import Callable, Mapping

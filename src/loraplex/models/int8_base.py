@@ -30,19 +30,19 @@ def check_weights(weights: str, dtype: torch.dtype | str, device: torch.device) 
         raise ConfigError(f"8-bit weights are for a CPU, not for {str(device)!r}. Leave weights='int8' out on a GPU.")
     if dtype not in ("auto", torch.bfloat16):
         raise ConfigError(
-            f"8-bit weights have bfloat16 beside them, not {str(dtype).removeprefix('torch.')}. Use dtype='bfloat16' or "
-            "'auto'."
+            f"8-bit weights have bfloat16 beside them, not {str(dtype).removeprefix('torch.')}. Use dtype='bfloat16' "
+            "or 'auto'."
         )
     if not native_available():
         raise ConfigError(
-            "8-bit weights need the compiled kernel, which isn't there: it takes a C++ compiler, and LORAPLEX_NATIVE=1. "
-            "Install one, or leave weights='int8' out."
+            "8-bit weights need the compiled kernel, which isn't there: it takes a C++ compiler, and LORAPLEX_NATIVE=1."
+            " Install one, or leave weights='int8' out."
         )
     return torch.bfloat16
 
 
 def int8_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
-    """By path, the modules whose weights are held in 8 bits: plain linear ones of repeated layers, and the output layer.
+    """By path, the modules whose weights are held in 8 bits: plain linear ones of repeated layers, and the output.
 
     Raises BaseModelError for a model that has none.
     """
@@ -62,7 +62,7 @@ def int8_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def quantize_base(base: PreTrainedModel) -> None:
-    """Hold the weights in 8 bits, one module after the other. An embedding that is tied to the output keeps its table."""
+    """Hold the weights in 8 bits, one module after the other. A tied embedding keeps its table."""
     output = output_module(base)
     for path, module in int8_modules(base).items():
         hold_int8(module, group_of(path == output))
@@ -82,14 +82,18 @@ def mark_as_int8(base: PreTrainedModel) -> None:
     setattr(base.config, _MARK, "int8, dequantized where they are saved")
     kept = _other_linear_weights(base)
     if kept:
-        logger.info("weights that stay in bfloat16: %s", ", ".join(f"{count} of {kind}" for kind, count in kept.items()))
+        logger.info(
+            "weights that stay in bfloat16: %s", ", ".join(f"{count} of {kind}" for kind, count in kept.items())
+        )
 
 
 def _other_linear_weights(base: PreTrainedModel) -> Mapping[str, int]:
     """How many modules of each class have a matrix that isn't held in 8 bits."""
     counts: dict[str, int] = {}
     for module in base.modules():
-        matrices = [weight for weight in module.parameters(recurse=False) if type(weight) is nn.Parameter and weight.ndim > 1]
+        matrices = [
+            weight for weight in module.parameters(recurse=False) if type(weight) is nn.Parameter and weight.ndim > 1
+        ]
         if matrices and not isinstance(module, nn.Embedding):
             counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
     return counts

@@ -55,7 +55,8 @@ class LayerStack:
         linear = [_linear(layer, path) for layer in layers for path in _LINEAR]
         held = {type(module.weight) if isinstance(module.weight, PackedWeight) else Tensor for module in linear}
         self._is_packed = held == {PackedWeight}
-        self._int8_groups = torch.tensor([module.weight.group for module in linear]) if held == {Int8Weight} else None
+        groups = [module.weight.group for module in linear if isinstance(module.weight, Int8Weight)]
+        self._int8_groups = torch.tensor(groups) if held == {Int8Weight} else None
         self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linear)
         if len(held) > 1:
             self._max_compiled = 0
