@@ -43,15 +43,19 @@ def pool(kind: Callable[[Tensor], PackedWeight], shape: tuple[int, int]) -> list
 
 
 def measure(shape: tuple[int, int], rows: int) -> dict[str, float]:
-    """Microseconds of a call, by kind: the median of the faster half, as others may work on the machine."""
+    """Microseconds of a call, by kind: the median of the faster half, as others may work on the machine.
+
+    With one thread, of the processor's time, which doesn't run while others do.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pools = {name: pool(kind, shape) for name, kind in KINDS.items()}
     x = torch.randn(rows, shape[1]).bfloat16()
     times: dict[str, list[float]] = {name: [] for name in KINDS}
     for i in range(ROUNDS):
         for name, weights in pools.items():
-            start = time.perf_counter()
+            start = clock()
             packed_linear(x, weights[i % len(weights)], None)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(sorted(own)[: ROUNDS // 2]) * 1e6 for name, own in times.items()}
 
 

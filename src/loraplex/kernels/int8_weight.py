@@ -17,6 +17,8 @@ GROUP = 128  # inputs of an output that share one, where a column's would be too
 
 _MAX_COLUMN = 2**16  # inputs that can share a scale: their sums have 32 bits
 _LARGEST = 127
+_ROUNDING = 0.75  # of a scale: to the nearest integer, and the scale and the value to 16 bits
+_LEAST_SCALE = 1e-12
 _PART_VALUES = 2**22  # that are float32 at once: the whole weight never is
 
 
@@ -65,11 +67,22 @@ class Int8Weight(PackedWeight):
         made = torch.empty(self.shape, dtype=dtype)
         wide = torch.promote_types(dtype, torch.float32)
         for rows in _parts(self.shape):
-            factors = scales[rows].to(wide)
-            if self.group != COLUMN:
-                factors = factors.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
-            made[rows] = values[rows].to(wide) * factors
+            made[rows] = values[rows].to(wide) * self._of_values(scales[rows]).to(wide)
         return made
+
+    def is_made_of(self, weight: Tensor) -> bool:
+        """Whether a weight [out, in] may be what was quantized: each value lies within a rounding of ours."""
+        values, scales = self.values_and_scales()
+        return all(
+            bool(((values[rows] - weight[rows].float() / factors).abs() <= _ROUNDING).all())
+            for rows in _parts(self.shape)
+            for factors in (self._of_values(scales[rows]).clamp_min(_LEAST_SCALE),)
+        )
+
+    def _of_values(self, scales: Tensor) -> Tensor:  # [rows, groups] -> [rows, in or 1]
+        if self.group == COLUMN:
+            return scales
+        return scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
 
     def alias(self) -> "Int8Weight":
         return _held(self.packed, self.shape, self.group)
