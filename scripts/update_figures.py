@@ -118,6 +118,26 @@ def kernels(content: Results) -> str:
     return "\n\n".join(parts)
 
 
+def int8_quality(content: Results) -> str:
+    """How far each kind of weights takes the predictions from float32's."""
+    rows = [
+        [side.replace("_", " "), f"{found['divergence']:.2e}", f"{found['same_token']:.1%}"]
+        for side, found in content["results"].items()
+    ]
+    return table(["weights", "KL divergence from float32, nats a token", "same likeliest token"], rows)
+
+
+def int8_speed(content: Results) -> str:
+    """Microseconds of a product with each kind of weights, and how many times as fast as bfloat16's it is."""
+    rows = []
+    for case in content["results"]:
+        first = case["us"]["bfloat16"]
+        cells = [f"{us:.0f} ({first / us:.2f}x)" for us in case["us"].values()]
+        rows.append([f"{case['in']} to {case['out']}, rows {case['rows']}", *cells])
+    kinds = [kind.replace("_", " ") for kind in content["results"][0]["us"]]
+    return table(["product, microseconds", *kinds], rows)
+
+
 def xlora(content: Results) -> str:
     """Each question's speeds or times, and their ratio to what the question compares with."""
     rows = []
@@ -341,6 +361,8 @@ FILES = (
         question="What the plugin costs inside vLLM (CPU), and its answers beside PEFT's",
         render=vllm_plugin,
     ),
+    ResultFile(name="int8_quality", question="What 8-bit weights change", render=int8_quality),
+    ResultFile(name="int8_speed", question="Products with 8-bit weights", render=int8_speed),
     ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels),
 )
 

@@ -125,6 +125,14 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         ],
         "| vllm 0.32.0, float32 | 60.0 | 120.0 | 2.00x |",
     ),
+    "int8_quality": (
+        {"int8": {"divergence": 0.00123, "same_token": 0.975}},
+        "| int8 | 1.23e-03 | 97.5% |",
+    ),
+    "int8_speed": (
+        [{"out": 64, "in": 32, "rows": 8, "us": {"bfloat16": 30.0, "int8_column": 15.0}}],
+        "| 32 to 64, rows 8 | 30 (1.00x) | 15 (2.00x) |",
+    ),
     "kernel_choice": (
         {
             "adapters": [{"dtype": "torch.float32", "tokens_per_row": 4, "native": 10.2, "segmented": 20.0}],

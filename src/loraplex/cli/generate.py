@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loraplex.cli.options import Device, Dtype, Load, Raw, adapters_in, named_values
+from loraplex.cli.options import Device, Dtype, Load, Raw, Weights, adapters_in, named_values
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
@@ -48,6 +48,7 @@ def generate(
     raw: Raw = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    weights: Weights = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Answer prompts together, each through its own adapters."""
@@ -64,7 +65,7 @@ def generate(
     }
     # A seed for each answer, so that equal rows don't get equal answers.
     sampling = [SamplingParams(seed=seed + row * answers, **options) for row in range(len(rows))]
-    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
     load_named(multi, load, load_all, load_mixture)
     start = time.perf_counter()
     results = run(multi, make_requests(rows, sampling, raw=raw), progress=not json and Console().is_terminal)

@@ -21,6 +21,7 @@ Load = Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual
 Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Weights = Annotated[str, typer.Option(help="int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 

@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 from loraplex.cli.errors import run
 from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
-from loraplex.cli.options import Model, results_table
+from loraplex.cli.options import Model, Weights, results_table
 from loraplex.cli.train_mixture import mixture
 from loraplex.errors import TrainingError
 from loraplex.models.multi_lora import MultiLoraModel
@@ -71,6 +71,7 @@ def adapters(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: accelerate's choice.")] = "auto",
+    weights: Weights = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
@@ -89,7 +90,7 @@ def adapters(
         tokens_per_forward=tokens_per_forward,
     )
     place = str(PartialState().device) if device == "auto" else device
-    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place)
+    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place, weights=weights)
     try:
         results: Sequence[TrainResult] = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)
     except TrainingError as error:  # the jobs that didn't diverge are done

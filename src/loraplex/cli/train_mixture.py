@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loraplex.cli.options import Model, named_values, results_table
+from loraplex.cli.options import Model, Weights, named_values, results_table
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import DataSource, MixtureTrainConfig, train_mixture
@@ -76,6 +76,7 @@ def mixture(
     hidden_cache_bytes: Annotated[int, typer.Option(help="Memory for hidden states of the scaling pass.")] = 2 << 30,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    weights: Weights = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
@@ -96,7 +97,7 @@ def mixture(
         raise ConfigError(
             "Give --experts for a new mixture, or --init-from to train one on; not both, and not neither."
         )
-    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
+    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
     if init_from is not None:
         base.load_mixture(name, init_from)
         base.configure_mixture(name, **{key: settings[key] for key in settings if _is_given(context, key)})

@@ -41,6 +41,18 @@ class PackedWeight(Tensor):
         """Pack a contiguous bfloat16 weight [out, in] in a CPU's memory."""
         return cls(torch.ops.loraplex.pack_weight(weight.detach()), *weight.shape)
 
+    def alias(self) -> "PackedWeight":
+        """Another tensor with the same values in the same memory."""
+        return PackedWeight(self.packed, *self.shape)
+
+    def write(self, weight: Tensor) -> None:
+        """Take over other values [out, in]."""
+        self.packed.copy_(torch.ops.loraplex.pack_weight(weight))
+
+    def product(self, x: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        """What `packed_linear` gives; `rest` are the adapters, float_sums and the way of computing."""
+        return _operator()(x, self.packed, *self.shape, bias, *rest)
+
     def unpack(self) -> Tensor:  # [out, in]
         """The weight as it was, to the bit."""
         weight: Tensor = torch.ops.loraplex.unpack_weight(self.packed, *self.shape)
@@ -69,7 +81,7 @@ class PackedWeight(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].packed, *args[0].shape)
+            return args[0].alias()
         written = [args[i] for i, argument in enumerate(func._schema.arguments[: len(args)]) if _is_written(argument)]
         plain: dict[int, Tensor] = {}
 
@@ -80,7 +92,7 @@ class PackedWeight(Tensor):
         result = func(*own_args, **own_kwargs)
         for weight in written:
             if isinstance(weight, PackedWeight):
-                weight.packed.copy_(torch.ops.loraplex.pack_weight(plain[id(weight)]))
+                weight.write(plain[id(weight)])
                 result = weight
         return result
 
@@ -124,7 +136,7 @@ def packed_linear(
 ) -> Tensor:  # [.., out]  of x's dtype, or float32 with `float_sums`
     """W x[t] + bias, and the adapters' part (see gated_linear_native); a token has the same bits in any batch."""
     rest = no_adapters() if adapters is None else adapters
-    return _operator()(x.contiguous(), weight.packed, *weight.shape, bias, *rest, float_sums, tiling)
+    return weight.product(x.contiguous(), bias, *rest, float_sums, tiling)
 
 
 @cache
@@ -157,7 +169,12 @@ def can_be_packed(module: nn.Linear) -> bool:
 
 def pack(module: nn.Linear) -> None:
     """Hold a module's weight packed. Its state_dict has the weight as it was."""
-    module.weight = nn.Parameter(PackedWeight.of(module.weight), requires_grad=False)
+    hold(module, PackedWeight.of(module.weight))
+
+
+def hold(module: nn.Linear, weight: PackedWeight) -> None:
+    """Let a module have this weight. Its state_dict has the weight unpacked."""
+    module.weight = nn.Parameter(weight, requires_grad=False)
     vars(module)["loraplex_unpacks"] = module._register_state_dict_hook(_unpack_entry)
 
 

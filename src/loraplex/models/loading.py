@@ -24,6 +24,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError
 from loraplex.json_files import MAX_BYTES, read_object
+from loraplex.models.gguf_file import is_gguf_file, load_gguf
+from loraplex.models.int8_base import check_weights, quantize_base
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 
 # transformers goes on without the last two, with other tokens that end an answer for example.
@@ -37,19 +39,23 @@ def load_base_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    weights: str = "auto",
 ) -> tuple[PreTrainedModel, str]:
     """Load a base model in evaluation mode with frozen weights; return it and where it came from.
 
     `path_or_id` is "smollm2-135m", a local folder or a hub id; the second value is the folder or the hub id,
     as `load_tokenizer` takes it. `dtype` is "float32", "bfloat16", "float16", the same as a torch.dtype, or
-    "auto" for the checkpoint's own; `attn_implementation` is transformers'.
+    "auto" for the checkpoint's own; `attn_implementation` is transformers'. With `weights="int8"`, linear
+    weights are held as 8-bit integers (int8_base.py); then `path_or_id` may be a GGUF file too.
 
-    Raises ConfigError for a dtype or device that can't be used, BaseModelError for a model that can't be
+    Raises ConfigError for a dtype, device or `weights` that can't be used, BaseModelError for a model that can't be
     loaded whole, or has an adapter beside it.
     """
-    torch_dtype = parse_dtype(dtype)
     torch_device = parse_device(device)
+    torch_dtype = check_weights(weights, parse_dtype(dtype), torch_device)
     source = resolve_base_model(path_or_id)
+    if is_gguf_file(source):
+        return _load_gguf(source, weights), source
     refuse_damaged_json(source)
     try:
         refuse_hidden_adapter(source)
@@ -70,7 +76,21 @@ def load_base_model(
             f"the checkpoint of base model {source!r} lacks {_some(loading['missing_keys'])}, which "
             f"{type(model).__name__} needs; they would be random. Give a complete checkpoint."
         )
-    return model.to(torch_device).eval().requires_grad_(False), source
+    model = model.to(torch_device).eval().requires_grad_(False)
+    if weights == "int8":
+        quantize_base(model)
+    return model, source
+
+
+def _load_gguf(source: str, weights: str) -> PreTrainedModel:
+    if weights != "int8":
+        raise ConfigError(f"{source!r} is a GGUF file, which is read with weights='int8'.")
+    try:
+        return load_gguf(Path(source)).eval().requires_grad_(False)
+    except LoraplexError:
+        raise
+    except Exception as error:  # gguf and transformers raise all kinds for files that are damaged or of other models
+        raise BaseModelError(f"can't load the GGUF file {source!r}: {type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
@@ -80,21 +100,33 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """
     source = resolve_base_model(path_or_id)
     refuse_damaged_json(source)
+    folder, options = _tokenizer_place(source)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         raise _unloadable("tokenizer", source, error) from error
     return tokenizer
 
 
+def _tokenizer_place(source: str) -> tuple[str, dict[str, str]]:
+    """A GGUF file's tokenizer is that of the files beside it, if there are any: its own is read without some rules."""
+    if not is_gguf_file(source):
+        return source, {}
+    file = Path(source)
+    has_own = (file.parent / "tokenizer_config.json").is_file()
+    return str(file.parent), {} if has_own else {"gguf_file": file.name}
+
+
 def resolve_base_model(path_or_id: str | Path) -> str:
-    """Return the local folder, or the hub id as it is; the alias wins over a folder of its name.
+    """Return the local folder or GGUF file, or the hub id as it is; the alias wins over a folder of its name.
 
     Raises BaseModelError for a folder without config.json, and for what is neither a folder nor a hub id.
     """
     if path_or_id == ALIAS:
         return str(convert_smollm2())
     folder = Path(path_or_id).expanduser()
+    if is_gguf_file(folder):
+        return str(folder)
     if path_or_id and folder.is_dir():  # the empty path would be the current folder
         if not (folder / "config.json").is_file():
             raise BaseModelError(

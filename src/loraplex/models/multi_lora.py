@@ -79,14 +79,19 @@ class MultiLoraModel:
         device: str = "cpu",
         store: StoreConfig | None = None,
         fast_decode: bool = True,
+        weights: str = "auto",
     ) -> "MultiLoraModel":
         """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError.
 
         `fast_decode` lets `generate` run in packed passes (see there) and compute single-token steps of plain linear
         modules in the compiled CPU kernel: equal to torch's product up to rounding, and independent of a row's
         neighbours to the bit. `forward` always computes the base product with torch.
+
+        `weights="int8"` holds the linear weights as 8-bit integers, which takes half the memory and changes what the
+        model computes; the path may then be a GGUF file. For bfloat16 on a CPU. All products, those of `forward` and
+        of training too, then run in the compiled kernel.
         """
-        base, source = load_base_model(path_or_id, dtype=dtype, device=device)
+        base, source = load_base_model(path_or_id, dtype=dtype, device=device, weights=weights)
         return cls(base, source=source, store=store, fast_decode=fast_decode)
 
     @cached_property

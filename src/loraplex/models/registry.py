@@ -19,6 +19,7 @@ from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedA
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
@@ -79,7 +80,8 @@ class Registry:
                 fingerprint = folder_fingerprint(folder)
             adapter = read_adapter(folder, check_shapes=self._check_shapes)
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
-            check_base_copies(read_base_copies(folder, parameters), parameters)
+            copies = read_base_copies(folder, parameters)
+            check_base_copies(without_quantized(copies, parameters), parameters)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)

@@ -84,7 +84,9 @@ class Server(uvicorn.Server):
 def load_model(config: ServeConfig) -> MultiLoraModel:
     """The base model with everything that the settings name."""
     wanted = config.model
-    model = MultiLoraModel.from_pretrained(wanted.model, dtype=wanted.dtype, device=wanted.device, store=config.store)
+    model = MultiLoraModel.from_pretrained(
+        wanted.model, dtype=wanted.dtype, device=wanted.device, store=config.store, weights=wanted.weights
+    )
     for name, folder in wanted.adapters.items():
         model.load_adapter(name, folder)
         logger.info("loaded", extra={"adapter": name, "folder": str(folder)})

@@ -26,6 +26,7 @@ class ModelSettings:
     served_name: str = option("", "The base model's name in the API; empty: from the model.")
     dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
     device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    weights: str = option("auto", "int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")
     adapters: Mapping[str, str] = field(
         default_factory=dict, metadata={"help": "NAME=FOLDER of an adapter or residual to load; repeat."}
     )

@@ -8,9 +8,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker.layer_parts import LayerParts, NormPart, linear_shape
+from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import PackedWeight
 
-_NO_MODULE = [0] * 6
+_NO_MODULE = [0] * 7
 _NO_NORM = [0] * 5
 
 
@@ -20,6 +21,7 @@ class WeightForm(IntEnum):
     ROWS = 0  # [out, in]
     COLUMNS = 1  # [in, out]
     TILES = 2  # as kernels/csrc/tiles.h packs them
+    INT8 = 3  # 8 bits each, as kernels/csrc/int8_layout.h packs them
 
 
 def layer_record(
@@ -59,10 +61,13 @@ def _linear(module: nn.Module | None, module_index: Mapping[nn.Module, int]) -> 
     if module is None:
         return _NO_MODULE
     form = WeightForm.COLUMNS if isinstance(module, Conv1D) else WeightForm.ROWS
-    if isinstance(module.weight, PackedWeight):
+    group = 0
+    if isinstance(module.weight, Int8Weight):
+        form, group = WeightForm.INT8, module.weight.group
+    elif isinstance(module.weight, PackedWeight):
         form = WeightForm.TILES
     num_out, num_in = linear_shape(module)
-    return [_address(module.weight), _address(module.bias), form, num_in, num_out, module_index[module]]
+    return [_address(module.weight), _address(module.bias), form, num_in, num_out, module_index[module], group]
 
 
 def _norm(layer: nn.Module, norm: NormPart | None) -> list[int]:

@@ -4,6 +4,7 @@ from collections import Counter
 
 from torch import nn
 
+from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, unpack
 from loraplex.kernels.product_times import LinearShape
 from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice, choices
@@ -18,7 +19,8 @@ class LinearProducts:
 
     def __init__(self, base: nn.Module) -> None:
         """Measures the products of shapes that this machine hasn't met yet."""
-        self._modules = [module for module in base.modules() if isinstance(module, LoraLinear)]
+        linear = [module for module in base.modules() if isinstance(module, LoraLinear)]
+        self._modules = [module for module in linear if not holds_int8(module)]
         chosen = choices(shape_of(module) for module in self._modules)
         owners = Counter(id(parameter) for module in base.modules() for parameter in module._parameters.values())
         try:
@@ -35,6 +37,11 @@ class LinearProducts:
             vars(module).pop(PACKED_COPY, None)
             vars(module).pop(_MAX_COMPILED, None)
         self._modules = []
+
+
+def holds_int8(module: LoraLinear) -> bool:
+    """Whether a module's products have 8-bit weights, which only the compiled kernel computes."""
+    return isinstance(module.weight, Int8Weight) or isinstance(vars(module).get(PACKED_COPY), Int8Weight)
 
 
 def shape_of(module: nn.Linear) -> LinearShape:

@@ -8,6 +8,7 @@
 
 #include "activation.h"
 #include "column_linear.h"
+#include "int8_tiles.h"
 #include "norm.h"
 #include "rotary.h"
 #include "tiles.h"
@@ -16,8 +17,8 @@ namespace loraplex {
 
 enum Role { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kRoles };
 
-// How a weight's values lie: [out, in], [in, out], or packed as tiles.h says.
-enum class WeightForm { kRows, kColumns, kTiles };
+// How a weight's values lie: [out, in], [in, out], or packed as tiles.h or, with 8 bits a value, int8_layout.h says.
+enum class WeightForm { kRows, kColumns, kTiles, kInt8 };
 
 template <typename T>
 struct LinearModule {
@@ -25,6 +26,7 @@ struct LinearModule {
   const T* bias;    // or null
   WeightForm form;
   int64_t in, out;
+  int64_t group;  // of 8-bit values that share a scale
 
   bool exists() const { return weight != nullptr; }
 
@@ -32,6 +34,10 @@ struct LinearModule {
   template <typename F>
   auto with_product(const T* x, T* y, int64_t num_tokens, Tiling tiling, const F& use) const {
     if constexpr (std::is_same_v<T, Half>) {
+      if (form == WeightForm::kInt8) {
+        return use(Int8Linear<>{reinterpret_cast<const uint8_t*>(weight), bias, x, y, in, out, num_tokens, group,
+                                best_int8_tiling()});
+      }
       if (form == WeightForm::kTiles) return use(TiledLinear<>{weight, bias, x, y, in, out, num_tokens, tiling});
     }
     if (form == WeightForm::kColumns) return use(ColumnLinear<T>{weight, bias, x, y, in, out, num_tokens});

@@ -6,7 +6,7 @@
 
 namespace loraplex {
 
-constexpr int64_t kModuleInts = 6, kNormInts = 5, kNorms = 6;
+constexpr int64_t kModuleInts = 7, kNormInts = 5, kNorms = 6;
 constexpr int64_t kLayerInts = kRoles * kModuleInts + kNorms * kNormInts + 16;
 constexpr int64_t kLayerFloats = kNorms + 3;
 
@@ -23,7 +23,7 @@ struct LayerRecord {
     Layer<T> layer{};
     for (int role = 0; role < kRoles; ++role) {
       const int64_t* m = module(role);
-      layer.modules[role] = {address<T>(m[0]), address<T>(m[1]), static_cast<WeightForm>(m[2]), m[3], m[4]};
+      layer.modules[role] = {address<T>(m[0]), address<T>(m[1]), static_cast<WeightForm>(m[2]), m[3], m[4], m[6]};
     }
     Norm<T>* norms[kNorms] = {&layer.before_attention, &layer.behind_attention, &layer.before_mlp,
                               &layer.behind_mlp,       &layer.query,            &layer.key};
@@ -70,7 +70,8 @@ void check_layer(const Layer<T>& layer, int64_t hidden) {
     const LinearModule<T>& module = layer.modules[role];
     TORCH_CHECK(module.exists() && module.in == in && module.out == out, "module ", static_cast<int>(role), " is [",
                 module.out, ", ", module.in, "] instead of [", out, ", ", in, "]");
-    TORCH_CHECK(module.form != WeightForm::kTiles || (std::is_same_v<T, Half>), "only bfloat16 weights can be packed");
+    const bool is_packed = module.form == WeightForm::kTiles || module.form == WeightForm::kInt8;
+    TORCH_CHECK(!is_packed || (std::is_same_v<T, Half>), "only bfloat16 weights can be packed");
   };
   TORCH_CHECK(layer.heads > 0 && layer.kv_heads > 0 && layer.heads % layer.kv_heads == 0 && layer.head_dim > 0,
               layer.heads, " heads can't share ", layer.kv_heads);

@@ -2,11 +2,17 @@
 //
 // Registers 0 to 3 are float32 sums [token tile][column tile], each [16 tokens, 16 columns]; 4 and 5 are tokens [16, 32]
 // and 6 and 7 weights [16 pairs, 16 columns, 2], both bfloat16. A line has 64 bytes.
+//
+// With bytes, registers 0 to 3 are int32 sums, 6 weights [depth / 4, 16 columns, 4], and 4 high digits of tokens
+// [16, depth]. Of up to 16 tokens, 5 are the low digits and 7 the other column tile's weights; of more, 7 are the low
+// digits of the first 16, and 5 either digit of the others.
 #pragma once
+
+#include <type_traits>
 
 #include "tile_layout.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define LORAPLEX_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -33,6 +39,19 @@ inline TileConfig tile_config(int num_tokens) {
   return config;
 }
 
+// For bytes, of up to 32 tokens, and weights of `depth` values of x.
+inline TileConfig byte_tile_config(int num_tokens, int depth) {
+  TileConfig config;
+  const int first = std::min<int>(num_tokens, kTileTokens);
+  const int second = num_tokens > kTileTokens ? num_tokens - kTileTokens : first;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool are_weights = tile == 6 || (tile == 7 && num_tokens <= kTileTokens);
+    config.bytes[tile] = tile < 4 || are_weights ? 64 : depth;
+    config.rows[tile] = are_weights ? depth / 4 : tile == 2 || tile == 3 || tile == 5 ? second : first;
+  }
+  return config;
+}
+
 class EmulatedTiles {
  public:
   static void configure(const TileConfig& config) { registers().config = config; }
@@ -45,7 +64,10 @@ class EmulatedTiles {
   }
   template <int tile>
   static void load(const void* from) {
-    std::memcpy(registers().lines[tile], from, registers().config.rows[tile] * kLine);
+    Registers& own = registers();
+    for (int row = 0; row < own.config.rows[tile]; ++row) {
+      std::memcpy(own.lines[tile][row], static_cast<const char*>(from) + row * kLine, own.config.bytes[tile]);
+    }
   }
   template <int tile>
   static void store(void* to) {
@@ -65,6 +87,23 @@ class EmulatedTiles {
           std::memcpy(w, own.lines[weights][pair] + column * sizeof(w), sizeof(w));
           sum += float(x[0]) * float(w[0]);
           sum += float(x[1]) * float(w[1]);
+          std::memcpy(place, &sum, sizeof(sum));
+        }
+      }
+    }
+  }
+  // `Digit` is the tokens' type of byte, int8_t or uint8_t.
+  template <int sums, int tokens, int weights, typename Digit>
+  static void multiply_bytes() {
+    Registers& own = registers();
+    for (int row = 0; row < own.config.rows[sums]; ++row) {
+      for (int k = 0; k < own.config.bytes[tokens]; ++k) {
+        for (int column = 0; column < kTileColumns; ++column) {
+          int32_t sum;
+          char* place = own.lines[sums][row] + column * sizeof(sum);
+          std::memcpy(&sum, place, sizeof(sum));
+          sum += static_cast<Digit>(own.lines[tokens][row][k]) *
+                 static_cast<int8_t>(own.lines[weights][k / 4][column * 4 + k % 4]);
           std::memcpy(place, &sum, sizeof(sum));
         }
       }
@@ -114,6 +153,14 @@ struct ProcessorTiles {
   template <int sums, int tokens, int weights>
   static void multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(tokens), "i"(weights));
+  }
+  template <int sums, int tokens, int weights, typename Digit>
+  static void multiply_bytes() {
+    if constexpr (std::is_signed_v<Digit>) {
+      asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(tokens), "i"(weights));
+    } else {
+      asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(tokens), "i"(weights));
+    }
   }
 };
 
