@@ -117,7 +117,8 @@ def test_the_engine_and_generate_agree_with_forward(folders):
         alone = [engine.generate([request])[0].token_ids for request in requests]
         stacks = [vars(layer)["loraplex_stack"][0] for layer in model.base.modules() if "loraplex_stack" in vars(layer)]
         assert stacks
-        assert all(stack._int8_groups is not None for stack in stacks)
+        layers = [layer for stack in stacks for layer in stack._layers]
+        assert all(is_int8(layer.get_submodule(path)) for layer, parts in layers for path in parts.linears if path)
     assert together == alone
     assert [list(tokens) for tokens in together] == whole[:, 9:].tolist()
 

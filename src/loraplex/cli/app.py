@@ -34,7 +34,7 @@ COMMANDS = {
     "key": ("Make, list and revoke API keys of `loraplex serve`.", "loraplex.cli.key:key_app"),
     "train": ("Train adapters, or mixtures of them, on a frozen base model.", "loraplex.cli.train:train_app"),
     "tune": (
-        "Measure which linear products are the fastest on this machine, and keep that for all engines.",
+        "Measure a model's linear products on this machine, and keep which are the fastest for all engines.",
         "loraplex.cli.tune:tune",
     ),
     "bench": ("Measure on this machine.", "loraplex.cli.bench:bench_app"),

@@ -21,9 +21,9 @@ from loraplex.models.multi_lora import MultiLoraModel
 
 
 def tune(model: Model = "smollm2-135m", dtype: Dtype = "auto") -> None:
-    """Measure the linear products of a model's shapes on this machine's processors, and keep what is the fastest.
+    """Measure a model's linear products on this machine, and keep which are the fastest for all engines.
 
-    An engine does it when it starts with a model for the first time; nothing else may work on the machine meanwhile.
+    An engine does it when it starts with a model for the first time. Nothing else may work on the machine meanwhile.
     """
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype)
     if not native_runs(multi.base.device, multi.dtype):
@@ -54,9 +54,9 @@ def product_tables(times: Mapping[LinearShape, ProductTimes]) -> Group:
 def _table(shape: LinearShape, times: ProductTimes) -> Table:
     title = f"{shape}: {_chosen(times)}"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="cyan", padding=(0, 1, 0, 0))
-    table.add_column("tokens")
+    table.add_column("tokens", no_wrap=True)
     for tokens in TOKENS:
-        table.add_column(str(tokens), justify="right", min_width=5)
+        table.add_column(str(tokens), justify="right", min_width=4)
     best = [min(column) for column in zip(*times.values(), strict=True)]
     for product, seconds in times.items():
         table.add_row(product, *(_speed(shape, *cell) for cell in zip(TOKENS, seconds, best, strict=True)))

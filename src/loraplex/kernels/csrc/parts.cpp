@@ -12,7 +12,7 @@ using loraplex::check_input;
 
 // run(first, last) on the shares of [0, count) that threads take.
 template <typename F>
-void split(int64_t count, int64_t values, const F& run) {
+void split_values(int64_t count, int64_t values, const F& run) {
   constexpr int64_t kValues = 1 << 14;  // below which one thread does it all
   if (values < kValues || count == 0) return run(0, count);
   at::parallel_for(0, count, std::max<int64_t>(1, kValues * count / values), run);
@@ -44,7 +44,7 @@ at::Tensor norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, co
                                       plus_one};
     const scalar* in = x.const_data_ptr<scalar>();
     scalar* result = out.mutable_data_ptr<scalar>();
-    split(size == 0 ? 0 : x.numel() / size, 2 * x.numel(), [&](int64_t begin, int64_t end) {
+    split_values(size == 0 ? 0 : x.numel() / size, 2 * x.numel(), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) norm.run(in + t * size, result + t * size, t % groups);
     });
   })
@@ -62,7 +62,7 @@ void activate_(at::Tensor& gate, const std::optional<at::Tensor>& up, int64_t ki
   LORAPLEX_DISPATCH(gate, {
     scalar* g = gate.mutable_data_ptr<scalar>();
     const scalar* u = up.has_value() ? up->const_data_ptr<scalar>() : nullptr;
-    split(gate.numel(), 16 * gate.numel(), [&](int64_t begin, int64_t end) {
+    split_values(gate.numel(), 16 * gate.numel(), [&](int64_t begin, int64_t end) {
       loraplex::activate(static_cast<loraplex::Activation>(kind), g + begin, u == nullptr ? u : u + begin, g + begin,
                          end - begin);
     });
