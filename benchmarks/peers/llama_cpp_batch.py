@@ -5,12 +5,15 @@ All sequences of a context go through the same adapters, so the first one of a j
 
 import ctypes
 import os
+import sys
 from importlib.metadata import version
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from worker import Job, Run, serve
+
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 class Model:
@@ -56,7 +59,7 @@ class Model:
             self._shape = (rows, length)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         used = [] if adapter is None else [self._adapters[adapter]]
-        pointers = (ctypes.c_void_p * len(used))(*used)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(used))(*used)
         scales = (ctypes.c_float * len(used))(*[1.0] * len(used))
         llama_cpp.llama_set_adapters_lora(self._context, pointers, len(used), scales)
 
@@ -86,6 +89,12 @@ class Model:
         return [chosen[row] for row, _, _ in rows]
 
 
+@llama_cpp.llama_log_callback
+def tell_errors(level: int, text: bytes, _: Any) -> None:
+    if level >= ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
 def survives(workload: dict[str, Any], extra_buffers: bool) -> bool:
     """Whether a model runs, tried in a child process: weights repacked for AMX end the process on some machines."""
     child = os.fork()
@@ -96,10 +105,11 @@ def survives(workload: dict[str, Any], extra_buffers: bool) -> bool:
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    return status == 0
+    return not os.WIFSIGNALED(status)
 
 
 def prepare(workload: dict[str, Any]) -> tuple[Run, str]:
+    llama_cpp.llama_log_set(tell_errors, None)
     llama_cpp.llama_backend_init()
     extra_buffers = survives(workload, True)
     label = "" if extra_buffers else " with use_extra_bufts=False"
