@@ -96,7 +96,8 @@ def start(name: str, files: ModelFiles, options: argparse.Namespace, folder: Pat
     if engine == "llamacpp":
         workload |= {"model_file": files.gguf(weights.upper() or "BF16"), "adapters": files.gguf_adapters()}
     elif engine == "openvino":
-        workload |= {"model_folder": files.openvino(weights or "fp16", python), "precision": "bf16"}
+        first = dict([next(iter(files.adapters.items()))])
+        workload |= {"model_folder": files.openvino(weights or "fp16", python), "adapters": first, "precision": "bf16"}
     else:
         workload |= {"model_folder": files.transformers}
     return Side(name, python, SCRIPTS[engine], workload, folder)
