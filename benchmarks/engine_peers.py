@@ -10,10 +10,7 @@ Tokens/s are those of a whole round, prompts included. For vllm the share of equ
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,53 +18,20 @@ from typing import Any
 
 import torch
 from common import console, print_table, save
-from peers.worker import MARK
+from peers.sides import Side, same_share
+from peers.worker import Job
 
 from loraplex.bench.random_adapters import load_model, write_random_folders
 from loraplex.models.loading import resolve_base_model
 
-HERE = Path(__file__).parent / "peers"
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
 TEXT = "The history of science is the study of how people came to know what they know about nature. Long before"
 SCRIPTS = {"loraplex": "loraplex_engine.py", "vllm": "vllm_cpu.py", "mistralrs": "mistral_rs.py"}
 CASES = ("vllm:float32", "vllm:bfloat16", "mistralrs:float32")
 
 
-class Side:
-    """A worker process."""
-
-    def __init__(self, name: str, python: str, workload: Path, threads: int, log: Path) -> None:
-        self.name = name
-        self._log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
-        command = [python, str(HERE / SCRIPTS[name]), str(workload)]
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            )
-        self.version = self._answer()["version"]
-
-    def round(self) -> dict[str, Any]:
-        assert self._process.stdin is not None, "a pipe was asked for"
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None, "a pipe was asked for"
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                content: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return content
-        raise SystemExit(f"{self.name} ended: {self._log.read_text()[-2000:]}")
-
-
-def make_workload(peer: str, dtype: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prompts, adapters and lengths, as all sides read them."""
+def make_work(peer: str, dtype: str, options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Job]:
+    """Model and adapters, and then the prompts and lengths, as all sides read them."""
     model = load_model(options.model, dtype)
     end = model.base.generation_config.eos_token_id
     adapters: dict[str, Path] = {}
@@ -76,17 +40,16 @@ def make_workload(peer: str, dtype: str, options: argparse.Namespace, folder: Pa
         adapters = write_random_folders(model.adaptable.shapes, folder, RANKS, model.dtype)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(1000, 40000, (len(adapters), options.prompt_tokens), generator=generator).tolist()
-    return {
-        "model": options.model,
+    workload = {
         "model_folder": resolve_base_model(options.model),
         "dtype": dtype,
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "prompts": prompts,
         "text": TEXT,
         "end_tokens": end if isinstance(end, list) else [end],
-        "new_tokens": options.new_tokens,
         "threads": options.threads,
     }
+    job = {"prompts": prompts, "adapters": list(adapters) or [None], "new_tokens": options.new_tokens}
+    return workload, job
 
 
 def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -95,13 +58,13 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     pythons = {"loraplex": sys.executable, "vllm": options.vllm_python, "mistralrs": options.mistralrs_python}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        workload = folder / "workload.json"
-        workload.write_text(json.dumps(make_workload(peer, dtype, options, folder)))
+        workload, job = make_work(peer, dtype, options, folder)
         sides: list[Side] = []
         try:
             for side in ("loraplex", peer):
-                sides.append(Side(side, pythons[side], workload, options.threads, folder / f"{side}.log"))
-            rounds = [{side.name: side.round() for side in sides} for _ in range(options.rounds)]
+                sides.append(Side(side, pythons[side], SCRIPTS[side], workload, folder))
+                sides[-1].run(job)
+            rounds = [{side.name: side.run(job) for side in sides} for _ in range(options.rounds)]
         finally:
             for side in sides:
                 side.close()
@@ -119,15 +82,6 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
         "versions": {side.name: side.version for side in sides},
         "same_tokens": same_share(last["loraplex"]["tokens"], last[peer]["tokens"]),
     }
-
-
-def same_share(ours: list[list[int]], theirs: list[list[int]] | None) -> float | None:
-    """The share of tokens that are equal, up to each answer's first different one."""
-    if theirs is None:
-        return None
-    pairs = [list(zip(one, other, strict=True)) for one, other in zip(ours, theirs, strict=True)]
-    same = [next((i for i, (a, b) in enumerate(row) if a != b), len(row)) for row in pairs]
-    return sum(same) / sum(map(len, pairs))
 
 
 def main() -> None:

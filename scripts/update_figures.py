@@ -245,6 +245,31 @@ def engine_peers(content: Results) -> str:
     return table(["the engine beside a peer, tokens/s", "peer", "loraplex", "loraplex / peer"], rows)
 
 
+def cpu_peers(content: Results) -> str:
+    """A column for each side; loraplex is compared with the best of those whose weights are bfloat16 as well."""
+    sides = list(content["results"][0]["tokens_per_s"])
+    versions = content["results"][0]["versions"]
+    rows = []
+    for case in content["results"]:
+        kind, size, *adapters = case["job"].split(":")
+        job = f"decode, {size} rows" if kind == "decode" else f"prompt of {size}"
+        speeds = case["tokens_per_s"]
+        best = max((side for side in sides if side in CPU_PEERS_BF16), key=speeds.__getitem__)
+        label = ", ".join((case["model"], job, *adapters))
+        rows.append([label, *(f"{speeds[side]:.0f}" for side in sides), ratio(speeds, "loraplex", best)])
+    header = [f"{side} {versions[side]}" for side in sides]
+    fast = " ".join(content["workload"]["instructions"]) or "none"
+    return (
+        table(["tokens/s", *header, "loraplex / best bf16 peer"], rows)
+        + "\n\nWith adapters, loraplex and transformers (PEFT) decode each row through another one; OpenVINO GenAI and "
+        + "llama.cpp can't, and run the same one in all rows. Prompts go through one adapter. "
+        + f"Instructions of this processor: {fast}."
+    )
+
+
+CPU_PEERS_BF16 = ("transformers", "openvino", "llamacpp")
+
+
 def http_overhead(content: Results) -> str:
     found, settings = content["results"], content["workload"]
     label = f"{settings['streams']} streams of {settings['tokens']} tokens"
@@ -328,6 +353,11 @@ FILES = (
         engine_command="decode",
     ),
     ResultFile(name="engine_peers", question="The engine beside other engines, each by itself", render=engine_peers),
+    ResultFile(
+        name="cpu_peers",
+        question="Decoding and prompts beside OpenVINO GenAI, llama.cpp and transformers",
+        render=cpu_peers,
+    ),
     ResultFile(
         name="http_overhead",
         question="The HTTP server beside the engine alone",

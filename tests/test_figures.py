@@ -133,6 +133,17 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         [{"out": 64, "in": 32, "rows": 8, "us": {"bfloat16": 30.0, "int8_column": 15.0}}],
         "| 32 to 64, rows 8 | 30 (1.00x) | 15 (2.00x) |",
     ),
+    "cpu_peers": (
+        [
+            {
+                "model": "tiny",
+                "job": "decode:8:adapters",
+                "tokens_per_s": {"loraplex": 90.0, "transformers": 40.0, "openvino": 60.0, "openvino-int8": 100.0},
+                "versions": {"loraplex": "0.1.0", "transformers": "5", "openvino": "2026", "openvino-int8": "2026"},
+            }
+        ],
+        "| tiny, decode, 8 rows, adapters | 90 | 40 | 60 | 100 | 1.50x |",
+    ),
     "kernel_choice": (
         {
             "adapters": [{"dtype": "torch.float32", "tokens_per_row": 4, "native": 10.2, "segmented": 20.0}],
@@ -146,6 +157,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
 def write_results(root: Path, name: str) -> None:
     workload = {"adapters": 1000, "host_adapters": 100, "slots": 8, "no_save": False, "ranks": [8, 16]}
     workload |= {"requests": 16, "prefix_tokens": 500, "resident": 8, "model": "tiny", "streams": 32, "tokens": 64}
+    workload |= {"instructions": ["amx_bf16"]}
     content = {"environment": ENVIRONMENT, "workload": workload, "results": SAMPLES[name][0]}
     path = root / RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

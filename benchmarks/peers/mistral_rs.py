@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mistralrs import Architecture, CompletionRequest, ModelDType, Runner, Which
-from worker import Round, serve
+from worker import Job, Run, serve
 
 
 def readable_folder(model: Path) -> Path:
@@ -25,7 +25,7 @@ def readable_folder(model: Path) -> Path:
     return folder
 
 
-def prepare(workload: dict[str, Any]) -> tuple[Round, str]:
+def prepare(workload: dict[str, Any]) -> tuple[Run, str]:
     dtypes = {"float32": ModelDType.F32, "bfloat16": ModelDType.BF16}
     which = Which.Plain(
         model_id=str(readable_folder(Path(workload["model_folder"]))),
@@ -33,15 +33,15 @@ def prepare(workload: dict[str, Any]) -> tuple[Round, str]:
         dtype=dtypes[workload["dtype"]],
     )
     runner = Runner(which=which, prefix_cache_n=0)
-    request = CompletionRequest(
-        model="default",
-        prompt=workload["text"],
-        max_tokens=workload["new_tokens"],
-        temperature=0.0,
-        logit_bias=dict.fromkeys(workload["end_tokens"], -1000.0),
-    )
 
-    def run() -> int:
+    def run(job: Job) -> int:
+        request = CompletionRequest(
+            model="default",
+            prompt=workload["text"],
+            max_tokens=job["new_tokens"],
+            temperature=0.0,
+            logit_bias=dict.fromkeys(workload["end_tokens"], -1000.0),
+        )
         return int(runner.send_completion_request(request).usage.completion_tokens)
 
     return run, version("mistralrs")

