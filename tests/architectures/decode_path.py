@@ -15,7 +15,7 @@ from torch import nn
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker.cpu_fusion import stack_of
+from loraplex.engine.worker.fusion.cpu_fusion import stack_of
 from loraplex.errors import LoraplexError
 from tests.architectures.variants import ARCHS, W, kind_of, make_model
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loraplex.engine.worker import layer_stack, native_ops
+from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.fusion import layer_stack
 from tests.architectures.checks import Case, check_engine, check_engine_in_bfloat16
 from tests.architectures.decode_path import ONE_CALL, decode_path, paths_on_page
 from tests.architectures.variants import ARCHS

@@ -10,9 +10,10 @@ from torch import nn
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker import layer_stack, native_ops
-from loraplex.engine.worker.cpu_fusion import stack_of
-from loraplex.engine.worker.layer_stack import chains
+from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.fusion import layer_stack
+from loraplex.engine.worker.fusion.cpu_fusion import stack_of
+from loraplex.engine.worker.fusion.layer_stack import chains
 from tests.architectures import variants as architectures
 from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
-from loraplex.engine.worker import linear_products
+from loraplex.engine.worker.fusion import linear_products
 from loraplex.kernels.packed_weight import PackedWeight
 from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice
 from loraplex.layers.lora_linear import LoraLinear

@@ -8,7 +8,7 @@ from torch import Tensor
 from loraplex.engine.kv.kv_cache import AttentionTerms
 from loraplex.engine.kv.mask_rule import MaskRule
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.layer_parts import Activation
+from loraplex.engine.worker.fusion.layer_parts import Activation
 
 pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.

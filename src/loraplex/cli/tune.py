@@ -12,7 +12,7 @@ from torch import nn
 from loraplex.cli.options import Dtype, Model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.startup.start import start_model_runner
-from loraplex.engine.worker.linear_products import shape_of
+from loraplex.engine.worker.fusion.linear_products import shape_of
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.product_times import TOKENS, LinearShape, ProductTimes
 from loraplex.kernels.tuning import choose, forget_numbers, is_measured, tuning_file

@@ -12,8 +12,8 @@ from loraplex.engine.startup.model_check import ModelCheck
 from loraplex.engine.startup.step_tokens import best_step_tokens
 from loraplex.engine.startup.token_flow import check_flow
 from loraplex.engine.startup.trial_passes import SHORT_LENGTH, TrialPasses, TrialRow, trial_groups
-from loraplex.engine.worker.cpu_fusion import Trial
 from loraplex.engine.worker.cuda_graphs import GraphRecorder
+from loraplex.engine.worker.fusion.cpu_fusion import Trial
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.module_kinds import first_layers

@@ -8,7 +8,7 @@ from torch import nn
 
 from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.sched.chunk import ScheduledChunk
-from loraplex.engine.worker.linear_products import shape_of
+from loraplex.engine.worker.fusion.linear_products import shape_of
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.kernels.tuning import is_measured, measured_once
 

@@ -14,8 +14,8 @@ from loraplex.engine.kv.residual_cache import ResidualCache
 from loraplex.engine.sampling.sampler import largest
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
-from loraplex.engine.worker.cpu_fusion import CpuFusion, Trial, fuse
 from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
+from loraplex.engine.worker.fusion.cpu_fusion import CpuFusion, Trial, fuse
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
 from loraplex.engine.worker.mixture_gates import MixtureGates
 from loraplex.engine.worker.residuals import AttentionRows, ForwardContext

@@ -1,4 +1,4 @@
-// What Python wrote about a layer (engine/worker/layer_record.py), in its order: whole numbers and addresses, and floats.
+// What Python wrote about a layer (engine/worker/fusion/layer_record.py), in its order: whole numbers and addresses, and floats.
 #pragma once
 
 #include "arguments.h"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.worker.layer_parts import LayerParts, NormPart, linear_shape
+from loraplex.engine.worker.fusion.layer_parts import LayerParts, NormPart, linear_shape
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import PackedWeight
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.fusion.layer_parts import LayerParts, Rotary
+from loraplex.engine.worker.fusion.layer_record import layer_record
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
-from loraplex.engine.worker.layer_parts import LayerParts, Rotary
-from loraplex.engine.worker.layer_record import layer_record
 from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing

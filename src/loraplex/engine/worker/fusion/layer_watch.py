@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.worker.layer_parts import (
+from loraplex.engine.worker.fusion.layer_parts import (
     Activation,
     AttentionPart,
     Gating,
@@ -19,7 +19,7 @@ from loraplex.engine.worker.layer_parts import (
     is_plain_linear,
     linear_shape,
 )
-from loraplex.engine.worker.norms import may_be_norm, norm_terms
+from loraplex.engine.worker.fusion.norms import may_be_norm, norm_terms
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker.attention import packed_attention
+from loraplex.engine.worker.fusion.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
+from loraplex.engine.worker.fusion.layer_parts import Activation, LayerParts
+from loraplex.engine.worker.fusion.layer_stack import LayerStack, attention_forward, chains, layer_forward
+from loraplex.engine.worker.fusion.layer_trial import LayerTrial, activations_in, hooked, states_of
+from loraplex.engine.worker.fusion.linear_products import LinearProducts
+from loraplex.engine.worker.fusion.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.engine.worker.input_batch import current_input_batch
-from loraplex.engine.worker.layer_parts import Activation, LayerParts
-from loraplex.engine.worker.layer_stack import LayerStack, attention_forward, chains, layer_forward
-from loraplex.engine.worker.layer_trial import LayerTrial, activations_in, hooked, states_of
-from loraplex.engine.worker.linear_products import LinearProducts
-from loraplex.engine.worker.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.layers.module_kinds import module_kind
 
 _NORM_TERMS = "loraplex_norm_terms"  # on a norm: how it is computed

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.agreement import SCALES, TOLERANCE, distance, holds
+from loraplex.engine.worker.fusion.agreement import SCALES, TOLERANCE, distance, holds
+from loraplex.engine.worker.fusion.layer_parts import Activation, Gating, LayerParts, Projection, Rotary
+from loraplex.engine.worker.fusion.layer_stack import LayerStack
+from loraplex.engine.worker.fusion.layer_watch import LayerWatch, PartRun, read_attention, read_layer
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
-from loraplex.engine.worker.layer_parts import Activation, Gating, LayerParts, Projection, Rotary
-from loraplex.engine.worker.layer_stack import LayerStack
-from loraplex.engine.worker.layer_watch import LayerWatch, PartRun, read_attention, read_layer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.agreement import TOLERANCE, distance, holds, random_inputs
+from loraplex.engine.worker.fusion.agreement import TOLERANCE, distance, holds, random_inputs
 
 _USUAL_EPSILONS = (1e-5, 1e-6)  # of modules that don't say theirs
 
