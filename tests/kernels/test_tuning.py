@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -96,6 +97,20 @@ def test_nothing_is_kept_while_others_work(monkeypatch):
     assert choices([SHAPE])[SHAPE] == ProductChoice(has_fast_packed_product(), ALL_TOKENS)
     assert measured_once("tokens", lambda: 3, 256) == 256
     assert not tuning_file().exists()
+
+
+def test_what_one_thread_computes_alone_is_no_load_of_others(monkeypatch):
+    """On a machine of many processors, too: the measure must not depend on how many threads there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+
+    def compute() -> int:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        return 7
+
+    assert any(tuning.undisturbed(compute) == (7, True) for _ in range(20))  # others may work here now and then
+    assert tuning.undisturbed(lambda: time.sleep(0.05)) == (None, False)
 
 
 def test_small_weights_are_not_measured():

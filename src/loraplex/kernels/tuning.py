@@ -25,7 +25,7 @@ from loraplex.output_files import whole_file
 logger = logging.getLogger(__name__)
 
 ALL_TOKENS = 2**62  # any number of them
-_MIN_SHARE = 0.8  # of the processors' time while something is measured
+_MIN_SHARE = 0.8  # of a processor's time while something is measured
 _MIN_VALUES = 2**16  # of a weight that is measured: the call itself takes longer than a smaller one's product
 _MIN_SINGLE = 0.95  # of the speed with one token, which packing must not cost more of
 
@@ -115,10 +115,13 @@ def forget_numbers() -> None:
 
 
 def undisturbed(measure: Callable[[], Result]) -> tuple[Result, bool]:
-    """What `measure` gives, and whether its threads had their processors to themselves for most of the time."""
-    clock, processors = time.perf_counter(), time.process_time()
+    """What `measure` gives, and whether this thread, which leads all others, had a processor for most of the time.
+
+    All threads together are no measure: with many of them, the parts that one computes alone would look like a load.
+    """
+    clock, processor = time.perf_counter(), time.thread_time()
     result = measure()
-    share = (time.process_time() - processors) / (torch.get_num_threads() * (time.perf_counter() - clock))
+    share = (time.thread_time() - processor) / (time.perf_counter() - clock)
     if share < _MIN_SHARE:
         logger.info("others work on this machine (%.0f %% of it were free): what was measured isn't used", 100 * share)
     return result, share >= _MIN_SHARE
