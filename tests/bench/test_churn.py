@@ -3,7 +3,6 @@
 import mmap
 
 import pytest
-import torch
 
 from loraplex.bench import churn
 from loraplex.bench.churn import ChurnBench, run_churn
@@ -77,7 +76,7 @@ def test_growth_of_memory_is_a_problem():
     report.start_memory()
     if report.memory_began is None:
         skip_here("the memory of a process, which Linux tells")
-    # More than what earlier tests have left to be given back meanwhile; not from the heap, whose freed blocks are resident.
+    # More than earlier tests have left to be given back meanwhile; not from the heap, whose freed blocks are resident.
     with mmap.mmap(-1, 2**28) as held:
         held.write(b"1" * 2**28)
         report.end_memory()

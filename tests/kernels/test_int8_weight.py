@@ -13,6 +13,7 @@ from loraplex.kernels.int8_weight import COLUMN, Int8Weight, can_be_int8, hold_i
 from loraplex.kernels.native import native_available
 from loraplex.kernels.packed_weight import packed_linear
 from loraplex.kernels.segments import LoraSegment
+from loraplex.large_memory import LargeMemory
 from tests.kernels.rounding import Sizes, excess, output_sizes
 
 pytestmark = pytest.mark.needs("compiler")
@@ -159,7 +160,7 @@ def test_adapters_are_right_however_many_threads_share_them(group):
 def modules():
     """One in 8 bits, and a plain one with its values."""
     held = nn.Linear(70, 50, dtype=torch.bfloat16).requires_grad_(False)
-    hold_int8(held)
+    hold_int8(held, LargeMemory())
     assert is_int8(held)
     plain = nn.Linear(70, 50, dtype=torch.bfloat16).requires_grad_(False)
     plain.weight.copy_(held.weight.unpack())
@@ -243,5 +244,5 @@ def test_which_modules_can_be_held_in_8_bits():
     assert not can_be_int8(Other(32, 32))
     assert not can_be_int8(nn.Embedding(32, 32))
     held = nn.Linear(32, 32)
-    hold_int8(held)
+    hold_int8(held, LargeMemory())
     assert not can_be_int8(held)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from loraplex.kernels.native import native_available
 from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, packed_linear, packed_size, unpack
 from loraplex.kernels.segments import LoraSegment
+from loraplex.large_memory import LargeMemory
 from tests.kernels.rounding import Sizes, excess, output_sizes
 
 pytestmark = pytest.mark.needs("compiler")
@@ -115,7 +116,7 @@ def modules():
     torch.manual_seed(1)
     plain = nn.Linear(70, 50, dtype=torch.bfloat16).requires_grad_(False)
     packed = copy.deepcopy(plain)
-    pack(packed)
+    pack(packed, LargeMemory())
     assert isinstance(packed.weight, PackedWeight)
     return plain, packed
 
@@ -195,5 +196,5 @@ def test_which_modules_can_be_packed():
     assert can_be_packed(half.requires_grad_(False))
     assert not can_be_packed(nn.Linear(32, 32).requires_grad_(False))
     assert not can_be_packed(nn.Linear(32, 32, dtype=torch.bfloat16, device="meta").requires_grad_(False))
-    pack(half)
+    pack(half, LargeMemory())
     assert not can_be_packed(half)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.kernels.packed_weight import PackedWeight, hold
+from loraplex.large_memory import LargeMemory
 
 COLUMN = 0  # a group: all inputs of an output share a scale
 GROUP = 128  # inputs of an output that share one, where a column's would be too coarse
@@ -148,9 +149,9 @@ def can_be_int8(module: nn.Module) -> bool:
     return is_plain and weight.device.type in ("cpu", "meta")
 
 
-def hold_int8(module: nn.Linear, group: int = COLUMN) -> None:
+def hold_int8(module: nn.Linear, memory: LargeMemory, group: int = COLUMN) -> None:
     """Quantize a module's weight, and hold it so."""
-    hold(module, Int8Weight.of(module.weight, group))
+    hold(module, Int8Weight.of(module.weight, group), memory)
 
 
 def is_int8(module: nn.Module) -> bool:

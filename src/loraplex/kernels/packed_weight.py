@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from loraplex.large_memory import LargeMemory
+
 _TILES = 2  # AMX, of the ways in tiles.h
 _TILE_OUT, _TILE_IN = 16, 32  # values of W in a tile
 TILE_TOKENS = 16  # in a tile of x
@@ -167,13 +169,14 @@ def can_be_packed(module: nn.Linear) -> bool:
     return is_plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
 
 
-def pack(module: nn.Linear) -> None:
+def pack(module: nn.Linear, memory: LargeMemory) -> None:
     """Hold a module's weight packed. Its state_dict has the weight as it was."""
-    hold(module, PackedWeight.of(module.weight))
+    hold(module, PackedWeight.of(module.weight), memory)
 
 
-def hold(module: nn.Linear, weight: PackedWeight) -> None:
-    """Let a module have this weight. Its state_dict has the weight unpacked."""
+def hold(module: nn.Linear, weight: PackedWeight, memory: LargeMemory) -> None:
+    """Let a module have this weight, in this memory. Its state_dict has the weight unpacked."""
+    weight.packed = memory.keep(weight.packed)
     module.weight = nn.Parameter(weight, requires_grad=False)
     vars(module)["loraplex_unpacks"] = module._register_state_dict_hook(_unpack_entry)
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loraplex.kernels.native import gated_linear_native
 from loraplex.kernels.packed_weight import PackedWeight, no_adapters, packed_linear, packed_size
+from loraplex.large_memory import LargeMemory
 
 # compiled: ours, on the weight as it is; packed: ours, on a PackedWeight; onednn: oneDNN's, on a weight in its order.
 Product = Literal["compiled", "torch", "packed", "onednn"]
@@ -86,8 +87,9 @@ def _in_turn(weights: Sequence[Tensor], run: Callable[..., object]) -> Call:
 
 
 def _random(size: int, dtype: torch.dtype) -> Tensor:
+    """In memory as a model's weights have it."""
     part = torch.randn(min(size, 2**20)).to(dtype)
-    return part.repeat(-(-size // part.numel()))
+    return LargeMemory().keep(part.repeat(-(-size // part.numel())))
 
 
 def _add_times(times: dict[Product, list[float]], calls: Mapping[Product, Call], x: Tensor) -> None:

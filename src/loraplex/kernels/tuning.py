@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 ALL_TOKENS = 2**62  # any number of them
 _MIN_SHARE = 0.8  # of a processor's time while something is measured
 _MIN_VALUES = 2**16  # of a weight that is measured: the call itself takes longer than a smaller one's product
-_MIN_SINGLE = 0.95  # of the speed with one token, which packing must not cost more of
+_MIN_SINGLE = 0.8  # of the speed with one token, which packing must leave: one and the same time varies by that
 
 Result = TypeVar("Result")
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.adapters.store.large_memory import large_buffer
 from loraplex.adapters.store.prepared import PackedLayers, PreparedAdapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, FileOffsets
 from loraplex.errors import AdapterFormatError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.native import place_factors_native
+from loraplex.large_memory import large_buffer
 
 _ALIGNMENT = 64  # bytes: what a vector of the compiled kernel reads lies in one line of the cache
 _LEAST_USED = 0.5  # of a file: one with copies of the base model's weights is read tensor by tensor

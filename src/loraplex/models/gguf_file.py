@@ -19,6 +19,7 @@ from loraplex.errors import BaseModelError
 from loraplex.extras import install_command, missing_modules
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import hold
+from loraplex.large_memory import LargeMemory
 from loraplex.layers.modules import output_module
 from loraplex.models.int8_base import group_of, int8_modules, mark_as_int8
 
@@ -71,16 +72,17 @@ def _fill(file: Path, model: PreTrainedModel, tensors: Mapping[str, Any], archit
         if parameter is embedding and output not in sources:  # tied
             sources[output] = sources[path]
     in_8_bits = {f"{path}.weight": module for path, module in int8_modules(model).items()}
+    memory = LargeMemory()
     for path, tensor in sources.items():
         if path not in in_8_bits:
             values = process(_floats(tensor), tensor.name).bfloat16()
             module, name = path.rpartition(".")[::2]
             setattr(model.get_submodule(module), name, nn.Parameter(values, requires_grad=False))
         elif tensor.tensor_type.name == "Q8_0":
-            hold(in_8_bits[path], _from_blocks(file, tensor, process))
+            hold(in_8_bits[path], _from_blocks(file, tensor, process), memory)
         else:
             values = process(_floats(tensor), tensor.name)
-            hold(in_8_bits[path], Int8Weight.of(values, group_of(path == output)))
+            hold(in_8_bits[path], Int8Weight.of(values, group_of(path == output)), memory)
     missing = [path for path, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise BaseModelError(f"{file} lacks {missing[:3]}, which {type(model).__name__} needs.")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.kernels.int8_weight import COLUMN, GROUP, Int8Weight, can_be_int8, hold_int8
 from loraplex.kernels.native import native_available
+from loraplex.large_memory import LargeMemory
 from loraplex.layers.modules import output_module
 
 WEIGHTS = ("auto", "int8")  # auto: of the model's dtype
@@ -63,9 +64,9 @@ def int8_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def quantize_base(base: PreTrainedModel) -> None:
     """Hold the weights in 8 bits, one module after the other. A tied embedding keeps its table."""
-    output = output_module(base)
+    output, memory = output_module(base), LargeMemory()
     for path, module in int8_modules(base).items():
-        hold_int8(module, group_of(path == output))
+        hold_int8(module, memory, group_of(path == output))
     mark_as_int8(base)
     _return_memory()
 

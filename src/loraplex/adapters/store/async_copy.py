@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.adapters.store.large_memory import large_buffer
 from loraplex.adapters.store.prepared import PackedLayers, PreparedAdapter
+from loraplex.large_memory import large_buffer
 
 _ALIGNMENT = 256  # bytes, as torch aligns what it allocates on a device
 

@@ -1,5 +1,6 @@
 """Keys and values of all sequences, in blocks, allocated once."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.engine.kv.mask_rule import MaskRule
+from loraplex.large_memory import large_buffer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,14 +65,20 @@ class KeyValueCache:
         self.null_block = num_blocks  # which no sequence has: where the padding rows of recorded steps write
         self.shapes = shapes
         self.dtype = next(iter(shapes.values())).dtype
-        # Not zeroed: the system gives memory to what is written, so room that is never used costs nothing.
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {
             module: (
-                torch.empty(num_blocks + 1, s.num_kv_heads, block_tokens, s.key_dim, dtype=s.dtype, device=device),
-                torch.empty(num_blocks + 1, s.num_kv_heads, block_tokens, s.value_dim, dtype=s.dtype, device=device),
+                _room((num_blocks + 1, s.num_kv_heads, block_tokens, s.key_dim), s.dtype, device),
+                _room((num_blocks + 1, s.num_kv_heads, block_tokens, s.value_dim), s.dtype, device),
             )
             for module, s in shapes.items()
         }
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The system gives memory to what is written, so room that is never used costs nothing."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return large_buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def gather_blocks(pool: Tensor, blocks: Sequence[int] | Tensor) -> Tensor:

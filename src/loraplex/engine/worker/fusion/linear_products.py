@@ -8,6 +8,7 @@ from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, unpack
 from loraplex.kernels.product_times import LinearShape
 from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice, choices
+from loraplex.large_memory import LargeMemory
 from loraplex.layers.lora_linear import LoraLinear
 from loraplex.layers.output_layer import PACKED_COPY, LoraOutput
 
@@ -23,9 +24,10 @@ class LinearProducts:
         self._modules = [module for module in linear if not holds_int8(module)]
         chosen = choices(shape_of(module) for module in self._modules)
         owners = Counter(id(parameter) for module in base.modules() for parameter in module._parameters.values())
+        memory = LargeMemory()
         try:
             for module in self._modules:
-                _use(module, chosen[shape_of(module)], is_tied=owners[id(module.weight)] > 1)
+                _use(module, chosen[shape_of(module)], memory, is_tied=owners[id(module.weight)] > 1)
         except BaseException:  # there is no memory for the next one
             self.release()
             raise
@@ -49,12 +51,15 @@ def shape_of(module: nn.Linear) -> LinearShape:
     return LinearShape(module.out_features, module.in_features, module.weight.dtype)
 
 
-def _use(module: LoraLinear, choice: ProductChoice, *, is_tied: bool) -> None:
+def _use(module: LoraLinear, choice: ProductChoice, memory: LargeMemory, *, is_tied: bool) -> None:
     is_output = isinstance(module, LoraOutput)
     if not choice.is_packed or not can_be_packed(module):
         # An output layer's sums stay in float32, which no product of torch's does for 16 bits.
         vars(module)[_MAX_COMPILED] = ALL_TOKENS if is_output else choice.max_compiled_tokens
+        memory.move(module.weight)
     elif not is_tied:
-        pack(module)
+        pack(module, memory)
     elif is_output:
-        vars(module)[PACKED_COPY] = PackedWeight.of(module.weight)
+        copy = PackedWeight.of(module.weight)
+        copy.packed = memory.keep(copy.packed)
+        vars(module)[PACKED_COPY] = copy
