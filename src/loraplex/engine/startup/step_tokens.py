@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,10 +15,10 @@ from loraplex.kernels.tuning import is_measured, measured_once
 
 USUAL_STEP_TOKENS = 256  # of models too small to be measured, and while others work on the machine
 _FIRST, _LAST = 64, 2048
-_ENOUGH = 0.9  # of the best tokens a second
-_GAIN = 1.05  # of twice the tokens: less ends the search
+_ENOUGH = 0.93  # of the best tokens a second
 _LONG_S = 0.5  # of a pass: longer ones are not tried, which other answers would wait for
-_PASSES = 2  # of one size
+_SIZE_S = 0.15  # for one size, in which a pass is repeated
+_MIN_PASSES, _MAX_PASSES = 2, 8  # of one size
 
 
 def best_step_tokens(runner: ModelRunner) -> int:
@@ -36,13 +37,26 @@ def _measure(runner: ModelRunner) -> int:
     rates: dict[int, float] = {}  # tokens a second
     tokens = _FIRST
     while tokens <= min(_LAST, runner.max_length):
-        seconds = min(_pass_seconds(runner, tokens) for _ in range(_PASSES))
+        seconds = _fastest_pass(runner, tokens)
         rates[tokens] = tokens / seconds
-        if seconds > _LONG_S or rates[tokens] < _GAIN * rates.get(tokens // 2, 0):
+        if seconds > _LONG_S or _have_peaked(list(rates.values())):
             break
         tokens *= 2
     best = max(rates.values(), default=0)
     return next((tokens for tokens, rate in rates.items() if rate >= _ENOUGH * best), USUAL_STEP_TOKENS)
+
+
+def _have_peaked(rates: Sequence[float]) -> bool:
+    """Whether the last two sizes are no faster than one before them: one of them may have been disturbed."""
+    return len(rates) > 2 and max(rates[-2:]) < max(rates[:-2])
+
+
+def _fastest_pass(runner: ModelRunner, num_tokens: int) -> float:
+    """Seconds of the fastest of some passes."""
+    times: list[float] = []
+    while len(times) < _MIN_PASSES or (sum(times) < _SIZE_S and len(times) < _MAX_PASSES):
+        times.append(_pass_seconds(runner, num_tokens))
+    return min(times)
 
 
 def _pass_seconds(runner: ModelRunner, num_tokens: int) -> float:
