@@ -90,11 +90,11 @@ def test_a_failed_start_gives_weights_back(monkeypatch):
 
     real = linear_products.pack
 
-    def pack(module):
+    def pack(module, memory):
         if len(packed) == 4:
             raise MemoryError
         packed.append(module)
-        real(module)
+        real(module, memory)
 
     monkeypatch.setattr(linear_products, "pack", pack)
     with pytest.raises(MemoryError):
