@@ -165,11 +165,16 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _is_read_as_written(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether PEFT reads every tensor of its own file where it was; it takes some for those of fused experts."""
+    """Whether PEFT reads every tensor of its own file where it was; it takes some for those of fused experts.
+
+    Convolutions, which have other names' ends, are no linear modules.
+    """
     if peft.LoraConfig.from_pretrained(str(folder)).target_parameters:
         return False
     read = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(model, str(folder)))
     written = load_file(folder / "adapter_model.safetensors")
+    if any(tensor.ndim > 2 for tensor in written.values()):
+        return False
     return read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in written)
 
 

@@ -4,18 +4,30 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    LlamaForSequenceClassification,
+)
 from transformers.models.auto import auto_factory
 
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.models.loading import load_base_model, load_tokenizer, parse_device
+from loraplex.models.loading import auto_class_for, load_base_model, load_tokenizer, parse_device
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, train_adapters
+from tests.architectures.variants import make_model
 from tests.tiny_models import TINY_MODELS, random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
@@ -150,10 +162,13 @@ def test_weight_of_another_shape_is_refused(llama_folder: Path) -> None:
         load_base_model(llama_folder)
 
 
-def test_classifier_without_a_language_head_is_refused(tmp_path: Path) -> None:
+def test_classifier_answers_and_generates_nothing(tmp_path: Path) -> None:
     LlamaForSequenceClassification(tiny_model("llama").config).save_pretrained(tmp_path)
-    with pytest.raises(BaseModelError, match=r"lacks lm_head\.weight"):
-        load_base_model(tmp_path)
+    model = MultiLoraModel.from_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="LlamaForSequenceClassification"):
+        model.generate(IDS)
+    with pytest.raises(BaseModelError, match="LlamaForSequenceClassification"):
+        Engine(model, EngineConfig())
 
 
 def test_folder_without_tokenizer_is_refused(llama_folder: Path) -> None:
@@ -216,3 +231,33 @@ def test_infinite_settings_of_a_base_model_are_not_damage(llama_folder: Path) ->
     settings = json.loads(file.read_text()) | {"time_step_limit": [0.0, math.inf]}  # as Mamba's files have it
     file.write_text(json.dumps(settings))
     assert load_base_model(llama_folder)[0].config.time_step_limit == [0.0, math.inf]
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_vision_language_checkpoint_keeps_its_class_and_every_weight(name: str, tmp_path: Path) -> None:
+    model = make_model(f"vlm-{name}")
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_base_model(tmp_path, dtype="float32")
+    assert type(loaded) is type(model)
+    assert loaded.get_output_embeddings() is not None
+    expected = model.state_dict()
+    assert {path: torch.equal(weight, expected[path]) for path, weight in loaded.state_dict().items()} == dict.fromkeys(
+        expected, True
+    )
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_classifier_keeps_its_head(auto_class: Any, tmp_path: Path) -> None:
+    config = tiny_model("llama").config
+    config.num_labels = 3
+    model = auto_class.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_base_model(tmp_path, dtype="float32")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded.score.weight, model.score.weight)
+
+
+def test_checkpoint_whose_output_layer_transformers_would_drop_is_refused() -> None:
+    config = CLIPConfig(architectures=["SomethingForConditionalGeneration"])
+    with pytest.raises(BaseModelError, match="SomethingForConditionalGeneration"):
+        auto_class_for(config)

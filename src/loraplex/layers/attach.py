@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,12 @@ from loraplex.layers.shared_input import SharedInputs
 from loraplex.validation import listed
 
 
+class Removable(Protocol):
+    """What was given to a base model and can be taken back."""
+
+    def remove(self) -> None: ...
+
+
 class AdaptableModel:
     """A base model's adaptable modules and the LoRA layers attached to them so far."""
 
@@ -33,7 +40,7 @@ class AdaptableModel:
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
-        self._others: dict[str, Sequence[RemovableHandle]] = {}
+        self._others: dict[str, Sequence[Removable]] = {}
         self._was_detached = False
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
@@ -53,6 +60,12 @@ class AdaptableModel:
         """In which order the module sees the tokens of several rows."""
         with self._lock:
             return self._probed().orders.get(path, RowOrder.UNKNOWN)
+
+    def unseen(self) -> list[int]:
+        """The modules that tokens alone don't reach: those of images, for example."""
+        with self._lock:
+            seen = self._probed().orders
+        return [index for path, index in self.module_index.items() if path not in seen]
 
     def attach(self, paths: Iterable[str]) -> None:
         """Attach a LoRA layer to each module that has none yet; modules never adapted pay nothing.
@@ -97,7 +110,7 @@ class AdaptableModel:
                 hook.order = self._order(path)
         return self._probe
 
-    def attach_once(self, name: str, attach: Callable[[], Sequence[RemovableHandle]]) -> None:
+    def attach_once(self, name: str, attach: Callable[[], Sequence[Removable]]) -> None:
         """Give the base model other hooks, which go when the LoRA layers do; nothing happens if it has them."""
         with self._lock:
             if name not in self._others:

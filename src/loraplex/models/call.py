@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
+from loraplex.layers.image_rows import use_image_rows
 from loraplex.layers.output_layer import choosing_tokens
 from loraplex.layers.passes import cached_length
 from loraplex.layers.row_positions import use_row_positions
@@ -60,7 +61,7 @@ class Call:
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
         scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
         chooses = choosing_tokens() if self.generates else nullcontext()
-        with scope as two_pass, chooses, use_row_positions():
+        with scope as two_pass, chooses, use_row_positions(), use_image_rows(self.input_ids):
             if two_pass is not None and self.generates:
                 prepare_generation(two_pass, self.base, self.inputs)
             with self.registry.linked.running(

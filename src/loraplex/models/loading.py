@@ -10,11 +10,15 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -147,19 +151,42 @@ def resolve_base_model(path_or_id: str | Path) -> str:
 
 
 def auto_class_for(config: PreTrainedConfig) -> Any:
-    """Return the Auto class that keeps the head which the checkpoint was saved with, where it has one."""
-    architecture = (config.architectures or [""])[0]
+    """The Auto class that keeps the head which the checkpoint was saved with.
+
+    Raises BaseModelError for a checkpoint with a head that generates, where transformers has no such class.
+    """
+    architecture, kind = (config.architectures or [""])[0], type(config)
+    if architecture in _classes(MODEL_FOR_MULTIMODAL_LM_MAPPING, kind) and not architecture.endswith("ForCausalLM"):
+        return AutoModelForMultimodalLM
+    for ending, auto_class in _BY_ENDING.items():
+        if architecture.endswith(ending):
+            return auto_class
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSeq2SeqLM
-    if architecture.endswith("ForMaskedLM"):
-        return AutoModelForMaskedLM
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return AutoModelForCausalLM
     # An encoder such as BERT has a causal class too, which nobody means; without a masked one it's a decoder.
-    kind = type(config)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForCausalLM
+    if architecture.endswith("ForConditionalGeneration"):
+        raise BaseModelError(
+            f"the checkpoint is a {architecture}, of which transformers would load only the part without an output "
+            "layer. Load it by its own class, and give MultiLoraModel the model."
+        )
     return AutoModel
+
+
+_BY_ENDING = {
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+
+
+def _classes(mapping: Any, kind: type[PreTrainedConfig]) -> list[str]:
+    """The names of the classes that a mapping has for a configuration."""
+    found = mapping.get(kind, ())
+    return [each.__name__ for each in (found if isinstance(found, tuple | list) else [found])]
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:

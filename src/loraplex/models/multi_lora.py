@@ -19,6 +19,7 @@ from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.attention_interface import AttentionHandle
 from loraplex.layers.fast_decode import FAST_DECODE
+from loraplex.layers.image_rows import join_image_rows
 from loraplex.layers.row_positions import join_positions
 from loraplex.models.call import Call
 from loraplex.models.generate_checks import check_generates
@@ -62,6 +63,7 @@ class MultiLoraModel:
         self.draft_counts = SpeculationCounts()  # of all calls so far
         self.adaptable.attach_output()
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
+        self.adaptable.attach_once("images", lambda: join_image_rows(base, self.adaptable.unseen))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
         self._packed: PackedGenerator | None = None  # made by the first `generate`
         self._packed_lock = threading.Lock()

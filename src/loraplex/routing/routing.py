@@ -1,6 +1,6 @@
 """What LoRA layers ask of the pass that runs: the plan for the tokens that reach them."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -47,6 +47,17 @@ class Routing(Protocol):
     def uniform_plan(self, num_tokens: int) -> RoutingPlan:
         """The plan for tokens in any order, where the routing is uniform."""
         raise BatchError(f"a layer got {num_tokens} tokens in an unknown order, but their adapters differ.")
+
+    def routes_of(self, row: int) -> Hashable:
+        """What tells whether two rows go through the same adapters."""
+        return row
+
+    def images_of(self, rows: range) -> "Routing":
+        """The routing of these neighbouring rows' images, where all of them go through the same adapters.
+
+        Raises BatchError where adapters begin inside a row, or have gates for its tokens.
+        """
+        raise BatchError("the images of these rows can't be told apart.")
 
 
 _current: ContextVar[Routing | None] = ContextVar("loraplex_current_routing", default=None)

@@ -1,6 +1,6 @@
 """A batch's rows and the routes they take, turned into a routing plan for whatever layout reaches a layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import BatchError
@@ -75,6 +75,18 @@ class RowRouting(Routing):
     def takes(self, num_sequences: int) -> bool:
         """Whether so many sequences are the rows, each equally often."""
         return num_sequences % self.num_rows == 0
+
+    def routes_of(self, row: int) -> Hashable:
+        return tuple(self.rows[row])
+
+    def images_of(self, rows: range) -> "RowRouting":
+        images = RowRouting([self.rows[rows.start]], self.bank)
+        if not images.is_uniform:
+            raise BatchError(
+                f"rows {rows.start} to {rows.stop - 1} have images and adapters with gates for each token (a mixture, "
+                "or an aLoRA). Images have no tokens yet: use adapters of the language model only."
+            )
+        return images
 
     def begin_pass(self, num_new: int, length: int | None) -> None:
         """Learn how many columns the pass that begins adds to the rows, and how many they then have.

@@ -1,5 +1,7 @@
 """The routing of a call with mixtures: that of whichever pass runs now."""
 
+from collections.abc import Hashable
+
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
 from loraplex.routing.rows import RowRouting
@@ -27,6 +29,12 @@ class PassRouting(Routing):
 
     def takes(self, num_sequences: int) -> bool:
         return self.now.takes(num_sequences)
+
+    def routes_of(self, row: int) -> Hashable:
+        return self.now.routes_of(row)
+
+    def images_of(self, rows: range) -> Routing:
+        return self.now.images_of(rows)
 
     def adapts(self, module: int) -> bool:
         return self.now.adapts(module)
