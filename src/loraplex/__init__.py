@@ -12,16 +12,21 @@ if TYPE_CHECKING:
     from loraplex.engine.request import Request
     from loraplex.engine.sampling.params import SamplingParams
     from loraplex.models.multi_lora import MultiLoraModel
+    from loraplex.routers.config import ArrowConfig, LinearRouterConfig, SpectrConfig, StaticRouterConfig
     from loraplex.xlora.config import XLoraConfig
 
 __all__ = [
+    "ArrowConfig",
     "AsyncEngine",
     "Engine",
     "EngineConfig",
+    "LinearRouterConfig",
     "LoraConfig",
     "MultiLoraModel",
     "Request",
     "SamplingParams",
+    "SpectrConfig",
+    "StaticRouterConfig",
     "StoreConfig",
     "XLoraConfig",
 ]
@@ -29,6 +34,10 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: every process of vLLM's imports loraplex (its plugin), most of them for nothing more.
 _MODULES = {
+    "StaticRouterConfig": "loraplex.routers.config",
+    "LinearRouterConfig": "loraplex.routers.config",
+    "SpectrConfig": "loraplex.routers.config",
+    "ArrowConfig": "loraplex.routers.config",
     "AsyncEngine": "loraplex.engine.async_engine",
     "Engine": "loraplex.engine.engine",
     "EngineConfig": "loraplex.engine.config",

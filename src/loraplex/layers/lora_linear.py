@@ -70,6 +70,7 @@ class LoraLinear(nn.Linear):
     def decode(self, x: Tensor, plan: RoutingPlan, *, float_sums: bool = False) -> Tensor:
         """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
         index = self.lora_index
+        plan.route(index, x)
         if not plan.has_dora_scale(index):
             return gated_linear_native(x, self.decoding_weight, self.bias, *plan.native_arguments(index), float_sums)
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.

@@ -23,6 +23,9 @@ from loraplex.errors import (
 )
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.decoder import find_decoder
+from loraplex.routers.config import RouterConfig, StaticRouterConfig
+from loraplex.routers.mixture import RoutedMixture
+from loraplex.routers.router import make_router
 from loraplex.routing.adapter_spec import Link
 from loraplex.validation import listed
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
@@ -31,6 +34,8 @@ from loraplex.xlora.head import ScalingHead
 from loraplex.xlora.mixture import Mixture, lora_layers
 from loraplex.xlora.two_pass.cache_probe import CacheUse, probe_cache
 from loraplex.xlora.two_pass.hooks import attach_two_pass
+
+AnyMixture = Mixture | RoutedMixture
 
 SMALL_HEAD = 1 << 26  # parameters that a scaling head may have on any base model
 
@@ -42,7 +47,7 @@ class Mixtures:
         self._base = base
         self._adaptable = adaptable
         self._store = store
-        self._mixtures: dict[str, Mixture] = {}
+        self._mixtures: dict[str, AnyMixture] = {}
         self._cache_use: CacheUse | None = None
         self._lock = threading.RLock()
 
@@ -66,7 +71,17 @@ class Mixtures:
         with self._lock:
             return sorted(self._mixtures)
 
-    def get(self, name: str) -> Mixture:
+    def xlora(self, name: str) -> Mixture:
+        """The X-LoRA mixture of that name. Raises AdapterNotFoundError, or MixtureError for one of another kind."""
+        mixture = self.get(name)
+        if not isinstance(mixture, Mixture):
+            raise MixtureError(
+                f"mixture {name!r} has no scaling head, but a router in each layer ({type(mixture.config).__name__}). "
+                "This is for X-LoRA mixtures."
+            )
+        return mixture
+
+    def get(self, name: str) -> AnyMixture:
         """The mixture of that name, or AdapterNotFoundError."""
         with self._lock:
             if name not in self._mixtures:
@@ -123,7 +138,8 @@ class Mixtures:
         """Register a mixture after everything about it was checked."""
         self.check_new(name)
         self._check_base()
-        self._check_experts(name, experts, config)
+        config.check_num_experts(len(experts))
+        self._check_experts(name, experts)
         modules = self._lora_layers(name, experts)
         self.check_head_size(config, hidden_size or self.hidden_size, len(experts), len(modules))
         mixture = Mixture(
@@ -143,13 +159,64 @@ class Mixtures:
             self._mixtures[name] = mixture
         return mixture
 
+    def add_routed(
+        self,
+        name: str,
+        experts: Sequence[str],  # loaded adapters, in the router's order
+        config: RouterConfig,
+        *,
+        seed: int = 0,
+        owned: Collection[str] = (),
+    ) -> RoutedMixture:
+        """Register a mixture whose gates each layer predicts, after everything about it was checked."""
+        self.check_new(name)
+        self._check_experts(name, experts)
+        modules = self._lora_layers(name, experts)
+        self._check_routable(name, experts, modules)
+        paths = [self._adaptable.paths[module] for module in modules]
+        widths = {module: self._adaptable.shapes[path].in_features for module, path in zip(modules, paths, strict=True)}
+        check_gates(config, len(experts), len(modules))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            router = make_router(config, widths, len(experts))
+        mixture = RoutedMixture(
+            name=name,
+            experts=tuple(experts),
+            config=config,
+            router=router,
+            modules=modules,
+            layers=tuple(paths),
+            owned=frozenset(owned),
+        )
+        with self._lock:
+            self.check_new(name)
+            self._mixtures[name] = mixture
+        return mixture
+
+    def _check_routable(self, name: str, experts: Sequence[str], modules: Sequence[int]) -> None:
+        embeddings = [path for path in (self._adaptable.paths[m] for m in modules) if self._is_embedding(path)]
+        if embeddings:
+            raise UnsupportedAdapterError(
+                f"mixture {name!r}: its experts adapt the embedding {embeddings[0]!r}, whose input are tokens' "
+                "numbers, from which a router can't tell anything. Use experts of linear modules, or XLoraConfig."
+            )
+        for expert in experts:
+            if self._store.version(expert).is_dora:
+                raise UnsupportedAdapterError(
+                    f"mixture {name!r}: the expert {expert!r} is a DoRA, whose share of the base output a router "
+                    "doesn't know. Use LoRA experts, or XLoraConfig."
+                )
+
+    def _is_embedding(self, path: str) -> bool:
+        return self._adaptable.shapes[path].kind == "embedding"
+
     def configure(self, name: str, changes: Mapping[str, Any]) -> None:
         """Let a mixture have other settings with the same head and experts; whoever uses it now goes on with the old.
 
         Raises ConfigError for a setting that the head's weights were made for.
         """
         with self._lock:
-            mixture = self.get(name)
+            mixture = self.xlora(name)
             free = mixture.config.__dataclass_fields__.keys() - HEAD_SETTINGS
             fixed = sorted(changes.keys() - free)
             if fixed:
@@ -187,16 +254,25 @@ class Mixtures:
                 f"model.unload({users[0]!r})."
             )
 
-    def check_replaceable(self, adapter: str, paths: Collection[str]) -> None:
-        """Raise MixtureError if a new version of an expert would change the LoRA layers that heads were made for."""
+    def check_replaceable(self, adapter: str, paths: Collection[str], *, is_dora: bool) -> None:
+        """Raise MixtureError if a new version of an expert can't be one of the mixtures that have it.
+
+        It would change the LoRA layers that heads were made for, or is a DoRA beside a router.
+        """
         with self._lock:
             for name in self.using(adapter):
                 mixture = self._mixtures[name]
+                if is_dora and isinstance(mixture, RoutedMixture):
+                    raise MixtureError(
+                        f"adapter {adapter!r} is an expert of mixture {name!r}, whose router can't gate a DoRA. "
+                        "Replace it by a LoRA, or unload the mixture first."
+                    )
                 others = [self._store.version(expert).modules for expert in mixture.experts if expert != adapter]
                 new = {self._adaptable.module_index[path] for path in paths}
                 if lora_layers([new, *others]) != mixture.modules:
+                    what = "scaling head" if isinstance(mixture, Mixture) else "router"
                     raise MixtureError(
-                        f"adapter {adapter!r} is an expert of mixture {name!r}, whose scaling head was made for "
+                        f"adapter {adapter!r} is an expert of mixture {name!r}, whose {what} was made for "
                         f"{len(mixture.modules)} LoRA layers; the new version would change them. Replace it by one "
                         "that adapts the same modules, or unload the mixture first."
                     )
@@ -205,7 +281,7 @@ class Mixtures:
         """Raise RequestError if the modules have lost their LoRA layers."""
         self._adaptable.check_attached(modules)
 
-    def expand(self, links: Sequence[Link]) -> tuple[dict[str, Mixture], list[str]]:
+    def expand(self, links: Sequence[Link]) -> tuple[dict[str, AnyMixture], list[str]]:
         """The mixtures that links name, and all adapters that they need: named ones and experts."""
         with self._lock:
             found = {name: self._mixtures[name] for link in links for name, _ in link if name in self._mixtures}
@@ -243,8 +319,9 @@ class Mixtures:
                 "that is one. Use plain adapters on this model."
             )
 
-    def _check_experts(self, name: str, experts: Sequence[str], config: XLoraConfig) -> None:
-        config.check_num_experts(len(experts))
+    def _check_experts(self, name: str, experts: Sequence[str]) -> None:
+        if not experts:
+            raise ConfigError(f"mixture {name!r} has no experts; give at least 1.")
         for expert in experts:
             if list(experts).count(expert) > 1:
                 raise MixtureError(f"mixture {name!r} names the expert {expert!r} twice. Name each expert once.")
@@ -260,6 +337,19 @@ class Mixtures:
             if version.invocation is not None:
                 raise UnsupportedAdapterError(
                     f"mixture {name!r}: the expert {version.name!r} is an aLoRA, which is off before its invocation, "
-                    "while an expert's gates come from the scaling head. Use LoRA or DoRA experts."
+                    "while an expert's gates are the mixture's. Use LoRA or DoRA experts."
                 )
         return lora_layers(version.modules for version in versions)
+
+
+def check_gates(config: RouterConfig, num_experts: int, num_layers: int) -> None:
+    """Raise ConfigError unless the settings are for so many experts and LoRA layers."""
+    if not isinstance(config, StaticRouterConfig):
+        return
+    first = config.gates[0]
+    counts = (len(first), len(config.gates)) if isinstance(first, tuple) else (len(config.gates), num_layers)
+    if counts != (num_experts, num_layers):
+        raise ConfigError(
+            f"gates has {counts[0]} experts and {counts[1]} LoRA layers, but the mixture has {num_experts} and "
+            f"{num_layers}."
+        )

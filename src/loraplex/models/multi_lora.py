@@ -28,6 +28,7 @@ from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
+from loraplex.routers.config import RouterConfig
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -156,9 +157,12 @@ class MultiLoraModel:
         self.registry.load_residual(name, source, replace=replace)
 
     def create_mixture(
-        self, name: str, experts: Sequence[str], config: XLoraConfig | None = None, *, seed: int = 0
+        self, name: str, experts: Sequence[str], config: XLoraConfig | RouterConfig | None = None, *, seed: int = 0
     ) -> None:
-        """Make a mixture of loaded adapters, whose scaling head has random weights; train it before use.
+        """Make a mixture of loaded adapters. XLoraConfig (None): its scaling head has random weights; train it first.
+
+        ArrowConfig, SpectrConfig, LinearRouterConfig and StaticRouterConfig make mixtures that need no second pass:
+        each LoRA layer gates the experts by its own input. The weights of a linear router are random, from `seed`.
 
         Raises AdapterNotFoundError, AdapterExistsError, MixtureError, ConfigError or UnsupportedAdapterError.
         """

@@ -20,13 +20,15 @@ from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.int8_base import without_quantized
-from loraplex.models.mixture_folders import expert_sources, save_mixture
+from loraplex.models.mixture_folders import expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
+from loraplex.routers.config import ArrowConfig, RouterConfig
+from loraplex.routers.general_knowledge import without_general
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.weight_provider import SlotWeightProvider
 from loraplex.xlora.config import XLoraConfig
@@ -85,7 +87,7 @@ class Registry:
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
-        self.mixtures.check_replaceable(name, adapter.layers.keys())
+        self.mixtures.check_replaceable(name, adapter.layers.keys(), is_dora=adapter.config.use_dora)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
         self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
@@ -97,10 +99,38 @@ class Registry:
             self.mixtures.check_new(name)
         self.linked.add(name, source, replace=replace)
 
-    def create_mixture(self, name: str, experts: Sequence[str], config: XLoraConfig, *, seed: int) -> None:
-        """Make a mixture of loaded adapters with a random head."""
+    def create_mixture(
+        self, name: str, experts: Sequence[str], config: XLoraConfig | RouterConfig, *, seed: int
+    ) -> None:
+        """Make a mixture of loaded adapters; a scaling head or a linear router is random."""
         self._check_new_mixture(name)
-        self.mixtures.add(name, experts, config, seed=seed)
+        if isinstance(config, XLoraConfig):
+            self.mixtures.add(name, experts, config, seed=seed)
+        elif isinstance(config, ArrowConfig) and config.general_experts:
+            self._create_purified(name, experts, config, seed)
+        else:
+            self.mixtures.add_routed(name, experts, config, seed=seed)
+
+    def _create_purified(self, name: str, experts: Sequence[str], config: ArrowConfig, seed: int) -> None:
+        """Make a mixture of the experts less the general ones, which are adapters of their own: "NAME/EXPERT"."""
+        made = without_general(
+            {expert: self._factors_of(expert) for expert in experts},
+            {expert: self._factors_of(expert) for expert in config.general_experts},
+        )
+        loaded: list[str] = []
+        try:
+            for expert, adapter in made.items():
+                self.load_adapter(f"{name}/{expert}", adapter)
+                loaded.append(f"{name}/{expert}")
+            self.mixtures.add_routed(name, loaded, config, seed=seed, owned=loaded)
+        except BaseException:
+            for expert in loaded:
+                self.store.remove(expert)
+            raise
+
+    def _factors_of(self, name: str) -> Adapter:
+        found = expert_at_rest(self.store.version(name))
+        return found if isinstance(found, Adapter) else read_adapter(found)
 
     def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
@@ -125,7 +155,7 @@ class Registry:
     def save_mixture(self, name: str, folder: Path, *, layout: Layout, overwrite: bool) -> None:
         """Write a mixture and its experts."""
         save_mixture(
-            self.mixtures.get(name),
+            self.mixtures.xlora(name),
             self.store,
             folder,
             layout=layout,

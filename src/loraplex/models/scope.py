@@ -14,8 +14,9 @@ from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import RequestError
 from loraplex.layers.passes import cached_length
-from loraplex.models.mixtures import Mixtures
+from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.scope import use_attention
+from loraplex.routers.mixture import RoutedMixture
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.invocation import invocation_start
 from loraplex.routing.routing import use_routing
@@ -46,7 +47,7 @@ def adapter_scope(
     """
     found, names = mixtures.expand(links)
     with store.lease(names) as leased:
-        rows = [_routes(link, leased, tokens, row) for row, link in enumerate(links)]
+        rows = [_routes(link, leased, tokens, row, found) for row, link in enumerate(links)]
         for version in leased.values():
             mixtures.check_attached(version.modules)
         uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
@@ -69,11 +70,11 @@ def adapter_scope(
 
 
 def _uses(
-    link: Link, row: int, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
+    link: Link, row: int, found: Mapping[str, AnyMixture], leased: Mapping[str, AdapterVersion]
 ) -> Iterator[MixtureRowGroup]:
     for name, weight in link:
-        if name in found:
-            mixture = found[name]
+        mixture = found.get(name)
+        if isinstance(mixture, Mixture):
             slots = tuple(_slot(leased[expert]) for expert in mixture.experts)
             yield MixtureRowGroup(row=row, mixture=mixture, weight=weight, slots=slots)
 
@@ -83,11 +84,23 @@ def _slot(version: AdapterVersion) -> int:
     return version.slot
 
 
-def _routes(link: Link, leased: Mapping[str, AdapterVersion], tokens: "RowTokens", row: int) -> list[Route]:
-    """The routes of the plain adapters of a link; an aLoRA that isn't invoked has none."""
+def _routes(
+    link: Link,
+    leased: Mapping[str, AdapterVersion],
+    tokens: "RowTokens",
+    row: int,
+    found: Mapping[str, AnyMixture],
+) -> list[Route]:
+    """The routes of a link's plain adapters (an aLoRA that isn't invoked has none) and of routed mixtures."""
     routes = []
     for name, weight in link:
-        if name not in leased:
+        mixture = found.get(name)
+        if isinstance(mixture, RoutedMixture):
+            routes += [
+                Route(slot=_slot(leased[expert]), weight=weight, router=mixture.router, expert=place)
+                for place, expert in enumerate(mixture.experts)
+            ]
+        if name in found or name not in leased:
             continue
         version, start = leased[name], None
         if version.invocation is not None:

@@ -61,6 +61,11 @@ def gate_row(segments: Sequence[Segment], bank: WeightProvider) -> Tensor:  # [g
     return (torch.cat(parts).float() if parts else torch.zeros(0)).to(device)  # one copy
 
 
+def _own_gate(segment: Segment) -> float | Tensor:
+    assert isinstance(segment.gate, float | int | Tensor), "an expert's segment was planned without what predicts gates"
+    return segment.gate
+
+
 class FixedGates:
     """Of links: the same in every module and pass."""
 
@@ -81,8 +86,7 @@ class FixedGates:
         return self._row
 
     def of_segment(self, segment: Segment, module: int) -> float | Tensor:
-        assert not isinstance(segment.gate, GateColumn), "an expert's segment was planned without layer gates"
-        return segment.gate
+        return _own_gate(segment)
 
 
 class PredictedGates:
@@ -109,7 +113,7 @@ class PredictedGates:
 
     def of_segment(self, segment: Segment, module: int) -> float | Tensor:
         if not isinstance(segment.gate, GateColumn):
-            return segment.gate
+            return _own_gate(segment)
         return segment.gate.of(self._layer_gates.of_module(module, segment.gate.length))
 
     @cached_property
@@ -163,5 +167,5 @@ class TableGates:
 
     def of_segment(self, segment: Segment, module: int) -> float | Tensor:
         if not isinstance(segment.gate, GateColumn):
-            return segment.gate
+            return _own_gate(segment)
         return self.of_module(module)[segment.gate.column : segment.gate.column + segment.gate.length]

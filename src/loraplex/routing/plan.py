@@ -20,6 +20,7 @@ from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, token
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.segments import Segment, join_neighbours
+from loraplex.routing.token_router import RoutedGate, RoutedGates
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -47,6 +48,9 @@ class RoutingPlan:
         self.tokens_per_row = num_tokens if tokens_per_row is None else tokens_per_row
         self.bank = bank
         self.gates: Gates = gates or gates_of_segments(self.segments, bank, layer_gates)
+        self._routed: RoutedGates | None = None
+        if any(isinstance(segment.gate, RoutedGate) for segment in self.segments):
+            self.gates = self._routed = RoutedGates(self.gates, self.segments, bank)
         self._stacks: dict[int, LoraStack] = {}
         self._adapted: set[int] = set()
         self._gained: set[int] = set()
@@ -59,6 +63,16 @@ class RoutingPlan:
         self._batch_invariant = batch_invariant
         self._native_runs: bool | None = None
         self._launches_together: bool | None = None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether gates are predicted from the modules' inputs: `route` then comes before a module's adapters."""
+        return self._routed is not None
+
+    def route(self, module: int, x: Tensor) -> None:  # [.., in]
+        """Predict the gates of one module for its input."""
+        if self._routed is not None:
+            self._routed.prepare(module, x.reshape(-1, x.shape[-1]))
 
     def adapts(self, module: int) -> bool:
         """Whether any row of this batch adapts the module."""
@@ -91,7 +105,7 @@ class RoutingPlan:
     def launches_together(self, x: Tensor) -> bool:
         """Whether modules that read one x share the launches of their adapters, as they can in the Triton kernels."""
         if self._launches_together is None:
-            self._launches_together = bool(self._adapted) and triton_runs(x.device, x.dtype)
+            self._launches_together = bool(self._adapted) and not self.is_routed and triton_runs(x.device, x.dtype)
         return self._launches_together
 
     def decodes_fast(self, x: Tensor, max_tokens: int) -> bool:

@@ -8,6 +8,7 @@ from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
 from loraplex.routing.segments import Segment
+from loraplex.routing.token_router import RoutedGate, TokenRouter
 from loraplex.routing.weight_provider import WeightProvider
 
 _MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step
@@ -21,6 +22,14 @@ class Route:
     weight: float = 1.0
     active_from: int | None = None  # aLoRA: the column of the row from which on it is active; None: from the first
     column: int | None = None  # an expert of a mixture: its column of the layer gates, which replace the weight
+    router: TokenRouter | None = None  # or what predicts its gates in each layer, which multiply the weight
+    expert: int = 0  # its place among the router's
+
+    def gate(self, length: int) -> "float | GateColumn | RoutedGate":
+        """Of a segment of sequences with `length` tokens."""
+        if self.router is not None:
+            return RoutedGate(self.router, self.expert, self.weight)
+        return self.weight if self.column is None else GateColumn(self.column, length)
 
 
 class RowRouting(Routing):
@@ -137,8 +146,7 @@ class RowRouting(Routing):
             first = row * copies * length
             for rank, route in enumerate(routes):
                 if route.active_from is None:
-                    gate = route.weight if route.column is None else GateColumn(route.column, length)
-                    ranked.append((rank, Segment(first, first + copies * length, route.slot, gate)))
+                    ranked.append((rank, Segment(first, first + copies * length, route.slot, route.gate(length))))
                     continue
                 num_active = next(active)
                 stops = [first + (copy + 1) * length for copy in range(copies)]
@@ -156,5 +164,5 @@ class RowRouting(Routing):
         )
 
     def _build_uniform(self, num_tokens: int) -> RoutingPlan:
-        segments = [Segment(0, num_tokens, route.slot, route.weight) for route in self.rows[0]]
+        segments = [Segment(0, num_tokens, route.slot, route.gate(num_tokens)) for route in self.rows[0]]
         return RoutingPlan(segments, num_tokens, self.bank)

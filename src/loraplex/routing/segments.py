@@ -1,11 +1,14 @@
 """Runs of a pass's tokens that go through one slot."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from loraplex.routing.layer_gates import GateColumn
+
+if TYPE_CHECKING:
+    from loraplex.routing.token_router import RoutedGate
 
 
 class Segment(NamedTuple):
@@ -14,7 +17,8 @@ class Segment(NamedTuple):
     start: int
     stop: int
     slot: int
-    gate: float | Tensor | GateColumn = 1.0  # or [stop - start], float32; or what an expert's mixture predicts
+    # Or [stop - start], float32; or what a mixture predicts for an expert: before the pass, or in each layer.
+    gate: "float | Tensor | GateColumn | RoutedGate" = 1.0
 
 
 def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:

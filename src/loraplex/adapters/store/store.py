@@ -105,6 +105,7 @@ class AdapterStore:
                 num_bytes=prepared.num_bytes,
                 modules=frozenset(prepared.layers),
                 invocation=prepared.invocation,
+                is_dora=bool(prepared.dora_scaled),
                 end_tokens=adapter.end_tokens,
                 read_back=None if folder is None else prepared.read_back,
                 original=adapter if folder is None else None,

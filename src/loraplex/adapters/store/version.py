@@ -43,6 +43,7 @@ class AdapterVersion:
     num_bytes: int
     modules: frozenset[int]  # that it adapts, by index
     invocation: tuple[int, ...] | None = None  # aLoRA
+    is_dora: bool = False
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's
     original: Adapter | None = None  # as it was given, if no folder has it
     read_back: Callable[[], PreparedAdapter] | None = None  # faster than reading it as a new one, where that is known

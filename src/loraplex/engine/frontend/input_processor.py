@@ -19,6 +19,7 @@ from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
 from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids
+from loraplex.models.mixtures import AnyMixture
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.registry import LinkedAttention
@@ -62,7 +63,7 @@ class InputProcessor:
             lengths=self._capacity.lengths,
         )
         self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
-        mixtures = [found[name] for name, _ in others if name in found]
+        mixtures = [mixture for name, _ in others if isinstance(mixture := found.get(name), Mixture)]
         self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
         check_scalings(state, mixtures)
@@ -143,9 +144,10 @@ def _is_token(token: object, vocab_size: int) -> bool:
     return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size
 
 
-def _pass_kinds(link: Link, found: Mapping[str, Mixture]) -> set[str]:
+def _pass_kinds(link: Link, found: Mapping[str, AnyMixture]) -> set[str]:
     """The scaling passes that a link needs: one for all mixtures whose pass is the base model's, one for each other."""
-    return {"" if found[name].pass_value == 0 else name for name, _ in link if name in found}
+    xlora = {name: mixture for name, _ in link if isinstance(mixture := found.get(name), Mixture)}
+    return {"" if mixture.pass_value == 0 else name for name, mixture in xlora.items()}
 
 
 def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAttention) -> CaptureBuffer | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
+from loraplex.routing.token_router import TokenRouter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class SequenceRoute:
     active_from: int | None = None  # aLoRA: the position from which on it is active; None: from the first
     use: int | None = None  # an expert's: the place of its mixture among those of the sequence
     expert: int = 0  # and its place in the mixture
+    router: TokenRouter | None = None  # of a mixture that gates its experts in each layer
 
 
 @dataclass(frozen=True, kw_only=True)

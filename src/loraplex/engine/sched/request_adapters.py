@@ -6,13 +6,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
 from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceRoute
-from loraplex.models.mixtures import Mixtures
+from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.modules import FunctionResidual
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
+from loraplex.routers.mixture import RoutedMixture
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.invocation import invocation_start
 from loraplex.xlora.mixture import Mixture
@@ -43,6 +46,23 @@ class BoundMixture:
         return ("mixture", serial(self.mixture), head, self.versions, self.weight)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoundRouter:
+    """A mixture of a request's link that gates its experts in each layer."""
+
+    mixture: RoutedMixture
+    weight: float
+    slots: tuple[int, ...]  # of the experts, in the router's order
+    versions: tuple[int, ...]  # serials of the experts
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What keys and values depend on; training a router in place changes it too."""
+        router = self.mixture.router
+        weights = tuple(p._version for p in router.parameters()) if isinstance(router, nn.Module) else ()
+        return ("routed", serial(self.mixture), weights, self.versions, self.weight)
+
+
 class RequestAdapters:
     """A request's leases; `close` ends them."""
 
@@ -58,6 +78,16 @@ class RequestAdapters:
                 mixtures.check_attached(version.modules)
             self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
             self.mixtures = self._bind_mixtures(link, found, leased)
+            self.routed = [
+                BoundRouter(
+                    mixture=mixture,
+                    weight=weight,
+                    slots=tuple(_slot(leased[expert]) for expert in mixture.experts),
+                    versions=tuple(serial(leased[expert]) for expert in mixture.experts),
+                )
+                for name, weight in link
+                if isinstance(mixture := found.get(name), RoutedMixture)
+            ]
             self._leases = leases.pop_all()
 
     def close(self) -> None:
@@ -66,15 +96,21 @@ class RequestAdapters:
     @property
     def slots(self) -> set[int]:
         """The slots that it holds."""
-        return {_slot(version) for version, _ in self.plain} | {slot for m in self.mixtures for slot in m.slots}
+        mixtures: list[BoundMixture | BoundRouter] = [*self.mixtures, *self.routed]
+        return {_slot(version) for version, _ in self.plain} | {slot for bound in mixtures for slot in bound.slots}
 
     def main_routes(self, prompt: Sequence[int]) -> list[SequenceRoute]:
-        """The routes of a main pass: plain adapters, then the experts of all mixtures."""
+        """The routes of a main pass: plain adapters, then the experts of all mixtures, routed ones first."""
         routes = [
             SequenceRoute(slot=_slot(version), weight=weight, active_from=_active_from(version, prompt))
             for version, weight in self.plain
             if version.invocation is None or _active_from(version, prompt) is not None
         ]
+        for routed in self.routed:
+            routes += [
+                SequenceRoute(slot=slot, weight=routed.weight, router=routed.mixture.router, expert=expert)
+                for expert, slot in enumerate(routed.slots)
+            ]
         for use, bound in enumerate(self.mixtures):
             routes += [SequenceRoute(slot=slot, use=use, expert=expert) for expert, slot in enumerate(bound.slots)]
         return routes
@@ -87,6 +123,7 @@ class RequestAdapters:
             if version.invocation is None or active_from is not None:
                 parts.append(ExtraKey(identity=("adapter", serial(version), weight), active_from=active_from))
         parts += [ExtraKey(identity=bound.identity) for bound in self.mixtures]
+        parts += [ExtraKey(identity=bound.identity) for bound in self.routed]
         return parts + [ExtraKey(identity=self._residual_identity(residual)) for residual in self.chain]
 
     def _residual_identity(self, link: ChainLink) -> tuple[object, ...]:
@@ -98,14 +135,14 @@ class RequestAdapters:
         return ("residual", serial(residual), changes, link.weight)
 
     def _bind_mixtures(
-        self, link: Link, found: Mapping[str, Mixture], leased: Mapping[str, AdapterVersion]
+        self, link: Link, found: Mapping[str, AnyMixture], leased: Mapping[str, AdapterVersion]
     ) -> list[BoundMixture]:
         bound: list[BoundMixture] = []
         base_pass: int | None = None  # mixtures whose scaling pass is the base model's share it
         for name, weight in link:
-            if name not in found:
+            mixture = found.get(name)
+            if not isinstance(mixture, Mixture):
                 continue
-            mixture = found[name]
             slots = tuple(_slot(leased[expert]) for expert in mixture.experts)
             versions = tuple(serial(leased[expert]) for expert in mixture.experts)
             use = len(bound)

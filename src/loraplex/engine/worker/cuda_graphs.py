@@ -144,6 +144,8 @@ class DecodeGraphs:
             return "logits of prompts are wanted"
         if batch.num_tokens > _LARGEST_SIZE:
             return f"it has more than {_LARGEST_SIZE} rows"
+        if plan.is_routed:
+            return "a mixture's router chooses gates in each layer"
         if plan.has_dora_scales:
             return "a DoRA adapter adds a share of the base output, row by row"
         if plan.adapted & self._embeddings:

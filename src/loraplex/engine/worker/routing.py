@@ -13,6 +13,7 @@ from loraplex.routing.layer_gates import GateColumn
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
 from loraplex.routing.segments import Segment
+from loraplex.routing.token_router import RoutedGate
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -57,7 +58,9 @@ def packed_plan(
         start = item.start if route.active_from is None else max(item.start, route.active_from)
         if start >= stop:
             continue
-        gate: float | GateColumn = route.weight
+        gate: float | GateColumn | RoutedGate = route.weight
+        if route.router is not None:
+            gate = RoutedGate(route.router, route.expert, route.weight)
         if route.use is not None:
             gate = GateColumn(num_gates, stop - start)
             own += range(num_gates, num_gates + stop - start)

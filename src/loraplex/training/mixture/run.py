@@ -40,7 +40,7 @@ def train_mixture(
     weights were no longer finite; the mixture in memory is as it was, and `<output>/<mixture>.diverged/` has the last
     good weights.
     """
-    trained = model.mixtures.get(mixture)
+    trained = model.mixtures.xlora(mixture)
     sources, label = as_sources(data), f"mixture {mixture!r}"
     check_outputs(Path(config.run.output), [mixture], _inputs(sources, config))
     ranks = ProcessGroup(model.base.device)

@@ -66,7 +66,9 @@ class LayerStack:
         if any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
+        if plan.has_dora_scales or plan.is_routed:
+            return None
+        return plan if plan.decodes_fast(hidden, self._max_compiled) else None
 
     def run(
         self, batch: InputBatch, plan: RoutingPlan, hidden: Tensor, rotary: Sequence[RotaryTable | None]

@@ -1,0 +1,168 @@
+"""Routers: from a LoRA layer's input to its experts' gates."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.routers.config import ArrowConfig, LinearRouterConfig, RouterConfig, SpectrConfig, StaticRouterConfig
+from loraplex.routing.token_router import TokenRouter
+
+Experts = Sequence[SlotWeights | None]
+Made = TypeVar("Made")
+
+_POWER_STEPS = 15  # PEFT's
+_EPS = 1e-8  # PEFT's
+
+_NOT_THERE = float("-inf")
+
+
+class ArrowRouter:
+    """See ArrowConfig."""
+
+    def __init__(self, config: ArrowConfig) -> None:
+        self.config = config
+        self._prototypes = _Kept(lambda experts: _prototypes(experts, config.rng_seed))
+
+    def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
+        """[tokens, experts]"""
+        scores = (x.float() @ self._prototypes.of(module, experts).t()).abs()
+        return softmax_of_top(_without_missing(scores, experts), self.config.top_k, self.config.temperature)
+
+
+class SpectrRouter:
+    """See SpectrConfig."""
+
+    def __init__(self, config: SpectrConfig) -> None:
+        self.config = config
+        self._grams = _Kept(_grams)
+
+    def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
+        """[tokens, experts]"""
+        scores = x.new_zeros(len(x), len(experts), dtype=torch.float32)
+        for column, (expert, gram) in enumerate(zip(experts, self._grams.of(module, experts), strict=True)):
+            if expert is not None:
+                u = x.float() @ expert.lora_a.float().t()
+                scores[:, column] = ((u @ gram) * u).sum(dim=-1).clamp_min(0).sqrt()
+        return softmax_of_top(_without_missing(scores, experts), self.config.top_k, self.config.temperature)
+
+
+class LinearRouter(nn.Module):
+    """See LinearRouterConfig. `weights` and `biases` have one entry for each LoRA layer."""
+
+    def __init__(self, config: LinearRouterConfig, widths: Mapping[int, int], num_experts: int) -> None:
+        """`widths`: the inputs of each LoRA layer, by module."""
+        super().__init__()
+        self.config = config
+        self._place = {module: place for place, module in enumerate(widths)}
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(num_experts, width) / width**0.5) for width in widths.values()
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_experts)) for _ in widths)
+
+    def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
+        """[tokens, experts]"""
+        config, place = self.config, self._place[module]
+        logits = x.float() @ self.weights[place].t() + self.biases[place]
+        if config.activation == "sigmoid":
+            gates = torch.sigmoid(_without_missing(logits, experts) / config.temperature)
+            return gates if config.top_k is None else gates.masked_fill(~_top(gates, config.top_k), 0)
+        logits = _without_missing(logits, experts)
+        if config.top_p is None:
+            return softmax_of_top(logits, config.top_k, config.temperature)
+        return _top_p(torch.softmax(logits / config.temperature, dim=-1), config.top_p)
+
+
+class StaticRouter:
+    """See StaticRouterConfig."""
+
+    def __init__(self, config: StaticRouterConfig, modules: Sequence[int]) -> None:
+        self.config = config
+        gates = torch.tensor(config.gates, dtype=torch.float32)  # [experts] or [LoRA layers, experts]
+        self._gates = gates.expand(len(modules), -1) if gates.ndim == 1 else gates
+        self._place = {module: place for place, module in enumerate(modules)}
+
+    def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
+        """[tokens, experts]"""
+        return self._gates[self._place[module]].to(x.device).expand(len(x), -1)
+
+
+def make_router(config: RouterConfig, widths: Mapping[int, int], num_experts: int) -> TokenRouter:
+    """The router of a mixture whose LoRA layers, by module, have these inputs; a linear one's weights are random."""
+    if isinstance(config, ArrowConfig):
+        return ArrowRouter(config)
+    if isinstance(config, SpectrConfig):
+        return SpectrRouter(config)
+    if isinstance(config, LinearRouterConfig):
+        return LinearRouter(config, widths, num_experts).requires_grad_(False)
+    return StaticRouter(config, list(widths))
+
+
+def softmax_of_top(scores: Tensor, top_k: int | None, temperature: float) -> Tensor:  # both [tokens, experts]
+    """A softmax of score / temperature over the `top_k` largest scores of each token; the others' gates are 0."""
+    if top_k is not None and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(~_top(scores, top_k), _NOT_THERE)
+    return torch.softmax(scores / temperature, dim=-1)
+
+
+def _top(scores: Tensor, top_k: int) -> Tensor:
+    places = scores.topk(min(top_k, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, places, True)
+
+
+def _top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    values, places = probabilities.sort(dim=-1, descending=True)
+    values = values.masked_fill(values.cumsum(dim=-1) - values >= top_p, 0)
+    return torch.zeros_like(probabilities).scatter_(-1, places, values / values.sum(dim=-1, keepdim=True))
+
+
+def _without_missing(scores: Tensor, experts: Experts) -> Tensor:
+    """Experts that don't adapt the module can't be chosen."""
+    if all(expert is not None for expert in experts):
+        return scores
+    missing = torch.tensor([expert is None for expert in experts], device=scores.device)
+    return scores.masked_fill(missing, _NOT_THERE)
+
+
+class _Kept(Generic[Made]):
+    """What is computed from a module's experts, kept as long as they are the same."""
+
+    def __init__(self, compute: Callable[[Experts], Made]) -> None:
+        self._compute = compute
+        self._known: dict[int, tuple[Experts, Made]] = {}
+
+    def of(self, module: int, experts: Experts) -> Made:
+        known = self._known.get(module)
+        if known is None or any(a is not b for a, b in zip(known[0], experts, strict=True)):
+            with torch.no_grad():
+                known = self._known[module] = (tuple(experts), self._compute(experts))
+        return known[1]
+
+
+def _prototypes(experts: Experts, seed: int) -> Tensor:  # [experts, in]
+    """The first right singular vector of each expert's B A, as PEFT's power method has it after its steps."""
+    width = next(expert.lora_a.shape[1] for expert in experts if expert is not None)
+    rows = []
+    for expert in experts:
+        if expert is None:
+            rows.append(torch.zeros(width))
+            continue
+        a, gram = expert.lora_a.float(), _gram(expert)
+        v = torch.randn(width, generator=torch.Generator(device=a.device.type).manual_seed(seed), device=a.device)
+        v = v / (v.norm() + _EPS)
+        for _ in range(_POWER_STEPS):
+            w = a.t() @ (gram @ (a @ v))
+            v = w / (w.norm() + _EPS)
+        rows.append(v)
+    return torch.stack(rows)
+
+
+def _grams(experts: Experts) -> list[Tensor]:
+    return [torch.zeros(0) if expert is None else _gram(expert) for expert in experts]
+
+
+def _gram(expert: SlotWeights) -> Tensor:  # [rank, rank]
+    b = expert.lora_b.float()  # [rank, out]
+    return b @ b.t()

@@ -1,0 +1,113 @@
+"""Gates that a LoRA layer predicts from its own input: experts of mixtures that need no second pass."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.routing.gates import Gates
+from loraplex.routing.segments import Segment
+from loraplex.routing.weight_provider import WeightProvider
+
+
+class TokenRouter(Protocol):
+    """What predicts the gates of a mixture's experts."""
+
+    def gates(self, module: int, x: Tensor, experts: Sequence[SlotWeights | None]) -> Tensor:
+        """The gates [tokens, experts], float32, for a module's input x [tokens, in]; None: doesn't adapt the module."""
+        ...
+
+
+class RoutedGate(NamedTuple):
+    """The gate of a segment of one expert: what the router predicts for it, times the weight in the row's link."""
+
+    router: TokenRouter
+    expert: int  # its place in the mixture
+    weight: float
+
+
+class _Place(NamedTuple):
+    """The tokens of a segment, and the first of its gates in a row of the table."""
+
+    start: int
+    stop: int
+    slot: int
+    first: int
+    weight: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+class RoutedGates:
+    """The gates of a plan of which some are predicted by its layers: `prepare` comes before a module's are read."""
+
+    change = True
+
+    def __init__(self, others: Gates, segments: Sequence[Segment], bank: WeightProvider) -> None:
+        """`others` has the gates of the segments that no router predicts."""
+        self._others, self._bank = others, bank
+        self._places: dict[TokenRouter, dict[int, list[_Place]]] = {}  # by expert
+        self._firsts: dict[tuple[int, RoutedGate], int] = {}  # by first token and gate
+        self._num_gates = 0
+        for segment in segments:
+            gate = segment.gate
+            if isinstance(gate, RoutedGate):
+                place = _Place(segment.start, segment.stop, segment.slot, self._num_gates, gate.weight)
+                self._places.setdefault(gate.router, {}).setdefault(gate.expert, []).append(place)
+                self._firsts[segment.start, gate] = self._num_gates
+            self._num_gates += segment.stop - segment.start
+        for experts in self._places.values():
+            for places in experts.values():
+                places.sort()
+        self._rows: dict[int, Tensor] = {}
+
+    @property
+    def need_grad(self) -> bool:
+        return self._others.need_grad
+
+    def prepare(self, module: int, x: Tensor) -> None:  # [tokens, in]
+        """Predict the module's gates for its input."""
+        row = self._row(module)
+        row.copy_(self._others.of_module(module))
+        for router, by_expert in self._places.items():
+            first = next(iter(by_expert.values()))
+            tokens = _of_tokens(x, first)
+            weights = [self._bank.layers(by_expert[e][0].slot).get(module) for e in sorted(by_expert)]
+            if any(found is not None for found in weights):
+                gates = router.gates(module, tokens, weights)
+                for column, expert in enumerate(sorted(by_expert)):
+                    _put(row, gates[:, column], by_expert[expert])
+
+    def all(self) -> Tensor:
+        raise AssertionError("a plan with a router runs module by module")
+
+    def of_module(self, module: int) -> Tensor:
+        return self._row(module)
+
+    def of_segment(self, segment: Segment, module: int) -> float | Tensor:
+        if not isinstance(segment.gate, RoutedGate):
+            return self._others.of_segment(segment, module)
+        first = self._firsts[segment.start, segment.gate]
+        return self._row(module)[first : first + segment.stop - segment.start]
+
+    def _row(self, module: int) -> Tensor:
+        if module not in self._rows:
+            self._rows[module] = torch.zeros(self._num_gates, device=self._others.of_module(module).device)
+        return self._rows[module]
+
+
+def _of_tokens(x: Tensor, places: Sequence[_Place]) -> Tensor:  # [tokens of the places, in]
+    if len(places) == 1:
+        return x[places[0].start : places[0].stop]
+    return torch.cat([x[place.start : place.stop] for place in places])
+
+
+def _put(row: Tensor, gates: Tensor, places: Sequence[_Place]) -> None:
+    offset = 0
+    for place in places:
+        row[place.first : place.first + place.num_tokens] = gates[offset : offset + place.num_tokens] * place.weight
+        offset += place.num_tokens
