@@ -65,6 +65,10 @@ def peft_arrow(name: str, folders: Mapping[str, Path], *, general: bool) -> Any:
     ).eval()
 
 
+def requests_for(choices: Sequence[str | None], sampling: SamplingParams) -> list[Request]:
+    return [Request(row, adapters=choice, sampling=sampling) for row, choice in zip(IDS.tolist(), choices, strict=True)]
+
+
 def assert_near(found: Tensor, expected: Tensor, what: str) -> None:
     difference = float((found - expected).abs().max() / (expected.max() - expected.min()))
     assert difference < TOLERANCE, f"{what}: {difference:.1e} of the range"
@@ -106,9 +110,7 @@ def test_arrow_answers_as_peft_does_in_generate_and_engine(name: str, tmp_path: 
     sampling = SamplingParams(max_tokens=8, ignore_eos=True)
     with Engine(model, EngineConfig(max_step_tokens=8, block_tokens=4)) as engine:  # chunks, and then the prefix cache
         for _ in range(2):
-            requests = [
-                Request(row, adapters=c, sampling=sampling) for row, c in zip(IDS.tolist(), choices, strict=True)
-            ]
+            requests = requests_for(choices, sampling)
             results = engine.generate(requests)
             assert [list(results[row].token_ids) for row in (0, 2, 4)] == [expected[row] for row in (0, 2, 4)]
             assert all(result.error is None for result in results)
@@ -240,7 +242,7 @@ def test_all_kinds_of_rows_share_a_batch(tmp_path: Path) -> None:
         assert_near(together[row], alone, f"row {row}, {choice}")
     sampling = SamplingParams(max_tokens=6, ignore_eos=True)
     with Engine(model, EngineConfig()) as engine:
-        requests = [Request(row, adapters=c, sampling=sampling) for row, c in zip(IDS.tolist(), choices, strict=True)]
+        requests = requests_for(choices, sampling)
         answers = [list(result.token_ids) for result in engine.generate(requests)]
         assert answers == [list(engine.generate([request])[0].token_ids) for request in requests]
 

@@ -1,48 +1,64 @@
 """Mixtures from and to folders: the names of their experts in the store, and the experts' files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion, folder_fingerprint
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import AdapterChangedError, AdapterFormatError, MixtureError
+from loraplex.errors import AdapterChangedError, AdapterFormatError, ConfigError, MixtureError
 from loraplex.json_files import damaged_as
-from loraplex.xlora.formats.mixture_folder import Layout, MixtureFolder
+from loraplex.models.mixtures import AnyMixture
+from loraplex.routers.folder import write_router_folder
+from loraplex.routers.mixture import RoutedMixture
+from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.formats.write_folder import write_mixture_folder
-from loraplex.xlora.mixture import Mixture
 
 
 def expert_sources(
-    name: str, folder: MixtureFolder, experts: Mapping[str, str | Path | None] | None
+    name: str,
+    folders: Mapping[str, str | Path],  # of the experts that the mixture's folder has
+    expert_names: Sequence[str],
+    experts: Mapping[str, str | Path | None] | None,
 ) -> dict[str, str | Path | None]:
     """Where to load each expert from, by the name it gets in the store; None: it is there."""
     if experts is None:
-        return {f"{name}/{expert}": path for expert, path in folder.experts.items()}
-    if len(experts) != folder.num_experts:
+        return {f"{name}/{expert}": path for expert, path in folders.items()}
+    if len(experts) != len(expert_names):
         raise MixtureError(
             f"experts names {len(experts)} adapters, {list(experts)}, but the mixture {name!r} has "
-            f"{folder.num_experts}: {list(folder.expert_names)}. Name one for each, in this order."
+            f"{len(expert_names)}: {list(expert_names)}. Name one for each, in this order."
         )
     return dict(experts)
 
 
 def save_mixture(
-    mixture: Mixture,
+    mixture: AnyMixture,
     store: AdapterStore,
     folder: Path,
     *,
-    layout: Layout,
+    layout: Layout | None,
     base_model_name: str | None,
     overwrite: bool,
 ) -> None:
-    """Write head, configuration and experts; experts are named in the folder as before they were loaded from one."""
+    """Write head or router, configuration and experts; these are named as before they were loaded from a folder.
+
+    Raises ConfigError for a layout that the mixture can't have.
+    """
     experts = {
         expert.removeprefix(f"{mixture.name}/"): expert_at_rest(store.version(expert)) for expert in mixture.experts
     }
+    if isinstance(mixture, RoutedMixture):
+        if layout is not None:
+            raise ConfigError(
+                f"layout is {layout!r}, which is X-LoRA's, but mixture {mixture.name!r} has a router in each layer. "
+                "Leave layout out: it is written in loraplex's own format."
+            )
+        write_router_folder(folder, mixture, experts, base_model_name=base_model_name, overwrite=overwrite)
+        return
     write_mixture_folder(
         folder,
-        layout=layout,
+        layout=layout or "peft",
         config=mixture.config,
         hidden_size=mixture.head.hidden_size,
         head_state=mixture.head.state_dict(),

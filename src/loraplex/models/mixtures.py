@@ -3,12 +3,12 @@
 import copy
 import math
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.names import check_name
@@ -166,6 +166,7 @@ class Mixtures:
         config: RouterConfig,
         *,
         seed: int = 0,
+        read_router: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,  # None: random, from `seed`
         owned: Collection[str] = (),
     ) -> RoutedMixture:
         """Register a mixture whose gates each layer predicts, after everything about it was checked."""
@@ -179,6 +180,10 @@ class Mixtures:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             router = make_router(config, widths, len(experts))
+        if read_router is not None and isinstance(router, nn.Module):
+            router.load_state_dict(dict(read_router(dict(zip(paths, widths.values(), strict=True)))))
+        if isinstance(router, nn.Module):
+            router.to(self._base.device)
         mixture = RoutedMixture(
             name=name,
             experts=tuple(experts),

@@ -186,8 +186,14 @@ class MultiLoraModel:
         """
         self.mixtures.configure(name, settings)
 
-    def save_mixture(self, name: str, folder: str | Path, *, layout: Layout = "peft", overwrite: bool = False) -> None:
-        """Write a mixture, experts included, as a folder that PEFT or the original package reads."""
+    def save_mixture(
+        self, name: str, folder: str | Path, *, layout: Layout | None = None, overwrite: bool = False
+    ) -> None:
+        """Write a mixture, experts included.
+
+        An X-LoRA is written as a folder that PEFT ("peft", the default) or the original package ("xlora") reads, one
+        with a router in loraplex's own format.
+        """
         self.registry.save_mixture(name, Path(folder), layout=layout, overwrite=overwrite)
 
     def unload(self, name: str) -> None:

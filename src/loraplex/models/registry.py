@@ -1,6 +1,7 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from loraplex.residual.modules import Residual
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
 from loraplex.routers.config import ArrowConfig, RouterConfig
+from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_folder
 from loraplex.routers.general_knowledge import without_general
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.weight_provider import SlotWeightProvider
@@ -117,16 +119,8 @@ class Registry:
             {expert: self._factors_of(expert) for expert in experts},
             {expert: self._factors_of(expert) for expert in config.general_experts},
         )
-        loaded: list[str] = []
-        try:
-            for expert, adapter in made.items():
-                self.load_adapter(f"{name}/{expert}", adapter)
-                loaded.append(f"{name}/{expert}")
+        with self._loaded({f"{name}/{expert}": adapter for expert, adapter in made.items()}) as loaded:
             self.mixtures.add_routed(name, loaded, config, seed=seed, owned=loaded)
-        except BaseException:
-            for expert in loaded:
-                self.store.remove(expert)
-            raise
 
     def _factors_of(self, name: str) -> Adapter:
         found = expert_at_rest(self.store.version(name))
@@ -135,27 +129,42 @@ class Registry:
     def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
         self._check_new_mixture(name)
+        if is_router_folder(folder):
+            self._load_routed(name, read_router_folder(folder, find_experts=experts is None), experts)
+            return
         found = read_mixture_folder(folder, find_experts=experts is None, check=self.mixtures.check_head_size)
-        sources = expert_sources(name, found, experts)
-        loaded: list[str] = []
-        try:
-            for expert, path in sources.items():
-                if path is not None:
-                    self.load_adapter(expert, path)
-                    loaded.append(expert)
+        sources = expert_sources(name, found.experts, found.expert_names, experts)
+        with self._loaded(sources) as loaded:
             owned = loaded if experts is None else ()
             self.mixtures.add(
                 name, list(sources), found.config, head=found.head, hidden_size=found.hidden_size, owned=owned
             )
+
+    def _load_routed(self, name: str, found: RouterFolder, experts: Mapping[str, str | Path | None] | None) -> None:
+        sources = expert_sources(name, found.experts, tuple(found.experts), experts)
+        with self._loaded(sources) as loaded:
+            owned = loaded if experts is None else ()
+            self.mixtures.add_routed(name, list(sources), found.config, read_router=found.read_router, owned=owned)
+
+    @contextmanager
+    def _loaded(self, sources: Mapping[str, str | Path | Adapter | None]) -> Iterator[list[str]]:
+        """Load what isn't there yet; if the block fails, it goes again."""
+        loaded: list[str] = []
+        try:
+            for expert, source in sources.items():
+                if source is not None:
+                    self.load_adapter(expert, source)
+                    loaded.append(expert)
+            yield loaded
         except BaseException:
             for expert in loaded:
                 self.store.remove(expert)
             raise
 
-    def save_mixture(self, name: str, folder: Path, *, layout: Layout, overwrite: bool) -> None:
+    def save_mixture(self, name: str, folder: Path, *, layout: Layout | None, overwrite: bool) -> None:
         """Write a mixture and its experts."""
         save_mixture(
-            self.mixtures.xlora(name),
+            self.mixtures.get(name),
             self.store,
             folder,
             layout=layout,
