@@ -270,6 +270,8 @@ class MultiLoraModel:
             attention=attention,
             generates=False,
         )
+        if return_scalings:
+            self.mixtures.check_told(call.links)
         return self._run(call, self.base, return_scalings)
 
     __call__ = forward
@@ -313,6 +315,8 @@ class MultiLoraModel:
             fast_decode=self._fast_decode,
         )
         _ = call.row_ends
+        if return_scalings:
+            self.mixtures.check_told(call.links)
         prepared = "" if packed is False else self._packed_call(call)
         if not isinstance(prepared, str):
             return self._run_packed(prepared)

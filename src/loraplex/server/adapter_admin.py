@@ -11,6 +11,7 @@ from fastapi import Request
 from loraplex.adapters.store.version import AdapterState
 from loraplex.errors import LoraplexError
 from loraplex.residual.format import is_residual_folder
+from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status
 from loraplex.server.auth.access import Entry, Kind
 from loraplex.server.auth.path_sandbox import AdapterRoots
@@ -137,7 +138,8 @@ class AdapterLibrary:
 
     def _load_mixture(self, name: str, folder: Path, sources: Mapping[str, Path | None] | None) -> None:
         if sources is None:
-            for expert, path in read_mixture_folder(folder).experts.items():
+            found = read_router_folder(folder) if is_router_folder(folder) else read_mixture_folder(folder)
+            for expert, path in found.experts.items():
                 self._principal.check_load(f"{name}/{expert}")
                 if not self._roots.contains(path):
                     message = f"the folder names its expert {expert!r} in a place that is not below adapter_roots."
@@ -185,4 +187,4 @@ def _kind_of(folder: Path) -> Kind:
     """What a folder holds."""
     if is_residual_folder(folder):
         return "residual"
-    return "mixture" if is_mixture_folder(folder) else "adapter"
+    return "mixture" if is_router_folder(folder) or is_mixture_folder(folder) else "adapter"

@@ -15,6 +15,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CapacityError, MixtureError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
+from loraplex.routers.folder import is_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
@@ -76,6 +77,12 @@ class LinkLoader:
 
     def load(self, lora_id: int, wanted: Wanted) -> LinkedLora:
         """One LoRA for all folders of a link. Raises what is wrong with them, before anything is changed."""
+        for folder, _ in wanted:
+            if is_router_folder(folder):
+                raise UnsupportedAdapterError(
+                    f"the mixture in {str(folder)!r} has a router in each layer, which the plugin doesn't serve. Serve "
+                    "it with `loraplex serve`, or use an X-LoRA mixture."
+                )
         mixtures = {i: read_mixture_folder(folder) for i, (folder, _) in enumerate(wanted) if is_mixture_folder(folder)}
         self._check_mixtures(list(mixtures.values()), wanted)
         members: list[tuple[Adapter, float]] = []

@@ -63,6 +63,8 @@ class InputProcessor:
             lengths=self._capacity.lengths,
         )
         self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
+        if request.return_scalings:
+            self._model.mixtures.check_told([others])
         mixtures = [mixture for name, _ in others if isinstance(mixture := found.get(name), Mixture)]
         self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
