@@ -98,7 +98,7 @@ def test_adapters_are_right_however_many_threads_share_them(tiling):
         expected[s.start : s.stop] += (
             s.gates[:, None].double() * (x[s.start : s.stop].double() @ s.lora_a.double().t()) @ s.lora_b.double()
         )
-    adapters = (table, torch.full((len(ranks), 1), 0.5), 0, segments, gates)
+    adapters = (table, torch.full((len(ranks), 1), 0.5), 0, segments, gates, ())
     before, results = torch.get_num_threads(), []
     try:
         for num_threads in (1, 2, 3, 5):

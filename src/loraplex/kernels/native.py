@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -35,9 +35,10 @@ def gated_lora_native(
     module: int,
     segments: Tensor,  # [n, 4]  int64: start, stop, slot, first gate
     gates: Tensor,  # [..]  float32
+    routing: Sequence[Tensor] = (),  # what predicts gates in the call: RoutingPlan.routing
 ) -> Tensor:
     """Add every segment's adapter: y[t] += gates[t] * scaling * lora_b^T lora_a x[t]."""
-    torch.ops.loraplex.gated_lora_.default(y, x, table, scalings, module, segments, gates)
+    torch.ops.loraplex.gated_lora_.default(y, x, table, scalings, module, segments, gates, routing)
     return y
 
 
@@ -50,6 +51,8 @@ def gated_linear_native(
     module: int,
     segments: Tensor,
     gates: Tensor,
+    routing: Sequence[Tensor] = (),
+    *,
     float_sums: bool = False,
 ) -> Tensor:  # [.., out]  of x's dtype, or float32 with `float_sums`: what would be rounded to it
     """The base product and the adapters in one call: W x[t] + bias + the sum that `gated_lora_native` adds.
@@ -57,8 +60,9 @@ def gated_linear_native(
     For few tokens: the weights are read once for all of them, and a token's result has the same bits in any batch.
     """
     if isinstance(weight, PackedWeight):
-        return packed_linear(x, weight, bias, (table, scalings, module, segments, gates), float_sums=float_sums)
-    return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates, float_sums)
+        adapters = (table, scalings, module, segments, gates, routing)
+        return packed_linear(x, weight, bias, adapters, float_sums=float_sums)
+    return _gated_linear()(x, weight, bias, table, scalings, module, segments, gates, routing, float_sums)
 
 
 def attend_rows_native(

@@ -20,6 +20,9 @@ _TILES = 2  # AMX, of the ways in tiles.h
 _TILE_OUT, _TILE_IN = 16, 32  # values of W in a tile
 TILE_TOKENS = 16  # in a tile of x
 
+# What the compiled products take of adapters: table, scalings, module, segments, gates, routing (see native.py).
+Adapters = tuple[Tensor, Tensor, int, Tensor, Tensor, Sequence[Tensor]]
+
 
 def packed_size(out: int, in_: int) -> int:
     """How many values a packed weight [out, in] has: whole tiles."""
@@ -131,7 +134,7 @@ def packed_linear(
     x: Tensor,  # [.., in]
     weight: PackedWeight,  # [out, in]
     bias: Tensor | None,  # [out]
-    adapters: "tuple[Tensor, Tensor, int, Tensor, Tensor] | None" = None,  # table, scalings, module, segments, gates
+    adapters: "Adapters | None" = None,
     *,
     float_sums: bool = False,
     tiling: int = -1,  # one of tiles.h; -1: the fastest that this machine has
@@ -147,10 +150,10 @@ def _operator() -> Callable[..., Tensor]:
 
 
 @cache
-def no_adapters() -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
-    """The kernel's arguments for no adapter: table, scalings, module, segments, gates."""
+def no_adapters() -> Adapters:
+    """The kernel's arguments for no adapter."""
     empty = torch.zeros(0, 4, dtype=torch.int64)
-    return torch.zeros(1, 1, 3, dtype=torch.int64), torch.zeros(1, 1), 0, empty, torch.zeros(0)
+    return torch.zeros(1, 1, 3, dtype=torch.int64), torch.zeros(1, 1), 0, empty, torch.zeros(0), ()
 
 
 # Modules

@@ -90,10 +90,11 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
     Whether adapters train is for their bank to say: the base model is in evaluation mode even then. Adapters in
     training are float32 whatever the base's dtype, which only the segmented kernel takes.
     """
-    plan.route(module, x)
     training = plan.bank.trainable
     needs_grad = gradients_flow(x, y, plan)
     kernel = plan.kernel(x, needs_grad=needs_grad)
+    if plan.is_routed and kernel != "native":
+        plan.route(module, x)
     if plan.has_dora_scale(module):
         y = add_dora_scales(module, y, y.clone(), plan, bias=bias)
     y = y.contiguous()

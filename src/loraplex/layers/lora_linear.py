@@ -70,14 +70,15 @@ class LoraLinear(nn.Linear):
     def decode(self, x: Tensor, plan: RoutingPlan, *, float_sums: bool = False) -> Tensor:
         """Base product and adapters in the compiled kernel; with `float_sums`, in float32 whatever x is."""
         index = self.lora_index
-        plan.route(index, x)
         if not plan.has_dora_scale(index):
-            return gated_linear_native(x, self.decoding_weight, self.bias, *plan.native_arguments(index), float_sums)
+            adapters = plan.native_arguments(index)
+            return gated_linear_native(x, self.decoding_weight, self.bias, *adapters, float_sums=float_sums)
         # DoRA needs the base output by itself. It is not torch's: the bits of other rows must not tell who is there.
-        table, scalings, _, rows, gates = plan.native_arguments(index)
-        y = gated_linear_native(x, self.decoding_weight, self.bias, table, scalings, index, rows[:0], gates, float_sums)
+        table, scalings, _, rows, gates, routing = plan.native_arguments(index)
+        none = (table, scalings, index, rows[:0], gates)
+        y = gated_linear_native(x, self.decoding_weight, self.bias, *none, float_sums=float_sums)
         y = add_dora_scales(index, y, y, plan, bias=self.bias)
-        return gated_lora_native(y, x, table, scalings, index, rows, gates)
+        return gated_lora_native(y, x, table, scalings, index, rows, gates, routing)
 
 
 def run_together(modules: Sequence[LoraLinear], x: Tensor, plan: RoutingPlan) -> list[Tensor]:

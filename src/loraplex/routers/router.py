@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.routers.config import ArrowConfig, LinearRouterConfig, RouterConfig, SpectrConfig, StaticRouterConfig
-from loraplex.routing.token_router import TokenRouter
+from loraplex.routing.token_router import NativeRouter, TokenRouter
 
 Experts = Sequence[SlotWeights | None]
+Layers = Sequence[Mapping[int, SlotWeights]]  # of each expert, by module
 Made = TypeVar("Made")
 
 _POWER_STEPS = 15  # PEFT's
 _EPS = 1e-8  # PEFT's
 
 _NOT_THERE = float("-inf")
+_ARROW, _SPECTR, _LINEAR, _SIGMOID, _STATIC = range(5)  # RouterKind in kernels/csrc/router.h
 
 
 class ArrowRouter:
@@ -25,6 +27,13 @@ class ArrowRouter:
     def __init__(self, config: ArrowConfig) -> None:
         self.config = config
         self._prototypes = _Kept(lambda experts: _prototypes(experts, config.rng_seed))
+        self._native = NativeKept(_ARROW, config.top_k, config.temperature, self._in_rank_space)
+
+    def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
+        return self._native.of(experts, num_modules)
+
+    def _in_rank_space(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [rank]
+        return _prototype(expert, self.config.rng_seed)[1] / expert.scaling
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -38,6 +47,12 @@ class SpectrRouter:
     def __init__(self, config: SpectrConfig) -> None:
         self.config = config
         self._grams = _Kept(_grams)
+        self._native = NativeKept(
+            _SPECTR, config.top_k, config.temperature, lambda module, expert, place: _gram(expert) / expert.scaling**2
+        )
+
+    def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
+        return self._native.of(experts, num_modules)
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -61,6 +76,15 @@ class LinearRouter(nn.Module):
             nn.Parameter(torch.randn(num_experts, width) / width**0.5) for width in widths.values()
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_experts)) for _ in widths)
+        kind = _SIGMOID if config.activation == "sigmoid" else _LINEAR
+        self._native = NativeKept(kind, config.top_k, config.temperature, self._row, top_p=config.top_p)
+
+    def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
+        return self._native.of(experts, num_modules, version=tuple(p._version for p in self.parameters()))
+
+    def _row(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [in + 1]
+        layer = self._place[module]
+        return torch.cat([self.weights[layer][place], self.biases[layer][place : place + 1]]).detach()
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -83,6 +107,12 @@ class StaticRouter:
         gates = torch.tensor(config.gates, dtype=torch.float32)  # [experts] or [LoRA layers, experts]
         self._gates = gates.expand(len(modules), -1) if gates.ndim == 1 else gates
         self._place = {module: place for place, module in enumerate(modules)}
+        self._native = NativeKept(
+            _STATIC, None, 1.0, lambda module, _, place: self._gates[self._place[module], place : place + 1]
+        )
+
+    def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
+        return self._native.of(experts, num_modules)
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -141,22 +171,59 @@ class _Kept(Generic[Made]):
         return known[1]
 
 
+class NativeKept:
+    """A router for the compiled kernel, kept as long as the experts and what it was made of are the same."""
+
+    def __init__(
+        self,
+        kind: int,
+        top_k: int | None,
+        temperature: float,
+        parameters: Callable[[int, SlotWeights, int], Tensor],  # of a module's expert, which has a place
+        *,
+        top_p: float | None = None,
+    ) -> None:
+        self._settings = (kind, top_k or 0, temperature, top_p or 0.0)
+        self._parameters = parameters
+        self._known: tuple[Layers, object, NativeRouter | None] | None = None
+
+    def of(self, experts: Layers, num_modules: int, version: object = None) -> NativeRouter | None:
+        """For these experts; None where a scaling is 0, which leaves nothing of what scores are read from."""
+        known = self._known
+        if known is None or known[1] != version or any(a is not b for a, b in zip(known[0], experts, strict=True)):
+            with torch.no_grad():
+                known = self._known = (tuple(experts), version, self._make(experts, num_modules))
+        return known[2]
+
+    def _make(self, experts: Layers, num_modules: int) -> NativeRouter | None:
+        addresses, kept = torch.zeros(len(experts), num_modules, dtype=torch.int64), []
+        for place, layers in enumerate(experts):
+            for module, weights in layers.items():
+                if weights.scaling == 0:
+                    return None
+                parameters = self._parameters(module, weights, place).float().contiguous()
+                addresses[place, module] = parameters.data_ptr()
+                kept.append(parameters)
+        return NativeRouter(*self._settings, addresses, kept)
+
+
 def _prototypes(experts: Experts, seed: int) -> Tensor:  # [experts, in]
-    """The first right singular vector of each expert's B A, as PEFT's power method has it after its steps."""
     width = next(expert.lora_a.shape[1] for expert in experts if expert is not None)
-    rows = []
-    for expert in experts:
-        if expert is None:
-            rows.append(torch.zeros(width))
-            continue
-        a, gram = expert.lora_a.float(), _gram(expert)
-        v = torch.randn(width, generator=torch.Generator(device=a.device.type).manual_seed(seed), device=a.device)
-        v = v / (v.norm() + _EPS)
-        for _ in range(_POWER_STEPS):
-            w = a.t() @ (gram @ (a @ v))
-            v = w / (w.norm() + _EPS)
-        rows.append(v)
-    return torch.stack(rows)
+    return torch.stack([torch.zeros(width) if expert is None else _prototype(expert, seed)[0] for expert in experts])
+
+
+def _prototype(expert: SlotWeights, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]
+    """The first right singular vector of an expert's B A, v = A'c, and c, as PEFT's power method has them."""
+    a, gram = expert.lora_a.float(), _gram(expert)
+    v = torch.randn(a.shape[1], generator=torch.Generator(device=a.device.type).manual_seed(seed), device=a.device)
+    v = v / (v.norm() + _EPS)
+    c = v.new_zeros(len(a))
+    for _ in range(_POWER_STEPS):
+        c = gram @ (a @ v)
+        w = a.t() @ c
+        norm = w.norm() + _EPS
+        v, c = w / norm, c / norm
+    return v, c
 
 
 def _grams(experts: Experts) -> list[Tensor]:

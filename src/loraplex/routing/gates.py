@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex.routing.layer_gates import GateColumn, LayerGates
-from loraplex.routing.segments import Segment
+from loraplex.routing.segments import RoutedGate, Segment
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -47,11 +47,11 @@ def gates_of_segments(segments: Sequence[Segment], bank: WeightProvider, layer_g
 
 
 def gate_row(segments: Sequence[Segment], bank: WeightProvider) -> Tensor:  # [gates]  float32
-    """The gates that segments say themselves, on the device of the weights; 0 for experts."""
+    """The gates that segments say themselves, on the device of the weights; 0 for experts, 1 for routed ones."""
     parts = [
         segment.gate
         if isinstance(segment.gate, Tensor)
-        else torch.full((segment.stop - segment.start,), segment.gate if isinstance(segment.gate, float) else 0.0)
+        else torch.full((segment.stop - segment.start,), _number(segment))
         for segment in segments
     ]
     table = bank.native_table()
@@ -64,6 +64,12 @@ def gate_row(segments: Sequence[Segment], bank: WeightProvider) -> Tensor:  # [g
 def _own_gate(segment: Segment) -> float | Tensor:
     assert isinstance(segment.gate, float | int | Tensor), "an expert's segment was planned without what predicts gates"
     return segment.gate
+
+
+def _number(segment: Segment) -> float:
+    if isinstance(segment.gate, RoutedGate):
+        return 1.0
+    return segment.gate if isinstance(segment.gate, float) else 0.0
 
 
 class FixedGates:

@@ -13,14 +13,15 @@ from loraplex.kernels.dispatch import (
     choose_training_kernel,
     native_runs,
 )
+from loraplex.kernels.packed_weight import Adapters
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
 from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
-from loraplex.routing.segments import Segment, join_neighbours
-from loraplex.routing.token_router import RoutedGate, RoutedGates
+from loraplex.routing.segments import RoutedGate, Segment, join_neighbours
+from loraplex.routing.token_router import RoutedGates, RoutedRow, native_routing
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -57,7 +58,7 @@ class RoutingPlan:
         for slot in {segment.slot for segment in self.segments}:
             self._adapted.update(bank.layers(slot))
             self._gained.update(bank.dora_scaled(slot))
-        self._native_arguments: dict[int, tuple[Tensor, Tensor, int, Tensor, Tensor]] = {}
+        self._native_arguments: dict[int, Adapters] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and bank.native_table() is not None
         self._batch_invariant = batch_invariant
@@ -70,7 +71,7 @@ class RoutingPlan:
         return self._routed is not None
 
     def route(self, module: int, x: Tensor) -> None:  # [.., in]
-        """Predict the gates of one module for its input."""
+        """Predict the gates of one module for its input; for kernels that don't do it themselves."""
         if self._routed is not None:
             self._routed.prepare(module, x.reshape(-1, x.shape[-1]))
 
@@ -98,7 +99,7 @@ class RoutingPlan:
             has_dropout = any(self.bank.dropout(segment.slot)[0] > 0 for segment in self.segments)
             return choose_training_kernel(x.device, x.dtype, has_dropout=has_dropout)
         if self._kernel is None:
-            has_table = self.bank.native_table() is not None
+            has_table = self.bank.native_table() is not None and self.routes_in_call
             self._kernel = choose_kernel(x.device, x.dtype, self.tokens_per_row, has_table=has_table)
         return self._kernel
 
@@ -115,17 +116,28 @@ class RoutingPlan:
         number of tokens: another product has other bits.
         """
         if self._native_runs is None:
-            self._native_runs = self._fast_decode and native_runs(x.device, x.dtype)
+            self._native_runs = self._fast_decode and self.routes_in_call and native_runs(x.device, x.dtype)
         fits = self._batch_invariant or self.num_tokens <= max_tokens
         return self._native_runs and fits and not torch.is_grad_enabled()
 
-    def native_arguments(self, module: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    def native_arguments(self, module: int) -> Adapters:
         """What the compiled kernel takes of this plan for one module; kept, since every decoding step asks for it."""
-        gates = self.gates.of_module(module)  # which also brings the kept tensor up to date
+        # Which also brings the kept tensor up to date.
+        gates = self.gates.of_module(module) if self._routed is None else self._routed.unrouted(module)
         known = self._native_arguments.get(module)
         if known is None:
-            known = self._native_arguments[module] = (*self.table, module, self.rows, gates)
+            known = self._native_arguments[module] = (*self.table, module, self.rows, gates, self.routing)
         return known
+
+    @cached_property
+    def routing(self) -> tuple[Tensor, ...]:
+        """What the compiled kernel takes of the routers; empty without one, or where it can't run one."""
+        return () if self._routed is None else native_routing(self._rows_and_experts[1], self.bank)
+
+    @property
+    def routes_in_call(self) -> bool:
+        """Whether the compiled kernel runs the plan's routers, if there are any."""
+        return self._routed is None or bool(self.routing)
 
     @cached_property
     def table(self) -> tuple[Tensor, Tensor]:
@@ -156,15 +168,28 @@ class RoutingPlan:
     @cached_property
     def row_list(self) -> list[list[int]]:
         """Start, stop, slot and first gate of each segment; neighbours of one slot are one, which changes no bits."""
-        first = 0
+        return self._rows_and_experts[0]
+
+    @cached_property
+    def _rows_and_experts(self) -> tuple[list[list[int]], list[RoutedRow]]:
+        """The rows, and those among them that are experts' of routers."""
+        first, last = 0, None
         rows: list[list[int]] = []
+        routed: dict[int, RoutedGate] = {}
         for segment in self.segments:
-            if rows and rows[-1][1:3] == [segment.start, segment.slot]:
+            router = segment.gate if isinstance(segment.gate, RoutedGate) else None
+            if rows and rows[-1][1:3] == [segment.start, segment.slot] and last == router:
                 rows[-1][1] = segment.stop
             else:
+                if router is not None:
+                    routed[len(rows)] = router
                 rows.append([segment.start, segment.stop, segment.slot, first])
-            first += segment.stop - segment.start
-        return rows
+            first, last = first + segment.stop - segment.start, router
+        experts = []
+        for row, gate in routed.items():
+            start, stop, slot, _ = rows[row]
+            experts.append(RoutedRow(row, start, stop, slot, gate))
+        return rows, experts
 
     def weights_of(self, module: int) -> list[tuple[Segment, SlotWeights]]:
         """The segments whose adapters adapt `module`, with the weights they have there."""

@@ -7,8 +7,8 @@ from loraplex.errors import BatchError
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
-from loraplex.routing.segments import Segment
-from loraplex.routing.token_router import RoutedGate, TokenRouter
+from loraplex.routing.segments import RoutedGate, Segment
+from loraplex.routing.token_router import TokenRouter
 from loraplex.routing.weight_provider import WeightProvider
 
 _MAX_PLANS = 64  # a layer that sees what is in the cache has another layout in every step

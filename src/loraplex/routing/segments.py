@@ -8,7 +8,15 @@ from torch import Tensor
 from loraplex.routing.layer_gates import GateColumn
 
 if TYPE_CHECKING:
-    from loraplex.routing.token_router import RoutedGate
+    from loraplex.routing.token_router import TokenRouter
+
+
+class RoutedGate(NamedTuple):
+    """The gate of a segment of one expert: what the router predicts for it, times the weight in the row's link."""
+
+    router: "TokenRouter"
+    expert: int  # its place in the mixture
+    weight: float
 
 
 class Segment(NamedTuple):
@@ -18,7 +26,7 @@ class Segment(NamedTuple):
     stop: int
     slot: int
     # Or [stop - start], float32; or what a mixture predicts for an expert: before the pass, or in each layer.
-    gate: "float | Tensor | GateColumn | RoutedGate" = 1.0
+    gate: float | Tensor | GateColumn | RoutedGate = 1.0
 
 
 def join_neighbours(segments: Sequence[Segment]) -> list[Segment]:

@@ -1,6 +1,6 @@
 """Gates that a LoRA layer predicts from its own input: experts of mixtures that need no second pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -8,24 +8,61 @@ from torch import Tensor
 
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.routing.gates import Gates
-from loraplex.routing.segments import Segment
+from loraplex.routing.segments import RoutedGate, Segment
 from loraplex.routing.weight_provider import WeightProvider
+
+
+class NativeRouter(NamedTuple):
+    """A router as the compiled kernel takes it (kernels/csrc/router.h)."""
+
+    kind: int
+    top_k: int  # 0: all experts
+    temperature: float
+    top_p: float  # 0: all experts
+    addresses: Tensor  # [experts, modules]  int64: of float32 parameters; 0: the expert doesn't adapt the module
+    kept: object  # what is there
 
 
 class TokenRouter(Protocol):
     """What predicts the gates of a mixture's experts."""
+
+    def native(self, experts: Sequence[Mapping[int, SlotWeights]], num_modules: int) -> NativeRouter | None:
+        """The router for experts with these weights by module; None where the compiled kernel can't run it."""
+        ...
 
     def gates(self, module: int, x: Tensor, experts: Sequence[SlotWeights | None]) -> Tensor:
         """The gates [tokens, experts], float32, for a module's input x [tokens, in]; None: doesn't adapt the module."""
         ...
 
 
-class RoutedGate(NamedTuple):
-    """The gate of a segment of one expert: what the router predicts for it, times the weight in the row's link."""
+class RoutedRow(NamedTuple):
+    """A segment of an expert, as a row of the plan's list."""
 
-    router: TokenRouter
-    expert: int  # its place in the mixture
-    weight: float
+    row: int
+    start: int
+    stop: int
+    slot: int
+    gate: RoutedGate
+
+
+def native_routing(rows: Sequence[RoutedRow], bank: WeightProvider) -> tuple[Tensor, ...]:
+    """The experts' rows as the compiled kernel takes them (arguments.h); none where it can't run a router."""
+    table = bank.native_table()
+    if table is None or table[0].device.type != "cpu" or not rows:
+        return ()
+    groups: dict[tuple[TokenRouter, float, int, int], list[RoutedRow]] = {}
+    for row in rows:
+        groups.setdefault((row.gate.router, row.gate.weight, row.start, row.stop), []).append(row)
+    places, settings, parameters = [], [], []
+    for number, members in enumerate(groups.values()):
+        members.sort(key=lambda row: row.gate.expert)
+        found = members[0].gate.router.native([bank.layers(row.slot) for row in members], table[0].shape[1])
+        if found is None or len(found.addresses) != len(members):
+            return ()
+        places += [(row.row, number, found.kind, found.top_k) for row in members]
+        settings += [(found.temperature, found.top_p, row.gate.weight) for row in members]
+        parameters.append(found.addresses)
+    return torch.tensor(places), torch.tensor(settings, dtype=torch.float32), torch.cat(parameters)
 
 
 class _Place(NamedTuple):
@@ -83,7 +120,12 @@ class RoutedGates:
                     _put(row, gates[:, column], by_expert[expert])
 
     def all(self) -> Tensor:
-        raise AssertionError("a plan with a router runs module by module")
+        """Those that no router predicts, and 1 for the others, which the compiled kernel multiplies."""
+        return self._others.all()
+
+    def unrouted(self, module: int) -> Tensor:
+        """The same for one module."""
+        return self._others.of_module(module)
 
     def of_module(self, module: int) -> Tensor:
         return self._row(module)

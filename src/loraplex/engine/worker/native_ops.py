@@ -1,5 +1,6 @@
 """The compiled operators of packed passes; `native_available` says whether they can run."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -102,9 +103,10 @@ def decode_layers(
     scalings: Tensor,
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
+    routing: Sequence[Tensor],
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; layers and constants come from layer_record.py."""
     where = (table, rows, positions)
-    adapters = (adapter_table, scalings, segments, gates)
+    adapters = (adapter_table, scalings, segments, gates, routing)
     described = (layers, constants, *cache_sizes, rotary, rotary_kinds)
     return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters)

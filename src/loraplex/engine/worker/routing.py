@@ -12,8 +12,7 @@ from loraplex.routing.gates import TableGates, gate_row
 from loraplex.routing.layer_gates import GateColumn
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
-from loraplex.routing.segments import Segment
-from loraplex.routing.token_router import RoutedGate
+from loraplex.routing.segments import RoutedGate, Segment
 from loraplex.routing.weight_provider import WeightProvider
 
 

@@ -6,6 +6,7 @@
 // copied, and each active adapter's bytes are read once. Two phases, each split over threads:
 //   shrink  h = gate * scaling * lora_a x      over (segment, block of rank rows, chunk of tokens)
 //   expand  y += h lora_b                      over output columns, so that no two threads write one value
+// Where a mixture's router gates its experts (router.h), a step between them does so, over tokens.
 // Sums are float32 whatever the weights are, in an order that depends on a token's own values only: it has the same
 // bits whether it runs beside other tokens or alone.
 #pragma once
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "router.h"
 
 namespace loraplex {
 
@@ -144,6 +146,7 @@ void expand_columns(const Segment& s, int64_t begin, int64_t end, const float* h
 // What one module's adapters have to do for one batch.
 struct Adapters {
   std::vector<Segment> segments;
+  std::vector<RouteGroup> routes;  // of experts among the segments, whose own gates are 1
   int64_t num_units = 0;   // blocks of rank rows for chunks of tokens
   int64_t cost = 0;        // of all units
   int64_t num_hidden = 0;  // floats of h
@@ -184,6 +187,23 @@ struct Adapters {
       if (chunk == 0 || unit == begin) ahead.ask_bytes(kRows * in * sizeof(T));
       const int64_t first = s.start + chunk * kChunk;
       shrink_block<T>(s, block * kRows, first, std::min(first + kChunk, s.stop), x, in, hidden);
+    }
+  }
+
+  // Thread i of n gates its share of the routed tokens; x [tokens, in] is what `shrink` read.
+  template <typename T>
+  void route(int64_t i, int64_t n, const T* x, int64_t in, float* hidden) const {
+    thread_local std::vector<float> gates;
+    thread_local std::vector<int> order;
+    int64_t total = 0, before = 0;
+    for (const RouteGroup& group : routes) total += group.stop - group.start;
+    const int64_t begin = total * i / n, end = total * (i + 1) / n;
+    for (const RouteGroup& group : routes) {
+      const int64_t count = group.stop - group.start;
+      for (int64_t t = std::max(begin - before, int64_t{0}); t < std::min(end - before, count); ++t) {
+        group.run(group.start + t, x + (group.start + t) * in, in, hidden, gates, order);
+      }
+      before += count;
     }
   }
 

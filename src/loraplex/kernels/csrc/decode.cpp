@@ -123,7 +123,8 @@ void decode(loraplex::Decoder<T>& decoder, at::Tensor& out) {
 
 // Of all modules of a layer, in the order of their roles.
 void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& record, const at::Tensor& table,
-                  const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates, int64_t num_tokens) {
+                  const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates, int64_t num_tokens,
+                  at::TensorList routing) {
   for (int role = 0; role < kRoles; ++role) {
     if (segments.size(0) == 0 || !record.has_module(role)) {
       adapters.emplace_back();
@@ -133,7 +134,7 @@ void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& 
     TORCH_CHECK(module >= 0 && module < table.size(1) && (gates.size(0) == 1 || module < gates.size(0)),
                 "there is no module ", module);
     const float* row = gates.const_data_ptr<float>() + (gates.size(0) == 1 ? 0 : module * gates.size(1));
-    adapters.push_back(read_adapters(table, scalings, module, segments, row, num_tokens));
+    adapters.push_back(read_adapters(table, scalings, module, segments, row, num_tokens, routing));
   }
 }
 
@@ -143,7 +144,8 @@ void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& 
 at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at::Tensor& constants, int64_t num_blocks,
                          int64_t block_tokens, at::TensorList rotary, at::IntArrayRef kinds, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
-                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates) {
+                         const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
+                         at::TensorList routing) {
   check_input(x, x);
   for (const at::Tensor& values : rotary) {
     TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
@@ -187,7 +189,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
         layer.cos = cos.const_data_ptr<float>();
         layer.sin = sin.const_data_ptr<float>();
       }
-      add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens);
+      add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens, routing);
       decoder.layers.push_back(layer);
     }
     find_prompts(decoder);
@@ -202,7 +204,7 @@ TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int num_blocks, int block_tokens, Tensor[] rotary, "
       "int[] kinds, Tensor table, Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, "
-      "Tensor segments, Tensor gates) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

@@ -117,6 +117,14 @@ struct Decoder {
       space += own.num_hidden;
     });
     wait();
+    bool is_routed = false;
+    space = rank_space;
+    each_module([&](Role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t, int64_t) {
+      if (!own.routes.empty()) own.route<T>(i, n, input, module.in, space);
+      is_routed = is_routed || !own.routes.empty();
+      space += own.num_hidden;
+    });
+    if (is_routed) wait();
     space = rank_space;
     each_module([&](Role role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
       own.expand<T>(begin, end, space, made[role], module.out, ahead);

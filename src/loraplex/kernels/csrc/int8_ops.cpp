@@ -77,7 +77,8 @@ void run_int8(const at::Tensor& x, const at::Tensor& packed, const std::optional
 at::Tensor gated_int8_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out, int64_t in, int64_t group,
                              const std::optional<at::Tensor>& bias, const at::Tensor& table,
                              const at::Tensor& scalings, int64_t module, const at::Tensor& segments,
-                             const at::Tensor& gates, bool float_sums, int64_t tiling) {
+                             const at::Tensor& gates, at::TensorList routing, bool float_sums,
+                             int64_t tiling) {
   check_packed(packed, layout_of(out, in, group));
   check_input(x, bias.has_value() ? *bias : x);
   TORCH_CHECK(x.size(-1) == in && x.scalar_type() == at::kBFloat16, "x has shape ", x.sizes(), " and dtype ",
@@ -90,7 +91,8 @@ at::Tensor gated_int8_linear(const at::Tensor& x, const at::Tensor& packed, int6
   shape.back() = out;
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
   const int64_t num_tokens = x.numel() / in;
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens,
+                                          routing);
   const Tiling way = tiling < 0 ? loraplex::best_int8_tiling() : static_cast<Tiling>(tiling);
   if (float_sums) {
     run_int8<float>(x, packed, bias, y, adapters, group, way);
@@ -108,7 +110,8 @@ TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def("unpack_int8(Tensor packed, int out, int in_, int group) -> (Tensor, Tensor)");
   m.def(
       "gated_int8_linear(Tensor x, Tensor packed, int out, int in_, int group, Tensor? bias, Tensor table, "
-      "Tensor scalings, int module, Tensor segments, Tensor gates, bool float_sums=False, int tiling=-1) -> Tensor");
+      "Tensor scalings, int module, Tensor segments, Tensor gates, Tensor[] routing, "
+      "bool float_sums=False, int tiling=-1) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) {

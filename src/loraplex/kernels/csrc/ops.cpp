@@ -40,11 +40,12 @@ void dispatch(const at::Tensor& x, const at::Tensor* weight, const std::optional
 
 // y [.., out] += the adapters' part for x [.., in].
 void gated_lora_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& scalings,
-                 int64_t module, const at::Tensor& segments, const at::Tensor& gates) {
+                 int64_t module, const at::Tensor& segments, const at::Tensor& gates, at::TensorList routing) {
   check_output(x, y);
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
   TORCH_CHECK(y.numel() == num_tokens * y.size(-1), "x and y differ in their number of tokens");
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens,
+                                          routing);
   if (adapters.segments.empty()) return;
   dispatch(x, nullptr, std::nullopt, y, adapters);
 }
@@ -52,7 +53,8 @@ void gated_lora_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, co
 // y [.., out] = x [.., in] weight^T + bias + the adapters' part; with float_sums, y is float32 whatever x is.
 at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         const at::Tensor& table, const at::Tensor& scalings, int64_t module,
-                        const at::Tensor& segments, const at::Tensor& gates, bool float_sums) {
+                        const at::Tensor& segments, const at::Tensor& gates, at::TensorList routing,
+                        bool float_sums) {
   check_input(x, weight);
   TORCH_CHECK(x.size(-1) == weight.size(1), "x has ", x.size(-1), " features, the weight takes ", weight.size(1));
   if (bias.has_value()) check_input(x, *bias);
@@ -60,7 +62,8 @@ at::Tensor gated_linear(const at::Tensor& x, const at::Tensor& weight, const std
   shape.back() = weight.size(0);
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
   const int64_t num_tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), num_tokens,
+                                          routing);
   dispatch(x, &weight, bias, y, adapters);
   return y;
 }
@@ -78,7 +81,7 @@ void run_packed(const at::Tensor& x, const at::Tensor& packed, const std::option
 at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t out, int64_t in,
                                const std::optional<at::Tensor>& bias, const at::Tensor& table,
                                const at::Tensor& scalings, int64_t module, const at::Tensor& segments,
-                               const at::Tensor& gates, bool float_sums, int64_t tiling) {
+                               const at::Tensor& gates, at::TensorList routing, bool float_sums, int64_t tiling) {
   check_input(x, packed);
   if (bias.has_value()) check_input(x, *bias);
   TORCH_CHECK(x.size(-1) == in && in > 0, "x has shape ", x.sizes(), ", but the weight takes ", in, " values");
@@ -87,7 +90,8 @@ at::Tensor gated_packed_linear(const at::Tensor& x, const at::Tensor& packed, in
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out;
   at::Tensor y = at::empty(shape, float_sums ? x.options().dtype(at::kFloat) : x.options());
-  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), x.numel() / in);
+  const Adapters adapters = read_adapters(table, scalings, module, segments, gates.const_data_ptr<float>(), x.numel() / in,
+                                          routing);
   const loraplex::Tiling way = loraplex::tiling_of(tiling);
   if (float_sums) {
     run_packed<float>(x, packed, bias, y, adapters, way);
@@ -293,13 +297,13 @@ void rotate_(at::Tensor& query, at::Tensor& key, const at::Tensor& cos, const at
 TORCH_LIBRARY(loraplex, m) {
   m.def(
       "gated_lora_(Tensor(a!) y, Tensor x, Tensor table, Tensor scalings, int module, Tensor segments, "
-      "Tensor gates) -> ()");
+      "Tensor gates, Tensor[] routing) -> ()");
   m.def(
       "gated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor scalings, int module, "
-      "Tensor segments, Tensor gates, bool float_sums=False) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing, bool float_sums=False) -> Tensor");
   m.def(
       "gated_packed_linear(Tensor x, Tensor packed, int out, int in_, Tensor? bias, Tensor table, Tensor scalings, int module, "
-      "Tensor segments, Tensor gates, bool float_sums=False, int tiling=-1) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing, bool float_sums=False, int tiling=-1) -> Tensor");
   m.def("tiling() -> int", []() { return static_cast<int64_t>(loraplex::best_tiling()); });
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int out, int in_) -> Tensor");

@@ -25,6 +25,7 @@ void run(const Base& base, const Adapters& adapters) {
     if (base.weight != nullptr) base.product(begin, end, ahead);
     adapters.shrink<T>(first, last, base.x, base.in, hidden, ahead);
   };
+  const auto route = [&](int64_t i, int64_t n) { adapters.route<T>(i, n, base.x, base.in, hidden); };
   auto second_phase = [&](int64_t i, int64_t n, Ahead& ahead) {
     adapters.expand<T>(share(base.out, i, n), share(base.out, i + 1, n), hidden, base.y, base.out, ahead);
   };
@@ -33,6 +34,7 @@ void run(const Base& base, const Adapters& adapters) {
   if (num_threads == 1) {
     thread_local Ahead ahead;
     first_phase(0, 1, ahead);
+    route(0, 1);
     second_phase(0, 1, ahead);
     return;
   }
@@ -43,6 +45,10 @@ void run(const Base& base, const Adapters& adapters) {
     first_phase(i, n, ahead);
     if (!adapters.segments.empty()) {
 #pragma omp barrier
+      if (!adapters.routes.empty()) {
+        route(i, n);
+#pragma omp barrier
+      }
       second_phase(i, n, ahead);
     }
   }

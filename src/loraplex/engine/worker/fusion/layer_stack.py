@@ -66,9 +66,7 @@ class LayerStack:
         if any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
-        if plan.has_dora_scales or plan.is_routed:
-            return None
-        return plan if plan.decodes_fast(hidden, self._max_compiled) else None
+        return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
 
     def run(
         self, batch: InputBatch, plan: RoutingPlan, hidden: Tensor, rotary: Sequence[RotaryTable | None]
@@ -91,7 +89,9 @@ class LayerStack:
             kinds.append(kind)
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
-        made = native_ops.decode_layers(hidden[0], layers, constants, sizes, values, kinds, *where, *adapters)
+        made = native_ops.decode_layers(
+            hidden[0], layers, constants, sizes, values, kinds, *where, *adapters, plan.routing
+        )
         return made.unsqueeze(0)
 
     def as_output(self, made: Tensor, place: int) -> Any:
