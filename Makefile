@@ -73,8 +73,8 @@ test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
 # The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
 SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \
 	tests/kernels/test_attend_rows.py tests/kernels/test_rank_gates.py tests/kernels/test_packed_weight.py \
-	tests/kernels/test_int8_weight.py tests/kernels/test_prompt_attention.py tests/engine/test_native_ops.py \
-	tests/engine/test_fused.py tests/engine/test_layer_stack.py tests/engine/test_greedy.py
+	tests/kernels/test_int8_weight.py tests/kernels/test_native_router.py tests/kernels/test_prompt_attention.py \
+	tests/engine/test_native_ops.py tests/engine/test_fused.py tests/engine/test_layer_stack.py tests/engine/test_greedy.py
 
 test-sanitize: setup ## The compiled kernels, and engines on them, under AddressSanitizer and UBSan
 	LORAPLEX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
