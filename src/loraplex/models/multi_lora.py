@@ -138,7 +138,13 @@ class MultiLoraModel:
     # Adapters, mixtures, residuals
 
     def load_adapter(
-        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        *,
+        replace: bool = False,
+        revision: str | None = None,
+        ignore_unknown: bool = False,
     ) -> None:
         """Load a LoRA in PEFT format from a folder or hub id, or one from memory, under `name`.
 
@@ -146,8 +152,13 @@ class MultiLoraModel:
         NameFormatError, AdapterFormatError, UnsupportedAdapterError, BaseModelMismatchError, MixtureError or
         CapacityError, and then what is loaded stays as it was. Running requests finish with the version they started
         with. A folder that holds a residual adapter is loaded as by `load_residual`.
+
+        `ignore_unknown` leaves out settings of adapter_config.json that aren't known, with a warning: they may change
+        what the adapter computes, so that by default they are refused.
         """
-        self.registry.load_adapter(name, source, replace=replace, revision=revision)
+        self.registry.load_adapter(
+            name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown
+        )
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Load a residual under `name`: a folder, or a LinkedResidual, SteeringVector or FunctionResidual."""

@@ -42,7 +42,7 @@ class Registry:
         self.adaptable = AdaptableModel(base)
         slots = Slots(config.num_slots, self.adaptable.paths, base.device)
         self.bank = SlotWeightProvider(slots)
-        self.store = AdapterStore(slots, _read_again, self._prepare, config)
+        self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
         self.cached_ids = CachedIds()
@@ -52,7 +52,13 @@ class Registry:
         return sorted([*self.store.names(), *self.mixtures.names(), *self.linked.names()])
 
     def load_adapter(
-        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        *,
+        replace: bool = False,
+        revision: str | None = None,
+        ignore_unknown: bool = False,
     ) -> None:
         """Register a LoRA from a folder, a hub id or memory; a folder with a residual adapter as that."""
         check_name(name)
@@ -78,9 +84,12 @@ class Registry:
                 folder = resolve_adapter_folder(source, revision=revision).absolute()
                 # before reading: a file that changes meanwhile counts as changed
                 fingerprint = folder_fingerprint(folder)
-            adapter = read_adapter(folder, check_shapes=self._check_shapes)
+            layout = self.adaptable.layout
+            adapter = read_adapter(
+                folder, check_shapes=self._check_shapes, layout=layout, ignore_unknown=ignore_unknown
+            )
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
-            copies = read_base_copies(folder, parameters)
+            copies = read_base_copies(folder, parameters, layout=layout)
             check_base_copies(without_quantized(copies, parameters), parameters)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
@@ -175,6 +184,10 @@ class Registry:
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
 
+    def _read_again(self, folder: Path) -> Adapter:
+        """An adapter that was read before: its unknown settings were accepted then."""
+        return read_adapter(folder, check_finite=False, layout=self.adaptable.layout, ignore_unknown=True)
+
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
 
@@ -184,7 +197,3 @@ def _shared_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-
-
-def _read_again(folder: Path) -> Adapter:
-    return read_adapter(folder, check_finite=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft.reader import check_files
+from loraplex.adapters.peft.weight_files import check_files
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
 from loraplex.xlora.config import XLoraConfig

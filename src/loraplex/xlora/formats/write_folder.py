@@ -10,8 +10,9 @@ from torch import Tensor
 from loraplex.adapters.atomic_dir import atomic_folder
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE, read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE, weight_files
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
@@ -79,8 +80,8 @@ def _write_expert(expert: Adapter | Path, folder: Path) -> None:
         write_adapter(expert, folder)
         return
     folder.mkdir(parents=True)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(expert / file, folder / file)
+    for file in (expert / CONFIG_FILE, *weight_files(expert)):
+        shutil.copyfile(file, folder / file.name)
     if (expert / RECORD_FILE).is_file():
         shutil.copyfile(expert / RECORD_FILE, folder / RECORD_FILE)
 
