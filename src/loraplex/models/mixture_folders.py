@@ -1,6 +1,6 @@
 """Mixtures from and to folders: the names of their experts in the store, and the experts' files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loraplex.adapters.store.store import AdapterStore
@@ -13,11 +13,17 @@ from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 
 
-def expert_sources(
-    name: str, folder: MixtureFolder, experts: Mapping[str, str | Path | None] | None
-) -> dict[str, str | Path | None]:
+Experts = Mapping[str, str | Path | None] | Sequence[str] | None
+
+
+def expert_sources(name: str, folder: MixtureFolder, experts: Experts) -> dict[str, str | Path | None]:
     """Where to load each expert from, by the name it gets in the store; None: it is there."""
-    if experts is None:
+    if not isinstance(experts, Mapping):
+        if experts is not None and tuple(experts) != folder.expert_names:
+            raise MixtureError(
+                f"experts names {list(experts)}, but the folder of mixture {name!r} says that the experts are "
+                f"{list(folder.expert_names)}, in this order. Leave experts out."
+            )
         return {f"{name}/{expert}": path for expert, path in folder.experts.items()}
     if len(experts) != folder.num_experts:
         raise MixtureError(

@@ -20,7 +20,7 @@ from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.int8_base import without_quantized
-from loraplex.models.mixture_folders import expert_sources, save_mixture
+from loraplex.models.mixture_folders import Experts, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
 from loraplex.residual.format import is_residual_folder
@@ -111,10 +111,16 @@ class Registry:
         self._check_new_mixture(name)
         self.mixtures.add(name, experts, config, seed=seed)
 
-    def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
+    def load_mixture(self, name: str, folder: Path, experts: Experts) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
         self._check_new_mixture(name)
-        found = read_mixture_folder(folder, find_experts=experts is None, check=self.mixtures.check_head_size)
+        from_elsewhere = isinstance(experts, Mapping)
+        found = read_mixture_folder(
+            folder,
+            find_experts=not from_elsewhere,
+            check=self.mixtures.check_head_size,
+            order=None if experts is None else tuple(experts),
+        )
         sources = expert_sources(name, found, experts)
         loaded: list[str] = []
         try:
@@ -122,9 +128,14 @@ class Registry:
                 if path is not None:
                     self.load_adapter(expert, path)
                     loaded.append(expert)
-            owned = loaded if experts is None else ()
             self.mixtures.add(
-                name, list(sources), found.config, head=found.head, hidden_size=found.hidden_size, owned=owned
+                name,
+                list(sources),
+                found.config,
+                head=found.head,
+                hidden_size=found.hidden_size,
+                layers=found.layers,
+                owned=() if from_elsewhere else loaded,
             )
         except BaseException:
             for expert in loaded:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
-from loraplex.adapters.peft.weight_files import INDEX_FILE, SHARDS, WEIGHTS_FILE, has_weights
+from loraplex.adapters.peft.weight_files import INDEX_FILE, MIXTURE_FILE, SHARDS, WEIGHTS_FILE, has_weights
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 
@@ -30,14 +30,16 @@ def resolve_adapter_folder(
 ) -> Path:
     """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
 
-    Only adapter_config.json, adapter_model.safetensors (or its shards and their index) and loraplex.json are
-    downloaded, never a pickle file. Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
-    from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
-    files).
+    Only settings and adapter_model.safetensors (or its shards and their index) are downloaded, never a pickle file.
+    Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to
+    be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks settings or
+    weights, or has a mixture).
     """
-    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, *_WEIGHTS, RECORD_FILE])
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, MIXTURE_FILE])
     if is_local:
         return folder
+    if (folder / MIXTURE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise UnsupportedAdapterError(f"{path_or_id!r} on the hub is a mixture (X-LoRA). Load it with load_mixture.")
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterFormatError(f"{path_or_id!r} on the hub has no {CONFIG_FILE}, so it is not a PEFT adapter.")
     if not has_weights(folder):

@@ -19,8 +19,8 @@ SHARDS = "adapter_model-*.safetensors"
 MLX_FILE = "adapters.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF_SUFFIX = ".gguf"
+MIXTURE_FILE = "xlora_config.json"  # of the original package's mixtures
 
-_MIXTURE_FILE = "xlora_config.json"  # of the original package's mixtures
 _MAX_LOOKED_AT = 1000  # subfolders
 _NEEDED = f"An adapter in PEFT's format is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
 
@@ -59,7 +59,7 @@ def check_files(folder: Path) -> None:
     if has_config and has_weights(folder):
         return
     found = sorted(path.name for path in folder.iterdir())
-    if not has_config and _MIXTURE_FILE in found:
+    if not has_config and MIXTURE_FILE in found:
         raise UnsupportedAdapterError(
             f"{str(folder)!r} holds a mixture (X-LoRA), not an adapter. Load it with load_mixture (--load-mixture "
             "NAME=FOLDER)."
