@@ -64,9 +64,10 @@ def with_default_targets(config: LoraConfig, model_type: str | None) -> LoraConf
     """
     if config.target_modules is not None:
         return config
-    if model_type not in DEFAULT_TARGETS:
+    targets = DEFAULT_TARGETS.get(model_type or "")
+    if targets is None:
         raise UnsupportedAdapterError(
             f"target_modules is null, and PEFT knows no targets for a base model of type {quoted(model_type)}. Write "
             "the names of the adapted modules into adapter_config.json."
         )
-    return replace(config, target_modules=DEFAULT_TARGETS[model_type])
+    return replace(config, target_modules=targets)

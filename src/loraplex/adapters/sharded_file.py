@@ -44,8 +44,8 @@ def open_sharded_file(index: Path) -> Iterator[TensorFile]:
             named = {name for name, file in files.items() if file == shard.path.name}
             if named != shard.entries.keys():
                 raise AdapterFormatError(
-                    f"{shard.path} and {index.name} disagree about {listed(named ^ shard.entries.keys())}. Download both "
-                    "again."
+                    f"{shard.path} and {index.name} disagree about {listed(named ^ shard.entries.keys())}. Download "
+                    "both again."
                 )
         yield ShardedTensorFile(index, shards)
 
@@ -64,5 +64,7 @@ def _files_of(index: Path) -> dict[str, str]:
         )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise AdapterFormatError(f"{index} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
+        raise AdapterFormatError(
+            f"{index} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} missing."
+        )
     return files

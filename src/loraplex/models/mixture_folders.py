@@ -12,7 +12,6 @@ from loraplex.xlora.formats.mixture_folder import Layout, MixtureFolder
 from loraplex.xlora.formats.write_folder import write_mixture_folder
 from loraplex.xlora.mixture import Mixture
 
-
 Experts = Mapping[str, str | Path | None] | Sequence[str] | None
 
 

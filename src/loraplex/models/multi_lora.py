@@ -157,9 +157,7 @@ class MultiLoraModel:
         `ignore_unknown` leaves out settings of adapter_config.json that aren't known, with a warning: they may change
         what the adapter computes, so that by default they are refused.
         """
-        self.registry.load_adapter(
-            name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown
-        )
+        self.registry.load_adapter(name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Load a residual under `name`: a folder, or a LinkedResidual, SteeringVector or FunctionResidual."""

@@ -45,8 +45,8 @@ def resolve_adapter_folder(
     if not has_weights(folder):
         raise UnsupportedAdapterError(
             f"{path_or_id!r} on the hub has no {WEIGHTS_FILE}. Other formats, such as pickle (.bin), are not "
-            "downloaded: reading them can run code. Where you trust it, download it (hf download), convert it (loraplex "
-            "convert FOLDER), and load the folder."
+            "downloaded: reading them can run code. Where you trust it, download it (hf download), convert it "
+            "(loraplex convert FOLDER), and load the folder."
         )
     return folder
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
-from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE, write_record
 from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights

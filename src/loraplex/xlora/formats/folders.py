@@ -35,9 +35,7 @@ def read_mixture_folder(
         return _read(folder, find_experts, check, order)
 
 
-def _read(
-    folder: Path, find_experts: bool, check: HeadCheck | None, order: Sequence[str] | None
-) -> MixtureFolder:
+def _read(folder: Path, find_experts: bool, check: HeadCheck | None, order: Sequence[str] | None) -> MixtureFolder:
     needed = (
         f"A mixture is a folder with {CONFIG_FILE} of peft_type {PEFT_TYPE!r} (PEFT's layout) or {SETTINGS_FILE} (the "
         "original package's)."

@@ -28,7 +28,9 @@ def read_ordering(folder: Path) -> Ordering | None:
     if not files:
         return None
     if len(files) > 1:
-        raise AdapterFormatError(f"{str(folder)!r} has {listed([file.name for file in files])}. Keep one ordering file.")
+        raise AdapterFormatError(
+            f"{str(folder)!r} has {listed([file.name for file in files])}. Keep one ordering file."
+        )
     content = read_object(files[0], AdapterFormatError)
     order, layers = content.get("order"), content.get("layers")
     if not (isinstance(order, list) and order and all(isinstance(name, str) for name in order)):

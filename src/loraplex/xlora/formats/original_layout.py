@@ -113,12 +113,14 @@ def head_names(config: XLoraConfig) -> dict[str, str]:
 
 
 def _ordering(settings: Mapping[str, Any], folder: Path, order: Sequence[str] | None) -> Ordering:
-    """The experts in the head's order: from the settings, else from the caller, else from mistral.rs's ordering file."""
+    """The experts in the head's order: from the settings, else the caller, else mistral.rs's ordering file."""
     adapters = settings.get("adapters")
     if isinstance(adapters, dict | list) and adapters:
         return Ordering(experts=tuple(adapters))
     if adapters is not None:
-        raise AdapterFormatError(f"{folder / SETTINGS_FILE}: adapters is {adapters!r}; it must list the experts' names.")
+        raise AdapterFormatError(
+            f"{folder / SETTINGS_FILE}: adapters is {adapters!r}; it must list the experts' names."
+        )
     found = read_ordering(folder)
     if order is not None:
         return Ordering(experts=tuple(order), layers=None if found is None else found.layers)
@@ -126,10 +128,10 @@ def _ordering(settings: Mapping[str, Any], folder: Path, order: Sequence[str] | 
         return found
     there = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     raise AdapterFormatError(
-        f"{folder / SETTINGS_FILE} doesn't list the experts (versions of the package before 2024-02-23 didn't save "
-        f"them), and the order in which the head was trained is needed. Its adapters are {listed(there) or 'elsewhere'}: "
-        "name them in the head's order, load_mixture(name, folder, experts=[...]), or put mistral.rs's ordering file "
-        "into the folder."
+        f"{folder / SETTINGS_FILE}: adapters is None (versions of the package before 2024-02-23 didn't save it), and "
+        "the experts' order, in which the head was trained, is needed. The folder's adapters are "
+        f"{listed(there) or 'elsewhere'}: name them in the head's order, load_mixture(name, folder, experts=[...]), or "
+        "put mistral.rs's ordering file into the folder."
     )
 
 
