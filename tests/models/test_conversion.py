@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
@@ -27,6 +28,7 @@ from loraplex.errors import (
     UnsupportedAdapterError,
 )
 from loraplex.models.conversion import convert_to_gguf, convert_to_peft
+from loraplex.models.gguf_names import gguf_names
 from tests.parity.oracle import assert_close
 from tests.tiny_models import random_peft_adapter, tiny_model
 
@@ -320,6 +322,20 @@ def test_gguf_adapter_of_llama_cpp_is_peft_s(tmp_path: Path) -> None:
 def test_row_order_matters_for_the_comparison(tmp_path: Path) -> None:
     rows = np.arange(64).reshape(64, 1)
     assert not np.array_equal(llama_cpp_order(rows, 4), rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_order_of_rows_is_that_of_transformers_reader(name: str) -> None:
+    base = tiny_model(name)
+    names = gguf_names(base)
+    kind = TENSOR_PROCESSORS.get(names.architecture, TensorProcessor)
+    processor = kind(config=base.config.to_dict())
+    assert len(names.by_path) > 8
+    for path, in_file in names.by_path.items():
+        rows = torch.randn(base.get_submodule(path).out_features, 3)
+        ordered = processor.process(weights=rows.numpy(), name=f"{in_file}.weight").weights
+        assert names.from_file(path, rows).equal(torch.from_numpy(np.ascontiguousarray(ordered)))
+        assert names.from_file(path, names.to_file(path, rows)).equal(rows)
 
 
 def test_gguf_alpha_of_zero_is_a_scale_of_one_and_half_precision_is_read(tmp_path: Path) -> None:
