@@ -37,7 +37,7 @@ def convert(
     scale: Annotated[float | None, typer.Option(help="Of an MLX adapter, where its settings leave it open.")] = None,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
-    """Convert an adapter to PEFT's format, or to GGUF."""
+    """Convert an adapter to PEFT's format, or to GGUF: from .bin weights, MLX, GGUF, old names."""
     if dtype is not None and (dtype not in DTYPES or to is Format.GGUF):
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, with --to peft; GGUF files get float32")
     target = output or default_output(source, to)

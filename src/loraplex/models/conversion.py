@@ -106,7 +106,7 @@ def _read(
             )
         return read_gguf_adapter(gguf, gguf_names(model), str(base))
     layout = None if model is None else _layout(model)
-    if has_weights(source) and not is_mlx_folder(source):
+    if has_weights(source):
         return read_adapter(source, layout=layout, ignore_unknown=ignore_unknown)
     with _staged(source, scale) as folder:
         adapter = read_adapter(folder, layout=layout, ignore_unknown=ignore_unknown)
