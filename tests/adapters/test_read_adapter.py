@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.peft.reader import read_adapter, read_base_copies
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
-from tests.adapters.folders import LAYER, lora_pair, two_modules, write_folder
+from tests.adapters.folders import LAYER, lora_pair, shard, two_modules, write_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 Q_A = f"{LAYER}.q_proj.lora_A.weight"
@@ -153,22 +152,6 @@ def test_unknown_settings_without_a_value_are_reported_and_others_ignored_on_req
 
 def test_null_targets_stay_null_without_a_base_model(tmp_path: Path) -> None:
     assert read_adapter(write_folder(tmp_path, {"target_modules": None})).config.target_modules is None
-
-
-def shard(folder: Path) -> Path:
-    """Distribute the tensors of a folder over two files with an index; return the index."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    file.unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for number, part in ((1, names[::2]), (2, names[1::2])):
-        shard_name = f"adapter_model-{number:05}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / shard_name)
-        weight_map |= dict.fromkeys(part, shard_name)
-    index = folder / "adapter_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return index
 
 
 def test_shards_are_read_as_one_file(tmp_path: Path) -> None:

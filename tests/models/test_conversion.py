@@ -29,6 +29,8 @@ from loraplex.errors import (
 )
 from loraplex.models.conversion import convert_to_gguf, convert_to_peft
 from loraplex.models.gguf_names import gguf_names
+from tests.adapters.folders import as_pickle
+from tests.adapters.mlx_folders import write_mlx
 from tests.parity.oracle import assert_close
 from tests.tiny_models import random_peft_adapter, tiny_model
 
@@ -55,14 +57,6 @@ def merged_logits(base: PreTrainedModel, updates: dict[str, Tensor]) -> Tensor:
     for path, update in updates.items():
         merged.get_submodule(path).weight += update.double()
     return merged(input_ids=IDS).logits[0].float()
-
-
-def as_pickle(folder: Path, **options: Any) -> Path:
-    """The weights of a PEFT folder in adapter_model.bin."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    torch.save(tensors, folder / "adapter_model.bin", **options)
-    (folder / "adapter_model.safetensors").unlink()
-    return folder
 
 
 # .bin
@@ -150,30 +144,6 @@ def test_pickle_that_is_no_state_dict_is_refused_and_not_run(
 
 
 # MLX
-
-
-def write_mlx(folder: Path, base: PreTrainedModel, *, scale: float = 20.0, rank: int = 4, dora: bool = False) -> Path:
-    """What mlx-lm's trainer saves for the last block of a Llama: factors [in, rank] and [rank, out]."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    tensors = {}
-    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
-        path = f"model.layers.1.{name}"
-        weight = base.get_submodule(path).weight.detach()  # [out, in]
-        tensors[f"{path}.lora_a"] = torch.randn(weight.shape[1], rank, generator=generator) / weight.shape[1] ** 0.5
-        tensors[f"{path}.lora_b"] = torch.randn(rank, weight.shape[0], generator=generator) * 0.02
-        if dora:
-            tensors[f"{path}.m"] = weight.norm(dim=1) * (1 + 0.2 * torch.rand(weight.shape[0], generator=generator))
-    settings = {
-        "fine_tune_type": "dora" if dora else "lora",
-        "num_layers": 1,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0},
-        "model": "mlx-community/tiny",
-        "learning_rate": 1e-5,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    save_file(tensors, folder / "adapters.safetensors")
-    return folder
 
 
 def test_mlx_adapter_computes_what_mlx_computes(tmp_path: Path) -> None:
