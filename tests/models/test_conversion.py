@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -394,6 +395,17 @@ def test_model_file_is_no_adapter(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UnsupportedAdapterError, match="has the type None"):
         convert_to_peft(tmp_path / "model.gguf", tmp_path / "out", base=saved(tiny_model("llama"), tmp_path / "base"))
+
+
+@pytest.mark.timeout(20)
+def test_pipe_and_endless_settings_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    with pytest.raises(AdapterFormatError, match="no regular file"):
+        convert_to_peft(tmp_path, tmp_path / "out", base=saved(tiny_model("llama"), tmp_path / "base"))
+    folder = as_pickle(random_peft_adapter(tiny_model("llama"), tmp_path / "bin", targets=("q_proj",)))
+    os.truncate(folder / "adapter_config.json", 1 << 33)
+    with pytest.raises(AdapterFormatError, match="bytes"):
+        convert_to_peft(folder, tmp_path / "out")
 
 
 # Folders

@@ -22,7 +22,7 @@ from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterFormatError, BaseModelError, ConfigError, LoraplexError
-from loraplex.json_files import damaged_as
+from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, read_text
 from loraplex.layers.former_names import renamings_for
 from loraplex.layers.modules import adaptable_modules
 from loraplex.models.gguf_adapter import read_gguf_adapter, write_gguf_adapter
@@ -154,7 +154,7 @@ def _stage_pickle(source: Path, folder: Path) -> None:
     folder.mkdir()
     for name in (CONFIG_FILE, RECORD_FILE):
         if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+            (folder / name).write_text(read_text(source / name, MAX_SETTINGS_BYTES), encoding="utf-8")
     tensors = {
         name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in read_pickled(named[0]).items()
     }

@@ -19,6 +19,7 @@ from loraplex.adapters.finite import require_finite
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.extras import require_extra
+from loraplex.json_files import open_regular
 from loraplex.models.gguf_names import GgufNames
 from loraplex.output_files import whole_file
 from loraplex.validation import listed, quoted
@@ -38,7 +39,8 @@ def read_gguf_adapter(file: Path, names: GgufNames, base_model_name: str | None)
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(file)
+        with open_regular(file):  # not a pipe or a device, which GGUFReader would wait for
+            reader = GGUFReader(file)
         values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # gguf raises all kinds for files that are damaged
