@@ -4,13 +4,20 @@ transformers renames what a checkpoint holds when it loads a model (`transformer
 the same renamings to adapters (`convert_peft_adapter_state_dict_for_transformers`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from loraplex.adapters.peft.base_layout import Renaming
+from loraplex.adapters.peft.base_layout import BaseLayout, Renaming
+from loraplex.adapters.weights import ModuleShape
+
+
+def layout_of(base: PreTrainedModel, shapes: Mapping[str, ModuleShape]) -> BaseLayout:
+    """What reading an adapter for `base` asks about it; `shapes` are its adaptable modules'. Weights aren't needed."""
+    model_type = getattr(base.config, "model_type", None)
+    return BaseLayout(shapes=shapes, model_type=model_type, renamings=lambda: renamings_for(base))
 
 
 def renamings_for(base: PreTrainedModel) -> Sequence[Renaming]:

@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedModel
 
 from loraplex.adapters.other_formats.mlx import is_mlx_folder, read_mlx
 from loraplex.adapters.other_formats.pickled import read_pickled
-from loraplex.adapters.peft.base_layout import BaseLayout
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.record import RECORD_FILE
@@ -23,7 +22,7 @@ from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterFormatError, BaseModelError, ConfigError, LoraplexError
 from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, read_text
-from loraplex.layers.former_names import renamings_for
+from loraplex.layers.former_names import layout_of
 from loraplex.layers.modules import adaptable_modules
 from loraplex.models.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from loraplex.models.gguf_names import gguf_names
@@ -105,20 +104,12 @@ def _read(
                 "--base MODEL, a folder with its config.json or a hub id."
             )
         return read_gguf_adapter(gguf, gguf_names(model), str(base))
-    layout = None if model is None else _layout(model)
+    layout = None if model is None else layout_of(model, adaptable_modules(model))
     if has_weights(source):
         return read_adapter(source, layout=layout, ignore_unknown=ignore_unknown)
     with _staged(source, scale) as folder:
         adapter = read_adapter(folder, layout=layout, ignore_unknown=ignore_unknown)
     return replace(adapter, places=None)
-
-
-def _layout(model: PreTrainedModel) -> BaseLayout:
-    return BaseLayout(
-        shapes=adaptable_modules(model),
-        model_type=model.config.model_type,
-        renamings=lambda: renamings_for(model),
-    )
 
 
 def _gguf_file(source: Path) -> Path | None:
