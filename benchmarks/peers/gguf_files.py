@@ -1,14 +1,13 @@
-"""A Llama and its LoRA adapters as llama.cpp reads them."""
+"""A Llama as llama.cpp reads it."""
 
-import json
 from pathlib import Path
 
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.quants import quantize
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from loraplex.models.gguf_names import interleaved
 from loraplex.models.loading import load_base_model
 
 
@@ -44,31 +43,12 @@ def write_gguf(model_folder: str, path: Path, kind: str) -> None:
     finish(writer)
 
 
-def write_gguf_adapter(adapter_folder: Path, model_folder: str, path: Path) -> None:
-    """Write PEFT's adapter in float32, as llama.cpp's own converter does."""
-    config = LlamaConfig.from_pretrained(model_folder)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    writer = GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32(
-        "adapter.lora.alpha", json.loads((adapter_folder / "adapter_config.json").read_text())["lora_alpha"]
-    )
-    for key, factor in load_file(adapter_folder / "adapter_model.safetensors").items():
-        module, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if side == "lora_B":  # its rows are the module's
-            factor = reordered(f"{module}.weight", factor, config)
-        writer.add_tensor(f"{names.get_name(module)}.weight.{side.lower()}", factor.float().numpy())
-    finish(writer)
-
-
 def reordered(name: str, weight: Tensor, config: LlamaConfig) -> Tensor:
     """The rows of queries and keys in llama.cpp's order, in which rotary embeddings turn neighbours."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for module, num_heads in heads.items():
         if name.endswith(f"{module}.weight"):
-            halves = weight.reshape(num_heads, 2, -1, weight.shape[1])  # [heads, 2, head_dim / 2, in]
-            return halves.transpose(1, 2).reshape(weight.shape)
+            return interleaved(weight, num_heads)
     return weight
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peers.gguf_files import write_gguf, write_gguf_adapter
+from peers.gguf_files import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.bench.random_adapters import load_model, write_random_folders
+from loraplex.models.conversion import convert_to_gguf
 from loraplex.models.loading import load_tokenizer, resolve_base_model
 
 RANDOM_LLAMA = "llama-1.1b"  # TinyLlama's shape with random weights
@@ -44,9 +45,12 @@ class ModelFiles:
     def gguf_adapters(self) -> dict[str, str]:
         """The first adapter as llama.cpp reads it: its rows share one."""
         name, folder = next(iter(self.adapters.items()))
-        path = once(
-            self.folder / f"{name}.gguf", lambda path: write_gguf_adapter(Path(folder), self.transformers, path)
-        )
+
+        def convert(file: Path) -> None:
+            file.unlink(missing_ok=True)  # of a run that ended early
+            convert_to_gguf(Path(folder), file, base=self.transformers)
+
+        path = once(self.folder / f"{name}.gguf", convert)
         return {name: str(path)}
 
     def openvino(self, weights: str, python: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,3 +67,27 @@ def output_module(model: PreTrainedModel) -> str | None:
     """The path of a model's output embedding."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def shard(folder: Path) -> Path:
+    """Distribute the tensors of a folder over two files with an index; return the index."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in ((1, names[::2]), (2, names[1::2])):
+        shard_name = f"adapter_model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard_name)
+        weight_map |= dict.fromkeys(part, shard_name)
+    index = folder / "adapter_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+def as_pickle(folder: Path, **options: Any) -> Path:
+    """The weights of a PEFT folder in adapter_model.bin."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin", **options)
+    (folder / "adapter_model.safetensors").unlink()
+    return folder

@@ -1,11 +1,17 @@
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.adapters.peft.reader import read_adapter
@@ -24,7 +30,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         target = Path(cache_dir) / repository / (revision or "main")
         target.mkdir(parents=True)
         for file in (root / repository).iterdir():
-            if file.name in allow_patterns:
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
                 shutil.copy(file, target)
         return str(target)
 
@@ -57,6 +63,21 @@ def test_repository_with_pickled_weights_only_is_refused(hub: Path, tmp_path: Pa
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UnsupportedAdapterError, match=r"'owner/adapter'.*adapter_model\.safetensors.*pickle"):
         resolve_adapter_folder("owner/adapter", cache_dir=tmp_path / "cache")
+
+
+def test_shards_are_downloaded(hub: Path, tmp_path: Path) -> None:
+    folder = write_folder(hub / "owner" / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model-00001-of-00001.safetensors")
+    (folder / "adapter_model.safetensors.index.json").write_text("{}")
+    found = resolve_adapter_folder("owner/adapter", cache_dir=tmp_path / "cache")
+    assert len(list(found.iterdir())) == 3
+
+
+def test_repository_with_a_mixture_is_refused_with_the_call_that_loads_it(hub: Path, tmp_path: Path) -> None:
+    (hub / "owner" / "mixture").mkdir(parents=True)
+    (hub / "owner" / "mixture" / "xlora_config.json").write_text("{}")
+    with pytest.raises(UnsupportedAdapterError, match="load_mixture"):
+        resolve_adapter_folder("owner/mixture", cache_dir=tmp_path / "cache")
 
 
 def test_repository_without_configuration_is_refused(hub: Path, tmp_path: Path) -> None:
@@ -95,8 +116,9 @@ def hub_error(error: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (hub_error(RepositoryNotFoundError), "not on the hub"),
-        (hub_error(GatedRepoError), "has to grant access"),
+        (hub_error(RepositoryNotFoundError), r"not on the hub.*private, log in \(hf auth login\), or set HF_TOKEN"),
+        (hub_error(GatedRepoError), "has to grant access.*HF_TOKEN"),
+        (LocalTokenNotFoundError("no token"), "asks for a token.*HF_TOKEN"),
         (hub_error(RevisionNotFoundError), "no revision 'v2'"),
         (ConnectionError("unplugged"), "download from the hub at revision 'v2' failed: unplugged"),
         (OSError("no space left on device"), "no space left on device"),

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from loraplex.adapters.peft.reader import read_adapter, read_base_copies
-from tests.adapters.folders import LAYER, lora_pair, two_modules, write_folder
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from tests.adapters.folders import LAYER, lora_pair, shard, two_modules, write_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 Q_A = f"{LAYER}.q_proj.lora_A.weight"
@@ -104,12 +106,86 @@ def test_copies_of_base_weights_are_kept_apart(tmp_path: Path) -> None:
         {"init_lora_weights": False},
         {"a_future_setting": None, "another": False, "more": {}},
         {"alora_invocation_tokens": []},
+        dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora", "bias")),
+        dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora"), 0),
+        {"init_lora_weights": 1, "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None},
+        {"unsloth_fixed": True, "auto_mapping": {"base_model_class": "x", "unsloth_fixed": True}},
+        {"enable_lora": None, "merge_weights": False, "num_layers": 32, "token_dim": 4096},  # of PEFT's first versions
+        {"lora_dtype": "fp32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},  # of ms-swift
     ],
+    ids=lambda settings: " ".join(settings)[:60],
 )
 def test_settings_without_influence_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = read_adapter(write_folder(tmp_path, settings))
     assert len(adapter.layers) == 2
     assert adapter.config.alora_invocation_tokens is None
+
+
+@pytest.mark.parametrize("value", [1, True])
+def test_switches_that_are_on_are_on(tmp_path: Path, value: object) -> None:
+    adapter = read_adapter(write_folder(tmp_path, {"use_rslora": value}))
+    assert adapter.config.use_rslora is True
+    assert adapter.layers[Q_PROJ].scaling == 8 / 2
+
+
+@pytest.mark.parametrize("value", [2, "true", [], {}, 0.5])
+def test_what_is_no_switch_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(AdapterFormatError, match="use_rslora"):
+        read_adapter(write_folder(tmp_path, {"use_rslora": value}))
+
+
+def test_unknown_settings_without_a_value_are_reported_and_others_ignored_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(tmp_path, {"a_future_switch": False, "a_future_setting": 3, "peft_version": "0.30"})
+    with pytest.raises(UnsupportedAdapterError, match="a_future_setting"):
+        read_adapter(folder)
+    assert len(read_adapter(folder, ignore_unknown=True).layers) == 2
+    assert "{'a_future_switch': False, 'a_future_setting': 3}" in caplog.text
+    caplog.clear()
+    read_adapter(write_folder(tmp_path, {"a_future_switch": None}))
+    assert "a_future_switch" in caplog.text
+    caplog.clear()
+    read_adapter(write_folder(tmp_path, {"unsloth_fixed": True}))
+    assert caplog.text == ""
+
+
+def test_null_targets_stay_null_without_a_base_model(tmp_path: Path) -> None:
+    assert read_adapter(write_folder(tmp_path, {"target_modules": None})).config.target_modules is None
+
+
+def test_shards_are_read_as_one_file(tmp_path: Path) -> None:
+    expected = read_adapter(write_folder(tmp_path))
+    shard(tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert adapter.places is None
+    assert adapter.layers.keys() == expected.layers.keys()
+    for path, weights in expected.layers.items():
+        assert adapter.layers[path].lora_a.equal(weights.lora_a)
+        assert adapter.layers[path].lora_b.equal(weights.lora_b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["weight_map"].popitem(), "disagree"),
+        (lambda index: index.pop("weight_map"), "no weight_map"),
+        (lambda index: index.update(weight_map={"a": "../../secret.safetensors"}), "beside it"),
+        (lambda index: index.update(weight_map={"a": "/etc/passwd"}), "beside it"),
+        (lambda index: index.update(weight_map={"a": "other.safetensors"}), "'other.safetensors', which is missing"),
+        (lambda index: index.update(weight_map={str(i): f"{i}.safetensors" for i in range(300)}), "256 at most"),
+        (lambda index: index.update(weight_map={"a": 3}), "no weight_map"),
+    ],
+)
+def test_index_that_does_not_fit_its_shards_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    index = shard(write_folder(tmp_path))
+    content = json.loads(index.read_text())
+    change(content)
+    index.write_text(json.dumps(content))
+    with pytest.raises(AdapterFormatError, match=message):
+        read_adapter(tmp_path)
 
 
 def test_settings_file_of_peft_is_read_in_its_order(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def assert_refused(folder: Path, error: type[AdapterError], *words: str) -> None
     ("settings", "words"),
     [
         ({"peft_type": "LOHA"}, ["'LOHA'", "names an unsupported method", "Supported: 'LORA'"]),
-        ({"peft_type": "XLORA"}, ["'XLORA'"]),
+        ({"peft_type": "XLORA"}, ["'XLORA'", "load_mixture"]),
         ({"peft_type": None}, ["peft_type None"]),
         ({"bias": "all"}, ["bias is 'all'"]),
         ({"bias": "lora_only"}, ["bias is 'lora_only'"]),
@@ -59,8 +59,9 @@ def assert_refused(folder: Path, error: type[AdapterError], *words: str) -> None
         ({"init_lora_weights": "new_init"}, ["'new_init'", "is unknown"]),
         ({"ensure_weight_tying": True, "target_modules": ["model.embed_tokens"]}, ["ensure_weight_tying"]),
         ({"ensure_weight_tying": True, "target_modules": ".*"}, ["ensure_weight_tying"]),
-        ({"target_modules": None}, ["target_modules is null"]),
-        ({"a_future_setting": 3}, ["unknown settings", "a_future_setting"]),
+        ({"a_future_setting": 3}, ["unknown settings", "a_future_setting", "ignore_unknown"]),
+        ({"enable_lora": [True, False, True]}, ["unknown settings", "enable_lora"]),
+        ({"invocation_string": "<|start|>"}, ["unknown settings", "invocation_string"]),
     ],
 )
 def test_setting_that_cannot_be_honoured_is_refused_by_name(
@@ -112,7 +113,7 @@ def test_missing_folder_and_files_are_named_with_what_a_folder_needs(tmp_path: P
 def test_pickle_file_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path)
     (folder / "adapter_model.safetensors").rename(folder / name)
-    assert_refused(folder, UnsupportedAdapterError, name, "safetensors.torch.save_file")
+    assert_refused(folder, UnsupportedAdapterError, name, "loraplex convert")
 
 
 def _truncated(raw: bytes) -> bytes:
@@ -126,7 +127,6 @@ def _truncated(raw: bytes) -> bytes:
         lambda raw: raw[:30],
         lambda raw: b"",
         lambda raw: raw + b"more",
-        lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         lambda raw: struct.pack("<Q", 2**60) + raw[8:],
         lambda raw: struct.pack("<Q", 4) + b"null" + raw[12:],
     ],
@@ -135,6 +135,38 @@ def test_damaged_weights_file_is_refused(tmp_path: Path, damage: Callable[[bytes
     file = write_folder(tmp_path) / "adapter_model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     assert_refused(tmp_path, AdapterFormatError, "adapter_model.safetensors", "not a whole safetensors file")
+
+
+def test_git_lfs_pointer_is_refused_with_the_way_to_fetch_the_file(tmp_path: Path) -> None:
+    file = write_folder(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    assert_refused(tmp_path, AdapterFormatError, "adapter_model.safetensors", "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("inner", "named"),
+    [
+        (["checkpoint-1000", "checkpoint-500"], "checkpoint-1000"),
+        (["default"], "default"),
+        (["protein"], "protein"),
+    ],
+)
+def test_folder_with_adapters_below_it_is_refused_with_their_names(
+    tmp_path: Path, inner: list[str], named: str
+) -> None:
+    for name in inner:
+        write_folder(tmp_path / name)
+    (tmp_path / "logs").mkdir()
+    words = [repr(name) for name in inner]
+    assert_refused(tmp_path, AdapterFormatError, *words, f"Load one of them: {str(tmp_path / named)!r}")
+    shutil.copy(tmp_path / named / "adapter_config.json", tmp_path)
+    assert_refused(tmp_path, AdapterFormatError, "has no adapter_model.safetensors", repr(str(tmp_path / named)))
+
+
+def test_mixture_of_the_original_layout_is_refused_with_the_call_that_loads_it(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter_1")
+    (tmp_path / "xlora_config.json").write_text("{}")
+    assert_refused(tmp_path, UnsupportedAdapterError, "mixture (X-LoRA)", "load_mixture")
 
 
 def test_weights_file_that_is_a_folder_is_refused(tmp_path: Path) -> None:
@@ -177,7 +209,7 @@ def replaced(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (replaced(Q_A, torch.randn(64)), [repr(Q_A), "[64]"]),
         (replaced(Q_A, torch.randn(4, 0)), [repr(Q_A), "[4, 0]"]),
         (replaced("model.layers.0.q_proj.lora_A.weight", torch.randn(4, 16)), ["unknown names"]),
-        (replaced(f"{LAYER}.q_proj.lora_A.default.weight", torch.randn(4, 16)), ["unknown names"]),
+        (replaced(f"{LAYER}.q_proj.lora_A.default.weight", torch.randn(4, 16)), ["both", "weights of two adapters"]),
         (replaced(f"{LAYER}.q_proj.lora_B.bias", torch.randn(24)), ["unknown names", "lora_B.bias"]),
         (replaced(f"{LAYER}.q_proj.lora_embedding_A", torch.randn(4, 16)), ["linear and of an embedding"]),
         (

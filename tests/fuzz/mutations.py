@@ -211,6 +211,8 @@ def mutate(draw: random.Random, file: Path) -> None:
         mutate_file(draw, file)
     elif file.suffix == ".safetensors":
         file.write_bytes(mutate_tensors(draw, file.read_bytes()))
+    elif file.suffix in (".bin", ".gguf"):
+        file.write_bytes(mutate_bytes(draw, file.read_bytes()))
     elif file.suffix == ".jsonl":
         file.write_text(mutate_lines(draw, file.read_text()), encoding="utf-8", errors="surrogatepass")
     else:

@@ -1,6 +1,8 @@
 """What is fuzzed: whole, small inputs of every kind, and how each is read."""
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -12,6 +14,7 @@ import torch
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.adapters.inspect import describe
 from loraplex.adapters.peft.reader import read_adapter
+from loraplex.models.conversion import convert_to_gguf, convert_to_peft
 from loraplex.residual.format import write_residual
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings_sources import load_config
@@ -23,10 +26,13 @@ from loraplex.training.data.examples import make_examples
 from loraplex.training.data.records import read_records
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
+from tests.adapters.folders import as_pickle, shard
+from tests.adapters.mlx_folders import write_mlx
 from tests.fuzz.mutations import VALUES, mutate
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
+from tests.xlora.mixtures import change_json
 
 IDS = torch.arange(5, 12)[None]
 TARGETS = ("q_proj", "v_proj")
@@ -59,8 +65,13 @@ class Bench:
         return [
             Target("adapter", lambda folder: self._adapter(folder, **peft), self._load_adapter),
             Target("dora", lambda folder: self._adapter(folder, options={"use_dora": True}), self._load_adapter),
+            Target("sharded adapter", self._sharded, self._load_adapter),
+            Target("pickled adapter", self._pickled, self._convert),
+            Target("MLX adapter", lambda folder: _drop(write_mlx(folder, self.model.base)), self._convert),
+            Target("GGUF adapter", self._gguf, self._convert),
             Target("mixture in PEFT's layout", lambda folder: self._mixture(folder, "peft"), self._load_mixture),
             Target("mixture in the original layout", lambda folder: self._mixture(folder, "xlora"), self._load_mixture),
+            Target("published mixture", self._published, self._load_mixture),
             Target("linked residual", lambda folder: self._residual(folder, random_linked), self._load_residual),
             Target("steering vector", lambda folder: self._residual(folder, random_vector), self._load_residual),
             Target("checkpoint", self._checkpoint, self._load_checkpoint),
@@ -90,6 +101,41 @@ class Bench:
             describe(folder)
         self.model.load_adapter("fuzzed", folder)
         self._run_and_unload()
+
+    def _sharded(self, folder: Path) -> None:
+        self._adapter(folder)
+        shard(folder)
+
+    def _pickled(self, folder: Path) -> None:
+        self._adapter(folder)
+        as_pickle(folder)
+
+    def _gguf(self, folder: Path) -> None:
+        self._adapter(self.scratch / "for-gguf")
+        folder.mkdir()
+        convert_to_gguf(self.scratch / "for-gguf", folder / "a.gguf", base=self._base_folder)
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        """The model's config."""
+        self.model.base.config.save_pretrained(self.scratch / "base")
+        return self.scratch / "base"
+
+    def _convert(self, folder: Path, draw: random.Random) -> None:
+        output = self.scratch / "converted"
+        try:
+            convert_to_peft(folder, output, base=self._base_folder)
+            self._load_adapter(output, draw)
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+
+    def _published(self, folder: Path) -> None:
+        """As the original package wrote it before 2024-02-23, with the ordering file of mistral.rs."""
+        self._mixture(folder, "xlora")
+        change_json(folder / "xlora_config.json", {}, drop=("adapters", "enable_relu_and_dropout", "use_bias"))
+        layers = [f"model.layers.{block}.self_attn.{module}" for block in range(2) for module in TARGETS]
+        ordering = {"order": ["a", "b"], "layers": {path: i for i, path in enumerate(layers)}}
+        (folder / "ordering.json").write_text(json.dumps(ordering))
 
     def _mixture(self, folder: Path, layout: Any) -> None:
         for name in "ab":

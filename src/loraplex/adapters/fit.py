@@ -9,7 +9,7 @@ from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.reader import check_copy_shape
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, ModuleShape
-from loraplex.errors import AdapterFormatError, BaseModelMismatchError
+from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
 from loraplex.validation import listed, quoted
 
 SMALL_RANK = 1024
@@ -54,6 +54,10 @@ def check_shapes_fit(
             f"{made_for}; load that one."
         )
     check_ranks(config.ranks_of(tuple(shapes)), shapes)
+    if config.target_modules is None:
+        raise UnsupportedAdapterError(
+            "target_modules is null, so PEFT would choose by architecture. List the adapted modules in it."
+        )
     _check_same_modules(config, shapes.keys(), set(expected_targets(config, modules, output_module=output_module)))
 
 

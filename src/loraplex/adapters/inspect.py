@@ -62,10 +62,10 @@ class AdapterReport:
         return asdict(self)
 
 
-def describe(folder: str | Path) -> AdapterReport:
+def describe(folder: str | Path, *, ignore_unknown: bool = False) -> AdapterReport:
     """Read the adapter in `folder` and describe it; raises what `read_adapter` raises."""
     folder = Path(folder)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, ignore_unknown=ignore_unknown)
     config = adapter.config
     layers = adapter.layers
     ranks = [weights.rank for weights in layers.values()]

@@ -1,8 +1,9 @@
 """Read single tensors of a safetensors file into memory of their own."""
 
+import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -18,6 +19,8 @@ from loraplex.validation import quoted
 
 MAX_HEADER_BYTES = 16 << 20  # 80,000 tensors with long names
 MAX_NAME = 1024  # characters of a tensor's name
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer begins, which has some 130 bytes
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -42,6 +45,12 @@ class TensorFile:
         self.num_bytes = os.fstat(file.fileno()).st_size
         entries, self.metadata = _parse_header(file)
         self.entries = {entry.name: entry for entry in entries}
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFile":
+        """The same file, while it is open, under other names: `names` has the present one of each tensor that stays."""
+        view = copy.copy(self)
+        view.entries = {name: self.entries[present] for name, present in names.items()}
+        return view
 
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor, in the file's dtype.
@@ -69,6 +78,7 @@ class TensorFile:
 def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file; raises AdapterFormatError if it is truncated or not one."""
     with damaged_as(AdapterFormatError, path), open_regular(path) as file:
+        _refuse_pointer(path, file)
         try:
             _check_header_size(file)
             # The opened file itself, whatever is at its path by now. It checks the whole header against the length.
@@ -81,6 +91,16 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
                 f"{path} ({size} bytes) is not a whole safetensors file: {error}. Copy or download it again."
             ) from error
         yield tensors
+
+
+def _refuse_pointer(path: Path, file: BufferedReader) -> None:
+    start = file.read(len(_LFS_POINTER))
+    file.seek(0)
+    if start == _LFS_POINTER:
+        raise AdapterFormatError(
+            f"{path} is a Git LFS pointer, not the file itself, as a clone without Git LFS leaves it. Fetch the file: "
+            "git lfs install && git lfs pull."
+        )
 
 
 def _check_header_size(file: BufferedReader) -> None:

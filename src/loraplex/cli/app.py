@@ -15,6 +15,10 @@ COMMANDS = {
         "Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates.",
         "loraplex.cli.inspect:inspect",
     ),
+    "convert": (
+        "Convert an adapter to PEFT's format, or to GGUF: from .bin weights, MLX, GGUF, old names.",
+        "loraplex.cli.convert:convert",
+    ),
     "scalings": (
         "Answer prompts through a mixture and draw the scalings of every token.",
         "loraplex.cli.scalings:scalings",

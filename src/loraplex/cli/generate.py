@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loraplex.cli.options import Device, Dtype, Load, Raw, Weights, adapters_in, named_values
+from loraplex.cli.options import Device, Dtype, IgnoreUnknown, Load, Raw, Weights, adapters_in, named_values
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
@@ -30,6 +30,7 @@ def generate(
     load: Load = [],  # noqa: B006
     load_all: Annotated[Path | None, typer.Option(help="Load every adapter folder below this one.")] = None,
     load_mixture: Annotated[list[str], typer.Option(help="NAME=FOLDER of an X-LoRA mixture to load; repeat.")] = [],  # noqa: B006
+    ignore_unknown: IgnoreUnknown = False,
     adapters: Annotated[
         list[str],
         typer.Option(help='A row\'s adapters, in the order of the prompts: "none", "a", or "a:0.7+b:0.3"; repeat.'),
@@ -66,7 +67,7 @@ def generate(
     # A seed for each answer, so that equal rows don't get equal answers.
     sampling = [SamplingParams(seed=seed + row * answers, **options) for row in range(len(rows))]
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
-    load_named(multi, load, load_all, load_mixture)
+    load_named(multi, load, load_all, load_mixture, ignore_unknown=ignore_unknown)
     start = time.perf_counter()
     results = run(multi, make_requests(rows, sampling, raw=raw), progress=not json and Console().is_terminal)
     seconds = time.perf_counter() - start
@@ -83,11 +84,18 @@ def _read_schema(file: Path) -> str:
         raise RequestError(f"the JSON schema in {str(file)!r} can't be read: {error}.") from error
 
 
-def load_named(model: MultiLoraModel, load: Sequence[str], load_all: Path | None, load_mixture: Sequence[str]) -> None:
+def load_named(
+    model: MultiLoraModel,
+    load: Sequence[str],
+    load_all: Path | None,
+    load_mixture: Sequence[str],
+    *,
+    ignore_unknown: bool = False,
+) -> None:
     """Load what the options name; one of `load` goes before a folder of the same name."""
     folders = {} if load_all is None else {name: str(path) for name, path in adapters_in(load_all).items()}
     for name, folder in {**folders, **named_values(load, "--load")}.items():
-        model.load_adapter(name, folder)
+        model.load_adapter(name, folder, ignore_unknown=ignore_unknown)
     for name, folder in named_values(load_mixture, "--load-mixture").items():
         model.load_mixture(name, folder)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
-from loraplex.cli.options import summary_table
+from loraplex.cli.options import IgnoreUnknown, summary_table
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.report import ResidualLayerReport, ResidualReport, describe_residual
 
@@ -19,9 +19,11 @@ from loraplex.residual.report import ResidualLayerReport, ResidualReport, descri
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A LoRA adapter in PEFT's format, or a residual adapter.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates."""
-    report = describe_residual(folder) if is_residual_folder(folder) else describe(folder)
+    is_residual = is_residual_folder(folder)
+    report = describe_residual(folder) if is_residual else describe(folder, ignore_unknown=ignore_unknown)
     if json:
         typer.echo(json_format.dumps(report.as_json(), indent=2))
     else:

@@ -18,6 +18,10 @@ _MAX_NUMBERS = 10_000
 
 Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")]
 Load = Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")]
+IgnoreUnknown = Annotated[
+    bool,
+    typer.Option("--ignore-unknown", help="Leave out settings of adapters that are not known; the default refuses."),
+]
 Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]

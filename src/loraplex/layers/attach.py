@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.former_names import layout_of
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
@@ -37,6 +38,7 @@ class AdaptableModel:
         self.module_index = {path: index for index, path in enumerate(self.paths)}
         self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
         self.output_module = output_module(base)
+        self.layout = layout_of(base, self.shapes)
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()

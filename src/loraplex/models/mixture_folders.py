@@ -14,15 +14,22 @@ from loraplex.routers.mixture import RoutedMixture
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.formats.write_folder import write_mixture_folder
 
+Experts = Mapping[str, str | Path | None] | Sequence[str] | None
+
 
 def expert_sources(
     name: str,
     folders: Mapping[str, str | Path],  # of the experts that the mixture's folder has
     expert_names: Sequence[str],
-    experts: Mapping[str, str | Path | None] | None,
+    experts: Experts,
 ) -> dict[str, str | Path | None]:
     """Where to load each expert from, by the name it gets in the store; None: it is there."""
-    if experts is None:
+    if not isinstance(experts, Mapping):
+        if experts is not None and tuple(experts) != tuple(expert_names):
+            raise MixtureError(
+                f"experts names {list(experts)}, but the folder of mixture {name!r} says that the experts are "
+                f"{list(expert_names)}, in this order. Leave experts out."
+            )
         return {f"{name}/{expert}": path for expert, path in folders.items()}
     if len(experts) != len(expert_names):
         raise MixtureError(

@@ -15,6 +15,7 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.errors import (
     AdapterExistsError,
+    AdapterFormatError,
     AdapterNotFoundError,
     BaseModelMismatchError,
     ConfigError,
@@ -143,6 +144,7 @@ class Mixtures:
         *,
         head: Mapping[str, Tensor] | None = None,  # None: random weights from `seed`
         hidden_size: int | None = None,  # that `head` was made for
+        layers: Sequence[str] | None = None,  # the LoRA layers that `head` was made for, in its order
         seed: int = 0,
         owned: Collection[str] = (),
     ) -> Mixture:
@@ -152,6 +154,8 @@ class Mixtures:
         config.check_num_experts(len(experts))
         self._check_experts(name, experts)
         modules = self._lora_layers(name, experts)
+        if layers is not None:
+            self._check_layers(name, layers, modules)
         self.check_head_size(config, hidden_size or self.hidden_size, len(experts), len(modules))
         mixture = Mixture(
             name=name,
@@ -346,6 +350,17 @@ class Mixtures:
                     f"mixture {name!r} names {expert!r} as an expert, which is a mixture itself. Experts are adapters."
                 )
             self._store.version(expert)  # raises AdapterNotFoundError
+
+    def _check_layers(self, name: str, layers: Sequence[str], modules: Sequence[int]) -> None:
+        """Raise AdapterFormatError unless the head's LoRA layers are the experts', in the order of the base model."""
+        ours = [self._adaptable.paths[module] for module in modules]
+        if list(layers) != ours:
+            differing = next((i for i, pair in enumerate(zip(layers, ours, strict=False)) if pair[0] != pair[1]), None)
+            where = "" if differing is None else f"; layer {differing} is {layers[differing]!r} and {ours[differing]!r}"
+            raise AdapterFormatError(
+                f"the ordering file of mixture {name!r} has {len(layers)} LoRA layers, its experts adapt {len(ours)}"
+                f"{where}. Use the file that belongs to this mixture."
+            )
 
     def _lora_layers(self, name: str, experts: Sequence[str]) -> tuple[int, ...]:
         versions = [self._store.version(expert) for expert in experts]

@@ -24,6 +24,7 @@ from loraplex.layers.row_positions import join_positions
 from loraplex.models.call import Call
 from loraplex.models.generate_checks import check_generates
 from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
+from loraplex.models.mixture_folders import Experts
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
@@ -141,7 +142,13 @@ class MultiLoraModel:
     # Adapters, mixtures, residuals
 
     def load_adapter(
-        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        *,
+        replace: bool = False,
+        revision: str | None = None,
+        ignore_unknown: bool = False,
     ) -> None:
         """Load a LoRA in PEFT format from a folder or hub id, or one from memory, under `name`.
 
@@ -149,8 +156,11 @@ class MultiLoraModel:
         NameFormatError, AdapterFormatError, UnsupportedAdapterError, BaseModelMismatchError, MixtureError or
         CapacityError, and then what is loaded stays as it was. Running requests finish with the version they started
         with. A folder that holds a residual adapter is loaded as by `load_residual`.
+
+        `ignore_unknown` leaves out settings of adapter_config.json that aren't known, with a warning: they may change
+        what the adapter computes, so that by default they are refused.
         """
-        self.registry.load_adapter(name, source, replace=replace, revision=revision)
+        self.registry.load_adapter(name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Load a residual under `name`: a folder, or a LinkedResidual, SteeringVector or FunctionResidual."""
@@ -168,13 +178,12 @@ class MultiLoraModel:
         """
         self.registry.create_mixture(name, experts, config or XLoraConfig(), seed=seed)
 
-    def load_mixture(
-        self, name: str, folder: str | Path, *, experts: Mapping[str, str | Path | None] | None = None
-    ) -> None:
+    def load_mixture(self, name: str, folder: str | Path, *, experts: Experts = None) -> None:
         """Load an X-LoRA folder, PEFT's or the original package's, under `name`.
 
         Its experts come from the folder, as the adapters "NAME/EXPERT"; or `experts` gives them in head order: a folder
-        or hub id to load each from, or None for an adapter that is loaded already. Raises what `load_adapter` and
+        or hub id to load each from, or None for an adapter that is loaded already. A list of names is for early folders
+        of the original package, which hold the experts but don't say their order. Raises what `load_adapter` and
         `create_mixture` raise, and then what is loaded stays as it was.
         """
         self.registry.load_mixture(name, resolve_mixture_folder(folder).absolute(), experts)

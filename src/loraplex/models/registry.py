@@ -21,7 +21,7 @@ from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.int8_base import without_quantized
-from loraplex.models.mixture_folders import expert_at_rest, expert_sources, save_mixture
+from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
 from loraplex.residual.format import is_residual_folder
@@ -46,7 +46,7 @@ class Registry:
         self.adaptable = AdaptableModel(base)
         slots = Slots(config.num_slots, self.adaptable.paths, base.device)
         self.bank = SlotWeightProvider(slots)
-        self.store = AdapterStore(slots, _read_again, self._prepare, config)
+        self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
         self.cached_ids = CachedIds()
@@ -56,7 +56,13 @@ class Registry:
         return sorted([*self.store.names(), *self.mixtures.names(), *self.linked.names()])
 
     def load_adapter(
-        self, name: str, source: str | Path | Adapter, *, replace: bool = False, revision: str | None = None
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        *,
+        replace: bool = False,
+        revision: str | None = None,
+        ignore_unknown: bool = False,
     ) -> None:
         """Register a LoRA from a folder, a hub id or memory; a folder with a residual adapter as that."""
         check_name(name)
@@ -82,9 +88,12 @@ class Registry:
                 folder = resolve_adapter_folder(source, revision=revision).absolute()
                 # before reading: a file that changes meanwhile counts as changed
                 fingerprint = folder_fingerprint(folder)
-            adapter = read_adapter(folder, check_shapes=self._check_shapes)
+            layout = self.adaptable.layout
+            adapter = read_adapter(
+                folder, check_shapes=self._check_shapes, layout=layout, ignore_unknown=ignore_unknown
+            )
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
-            copies = read_base_copies(folder, parameters)
+            copies = read_base_copies(folder, parameters, layout=layout)
             check_base_copies(without_quantized(copies, parameters), parameters)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
@@ -124,26 +133,37 @@ class Registry:
 
     def _factors_of(self, name: str) -> Adapter:
         found = expert_at_rest(self.store.version(name))
-        return found if isinstance(found, Adapter) else read_adapter(found)
+        return found if isinstance(found, Adapter) else self._read_again(found)
 
-    def load_mixture(self, name: str, folder: Path, experts: Mapping[str, str | Path | None] | None) -> None:
+    def load_mixture(self, name: str, folder: Path, experts: Experts) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
         self._check_new_mixture(name)
+        from_elsewhere = isinstance(experts, Mapping)
         if is_router_folder(folder):
-            self._load_routed(name, read_router_folder(folder, find_experts=experts is None), experts)
+            self._load_routed(name, read_router_folder(folder, find_experts=not from_elsewhere), experts)
             return
-        found = read_mixture_folder(folder, find_experts=experts is None, check=self.mixtures.check_head_size)
+        found = read_mixture_folder(
+            folder,
+            find_experts=not from_elsewhere,
+            check=self.mixtures.check_head_size,
+            order=None if experts is None else tuple(experts),
+        )
         sources = expert_sources(name, found.experts, found.expert_names, experts)
         with self._loaded(sources) as loaded:
-            owned = loaded if experts is None else ()
             self.mixtures.add(
-                name, list(sources), found.config, head=found.head, hidden_size=found.hidden_size, owned=owned
+                name,
+                list(sources),
+                found.config,
+                head=found.head,
+                hidden_size=found.hidden_size,
+                layers=found.layers,
+                owned=() if from_elsewhere else loaded,
             )
 
-    def _load_routed(self, name: str, found: RouterFolder, experts: Mapping[str, str | Path | None] | None) -> None:
+    def _load_routed(self, name: str, found: RouterFolder, experts: Experts) -> None:
         sources = expert_sources(name, found.experts, tuple(found.experts), experts)
         with self._loaded(sources) as loaded:
-            owned = loaded if experts is None else ()
+            owned = () if isinstance(experts, Mapping) else loaded
             self.mixtures.add_routed(name, list(sources), found.config, read_router=found.read_router, owned=owned)
 
     @contextmanager
@@ -214,6 +234,10 @@ class Registry:
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
 
+    def _read_again(self, folder: Path) -> Adapter:
+        """An adapter that was read before: its unknown settings were accepted then."""
+        return read_adapter(folder, check_finite=False, layout=self.adaptable.layout, ignore_unknown=True)
+
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
 
@@ -223,7 +247,3 @@ def _shared_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-
-
-def _read_again(folder: Path) -> Adapter:
-    return read_adapter(folder, check_finite=False)

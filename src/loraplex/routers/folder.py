@@ -8,7 +8,6 @@ under "weights.0", "biases.0", and so on.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,10 +18,8 @@ from torch import Tensor
 
 from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.names import check_name
-from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE, check_files
-from loraplex.adapters.peft.record import RECORD_FILE
-from loraplex.adapters.peft.writer import write_adapter
+from loraplex.adapters.peft.weight_files import check_files
+from loraplex.adapters.peft.writer import adapter_files, write_or_copy
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, NameFormatError
@@ -44,7 +41,6 @@ KINDS: Mapping[str, type[RouterConfig]] = {
     "linear": LinearRouterConfig,
     "static": StaticRouterConfig,
 }
-_EXPERT_FILES = (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE)
 _KNOWN = {"format", "format_version", "router", "settings", "experts", "base_model_name_or_path", "layers"}
 
 
@@ -148,7 +144,7 @@ def write_router_folder(
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in mixture.router.state_dict().items()}
             save_file(state, temporary / ROUTER_FILE)
         for name, expert in experts.items():
-            _write_expert(expert, temporary / name)
+            write_or_copy(expert, temporary / name)
 
 
 def _check_destination(folder: Path, overwrite: bool) -> None:
@@ -157,7 +153,7 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
         own = {folder / SETTINGS_FILE, folder / ROUTER_FILE}
         if is_router_folder(folder):
             experts = read_router_folder(folder, find_experts=False).experts.values()
-            own |= {path / file for path in experts for file in _EXPERT_FILES}
+            own |= {file for path in experts if path.is_dir() for file in adapter_files(path)}
         others = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in own]
         if others:
             raise AdapterExistsError(
@@ -166,16 +162,6 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
             )
         return
     check_destination(folder, "a mixture", (), overwrite=overwrite)
-
-
-def _write_expert(expert: Adapter | Path, folder: Path) -> None:
-    if isinstance(expert, Adapter):
-        write_adapter(expert, folder)
-        return
-    folder.mkdir(parents=True)
-    for file in _EXPERT_FILES:
-        if (expert / file).is_file():
-            shutil.copyfile(expert / file, folder / file)
 
 
 def _kind(config: RouterConfig) -> str:

@@ -10,6 +10,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import UnsupportedAdapterError
+from loraplex.layers.former_names import layout_of
 from loraplex.layers.modules import adaptable_modules, output_module
 
 
@@ -27,6 +28,7 @@ class BaseModules:
             ) from error
         self.shapes: Mapping[str, ModuleShape] = adaptable_modules(model)
         self.output_module = output_module(model)
+        self.layout = layout_of(model, self.shapes)
 
 
 class LayerIndices:

@@ -111,7 +111,7 @@ class LinkLoader:
             raise UnsupportedAdapterError(
                 f"{str(folder)!r} holds a residual adapter, which vLLM has no place for. Use loraplex's own engine."
             )
-        adapter = read_adapter(folder)
+        adapter = read_adapter(folder, layout=self._base.layout)
         where = f"{str(folder)!r}" if folder == named else f"{str(folder)!r} (an expert of {str(named)!r})"
         if any(weights.magnitude is not None for weights in adapter.layers.values()):
             raise UnsupportedAdapterError(

@@ -1,30 +1,24 @@
 """PEFT's adapter_config.json to LoraConfig and back; what can't be honoured exactly is refused by name."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.patterns import find_matches
+from loraplex.adapters.peft.known_settings import HARMLESS, METADATA, SWITCHES, switch
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
 from loraplex.validation import quoted
 
 CONFIG_FILE = "adapter_config.json"
 
-# Settings without influence on what a trained adapter computes.
-_HARMLESS = frozenset(
-    {
-        *("auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config"),
-        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of initialisation
-        *("megatron_core", "qalora_group_size"),  # read only with megatron_config, use_qalora
-        *("monteclora_config", "velora_config"),  # noise and a cheaper backward pass, in training only
-    }
-)
+logger = logging.getLogger(__name__)
 
 # Settings that change what is computed in ways loraplex doesn't reproduce, and what to do about them.
 _REFUSED = {
-    "arrow_config": "it routes between several adapters; load those adapters and link or mix them instead",
+    "arrow_config": "it routes between several adapters; load those, and make a mixture of them with ArrowConfig",
     "kasa_config": "it removes singular values from the base model's weights; merge it with PEFT instead",
     "layer_replication": "it changes the layers of the base model; load a base model that has these layers",
     "lora_bias": "its lora_B has a bias; train with lora_bias=False",
@@ -52,8 +46,9 @@ _SEQUENCES = (
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def read_peft_config(folder: Path) -> LoraConfig:
-    """Read and check `folder`/adapter_config.json.
+def read_peft_config(folder: Path, *, ignore_unknown: bool = False) -> LoraConfig:
+    """Read and check `folder`/adapter_config.json. `ignore_unknown` leaves out settings that aren't known, with a
+    warning; they may change what the adapter computes. target_modules may be None (see default_targets.py).
 
     Raises UnsupportedAdapterError (a setting that can't be honoured exactly) and AdapterFormatError (not
     valid JSON, or values that PEFT would refuse too).
@@ -62,6 +57,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     settings = read_object(file, AdapterFormatError)
     try:
         _refuse_unsupported(settings, file)
+        _check_unknown(settings, file, ignore_unknown)
         return LoraConfig(**_known_fields(settings))
     except (ConfigError, TypeError) as error:
         raise AdapterFormatError(f"{file}: {error}") from error
@@ -89,6 +85,15 @@ def peft_settings(config: LoraConfig) -> dict[str, Any]:
 
 def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
     method = settings.get("peft_type")
+    if method == "XLORA":
+        raise UnsupportedAdapterError(
+            f"{file}: peft_type 'XLORA' is that of a mixture, not of an adapter. Load it with load_mixture "
+            "(--load-mixture NAME=FOLDER)."
+        )
+    if method is None and isinstance(settings.get("lora_parameters"), dict):
+        raise UnsupportedAdapterError(
+            f"{file} has peft_type None: it is of an MLX adapter. Convert it: loraplex convert {str(file.parent)!r}."
+        )
     if method != "LORA":
         raise UnsupportedAdapterError(
             f"{file}: peft_type {quoted(method)} names an unsupported method. Supported: 'LORA', with "
@@ -106,24 +111,28 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
             )
     _refuse_changed_base(settings.get("init_lora_weights", True), file)
     _refuse_tied_adapters(settings, file)
-    if settings.get("target_modules") is None:
-        raise UnsupportedAdapterError(
-            f"{file}: target_modules is null, so PEFT would choose by architecture. List the adapted modules in it."
-        )
-    known = _HARMLESS | _REFUSED.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
+
+
+def _check_unknown(settings: Mapping[str, Any], file: Path, ignore_unknown: bool) -> None:
+    """Refuse settings that aren't known and have a value, unless they are to be ignored; warn about all others."""
+    known = HARMLESS | METADATA | _REFUSED.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
     known |= {"base_model_name_or_path", "bias", "init_lora_weights", "ensure_weight_tying"}
-    unknown = {name: value for name, value in settings.items() if name not in known and value}
-    if unknown:
+    unknown = {name: value for name, value in settings.items() if name not in known}
+    set_ones = {name: value for name, value in unknown.items() if value}
+    if set_ones and not ignore_unknown:
         raise UnsupportedAdapterError(
-            f"{file}: unknown settings {quoted(unknown)}. They may change what the adapter computes, so they are "
-            "not ignored; remove them if they don't. Known are those of LoraConfig in PEFT 0.21."
+            f"{file}: unknown settings {quoted(set_ones)}. They may change what the adapter computes, so they are "
+            "not ignored. If they don't, remove them, or pass ignore_unknown=True (--ignore-unknown). Known are those "
+            "of LoraConfig in PEFT 0.21."
         )
+    if unknown:
+        logger.warning("%s: settings that are not known were ignored: %s", file, quoted(unknown))
 
 
 def _refuse_changed_base(init: object, file: Path) -> None:
     """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load."""
     name = init.lower() if isinstance(init, str) else init
-    if isinstance(name, bool) or name is None or name in _INITS_KEEPING_THE_BASE:
+    if name is None or name in (False, True, *_INITS_KEEPING_THE_BASE):
         return
     changes = isinstance(name, str) and name.startswith(_INITS_CHANGING_THE_BASE)
     what = "changes the base model's weights" if changes else "is unknown"
@@ -152,6 +161,7 @@ def _refuse_tied_adapters(settings: Mapping[str, Any], file: Path) -> None:
 def _known_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of LoraConfig; a setting that is absent takes LoraConfig's default, which is PEFT's."""
     fields = {name: settings[name] for name in (*_COPIED, "base_model_name_or_path") if name in settings}
+    fields |= {name: switch(fields[name]) for name in SWITCHES if name in fields}
     for name in _SEQUENCES:
         value = settings.get(name)
         if isinstance(value, list):

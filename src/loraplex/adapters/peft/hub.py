@@ -7,6 +7,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -15,10 +16,13 @@ from huggingface_hub.errors import (
 
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.adapters.peft.weight_files import INDEX_FILE, MIXTURE_FILE, SHARDS, WEIGHTS_FILE, has_weights
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
+
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, SHARDS)
+_LOG_IN = "log in (hf auth login), or set HF_TOKEN"
 
 
 def resolve_adapter_folder(
@@ -26,20 +30,23 @@ def resolve_adapter_folder(
 ) -> Path:
     """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
 
-    Only adapter_config.json, adapter_model.safetensors and loraplex.json are downloaded, never a pickle file. Files
-    that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
-    from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
-    files).
+    Only settings and adapter_model.safetensors (or its shards and their index) are downloaded, never a pickle file.
+    Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to
+    be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks settings or
+    weights, or has a mixture).
     """
-    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE])
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, MIXTURE_FILE])
     if is_local:
         return folder
+    if (folder / MIXTURE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise UnsupportedAdapterError(f"{path_or_id!r} on the hub is a mixture (X-LoRA). Load it with load_mixture.")
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterFormatError(f"{path_or_id!r} on the hub has no {CONFIG_FILE}, so it is not a PEFT adapter.")
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not has_weights(folder):
         raise UnsupportedAdapterError(
             f"{path_or_id!r} on the hub has no {WEIGHTS_FILE}. Other formats, such as pickle (.bin), are not "
-            "downloaded: reading them can run code. Convert it where you trust it, and load the folder."
+            "downloaded: reading them can run code. Where you trust it, download it (hf download), convert it "
+            "(loraplex convert FOLDER), and load the folder."
         )
     return folder
 
@@ -88,14 +95,16 @@ def _download(repository: str, revision: str | None, cache_dir: str | Path | Non
         raise AdapterNotFoundError(f"{where} and no valid hub id (owner/name): {error}") from error
     except GatedRepoError as error:
         raise AdapterNotFoundError(
-            f"{where}; on the hub its owner has to grant access. Ask there, then log in: hf auth login."
+            f"{where}; on the hub its owner has to grant access. Ask there, then {_LOG_IN}."
         ) from error
     except RevisionNotFoundError as error:
         raise AdapterNotFoundError(f"{where}; on the hub it has no revision {revision!r}.") from error
     except RepositoryNotFoundError as error:
         raise AdapterNotFoundError(
-            f"{where} and not on the hub. Check the name; if it is private, log in: hf auth login."
+            f"{where} and not on the hub. Check the name; if it is private, {_LOG_IN}."
         ) from error
+    except LocalTokenNotFoundError as error:
+        raise AdapterNotFoundError(f"{where}, and the hub asks for a token: {_LOG_IN}.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
         raise AdapterNotFoundError(
             f"{where} and not in the hub's local cache{at}, and the hub can't be reached (no network, or "

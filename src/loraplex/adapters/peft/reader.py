@@ -6,32 +6,41 @@ from pathlib import Path
 from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.default_targets import with_default_targets
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.leftovers import restore_replaced
-from loraplex.adapters.peft.config import CONFIG_FILE, read_peft_config
+from loraplex.adapters.peft.base_layout import BaseLayout
+from loraplex.adapters.peft.config import read_peft_config
 from loraplex.adapters.peft.record import read_record
 from loraplex.adapters.peft.tensors import ModuleTensors, base_copies, module_tensors, shape_of
+from loraplex.adapters.peft.weight_files import check_files, open_weights
+from loraplex.adapters.sharded_file import ShardedTensorFile
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
-from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
+from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.weights import Adapter, FileOffsets, LoraWeights, ModuleShape
-from loraplex.errors import AdapterError, AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
+from loraplex.errors import AdapterError, AdapterFormatError, BaseModelMismatchError
 from loraplex.json_files import damaged_as
-from loraplex.validation import listed
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 ShapeCheck = Callable[[LoraConfig, Mapping[str, ModuleShape]], None]
 
 _MAX_READS = 20  # of a folder that is replaced again and again
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_adapter(folder: str | Path, *, check_finite: bool = True, check_shapes: ShapeCheck | None = None) -> Adapter:
+def read_adapter(
+    folder: str | Path,
+    *,
+    check_finite: bool = True,
+    check_shapes: ShapeCheck | None = None,
+    layout: BaseLayout | None = None,
+    ignore_unknown: bool = False,
+) -> Adapter:
     """Read the adapter in `folder` (adapter_config.json, adapter_model.safetensors and, if there, loraplex.json).
 
     The tensors keep the file's dtypes, are contiguous and own their memory. `check_finite=False` skips the
     search for NaN and infinite weights, for a file that passed it before. `check_shapes` sees settings and shapes
-    before a tensor is read, and may raise: a few bytes can ask for more memory than there is.
+    before a tensor is read, and may raise: a few bytes can ask for more memory than there is. `layout` is of the base
+    model that the adapter is for: null target_modules become PEFT's for its type, and modules get the names that they
+    have in it now. Without it, both stay as they are in the folder. `ignore_unknown` leaves out unknown settings.
 
     Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError
     (settings or file formats that can't be honoured exactly), before anything is returned. A folder that is replaced
@@ -43,7 +52,7 @@ def read_adapter(folder: str | Path, *, check_finite: bool = True, check_shapes:
         for _ in range(_MAX_READS):
             before = _identity(folder)
             try:
-                adapter = _read_files(folder, check_finite, check_shapes)
+                adapter = _read_files(folder, check_finite, check_shapes, layout, ignore_unknown)
             except (AdapterError, OSError):
                 if _identity(folder) == before:
                     raise
@@ -61,34 +70,51 @@ def _identity(folder: Path) -> tuple[int, Fingerprint]:
     return (folder.stat().st_ino if folder.is_dir() else 0), folder_fingerprint(folder)
 
 
-def _read_files(folder: Path, check_finite: bool, check_shapes: ShapeCheck | None) -> Adapter:
+def _read_files(
+    folder: Path,
+    check_finite: bool,
+    check_shapes: ShapeCheck | None,
+    layout: BaseLayout | None,
+    ignore_unknown: bool,
+) -> Adapter:
     check_files(folder)
-    config = read_peft_config(folder)
-    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+    config = read_peft_config(folder, ignore_unknown=ignore_unknown)
+    if layout is not None:
+        config = with_default_targets(config, layout.model_type)
+    with open_weights(folder, layout) as file:
         modules = module_tensors(file, config)
         if check_shapes is not None:
             check_shapes(config, {path: shape_of(file, tensors) for path, tensors in modules.items()})
         scalings = config.scalings_of(tuple(modules))
         layers = {path: _read_module(file, tensors, scalings[path], check_finite) for path, tensors in modules.items()}
-        starts = {
-            path: (file.entries[tensors.lora_a].start, file.entries[tensors.lora_b].start)
-            for path, tensors in modules.items()
-        }
-        places = FileOffsets(file=file.path, num_bytes=file.num_bytes, starts=starts)
+        places = _offsets(file, modules)
     return Adapter(config=config, layers=layers, places=places, end_tokens=read_record(folder))
 
 
-def read_base_copies(folder: str | Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _offsets(file: TensorFile, modules: Mapping[str, ModuleTensors]) -> FileOffsets | None:
+    """Where the factors are, if they are in one file."""
+    if isinstance(file, ShardedTensorFile):
+        return None
+    starts = {
+        path: (file.entries[tensors.lora_a].start, file.entries[tensors.lora_b].start)
+        for path, tensors in modules.items()
+    }
+    return FileOffsets(file=file.path, num_bytes=file.num_bytes, starts=starts)
+
+
+def read_base_copies(
+    folder: str | Path, base: Mapping[str, Tensor] | None = None, *, layout: BaseLayout | None = None
+) -> dict[str, Tensor]:
     """By parameter path ("lm_head.weight"), the copies of the base's own weights in `folder`.
 
     PEFT saves them beside adapted input and output embeddings and loads them into the base model; here they
     tell whether the base is the one the adapter was trained on (`check_base_copies`). Where `base` is given, copies of
-    other shapes than its parameters' raise BaseModelMismatchError before they are read.
+    other shapes than its parameters' raise BaseModelMismatchError before they are read. `layout` as in `read_adapter`.
     """
     folder = Path(folder)
     with damaged_as(AdapterFormatError, folder):
         check_files(folder)
-    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+    with open_weights(folder, layout) as file:
         copies = base_copies(file)
         for parameter, name in copies.items():
             if base is not None:
@@ -105,27 +131,6 @@ def check_copy_shape(path: str, shape: tuple[int, ...], base: Mapping[str, Tenso
             f"the adapter comes with {path!r} of shape {list(shape)}; in the base model it has "
             f"{list(base[path].shape)}. Load the base model that the adapter was trained on."
         )
-
-
-def check_files(folder: Path) -> None:
-    """Raise unless `folder` has both files of a PEFT adapter."""
-    needed = f"An adapter in PEFT's format is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise AdapterFormatError(f"adapter folder {str(folder)!r} {what}. {needed}")
-    found = sorted(path.name for path in folder.iterdir())
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if (folder / file).is_file():
-            continue
-        pickles = [name for name in found if name.endswith(_PICKLE_SUFFIXES)]
-        if file == WEIGHTS_FILE and pickles:
-            raise UnsupportedAdapterError(
-                f"adapter folder {str(folder)!r} has its weights in a pickle file ({listed(pickles)}), which "
-                "can run code when it is read. Convert it where you trust it: "
-                f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), "
-                f"{WEIGHTS_FILE!r})."
-            )
-        raise AdapterFormatError(f"adapter folder {str(folder)!r} has no {file}; it holds [{listed(found)}]. {needed}")
 
 
 def _read_module(file: TensorFile, tensors: ModuleTensors, scaling: float, check_finite: bool) -> LoraWeights:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.peft.tensor_names import PREFIX
 from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.weights import ModuleKind, ModuleShape
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from loraplex.validation import listed
-
-PREFIX = "base_model.model."
 
 # A module's two factors, [rank, in] and [out, rank].
 FACTORS: Mapping[ModuleKind, tuple[str, str]] = {

@@ -12,9 +12,9 @@ from torch import Tensor
 from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
-from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE, write_record
 from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE, weight_files
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
@@ -117,3 +117,19 @@ def _check_layer(path: str, weights: LoraWeights, rank: int, scaling: float, *, 
             f"{path!r}: use_dora is {use_dora}, but a magnitude is "
             f"{'' if weights.magnitude is not None else 'not '}there."
         )
+
+
+def write_or_copy(adapter: Adapter | Path, folder: Path) -> None:
+    """Write an adapter into a new folder, or copy the files of another folder's unchanged."""
+    if isinstance(adapter, Adapter):
+        write_adapter(adapter, folder)
+        return
+    folder.mkdir(parents=True)
+    for file in adapter_files(adapter):
+        shutil.copyfile(file, folder / file.name)
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of an adapter in a folder."""
+    files = [folder / CONFIG_FILE, *weight_files(folder), folder / RECORD_FILE]
+    return [file for file in files if file.is_file()]

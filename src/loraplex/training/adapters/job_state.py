@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.atomic_dir import check_destination
 from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
 from loraplex.residual.format import CONFIG_FILE as RESIDUAL_CONFIG_FILE
 from loraplex.residual.format import WEIGHTS_FILE as RESIDUAL_WEIGHTS_FILE
 from loraplex.training.adapters.config import AdapterJob

@@ -102,7 +102,7 @@ def _lora(name: str, member: LinkMember, adaptable: AdaptableModel) -> Adapter:
         check_shapes_fit(config, shapes, adaptable.shapes, output_module=adaptable.output_module)
 
     adapter = (
-        read_adapter(resolve_adapter_folder(member), check_shapes=check_shapes)
+        read_adapter(resolve_adapter_folder(member), check_shapes=check_shapes, layout=adaptable.layout)
         if isinstance(member, str | Path)
         else member
     )

@@ -103,7 +103,7 @@ def _read_start(job: AdapterJob, adaptable: AdaptableModel) -> Adapter:
         check_ranks(config.ranks_of(tuple(shapes)), shapes)
 
     assert isinstance(job.init_from, str | Path), "only folders are read"
-    return read_adapter(job.init_from, check_shapes=check_shapes)
+    return read_adapter(job.init_from, check_shapes=check_shapes, layout=adaptable.layout)
 
 
 def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:

@@ -1,5 +1,6 @@
 """Read a mixture's folder, whichever of the known layouts it has."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraplex.adapters.peft.config import CONFIG_FILE
@@ -13,12 +14,17 @@ from loraplex.xlora.formats.peft_layout import PEFT_TYPE, read_peft_layout
 
 
 def read_mixture_folder(
-    folder: str | Path, *, find_experts: bool = True, check: HeadCheck | None = None
+    folder: str | Path,
+    *,
+    find_experts: bool = True,
+    check: HeadCheck | None = None,
+    order: Sequence[str] | None = None,
 ) -> MixtureFolder:
     """Read settings and scaling head of the mixture in `folder`, and find its experts.
 
     The experts' weights are not read. `find_experts=False` is for experts that come from elsewhere: `experts`
-    is left empty. `check` sees settings and sizes before the head is read, and may raise.
+    is left empty. `check` sees settings and sizes before the head is read, and may raise. `order` names the experts in
+    the head's order, for early folders of the original package, which don't.
 
     Raises AdapterFormatError (files missing, damaged or not matching each
     other), UnsupportedAdapterError (settings or file formats that can't be honoured exactly) and
@@ -26,10 +32,10 @@ def read_mixture_folder(
     """
     folder = Path(folder)
     with damaged_as(AdapterFormatError, folder):
-        return _read(folder, find_experts, check)
+        return _read(folder, find_experts, check, order)
 
 
-def _read(folder: Path, find_experts: bool, check: HeadCheck | None) -> MixtureFolder:
+def _read(folder: Path, find_experts: bool, check: HeadCheck | None, order: Sequence[str] | None) -> MixtureFolder:
     needed = (
         f"A mixture is a folder with {CONFIG_FILE} of peft_type {PEFT_TYPE!r} (PEFT's layout) or {SETTINGS_FILE} (the "
         "original package's)."
@@ -44,7 +50,7 @@ def _read(folder: Path, find_experts: bool, check: HeadCheck | None) -> MixtureF
             raise AdapterFormatError(
                 f"{str(folder)!r} holds two mixtures, {CONFIG_FILE} and {SETTINGS_FILE}. Remove the files of one."
             )
-        return read_original_layout(folder, find_experts=find_experts, check=check)
+        return read_original_layout(folder, find_experts=find_experts, check=check, order=order)
     if has_peft:
         return read_peft_layout(folder, find_experts=find_experts, check=check)
     found = sorted(path.name for path in folder.iterdir())

@@ -25,6 +25,7 @@ class MixtureFolder:
     experts: Mapping[str, Path | str]  # by name: a folder, or the hub id of an adapter; empty if not looked for
     base_model_name: str | None
     num_layers: int | None  # LoRA layers the head was made for; None: not layerwise, the head doesn't say
+    layers: tuple[str, ...] | None = None  # their module paths in the head's order, where the folder says them
 
     @property
     def num_experts(self) -> int:

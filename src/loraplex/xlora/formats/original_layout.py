@@ -1,18 +1,21 @@
 """The original package's layout: xlora_config.json, xlora_classifier.safetensors, experts in folders by name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from loraplex.adapters.peft.reader import check_files
+from loraplex.adapters.peft.weight_files import check_files
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
+from loraplex.validation import listed
 from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.formats.eras import defaults_of_era
 from loraplex.xlora.formats.head_file import HeadCheck, read_head, require_head_file
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
+from loraplex.xlora.formats.ordering import Ordering, read_ordering
 from loraplex.xlora.formats.settings import (
     ALL_SETTINGS,
     base_name_from,
@@ -36,8 +39,13 @@ _ORDER = (
 )
 
 
-def read_original_layout(folder: Path, *, find_experts: bool, check: HeadCheck | None = None) -> MixtureFolder:
-    """Read a mixture that the original package, or `write_mixture_folder(layout="xlora")`, saved."""
+def read_original_layout(
+    folder: Path, *, find_experts: bool, check: HeadCheck | None = None, order: Sequence[str] | None = None
+) -> MixtureFolder:
+    """Read a mixture that the original package, or `write_mixture_folder(layout="xlora")`, saved.
+
+    `order` names the experts in the head's order, for folders that don't say it.
+    """
     file = folder / SETTINGS_FILE
     settings = read_object(file, AdapterFormatError)
     if "use_mean_pool" in settings:
@@ -46,15 +54,15 @@ def read_original_layout(folder: Path, *, find_experts: bool, check: HeadCheck |
             "for a whole sequence, which can't be honoured. Train the head with a later version."
         )
     refuse_unknown(settings, _KNOWN, file)
-    # Versions that didn't save the value (before 2024-02-09) used 1 / experts.
-    config = config_from(settings, ALL_SETTINGS, file, scaling_pass_value=None)
-    names = _expert_names(settings, file)
+    require_head_file(folder / HEAD_FILE, (PICKLE_FILE,))
+    config = config_from(settings, ALL_SETTINGS, file, **defaults_of_era(settings, folder / HEAD_FILE, file))
+    ordering = _ordering(settings, folder, order)
+    names = check_expert_names(list(ordering.experts), file)
     try:
         config.check_num_experts(len(names))
     except ConfigError as error:
         raise AdapterFormatError(f"{file}: {error}") from error
     hidden_size = hidden_size_from(settings, file)
-    require_head_file(folder / HEAD_FILE, (PICKLE_FILE,))
     head, num_layers = read_head(
         folder / HEAD_FILE,
         config,
@@ -73,6 +81,7 @@ def read_original_layout(folder: Path, *, find_experts: bool, check: HeadCheck |
         experts={name: _expert_folder(folder, name) for name in names} if find_experts else {},
         base_model_name=base_name_from(settings, "base_model_id", file),
         num_layers=num_layers,
+        layers=ordering.layers,
     )
 
 
@@ -103,16 +112,27 @@ def head_names(config: XLoraConfig) -> dict[str, str]:
     return {f"layers.{index}.{part}": f"{module}.{part}" for index, module in modules.items() for part in parts}
 
 
-def _expert_names(settings: Mapping[str, Any], file: Path) -> list[str]:
+def _ordering(settings: Mapping[str, Any], folder: Path, order: Sequence[str] | None) -> Ordering:
+    """The experts in the head's order: from the settings, else the caller, else mistral.rs's ordering file."""
     adapters = settings.get("adapters")
-    if isinstance(adapters, dict):
-        adapters = list(adapters)
-    if not isinstance(adapters, list) or not adapters:
+    if isinstance(adapters, dict | list) and adapters:
+        return Ordering(experts=tuple(adapters))
+    if adapters is not None:
         raise AdapterFormatError(
-            f"{file}: adapters is {adapters!r}; it must list the experts' names in the order in which the head was "
-            "trained (versions before February 2024 didn't save it: add it by hand)."
+            f"{folder / SETTINGS_FILE}: adapters is {adapters!r}; it must list the experts' names."
         )
-    return check_expert_names(adapters, file)
+    found = read_ordering(folder)
+    if order is not None:
+        return Ordering(experts=tuple(order), layers=None if found is None else found.layers)
+    if found is not None:
+        return found
+    there = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    raise AdapterFormatError(
+        f"{folder / SETTINGS_FILE}: adapters is None (versions of the package before 2024-02-23 didn't save it), and "
+        "the experts' order, in which the head was trained, is needed. The folder's adapters are "
+        f"{listed(there) or 'elsewhere'}: name them in the head's order, load_mixture(name, folder, experts=[...]), or "
+        "put mistral.rs's ordering file into the folder."
+    )
 
 
 def _expert_folder(folder: Path, name: str) -> Path:

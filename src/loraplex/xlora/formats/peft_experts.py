@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.peft.reader import WEIGHTS_FILE, check_files
-from loraplex.adapters.tensor_file import open_tensor_file
+from loraplex.adapters.peft.weight_files import check_files, open_weights
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError
 from loraplex.json_files import read_object
 from loraplex.xlora.formats.settings import check_expert_names
@@ -88,7 +87,7 @@ def _given(folder: Path, settings: Mapping[str, Any], number: str) -> Path | str
 
 def _is_remnant(folder: Path) -> bool:
     """Whether PEFT's save of a whole mixture wrote this expert's folder."""
-    with open_tensor_file(folder / WEIGHTS_FILE) as file:
+    with open_weights(folder) as file:
         return any(name.startswith(_REMNANTS) for name in file.entries)
 
 

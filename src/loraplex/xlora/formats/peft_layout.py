@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
 from loraplex.xlora.config import XLoraConfig

@@ -10,9 +10,10 @@ from torch import Tensor
 from loraplex.adapters.atomic_dir import atomic_folder
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.config import CONFIG_FILE
-from loraplex.adapters.peft.reader import WEIGHTS_FILE, read_adapter
+from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.record import RECORD_FILE
-from loraplex.adapters.peft.writer import write_adapter
+from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
+from loraplex.adapters.peft.writer import write_or_copy
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
 from loraplex.output_files import resolved
@@ -65,24 +66,13 @@ def write_mixture_folder(
         else:
             write_original_layout(temporary, mixture)
         for number, (name, expert) in enumerate(experts.items()):
-            _write_expert(expert, temporary / (str(number) if layout == "peft" else name))
+            write_or_copy(expert, temporary / (str(number) if layout == "peft" else name))
         for path in temporary.rglob("*.safetensors"):
             shutil.copymode(path.parent / _settings_beside(path), path)  # safetensors makes it the owner's only
 
 
 def _settings_beside(tensors: Path) -> str:
     return SETTINGS_FILE if tensors.name == HEAD_FILE else CONFIG_FILE
-
-
-def _write_expert(expert: Adapter | Path, folder: Path) -> None:
-    if isinstance(expert, Adapter):
-        write_adapter(expert, folder)
-        return
-    folder.mkdir(parents=True)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(expert / file, folder / file)
-    if (expert / RECORD_FILE).is_file():
-        shutil.copyfile(expert / RECORD_FILE, folder / RECORD_FILE)
 
 
 def _common_task_type(adapters: Mapping[str, Adapter]) -> str | None:
