@@ -66,7 +66,7 @@ def merged_logits(base: PreTrainedModel, updates: dict[str, Tensor]) -> Tensor:
 def test_pickled_weights_are_peft_s(tmp_path: Path) -> None:
     base = tiny_model("llama")
     folder = as_pickle(random_peft_adapter(base, tmp_path / "bin", targets=TARGETS))
-    with pytest.raises(UnsupportedAdapterError, match=r"pickle file.*Convert it: loraplex convert"):
+    with pytest.raises(UnsupportedAdapterError, match=r"pickle file.*Convert it to safetensors: loraplex convert"):
         read_adapter(folder)
     convert_to_peft(folder, tmp_path / "out")
     assert_close(our_logits(base, tmp_path / "out"), peft_logits(base, folder), ".bin")  # PEFT reads .bin

@@ -90,7 +90,7 @@ def _other_formats(found: list[str], has_config: bool) -> dict[str, list[str]]:
 
 
 def _conversion(folder: Path) -> str:
-    return f"Convert it: loraplex convert {str(folder)!r}."
+    return f"Convert it to safetensors: loraplex convert {str(folder)!r}."
 
 
 def _adapters_below(folder: Path) -> list[str]:
