@@ -162,7 +162,7 @@ def test_a_failed_write_leaves_the_old_mixture(tmp_path: Path, monkeypatch: pyte
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("loraplex.xlora.formats.write_folder._write_expert", fail)
+    monkeypatch.setattr("loraplex.xlora.formats.write_folder.write_or_copy", fail)
     with pytest.raises(OutputError, match="disk full"):
         write_mixture(folder, "xlora", XLoraConfig(), overwrite=True)
     check_same(read_mixture_folder(folder), XLoraConfig())

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraplex.adapters.peft.weight_files import check_files, open_weights
+from loraplex.adapters.peft.weight_files import check_files, weight_files
+from loraplex.adapters.tensor_file import open_tensor_file
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError
 from loraplex.json_files import read_object
 from loraplex.xlora.formats.settings import check_expert_names
@@ -87,8 +88,12 @@ def _given(folder: Path, settings: Mapping[str, Any], number: str) -> Path | str
 
 def _is_remnant(folder: Path) -> bool:
     """Whether PEFT's save of a whole mixture wrote this expert's folder."""
-    with open_weights(folder) as file:
-        return any(name.startswith(_REMNANTS) for name in file.entries)
+    for path in weight_files(folder):  # under the names that are in the files
+        if path.suffix == ".safetensors":
+            with open_tensor_file(path) as file:
+                if any(name.startswith(_REMNANTS) for name in file.entries):
+                    return True
+    return False
 
 
 def _refuse_lost_training(folder: Path, settings: Mapping[str, Any]) -> None:
