@@ -15,6 +15,11 @@ COMMANDS = {
         "Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates.",
         "loraplex.cli.inspect:inspect",
     ),
+    "merge": (
+        "Write a base model with adapters in its weights, as a plain transformers model.",
+        "loraplex.cli.merge:merge",
+    ),
+    "link": ("Write several adapters with weights as one, by PEFT's combinations.", "loraplex.cli.link:link"),
     "scalings": (
         "Answer prompts through a mixture and draw the scalings of every token.",
         "loraplex.cli.scalings:scalings",
