@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from loraplex.adapters.finite import require_finite
 from loraplex.adapters.weights import LoraWeights
-from loraplex.errors import BaseModelError
+from loraplex.errors import BaseModelError, UnsupportedAdapterError
 from loraplex.layers.modules import embed_scale, weight_matrix
 
 _PART_VALUES = 2**22  # of a weight that are float64 at once: the whole weight never is
@@ -29,7 +28,7 @@ def merge_weight(
 ) -> None:
     """Give the module's weight the adapters' share, and `dtype`: computed in float64, rounded once.
 
-    Raises AdapterFormatError where a value is too large for `dtype`.
+    Raises UnsupportedAdapterError where a value is too large for `dtype`.
     """
     weight = module.weight
     assert isinstance(weight, nn.Parameter), f"{path!r} has no plain weight"
@@ -43,8 +42,18 @@ def merge_weight(
         for delta in deltas:
             total += delta.rows(rows, base)
         after[rows] = total.to(dtype)
-        require_finite(after[rows], f"{path!r}: the merged weight in {str(dtype).removeprefix('torch.')}")
+        _check_range(path, after[rows])
     weight.data = merged
+
+
+def _check_range(path: str, merged: Tensor) -> None:
+    num_beyond = int((~merged.isfinite()).sum())
+    if num_beyond:
+        dtype = str(merged.dtype).removeprefix("torch.")
+        raise UnsupportedAdapterError(
+            f"adapters can't be merged into {path!r} in {dtype}: it can't hold {num_beyond} of {merged.numel()} values. "
+            "Choose float32 or bfloat16 as dtype, or smaller weights of the adapters."
+        )
 
 
 def check_mergeable(path: str, module: nn.Module) -> None:

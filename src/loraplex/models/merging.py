@@ -83,7 +83,7 @@ def merge_into(base: PreTrainedModel, members: Members, dtype: torch.dtype | Non
     """Change the weights of a base model to those with the adapters in them, and all its weights to `dtype`.
 
     Everything is checked before anything changes: raises BaseModelError for weights that aren't plain numbers. Raises
-    AdapterFormatError for a merged weight that `dtype` can't hold; then the model is of no more use.
+    UnsupportedAdapterError for a merged weight that `dtype` can't hold; then the model is of no more use.
     """
     before = base.dtype
     dtype = dtype or before

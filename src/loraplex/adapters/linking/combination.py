@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from loraplex.adapters.config import MAX_RANK
 from loraplex.errors import ConfigError
-from loraplex.validation import is_whole, quoted
+from loraplex.validation import is_finite, is_whole, quoted
 
 # What is done to each adapter's values before they are added (the last column of docs/guides/merging.md).
 _PRUNINGS = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_linear": "random", "dare_ties": "random"}
@@ -44,7 +44,7 @@ class Combination:
             raise ConfigError(
                 f"combination {self.method!r} needs a density, the share of values that it keeps, such as 0.5."
             )
-        if self.density is not None and not (isinstance(self.density, int | float) and 0 < self.density <= 1):
+        if self.density is not None and not (is_finite(self.density) and 0 < self.density <= 1):
             raise ConfigError(f"density is {quoted(self.density)}; it must be above 0, and 1 at most.")
         if self.majority_sign is not None:
             self._check_used("majority_sign", self.elects_signs, "ties and dare_ties")
