@@ -51,8 +51,8 @@ def _check_range(path: str, merged: Tensor) -> None:
     if num_beyond:
         dtype = str(merged.dtype).removeprefix("torch.")
         raise UnsupportedAdapterError(
-            f"adapters can't be merged into {path!r} in {dtype}: it can't hold {num_beyond} of {merged.numel()} values. "
-            "Choose float32 or bfloat16 as dtype, or smaller weights of the adapters."
+            f"adapters can't be merged into {path!r} in {dtype}: it can't hold {num_beyond} of {merged.numel()} "
+            "values. Choose float32 or bfloat16 as dtype, or smaller weights of the adapters."
         )
 
 
