@@ -117,7 +117,7 @@ def test_pruning_one_adapter_is_refused(tmp_path: Path, folders: dict[str, Path]
 def test_updates_too_large_to_be_formed_are_refused(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modules, "MAX_UPDATE_VALUES", 16 * 24 - 1)
+    monkeypatch.setattr(modules, "MAX_UPDATE_VALUES", 2 * 16 * 24 - 1)
     save_linked("a+b", tmp_path / "svd", folders, Combination(method="svd"))
     words = ["q_proj", "16 -> 24", "'svd'"]
     assert_refused(tmp_path, folders, TooLargeError, words, Combination(method="ties_svd", density=0.5))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from loraplex.errors import (
 from loraplex.models import merged_folder
 from loraplex.models.int8_base import quantize_base
 from loraplex.models.loading import load_base_model
+from loraplex.models.merged_folder import MergeRecord, write_merged_folder
 from loraplex.models.merging import merge_into, read_members, save_merged
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import BaseFingerprint, SteeringVector
@@ -215,6 +217,32 @@ def test_the_folder_has_model_settings_tokenizer_and_record(tmp_path: Path, base
     assert len(modes) == 1
     # The base and the adapters are as they were, though the base's weights in memory were changed.
     assert {name: value for name, value in contents(tmp_path).items() if not name.startswith("merged/")} == before
+
+
+def test_tokenizer_files_of_a_hub_id_come_from_its_snapshot(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base / "tokenizer.json").write_text("{}")
+    asked = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        return str(base)
+
+    monkeypatch.setattr(merged_folder, "snapshot_download", snapshot_download)
+    record = MergeRecord(base="owner/name", link=(("a", 1.0),), adapters={"a": "a"})
+    write_merged_folder(tiny_model("llama"), "owner/name", tmp_path / "merged", record)
+    ((repository, patterns),) = asked
+    assert repository == "owner/name"
+    assert not any(fnmatch(name, pattern) for name in ("model.safetensors", "x.bin", "x.py") for pattern in patterns)
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
+
+    def unreachable(repository: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(merged_folder, "snapshot_download", unreachable)
+    with refused(tmp_path, BaseModelError, "owner/name", "no network"):
+        write_merged_folder(tiny_model("llama"), "owner/name", tmp_path / "other", record)
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,13 +144,15 @@ def test_modules_of_equal_rank_by_pattern_are_added_though_their_adapters_larges
     assert {path[-6:]: weights.rank for path, weights in linked.layers.items()} == {"q_proj": 4, "v_proj": 2}
 
 
-def test_first_adapter_with_rslora_is_scaled_once(tmp_path: Path) -> None:
+def test_first_adapter_with_rslora_is_scaled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT keeps use_rslora of the first adapter with an alpha that is the rank: its result is sqrt(rank) too large."""
     options = {"use_rslora": True}
     folders = write_adapters(tmp_path, {"a": {"targets": ["q_proj"], "options": options}, "b": {"targets": ["q_proj"]}})
     linked = save_linked("a:0.5+b:2", tmp_path / "linked", folders)
     parts = [updates_of(read_adapter(folder)) for folder in folders.values()]
     assert_equal(updates_of(linked), {path: 0.5 * parts[0][path] + 2 * parts[1][path] for path in parts[0]})
+    of_peft = by_peft(folders, (0.5, 2), Combination(), monkeypatch)
+    assert_equal({path: update * 8**0.5 for path, update in updates_of(linked).items()}, of_peft)
 
 
 @pytest.mark.parametrize("method", ["cat", "linear", "svd"])

@@ -154,6 +154,9 @@ def test_tied_embedding_and_output_layer_are_adapted_each_for_itself(tmp_path: P
     own = base.lm_head.weight
     assert torch.equal(merged.lm_head.weight, own) is ("lm_head" not in targets)
     assert torch.equal(merged.model.embed_tokens.weight, own) is ("embed_tokens" not in targets)
+    if targets == ["embed_tokens"]:  # what docs/guides/merging.md says of PEFT
+        of_peft = merged_by_peft(base, folder)
+        assert torch.equal(of_peft["lm_head.weight"], of_peft["model.embed_tokens.weight"])
     oracle = PeftOracle(base, {"a": folder})  # not merged
     expected = [oracle.logits("a", ids, mask)[mask.bool()] for ids, mask in zip(IDS, MASK, strict=True)]
     assert_close(of_folder(tmp_path / "merged"), torch.cat(expected), "PEFT")
@@ -187,3 +190,22 @@ def test_float32_base_merges_into_bfloat16_with_one_rounding(tmp_path: Path) -> 
     assert short.dtype == torch.bfloat16
     for path, weight in short.state_dict().items():
         assert torch.equal(weight, whole.state_dict()[path].bfloat16()), path
+
+
+@pytest.mark.slow  # loads SmolLM2 three times
+def test_merged_smollm2_says_what_the_served_link_says(smollm2: Path, tmp_path: Path) -> None:
+    folders = {name: Path(f"examples/adapters/{name}").resolve() for name in ("quantum", "protein")}
+    link = "quantum:0.7+protein:0.3"
+    save_merged(smollm2, link, tmp_path / "merged", folders)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
+    with MultiLoraModel.from_pretrained(smollm2, dtype="float32") as model:
+        for name, folder in folders.items():
+            model.load_adapter(name, folder)
+        inputs = model.encode_chat(["What is a qubit?", "Name three proteins."])
+        expected = model.generate(**inputs, adapters=[link, link], **options)
+    with MultiLoraModel.from_pretrained(tmp_path / "merged", dtype="float32") as merged:
+        again = merged.encode_chat(["What is a qubit?", "Name three proteins."])
+        assert torch.equal(again["input_ids"], inputs["input_ids"])
+        found = merged.generate(**again, **options)
+    shortest = min(found.shape[1], expected.shape[1])  # padding behind the ends
+    assert torch.equal(found[:, :shortest], expected[:, :shortest])

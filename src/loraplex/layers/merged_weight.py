@@ -65,7 +65,8 @@ def check_mergeable(path: str, module: nn.Module) -> None:
             f"adapters can't be merged into {path!r} ({type(module).__name__}): its weight is a {what}, not plain "
             "numbers in memory. Give the original model, without quantization or offloading."
         )
-    if type(module) not in _PLAIN and not _is_its_weight(module):
+    is_plain = type(module) in _PLAIN and "forward" not in vars(module)
+    if not is_plain and not _is_its_weight(module):
         raise BaseModelError(
             f"adapters can't be merged into {path!r}: a {type(module).__name__} computes more than its weight says. "
             "Serve them with the base model instead."

@@ -147,7 +147,9 @@ def _convert(base: PreTrainedModel, before: torch.dtype, dtype: torch.dtype) -> 
 def _add_end_tokens(base: PreTrainedModel, members: Members) -> None:
     """What ends the adapters' answers ends those of the merged model."""
     generation = getattr(base, "generation_config", None)
-    ends = [token for _, _, adapter in members for token in adapter.end_tokens]
-    if not ends or generation is None:
+    if generation is None:  # it generates nothing
         return
-    generation.eos_token_id = list(dict.fromkeys([*generation_ends(base), *ends]))
+    before = generation_ends(base)
+    ends = [token for _, _, adapter in members for token in adapter.end_tokens if token not in before]
+    if ends:
+        generation.eos_token_id = list(dict.fromkeys([*before, *ends]))

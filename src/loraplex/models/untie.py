@@ -54,7 +54,8 @@ def _check_may_untie(base: PreTrainedModel, path: str, owners: Collection[str]) 
 
 
 def _untie_config(base: PreTrainedModel, paths: Iterable[str]) -> None:
-    configs = (base.config, base.config.get_text_config(decoder=True))
+    found = (base.config, base.config.get_text_config(decoder=True))
+    configs = [config for config in found if hasattr(config, "tie_word_embeddings")]
     before = [config.tie_word_embeddings for config in configs]
     for config in configs:
         config.tie_word_embeddings = False

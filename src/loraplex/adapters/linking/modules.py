@@ -11,7 +11,7 @@ from loraplex.adapters.linking.task_arithmetic import combine
 from loraplex.adapters.weights import LoraWeights
 from loraplex.errors import ConfigError, TooLargeError
 
-MAX_UPDATE_VALUES = 1 << 31  # of a module's update that is formed: 8 GiB in float32
+MAX_UPDATE_VALUES = 1 << 31  # of all adapters' updates of a module that are formed: 8 GiB in float32
 
 Weighted = Sequence[tuple[float, LoraWeights]]  # the adapters that have the module, with their weights
 
@@ -58,10 +58,10 @@ def _truncate_update(
 ) -> tuple[Tensor, Tensor]:
     """The closest factors of `rank` to the combined updates, which are formed and whose values may be left out."""
     shape = members[0][1].shape
-    if shape.in_features * shape.out_features > MAX_UPDATE_VALUES:
+    if len(members) * shape.in_features * shape.out_features > MAX_UPDATE_VALUES:
         raise TooLargeError(
-            f"combination {combination.method!r} forms the update of {path!r}, {shape.in_features} -> "
-            f"{shape.out_features}, which has more than {MAX_UPDATE_VALUES} values. Use 'svd', which doesn't form it."
+            f"combination {combination.method!r} forms {len(members)} updates of {path!r}, {shape.in_features} -> "
+            f"{shape.out_features}, which have more than {MAX_UPDATE_VALUES} values. Use 'svd', which doesn't."
         )
     is_embedding = shape.kind == "embedding"  # whose update PEFT has the other way round
     updates = [_update(weights) for _, weights in members]
