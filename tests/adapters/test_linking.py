@@ -1,16 +1,21 @@
 """Linking adapters into one: what is refused, and what is written."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.linking import modules
+from loraplex.adapters.linking.adapter import link_adapters
 from loraplex.adapters.linking.combination import Combination
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.record import write_record
+from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import (
     AdapterExistsError,
     AdapterFormatError,
@@ -86,6 +91,28 @@ def test_mixtures_and_residuals_are_refused_by_name(
     else:
         write_folder(folders["b"], settings)
     assert_refused(tmp_path, folders, UnsupportedAdapterError, words)
+
+
+def test_parts_of_an_adapter_that_nobody_knows_are_refused_by_name() -> None:
+    """Whatever an adapter may carry one day: it is not left out."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithBias(LoraWeights):
+        bias: torch.Tensor | None = None
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithRows(Adapter):
+        token_rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def adapter(bias: torch.Tensor | None = None, **rows: torch.Tensor) -> Adapter:
+        factors = {"lora_a": torch.ones(8, 4), "lora_b": torch.ones(8, 6)}
+        layers = {"m": WithBias(kind="linear", scaling=1.0, bias=bias, **factors)}
+        return WithRows(config=LoraConfig(target_modules=("m",)), layers=layers, token_rows=rows)
+
+    assert link_adapters([("a", 1.0, adapter())]).layers.keys() == {"m"}
+    for whole, name in ((adapter(bias=torch.ones(6)), "'bias'"), (adapter(embed=torch.ones(2)), "'token_rows'")):
+        with pytest.raises(UnsupportedAdapterError, match=name):
+            link_adapters([("a", 1.0, whole)])
 
 
 def test_adapters_of_different_bases_are_refused(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from loraplex.adapters.factors_alone import require_factors_alone
@@ -11,8 +12,9 @@ from loraplex.adapters.linking.adapter import Members
 from loraplex.adapters.weights import LoraWeights
 from loraplex.errors import BaseModelError
 from loraplex.kernels.packed_weight import PackedWeight
+from loraplex.layers.direct_reads import read_directly
 from loraplex.layers.merged_weight import check_mergeable, merge_weight
-from loraplex.layers.modules import weight_matrix
+from loraplex.layers.modules import adaptable_modules, weight_matrix
 from loraplex.models.end_tokens import generation_ends
 from loraplex.models.gguf_file import is_gguf_file
 from loraplex.models.link_members import find_lora, parse_link
@@ -21,6 +23,7 @@ from loraplex.models.merged_folder import MergeRecord, check_merged_destination,
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.untie import untie_weights
 from loraplex.routing.adapter_spec import AdapterSpec, Link
+from loraplex.validation import listed
 
 WHAT = "merged into weights"
 
@@ -95,6 +98,7 @@ def merge_into(base: PreTrainedModel, members: Members, dtype: torch.dtype | Non
     modules = {path: base.get_submodule(path) for path in by_path}
     for path, module in modules.items():
         check_mergeable(path, module)
+    _check_read_by_modules(base, modules)
     untie_weights(base, by_path)
     for path, module in modules.items():
         # A weight that the model keeps in another dtype than its own, such as T5's in float32, stays so.
@@ -102,6 +106,16 @@ def merge_into(base: PreTrainedModel, members: Members, dtype: torch.dtype | Non
         merge_weight(path, module, by_path[path], dtype if own == before else own)
     _convert(base, before, dtype)
     _add_end_tokens(base, members)
+
+
+def _check_read_by_modules(base: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    direct = read_directly(base, modules, adaptable_modules(base))
+    if direct:
+        raise BaseModelError(
+            f"adapters can't be merged into {listed(direct)}: {type(base).__name__} reads these weights without "
+            "running the modules, so that an adapter has no effect there when it is served (nor in PEFT), and would "
+            "have one in the weights. Leave the modules out of target_modules, or serve the adapter."
+        )
 
 
 def refuse_quantized(base: PreTrainedModel) -> None:
