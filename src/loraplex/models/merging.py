@@ -21,7 +21,7 @@ from loraplex.models.link_members import find_lora, parse_link
 from loraplex.models.loading import load_base_model, parse_dtype, resolve_base_model
 from loraplex.models.merged_folder import MergeRecord, check_merged_destination, write_merged_folder
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.untie import untie_weights
+from loraplex.models.untie import check_shared, untie_weights
 from loraplex.routing.adapter_spec import AdapterSpec, Link
 from loraplex.validation import listed
 
@@ -98,6 +98,7 @@ def merge_into(base: PreTrainedModel, members: Members, dtype: torch.dtype | Non
     modules = {path: base.get_submodule(path) for path in by_path}
     for path, module in modules.items():
         check_mergeable(path, module)
+    check_shared(base, by_path)
     _check_read_by_modules(base, modules)
     untie_weights(base, by_path)
     for path, module in modules.items():

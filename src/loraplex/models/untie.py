@@ -17,19 +17,28 @@ def untie_weights(base: PreTrainedModel, paths: Collection[str]) -> bool:
     untied. Raises BaseModelError, before anything changes, where other modules share the weight, or the model's class
     ties them whatever its config says.
     """
-    owners = _owners(base)
-    sharing = {path: owners[id(base.get_submodule(path).weight)] for path in paths}
-    sharing = {path: names for path, names in sharing.items() if len(names) > 1}
+    sharing = check_shared(base, paths)
     if not sharing:
         return False
-    for path, names in sharing.items():
-        _check_may_untie(base, path, names)
     tied = _tied_keys(base)
     _untie_config(base, sharing)
     for key in tied:  # all of them: whoever reads the config ties none
         _own_copy(base, key)
     base.all_tied_weights_keys = {}
     return True
+
+
+def check_shared(base: PreTrainedModel, paths: Collection[str]) -> dict[str, list[str]]:
+    """Those of `paths` whose weight other modules have too, with the paths of all that have it.
+
+    Raises BaseModelError where these aren't the input embedding and the output layer of a decoder or an encoder.
+    """
+    owners = _owners(base)
+    sharing = {path: owners[id(base.get_submodule(path).weight)] for path in paths}
+    sharing = {path: names for path, names in sharing.items() if len(names) > 1}
+    for path, names in sharing.items():
+        _check_may_untie(base, path, names)
+    return sharing
 
 
 def _owners(base: PreTrainedModel) -> Mapping[int, list[str]]:
