@@ -235,3 +235,16 @@ def test_many_threads_leasing_replacing_and_evicting_never_see_foreign_weights(d
     assert failures == []
     assert {state.version for state in store.states()} == {2}
     assert all(state.num_leases == 0 for state in store.states())
+
+
+def test_adapter_at_rest_is_that_of_its_folder_or_the_one_given(disk):
+    store = make_store(disk, "ab")
+    given = make_adapter(5)
+    store.add("c", given, None)
+    assert store.at_rest("c") is given
+    assert store.at_rest("b").layers["m"].lora_a[0, 0].item() == 1
+    disk.write("b", 12345)
+    with pytest.raises(AdapterChangedError, match="'b'"):
+        store.at_rest("b")
+    with pytest.raises(AdapterNotFoundError):
+        store.at_rest("d")

@@ -19,6 +19,11 @@ COMMANDS = {
         "Convert an adapter to PEFT's format, or to GGUF: from .bin weights, MLX, GGUF, old names.",
         "loraplex.cli.convert:convert",
     ),
+    "merge": (
+        "Write a base model with adapters in its weights, as a plain transformers model.",
+        "loraplex.cli.merge:merge",
+    ),
+    "link": ("Write several adapters with weights as one, by PEFT's combinations.", "loraplex.cli.link:link"),
     "scalings": (
         "Answer prompts through a mixture and draw the scalings of every token.",
         "loraplex.cli.scalings:scalings",

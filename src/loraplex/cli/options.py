@@ -26,6 +26,14 @@ Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Weights = Annotated[str, typer.Option(help="int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")]
+LinkName = Annotated[str, typer.Argument(help='Adapters and weights: "a", "a:0.7+b:0.3".')]
+LinkedAdapters = Annotated[
+    list[str],
+    typer.Option(
+        "--load", "--adapter", help="NAME=FOLDER, or hub id, of each LoRA adapter that the link names; repeat."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 

@@ -83,7 +83,7 @@ class Recorder:
 
     def run(self, base: PreTrainedModel, ids: Tensor) -> Calls:  # [rows, tokens]
         """The inputs of each module in one pass of the base model."""
-        return self.record(lambda: base(**_inputs(base, ids)))[0]
+        return self.record(lambda: run_tokens(base, ids))[0]
 
     def record(self, run: Callable[[], Result]) -> tuple[Calls, Result]:
         """The inputs of each module while `run` runs, and its result."""
@@ -123,6 +123,11 @@ class Recorder:
 def is_tensor_of(output: Any, shape: tuple[int, ...]) -> bool:
     """Whether a module's output is a tensor of this shape, as a linear module's is."""
     return isinstance(output, Tensor) and output.shape == shape
+
+
+def run_tokens(base: PreTrainedModel, ids: Tensor) -> Any:  # [rows, tokens]
+    """The base model's output for these rows, in the decoder of an encoder-decoder for some of them too."""
+    return base(**_inputs(base, ids))
 
 
 def _inputs(base: PreTrainedModel, ids: Tensor) -> dict[str, Any]:

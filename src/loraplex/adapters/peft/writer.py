@@ -47,9 +47,13 @@ def write_adapter(
     if dtype not in (None, *FLOAT_DTYPES.values()):
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)
-    check = partial(check_destination, folder, "an adapter", _REPLACEABLE, overwrite=overwrite)
-    with atomic_folder(folder, check) as temporary:
+    with atomic_folder(folder, partial(check_adapter_destination, folder, overwrite=overwrite)) as temporary:
         _write_files(adapter, temporary, dtype)
+
+
+def check_adapter_destination(folder: Path, *, overwrite: bool) -> None:
+    """Raise AdapterExistsError where `write_adapter` would not write: for who asks before a long computation."""
+    check_destination(folder, "an adapter", _REPLACEABLE, overwrite=overwrite)
 
 
 def peft_tensors(adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

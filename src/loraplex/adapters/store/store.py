@@ -199,6 +199,21 @@ class AdapterStore:
 
     # Reading back from disk
 
+    def at_rest(self, name: str) -> Adapter:
+        """An adapter as it was given or as its folder has it, in its own dtype; slots have it in the base model's.
+
+        Raises AdapterNotFoundError, and AdapterChangedError where its files are no longer those that were loaded.
+        """
+        version = self.version(name)
+        if version.folder is None:
+            assert version.original is not None, f"{name!r} has neither folder nor weights"
+            return version.original
+        with damaged_as(AdapterFormatError, version.folder):
+            _check_unchanged(version)
+            adapter = self._read(version.folder)
+            _check_unchanged(version)
+        return adapter
+
     def _load(self, version: AdapterVersion) -> "Future[PreparedAdapter]":
         """Read a version from disk in the background; a second call joins the first."""
         load = self._loads.get(id(version))

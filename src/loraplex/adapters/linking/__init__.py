@@ -1,0 +1,1 @@
+"""One adapter made of several, with weights, by the formulas of PEFT's `add_weighted_adapter`."""
