@@ -49,6 +49,7 @@ def _package(name: str, how: str) -> Part:
 
 
 PARTS = {
+    "bitsandbytes": _package("bitsandbytes", "make setup"),
     "chromium": Part(lambda: find_browser() is not None, "apt-get install chromium, or name one in LORAPLEX_CHROMIUM"),
     "compiler": Part(_has_compiled_kernels, "the compiled kernels can't be built here: apt-get install g++"),
     "llguidance": _package("llguidance", "make setup"),
@@ -57,6 +58,7 @@ PARTS = {
     "openssl": Part(lambda: shutil.which("openssl") is not None, "apt-get install openssl"),
     "ray": _package("ray", "make setup-extras"),
     "smollm2": Part(_has_smollm2, "make setup"),
+    "torchao": _package("torchao", "make setup"),
     "triton": _package("triton", "make setup"),
 }
 _is_here = cache(lambda part: PARTS[part].is_here())

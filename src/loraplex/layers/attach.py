@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.cpu_order_4bit import keep_first_state
+from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
 from loraplex.layers.output_layer import LoraOutput, rounds_logits
 from loraplex.layers.passes import attach_pass_length
+from loraplex.layers.quantized import BNB_4BIT, quantized_modules
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
@@ -38,6 +41,12 @@ class AdaptableModel:
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
+        for _, module, kind in quantized_modules(base):
+            if kind is BNB_4BIT:
+                keep_first_state(module)
+        self._apart = [module for module in base.modules() if has_outliers(module)]
+        for module in self._apart:
+            keep_tokens_apart(module)
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise UnsupportedAdapterError for modules that no adapter can be added to."""
@@ -135,6 +144,9 @@ class AdaptableModel:
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])
+            for module in self._apart:
+                join_tokens(module)
+            self._apart = []
             self._handles.clear()
             self._hooks.clear()
             self._lora_linears.clear()

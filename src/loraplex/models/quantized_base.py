@@ -1,0 +1,136 @@
+"""Base models whose weights another library quantized: which can be used, and how they are loaded."""
+
+import logging
+import re
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+from loraplex.errors import BaseModelError, ConfigError
+from loraplex.extras import install_command, missing_modules
+from loraplex.layers.quantized import is_class, quantized_modules
+from loraplex.validation import quoted
+
+# By transformers' name of the method: the extra whose package computes with such weights as they are.
+EXTRAS_OF = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+# Those that are dequantized when they are loaded, and the config class that asks transformers for it.
+DEQUANTIZED = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+    "gguf": "GgufConfig",
+}
+_ADVICE = (
+    "Use a checkpoint without quantization, if need be with quantization_config=BitsAndBytesConfig(load_in_4bit=True), "
+    "or one of bitsandbytes or torchao."
+)
+# Of torchao's weights: set where a module's inputs are quantized too.
+_INPUT_SETTINGS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type")
+# What a base model's name says about its weights.
+_PRECISION_NAMES = re.compile(
+    r"(?:^|[-_./])(bnb-4bit|bnb-8bit|4bit|8bit|nf4|int4|int8|fp8|awq|gptq|gguf|hqq|mxfp4)(?:$|[-_./])", re.IGNORECASE
+)
+
+logger = logging.getLogger(__name__)
+
+
+def method_of(config: PreTrainedConfig) -> str | None:
+    """The method by which a checkpoint, or a loaded model, is quantized; None if it isn't."""
+    for part in (config, config.get_text_config(decoder=True)):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            return _method(settings)
+    return None
+
+
+def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is given for a quantized model; nothing for another one.
+
+    `asked` is the caller's quantization config, as transformers takes it. Raises BaseModelError for a method that can't
+    be used, ConfigError for a config of another method than the checkpoint's, and where its package is missing.
+    """
+    own, wanted = method_of(config), None if asked is None else _method(asked)
+    method = own or wanted
+    if method is None:
+        return {}
+    if own is not None and wanted not in (None, own):
+        raise ConfigError(f"the checkpoint is quantized with {own}, quantization_config is of {wanted}. Leave it out.")
+    _check_method(method)
+    if method not in DEQUANTIZED:
+        return {"quantization_config": asked, "device_map": {"": device}}
+    if own is None:
+        raise ConfigError(
+            f"quantization_config of {wanted} would be dequantized when the model is loaded, and the checkpoint isn't "
+            "quantized. Leave it out."
+        )
+    logger.info("the weights of this %s checkpoint are dequantized", method)
+    settings = getattr(transformers, DEQUANTIZED[method])(dequantize=True)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def check_quantized_base(base: nn.Module) -> None:
+    """Raise BaseModelError for a loaded model with quantized weights that can't be used here."""
+    method = method_of(base.config)  # type: ignore[arg-type]
+    if method is not None and getattr(base, "is_quantized", True):
+        _check_loaded(method, base)
+    for path, module, kind in quantized_modules(base):
+        weight = getattr(module, "weight", None)
+        if is_class(weight, "torchao", "LinearActivationQuantizedTensor") or any(
+            getattr(weight, setting, None) is not None for setting in _INPUT_SETTINGS
+        ):
+            raise BaseModelError(
+                f"{path!r} quantizes its inputs too ({kind.name}, {type(weight).__name__}), which is not tried here. "
+                "Quantize weights only: Int8WeightOnlyConfig() for example."
+            )
+
+
+def tell_other_precision(name: str | None, base: nn.Module) -> None:
+    """Log where an adapter's settings name a base model of another precision than this one."""
+    found = None if name is None else _PRECISION_NAMES.search(name)
+    kinds = sorted({kind.name for _, _, kind in quantized_modules(base)})
+    if found is not None and not any(_is_named(found[1], kind) for kind in kinds):
+        logger.warning(
+            "the adapter was made for %s; this base model's weights are %s. Results differ a little from those that it "
+            "was trained with.",
+            quoted(name),
+            " and ".join(kinds) or "not quantized",
+        )
+
+
+def _is_named(precision: str, kind: str) -> bool:
+    bits = "4" if "4" in precision else "8"
+    return bits in kind and (kind.startswith("bitsandbytes") or precision in ("int4", "int8", "4bit", "8bit"))
+
+
+def _method(settings: Any) -> str:
+    """Of a quantization config, or of its dictionary."""
+    as_dict = settings if isinstance(settings, dict) else vars(settings)
+    if as_dict.get("load_in_4bit") or as_dict.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = as_dict.get("quant_method", getattr(settings, "quant_method", None))
+    return str(getattr(method, "value", method))
+
+
+def _check_method(method: str) -> None:
+    if method in EXTRAS_OF:
+        missing = missing_modules(EXTRAS_OF[method])
+        if missing:
+            command = install_command(EXTRAS_OF[method])
+            raise ConfigError(f"a base model quantized with {method} needs {', '.join(missing)}. Install it: {command}.")
+    elif method not in DEQUANTIZED:
+        raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
+
+
+def _check_loaded(method: str, base: nn.Module) -> None:
+    if method in EXTRAS_OF:
+        return
+    if method not in DEQUANTIZED:
+        raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
+    if method != "gguf" or any(is_class(module, "transformers", "GgufLinear") for module in base.modules()):
+        raise BaseModelError(
+            f"the base model's weights are held as {method} has them, which is not tried here. Load it with "
+            f"quantization_config={DEQUANTIZED[method]}(dequantize=True), or with MultiLoraModel.from_pretrained."
+        )
