@@ -20,6 +20,8 @@ _MAX_COMPILED = "lora_max_compiled"
 class LinearProducts:
     """What was chosen for the modules of one base model."""
 
+    @torch.inference_mode(False)  # what weights are moved to must be readable for training
+    @torch.no_grad()
     def __init__(self, base: nn.Module) -> None:
         """Measures the products of shapes that this machine hasn't met yet."""
         linear = [module for module in base.modules() if isinstance(module, LoraLinear)]
