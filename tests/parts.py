@@ -52,6 +52,8 @@ PARTS = {
     "bitsandbytes": _package("bitsandbytes", "make setup"),
     "chromium": Part(lambda: find_browser() is not None, "apt-get install chromium, or name one in LORAPLEX_CHROMIUM"),
     "compiler": Part(_has_compiled_kernels, "the compiled kernels can't be built here: apt-get install g++"),
+    "compressed_tensors": _package("compressed_tensors", "make setup"),
+    "hqq": _package("hqq", "make setup"),
     "llguidance": _package("llguidance", "make setup"),
     "lm_eval": _package("lm_eval", "make setup-extras"),
     "mkdocs": _package("mkdocs", "make setup"),

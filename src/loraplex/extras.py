@@ -14,6 +14,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "PIL"),
     "smollm2": ("gguf",),
     "json": ("llguidance",),
+    "quantized": ("bitsandbytes", "torchao", "compressed_tensors", "hqq"),
     "ray": ("ray",),
     "vllm": ("vllm",),
     "bench": ("httpx",),

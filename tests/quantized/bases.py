@@ -73,6 +73,8 @@ def write_plain(folder: Path, dtype: torch.dtype = torch.float32, **settings: An
 
 def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """What transformers gives by itself."""
+    if kind == "hqq":
+        return load_hqq(folder)
     require(KINDS[kind].part)
     config = options.pop("config", None) or KINDS[kind].config()
     return AutoModelForCausalLM.from_pretrained(
@@ -103,6 +105,19 @@ class Stand(torch.nn.Linear):
         return self.inner[0](input)
 
 
+def load_hqq(folder: Path) -> PreTrainedModel:
+    """A model whose linear modules hqq has replaced: transformers doesn't do that itself."""
+    require("hqq")
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    for path, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+            base.set_submodule(path, HQQLinear(module, settings, compute_dtype=torch.float32, device="cpu"))
+    return base.eval()
+
+
 def with_stands(base: PreTrainedModel) -> PreTrainedModel:
     """A copy of a quantized base whose quantized modules stand behind plain ones."""
     made = copy.deepcopy(base)
@@ -113,7 +128,7 @@ def with_stands(base: PreTrainedModel) -> PreTrainedModel:
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(made):
             delattr(made, name)
-    del made.config.quantization_config
+    vars(made.config).pop("quantization_config", None)
     return made
 
 

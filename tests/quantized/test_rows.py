@@ -37,7 +37,8 @@ class Case:
         self.model.create_mixture("science", ["small", "large"], config)
         state = self.mixture.base_model.internal_xlora_classifier.state_dict()
         self.model.mixtures.get("science").head.load_state_dict(state)
-        self.eager = load(plain, kind, attn_implementation="eager")
+        self.eager = load(plain, kind)
+        self.eager.set_attn_implementation("eager")
         layers = AttentionLayers(self.eager)
         self.layers, self.linked = layers.layers, random_linked(layers, 1)
         self.model.load_residual("ra", self.linked)
@@ -55,7 +56,7 @@ class Case:
         return self.peft.logits(PEFT_ROWS[row], ids, torch.ones_like(ids))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "hqq"])
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
@@ -22,14 +22,14 @@ from tests.quantized.bases import KINDS, TARGETS, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
-STEPS = 12
+STEPS = 8
 JOBS = {
     "attention": {"targets": ("q_proj", "v_proj"), "r": 4, "lora_alpha": 16},
     "everything": {"targets": "all-linear", "r": 8, "lora_alpha": 4},
     "embedding": {"targets": ("embed_tokens", "o_proj"), "r": 2, "lora_alpha": 8},
     "output": {"targets": ("lm_head", "up_proj"), "r": 3, "lora_alpha": 6},
 }
-TRAINABLE = ("nf4", "int8", "torchao-int8")
+TRAINABLE = ("nf4", "int8", "torchao-int8", "hqq")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def plain(tmp_path_factory):
 
 def make_jobs(plain, folder):
     """Four jobs that differ, each from a random PEFT adapter."""
-    base = copy.deepcopy(load_plain(plain))
+    base = AutoModelForCausalLM.from_pretrained(plain)
     jobs = []
     for number, (name, options) in enumerate(JOBS.items()):
         start = random_peft_adapter(base, folder / f"start-{name}", seed=number, **options)
@@ -59,18 +59,9 @@ def make_jobs(plain, folder):
     return jobs
 
 
-def load_plain(plain):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(plain)
-
-
-def train_with_peft(base, job, *, checkpointing=False):
+def train_with_peft(base, job):
     """The job alone, in training mode, as PEFT's users train."""
     adapted = PeftModel.from_pretrained(copy.deepcopy(base), str(job.init_from), is_trainable=True).train()
-    if checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        adapted.enable_input_require_grads()
     data = load_job_data(job, tiny_tokenizer(), VOCAB_SIZE)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, job.optimizer.learning_rate, weight_decay=job.optimizer.weight_decay)

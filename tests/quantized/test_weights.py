@@ -13,9 +13,10 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.layers.quantized import dequantized_weight, num_weights, quantized_modules
 from tests.parity.oracle import PeftOracle, padded_batch
-from tests.quantized.bases import KINDS, TARGETS, assert_near, load, write_plain
+from tests.quantized.bases import TARGETS, assert_near, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter
 
+KINDS = ("nf4", "int8", "torchao-int8", "torchao-int4", "hqq")
 MODULES = 14  # linear ones of two layers
 
 

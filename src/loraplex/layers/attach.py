@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
-from loraplex.layers.cpu_order_4bit import keep_first_state
+from loraplex.layers.cpu_order_4bit import keep_first_state, restore_first_weight
 from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
@@ -41,9 +41,9 @@ class AdaptableModel:
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
-        for _, module, kind in quantized_modules(base):
-            if kind is BNB_4BIT:
-                keep_first_state(module)
+        self._in_4_bits = [module for _, module, kind in quantized_modules(base) if kind is BNB_4BIT]
+        for module in self._in_4_bits:
+            keep_first_state(module)
         self._apart = [module for module in base.modules() if has_outliers(module)]
         for module in self._apart:
             keep_tokens_apart(module)
@@ -146,6 +146,8 @@ class AdaptableModel:
                 become_linear(self.modules[path])
             for module in self._apart:
                 join_tokens(module)
+            for module in self._in_4_bits:
+                restore_first_weight(module)
             self._apart = []
             self._handles.clear()
             self._hooks.clear()

@@ -54,9 +54,10 @@ def has_plain_weight(module: nn.Module) -> bool:
 
 def num_weights(base: nn.Module) -> int:
     """The weights of a model, a quantized one counted as what it stands for."""
-    quantized = {id(module.weight): module for _, module, _ in quantized_modules(base) if hasattr(module, "weight")}
-    counts = [parameter.numel() for parameter in base.parameters() if id(parameter) not in quantized]
-    return sum(counts) + sum(m.in_features * m.out_features for _, m, _ in quantized_modules(base))  # type: ignore[operator,misc]
+    modules = [module for _, module, _ in quantized_modules(base)]
+    held = {id(held) for m in modules for name, held in m.named_parameters(recurse=False) if name != "bias"}
+    others = sum(parameter.numel() for parameter in base.parameters() if id(parameter) not in held)
+    return others + sum(int(m.in_features) * int(m.out_features) for m in modules)  # type: ignore[arg-type]
 
 
 def rounds_inputs(base: nn.Module) -> bool:

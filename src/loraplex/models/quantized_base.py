@@ -2,6 +2,7 @@
 
 import logging
 import re
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from loraplex.errors import BaseModelError, ConfigError
-from loraplex.extras import install_command, missing_modules
+from loraplex.errors import BaseModelError, ConfigError, MissingExtraError
+from loraplex.extras import install_command
 from loraplex.layers.quantized import is_class, quantized_modules
 from loraplex.validation import quoted
 
-# By transformers' name of the method: the extra whose package computes with such weights as they are.
-EXTRAS_OF = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+# Methods whose package, of the same name, computes with such weights as they are.
+HELD = ("bitsandbytes", "torchao", "hqq")
 # Those that are dequantized when they are loaded, and the config class that asks transformers for it.
 DEQUANTIZED = {
     "fp8": "FineGrainedFP8Config",
@@ -115,17 +116,25 @@ def _method(settings: Any) -> str:
 
 
 def _check_method(method: str) -> None:
-    if method in EXTRAS_OF:
-        missing = missing_modules(EXTRAS_OF[method])
-        if missing:
-            command = install_command(EXTRAS_OF[method])
-            raise ConfigError(f"a base model quantized with {method} needs {', '.join(missing)}. Install it: {command}.")
-    elif method not in DEQUANTIZED:
+    package = method.replace("-", "_")
+    if method in (*HELD, "compressed-tensors") and find_spec(package) is None:
+        raise MissingExtraError(
+            f"a base model quantized with {method} needs {package}, which the base install leaves out. Install the "
+            f"extra: {install_command('quantized')}."
+        )
+    if method == "hqq":
+        raise BaseModelError(
+            "transformers can't load a base model quantized with 'hqq'. Quantize the loaded model with hqq's own "
+            "AutoHQQHFModel.quantize_model, and give that to MultiLoraModel."
+        )
+    if method in HELD:
+        return
+    if method not in DEQUANTIZED:
         raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
 
 
 def _check_loaded(method: str, base: nn.Module) -> None:
-    if method in EXTRAS_OF:
+    if method in HELD:
         return
     if method not in DEQUANTIZED:
         raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
