@@ -36,7 +36,7 @@ def _torchao(name: str, **options: Any) -> Callable[[], Any]:
 
 
 def _int4_for_a_cpu() -> Any:
-    """4 bits a weight in the order of torch's CPU kernel: the one that PyTorch's Int4WeightOnlyConfig lacks on a CPU."""
+    """4 bits a weight in the order of torch's CPU kernel; Int4WeightOnlyConfig is for GPUs."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
     return transformers.TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32))

@@ -74,6 +74,14 @@ def test_rows_equal_peft_run_token_by_token(folder, tmp_path):
         assert_near(logits[row], model(ids[row : row + 1], adapters=[rows[row]]).logits[0], f"row {row} alone")
 
 
+def test_the_warning_of_every_call_is_told_once_at_most(folder, caplog):
+    model = MultiLoraModel(load_with_outliers(folder))
+    with torch.no_grad():
+        for _ in range(3):
+            model.base(input_ids=torch.arange(3, 9)[None])
+    assert sum("inputs will be cast" in record.message for record in caplog.records) <= 1
+
+
 def test_gradients_flow_through_outliers_too(folder):
     base = load_with_outliers(folder)
     plain = copy.deepcopy(base)

@@ -1,4 +1,4 @@
-"""Rows of every kind on a quantized base: PEFT runs each alone on the same base; alone they are what they are together."""
+"""Rows of every kind on a quantized base, against PEFT on the same base; and a row alone is what it is in a batch."""
 
 import pytest
 import torch

@@ -134,7 +134,9 @@ def test_4_bit_weights_are_as_they_were_loaded_while_training_runs(plain, double
 def test_weights_without_gradients_are_refused_before_anything_runs(plain, tmp_path):
     base = load(plain, "torchao-int4")
     job = make_jobs(plain, tmp_path)[0]
-    with pytest.raises(BaseModelError, match=r"no gradient flows through 'model\.layers.*Int4OpaqueTensor.*load_in_4bit"):
+    with pytest.raises(
+        BaseModelError, match=r"no gradient flows through 'model\.layers.*Int4OpaqueTensor.*load_in_4bit"
+    ):
         train_adapters(base, tiny_tokenizer(), jobs=[job], config=TrainConfig(output=tmp_path / "out", plots=False))
     assert not (tmp_path / "out").exists()
 

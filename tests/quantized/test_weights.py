@@ -13,7 +13,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.layers.quantized import dequantized_weight, num_weights, quantized_modules
 from tests.parity.oracle import PeftOracle, padded_batch
-from tests.quantized.bases import TARGETS, assert_near, load, write_plain
+from tests.quantized.bases import TARGETS, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter
 
 KINDS = ("nf4", "int8", "torchao-int8", "torchao-int4", "hqq")
@@ -79,7 +79,9 @@ def test_a_closed_model_is_as_it_was(plain, kind, tmp_path):
         base(input_ids=ids)
         before, classes = base(input_ids=ids).logits, [type(module) for module in base.modules()]
         model = MultiLoraModel(base)
-        model.load_adapter("a", random_peft_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path, targets=TARGETS))
+        model.load_adapter(
+            "a", random_peft_adapter(AutoModelForCausalLM.from_pretrained(plain), tmp_path, targets=TARGETS)
+        )
         assert not torch.equal(model(ids, adapters=["a", "a"]).logits, before)
         model.close()
         assert torch.equal(base(input_ids=ids).logits, before)

@@ -16,7 +16,8 @@ from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_l
 from loraplex.layers.modules import adaptable_modules, output_module
 from loraplex.layers.output_layer import LoraOutput, rounds_logits
 from loraplex.layers.passes import attach_pass_length
-from loraplex.layers.quantized import BNB_4BIT, quantized_modules
+from loraplex.layers.quantized import BNB_4BIT, BNB_INT8, quantized_modules
+from loraplex.layers.repeated_warning import warn_of_casts_once
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
@@ -41,12 +42,21 @@ class AdaptableModel:
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
-        self._in_4_bits = [module for _, module, kind in quantized_modules(base) if kind is BNB_4BIT]
-        for module in self._in_4_bits:
-            keep_first_state(module)
-        self._apart = [module for module in base.modules() if has_outliers(module)]
-        for module in self._apart:
-            keep_tokens_apart(module)
+        self._in_4_bits: list[nn.Module] = []
+        self._apart: list[nn.Module] = []
+        self._prepare_quantized()
+
+    def _prepare_quantized(self) -> None:
+        """Let quantized modules give each token what it gets alone, and be put back as they were."""
+        for _, module, kind in quantized_modules(self._base):
+            if kind is BNB_4BIT:
+                keep_first_state(module)
+                self._in_4_bits.append(module)
+            elif kind is BNB_INT8:
+                warn_of_casts_once()
+                if has_outliers(module):
+                    keep_tokens_apart(module)
+                    self._apart.append(module)
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise UnsupportedAdapterError for modules that no adapter can be added to."""

@@ -9,7 +9,6 @@ cut. Here each token has the outliers that it has when it is alone:
 which is what bitsandbytes gives for a call of that token alone, up to rounding.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from loraplex.layers.quantized import BNB_INT8
 
 _THRESHOLD = "loraplex_threshold"
 _NUM_USERS = "loraplex_outlier_users"
+_classes: dict[Any, type[nn.Module]] = {}
 
 
 def has_outliers(module: Any) -> bool:
@@ -46,16 +46,23 @@ def join_tokens(module: Any) -> None:
         del known[_NUM_USERS]
 
 
-@cache
-def _with_own_outliers(former: type[nn.Module]) -> type[nn.Module]:
+def _with_own_outliers(former: Any) -> type[nn.Module]:
+    """A class below the module's own, the same one for all modules of that class."""
+    known = _classes.get(former)
+    if known is None:
+        known = _classes[former] = _made_class(former)
+    return known
+
+
+def _made_class(former: Any) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
         is_outlier = x.detach().half().abs() >= vars(self)[_THRESHOLD]  # bitsandbytes compares in float16
         features = is_outlier.flatten(0, -2).any(dim=0).nonzero()[:, 0]
         if not len(features):
-            return former.forward(self, x)  # type: ignore[no-any-return]
+            return former.forward(self, x)
         y = former.forward(self, x.masked_fill(is_outlier, 0))
         outliers = x.masked_fill(~is_outlier, 0)[..., features]
-        return y + nn.functional.linear(outliers, _columns(self, features, x.dtype))  # type: ignore[no-any-return]
+        return y + nn.functional.linear(outliers, _columns(self, features, x.dtype))
 
     return type(former.__name__, (former,), {"forward": forward, "__module__": former.__module__})
 

@@ -56,8 +56,12 @@ def num_weights(base: nn.Module) -> int:
     """The weights of a model, a quantized one counted as what it stands for."""
     modules = [module for _, module, _ in quantized_modules(base)]
     held = {id(held) for m in modules for name, held in m.named_parameters(recurse=False) if name != "bias"}
-    others = sum(parameter.numel() for parameter in base.parameters() if id(parameter) not in held)
-    return others + sum(int(m.in_features) * int(m.out_features) for m in modules)  # type: ignore[arg-type]
+    counts = [parameter.numel() for parameter in base.parameters() if id(parameter) not in held]
+    return sum(counts) + sum(map(_stands_for, modules))
+
+
+def _stands_for(module: Any) -> int:
+    return int(module.in_features * module.out_features)
 
 
 def rounds_inputs(base: nn.Module) -> bool:
@@ -76,9 +80,7 @@ def _rounds_inputs(module: Any) -> bool:
 
 def is_class(value: object, package: str, name: str) -> bool:
     """Whether a value is of a package's class of this name, or of one below it."""
-    return any(
-        known.__name__ == name and known.__module__.split(".")[0] == package for known in type(value).__mro__
-    )
+    return any(known.__name__ == name and known.__module__.split(".")[0] == package for known in type(value).__mro__)
 
 
 # bitsandbytes
@@ -93,7 +95,7 @@ def _dequantize_4bit(module: Any) -> Tensor:
 
 def _dequantize_int8(module: Any) -> Tensor:
     if module.state.has_fp16_weights:
-        return module.weight.data  # type: ignore[no-any-return]
+        return module.weight.data
     scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
     values: Tensor = module.weight.data * scales.view(-1, 1).to(module.weight.device) / 127
     return values

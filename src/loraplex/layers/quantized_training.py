@@ -1,4 +1,4 @@
-"""Quantized modules while adapters behind them train: gradients flow through them, to the adapters of earlier layers."""
+"""Quantized modules while adapters train: gradients flow through them, to the adapters of earlier layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

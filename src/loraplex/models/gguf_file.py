@@ -1,8 +1,8 @@
 """A base model from a GGUF file: dequantized by transformers, or with its blocks of 8 bits (Q8_0) held as they are.
 
-For the latter, transformers knows the file's settings and names; it would dequantize all of it. A block is 32 integers and a float16
-scale, which is what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized
-where a module's weights are held in 8 bits.
+For the latter, transformers knows the file's settings and names. A block is 32 integers and a float16 scale, which is
+what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized where a module's
+weights are held in 8 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,11 +55,10 @@ def find_gguf_file(path_or_id: str | Path, name: str) -> str:
         ) from error
 
 
-def load_dequantized(file: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_dequantized(file: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The model that a GGUF file holds, its values dequantized to `dtype`. Raises BaseModelError."""
     _require_reader(file)
-    model: PreTrainedModel
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32 if dtype == "auto" else dtype,
@@ -67,13 +66,15 @@ def load_dequantized(file: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         local_files_only=True,
         output_loading_info=True,
     )
-    missing = sorted(loading["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise BaseModelError(f"{file} lacks {missing[:3]}, which {type(model).__name__} needs.")
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):  # the weights are dense now
         if name in vars(owner):
             delattr(owner, name)
-    return model
+    moved: PreTrainedModel = loaded[0].to(device)
+    return moved
 
 
 def _require_reader(file: Path) -> None:

@@ -99,12 +99,10 @@ def load_base_model(
     return model, source
 
 
-def _load_gguf(
-    source: str, weights: str, dtype: torch.dtype | str, device: torch.device
-) -> PreTrainedModel:
+def _load_gguf(source: str, weights: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     try:
         file = Path(source)
-        model = load_gguf(file) if weights == "int8" else load_dequantized(file, dtype).to(device)
+        model = load_gguf(file) if weights == "int8" else load_dequantized(file, dtype, device)
         return model.eval().requires_grad_(False)
     except LoraplexError:
         raise
