@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -56,6 +57,12 @@ KINDS: Mapping[str, Kind] = {
     "torchao-int8": Kind("torchao", _torchao("Int8WeightOnlyConfig")),
     "torchao-int4": Kind("torchao", _int4_for_a_cpu),
 }
+
+
+def kinds(*names: str) -> list[Any]:
+    """Kinds as parameters of a test, each with the package that it needs."""
+    parts = {**{name: kind.part for name, kind in KINDS.items()}, "hqq": "hqq"}
+    return [pytest.param(name, marks=pytest.mark.needs(parts[name])) for name in names]
 
 
 def write_plain(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

@@ -19,7 +19,7 @@ from loraplex import MultiLoraModel
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.layers.quantized import quantized_modules
 from loraplex.training import TrainConfig, train_adapters
-from tests.quantized.bases import KINDS, load, write_plain
+from tests.quantized.bases import KINDS, kinds, load, write_plain
 from tests.tiny_models import VOCAB_SIZE
 from tests.training.tiny_jobs import tiny_job
 
@@ -36,7 +36,7 @@ def logits_of(base):
         return base(input_ids=torch.arange(3, 15)[None]).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_a_config_quantizes_a_plain_checkpoint_as_transformers_does(plain, kind):
     base = load(plain, kind)
     model = MultiLoraModel.from_pretrained(plain, dtype="float32", quantization_config=KINDS[kind].config())
@@ -45,7 +45,7 @@ def test_a_config_quantizes_a_plain_checkpoint_as_transformers_does(plain, kind)
     assert torch.equal(logits_of(model.base), logits_of(base))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("kind", kinds("nf4", "int8", "torchao-int8"))
 @pytest.mark.parametrize("has_run", [False, True])
 def test_a_quantized_checkpoint_needs_no_config(plain, kind, has_run, tmp_path):
     base = load(plain, kind)
@@ -61,6 +61,7 @@ def test_a_quantized_checkpoint_needs_no_config(plain, kind, has_run, tmp_path):
 
 
 @pytest.mark.needs("bitsandbytes")
+@pytest.mark.needs("torchao")
 def test_a_config_of_another_method_than_the_checkpoints_is_refused(plain, tmp_path):
     load(plain, "nf4").save_pretrained(tmp_path)
     config = KINDS["torchao-int8"].config()

@@ -8,7 +8,7 @@ from loraplex.residual.layers import AttentionLayers
 from tests.hook_oracle import hooked, residual_hook
 from tests.parity.oracle import PeftOracle, padded_batch
 from tests.parity.xlora_oracle import peft_logits, peft_xlora
-from tests.quantized.bases import KINDS, TOLERANCE, assert_near, load, with_stands, write_adapters, write_plain
+from tests.quantized.bases import KINDS, TOLERANCE, assert_near, kinds, load, with_stands, write_adapters, write_plain
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import VOCAB_SIZE
 
@@ -56,7 +56,7 @@ class Case:
         return self.peft.logits(PEFT_ROWS[row], ids, torch.ones_like(ids))
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "hqq"])
+@pytest.fixture(scope="module", params=kinds(*KINDS, "hqq"))
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 

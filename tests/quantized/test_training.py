@@ -18,7 +18,7 @@ from loraplex.training import TrainConfig, train_adapters
 from loraplex.training.adapters.data import load_job_data
 from tests.parity.oracle import padded_batch
 from tests.parity.test_training_peft import padded
-from tests.quantized.bases import KINDS, TARGETS, load, write_plain
+from tests.quantized.bases import KINDS, TARGETS, kinds, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
@@ -76,7 +76,7 @@ def train_with_peft(base, job):
 
 
 @pytest.mark.parametrize("was_run", [False, True])
-@pytest.mark.parametrize("kind", TRAINABLE)
+@pytest.mark.parametrize("kind", kinds(*TRAINABLE))
 def test_losses_of_four_jobs_follow_peft_training_each_alone(plain, kind, was_run, tmp_path):
     """`was_run`: the model has served before, which puts 4-bit weights in another order."""
     jobs = make_jobs(plain, tmp_path)
@@ -94,7 +94,7 @@ def test_losses_of_four_jobs_follow_peft_training_each_alone(plain, kind, was_ru
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=0, msg=job.name)
 
 
-@pytest.mark.parametrize("kind", TRAINABLE)
+@pytest.mark.parametrize("kind", kinds(*TRAINABLE))
 def test_what_was_trained_is_served_on_the_base_and_by_peft(plain, kind, tmp_path):
     job = make_jobs(plain, tmp_path)[1]
     model = MultiLoraModel(load(plain, kind))
@@ -131,6 +131,7 @@ def test_4_bit_weights_are_as_they_were_loaded_while_training_runs(plain, double
     assert torch.equal(product(model.base), expected)
 
 
+@pytest.mark.needs("torchao")
 def test_weights_without_gradients_are_refused_before_anything_runs(plain, tmp_path):
     base = load(plain, "torchao-int4")
     job = make_jobs(plain, tmp_path)[0]
@@ -141,7 +142,7 @@ def test_weights_without_gradients_are_refused_before_anything_runs(plain, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_a_gradient_that_is_off_is_noticed(plain, kind, monkeypatch):
     base = load(plain, kind)
     module = base.model.layers[0].self_attn.q_proj

@@ -13,7 +13,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.layers.quantized import dequantized_weight, num_weights, quantized_modules
 from tests.parity.oracle import PeftOracle, padded_batch
-from tests.quantized.bases import TARGETS, load, write_plain
+from tests.quantized.bases import TARGETS, kinds, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter
 
 KINDS = ("nf4", "int8", "torchao-int8", "torchao-int4", "hqq")
@@ -33,7 +33,7 @@ def dense(plain, base):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 @torch.no_grad()
 def test_values_are_those_that_the_module_multiplies_with(plain, kind):
     base = load(plain, kind)
@@ -48,7 +48,7 @@ def test_values_are_those_that_the_module_multiplies_with(plain, kind):
             assert (module(x) - expected).norm() <= 2e-2 * expected.norm(), path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 @torch.no_grad()
 def test_dora_is_that_of_peft_on_the_dequantized_weights(plain, kind, tmp_path):
     base = load(plain, kind)
@@ -66,12 +66,12 @@ def test_dora_is_that_of_peft_on_the_dequantized_weights(plain, kind, tmp_path):
     assert (expected - without).abs().max() > 0.1 * span
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_weights_are_counted_as_what_they_stand_for(plain, kind):
     assert num_weights(load(plain, kind)) == num_weights(AutoModelForCausalLM.from_pretrained(plain))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_a_closed_model_is_as_it_was(plain, kind, tmp_path):
     base = load(plain, kind)
     ids = torch.randint(3, VOCAB_SIZE, (2, 7))

@@ -120,7 +120,7 @@ def _check_method(method: str) -> None:
     if method in (*HELD, "compressed-tensors") and find_spec(package) is None:
         raise MissingExtraError(
             f"a base model quantized with {method} needs {package}, which the base install leaves out. Install the "
-            f"extra: {install_command('quantized')}."
+            f"extra: {install_command('torchao' if method == 'torchao' else 'quantized')}."
         )
     if method == "hqq":
         raise BaseModelError(
