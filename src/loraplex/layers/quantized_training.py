@@ -1,7 +1,8 @@
 """Quantized modules while adapters train: gradients flow through them, to the adapters of earlier layers."""
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from loraplex.errors import BaseModelError
 from loraplex.layers.cpu_order_4bit import restore_first_weight
 from loraplex.layers.quantized import BNB_4BIT, dequantized_weight, quantized_modules
 
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 2**22  # bytes: weights of models that need it are larger, what is kept of some hundred tokens is smaller
+_LARGEST_BLOCK = 2**25  # what glibc's own threshold rises to
 _TOLERANCE = 3e-2  # of the largest gradient: those of 16 bits are rounded
 
 
@@ -20,8 +24,14 @@ def quantized_modules_train(base: nn.Module) -> Iterator[None]:
 
     In evaluation mode, bitsandbytes puts 4-bit weights in an order for AVX512 through which no gradient flows, and
     multiplies 8-bit ones with rounded inputs. A weight in that order is put back.
+
+    A product dequantizes its weight, and frees the values. glibc would keep such blocks in its heap, where what is kept
+    for the backward pass settles between them: in the end, memory for all weights dequantized at once. So large blocks
+    are mapped, each by itself, as long as this runs.
     """
     modules = [(module, module.training) for _, module, _ in quantized_modules(base)]
+    if modules:
+        _map_blocks_from(_LARGE_BLOCK)
     try:
         for module, _ in modules:
             if BNB_4BIT.is_of(module):
@@ -31,6 +41,14 @@ def quantized_modules_train(base: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modules:
             module.training = was_training
+        if modules:
+            _map_blocks_from(_LARGEST_BLOCK)
+
+
+def _map_blocks_from(num_bytes: int) -> None:
+    """Let the C library, where it is glibc, map blocks of this size and above (man 3 mallopt)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, num_bytes)
 
 
 def check_gradients(base: nn.Module) -> None:

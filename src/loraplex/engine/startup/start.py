@@ -16,6 +16,7 @@ from loraplex.engine.worker.cuda_graphs import GraphRecorder
 from loraplex.engine.worker.fusion.cpu_fusion import Trial
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.int8_outliers import has_outliers
 from loraplex.layers.module_kinds import first_layers
 from loraplex.models.multi_lora import MultiLoraModel
 
@@ -29,7 +30,8 @@ def start_model_runner(model: MultiLoraModel, config: EngineConfig) -> ModelRunn
         part = _checked_part(runner)
         check_flow(part, runner.shapes, partial(runner.forward, base=part))
         _check_model(runner, part)
-        if model.base.device.type == "cuda" and runner.config.cuda_graphs and runner.lengths.is_step:
+        records = runner.lengths.is_step and not any(map(has_outliers, model.base.modules()))  # they have no fixed shape
+        if model.base.device.type == "cuda" and runner.config.cuda_graphs and records:
             runner.use_graphs(GraphRecorder())
         if runner.config.max_step_tokens is None:
             runner.config = replace(runner.config, max_step_tokens=best_step_tokens(runner))
