@@ -15,7 +15,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from loraplex import MultiLoraModel
+from loraplex import Engine, EngineConfig, MultiLoraModel
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.layers.quantized import quantized_modules
 from loraplex.training import TrainConfig, train_adapters
@@ -200,6 +200,19 @@ def test_weights_whose_inputs_are_quantized_too_are_refused(plain):
     config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     with pytest.raises(BaseModelError, match=r"quantizes its inputs too \(torchao, Int8Tensor\).*Int8WeightOnlyConfig"):
         MultiLoraModel(load(plain, "torchao-int8", config=config))
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_weights_that_are_quantized_at_every_call_are_refused(plain):
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    with pytest.raises(BaseModelError, match="llm_int8_has_fp16_weight"):
+        MultiLoraModel(load(plain, "int8", config=config))
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_the_same_bits_in_any_batch_are_not_promised(plain):
+    with pytest.raises(ConfigError, match="batch_invariant"):
+        Engine(MultiLoraModel(load(plain, "nf4")), EngineConfig(batch_invariant=True))
 
 
 @pytest.mark.needs("torchao")

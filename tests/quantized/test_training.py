@@ -13,7 +13,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import BaseModelError
 from loraplex.layers.cpu_order_4bit import is_in_cpu_order
 from loraplex.layers.quantized import BNB_4BIT, quantized_modules
-from loraplex.layers.quantized_training import check_gradients
+from loraplex.layers.quantized_training import check_gradients, quantized_modules_train
 from loraplex.training import TrainConfig, train_adapters
 from loraplex.training.adapters.data import load_job_data
 from tests.parity.oracle import padded_batch
@@ -126,8 +126,12 @@ def test_4_bit_weights_are_as_they_were_loaded_while_training_runs(plain, double
     model(ids, mask)
     job = make_jobs(plain, tmp_path)[0]
     train_adapters(model, tiny_tokenizer(), jobs=[job], config=TrainConfig(output=tmp_path / "out", plots=False))
-    modules = [module for _, module, kind in quantized_modules(model.base) if kind is BNB_4BIT]
-    assert not any(map(is_in_cpu_order, modules))
+    with quantized_modules_train(model.base):
+        modules = [module for _, module, kind in quantized_modules(model.base) if kind is BNB_4BIT]
+        assert modules
+        assert not any(map(is_in_cpu_order, modules))
+        assert torch.equal(product(model.base), expected)
+    model.close()
     assert torch.equal(product(model.base), expected)
 
 

@@ -66,6 +66,18 @@ def test_dora_is_that_of_peft_on_the_dequantized_weights(plain, kind, tmp_path):
     assert (expected - without).abs().max() > 0.1 * span
 
 
+@pytest.mark.needs("bitsandbytes")
+@torch.no_grad()
+def test_4_bit_weights_of_shapes_that_the_avx512_kernel_lacks_are_multiplied_in_another_way(tmp_path):
+    plain = write_plain(tmp_path, intermediate_size=96)  # down_proj reads 1.5 blocks of 64
+    base = load(plain, "nf4")
+    expected = dense(plain, base)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7))
+    theirs = expected(input_ids=ids).logits
+    ours = MultiLoraModel(base)(ids).logits
+    assert (ours - theirs).abs().max() <= 2e-2 * (theirs.max() - theirs.min())
+
+
 @pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_weights_are_counted_as_what_they_stand_for(plain, kind):
     assert num_weights(load(plain, kind)) == num_weights(AutoModelForCausalLM.from_pretrained(plain))

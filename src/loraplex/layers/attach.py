@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
-from loraplex.layers.cpu_order_4bit import keep_first_state, restore_first_weight
+from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, restore_first_weight
 from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
@@ -50,7 +50,7 @@ class AdaptableModel:
         """Let quantized modules give each token what it gets alone, and be put back as they were."""
         for _, module, kind in quantized_modules(self._base):
             if kind is BNB_4BIT:
-                keep_first_state(module)
+                bring_into_cpu_order(module)
                 self._in_4_bits.append(module)
             elif kind is BNB_INT8:
                 warn_of_casts_once()

@@ -1,8 +1,8 @@
 """4-bit weights of bitsandbytes in the order that its AVX512 kernel reads, and how they were before.
 
-A module brings its weight into that order at its first call without gradients. The kernel rounds inputs and scales to
-bfloat16, and no gradient flows through it. bitsandbytes' own way back leaves the scales rounded, and some in the wrong
-places, so that the first state is kept here.
+A module brings its weight into that order at its first call without gradients: here at once, as two threads in their
+first call would do it twice. The kernel rounds inputs and scales to bfloat16, and no gradient flows through it.
+bitsandbytes' own way back leaves the scales rounded, and some in the wrong places, so that the first state is kept.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _FIRST_STATE = "loraplex_first_state"
+_ALLOWS = "support_avx512bf16_for_cpu"  # on a module: whether the kernel is there
 
 
 def is_in_cpu_order(module: Any) -> bool:
@@ -19,11 +20,25 @@ def is_in_cpu_order(module: Any) -> bool:
     return bool(getattr(module.weight.quant_state, "packing_format_for_cpu", False))
 
 
-def keep_first_state(module: Any) -> None:
-    """Remember the scales of a 4-bit module, which may change their form when it runs."""
-    state = module.weight.quant_state
-    if state is not None and getattr(module, "support_avx512bf16_for_cpu", False) and not is_in_cpu_order(module):
-        vars(module)[_FIRST_STATE] = copy.copy(state)  # bitsandbytes replaces what a state has, and changes none of it
+@torch.no_grad()
+@torch.inference_mode(False)
+def bring_into_cpu_order(module: Any) -> None:
+    """Let a 4-bit module order its weight, where it would, and remember how it was.
+
+    A weight that the kernel can't take, of an odd shape, stays as it is, and is multiplied in the other way.
+    """
+    weight = module.weight
+    would = getattr(module, _ALLOWS, False) and weight.device.type == "cpu" and not module.training
+    if weight.quant_state is None or not would or is_in_cpu_order(module):
+        return
+    first = copy.copy(weight.quant_state)  # bitsandbytes replaces what a state has, and changes none of it
+    try:
+        type(module).forward(module, torch.zeros(1, module.in_features))
+    except (AssertionError, RuntimeError):
+        weight.quant_state = module.quant_state = first
+        setattr(module, _ALLOWS, False)
+    else:
+        vars(module)[_FIRST_STATE] = first
 
 
 def first_weight(module: Any) -> tuple[Tensor, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.cpu_order_4bit import restore_first_weight
+from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, is_in_cpu_order, restore_first_weight
 from loraplex.layers.quantized import BNB_4BIT, dequantized_weight, quantized_modules
 
 _M_MMAP_THRESHOLD = -3
@@ -23,24 +23,27 @@ def quantized_modules_train(base: nn.Module) -> Iterator[None]:
     """Let quantized modules compute as in training, the others staying in evaluation mode.
 
     In evaluation mode, bitsandbytes puts 4-bit weights in an order for AVX512 through which no gradient flows, and
-    multiplies 8-bit ones with rounded inputs. A weight in that order is put back.
+    multiplies 8-bit ones with rounded inputs. A weight in that order is put back meanwhile.
 
     A product dequantizes its weight, and frees the values. glibc would keep such blocks in its heap, where what is kept
     for the backward pass settles between them: in the end, memory for all weights dequantized at once. So large blocks
     are mapped, each by itself, as long as this runs.
     """
     modules = [(module, module.training) for _, module, _ in quantized_modules(base)]
+    in_cpu_order = [module for module, _ in modules if BNB_4BIT.is_of(module) and is_in_cpu_order(module)]
     if modules:
         _map_blocks_from(_LARGE_BLOCK)
     try:
+        for module in in_cpu_order:
+            restore_first_weight(module)
         for module, _ in modules:
-            if BNB_4BIT.is_of(module):
-                restore_first_weight(module)
             module.training = True
         yield
     finally:
         for module, was_training in modules:
             module.training = was_training
+        for module in in_cpu_order:
+            bring_into_cpu_order(module)
         if modules:
             _map_blocks_from(_LARGEST_BLOCK)
 

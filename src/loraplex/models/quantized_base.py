@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from loraplex.errors import BaseModelError, ConfigError, MissingExtraError
 from loraplex.extras import install_command
-from loraplex.layers.quantized import is_class, quantized_modules
+from loraplex.layers.quantized import BNB_INT8, is_class, quantized_modules
 from loraplex.validation import quoted
 
 # Methods whose package, of the same name, computes with such weights as they are.
@@ -78,6 +78,11 @@ def check_quantized_base(base: nn.Module) -> None:
     if method is not None and getattr(base, "is_quantized", True):
         _check_loaded(method, base)
     for path, module, kind in quantized_modules(base):
+        if kind is BNB_INT8 and module.state.has_fp16_weights:  # type: ignore[union-attr]
+            raise BaseModelError(
+                f"{path!r} quantizes its weight anew at every call (llm_int8_has_fp16_weight=True), which is for "
+                "training the base model. Load it without that."
+            )
         weight = getattr(module, "weight", None)
         if is_class(weight, "torchao", "LinearActivationQuantizedTensor") or any(
             getattr(weight, setting, None) is not None for setting in _INPUT_SETTINGS
