@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
@@ -64,6 +64,18 @@ def test_dora_is_that_of_peft_on_the_dequantized_weights(plain, kind, tmp_path):
     span = expected.max() - expected.min()
     assert (logits - expected).abs().max() <= 1e-3 * span + 3 * rounding
     assert (expected - without).abs().max() > 0.1 * span
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize("double", [True, False])
+@torch.no_grad()
+def test_4_bit_weights_that_ran_before_anybody_kept_their_scales_have_rounded_ones(plain, double):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    base = load(plain, "nf4", config=config)
+    module = base.model.layers[0].mlp.up_proj
+    before = dequantized_weight(module).clone()
+    base(input_ids=torch.arange(3, 9)[None])
+    assert (dequantized_weight(module) - before).abs().max() <= 2**-8 * before.abs().max()
 
 
 @pytest.mark.needs("bitsandbytes")

@@ -42,7 +42,7 @@ class AdaptableModel:
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
-        self._in_4_bits: list[nn.Module] = []
+        self._reordered: list[nn.Module] = []
         self._apart: list[nn.Module] = []
         self._prepare_quantized()
 
@@ -50,8 +50,8 @@ class AdaptableModel:
         """Let quantized modules give each token what it gets alone, and be put back as they were."""
         for _, module, kind in quantized_modules(self._base):
             if kind is BNB_4BIT:
-                bring_into_cpu_order(module)
-                self._in_4_bits.append(module)
+                if bring_into_cpu_order(module):
+                    self._reordered.append(module)
             elif kind is BNB_INT8:
                 warn_of_casts_once()
                 if has_outliers(module):
@@ -156,7 +156,7 @@ class AdaptableModel:
                 become_linear(self.modules[path])
             for module in self._apart:
                 join_tokens(module)
-            for module in self._in_4_bits:
+            for module in self._reordered:
                 restore_first_weight(module)
             self._apart = []
             self._handles.clear()

@@ -22,23 +22,24 @@ def is_in_cpu_order(module: Any) -> bool:
 
 @torch.no_grad()
 @torch.inference_mode(False)
-def bring_into_cpu_order(module: Any) -> None:
-    """Let a 4-bit module order its weight, where it would, and remember how it was.
+def bring_into_cpu_order(module: Any) -> bool:
+    """Let a 4-bit module order its weight, where it would, and remember how it was. Whether that was done.
 
     A weight that the kernel can't take, of an odd shape, stays as it is, and is multiplied in the other way.
     """
     weight = module.weight
     would = getattr(module, _ALLOWS, False) and weight.device.type == "cpu" and not module.training
     if weight.quant_state is None or not would or is_in_cpu_order(module):
-        return
+        return False
     first = copy.copy(weight.quant_state)  # bitsandbytes replaces what a state has, and changes none of it
     try:
         type(module).forward(module, torch.zeros(1, module.in_features))
     except (AssertionError, RuntimeError):
         weight.quant_state = module.quant_state = first
         setattr(module, _ALLOWS, False)
-    else:
-        vars(module)[_FIRST_STATE] = first
+        return False
+    vars(module)[_FIRST_STATE] = first
+    return True
 
 
 def first_weight(module: Any) -> tuple[Tensor, Any]:

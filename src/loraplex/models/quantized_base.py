@@ -34,6 +34,10 @@ _INPUT_SETTINGS = ("act_quant_kwargs", "activation_quantization", "act_mapping_t
 _PRECISION_NAMES = re.compile(
     r"(?:^|[-_./])(bnb-4bit|bnb-8bit|4bit|8bit|nf4|int4|int8|fp8|awq|gptq|gguf|hqq|mxfp4)(?:$|[-_./])", re.IGNORECASE
 )
+_BITS_AND_BYTES = {
+    "bitsandbytes 4-bit": ("bnb-4bit", "4bit", "nf4", "int4"),
+    "bitsandbytes int8": ("bnb-8bit", "8bit", "int8"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +111,9 @@ def tell_other_precision(name: str | None, base: nn.Module) -> None:
 
 
 def _is_named(precision: str, kind: str) -> bool:
-    bits = "4" if "4" in precision else "8"
-    return bits in kind and (kind.startswith("bitsandbytes") or precision in ("int4", "int8", "4bit", "8bit"))
+    if kind.startswith("bitsandbytes"):
+        return precision.lower() in _BITS_AND_BYTES[kind]
+    return precision.lower() in ("int4", "int8", "4bit", "8bit", "fp8", "hqq")  # such a kind has several
 
 
 def _method(settings: Any) -> str:
