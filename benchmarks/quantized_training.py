@@ -2,8 +2,8 @@
 
 python benchmarks/quantized_training.py                 # a random Llama of 1.1B parameters; Linux only
 
-Fresh processes load the base model, then train four LoRAs together for some steps. The high-water mark of resident
-memory starts after the base model is loaded. Both train on the same records with the same settings.
+Fresh processes load a checkpoint, in bfloat16 or quantized, then train four LoRAs together for some steps. The
+high-water mark of resident memory starts after the base model is loaded. Both train on the same records.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from common import console, print_table, save
 from memory import peak_bytes, start_new_peak
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -41,17 +42,30 @@ NUM_JOBS = 4
 TARGETS = ("q_proj", "v_proj")
 
 
-def write_base(folder: Path, layers: int) -> None:
-    """A random model, and a tokenizer of some words."""
-    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator) if parameter.ndim > 1 else parameter.data.fill_(1)
-    model.model.rotary_emb.__init__(config)  # a buffer, which to_empty left without values
-    model.save_pretrained(folder)
+def write_bases(folder: Path, layers: int) -> None:
+    """The same random model in bfloat16 and in 4 bits, all layers alike, and a tokenizer of some words."""
+    one = folder / "one"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).to(torch.bfloat16).save_pretrained(one)
+    write_layers(one, folder / "bfloat16", layers)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+    )
+    base = LlamaForCausalLM.from_pretrained(one, dtype=torch.bfloat16, quantization_config=quantized)
+    base.save_pretrained(folder / "one-nf4")
+    write_layers(folder / "one-nf4", folder / "nf4", layers)
+
+
+def write_layers(one: Path, folder: Path, layers: int) -> None:
+    """A checkpoint of so many layers like the one that another has."""
+    folder.mkdir()
+    config = json.loads((one / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    tensors = {}
+    for name, tensor in load_file(one / "model.safetensors").items():
+        for layer in range(layers):
+            tensors[name.replace("layers.0.", f"layers.{layer}.")] = tensor.clone() if layer else tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, **{f"w{i}": 2 + i for i in range(WORDS)}}, unk_token="<pad>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
@@ -63,15 +77,11 @@ def write_records(path: Path, job: int, words: int) -> None:
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
 
 
-def measure_here(kind: str, base: Path, options: argparse.Namespace) -> dict[str, float]:
-    """In a fresh process: the memory after loading, its peak while training, and the seconds of a step."""
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
-    )
-    config = quantized if kind == "nf4" else None
+def measure_here(base: Path, options: argparse.Namespace) -> dict[str, float]:
+    """In a fresh process: the memory before and after loading, its peak while training, and the seconds of a step."""
     start_new_peak()
     before = peak_bytes()
-    model = MultiLoraModel.from_pretrained(base, dtype="bfloat16", quantization_config=config, fast_decode=False)
+    model = MultiLoraModel.from_pretrained(base, dtype="bfloat16", fast_decode=False)
     start_new_peak()
     loaded = peak_bytes()
     with tempfile.TemporaryDirectory() as output:
@@ -96,9 +106,9 @@ def measure_here(kind: str, base: Path, options: argparse.Namespace) -> dict[str
     return {"before": before, "loaded": loaded, "peak": peak_bytes(), "seconds_per_step": seconds / options.steps}
 
 
-def measure(kind: str, base: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure(base: Path, options: argparse.Namespace) -> dict[str, float]:
     """`measure_here` in a fresh process."""
-    arguments = [sys.executable, __file__, "--here", kind, "--base", str(base)]
+    arguments = [sys.executable, __file__, "--base", str(base)]
     for name in ("words", "steps", "rank", "tokens_per_forward"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     run = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -116,25 +126,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--no-save", action="store_true")
-    parser.add_argument("--here", default=None, help=argparse.SUPPRESS)  # what this process measures
-    parser.add_argument("--base", type=Path, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, default=None, help=argparse.SUPPRESS)  # that this process measures
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    if options.here is not None:
-        print(json.dumps(measure_here(options.here, options.base, options)))
+    if options.base is not None:
+        print(json.dumps(measure_here(options.base, options)))
         return
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("this benchmark reads /proc/self, which only Linux has")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder) / "base"
-        write_base(base, options.layers)
+        write_bases(Path(folder), options.layers)
         for kind in ("bfloat16", "nf4"):
             console.print(f"training {NUM_JOBS} LoRAs on {kind} ...")
-            results[kind] = measure(kind, base, options)
+            results[kind] = measure(Path(folder) / kind, options)
     rows = []
     for kind, found in results.items():
         sizes = [f"{found[name] / 2**20:.0f} MiB" for name in ("loaded", "peak")]
