@@ -11,12 +11,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 EXTRAS_SETUP := $(VENV)/.setup-extras-done
+# Packages that slow down every start where they are installed: a folder of their own, on the path of their tests only.
+QUANTIZED := $(VENV)/quantized
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-all demo docs dist check kernels test test-extras test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-quantized setup-all demo docs dist check kernels test test-extras test-quantized test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,7 +44,14 @@ $(EXTRAS_SETUP): $(SETUP)
 
 setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the tests needs
 
-setup-all: setup-extras setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
+$(QUANTIZED)/.setup-done: $(SETUP)
+	rm -rf $(QUANTIZED)
+	$(PIP) install --no-deps --target $(QUANTIZED) torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
+	@touch $@
+
+setup-quantized: $(QUANTIZED)/.setup-done ## Add torchao and HQQ beside it, for the tests of base models that they quantize
+
+setup-all: setup-extras setup-quantized setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
 
 demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
 	@$(BIN)/loraplex demo --no-hints
@@ -69,6 +78,9 @@ test: check kernels ## check, and the tests that are neither slow nor need a GPU
 
 test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
 	$(PYTEST) -m slow tests/server/test_ray_replicas.py tests/server/test_lm_eval.py tests/server/page
+
+test-quantized: setup-quantized ## The tests of quantized base models, with all packages
+	PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/quantized
 
 # The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
 SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \

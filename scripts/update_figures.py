@@ -138,6 +138,16 @@ def int8_speed(content: Results) -> str:
     return table(["product, microseconds", *kinds], rows)
 
 
+def quantized_training(content: Results) -> str:
+    """Memory of training on each kind of weights, and its share of bfloat16's."""
+    first, rows = content["results"]["bfloat16"], []
+    for kind, found in content["results"].items():
+        sizes = [f"{found[name] / 2**20:.0f}" for name in ("loaded", "peak")]
+        above = (found["peak"] - found["before"]) / (first["peak"] - first["before"])
+        rows.append([kind, *sizes, f"{found['peak'] / first['peak']:.2f}x", f"{above:.2f}x"])
+    return table(["weights", "loaded, MiB", "peak in training, MiB", "of bfloat16's", "without the libraries"], rows)
+
+
 def xlora(content: Results) -> str:
     """Each question's speeds or times, and their ratio to what the question compares with."""
     rows = []
@@ -393,6 +403,7 @@ FILES = (
     ),
     ResultFile(name="int8_quality", question="What 8-bit weights change", render=int8_quality),
     ResultFile(name="int8_speed", question="Products with 8-bit weights", render=int8_speed),
+    ResultFile(name="quantized_training", question="Training on a base model in 4 bits", render=quantized_training),
     ResultFile(name="kernel_choice", question="Which kernel for how many tokens", render=kernels),
 )
 

@@ -49,14 +49,18 @@ def _package(name: str, how: str) -> Part:
 
 
 PARTS = {
+    "bitsandbytes": _package("bitsandbytes", "make setup"),
     "chromium": Part(lambda: find_browser() is not None, "apt-get install chromium, or name one in LORAPLEX_CHROMIUM"),
     "compiler": Part(_has_compiled_kernels, "the compiled kernels can't be built here: apt-get install g++"),
+    "compressed_tensors": _package("compressed_tensors", "make setup"),
+    "hqq": _package("hqq", "make test-quantized"),
     "llguidance": _package("llguidance", "make setup"),
     "lm_eval": _package("lm_eval", "make setup-extras"),
     "mkdocs": _package("mkdocs", "make setup"),
     "openssl": Part(lambda: shutil.which("openssl") is not None, "apt-get install openssl"),
     "ray": _package("ray", "make setup-extras"),
     "smollm2": Part(_has_smollm2, "make setup"),
+    "torchao": _package("torchao", "make test-quantized"),
     "triton": _package("triton", "make setup"),
 }
 _is_here = cache(lambda part: PARTS[part].is_here())

@@ -133,6 +133,13 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         [{"out": 64, "in": 32, "rows": 8, "us": {"bfloat16": 30.0, "int8_column": 15.0}}],
         "| 32 to 64, rows 8 | 30 (1.00x) | 15 (2.00x) |",
     ),
+    "quantized_training": (
+        {
+            "bfloat16": {"before": 2**29, "loaded": 2**31, "peak": 2**32, "seconds_per_step": 2.0},
+            "nf4": {"before": 2**29, "loaded": 2**30, "peak": 2**31, "seconds_per_step": 3.0},
+        },
+        "| nf4 | 1024 | 2048 | 0.50x | 0.43x |",
+    ),
     "cpu_peers": (
         [
             {

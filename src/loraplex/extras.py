@@ -14,6 +14,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "PIL"),
     "smollm2": ("gguf",),
     "json": ("llguidance",),
+    "quantized": ("bitsandbytes", "compressed_tensors"),
+    "torchao": ("torchao",),
     "ray": ("ray",),
     "vllm": ("vllm",),
     "bench": ("httpx",),

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.kernels.int8_weight import Int8Weight
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 pytestmark = pytest.mark.needs("compiler")
 
@@ -121,11 +122,62 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     file = write_file(tmp_path / "a.gguf", plain, kinds={"blk.0.ffn_up.weight": "Q4_0"})
     with pytest.raises(BaseModelError, match=r"ffn_up.*Q4_0.*Q8_0"):
         MultiLoraModel.from_pretrained(file, weights="int8")
-    with pytest.raises(ConfigError, match="int8"):
-        MultiLoraModel.from_pretrained(file)
     other = write_file(tmp_path / "b.gguf", plain, extra=["rope_freqs.weight"])
     with pytest.raises(BaseModelError, match="rope_freqs"):
         MultiLoraModel.from_pretrained(other, weights="int8")
     (tmp_path / "c.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(BaseModelError, match=r"c\.gguf"):
-        MultiLoraModel.from_pretrained(tmp_path / "c.gguf", weights="int8")
+    for weights in ("int8", "auto"):
+        with pytest.raises(BaseModelError, match=r"c\.gguf"):
+            MultiLoraModel.from_pretrained(tmp_path / "c.gguf", weights=weights)
+
+
+def dequantized(weight: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
+    values = weight.detach().float().numpy()
+    return torch.from_numpy(quants.dequantize(quants.quantize(values, kind), kind))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+def test_other_types_are_dequantized_to_the_dtype(tmp_path, kind, dtype):
+    plain = tiny_model("llama")
+    kinds = {file_name(path): kind for path, weight in plain.named_parameters() if "proj" in path}
+    file = write_file(tmp_path / "tiny.gguf", plain, kinds=kinds)
+    wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    for base in (
+        MultiLoraModel.from_pretrained(file, dtype=dtype).base,
+        MultiLoraModel.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=dtype).base,
+    ):
+        assert not hasattr(base.config, "quantization_config")
+        for path, weight in plain.named_parameters():
+            expected = weight
+            if weight.ndim == 2:
+                expected = dequantized(weight, GGMLQuantizationType[kind if "proj" in path else "Q8_0"])
+            assert torch.equal(base.get_parameter(path), expected.to(wanted)), path
+
+
+def test_adapters_run_on_a_dequantized_file_as_peft_has_them(tmp_path):
+    plain = tiny_model("llama")
+    kinds = {file_name(path): "Q4_0" for path, weight in plain.named_parameters() if "proj" in path}
+    file = write_file(tmp_path / "tiny.gguf", plain, kinds=kinds)
+    folder = random_peft_adapter(plain, tmp_path / "a", targets=linear_targets("llama"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    model = MultiLoraModel.from_pretrained(file, dtype="float32")
+    model.load_adapter("a", folder)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(theirs, str(folder)).eval()(input_ids=ids).logits
+    found = model(ids, adapters=["a"]).logits
+    assert (found - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+def test_a_file_that_is_not_there_or_has_another_config_is_refused(tmp_path):
+    write_file(tmp_path / "tiny.gguf", tiny_model("llama"))
+    with pytest.raises(BaseModelError, match=r"no file 'other\.gguf'; it has \['tiny\.gguf'\]"):
+        MultiLoraModel.from_pretrained(tmp_path, gguf_file="other.gguf")
+    with pytest.raises(BaseModelError, match="ends with"):
+        MultiLoraModel.from_pretrained(tmp_path, gguf_file="config.json")
+    with pytest.raises(BaseModelError, match=r"tiny\.gguf.*hub"):
+        MultiLoraModel.from_pretrained("owner/name", gguf_file="tiny.gguf")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ConfigError, match="only one of"):
+        MultiLoraModel.from_pretrained(tmp_path, gguf_file="tiny.gguf", quantization_config=config)

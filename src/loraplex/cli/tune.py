@@ -7,12 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from loraplex.cli.options import Dtype, Model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.startup.start import start_model_runner
-from loraplex.engine.worker.fusion.linear_products import shape_of
+from loraplex.engine.worker.fusion.linear_products import linear_shapes
 from loraplex.kernels.dispatch import native_runs
 from loraplex.kernels.product_times import TOKENS, LinearShape, ProductTimes
 from loraplex.kernels.tuning import choose, forget_numbers, is_measured, tuning_file
@@ -29,8 +28,8 @@ def tune(model: Model = "smollm2-135m", dtype: Dtype = "auto") -> None:
     if not native_runs(multi.base.device, multi.dtype):
         typer.echo(f"Nothing to measure: {multi.dtype} on {multi.base.device} has one product only.")
         raise typer.Exit
-    shapes = sorted({shape_of(module) for module in multi.base.modules() if isinstance(module, nn.Linear)}, key=str)
-    shapes = [shape for shape in shapes if is_measured(shape)]
+    shapes = [shape for shape in linear_shapes(multi.base) if shape.dtype == multi.dtype and is_measured(shape)]
+    shapes = sorted(set(shapes), key=str)
     forget_numbers()
     times = tune_products(shapes, anew=True)
     if len(times) < len(shapes):

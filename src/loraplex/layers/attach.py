@@ -10,12 +10,16 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, restore_first_weight
 from loraplex.layers.former_names import layout_of
+from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
 from loraplex.layers.output_layer import LoraOutput, rounds_logits
 from loraplex.layers.passes import attach_pass_length
+from loraplex.layers.quantized import BNB_4BIT, BNB_INT8, quantized_modules
+from loraplex.layers.repeated_warning import warn_of_casts_once
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
@@ -47,6 +51,21 @@ class AdaptableModel:
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
         self._lock = threading.Lock()  # two threads that load at once must not attach a layer twice
+        self._reordered: list[nn.Module] = []
+        self._apart: list[nn.Module] = []
+        self._prepare_quantized()
+
+    def _prepare_quantized(self) -> None:
+        """Let quantized modules give each token what it gets alone, and be put back as they were."""
+        for _, module, kind in quantized_modules(self._base):
+            if kind is BNB_4BIT:
+                if bring_into_cpu_order(module):
+                    self._reordered.append(module)
+            elif kind is BNB_INT8:
+                warn_of_casts_once()
+                if has_outliers(module):
+                    keep_tokens_apart(module)
+                    self._apart.append(module)
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise UnsupportedAdapterError for modules that no adapter can be added to."""
@@ -150,6 +169,11 @@ class AdaptableModel:
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])
+            for module in self._apart:
+                join_tokens(module)
+            for module in self._reordered:
+                restore_first_weight(module)
+            self._apart = []
             self._handles.clear()
             self._hooks.clear()
             self._lora_linears.clear()

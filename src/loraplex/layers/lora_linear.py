@@ -15,6 +15,7 @@ from loraplex.layers.lora_layer import (
     gradients_flow,
     plan_for,
 )
+from loraplex.layers.quantized import has_plain_weight
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.shared_input import SharedInputs
 from loraplex.routing.plan import RoutingPlan
@@ -99,8 +100,10 @@ def run_together(modules: Sequence[LoraLinear], x: Tensor, plan: RoutingPlan) ->
 
 
 def can_become_lora_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear one: no subclass, no forward of its own (offloading installs one)."""
-    return type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous()
+    """Whether a module is a plain linear one: no subclass of module or weight, no forward of its own (offloading)."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return has_plain_weight(module) and module.weight.is_contiguous()
 
 
 def become_lora_linear(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.layers.decoder import find_decoder
+from loraplex.layers.quantized import quantized_kind
 
 _NOT_SETTINGS = ("_", "lora_", "loraplex_")  # torch's own attributes of a module, and ours
 _SIMPLE = (bool, int, float, str, torch.dtype, torch.device, type)
@@ -19,7 +20,8 @@ def module_kind(module: nn.Module, index: int | None = None) -> Hashable:
     """Equal for modules that differ in the values of their weights alone, and in their own `index` in a list."""
     parts: list[Hashable] = []
     for path, part in module.named_modules():
-        settings = [(name, _value(value)) for name, value in vars(part).items() if not name.startswith(_NOT_SETTINGS)]
+        value_of = _value if quantized_kind(part) is None else _value_of_quantized
+        settings = [(name, value_of(value)) for name, value in vars(part).items() if not name.startswith(_NOT_SETTINGS)]
         is_index = [(name, value) for name, value in settings if _tells_index(name, value, index)]
         parts += [path, cast(Hashable, type(part)), tuple(sorted(set(settings) - set(is_index), key=repr))]
         parts += [_who(hook) for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())]
@@ -46,6 +48,12 @@ def _value(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     return id(value)
+
+
+def _value_of_quantized(value: Any) -> Hashable:
+    """What belongs to one weight, such as its scales, by its class alone."""
+    known = _value(value)
+    return cast(Hashable, type(value)) if known == id(value) else known
 
 
 def first_layers(base: PreTrainedModel, attends: Callable[[nn.Module], bool]) -> PreTrainedModel:

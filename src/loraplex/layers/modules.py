@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import ModuleShape
+from loraplex.layers.quantized import dequantized_weight, quantized_kind
 
 
 def adaptable_modules(base: PreTrainedModel) -> dict[str, ModuleShape]:
@@ -18,7 +19,7 @@ def adaptable_modules(base: PreTrainedModel) -> dict[str, ModuleShape]:
     for path, module in base.named_modules():
         if isinstance(module, Conv1D):
             shapes[path] = ModuleShape(kind="linear", in_features=module.nx, out_features=module.nf)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or quantized_kind(module) is not None:
             shapes[path] = ModuleShape(kind="linear", in_features=module.in_features, out_features=module.out_features)
         elif module is embedding and isinstance(module, nn.Embedding):
             shapes[path] = ModuleShape(
@@ -42,7 +43,9 @@ def output_module(base: PreTrainedModel) -> str | None:
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
-    """A linear module's weight as [out, in], an embedding's as [hidden, vocab]."""
+    """A linear module's weight as [out, in], a quantized one's values too; an embedding's as [hidden, vocab]."""
+    if quantized_kind(module) is not None:
+        return dequantized_weight(module)
     weight = module.weight
     assert isinstance(weight, torch.Tensor), f"{type(module).__name__} has no weight tensor"
     return weight.t() if isinstance(module, (Conv1D, nn.Embedding)) else weight

@@ -1,8 +1,8 @@
-"""A base model from a GGUF file whose blocks of 8 bits (Q8_0) are held as they are.
+"""A base model from a GGUF file: dequantized by transformers, or with its blocks of 8 bits (Q8_0) held as they are.
 
-transformers knows the file's settings and names; it would dequantize all of it. A block is 32 integers and a float16
-scale, which is what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized
-where a module's weights are held in 8 bits.
+For the latter, transformers knows the file's settings and names. A block is 32 integers and a float16 scale, which is
+what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat16, or are quantized where a module's
+weights are held in 8 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 
 from loraplex.errors import BaseModelError
 from loraplex.extras import install_command, missing_modules
@@ -22,6 +23,7 @@ from loraplex.kernels.packed_weight import hold
 from loraplex.large_memory import LargeMemory
 from loraplex.layers.modules import output_module
 from loraplex.models.int8_base import group_of, int8_modules, mark_as_int8
+from loraplex.validation import listed
 
 SUFFIX = ".gguf"
 SUPPORTED_TYPES = ("Q8_0", "F32", "F16", "BF16")
@@ -34,10 +36,55 @@ def is_gguf_file(source: str | Path) -> bool:
     return str(source).endswith(SUFFIX) and Path(source).expanduser().is_file()
 
 
-def load_gguf(file: Path) -> PreTrainedModel:
-    """The model that a GGUF file holds, with weights in 8 bits. Raises BaseModelError."""
+def find_gguf_file(path_or_id: str | Path, name: str) -> str:
+    """The path of a GGUF file in a folder, or of one that the hub has. Raises BaseModelError."""
+    folder = Path(path_or_id).expanduser()
+    if not name.endswith(SUFFIX):
+        raise BaseModelError(f"gguf_file is {name!r}; a GGUF file's name ends with {SUFFIX!r}.")
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+            raise BaseModelError(f"{str(folder)!r} has no file {name!r}; it has [{listed(found)}].")
+        return str(folder / name)
+    try:
+        return hf_hub_download(str(path_or_id), name)
+    except Exception as error:  # the hub raises all kinds, for names as well as for networks
+        raise BaseModelError(
+            f"{name!r} of {str(path_or_id)!r} is neither in a local folder nor to be had from the hub: "
+            f"{type(error).__name__}: {error}. Give the path of a GGUF file."
+        ) from error
+
+
+def load_dequantized(file: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The model that a GGUF file holds, its values dequantized to `dtype`. Raises BaseModelError."""
+    _require_reader(file)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32 if dtype == "auto" else dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise BaseModelError(f"{file} lacks {missing[:3]}, which {type(model).__name__} needs.")
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):  # the weights are dense now
+        if name in vars(owner):
+            delattr(owner, name)
+    moved: PreTrainedModel = loaded[0].to(device)
+    return moved
+
+
+def _require_reader(file: Path) -> None:
     if missing_modules("smollm2"):
         raise BaseModelError(f"{str(file)!r} is read with the package gguf. Install it: {install_command('smollm2')}.")
+
+
+def load_gguf(file: Path) -> PreTrainedModel:
+    """The model that a GGUF file holds, with weights in 8 bits. Raises BaseModelError."""
+    _require_reader(file)
     from gguf import GGUFReader
 
     reader = GGUFReader(file)

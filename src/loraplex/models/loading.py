@@ -28,9 +28,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError
 from loraplex.json_files import MAX_BYTES, read_object
-from loraplex.models.gguf_file import is_gguf_file, load_gguf
+from loraplex.models.gguf_file import find_gguf_file, is_gguf_file, load_dequantized, load_gguf
 from loraplex.models.int8_base import check_weights, quantize_base
+from loraplex.models.quantized_base import load_options
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
+from loraplex.validation import quoted
 
 # transformers goes on without the last two, with other tokens that end an answer for example.
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -44,32 +46,45 @@ def load_base_model(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     weights: str = "auto",
+    quantization_config: Any = None,
+    gguf_file: str | None = None,
 ) -> tuple[PreTrainedModel, str]:
     """Load a base model in evaluation mode with frozen weights; return it and where it came from.
 
     `path_or_id` is "smollm2-135m", a local folder or a hub id; the second value is the folder or the hub id,
     as `load_tokenizer` takes it. `dtype` is "float32", "bfloat16", "float16", the same as a torch.dtype, or
-    "auto" for the checkpoint's own; `attn_implementation` is transformers'. With `weights="int8"`, linear
-    weights are held as 8-bit integers (int8_base.py); then `path_or_id` may be a GGUF file too.
+    "auto" for the checkpoint's own; `attn_implementation` and `quantization_config` are transformers'
+    (quantized_base.py). With `weights="int8"`, linear weights are held as 8-bit integers (int8_base.py). `path_or_id`
+    may be a GGUF file, or the folder or hub id that has the `gguf_file`; it is dequantized to `dtype`, or with
+    `weights="int8"` its blocks are held as they are.
 
-    Raises ConfigError for a dtype, device or `weights` that can't be used, BaseModelError for a model that can't be
-    loaded whole, or has an adapter beside it.
+    Raises ConfigError for a dtype, device, `weights` or quantization config that can't be used, BaseModelError for a
+    model that can't be loaded whole, is quantized in another way than is known here, or has an adapter beside it.
     """
     torch_device = parse_device(device)
     torch_dtype = check_weights(weights, parse_dtype(dtype), torch_device)
-    source = resolve_base_model(path_or_id)
+    source = resolve_base_model(path_or_id) if gguf_file is None else find_gguf_file(path_or_id, gguf_file)
+    if quantization_config is not None and (weights == "int8" or is_gguf_file(source)):
+        raise ConfigError(
+            f"quantization_config is {quoted(quantization_config)}, but the weights come from {source!r} with "
+            f"weights={weights!r}. Give only one of quantization_config, weights='int8' and a GGUF file."
+        )
     if is_gguf_file(source):
-        return _load_gguf(source, weights), source
+        return _load_gguf(source, weights, torch_dtype, torch_device), source
     refuse_damaged_json(source)
     try:
         refuse_hidden_adapter(source)
         config = AutoConfig.from_pretrained(source)
+        options = load_options(config, quantization_config, torch_device)
+        if options and weights == "int8":
+            raise ConfigError(f"{source!r} has quantized weights already. Leave weights='int8' out.")
         model, loading = auto_class_for(config).from_pretrained(
             source,
             config=config,
             dtype=torch_dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            **options,
         )
     except LoraplexError:
         raise
@@ -80,17 +95,19 @@ def load_base_model(
             f"the checkpoint of base model {source!r} lacks {_some(loading['missing_keys'])}, which "
             f"{type(model).__name__} needs; they would be random. Give a complete checkpoint."
         )
-    model = model.to(torch_device).eval().requires_grad_(False)
+    if not options:
+        model = model.to(torch_device)
+    model = model.eval().requires_grad_(False)
     if weights == "int8":
         quantize_base(model)
     return model, source
 
 
-def _load_gguf(source: str, weights: str) -> PreTrainedModel:
-    if weights != "int8":
-        raise ConfigError(f"{source!r} is a GGUF file, which is read with weights='int8'.")
+def _load_gguf(source: str, weights: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     try:
-        return load_gguf(Path(source)).eval().requires_grad_(False)
+        file = Path(source)
+        model = load_gguf(file) if weights == "int8" else load_dequantized(file, dtype, device)
+        return model.eval().requires_grad_(False)
     except LoraplexError:
         raise
     except Exception as error:  # gguf and transformers raise all kinds for files that are damaged or of other models

@@ -25,6 +25,7 @@ from loraplex.errors import (
 )
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.decoder import find_decoder
+from loraplex.layers.quantized import num_weights
 from loraplex.routers.config import RouterConfig, StaticRouterConfig
 from loraplex.routers.mixture import RoutedMixture
 from loraplex.routers.router import make_router
@@ -120,7 +121,7 @@ class Mixtures:
             )
         shapes = head_shapes(config, hidden_size=hidden_size, num_experts=num_experts, num_layers=num_layers)
         size = sum(math.prod(shape) for shape in shapes.values())
-        most = max(SMALL_HEAD, sum(parameter.numel() for parameter in self._base.parameters()))
+        most = max(SMALL_HEAD, num_weights(self._base))
         if size > most:
             raise ConfigError(
                 f"with xlora_depth={config.xlora_depth} and xlora_size={config.xlora_size} the scaling head has {size} "

@@ -26,6 +26,7 @@ from loraplex.models.generate_checks import check_generates
 from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.mixture_folders import Experts
 from loraplex.models.mixtures import Mixtures
+from loraplex.models.quantized_base import check_quantized_base
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
@@ -57,6 +58,7 @@ class MultiLoraModel:
         fast_decode: bool = True,
     ) -> None:
         refuse_injected_adapters(base)
+        check_quantized_base(base)
         self.base = base.eval().requires_grad_(False)
         self._source = source
         self.dtype = base.dtype
@@ -84,18 +86,32 @@ class MultiLoraModel:
         store: StoreConfig | None = None,
         fast_decode: bool = True,
         weights: str = "auto",
+        quantization_config: Any = None,
+        gguf_file: str | None = None,
     ) -> "MultiLoraModel":
-        """Load a base model: "smollm2-135m", a local folder, or a hub id. Raises BaseModelError.
+        """Load a base model: "smollm2-135m", a local folder, a GGUF file, or a hub id. Raises BaseModelError.
 
         `fast_decode` lets `generate` run in packed passes (see there) and compute single-token steps of plain linear
         modules in the compiled CPU kernel: equal to torch's product up to rounding, and independent of a row's
         neighbours to the bit. `forward` always computes the base product with torch.
 
         `weights="int8"` holds the linear weights as 8-bit integers, which takes half the memory and changes what the
-        model computes; the path may then be a GGUF file. For bfloat16 on a CPU. All products, those of `forward` and
-        of training too, then run in the compiled kernel.
+        model computes. For bfloat16 on a CPU. All products, those of `forward` and of training too, then run in the
+        compiled kernel.
+
+        `quantization_config` is transformers' BitsAndBytesConfig or TorchAoConfig: the weights are quantized when they
+        are loaded. A checkpoint that is quantized already needs none. `gguf_file` names a GGUF file in the folder or of
+        the hub id; its weights are dequantized to `dtype` (float32 for "auto"), or with `weights="int8"` held as they
+        are.
         """
-        base, source = load_base_model(path_or_id, dtype=dtype, device=device, weights=weights)
+        base, source = load_base_model(
+            path_or_id,
+            dtype=dtype,
+            device=device,
+            weights=weights,
+            quantization_config=quantization_config,
+            gguf_file=gguf_file,
+        )
         return cls(base, source=source, store=store, fast_decode=fast_decode)
 
     @cached_property

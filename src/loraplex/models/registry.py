@@ -23,6 +23,7 @@ from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
+from loraplex.models.quantized_base import tell_other_precision
 from loraplex.models.scope import CachedIds
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.modules import Residual
@@ -99,6 +100,7 @@ class Registry:
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
         self.mixtures.check_replaceable(name, adapter.layers.keys(), is_dora=adapter.config.use_dora)
+        tell_other_precision(adapter.config.base_model_name_or_path, self._base)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
         self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from loraplex.engine.startup.trial_passes import TrialPasses, TrialRow
 from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.errors import BaseModelError
+from loraplex.layers.quantized import rounds_inputs
 
 # A difference may be this many times what the last bit of an input makes, and this part of a result beside it: sums in
 # another order.
@@ -65,11 +66,13 @@ class ModelCheck:
         self._own: dict[int, dict[Key, Tensor]] = {}
         self._errors: dict[Key, dict[int, list[Tensor]]] = {}
         self._noise: dict[Key, list[Tensor]] = {}
-        dtype = next(base.parameters()).dtype
+        dtype = base.dtype
         self._epsilon = torch.finfo(dtype).eps
         self._floor = _FLOOR.get(dtype, _LARGEST_FLOOR)
         if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             self._floor = _FLOOR[torch.float16]
+        if rounds_inputs(base):
+            self._floor = _LARGEST_FLOOR
 
     @torch.inference_mode()
     def run(self, passes: TrialPasses) -> None:

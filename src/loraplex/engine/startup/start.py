@@ -15,8 +15,11 @@ from loraplex.engine.startup.trial_passes import SHORT_LENGTH, TrialPasses, Tria
 from loraplex.engine.worker.cuda_graphs import GraphRecorder
 from loraplex.engine.worker.fusion.cpu_fusion import Trial
 from loraplex.engine.worker.model_runner import ModelRunner
+from loraplex.errors import ConfigError
 from loraplex.kernels.dispatch import native_runs
+from loraplex.layers.int8_outliers import has_outliers
 from loraplex.layers.module_kinds import first_layers
+from loraplex.layers.quantized import quantized_modules
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)
@@ -24,12 +27,20 @@ logger = logging.getLogger(__name__)
 
 def start_model_runner(model: MultiLoraModel, config: EngineConfig) -> ModelRunner:
     """Raises BaseModelError for a base model that packed passes can't run, and ConfigError."""
+    if config.batch_invariant and any(quantized_modules(model.base)):
+        raise ConfigError(
+            "batch_invariant is True, but the base model has quantized modules, whose products have other bits for "
+            "other numbers of tokens. Leave batch_invariant out."
+        )
     runner = ModelRunner(model, config)
     try:
         part = _checked_part(runner)
         check_flow(part, runner.shapes, partial(runner.forward, base=part))
         _check_model(runner, part)
-        if model.base.device.type == "cuda" and runner.config.cuda_graphs and runner.lengths.is_step:
+        records = runner.lengths.is_step and not any(
+            map(has_outliers, model.base.modules())
+        )  # they have no fixed shape
+        if model.base.device.type == "cuda" and runner.config.cuda_graphs and records:
             runner.use_graphs(GraphRecorder())
         if runner.config.max_step_tokens is None:
             runner.config = replace(runner.config, max_step_tokens=best_step_tokens(runner))

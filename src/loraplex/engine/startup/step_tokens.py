@@ -5,11 +5,10 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.sched.chunk import ScheduledChunk
-from loraplex.engine.worker.fusion.linear_products import shape_of
+from loraplex.engine.worker.fusion.linear_products import linear_shapes
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.kernels.tuning import is_measured, measured_once
 
@@ -23,13 +22,13 @@ _MIN_PASSES, _MAX_PASSES = 2, 8  # of one size
 
 def best_step_tokens(runner: ModelRunner) -> int:
     """The tokens of a pass with which prompts are read at nearly the best speed; measured once for a model's shapes."""
-    linear = [module for module in runner.model.base.modules() if isinstance(module, nn.Linear)]
-    if not any(is_measured(shape_of(module)) for module in linear):
+    shapes = linear_shapes(runner.model.base)
+    if not any(map(is_measured, shapes)):
         return USUAL_STEP_TOKENS
-    shapes = ", ".join(str(shape_of(module)) for module in linear)
     device = runner.model.base.device
     where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    name = f"step tokens on {where} {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(", ".join(map(str, shapes)).encode()).hexdigest()
+    name = f"step tokens on {where} {digest[:16]}"
     return measured_once(name, lambda: _measure(runner), USUAL_STEP_TOKENS)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.models.loading import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.quantized_base import check_quantized_base
 from loraplex.residual.registry import LinkedAttention
 from loraplex.training.adapters.config import AdapterJob, check_jobs
 from loraplex.training.adapters.job_state import run_fingerprint
@@ -53,12 +55,24 @@ def train_adapters(
     check_outputs(Path(config.output), [job.name for job in jobs], _inputs(jobs))
     if not isinstance(model, MultiLoraModel):
         refuse_injected_adapters(model)
+        check_quantized_base(model)
     base = model.base if isinstance(model, MultiLoraModel) else model.eval().requires_grad_(False)
+    with quantized_modules_train(base):
+        return _train(model, base, tokenizer, jobs, config)
+
+
+def _train(
+    model: MultiLoraModel | PreTrainedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[AdapterJob],
+    config: TrainConfig,
+) -> list[TrainResult]:
     adaptable = model.adaptable if isinstance(model, MultiLoraModel) else AdaptableModel(base)
-    check_trainable_base(base)
-    ranks = ProcessGroup(base.device)
     linked = model.registry.linked if isinstance(model, MultiLoraModel) else LinkedAttention(base)
     try:
+        check_trainable_base(base)
+        ranks = ProcessGroup(base.device)
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
         states = make_states(jobs, base, adaptable, tokenizer, attention)
         adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])

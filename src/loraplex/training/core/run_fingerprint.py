@@ -30,6 +30,14 @@ def _weights_digest(base: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        start = parameter.detach().reshape(-1)[: _SAMPLE // parameter.element_size()]
-        digest.update(start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_first_bytes(parameter))
     return digest.hexdigest()
+
+
+def _first_bytes(parameter: Tensor) -> bytes:
+    """Of the tensors that it is made of, where its class holds several (quantized ones)."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+        return b"".join(map(_first_bytes, parts))
+    start = parameter.detach().reshape(-1)[: _SAMPLE // parameter.element_size()]
+    return start.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from loraplex.errors import BaseModelError, ConfigError
+from loraplex.layers.quantized_training import check_gradients
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
 from loraplex.training.forward.loss import token_losses
@@ -21,7 +22,10 @@ _FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, Runtim
 
 
 def check_trainable_base(base: PreTrainedModel) -> None:
-    """Raise BaseModelError unless `base` is a causal language model: a token's prediction sees nothing after it."""
+    """Raise BaseModelError unless `base` is a causal language model: a token's prediction sees nothing after it.
+
+    Also for quantized weights that no gradient flows through.
+    """
     name = type(base).__name__
     if base.dtype == torch.float16:
         raise BaseModelError(
@@ -31,6 +35,7 @@ def check_trainable_base(base: PreTrainedModel) -> None:
     advice = "Adapters are trained on causal language models, such as LlamaForCausalLM."
     if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
         raise BaseModelError(f"{name} has no output layer of a causal language model. {advice}")
+    check_gradients(base)
     whole = _losses(base, [_example(_LONG, answer=(3,))])
     with_later_tokens = _losses(base, [_example(_LONG, answer=(3, 5))])
     if not _close(whole, with_later_tokens[:1], base.dtype):

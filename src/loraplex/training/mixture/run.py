@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraplex.errors import ConfigError, MixtureError, UnsupportedAdapterError
+from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.models.end_tokens import training_ends
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.core.distributed import ProcessGroup
@@ -40,6 +41,13 @@ def train_mixture(
     weights were no longer finite; the mixture in memory is as it was, and `<output>/<mixture>.diverged/` has the last
     good weights.
     """
+    with quantized_modules_train(model.base):
+        return _train(model, mixture, data, config)
+
+
+def _train(
+    model: MultiLoraModel, mixture: str, data: Sequence[Data | DataSource], config: MixtureTrainConfig
+) -> TrainResult:
     trained = model.mixtures.xlora(mixture)
     sources, label = as_sources(data), f"mixture {mixture!r}"
     check_outputs(Path(config.run.output), [mixture], _inputs(sources, config))

@@ -25,6 +25,7 @@ from loraplex.engine.worker.fusion.linear_products import LinearProducts
 from loraplex.engine.worker.fusion.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.layers.module_kinds import module_kind
+from loraplex.layers.quantized import has_plain_weight
 
 _NORM_TERMS = "loraplex_norm_terms"  # on a norm: how it is computed
 _ACTIVATION = "loraplex_activation"  # on a feed-forward module: the kind of its activation
@@ -201,7 +202,7 @@ def _may_be_gated_mlp(module: nn.Module) -> bool:
     if names - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
         return False
     gate = module.get_submodule("gate_proj")
-    return isinstance(gate, nn.Linear) and gate.weight.dtype in TOLERANCE
+    return isinstance(gate, nn.Linear) and has_plain_weight(gate) and gate.weight.dtype in TOLERANCE
 
 
 def _activation_of(module: nn.Module) -> Activation | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.layers.quantized import has_plain_weight
+
 # The enumerations are those of kernels/csrc/layer.h, in their order.
 
 
@@ -129,7 +131,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def is_plain_linear(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a module computes W x + b with a weight that the compiled product reads as it lies."""
-    if not isinstance(module, (nn.Linear, Conv1D)) or "forward" in vars(module):
+    if not isinstance(module, (nn.Linear, Conv1D)) or "forward" in vars(module) or not has_plain_weight(module):
         return False
     return _is_readable(module.weight, dtype) and (module.bias is None or _is_readable(module.bias, dtype))
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from torch import nn
 
 from loraplex.kernels.int8_weight import Int8Weight
@@ -11,6 +12,7 @@ from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice, choices
 from loraplex.large_memory import LargeMemory
 from loraplex.layers.lora_linear import LoraLinear
 from loraplex.layers.output_layer import PACKED_COPY, LoraOutput
+from loraplex.layers.quantized import quantized_kind
 
 _MAX_COMPILED = "lora_max_compiled"
 
@@ -18,6 +20,8 @@ _MAX_COMPILED = "lora_max_compiled"
 class LinearProducts:
     """What was chosen for the modules of one base model."""
 
+    @torch.inference_mode(False)  # what weights are moved to must be readable for training
+    @torch.no_grad()
     def __init__(self, base: nn.Module) -> None:
         """Measures the products of shapes that this machine hasn't met yet."""
         linear = [module for module in base.modules() if isinstance(module, LoraLinear)]
@@ -49,6 +53,19 @@ def holds_int8(module: LoraLinear) -> bool:
 def shape_of(module: nn.Linear) -> LinearShape:
     """Of a module's weight."""
     return LinearShape(module.out_features, module.in_features, module.weight.dtype)
+
+
+def linear_shapes(base: nn.Module) -> list[LinearShape]:
+    """Of all linear modules in their order; a quantized one's has the dtype of integers."""
+    shapes = []
+    for module in base.modules():
+        if quantized_kind(module) is not None:
+            dtype = getattr(module.weight, "dtype", torch.int8) if hasattr(module, "weight") else torch.int8
+            dtype = torch.int8 if dtype.is_floating_point else dtype
+            shapes.append(LinearShape(module.out_features, module.in_features, dtype))  # type: ignore[arg-type]
+        elif isinstance(module, nn.Linear):
+            shapes.append(shape_of(module))
+    return shapes
 
 
 def _use(module: LoraLinear, choice: ProductChoice, memory: LargeMemory, *, is_tied: bool) -> None:
