@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.fit import check_base_copies, check_fits, check_shapes_fit, check_weights
+from loraplex.adapters.fit import check_base_copies, check_fits, check_parameters, check_shapes_fit, check_weights
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.adapters.peft.reader import read_adapter, read_base_copies
@@ -40,7 +40,9 @@ class Registry:
     def __init__(self, base: PreTrainedModel, config: StoreConfig) -> None:
         self._base = base
         self.adaptable = AdaptableModel(base)
-        slots = Slots(config.num_slots, self.adaptable.paths, base.device)
+        shapes = self.adaptable.shapes.items()
+        stacked = {path: shape.num_experts for path, shape in shapes if shape.kind == "moe experts"}
+        slots = Slots(config.num_slots, self.adaptable.paths, base.device, num_experts=stacked)
         self.bank = SlotWeightProvider(slots)
         self.store = AdapterStore(slots, _read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
@@ -82,6 +84,7 @@ class Registry:
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
             copies = read_base_copies(folder, parameters)
             check_base_copies(without_quantized(copies, parameters), parameters)
+        check_parameters(adapter.config, self._parameter_names(), self.adaptable.shapes)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
@@ -173,7 +176,11 @@ class Registry:
             )
 
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        check_parameters(config, self._parameter_names(), self.adaptable.shapes)
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
+
+    def _parameter_names(self) -> list[str]:
+        return [name for name, _ in self._base.named_parameters(remove_duplicate=False)]
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)

@@ -20,6 +20,7 @@ from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, token
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.segments import Segment, join_neighbours
+from loraplex.routing.token_groups import TokenGroups, group_tokens
 from loraplex.routing.weight_provider import WeightProvider
 
 
@@ -48,6 +49,7 @@ class RoutingPlan:
         self.bank = bank
         self.gates: Gates = gates or gates_of_segments(self.segments, bank, layer_gates)
         self._stacks: dict[int, LoraStack] = {}
+        self._groups: dict[frozenset[int], TokenGroups] = {}
         self._adapted: set[int] = set()
         self._gained: set[int] = set()
         for slot in {segment.slot for segment in self.segments}:
@@ -174,6 +176,18 @@ class RoutingPlan:
                 )
             )
         return result
+
+    def token_groups(self, modules: Sequence[int], device: torch.device) -> TokenGroups:
+        """Which adapters of `modules` each token has, for a layer that takes tokens out of their order."""
+        slots = frozenset(
+            segment.slot
+            for segment in self.segments
+            if any(module in self.bank.layers(segment.slot) for module in modules)
+        )
+        if slots not in self._groups:
+            segments = [segment for segment in self.segments if segment.slot in slots]
+            self._groups[slots] = group_tokens(segments, self.num_tokens, device)
+        return self._groups[slots]
 
     def stack(self, module: int) -> LoraStack:
         """The module's active adapters stacked, kept for the following passes of the same layout."""

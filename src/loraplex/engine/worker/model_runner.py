@@ -111,7 +111,10 @@ class ModelRunner:
     def fuse(self, trial: Trial) -> None:
         """Let compiled operators run modules of the base model where that changes nothing, as `trial` shows."""
         adaptable = self.model.adaptable
-        index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
+        modules = {
+            path: module for path, module in adaptable.modules.items() if not adaptable.shapes[path].is_parameter
+        }
+        index = {module: adaptable.module_index[path] for path, module in modules.items()}
         self._fused = fuse(self.model.base, self.cache, index, trial)
 
     def attends(self, module: nn.Module) -> bool:
