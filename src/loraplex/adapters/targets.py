@@ -40,28 +40,12 @@ def _expected_modules(config: LoraConfig, modules: Mapping[str, ModuleShape], ou
         return []
     if targets is None:
         raise ConfigError("target_modules is None; list the modules to adapt, or set 'all-linear'.")
-    if is_all_linear(config):
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         linear = [path for path, module in modules.items() if module.kind == "linear" and path != output_module]
         config = replace(config, target_modules=tuple(linear))
     excluded = _excluded(config, tuple(modules))
     included = [path for path in modules if path not in excluded]
     return _targeted(config, included)
-
-
-def targets_by_name(config: LoraConfig, paths: Sequence[str]) -> list[str]:
-    """Those of `paths` that target_modules names or matches, whatever the base model has there.
-
-    Which modules "all-linear" adapts is for the base model to say: none.
-    """
-    if config.target_modules is None or is_all_linear(config):
-        return []
-    excluded = _excluded(config, paths)
-    return _targeted(config, [path for path in paths if path not in excluded])
-
-
-def is_all_linear(config: LoraConfig) -> bool:
-    """Whether all linear modules but the output layer are adapted."""
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def _excluded(config: LoraConfig, paths: Sequence[str]) -> Collection[str]:

@@ -10,11 +10,12 @@ those of all experts for the first rank, then for the second (`ParamWrapper.get_
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.targets import is_all_linear, targeted_parameters, targets_by_name
+from loraplex.adapters.targets import targeted_parameters
 from loraplex.adapters.weights import ModuleKind
 from loraplex.errors import AdapterFormatError
 from loraplex.validation import listed
@@ -43,11 +44,10 @@ def parameters_in_file(config: LoraConfig, paths: Iterable[str]) -> dict[str, st
     by_owner: dict[str, list[str]] = {}
     for path in paths:
         by_owner.setdefault(_owner_of(path), []).append(path)
-    modules = set(targets_by_name(config, tuple(by_owner)))
     found: dict[str, str] = {}
     for owner, wrappers in by_owner.items():
         parameters = _parameters_of(config, owner)
-        if not parameters or (owner in modules and wrappers == [owner]):
+        if not parameters:
             continue
         expected = wrapper_paths(parameters)
         if set(expected.values()) != set(wrappers):
@@ -91,12 +91,11 @@ def _owner_of(path: str) -> str:
 
 
 def _parameters_of(config: LoraConfig, owner: str) -> list[str]:
-    """The adapted parameters of a module."""
-    names = targeted_parameters(config, [f"{owner}.{name}" for name in (*EXPERT_PARAMETERS, ROUTER_PARAMETER)])
-    if is_all_linear(config) and owner.rpartition(".")[2] != _OWNER:  # bare names match whatever is linear, too
-        dotted = tuple(f".{name}" for name in config.target_parameters or () if "." in name)
-        names = [name for name in names if f".{name}".endswith(dotted)]
-    return names
+    """The adapted parameters of a module. A bare name ("down_proj") could be of any module, but means stacked experts."""
+    names = config.target_parameters or ()
+    if owner.rpartition(".")[2] != _OWNER:
+        config = replace(config, target_parameters=tuple(name for name in names if "." in name))
+    return targeted_parameters(config, [f"{owner}.{name}" for name in (*EXPERT_PARAMETERS, ROUTER_PARAMETER)])
 
 
 def _place(path: str) -> int:
