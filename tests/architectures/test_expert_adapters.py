@@ -8,6 +8,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
+from loraplex.errors import LoraplexError
 from tests.architectures.checks import (
     CHOICES,
     NUM_NEW,
@@ -21,7 +22,7 @@ from tests.architectures.expert_adapters import EXPERTS, ExpertCase, target_para
 from tests.architectures.variants import W, make_model
 
 COMMON = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen2_moe", "granitemoe")
-OTHERS = ("nemotron_h", "phimoe", "flex_olmo", "glm4_moe_lite", "ernie4_5_moe", "minimax_m2", "qwen3_next")
+OTHERS = ("nemotron_h", "phimoe", "flex_olmo", "glm4_moe_lite", "ernie4_5_moe", "qwen3_next")
 NAMES = [*COMMON, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 # The choice of experts may turn at a last bit, so whole rows run in each of the ways that transformers has.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -135,3 +136,28 @@ def alone(name: str | None, folders, ids: torch.Tensor) -> torch.Tensor:
     base = make_model("qwen3_moe")
     model = base if name is None else peft.PeftModel.from_pretrained(base, str(folders[name])).eval()
     return model(ids[None]).logits[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "options", "words"),
+    [
+        ("minimax_m2", ("gate.weight",), {}, "gate.weight"),  # whose router takes more than hidden states
+        (
+            "llama4_text",
+            ("experts.gate_up_proj",),
+            {},
+            "experts.gate_up_proj",
+        ),  # whose experts have a code of their own
+        ("gpt_oss", ("experts.gate_up_proj_bias",), {}, "gate_up_proj_bias"),
+        ("llama", ("q_proj.weight",), {}, "name the weight of a linear module in target_modules"),
+    ],
+)
+def test_other_parameters_are_refused_by_name(
+    name: str, parameters: tuple[str, ...], options: dict, words: str, tmp_path
+) -> None:
+    base = make_model(name)
+    folder = write_expert_adapter(base, tmp_path / "a", parameters, targets=(), **options)
+    model = MultiLoraModel(base)
+    with pytest.raises(LoraplexError, match=words):
+        model.load_adapter("a", folder)
+    assert model.names() == []

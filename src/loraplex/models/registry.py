@@ -1,6 +1,6 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -10,6 +10,12 @@ from loraplex.adapters.fit import check_base_copies, check_fits, check_parameter
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.single_experts import (
+    SingleExpertNames,
+    names_single_experts,
+    stacked_adapter,
+    stacked_shapes,
+)
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
@@ -19,6 +25,7 @@ from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedA
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.former_experts import former_experts
 from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
@@ -29,6 +36,7 @@ from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.weight_provider import SlotWeightProvider
+from loraplex.validation import listed
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -44,7 +52,7 @@ class Registry:
         stacked = {path: shape.num_experts for path, shape in shapes if shape.kind == "moe experts"}
         slots = Slots(config.num_slots, self.adaptable.paths, base.device, num_experts=stacked)
         self.bank = SlotWeightProvider(slots)
-        self.store = AdapterStore(slots, _read_again, self._prepare, config)
+        self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
         self.cached_ids = CachedIds()
@@ -84,6 +92,7 @@ class Registry:
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
             copies = read_base_copies(folder, parameters)
             check_base_copies(without_quantized(copies, parameters), parameters)
+        adapter = self._with_stacked_experts(adapter)
         check_parameters(adapter.config, self._parameter_names(), self.adaptable.shapes)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
@@ -176,8 +185,36 @@ class Registry:
             )
 
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        former = self._former_experts(shapes)
+        if former is not None:
+            config, shapes = stacked_shapes(config, shapes, former)
         check_parameters(config, self._parameter_names(), self.adaptable.shapes)
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
+
+    def _with_stacked_experts(self, adapter: Adapter) -> Adapter:
+        """The adapter, converted as PEFT does it where it has weights of single experts that the base stacks."""
+        former = self._former_experts(adapter.layers)
+        return adapter if former is None else stacked_adapter(adapter, former)
+
+    def _former_experts(self, paths: Iterable[str]) -> SingleExpertNames | None:
+        """What single experts were called, if there are some among `paths` and the base model has them stacked.
+
+        Raises UnsupportedAdapterError where PEFT converts none for this base model.
+        """
+        single = [path for path in names_single_experts(tuple(paths)) if path not in self.adaptable.shapes]
+        if not single:
+            return None
+        former = former_experts(self._base)
+        if former is None:
+            raise UnsupportedAdapterError(
+                f"the adapter has weights for single experts, such as {listed(single)}, which "
+                f"{type(self._base).__name__} doesn't have as modules, and PEFT converts none for its model type. "
+                "Train it again with target_parameters."
+            )
+        return former
+
+    def _read_again(self, folder: Path) -> Adapter:
+        return self._with_stacked_experts(read_adapter(folder, check_finite=False))
 
     def _parameter_names(self) -> list[str]:
         return [name for name, _ in self._base.named_parameters(remove_duplicate=False)]
@@ -191,7 +228,3 @@ def _shared_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-
-
-def _read_again(folder: Path) -> Adapter:
-    return read_adapter(folder, check_finite=False)

@@ -91,7 +91,10 @@ def _owner_of(path: str) -> str:
 
 
 def _parameters_of(config: LoraConfig, owner: str) -> list[str]:
-    """The adapted parameters of a module. A bare name ("down_proj") could be of any module, but means stacked experts."""
+    """The adapted parameters of a module.
+
+    A bare name ("down_proj") could be that of any module's parameter; it is taken for one of stacked experts.
+    """
     names = config.target_parameters or ()
     if owner.rpartition(".")[2] != _OWNER:
         config = replace(config, target_parameters=tuple(name for name in names if "." in name))
