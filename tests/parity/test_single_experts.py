@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,17 @@ def qwen_modules() -> dict[str, tuple[int, int]]:
 
 
 def write_folder(
-    folder: Path, modules: Mapping[str, tuple[int, int]], targets: Any, *, seed: int = 0, **settings: Any
+    folder: Path,
+    modules: Mapping[str, tuple[int, int]],
+    targets: Any,
+    *,
+    seed: int = 0,
+    layers: Sequence[int] = (0, 1),
+    **settings: Any,
 ) -> Path:
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(2):
+    for layer in layers:
         for name, (num_in, num_out) in modules.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = factors(num_in, num_out, draw)
@@ -184,3 +190,19 @@ def test_what_peft_does_not_convert_is_refused(
     for word in words:
         assert re.search(re.escape(word), str(caught.value)), caught.value
     assert model.names() == []
+
+
+def test_dense_and_shared_projections_beside_experts_are_refused(tmp_path: Path) -> None:
+    """PEFT's converted settings no longer target them, so that it drops their weights."""
+    modules = only(qwen_modules(), "gate_proj", "up_proj", "down_proj") | {
+        f"mlp.shared_experts.{name}": (HIDDEN, MOE_INTERMEDIATE) for name in ("gate_proj", "up_proj")
+    }
+    folder = write_folder(tmp_path / "a", modules, QWEN[2:], layers=(1,))
+    with pytest.raises(AdapterFormatError, match=r"doesn't target.*layers\.1\.mlp\.shared_experts"):
+        MultiLoraModel(make_model("glm4_moe")).load_adapter("a", folder)
+    check(
+        "glm4_moe",
+        write_folder(
+            tmp_path / "b", only(modules, *(f"{i}.{p}" for i in range(4) for p in QWEN[2:])), QWEN[2:], layers=(1,)
+        ),
+    )
