@@ -1,5 +1,8 @@
 """Every row with adapters of stacked experts and routers is what PEFT gives it alone."""
 
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 
@@ -129,10 +132,34 @@ def test_adapters_of_different_parameters_and_ranks_share_a_batch(
             assert_far(expected, base(ids[row : row + 1]).logits[0], name)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@torch.no_grad()
+def test_in_bfloat16_rows_are_as_near_to_float32_as_peft_in_bfloat16(name: str) -> None:
+    """DeepSeek's router computes in float32 then. By the median: a last bit may send a token to another expert."""
+    case = ExpertCase(name)
+    model = MultiLoraModel(make_model(name).to(torch.bfloat16))
+    for adapter, folder in case.folders.items():
+        model.load_adapter(adapter, folder)
+    inputs = case.inputs([0, 0])
+    ids = inputs["input_ids"]
+    logits = model(**inputs, adapters=["0", None]).logits[0].float()
+    exact, rounded = (peft_logits(name, case.folders["0"], ids[:1], dtype) for dtype in (torch.float32, torch.bfloat16))
+    error, noise = ((other - exact).abs().median().item() for other in (logits, rounded))
+    assert error <= 1.5 * noise, f"off by {error:.2g}, PEFT by {noise:.2g}"
+    assert (make_model(name)(ids[:1]).logits[0] - exact).abs().median() > 5 * noise
+
+
+def peft_logits(name: str, folder: Path, ids: torch.Tensor, runs_in: torch.dtype) -> torch.Tensor:
+    """One row of a model with bfloat16's weights, by PEFT."""
+    base = make_model(name).to(torch.bfloat16).to(runs_in)
+    model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(runs_in)
+    return model(ids).logits[0].float()
+
+
 def alone(name: str | None, folders, ids: torch.Tensor) -> torch.Tensor:
     """One row by PEFT."""
-    import peft
-
     base = make_model("qwen3_moe")
     model = base if name is None else peft.PeftModel.from_pretrained(base, str(folders[name])).eval()
     return model(ids[None]).logits[0]

@@ -96,6 +96,11 @@ def check_weights(adapter: Adapter) -> None:
                 f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "
                 "agree."
             )
+        if weights.lora_a.shape[0] % weights.num_experts or weights.lora_b.shape[0] % weights.num_experts:
+            raise AdapterFormatError(
+                f"{path!r}: lora_a has {weights.lora_a.shape[0]} rows and lora_b {weights.lora_b.shape[0]}, which are "
+                f"not those of {weights.num_experts} experts."
+            )
         magnitude, num_outputs = weights.magnitude, weights.lora_b.shape[1]
         if magnitude is not None and magnitude.shape != (num_outputs,):
             raise AdapterFormatError(
