@@ -83,7 +83,7 @@ def run_experts(
     y = y * weights.reshape(-1)[pairs.order].unsqueeze(1)
     if _implementation(module) == "eager":  # which adds one expert after the other
         return torch.zeros_like(x).index_add_(0, pairs.tokens, y.to(x.dtype))
-    return y[pairs.restored].view(*chosen.shape, -1).sum(dim=1).to(x.dtype)
+    return pairs.in_own_order(y).view(*chosen.shape, -1).sum(dim=1).to(x.dtype)
 
 
 def _adapted_product(module: LoraExperts, name: str, x: Tensor, pairs: ExpertPairs, plan: RoutingPlan) -> Tensor:
