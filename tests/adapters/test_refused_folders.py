@@ -38,7 +38,6 @@ def assert_refused(folder: Path, error: type[AdapterError], *words: str) -> None
         ({"lora_bias": True}, ["lora_bias"]),
         ({"trainable_token_indices": [1, 2]}, ["trainable_token_indices"]),
         ({"trainable_token_indices": {"embed_tokens": [1]}}, ["trainable_token_indices"]),
-        ({"target_parameters": ["experts.gate_up_proj"]}, ["target_parameters"]),
         ({"layer_replication": [[0, 2], [1, 3]]}, ["layer_replication"]),
         ({"megatron_config": {"hidden_size": 8}}, ["megatron_config"]),
         ({"use_qalora": True}, ["use_qalora"]),

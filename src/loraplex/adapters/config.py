@@ -22,6 +22,7 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: tuple[str, ...] | str | None = None  # suffixes | regular expression | "all-linear"
+    target_parameters: tuple[str, ...] | None = None  # suffixes of parameters' paths: stacked experts, routers
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
@@ -39,6 +40,7 @@ class LoraConfig:
         self._check_types()
         self._check_ranks_and_alphas()
         self._check_targets()
+        self._check_parameters()
         if not (is_finite(self.lora_dropout) and 0 <= self.lora_dropout <= 1):
             raise ConfigError(f"lora_dropout is {quoted(self.lora_dropout)}; it must be a number from 0 to 1.")
         self._check_invocation()
@@ -76,9 +78,9 @@ class LoraConfig:
             patterns = getattr(self, option)
             if not (isinstance(patterns, Mapping) and all(isinstance(key, str) for key in patterns)):
                 raise ConfigError(f"{option} is {quoted(patterns)}; it must map regular expressions to numbers.")
-        for option in ("target_modules", "exclude_modules", "layers_pattern"):
+        for option in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
             value = getattr(self, option)
-            if isinstance(value, str) and option != "layers_pattern":
+            if isinstance(value, str) and option in ("target_modules", "exclude_modules"):
                 continue
             if value is not None and not _is_tuple_of(value, lambda name: isinstance(name, str)):
                 raise ConfigError(f"{option} is {quoted(value)}; it must be a tuple of names.")
@@ -117,6 +119,22 @@ class LoraConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern is {quoted(self.layers_pattern)} but layers_to_transform is None; set both or neither."
+            )
+
+    def _check_parameters(self) -> None:
+        """PEFT's `ParamWrapper` adapts a parameter by plain LoRA only."""
+        if not self.target_parameters:
+            return
+        for option, value in (("use_dora", self.use_dora), ("fan_in_fan_out", self.fan_in_fan_out)):
+            if value:
+                raise ConfigError(
+                    f"target_parameters is {quoted(self.target_parameters)} and {option} is True, which can't be "
+                    f"combined (neither can they in PEFT). Set {option} to False."
+                )
+        if self.alora_invocation_tokens is not None:
+            raise ConfigError(
+                f"target_parameters is {quoted(self.target_parameters)} and alora_invocation_tokens is set, which "
+                "can't be combined (neither can they in PEFT). Adapt modules (target_modules) by aLoRA."
             )
 
     def _check_invocation(self) -> None:

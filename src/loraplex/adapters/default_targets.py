@@ -62,7 +62,7 @@ def with_default_targets(config: LoraConfig, model_type: str | None) -> LoraConf
 
     Raises UnsupportedAdapterError for a type that PEFT knows no targets for.
     """
-    if config.target_modules is not None:
+    if config.target_modules is not None or config.target_parameters:
         return config
     targets = DEFAULT_TARGETS.get(model_type or "")
     if targets is None:

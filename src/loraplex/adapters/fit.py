@@ -1,13 +1,13 @@
 """Check that an adapter belongs to a base model."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.reader import check_copy_shape
-from loraplex.adapters.targets import expected_targets
+from loraplex.adapters.targets import expected_targets, targeted_parameters
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
 from loraplex.validation import listed, quoted
@@ -39,8 +39,9 @@ def check_shapes_fit(
     foreign = shapes.keys() - modules.keys()
     if foreign:
         raise BaseModelMismatchError(
-            "the adapter has weights for modules that are no linear or embedding modules of this base "
-            f"model: {listed(foreign)}. {made_for}; the base has, for example, {listed(list(modules)[:3])}."
+            "the adapter has weights for modules that are no linear or embedding modules, stacked experts or routers "
+            f"of this base model: {listed(foreign)}. {made_for}; the base has, for example, "
+            f"{listed(list(modules)[:3])}."
         )
     wrong = {}
     for path, shape in shapes.items():
@@ -61,6 +62,20 @@ def check_shapes_fit(
     _check_same_modules(config, shapes.keys(), set(expected_targets(config, modules, output_module=output_module)))
 
 
+def check_parameters(config: LoraConfig, parameters: Iterable[str], modules: Mapping[str, ModuleShape]) -> None:
+    """Raise UnsupportedAdapterError if the configuration targets a parameter of the base that no adapter can reach.
+
+    `parameters` are the paths of all parameters of the base model, `modules` its adaptable modules and parameters.
+    """
+    wrong = [path for path in targeted_parameters(config, parameters) if path not in modules]
+    if wrong:
+        raise UnsupportedAdapterError(
+            f"target_parameters is {_short(config.target_parameters)}, which names {listed(wrong)} in this base model. "
+            "Supported are the stacked weights of feed-forward experts (gate_up_proj, up_proj, down_proj) and the "
+            "weight of their router; name the weight of a linear module in target_modules instead."
+        )
+
+
 def check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, ModuleShape]) -> None:
     """Raise AdapterFormatError for a rank above both sides of its module, where it isn't small anyway."""
     for path, rank in ranks.items():
@@ -79,11 +94,16 @@ def check_weights(adapter: Adapter) -> None:
     """
     configured = adapter.config.ranks_of(tuple(adapter.layers))
     for path, weights in adapter.layers.items():
-        ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], configured[path])
+        ranks = (weights.rank, weights.lora_b.shape[0] // weights.num_experts, configured[path])
         if len(set(ranks)) > 1:
             raise AdapterFormatError(
                 f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "
                 "agree."
+            )
+        if weights.lora_a.shape[0] % weights.num_experts or weights.lora_b.shape[0] % weights.num_experts:
+            raise AdapterFormatError(
+                f"{path!r}: lora_a has {weights.lora_a.shape[0]} rows and lora_b {weights.lora_b.shape[0]}, which are "
+                f"not those of {weights.num_experts} experts."
             )
         magnitude, num_outputs = weights.magnitude, weights.lora_b.shape[1]
         if magnitude is not None and magnitude.shape != (num_outputs,):
@@ -127,15 +147,15 @@ def _check_same_modules(config: LoraConfig, paths: Set[str], expected: Set[str])
     if missing:
         raise AdapterFormatError(
             "the configuration targets modules of this base model that the files hold no weights for: "
-            f"{listed(missing)} {base}. Narrow target_modules, layers_to_transform or exclude_modules, or "
-            "restore the weights."
+            f"{listed(missing)} {base}. Narrow target_modules, target_parameters, layers_to_transform or "
+            "exclude_modules, or restore the weights."
         )
     extra = paths - expected
     if extra:
         raise AdapterFormatError(
             f"the files hold weights for modules that the configuration doesn't target: {listed(extra)} "
-            f"{base}. PEFT would drop them. target_modules is {_short(config.target_modules)}; add them to "
-            "it, or remove the weights."
+            f"{base}. PEFT would drop them. target_modules is {_short(config.target_modules)}, target_parameters "
+            f"{_short(config.target_parameters)}; add them, or remove the weights."
         )
 
 
@@ -144,7 +164,8 @@ def _article(kind: str) -> str:
 
 
 def _arrow(shape: ModuleShape) -> str:
-    return f"{shape.in_features} -> {shape.out_features}"
+    stacked = f"{shape.num_experts} x " if shape.kind == "moe experts" else ""
+    return f"{stacked}{shape.in_features} -> {shape.out_features}"
 
 
 def _short(targets: tuple[str, ...] | str | None) -> str:

@@ -26,10 +26,11 @@ class Range:
 class ModuleGroup:
     """The adapted modules of one type (the last component of their paths), kind and shape."""
 
-    module_type: str  # "q_proj"
+    module_type: str  # "q_proj"; of a router's weight "gate.weight"
     kind: ModuleKind
     in_features: int
     out_features: int
+    num_experts: int  # stacked in each
     count: int
     ranks: tuple[int, ...]  # without repetition, ascending
     scalings: tuple[float, ...]
@@ -89,25 +90,26 @@ def describe(folder: str | Path, *, ignore_unknown: bool = False) -> AdapterRepo
 
 
 def update_norm(weights: LoraWeights) -> float:
-    """||scaling * B A||_F without forming the product.
+    """||scaling * B A||_F without forming the product; of stacked experts, that of all of them together.
 
     ||B A||_F^2 = trace(A^T B^T B A) = sum of the entries of (A A^T) * (B^T B), both [rank, rank].
     """
-    gram_a = _gram(weights.lora_a)
-    gram_b = _gram(weights.lora_b)
+    gram_a = _gram(weights.lora_a.unflatten(0, (weights.num_experts, -1)))
+    gram_b = _gram(weights.lora_b.unflatten(0, (weights.num_experts, -1)))
     squared = float((gram_a * gram_b).sum())
     return abs(weights.scaling) * max(squared, 0.0) ** 0.5
 
 
-def _gram(factor: torch.Tensor) -> torch.Tensor:  # [rank, n] -> [rank, rank]
+def _gram(factor: torch.Tensor) -> torch.Tensor:  # [experts, rank, n] -> [experts, rank, rank]
     factor = factor.double()
-    return factor @ factor.t()
+    return factor @ factor.transpose(1, 2)
 
 
 def _groups(adapter: Adapter) -> tuple[ModuleGroup, ...]:
     members: dict[tuple[str, ModuleShape], list[LoraWeights]] = defaultdict(list)
     for path, weights in adapter.layers.items():
-        members[path.rpartition(".")[2], weights.shape].append(weights)
+        name = path.split(".")[-2:] if weights.kind == "router" else path.split(".")[-1:]
+        members[".".join(name), weights.shape].append(weights)
     return tuple(_group(module_type, shape, modules) for (module_type, shape), modules in members.items())
 
 
@@ -117,6 +119,7 @@ def _group(module_type: str, shape: ModuleShape, modules: Sequence[LoraWeights])
         kind=shape.kind,
         in_features=shape.in_features,
         out_features=shape.out_features,
+        num_experts=shape.num_experts,
         count=len(modules),
         ranks=tuple(sorted({weights.rank for weights in modules})),
         scalings=_distinct([weights.scaling for weights in modules]),

@@ -1,6 +1,6 @@
-"""Which modules of a base model an adapter's configuration targets, by PEFT's rules (PEFT 0.21)."""
+"""Which modules and parameters of a base model an adapter's configuration targets, by PEFT's rules (PEFT 0.21)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loraplex.adapters.config import ALL_LINEAR, LoraConfig, index_pattern
@@ -14,11 +14,30 @@ def expected_targets(
 ) -> list[str]:
     """The paths that PEFT would adapt among `modules`, in their order.
 
-    `modules` holds the base's linear and embedding modules by path. `output_module` is the path of its output
-    embedding (lm_head), which "all-linear" leaves out. Raises ConfigError if target_modules is None: PEFT
-    then chooses by architecture.
+    `modules` holds the base's linear and embedding modules and its adaptable parameters by path. `output_module` is the
+    path of its output embedding (lm_head), which "all-linear" leaves out. Raises ConfigError if target_modules is None:
+    PEFT then chooses by architecture.
     """
+    parameters = set(targeted_parameters(config, [path for path, module in modules.items() if module.is_parameter]))
+    modules = {path: module for path, module in modules.items() if not module.is_parameter or path in parameters}
+    alone = {path: module for path, module in modules.items() if not module.is_parameter}
+    targeted = parameters.union(_expected_modules(config, alone, output_module))
+    return [path for path in modules if path in targeted]
+
+
+def targeted_parameters(config: LoraConfig, paths: Iterable[str]) -> list[str]:
+    """Those of the parameters `paths` that target_parameters names, wholly or from a dot on.
+
+    PEFT's `_inject_parameters`, which asks for neither exclude_modules nor layers_to_transform.
+    """
+    names = frozenset(config.target_parameters or ())
+    return [path for path in paths if names and _ends_with_any(path, names)]
+
+
+def _expected_modules(config: LoraConfig, modules: Mapping[str, ModuleShape], output_module: str | None) -> list[str]:
     targets = config.target_modules
+    if targets is None and config.target_parameters:
+        return []
     if targets is None:
         raise ConfigError("target_modules is None; list the modules to adapt, or set 'all-linear'.")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:

@@ -10,16 +10,26 @@ from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
 
-ModuleKind = Literal["linear", "embedding"]
+ModuleKind = Literal["linear", "embedding", "moe experts", "router"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleShape:
-    """What a module of the base model takes and gives; an embedding's `in_features` is its vocabulary."""
+    """What a module of the base model takes and gives; an embedding's `in_features` is its vocabulary.
+
+    The kinds "moe experts" and "router" are bare parameters, which `target_parameters` names: the stacked weights of a
+    feed-forward layer's experts, of which each token takes some, and the weight of the router that chooses them.
+    """
 
     kind: ModuleKind
     in_features: int
     out_features: int
+    num_experts: int = 1  # stacked in one parameter
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a bare parameter, whose path ends with the parameter's name."""
+        return self.kind in ("moe experts", "router")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +37,30 @@ class LoraWeights:
     """One module's factors: y = W x + scaling * lora_b^T (lora_a x).
 
     `lora_b` is stored transposed against PEFT's file ([rank, out] instead of [out, rank]), so that both
-    factors are read along contiguous rows when a few tokens are decoded.
+    factors are read along contiguous rows when a few tokens are decoded. Of stacked experts, those of one follow those
+    of another, in both factors.
     """
 
     kind: ModuleKind
-    lora_a: Tensor  # [rank, in]; [rank, vocab] for an embedding
-    lora_b: Tensor  # [rank, out]
+    lora_a: Tensor  # [num_experts * rank, in]; [rank, vocab] for an embedding
+    lora_b: Tensor  # [num_experts * rank, out]
     scaling: float  # alpha/r, or alpha/sqrt(r) for rsLoRA
     magnitude: Tensor | None = None  # [out], DoRA only
+    num_experts: int = 1
 
     @property
     def rank(self) -> int:
-        return self.lora_a.shape[0]
+        return self.lora_a.shape[0] // self.num_experts
 
     @property
     def shape(self) -> ModuleShape:
         """The module that these weights fit."""
-        return ModuleShape(kind=self.kind, in_features=self.lora_a.shape[1], out_features=self.lora_b.shape[1])
+        return ModuleShape(
+            kind=self.kind,
+            in_features=self.lora_a.shape[1],
+            out_features=self.lora_b.shape[1],
+            num_experts=self.num_experts,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -58,6 +75,7 @@ class LoraWeights:
             lora_b=self.lora_b.to(device, dtype),
             scaling=self.scaling,
             magnitude=None if self.magnitude is None else self.magnitude.to(device),
+            num_experts=self.num_experts,
         )
 
 

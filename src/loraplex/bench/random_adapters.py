@@ -24,7 +24,7 @@ def random_adapter(
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ALL_TARGETS, task_type="CAUSAL_LM")
     layers = {}
     for path, shape in shapes.items():
-        if path.rsplit(".", 1)[-1] not in ALL_TARGETS:
+        if shape.is_parameter or path.rsplit(".", 1)[-1] not in ALL_TARGETS:
             continue
         lora_a = torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5
         lora_b = torch.randn(rank, shape.out_features, generator=generator) * std_b

@@ -71,7 +71,7 @@ def _cells(group: ModuleGroup) -> list[str]:
     return [
         group.module_type,
         str(group.count),
-        f"{group.in_features} -> {group.out_features}",
+        f"{f'{group.num_experts} x ' if group.num_experts > 1 else ''}{group.in_features} -> {group.out_features}",
         _span(group.ranks[0], group.ranks[-1]),
         *(f"{norm:.3g}" for norm in norms),
     ]

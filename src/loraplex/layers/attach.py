@@ -16,7 +16,10 @@ from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.moe_experts import become_lora_experts, become_plain_experts
+from loraplex.layers.moe_router import LoraRouter, become_lora_router, become_plain_router, multiplies_once
 from loraplex.layers.output_layer import LoraOutput, rounds_logits
+from loraplex.layers.parameters import adaptable_parameters, parameter_names
 from loraplex.layers.passes import attach_pass_length
 from loraplex.layers.quantized import BNB_4BIT, BNB_INT8, quantized_modules
 from loraplex.layers.repeated_warning import warn_of_casts_once
@@ -37,15 +40,17 @@ class AdaptableModel:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self.shapes: dict[str, ModuleShape] = adaptable_modules(base)
+        self.shapes: dict[str, ModuleShape] = adaptable_modules(base) | adaptable_parameters(base)
         self.paths = list(self.shapes)
         self.module_index = {path: index for index, path in enumerate(self.paths)}
-        self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
+        # Of a parameter, the module that owns it.
+        self.modules: dict[str, nn.Module] = {path: base.get_submodule(self._module_path(path)) for path in self.paths}
         self.output_module = output_module(base)
         self.layout = layout_of(base, self.shapes)
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
+        self._adapted_parameters: set[str] = set()
         self._others: dict[str, Sequence[Removable]] = {}
         self._was_detached = False
         self._probe: RowProbe | None = None
@@ -75,6 +80,14 @@ class AdaptableModel:
             raise UnsupportedAdapterError(
                 f"the adapter has weights for modules whose output isn't one vector for each input: {listed(wrong)} "
                 "(such as routers, which also choose). PEFT can't adapt them either. Leave them out of target_modules."
+            )
+        unclear = [
+            path for path in paths if self.shapes[path].kind == "router" and not multiplies_once(self.modules[path])
+        ]
+        if unclear:
+            raise UnsupportedAdapterError(
+                f"target_parameters names {listed(unclear)}, whose modules do something else with them than one "
+                "product with each input, which adapters can't follow. Leave them out of target_parameters."
             )
 
     def order_of(self, path: str) -> RowOrder:
@@ -106,7 +119,10 @@ class AdaptableModel:
 
     def _attach(self, paths: Iterable[str]) -> None:
         for path in paths:
-            if path in self._handles or path in self._lora_linears:
+            if path in self._attached_paths():
+                continue
+            if self.shapes[path].is_parameter:
+                self._attach_parameter(path)
                 continue
             module, index = self.modules[path], self.module_index[path]
             if can_become_lora_linear(module):
@@ -117,6 +133,19 @@ class AdaptableModel:
             layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
             self._hooks[path] = layer_class(index, path, self._order(path))
             self._handles[path] = module.register_forward_hook(self._hooks[path])
+
+    def _attach_parameter(self, path: str) -> None:
+        module, owner, order = self.modules[path], self._module_path(path), self._order(path)
+        if self.shapes[path].kind == "router":
+            become_lora_router(module, self.module_index[path], owner, order)
+            self._adapted_parameters.add(path)
+            return
+        siblings = {name: f"{owner}.{name}" for name in parameter_names(module)}
+        become_lora_experts(module, owner, {name: self.module_index[p] for name, p in siblings.items()}, order)
+        self._adapted_parameters.update(siblings.values())
+
+    def _module_path(self, path: str) -> str:
+        return path.rpartition(".")[0] if self.shapes[path].is_parameter else path
 
     def _order(self, path: str) -> RowOrder:
         return RowOrder.ROWS if self._probe is None else self._probe.orders.get(path, RowOrder.UNKNOWN)
@@ -129,6 +158,8 @@ class AdaptableModel:
                 vars(self.modules[path])["lora_order"] = self._order(path)
             for path, hook in self._hooks.items():
                 hook.order = self._order(path)
+            for path in self._adapted_parameters:
+                vars(self.modules[path])["lora_order"] = self._order(path)
         return self._probe
 
     def attach_once(self, name: str, attach: Callable[[], Sequence[Removable]]) -> None:
@@ -149,7 +180,7 @@ class AdaptableModel:
             )
 
     def _attached_paths(self) -> set[str]:
-        return {*self._handles, *self._lora_linears}
+        return {*self._handles, *self._lora_linears, *self._adapted_parameters}
 
     def attach_output(self) -> None:
         """Attach the output layer's if it rounds logits to 16 bits; under `choosing_tokens` it then doesn't."""
@@ -174,6 +205,9 @@ class AdaptableModel:
             for module in self._reordered:
                 restore_first_weight(module)
             self._apart = []
+            for module in {self.modules[path] for path in self._adapted_parameters}:
+                become_plain_router(module) if isinstance(module, LoraRouter) else become_plain_experts(module)
             self._handles.clear()
             self._hooks.clear()
             self._lora_linears.clear()
+            self._adapted_parameters.clear()

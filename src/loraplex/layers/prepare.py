@@ -44,6 +44,7 @@ def prepare_weights(path: str, weights: LoraWeights, module: nn.Module, dtype: t
         lora_b=lora_b.to(dtype).contiguous(),
         scaling=scaling,
         dora_scale=dora_scale,
+        num_experts=weights.num_experts,
     )
     _check_range(path, weights, made, dtype)
     return made

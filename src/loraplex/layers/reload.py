@@ -83,12 +83,15 @@ def _thread_bytes(num_bytes: int) -> Tensor:
 def read_back_of(
     adapter: Adapter, layers: Mapping[int, SlotWeights], module_index: Mapping[str, int], dtype: torch.dtype
 ) -> ReadBack | None:
-    """How to read again what `layers` were made of; None if that takes more than copying (DoRA, mixed dtypes)."""
+    """How to read again what `layers` were made of; None if that takes more than copying.
+
+    It does for DoRA, mixed dtypes, and stacked experts, which a file has in another order.
+    """
     places = adapter.places
     if (
         places is None
         or not adapter.layers
-        or any(weights.magnitude is not None for weights in adapter.layers.values())
+        or any(weights.magnitude is not None or weights.num_experts > 1 for weights in adapter.layers.values())
     ):
         return None
     dtypes = {tensor.dtype for weights in adapter.layers.values() for tensor in (weights.lora_a, weights.lora_b)}

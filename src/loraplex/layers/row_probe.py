@@ -102,7 +102,8 @@ class Recorder:
                 handle.remove()
 
     def _hook(self, path: str) -> Any:
-        is_embedding, num_out = self._shapes[path].kind == "embedding", self._shapes[path].out_features
+        shape = self._shapes[path]
+        is_embedding, num_out, is_parameter = shape.kind == "embedding", shape.out_features, shape.is_parameter
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if threading.get_ident() != self._thread:
@@ -111,7 +112,7 @@ class Recorder:
                 self.not_linear.add(path)
                 return
             x = args[0].unsqueeze(-1) if is_embedding else args[0]
-            if not is_tensor_of(output, (*x.shape[:-1], num_out)):
+            if not is_parameter and not is_tensor_of(output, (*x.shape[:-1], num_out)):
                 self.not_linear.add(path)
             step = -(-x.shape[-1] // _FEATURES)
             values = x.detach()[..., ::step].to("cpu", torch.float32)

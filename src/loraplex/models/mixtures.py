@@ -371,7 +371,20 @@ class Mixtures:
                     f"mixture {name!r}: the expert {version.name!r} is an aLoRA, which is off before its invocation, "
                     "while an expert's gates are the mixture's. Use LoRA or DoRA experts."
                 )
+            parameters = [path for path in map(self._path, sorted(version.modules)) if self._is_parameter(path)]
+            if parameters:
+                raise UnsupportedAdapterError(
+                    f"mixture {name!r}: the expert {version.name!r} adapts the parameters {listed(parameters)} "
+                    "(target_parameters), for which X-LoRA defines no scalings: they belong to no LoRA layer with one "
+                    "input for each token. Use experts that adapt modules only."
+                )
         return lora_layers(version.modules for version in versions)
+
+    def _path(self, module: int) -> str:
+        return self._adaptable.paths[module]
+
+    def _is_parameter(self, path: str) -> bool:
+        return self._adaptable.shapes[path].is_parameter
 
 
 def check_gates(config: RouterConfig, num_experts: int, num_layers: int) -> None:

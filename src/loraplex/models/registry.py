@@ -1,16 +1,22 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.fit import check_base_copies, check_fits, check_shapes_fit, check_weights
+from loraplex.adapters.fit import check_base_copies, check_fits, check_parameters, check_shapes_fit, check_weights
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.single_experts import (
+    SingleExpertNames,
+    names_single_experts,
+    stacked_adapter,
+    stacked_shapes,
+)
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
@@ -20,6 +26,7 @@ from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedA
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.former_experts import former_experts
 from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
@@ -34,6 +41,7 @@ from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_
 from loraplex.routers.general_knowledge import without_general
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.weight_provider import SlotWeightProvider
+from loraplex.validation import listed
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -45,7 +53,9 @@ class Registry:
     def __init__(self, base: PreTrainedModel, config: StoreConfig) -> None:
         self._base = base
         self.adaptable = AdaptableModel(base)
-        slots = Slots(config.num_slots, self.adaptable.paths, base.device)
+        shapes = self.adaptable.shapes.items()
+        stacked = {path: shape.num_experts for path, shape in shapes if shape.kind == "moe experts"}
+        slots = Slots(config.num_slots, self.adaptable.paths, base.device, num_experts=stacked)
         self.bank = SlotWeightProvider(slots)
         self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
@@ -96,6 +106,8 @@ class Registry:
             parameters = dict(self._base.named_parameters(remove_duplicate=False))
             copies = read_base_copies(folder, parameters, layout=layout)
             check_base_copies(without_quantized(copies, parameters), parameters)
+        adapter = self._with_stacked_experts(adapter)
+        check_parameters(adapter.config, self._parameter_names(), self.adaptable.shapes)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
@@ -234,11 +246,41 @@ class Registry:
             )
 
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
+        former = self._former_experts(shapes)
+        if former is not None:
+            config, shapes = stacked_shapes(config, shapes, former)
+        check_parameters(config, self._parameter_names(), self.adaptable.shapes)
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
+
+    def _with_stacked_experts(self, adapter: Adapter) -> Adapter:
+        """The adapter, converted as PEFT does it where it has weights of single experts that the base stacks."""
+        former = self._former_experts(adapter.layers)
+        return adapter if former is None else stacked_adapter(adapter, former)
+
+    def _former_experts(self, paths: Iterable[str]) -> SingleExpertNames | None:
+        """What single experts were called, if there are some among `paths` and the base model has them stacked.
+
+        Raises UnsupportedAdapterError where PEFT converts none for this base model.
+        """
+        single = [path for path in names_single_experts(tuple(paths)) if path not in self.adaptable.shapes]
+        if not single:
+            return None
+        former = former_experts(self._base)
+        if former is None:
+            raise UnsupportedAdapterError(
+                f"the adapter has weights for single experts, such as {listed(single)}, which "
+                f"{type(self._base).__name__} doesn't have as modules, and PEFT converts none for its model type. "
+                "Train it again with target_parameters."
+            )
+        return former
 
     def _read_again(self, folder: Path) -> Adapter:
         """An adapter that was read before: its unknown settings were accepted then."""
-        return read_adapter(folder, check_finite=False, layout=self.adaptable.layout, ignore_unknown=True)
+        adapter = read_adapter(folder, check_finite=False, layout=self.adaptable.layout, ignore_unknown=True)
+        return self._with_stacked_experts(adapter)
+
+    def _parameter_names(self) -> list[str]:
+        return [name for name, _ in self._base.named_parameters(remove_duplicate=False)]
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)

@@ -21,6 +21,7 @@ from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, token
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.segments import RoutedGate, Segment, join_neighbours
+from loraplex.routing.token_groups import TokenGroups, group_tokens
 from loraplex.routing.token_router import RoutedGates, RoutedRow, native_routing
 from loraplex.routing.weight_provider import WeightProvider
 
@@ -53,6 +54,7 @@ class RoutingPlan:
         if any(isinstance(segment.gate, RoutedGate) for segment in self.segments):
             self.gates = self._routed = RoutedGates(self.gates, self.segments, bank)
         self._stacks: dict[int, LoraStack] = {}
+        self._groups: dict[frozenset[int], TokenGroups] = {}
         self._adapted: set[int] = set()
         self._gained: set[int] = set()
         for slot in {segment.slot for segment in self.segments}:
@@ -213,6 +215,18 @@ class RoutingPlan:
                 )
             )
         return result
+
+    def token_groups(self, modules: Sequence[int], device: torch.device) -> TokenGroups:
+        """Which adapters of `modules` each token has, for a layer that takes tokens out of their order."""
+        slots = frozenset(
+            segment.slot
+            for segment in self.segments
+            if any(module in self.bank.layers(segment.slot) for module in modules)
+        )
+        if slots not in self._groups:
+            segments = [segment for segment in self.segments if segment.slot in slots]
+            self._groups[slots] = group_tokens(segments, self.num_tokens, device)
+        return self._groups[slots]
 
     def stack(self, module: int) -> LoraStack:
         """The module's active adapters stacked, kept for the following passes of the same layout."""

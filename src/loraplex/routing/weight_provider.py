@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loraplex.adapters.store.expert_table import ExpertTable
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.store.slots import Slots
 
@@ -38,6 +39,10 @@ class WeightProvider(Protocol):
         """Addresses [slots, modules, 3] and LoRA scalings [slots, modules] for the compiled kernels, if kept."""
         ...
 
+    def expert_table(self) -> ExpertTable | None:
+        """The same for single experts of feed-forward layers, if kept."""
+        ...
+
 
 class SlotWeightProvider:
     """The store's slots as a bank: frozen weights."""
@@ -61,3 +66,6 @@ class SlotWeightProvider:
 
     def native_table(self) -> tuple[Tensor, Tensor] | None:
         return self._slots.table, self._slots.scalings
+
+    def expert_table(self) -> ExpertTable | None:
+        return self._slots.experts

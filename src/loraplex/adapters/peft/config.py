@@ -24,7 +24,6 @@ _REFUSED = {
     "lora_bias": "its lora_B has a bias; train with lora_bias=False",
     "megatron_config": "it is for Megatron's parallel layers; convert it to a plain LoRA",
     "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
-    "target_parameters": "it adapts bare parameters; only linear and embedding modules can be adapted",
     "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
     "use_bdlora": "its factors are block-diagonal; write them out as full matrices",
     "use_qalora": "its factors belong to pooled inputs of a quantized base; train with use_qalora=False",
@@ -42,6 +41,7 @@ _SEQUENCES = (
     "layers_to_transform",
     "layers_pattern",
     "alora_invocation_tokens",
+    "target_parameters",
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 

@@ -11,6 +11,7 @@ from loraplex.adapters.finite import require_finite
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.base_layout import BaseLayout
 from loraplex.adapters.peft.config import read_peft_config
+from loraplex.adapters.peft.parameters import experts_of
 from loraplex.adapters.peft.record import read_record
 from loraplex.adapters.peft.tensors import ModuleTensors, base_copies, module_tensors, shape_of
 from loraplex.adapters.peft.weight_files import check_files, open_weights
@@ -143,7 +144,8 @@ def _read_module(file: TensorFile, tensors: ModuleTensors, scaling: float, check
     return LoraWeights(
         kind=tensors.kind,
         lora_a=read(tensors.lora_a),
-        lora_b=read(tensors.lora_b).t().contiguous(),
+        lora_b=experts_of(read(tensors.lora_b), tensors.num_experts),
         scaling=scaling,
         magnitude=None if tensors.magnitude is None else read(tensors.magnitude),
+        num_experts=tensors.num_experts,
     )

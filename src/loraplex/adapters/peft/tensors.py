@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.peft.parameters import kind_of_parameter, parameters_in_file
 from loraplex.adapters.peft.tensor_names import PREFIX
 from loraplex.adapters.tensor_file import TensorFile
 from loraplex.adapters.weights import ModuleKind, ModuleShape
@@ -16,7 +17,10 @@ from loraplex.validation import listed
 FACTORS: Mapping[ModuleKind, tuple[str, str]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "moe experts": ("lora_A.weight", "lora_B.weight"),  # [experts * rank, in] and [out, rank * experts]
+    "router": ("lora_A.weight", "lora_B.weight"),
 }
+_MODULE_KINDS: tuple[ModuleKind, ...] = ("linear", "embedding")  # that the names of the factors tell
 MAGNITUDE = "lora_magnitude_vector"  # some versions of PEFT append ".weight"
 
 # PEFT puts these copies of the base's own weights beside adapted input and output embeddings.
@@ -39,10 +43,11 @@ class ModuleTensors:
     lora_a: str
     lora_b: str
     magnitude: str | None
+    num_experts: int = 1  # stacked in both factors
 
 
 def module_tensors(file: TensorFile, config: LoraConfig) -> dict[str, ModuleTensors]:
-    """By module path, the tensors that `file` must hold for `config`: complete pairs of the configured ranks.
+    """By module or parameter path, the tensors that `file` must hold for `config`: pairs of the configured ranks.
 
     Raises AdapterFormatError (unknown names, halves of pairs, wrong shapes or ranks) and
     UnsupportedAdapterError (weights of the base model among them).
@@ -50,14 +55,21 @@ def module_tensors(file: TensorFile, config: LoraConfig) -> dict[str, ModuleTens
     found = _group_by_module(file)
     if not found:
         raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
+    parameters = parameters_in_file(config, found)
+    found = {parameters.get(path, path): names for path, names in found.items()}
     ranks = config.ranks_of(tuple(found))
-    return {path: _check_module(file, config, path, names, ranks[path]) for path, names in found.items()}
+    kinds = {path: kind_of_parameter(path) for path in parameters.values()}
+    return {
+        path: _check_module(file, config, path, names, ranks[path], kinds.get(path)) for path, names in found.items()
+    }
 
 
 def shape_of(file: TensorFile, tensors: ModuleTensors) -> ModuleShape:
     """The module that the tensors fit."""
     shape_a, shape_b = file.entries[tensors.lora_a].shape, file.entries[tensors.lora_b].shape
-    return ModuleShape(kind=tensors.kind, in_features=shape_a[1], out_features=shape_b[0])
+    return ModuleShape(
+        kind=tensors.kind, in_features=shape_a[1], out_features=shape_b[0], num_experts=tensors.num_experts
+    )
 
 
 def base_copies(file: TensorFile) -> dict[str, str]:
@@ -102,11 +114,18 @@ def _refuse_base_weights(file: Path, unknown: list[str]) -> None:
         )
 
 
-def _check_module(file: TensorFile, config: LoraConfig, path: str, names: dict[str, str], rank: int) -> ModuleTensors:
-    kinds = [kind for kind, parts in FACTORS.items() if names.keys() & set(parts)]
+def _check_module(
+    file: TensorFile,
+    config: LoraConfig,
+    path: str,
+    names: dict[str, str],
+    rank: int,
+    parameter: ModuleKind | None,  # the kind of a bare parameter
+) -> ModuleTensors:
+    kinds = [kind for kind in _MODULE_KINDS if names.keys() & set(FACTORS[kind])]
     if len(kinds) > 1:
         raise AdapterFormatError(f"{file.path}: {path!r} has the factors of a linear and of an embedding module.")
-    kind = kinds[0] if kinds else "linear"
+    kind: ModuleKind = parameter or (kinds[0] if kinds else "linear")
     for part in FACTORS[kind]:
         if part not in names:
             raise AdapterFormatError(
@@ -127,10 +146,17 @@ def _check_module(file: TensorFile, config: LoraConfig, path: str, names: dict[s
         lora_a=names[FACTORS[kind][0]],
         lora_b=names[FACTORS[kind][1]],
         magnitude=names.get(MAGNITUDE),
+        num_experts=_num_experts(file, names[FACTORS[kind][0]], rank) if kind == "moe experts" else 1,
     )
     _check_shapes(file, config, path, tensors, rank)
     _check_base_copy(file, path, tensors, names)
     return tensors
+
+
+def _num_experts(file: TensorFile, lora_a: str, rank: int) -> int:
+    """How many experts of this rank a factor holds; one where it holds no whole number."""
+    shape = file.entries[lora_a].shape
+    return shape[0] // rank if shape and shape[0] and shape[0] % rank == 0 else 1
 
 
 def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: ModuleTensors, rank: int) -> None:
@@ -141,10 +167,11 @@ def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: Modu
                 f"{file.path}: {name!r} has shape {list(shape)}; a factor has two dimensions, none of them "
                 "empty. Gather the shards before saving; convolutions can't be adapted."
             )
-    if not shape_a[0] == shape_b[1] == rank:
+    if not shape_a[0] == shape_b[1] == rank * tensors.num_experts:
+        times = ", times the number of experts" if tensors.kind == "moe experts" else ""
         raise AdapterFormatError(
             f"{file.path}: {path!r} has rank {shape_a[0]} in its A {list(shape_a)}, {shape_b[1]} in its B "
-            f"{list(shape_b)} and {rank} in the configuration (r={config.r} and rank_pattern). All three "
+            f"{list(shape_b)} and {rank} in the configuration (r={config.r} and rank_pattern){times}. All three "
             "must agree."
         )
     if tensors.magnitude is not None and file.entries[tensors.magnitude].shape != (shape_b[0],):

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.config import CONFIG_FILE, peft_settings
+from loraplex.adapters.peft.parameters import as_in_file, wrapper_paths
 from loraplex.adapters.peft.record import RECORD_FILE, write_record
 from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
 from loraplex.adapters.peft.weight_files import WEIGHTS_FILE, weight_files
@@ -59,10 +60,12 @@ def check_adapter_destination(folder: Path, *, overwrite: bool) -> None:
 def peft_tensors(adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names and in its orientation, each a copy on the CPU."""
     tensors = {}
+    wrappers = wrapper_paths(path for path, weights in adapter.layers.items() if weights.shape.is_parameter)
     for path, weights in adapter.layers.items():
         name_a, name_b = FACTORS[weights.kind]
+        path = wrappers.get(path, path)
         tensors[f"{PREFIX}{path}.{name_a}"] = _copy(weights.lora_a, dtype)
-        tensors[f"{PREFIX}{path}.{name_b}"] = _copy(weights.lora_b.t(), dtype)
+        tensors[f"{PREFIX}{path}.{name_b}"] = _copy(as_in_file(weights.lora_b, weights.num_experts), dtype)
         if weights.magnitude is not None:
             tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = _copy(weights.magnitude, None)
     return tensors
@@ -88,7 +91,7 @@ def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> N
 def _check_writable(adapter: Adapter) -> None:
     """Raise if `read_adapter` would not accept what `write_adapter` is asked to write."""
     config = adapter.config
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         raise UnsupportedAdapterError("the adapter's target_modules is None; set it to the adapted modules' names.")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no weights; nothing was written.")
@@ -101,12 +104,13 @@ def _check_writable(adapter: Adapter) -> None:
     if untargeted:
         raise AdapterFormatError(
             f"the configuration doesn't target {listed(untargeted)}, so PEFT would drop their weights. Add "
-            f"them to target_modules, which is {config.target_modules!r}."
+            f"them to target_modules, which is {config.target_modules!r}, or target_parameters, which is "
+            f"{config.target_parameters!r}."
         )
 
 
 def _check_layer(path: str, weights: LoraWeights, rank: int, scaling: float, *, use_dora: bool) -> None:
-    ranks = (weights.lora_a.shape[0], weights.lora_b.shape[0], rank)
+    ranks = (weights.rank, weights.lora_b.shape[0] // weights.num_experts, rank)
     if len(set(ranks)) > 1:
         raise AdapterFormatError(
             f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must agree."

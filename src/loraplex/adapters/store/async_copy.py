@@ -83,6 +83,7 @@ def pack(adapter: PreparedAdapter, *, pin: bool) -> PreparedAdapter:
         tuple(adapter.layers),
         torch.tensor(places, dtype=torch.int64).view(-1, 6),
         [weights.scaling for weights in adapter.layers.values()],
+        [weights.num_experts for weights in adapter.layers.values()],
     )
     # What is copied through isn't kept: these tensors are not those that the layers make when they are asked.
     for weights, copies in zip(adapter.layers.values(), layers.on(layers.buffer).values(), strict=True):

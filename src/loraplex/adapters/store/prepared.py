@@ -22,14 +22,16 @@ class PackedLayers(Mapping[int, SlotWeights]):
         buffer: Tensor,  # [bytes] uint8
         dtype: torch.dtype,  # of the factors; a gain is float32
         modules: Sequence[int],
-        places: Tensor,  # [modules, 6] int64: first bytes of lora_a, lora_b and gain (-1: none), rank, inputs, outputs
+        places: Tensor,  # [modules, 6] int64: first bytes of lora_a, lora_b and gain (-1: none), rows, inputs, outputs
         scalings: Sequence[float],  # [modules]
+        num_experts: Sequence[int] | None = None,  # [modules], stacked in each; None: one
     ) -> None:
         self.buffer = buffer
         self.dtype = dtype
         self._modules = tuple(modules)
         self._places = places
         self._scalings = tuple(scalings)
+        self._num_experts = tuple(num_experts or (1,) * len(self._modules))
         self._rows = {module: row for row, module in enumerate(self._modules)}
         self._made: dict[int, SlotWeights] = {}
 
@@ -50,7 +52,7 @@ class PackedLayers(Mapping[int, SlotWeights]):
 
     def on(self, buffer: Tensor) -> "PackedLayers":
         """The same in a copy of the buffer."""
-        return PackedLayers(buffer, self.dtype, self._modules, self._places, self._scalings)
+        return PackedLayers(buffer, self.dtype, self._modules, self._places, self._scalings, self._num_experts)
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +63,11 @@ class PackedLayers(Mapping[int, SlotWeights]):
 
     @property
     def max_rank(self) -> int:
-        return int(self._places[:, 3].max()) if len(self) else 0
+        return int(self._ranks.max()) if len(self) else 0
+
+    @property
+    def _ranks(self) -> Tensor:  # [modules]
+        return self._places[:, 3] // torch.tensor(self._num_experts, dtype=torch.int64)
 
     @property
     def dora_scaled(self) -> frozenset[int]:
@@ -71,15 +77,14 @@ class PackedLayers(Mapping[int, SlotWeights]):
 
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
         """The modules, and what a table of slots has for each: addresses and rank, and the LoRA scaling."""
-        rows = self._places[:, (0, 1, 3)]
-        rows[:, :2] += self.buffer.data_ptr()
+        rows = torch.cat((self._places[:, :2] + self.buffer.data_ptr(), self._ranks.unsqueeze(1)), dim=1)
         return torch.tensor(self._modules, dtype=torch.int64), rows, torch.tensor(self._scalings, dtype=torch.float32)
 
     def _make(self, row: int) -> SlotWeights:
-        first_a, first_b, first_gain, rank, num_in, num_out = self._places[row].tolist()
+        first_a, first_b, first_gain, rows, num_in, num_out = self._places[row].tolist()
 
         def factor(first: int, width: int) -> Tensor:
-            return self.buffer[first : first + rank * width * self.dtype.itemsize].view(self.dtype).view(rank, width)
+            return self.buffer[first : first + rows * width * self.dtype.itemsize].view(self.dtype).view(rows, width)
 
         dora_scale = None
         if first_gain >= 0:
@@ -90,6 +95,7 @@ class PackedLayers(Mapping[int, SlotWeights]):
             lora_b=factor(first_b, num_out),
             scaling=self._scalings[row],
             dora_scale=dora_scale,
+            num_experts=self._num_experts[row],
         )
 
 
@@ -121,7 +127,7 @@ class PreparedAdapter:
     def max_rank(self) -> int:
         if self.packed is not None:
             return self.packed.max_rank
-        return max((weights.lora_a.shape[0] for weights in self.layers.values()), default=0)
+        return max((weights.rank for weights in self.layers.values()), default=0)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -131,10 +137,13 @@ class PreparedAdapter:
 
     @cached_property
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]
-        """The modules, and what the table has for each: addresses and rank, and the LoRA scaling."""
+        """The modules, and what the table has for each: addresses and rank, and the LoRA scaling.
+
+        Of stacked experts, the addresses of the first.
+        """
         if self.packed is not None:
             return self.packed.addresses()
-        rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.lora_a.shape[0]) for w in self.layers.values()]
+        rows = [(w.lora_a.data_ptr(), w.lora_b.data_ptr(), w.rank) for w in self.layers.values()]
         scalings = [w.scaling for w in self.layers.values()]
         indices = torch.tensor(list(self.layers), dtype=torch.int64)
         return indices, torch.tensor(rows, dtype=torch.int64).view(-1, 3), torch.tensor(scalings, dtype=torch.float32)

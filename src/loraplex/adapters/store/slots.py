@@ -1,10 +1,11 @@
 """The device tier: numbered slots whose weights the kernels read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from loraplex.adapters.store.async_copy import Arrival, CopyLane, CudaLane, moved, pack
+from loraplex.adapters.store.expert_table import ExpertTable
 from loraplex.adapters.store.prepared import PreparedAdapter
 
 
@@ -17,12 +18,20 @@ class Slots:
     """
 
     def __init__(
-        self, num_slots: int, module_paths: Sequence[str], device: torch.device, lane: CopyLane | None = None
+        self,
+        num_slots: int,
+        module_paths: Sequence[str],
+        device: torch.device,
+        lane: CopyLane | None = None,
+        *,
+        num_experts: Mapping[str, int] | None = None,  # by path, of those that stack feed-forward experts
     ) -> None:
         self.module_index = {path: index for index, path in enumerate(module_paths)}
         self.device = device
         self.table = torch.zeros(num_slots, len(module_paths), 3, dtype=torch.int64, device=device)
         self.scalings = torch.zeros(num_slots, len(module_paths), dtype=torch.float32, device=device)
+        stacked = {self.module_index[path]: count for path, count in (num_experts or {}).items()}
+        self.experts = ExpertTable(num_slots, stacked, device)
         self._held: list[PreparedAdapter | None] = [None] * num_slots
         if lane is None and device.type == "cuda":
             lane = CudaLane(device)
@@ -44,10 +53,12 @@ class Slots:
         self.table[slot] = 0
         self.table[slot, indices] = rows.to(self.device)
         self.scalings[slot, indices] = scalings.to(self.device)
+        self.experts.put(slot, held.layers)
         self._held[slot] = held
 
     def clear(self, slot: int) -> None:
         self.table[slot] = 0
+        self.experts.clear(slot)
         self._held[slot] = None
         self._arrivals.pop(slot, None)
 

@@ -101,11 +101,13 @@ class DecodeGraphs:
         *,
         row_blocks: int,
         embeddings: frozenset[int],  # modules that look their input up
+        experts: frozenset[int],  # stacked feed-forward experts
         fast_decode: bool,
         record: Recorder,
     ) -> None:
         self._base, self._cache, self._bank = base, cache, bank
         self._row_blocks, self._embeddings, self._fast_decode = row_blocks, embeddings, fast_decode
+        self._experts = experts
         self._record = record
         self._steps: OrderedDict[Shape, RecordedStep] = OrderedDict()
         self._modules: frozenset[int] = frozenset()
@@ -150,6 +152,8 @@ class DecodeGraphs:
             return "a DoRA adapter adds a share of the base output, row by row"
         if plan.adapted & self._embeddings:
             return "an adapter adapts an embedding, row by row"
+        if plan.adapted & self._experts:
+            return "an adapter adapts feed-forward experts, whose tokens are counted on the host"
         probe = torch.empty(0, dtype=self._cache.dtype, device=batch.token_ids.device)
         if plan.adapted and plan.kernel(probe, needs_grad=False) not in ("triton", "native"):
             return "the torch kernels run the adapters, with shapes that depend on the batch"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loraplex.adapters.weights import ModuleKind
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
@@ -83,14 +84,17 @@ class ModelRunner:
     def use_graphs(self, record: Recorder) -> None:
         """Run passes of single tokens as recorded steps from now on, where they can be."""
         adaptable = self.model.adaptable
+
+        def indices(kind: ModuleKind) -> frozenset[int]:
+            return frozenset(adaptable.module_index[path] for path, s in adaptable.shapes.items() if s.kind == kind)
+
         self.graphs = DecodeGraphs(
             self.model.base,
             self.cache,
             self._bank,
             row_blocks=self.table.row_blocks,
-            embeddings=frozenset(
-                adaptable.module_index[path] for path, shape in adaptable.shapes.items() if shape.kind == "embedding"
-            ),
+            embeddings=indices("embedding"),
+            experts=indices("moe experts"),
             fast_decode=self.model.decodes_fast,
             record=record,
         )
@@ -111,7 +115,10 @@ class ModelRunner:
     def fuse(self, trial: Trial) -> None:
         """Let compiled operators run modules of the base model where that changes nothing, as `trial` shows."""
         adaptable = self.model.adaptable
-        index = {module: adaptable.module_index[path] for path, module in adaptable.modules.items()}
+        modules = {
+            path: module for path, module in adaptable.modules.items() if not adaptable.shapes[path].is_parameter
+        }
+        index = {module: adaptable.module_index[path] for path, module in modules.items()}
         self._fused = fuse(self.model.base, self.cache, index, trial)
 
     def attends(self, module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
 from loraplex.training.core.checks import check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
-from loraplex.validation import is_finite
+from loraplex.validation import is_finite, quoted
 
 LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder or hub id, or from memory
 
@@ -89,6 +89,12 @@ def _check_trainable(name: str, lora: LoraConfig) -> None:
         raise ConfigError(
             f"job {name!r}: lora.target_modules is None; list the modules to adapt, such as ('q_proj', "
             "'v_proj'), or set 'all-linear'."
+        )
+    if lora.target_parameters:
+        raise UnsupportedAdapterError(
+            f"job {name!r}: target_parameters is {quoted(lora.target_parameters)}, and bare parameters can't be "
+            "trained here: the gradients of stacked experts are not computed. Adapt modules (target_modules), or train "
+            "it with PEFT; trained adapters of experts and routers can be loaded."
         )
     if lora.use_dora:
         raise UnsupportedAdapterError(

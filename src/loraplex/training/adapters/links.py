@@ -113,6 +113,11 @@ def _lora(name: str, member: LinkMember, adaptable: AdaptableModel) -> Adapter:
         raise UnsupportedAdapterError(
             f"{name} is a {kind} adapter, which can't stand in a link in training. Use a LoRA."
         )
+    if adapter.config.target_parameters:
+        raise UnsupportedAdapterError(
+            f"{name} adapts parameters of experts or routers (target_parameters), which can't stand in a link in "
+            "training. Use an adapter of modules."
+        )
     return adapter
 
 

@@ -112,7 +112,7 @@ def targeted_paths(job: AdapterJob, adaptable: AdaptableModel) -> list[str]:
     assert lora is not None, f"job {job.name!r} trains no LoRA"
     targets = lora.target_modules
     paths = expected_targets(lora, adaptable.shapes, output_module=adaptable.output_module)
-    known = sorted({path.rsplit(".", 1)[-1] for path in adaptable.shapes})
+    known = sorted({path.rsplit(".", 1)[-1] for path, shape in adaptable.shapes.items() if not shape.is_parameter})
     if isinstance(targets, tuple):
         for target in targets:
             alone = replace(

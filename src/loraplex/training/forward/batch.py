@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraplex.adapters.store.expert_table import ExpertTable
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
@@ -264,4 +265,7 @@ class TrainingWeightProvider:
         return max((weights.lora_a.shape[0] for weights in self._slots[slot].layers.values()), default=0)
 
     def native_table(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def expert_table(self) -> ExpertTable | None:
         return None
