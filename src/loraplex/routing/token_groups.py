@@ -27,7 +27,7 @@ def group_tokens(segments: Sequence[Segment], num_tokens: int, device: torch.dev
     slots = np.full((1, num_tokens), NO_SLOT, dtype=np.int64)
     gates = np.zeros((1, num_tokens), dtype=np.float32)
     for start, stop, slot, gate in segments:
-        assert not isinstance(gate, GateColumn | RoutedGate), "an adapter of stacked experts became an expert of a mixture"
+        assert not isinstance(gate, GateColumn | RoutedGate), "stacked experts became a mixture's"
         link = _first_free(slots[:, start:stop])
         if link == len(slots):
             slots = np.concatenate((slots, np.full((1, num_tokens), NO_SLOT, dtype=np.int64)))
