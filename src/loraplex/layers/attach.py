@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.changed_output import ChangedOutput
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
@@ -34,6 +36,8 @@ class AdaptableModel:
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
         self._others: dict[str, Sequence[RemovableHandle]] = {}
+        self._changed: dict[str, RemovableHandle] = {}  # modules whose own weights adapters change
+        self._other_orders: dict[str, RowOrder] = {}  # of modules that factors can't adapt
         self._was_detached = False
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
@@ -65,6 +69,31 @@ class AdaptableModel:
             self._attach(paths)
         self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
 
+    def attach_changes(self, paths: Iterable[str]) -> None:
+        """Let adapters change the own weights of these modules; behind the LoRA layers, which read the base's output."""
+        with self._lock:
+            new = [path for path in paths if path not in self._changed]
+            if not new:
+                return
+            self._probed()
+            self._probe_others([path for path in new if path not in self.shapes])
+            for path in new:
+                is_embedding = path in self.shapes and self.shapes[path].kind == "embedding"
+                hook = ChangedOutput(path, partial(self._order_of_any, path), is_embedding=is_embedding)
+                self._changed[path] = self._base.get_submodule(path).register_forward_hook(hook)
+        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+
+    def _probe_others(self, paths: Sequence[str]) -> None:
+        """Learn in which order modules that factors can't adapt, norms, see the rows."""
+        modules = {path: self._base.get_submodule(path) for path in paths}
+        widths = {path: next(module.parameters()).shape[-1] for path, module in modules.items()}
+        shapes = {path: ModuleShape(kind="linear", in_features=n, out_features=n) for path, n in widths.items()}
+        if modules:
+            self._other_orders |= probe_rows(self._base, modules, shapes).orders
+
+    def _order_of_any(self, path: str) -> RowOrder:
+        return self._other_orders.get(path) or self._order(path)
+
     def attach_all_plain_linears(self) -> None:
         """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
         with self._lock:
@@ -82,7 +111,7 @@ class AdaptableModel:
                 continue
             layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
             self._hooks[path] = layer_class(index, path, self._order(path))
-            self._handles[path] = module.register_forward_hook(self._hooks[path])
+            self._handles[path] = module.register_forward_hook(self._hooks[path], prepend=True)
 
     def _order(self, path: str) -> RowOrder:
         return RowOrder.ROWS if self._probe is None else self._probe.orders.get(path, RowOrder.UNKNOWN)
@@ -103,11 +132,15 @@ class AdaptableModel:
             if name not in self._others:
                 self._others[name] = attach()
 
-    def check_attached(self, modules: Iterable[int]) -> None:
-        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules."""
+    def check_attached(self, modules: Iterable[int], changed: Iterable[str] = ()) -> None:
+        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules.
+
+        `changed` are the paths of those whose own weights an adapter changes.
+        """
         if not self._was_detached:
             return
         missing = [path for path in (self.paths[i] for i in modules) if path not in self._attached_paths()]
+        missing += [path for path in changed if path not in self._changed]
         if missing:
             raise RequestError(
                 f"the LoRA layers were detached from the base model, so that adapters have no effect at "
@@ -131,10 +164,11 @@ class AdaptableModel:
             for handle in (handle for handles in self._others.values() for handle in handles):
                 handle.remove()
             self._others.clear()
-            for handle in self._handles.values():
+            for handle in (*self._handles.values(), *self._changed.values()):
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])
             self._handles.clear()
+            self._changed.clear()
             self._hooks.clear()
             self._lora_linears.clear()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.names import check_name
 from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -187,10 +188,18 @@ class Mixtures:
                 f"model.unload({users[0]!r})."
             )
 
-    def check_replaceable(self, adapter: str, paths: Collection[str]) -> None:
-        """Raise MixtureError if a new version of an expert would change the LoRA layers that heads were made for."""
+    def check_replaceable(self, adapter: str, paths: Collection[str], changed: Collection[str] = ()) -> None:
+        """Raise MixtureError if a new version of an expert would change the LoRA layers that heads were made for.
+
+        Or modules' own weights, whose paths are `changed`.
+        """
         with self._lock:
             for name in self.using(adapter):
+                if changed:
+                    raise MixtureError(
+                        f"adapter {adapter!r} is an expert of mixture {name!r}, and the new version brings its own "
+                        f"weights of {listed(changed)}, which have no place in a mixture. Unload the mixture first."
+                    )
                 mixture = self._mixtures[name]
                 others = [self._store.version(expert).modules for expert in mixture.experts if expert != adapter]
                 new = {self._adaptable.module_index[path] for path in paths}
@@ -201,9 +210,9 @@ class Mixtures:
                         "that adapts the same modules, or unload the mixture first."
                     )
 
-    def check_attached(self, modules: Iterable[int]) -> None:
-        """Raise RequestError if the modules have lost their LoRA layers."""
-        self._adaptable.check_attached(modules)
+    def check_attached(self, version: AdapterVersion) -> None:
+        """Raise RequestError if the modules that an adapter adapts or changes have lost their layers."""
+        self._adaptable.check_attached(version.modules, version.changed)
 
     def expand(self, links: Sequence[Link]) -> tuple[dict[str, Mixture], list[str]]:
         """The mixtures that links name, and all adapters that they need: named ones and experts."""
@@ -261,5 +270,11 @@ class Mixtures:
                 raise UnsupportedAdapterError(
                     f"mixture {name!r}: the expert {version.name!r} is an aLoRA, which is off before its invocation, "
                     "while an expert's gates come from the scaling head. Use LoRA or DoRA experts."
+                )
+            if version.changed:
+                raise UnsupportedAdapterError(
+                    f"mixture {name!r}: the expert {version.name!r} brings its own weights of {listed(version.changed)}, "
+                    "which have no place in a mixture: its gates are for the factors of LoRA layers. Use experts of "
+                    "factors alone."
                 )
         return lora_layers(version.modules for version in versions)

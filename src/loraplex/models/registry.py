@@ -1,15 +1,16 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.fit import check_base_copies, check_fits, check_shapes_fit, check_weights
+from loraplex.adapters.fit import check_fits, check_shapes_fit, check_weights
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
-from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.reader import content_shapes, read_adapter
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
@@ -18,8 +19,8 @@ from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
-from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
@@ -40,9 +41,10 @@ class Registry:
     def __init__(self, base: PreTrainedModel, config: StoreConfig) -> None:
         self._base = base
         self.adaptable = AdaptableModel(base)
+        self._own_weights = OwnWeights(base, self.adaptable)
         slots = Slots(config.num_slots, self.adaptable.paths, base.device)
         self.bank = SlotWeightProvider(slots)
-        self.store = AdapterStore(slots, _read_again, self._prepare, config)
+        self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
         self.cached_ids = CachedIds()
@@ -73,21 +75,21 @@ class Registry:
         if isinstance(source, Adapter):
             adapter = source
             check_weights(adapter)
+            self._own_weights.check(adapter.config, content_shapes(adapter))
         else:
             with damaged_as(AdapterFormatError, source):
                 folder = resolve_adapter_folder(source, revision=revision).absolute()
                 # before reading: a file that changes meanwhile counts as changed
                 fingerprint = folder_fingerprint(folder)
-            adapter = read_adapter(folder, check_shapes=self._check_shapes)
-            parameters = dict(self._base.named_parameters(remove_duplicate=False))
-            copies = read_base_copies(folder, parameters)
-            check_base_copies(without_quantized(copies, parameters), parameters)
+            adapter = read_adapter(folder, check_shapes=self._check_shapes, check_contents=self._own_weights.check)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
-        self.mixtures.check_replaceable(name, adapter.layers.keys())
+        changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
+        self.mixtures.check_replaceable(name, adapter.layers.keys(), changed)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
+        self.adaptable.attach_changes(self._own_weights.touched(adapter))
         self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
@@ -176,7 +178,11 @@ class Registry:
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
-        return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+        prepared = prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+        return dataclasses.replace(prepared, changes=self._own_weights.changes(adapter, self._base.dtype))
+
+    def _read_again(self, folder: Path) -> Adapter:
+        return read_adapter(folder, check_finite=False, check_contents=self._own_weights.check)
 
 
 def _shared_name(name_or_path: str | None) -> str | None:
@@ -184,7 +190,3 @@ def _shared_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-
-
-def _read_again(folder: Path) -> Adapter:
-    return read_adapter(folder, check_finite=False)

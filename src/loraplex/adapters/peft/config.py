@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.contents import ContentsConfig
 from loraplex.adapters.patterns import find_matches
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
@@ -27,13 +28,18 @@ _REFUSED = {
     "arrow_config": "it routes between several adapters; load those adapters and link or mix them instead",
     "kasa_config": "it removes singular values from the base model's weights; merge it with PEFT instead",
     "layer_replication": "it changes the layers of the base model; load a base model that has these layers",
-    "lora_bias": "its lora_B has a bias; train with lora_bias=False",
     "megatron_config": "it is for Megatron's parallel layers; convert it to a plain LoRA",
-    "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
     "target_parameters": "it adapts bare parameters; only linear and embedding modules can be adapted",
-    "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
     "use_bdlora": "its factors are block-diagonal; write them out as full matrices",
     "use_qalora": "its factors belong to pooled inputs of a quantized base; train with use_qalora=False",
+}
+
+# Settings by which an adapter brings more than factors: `load_adapter` honours them, other readers refuse them.
+_CONTENTS = {
+    "bias": "biases of the base model come with it; train with bias='none'",
+    "lora_bias": "its lora_B has a bias; train with lora_bias=False",
+    "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
+    "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
 }
 
 _INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -52,8 +58,8 @@ _SEQUENCES = (
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def read_peft_config(folder: Path) -> LoraConfig:
-    """Read and check `folder`/adapter_config.json.
+def read_peft_config(folder: Path, *, contents: bool = False) -> LoraConfig:
+    """Read and check `folder`/adapter_config.json; an adapter of more than factors is refused without `contents`.
 
     Raises UnsupportedAdapterError (a setting that can't be honoured exactly) and AdapterFormatError (not
     valid JSON, or values that PEFT would refuse too).
@@ -62,6 +68,8 @@ def read_peft_config(folder: Path) -> LoraConfig:
     settings = read_object(file, AdapterFormatError)
     try:
         _refuse_unsupported(settings, file)
+        if not contents:
+            _refuse_contents(settings, file)
         return LoraConfig(**_known_fields(settings))
     except (ConfigError, TypeError) as error:
         raise AdapterFormatError(f"{file}: {error}") from error
@@ -94,10 +102,6 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
             f"{file}: peft_type {quoted(method)} names an unsupported method. Supported: 'LORA', with "
             "rsLoRA, DoRA or aLoRA."
         )
-    if settings.get("bias", "none") not in ("none", None):
-        raise UnsupportedAdapterError(
-            f"{file}: bias is {quoted(settings['bias'])}: the base model's biases were trained too. Supported: 'none'."
-        )
     for name, reason in _REFUSED.items():
         # An empty object switches a variant on with its default values, so only an empty list is 'not set'.
         if settings.get(name) not in (None, False, []):
@@ -110,14 +114,24 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
         raise UnsupportedAdapterError(
             f"{file}: target_modules is null, so PEFT would choose by architecture. List the adapted modules in it."
         )
-    known = _HARMLESS | _REFUSED.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
-    known |= {"base_model_name_or_path", "bias", "init_lora_weights", "ensure_weight_tying"}
+    known = _HARMLESS | _REFUSED.keys() | _CONTENTS.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
+    known |= {"base_model_name_or_path", "init_lora_weights", "ensure_weight_tying"}
     unknown = {name: value for name, value in settings.items() if name not in known and value}
     if unknown:
         raise UnsupportedAdapterError(
             f"{file}: unknown settings {quoted(unknown)}. They may change what the adapter computes, so they are "
             "not ignored; remove them if they don't. Known are those of LoraConfig in PEFT 0.21."
         )
+
+
+def _refuse_contents(settings: Mapping[str, Any], file: Path) -> None:
+    """Refuse an adapter of more than factors, for those who can do nothing with the rest."""
+    for name, reason in _CONTENTS.items():
+        if settings.get(name) not in (None, False, [], "none"):
+            raise UnsupportedAdapterError(
+                f"{file}: {name} is {quoted(settings[name])}, which can be served (load_adapter) but not used here: "
+                f"{reason}."
+            )
 
 
 def _refuse_changed_base(init: object, file: Path) -> None:
@@ -165,4 +179,25 @@ def _known_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {name: settings.get(name) or {} for name in _PATTERNS}
     if not fields.get("alora_invocation_tokens"):
         fields["alora_invocation_tokens"] = None  # PEFT: an empty list is plain LoRA
-    return fields
+    return fields | {"contents": _contents(settings)}
+
+
+def _contents(settings: Mapping[str, Any]) -> ContentsConfig:
+    """What comes beside the factors. Raises ConfigError."""
+    saved = settings.get("modules_to_save") or ()
+    rows = settings.get("trainable_token_indices") or None
+    if isinstance(rows, list):
+        rows = {"": tuple(rows)}  # of the input embedding
+    elif isinstance(rows, dict):
+        rows = {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in rows.items()}
+    elif rows is not None:
+        raise ConfigError(f"trainable_token_indices is {quoted(rows)}; it must be a list of token ids, or lists by name.")
+    if not isinstance(saved, (list, tuple)):
+        raise ConfigError(f"modules_to_save is {quoted(saved)}; it must be a list of names.")
+    return ContentsConfig(
+        bias=settings.get("bias") or "none",
+        modules_to_save=tuple(saved),
+        token_rows=rows,
+        ensure_weight_tying=bool(settings.get("ensure_weight_tying")),
+        lora_bias=settings.get("lora_bias") or False,
+    )

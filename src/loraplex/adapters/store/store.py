@@ -104,6 +104,7 @@ class AdapterStore:
                 fingerprint=fingerprint if folder is None or fingerprint else folder_fingerprint(folder),
                 num_bytes=prepared.num_bytes,
                 modules=frozenset(prepared.layers),
+                changed=frozenset(prepared.changes),
                 invocation=prepared.invocation,
                 end_tokens=adapter.end_tokens,
                 read_back=None if folder is None else prepared.read_back,

@@ -42,6 +42,7 @@ class AdapterVersion:
     fingerprint: Fingerprint | None
     num_bytes: int
     modules: frozenset[int]  # that it adapts, by index
+    changed: frozenset[str] = frozenset()  # modules whose own weights it changes, by path
     invocation: tuple[int, ...] | None = None  # aLoRA
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's
     original: Adapter | None = None  # as it was given, if no folder has it

@@ -55,7 +55,7 @@ class RequestAdapters:
         with ExitStack() as leases:
             leased = leases.enter_context(store.lease(names))
             for version in leased.values():
-                mixtures.check_attached(version.modules)
+                mixtures.check_attached(version)
             self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
             self.mixtures = self._bind_mixtures(link, found, leased)
             self._leases = leases.pop_all()

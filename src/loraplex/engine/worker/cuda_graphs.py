@@ -146,6 +146,8 @@ class DecodeGraphs:
             return f"it has more than {_LARGEST_SIZE} rows"
         if plan.has_dora_scales:
             return "a DoRA adapter adds a share of the base output, row by row"
+        if plan.has_changes:
+            return "an adapter changes modules' own weights, row by row"
         if plan.adapted & self._embeddings:
             return "an adapter adapts an embedding, row by row"
         probe = torch.empty(0, dtype=self._cache.dtype, device=batch.token_ids.device)

@@ -1,0 +1,352 @@
+"""The base model's own weights, and the others that an adapter brings in their place, as PEFT loads them.
+
+PEFT 0.21 knows three ways (`set_peft_model_state_dict`, `set_additional_trainable_modules`):
+
+- modules_to_save: a module of the adapter's own runs instead of the base's. A module that shares its weight with it
+  (a tied output layer) is another one, and stays.
+- Any other weight of the base (copies that save_embedding_layers writes, biases) is loaded into the base's parameter,
+  and whoever shares the parameter takes it.
+- trainable_token_indices: rows of the input embedding, and of the output layer where the two are tied.
+
+The base model itself stays as it is: what runs is the difference (layers/module_changes.py).
+"""
+
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.finite import require_finite
+from loraplex.adapters.peft.reader import ContentShapes
+from loraplex.adapters.store.module_change import ModuleChange
+from loraplex.adapters.weights import Adapter, TokenRows
+from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
+from loraplex.kernels.int8_weight import Int8Weight
+from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.module_changes import EmbeddingChange, LinearChange, OtherChange
+from loraplex.layers.modules import embed_scale
+from loraplex.validation import listed, quoted
+
+
+class Replacement(NamedTuple):
+    """What takes the place of one parameter."""
+
+    whole: Tensor | None = None  # of the parameter's shape
+    rows: TokenRows | None = None  # on top of that
+
+
+class OwnWeights:
+    """One base model's parameters by path, with those that are shared under each of their paths."""
+
+    def __init__(self, base: PreTrainedModel, adaptable: AdaptableModel) -> None:
+        self._base = base
+        self._adaptable = adaptable
+
+    # Before anything is read
+
+    def check(self, config: LoraConfig, shapes: ContentShapes) -> None:
+        """Raise unless what an adapter brings is what its settings name, and fits this base model.
+
+        AdapterFormatError, BaseModelMismatchError or UnsupportedAdapterError.
+        """
+        parameters = self._parameters
+        self._check_replaced(config, shapes.replaced, parameters)
+        self._check_token_rows(config, shapes.token_rows)
+        missing = [
+            path
+            for path in parameters
+            if config.contents.saves(module_of(path)) and path not in shapes.replaced and not self._is_shared(path, shapes)
+        ]
+        if missing:
+            raise AdapterFormatError(
+                f"modules_to_save is {list(config.contents.modules_to_save)}, but the file has no {listed(missing)}. "
+                "Save the adapter again."
+            )
+        if config.alora_invocation_tokens and (shapes.replaced or shapes.token_rows):
+            raise UnsupportedAdapterError(
+                "alora_invocation_tokens can't be honoured together with weights of the base model "
+                f"({listed([*shapes.replaced, *shapes.token_rows])}), which would count before the invocation too. "
+                "Train an aLoRA of factors alone."
+            )
+
+    def _check_replaced(
+        self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Tensor]
+    ) -> None:
+        foreign = [path for path in shapes if path not in parameters]
+        if foreign:
+            raise BaseModelMismatchError(
+                f"the adapter comes with {listed(foreign)}, which this base model doesn't have. It was made for "
+                f"{quoted(config.base_model_name_or_path)}; load that one."
+            )
+        unnamed = [path for path in shapes if not self._may_come(path, config)]
+        if unnamed:
+            raise UnsupportedAdapterError(
+                f"the adapter holds weights of the base model itself that no setting names: {listed(unnamed)}. "
+                "Supported: those of modules_to_save, biases, and copies of embedding and output layer."
+            )
+        for path, shape in shapes.items():
+            own = tuple(parameters[path].shape)
+            if shape != own:
+                raise BaseModelMismatchError(
+                    f"the adapter comes with {path!r} of shape {list(shape)}; in the base model it has {list(own)}. "
+                    "Load the base model that the adapter was trained on."
+                )
+
+    def _may_come(self, path: str, config: LoraConfig) -> bool:
+        module = module_of(path)
+        is_embedding = module in (self._adaptable.output_module, self._embedding)
+        return path.endswith(".bias") or is_embedding or config.contents.saves(module)
+
+    def _is_shared(self, path: str, shapes: ContentShapes) -> bool:
+        """Whether the file has the parameter under another of its modules' paths."""
+        names = self._canonical(module_of(path)), path.rpartition(".")[2]
+        return any((self._canonical(module_of(other)), other.rpartition(".")[2]) == names for other in shapes.replaced)
+
+    def _check_token_rows(self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        wanted = config.contents.token_rows
+        if wanted and not shapes:
+            raise AdapterFormatError(
+                f"trainable_token_indices is {quoted(dict(wanted))}, but the file has no trainable_tokens_delta. Save "
+                "the adapter again."
+            )
+        for path, shape in shapes.items():
+            if self._canonical(path) not in (self._embedding, self._adaptable.output_module):
+                raise UnsupportedAdapterError(
+                    f"trainable_token_indices can't be honoured for {path!r}, which is neither the input embedding nor "
+                    f"the output layer of this base model ({self._embedding!r}, {self._adaptable.output_module!r})."
+                )
+            tokens, own = config.contents.tokens_of(path), self._parameters[f"{path}.weight"].shape
+            if shape != (len(tokens), own[1]):
+                raise BaseModelMismatchError(
+                    f"the adapter has token rows of shape {list(shape)} for {path!r}; trainable_token_indices has "
+                    f"{len(tokens)} tokens, and the base model's rows have {own[1]} values."
+                )
+            if max(tokens) >= own[0]:
+                raise BaseModelMismatchError(
+                    f"trainable_token_indices names token {max(tokens)}, but {path!r} of this base model has {own[0]} "
+                    "rows. Load the base model that the adapter was trained on."
+                )
+            for target in self._mirrored(path, shapes):
+                if self._parameters.get(f"{module_of(target)}.bias") is not None:
+                    raise UnsupportedAdapterError(
+                        f"trainable_token_indices can't be honoured: {module_of(target)!r} is tied to the embedding and "
+                        "has a bias, which PEFT leaves out. Adapt the embedding by LoRA instead."
+                    )
+
+    # What runs
+
+    def touched(self, adapter: Adapter) -> set[str]:
+        """The modules, by path, that the adapter may change."""
+        biased = {path for path, weights in adapter.layers.items() if weights.bias is not None}
+        return biased | {self._canonical(module_of(path)) for path in self._replacements(adapter)}
+
+    def changes(self, adapter: Adapter, dtype: torch.dtype) -> dict[str, ModuleChange]:
+        """By module path, what the adapter changes in this base model; nothing where it brings the base's own weights.
+
+        Raises UnsupportedAdapterError for a module that can't be changed row by row.
+        """
+        by_module: dict[str, dict[str, Replacement]] = {}
+        for path, replacement in self._replacements(adapter).items():
+            own = by_module.setdefault(self._canonical(module_of(path)), {})
+            own[path.rpartition(".")[2]] = replacement
+        for path, weights in adapter.layers.items():
+            if weights.bias is not None:
+                by_module.setdefault(path, {})
+        changes = {path: self._change(path, own, adapter, dtype) for path, own in sorted(by_module.items())}
+        return {path: change for path, change in changes.items() if change is not None}
+
+    def _change(
+        self, path: str, replacements: Mapping[str, Replacement], adapter: Adapter, dtype: torch.dtype
+    ) -> ModuleChange | None:
+        module, shape = self._base.get_submodule(path), self._adaptable.shapes.get(path)
+        weights = adapter.layers.get(path)
+        if shape is None:
+            return _other_change(path, module, replacements, dtype)
+        weight = replacements.get("weight")
+        difference = None if weight is None else row_difference(module, weight, dtype)
+        if difference is not None and weights is not None and weights.magnitude is not None:
+            raise UnsupportedAdapterError(
+                f"DoRA on {path!r} can't be honoured: the adapter comes with another weight of that module than the "
+                "base model has. Load the base model that the adapter was trained on."
+            )
+        if shape.kind == "embedding":
+            return None if difference is None else _embedding_change(path, module, *difference, dtype)
+        bias = _bias_difference(module, replacements.get("bias"), dtype)
+        if weights is not None and weights.bias is not None:
+            own = (weights.scaling * weights.bias.to(_wide(dtype))).to(dtype)
+            bias = own if bias is None else bias + own.to(bias.device)
+        if difference is None and bias is None:
+            return None
+        return _linear_change(path, module, difference, bias, dtype)
+
+    def _replacements(self, adapter: Adapter) -> dict[str, Replacement]:
+        """By parameter path, what takes its place, for each module that has it."""
+        contents, found = adapter.config.contents, {}
+        for path, tensor in adapter.replaced.items():
+            found[path] = Replacement(whole=tensor)
+        for path, tensor in adapter.replaced.items():
+            if not contents.saves(module_of(path)):
+                for other in self._sharing(path):
+                    found.setdefault(other, Replacement(whole=tensor))
+        for module, rows in adapter.token_rows.items():
+            for path in [f"{module}.weight", *self._mirrored(module, adapter.token_rows)]:
+                found[path] = found.get(path, Replacement())._replace(rows=rows)
+        return found
+
+    def _mirrored(self, module: str, given: Collection[str]) -> list[str]:
+        """The weights that take the token rows of `module` too: those tied to the input embedding, without own rows."""
+        if self._canonical(module) != self._embedding:
+            return []
+        return [path for path in self._sharing(f"{module}.weight") if module_of(path) not in given]
+
+    # The base model's parameters
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self._base.named_parameters(remove_duplicate=False))
+
+    def _sharing(self, path: str) -> list[str]:
+        """The other paths of a parameter, in other modules."""
+        parameters, module = self._parameters, self._canonical(module_of(path))
+        return [
+            other
+            for other, parameter in parameters.items()
+            if (parameter is parameters[path] or _was_tied(parameter, parameters[path]))
+            and self._canonical(module_of(other)) != module
+        ]
+
+    @cached_property
+    def _paths(self) -> dict[nn.Module, str]:
+        """By module, the first of its paths."""
+        return {module: path for path, module in self._base.named_modules()}
+
+    def _canonical(self, path: str) -> str:
+        """The path of a module under which others know it."""
+        return self._paths.get(self._base.get_submodule(path), path)
+
+    @cached_property
+    def _embedding(self) -> str | None:
+        return next((path for path, shape in self._adaptable.shapes.items() if shape.kind == "embedding"), None)
+
+
+def module_of(parameter: str) -> str:
+    """The path of a parameter's module."""
+    return parameter.rpartition(".")[0]
+
+
+def row_difference(
+    module: nn.Module, replacement: Replacement, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:  # [changed] int64, [changed, in]
+    """The rows of a weight [out, in], or an embedding's [vocab, hidden], that the replacement changes, and by what."""
+    parameter = module.weight
+    assert isinstance(parameter, Tensor), f"{type(module).__name__} has no weight tensor"
+    base = parameter.detach()
+    whole, rows = replacement
+    if isinstance(parameter, Int8Weight) and whole is not None and parameter.is_made_of(whole):
+        whole = None
+    if isinstance(module, Conv1D):
+        base, whole = base.t(), None if whole is None else whole.t()
+    changed: dict[str, Tensor] = {}
+    if whole is not None:
+        changed["whole"] = _unequal_rows(whole.to(base.device), base)
+    if rows is not None:
+        changed["rows"] = torch.tensor(rows.tokens, device=base.device)
+    if not changed:
+        return None
+    index = torch.cat(list(changed.values())).unique()
+    if not len(index):
+        return None
+    wide = _wide(dtype)
+    old = base[index].to(wide)
+    new = old.clone() if whole is None else whole.to(base.device)[index].to(wide)
+    if rows is not None:
+        new[torch.searchsorted(index, changed["rows"])] = rows.values.to(base.device, wide)
+    return index, new - old
+
+
+def _unequal_rows(new: Tensor, base: Tensor) -> Tensor:  # [changed] int64
+    """Rounding to the narrower dtype of the two is no difference."""
+    same = (new.to(base.dtype) == base).all(dim=1)
+    if new.dtype != base.dtype:
+        same |= (base.to(new.dtype) == new).all(dim=1)
+    return (~same).nonzero().flatten()
+
+
+def _bias_difference(module: nn.Module, replacement: Replacement | None, dtype: torch.dtype) -> Tensor | None:
+    if replacement is None or replacement.whole is None:
+        return None
+    base = module.bias
+    assert isinstance(base, Tensor), f"{type(module).__name__} has no bias, which was checked"
+    new = replacement.whole.to(base.device)
+    if new.to(base.dtype).equal(base) or base.to(new.dtype).equal(new):
+        return None
+    difference = (new.to(_wide(dtype)) - base.detach().to(_wide(dtype))).to(dtype)
+    return difference
+
+
+def _linear_change(
+    path: str, module: nn.Module, difference: tuple[Tensor, Tensor] | None, bias: Tensor | None, dtype: torch.dtype
+) -> LinearChange:
+    outputs = weight = None
+    if difference is not None:
+        outputs, weight = difference[0], difference[1].to(dtype).contiguous()
+        num_outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
+        require_finite(weight, f"the change of {path!r} in the base model's dtype")
+        outputs = None if len(outputs) == num_outputs else outputs
+    if bias is not None:
+        require_finite(bias, f"the change of {path!r}'s bias in the base model's dtype")
+    return LinearChange(weight=_on_cpu(weight), outputs=_on_cpu(outputs), bias=_on_cpu(bias))
+
+
+def _embedding_change(
+    path: str, module: nn.Module, tokens: Tensor, difference: Tensor, dtype: torch.dtype
+) -> EmbeddingChange:
+    rows = torch.zeros(len(tokens) + 1, difference.shape[1], dtype=dtype)
+    rows[:-1] = (difference * embed_scale(module)).to("cpu", dtype)
+    require_finite(rows, f"the change of {path!r} in the base model's dtype")
+    index = torch.full((module.weight.shape[0],), len(tokens), dtype=torch.int32)
+    index[tokens.cpu()] = torch.arange(len(tokens), dtype=torch.int32)
+    return EmbeddingChange(index=index, rows=rows)
+
+
+def _other_change(
+    path: str, module: nn.Module, replacements: Mapping[str, Replacement], dtype: torch.dtype
+) -> OtherChange | None:
+    """Of a norm, which treats each token by itself. Raises UnsupportedAdapterError for another module."""
+    changed = {}
+    for name, replacement in replacements.items():
+        base, new = module.get_parameter(name), replacement.whole
+        assert new is not None, "token rows of a module that is no embedding"
+        if not (new.to(base.device, base.dtype).equal(base) or base.to("cpu", new.dtype).equal(new)):
+            changed[name] = new.to(base.dtype)
+    if not changed:
+        return None
+    if "norm" not in type(module).__name__.lower() or list(module.children()):
+        raise UnsupportedAdapterError(
+            f"the adapter brings its own {listed([f'{path}.{name}' for name in changed])}, but {type(module).__name__} "
+            "modules can't have other weights for each row. Supported: linear modules, norms, and the input embedding."
+        )
+    for name, tensor in changed.items():
+        require_finite(tensor, f"{path}.{name} in the base model's dtype")
+    return OtherChange(module, changed)
+
+
+def _was_tied(parameter: Tensor, other: Tensor) -> bool:
+    """Whether one is the 8-bit form of the other: before it was quantized the two were one parameter."""
+    for held, plain in ((parameter, other), (other, parameter)):
+        if isinstance(held, Int8Weight) and not isinstance(plain, Int8Weight) and held.shape == plain.shape:
+            return held.is_made_of(plain)
+    return False
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to("cpu")
