@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
-from loraplex.layers.changed_output import ChangedOutput
+from loraplex.layers.changed_output import ChangedEmbedding, ChangedOutput
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
 from loraplex.layers.modules import adaptable_modules, output_module
@@ -36,7 +36,7 @@ class AdaptableModel:
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
         self._others: dict[str, Sequence[RemovableHandle]] = {}
-        self._changed: dict[str, RemovableHandle] = {}  # modules whose own weights adapters change
+        self._changed: dict[str, Sequence[RemovableHandle]] = {}  # modules whose own weights adapters change
         self._other_orders: dict[str, RowOrder] = {}  # of modules that factors can't adapt
         self._was_detached = False
         self._probe: RowProbe | None = None
@@ -78,10 +78,15 @@ class AdaptableModel:
             self._probed()
             self._probe_others([path for path in new if path not in self.shapes])
             for path in new:
-                is_embedding = path in self.shapes and self.shapes[path].kind == "embedding"
-                hook = ChangedOutput(path, partial(self._order_of_any, path), is_embedding=is_embedding)
-                self._changed[path] = self._base.get_submodule(path).register_forward_hook(hook)
+                self._changed[path] = self._hook_changes(path)
         self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+
+    def _hook_changes(self, path: str) -> list[RemovableHandle]:
+        module, order = self._base.get_submodule(path), partial(self._order_of_any, path)
+        if path in self.shapes and self.shapes[path].kind == "embedding":
+            hook = ChangedEmbedding(path, order)
+            return [module.register_forward_pre_hook(hook.before), module.register_forward_hook(hook)]
+        return [module.register_forward_hook(ChangedOutput(path, order))]
 
     def _probe_others(self, paths: Sequence[str]) -> None:
         """Learn in which order modules that factors can't adapt, norms, see the rows."""
@@ -161,10 +166,10 @@ class AdaptableModel:
         """Give the base model back as it was."""
         with self._lock:
             self._was_detached = True
-            for handle in (handle for handles in self._others.values() for handle in handles):
+            for handle in (handle for all_ in (self._others, self._changed) for some in all_.values() for handle in some):
                 handle.remove()
             self._others.clear()
-            for handle in (*self._handles.values(), *self._changed.values()):
+            for handle in self._handles.values():
                 handle.remove()
             for path in self._lora_linears:
                 become_linear(self.modules[path])

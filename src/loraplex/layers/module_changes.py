@@ -31,48 +31,65 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearChange:
-    """y += D x + d, D = W' - W for the outputs where they differ and d = b' - b."""
+    """y += D x + d, D = W' - W for the outputs where they differ and d = b' - b; and outputs that W doesn't have."""
 
     weight: Tensor | None = None  # [changed outputs, in]  D
-    outputs: Tensor | None = None  # [changed outputs] int64; None: all
+    outputs: Tensor | None = None  # [changed outputs] int64; None: all of the base's
     bias: Tensor | None = None  # [out]  d
+    added: Tensor | None = None  # [added outputs, in]  behind the base's
+    size: int | None = None  # outputs in all; None: as many as the base's
 
     @property
     def num_bytes(self) -> int:
-        return _num_bytes(self.weight, self.outputs, self.bias)
+        return _num_bytes(self.weight, self.outputs, self.bias, self.added)
 
     def to(self, device: torch.device) -> "LinearChange":
         return LinearChange(
-            weight=_moved(self.weight, device), outputs=_moved(self.outputs, device), bias=_moved(self.bias, device)
+            weight=_moved(self.weight, device),
+            outputs=_moved(self.outputs, device),
+            bias=_moved(self.bias, device),
+            added=_moved(self.added, device),
+            size=self.size,
         )
 
     def add(self, y: Tensor, x: Tensor, gate: float | Tensor, product: Product) -> None:
         if self.weight is not None:
             change = gated(product(x, self.weight), gate)
             if self.outputs is None:
-                y.add_(change)
+                y[:, : change.shape[1]].add_(change)
             else:
                 y[:, self.outputs] = (y[:, self.outputs] + change).to(y.dtype)
         if self.bias is not None:
-            y.add_(gated(self.bias, gate))
+            y[:, : len(self.bias)].add_(gated(self.bias, gate))
+        if self.added is not None:
+            assert self.size is not None, "added outputs come with their number"
+            change = gated(product(x, self.added), gate)
+            own = y[:, self.size - len(self.added) : self.size]
+            own.copy_(torch.where(own.isneginf(), change, own + change))  # what the base lacks is -inf so far
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingChange:
-    """y[t] += D[ids[t]], D = scale * (E' - E) for the tokens whose rows differ."""
+    """y[t] += D[ids[t]], D = scale * (E' - E) for the tokens whose rows differ; E is 0 for tokens that it lacks."""
 
-    index: Tensor  # [vocab] int32  the place of each token in `rows`
+    index: Tensor  # [tokens] int32  the place of each token in `rows`
     rows: Tensor  # [changed + 1, hidden]  the last is zero: of the tokens that stay
 
     @property
     def num_bytes(self) -> int:
         return _num_bytes(self.index, self.rows)
 
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
     def to(self, device: torch.device) -> "EmbeddingChange":
         return EmbeddingChange(index=self.index.to(device), rows=self.rows.to(device))
 
     def add(self, y: Tensor, x: Tensor, gate: float | Tensor, product: Product) -> None:
-        y.add_(gated(self.rows[self.index[x].long()], gate))
+        places = self.index[x.clamp(max=self.size - 1)].long()
+        places = places.where(x < self.size, len(self.rows) - 1)  # tokens of an adapter that it is linked with
+        y.add_(gated(self.rows[places], gate))
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,7 @@ class OtherChange:
 
     module: nn.Module
     parameters: Mapping[str, Tensor]
+    size: None = None
 
     @property
     def num_bytes(self) -> int:

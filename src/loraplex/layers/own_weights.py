@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.contents import ContentsConfig
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.peft.reader import ContentShapes
+from loraplex.adapters.peft.reader import ContentShapes, content_shapes
 from loraplex.adapters.store.module_change import ModuleChange
 from loraplex.adapters.weights import Adapter, TokenRows
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
@@ -31,6 +32,8 @@ from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.module_changes import EmbeddingChange, LinearChange, OtherChange
 from loraplex.layers.modules import embed_scale
 from loraplex.validation import listed, quoted
+
+MAX_ADDED_TOKENS = 1 << 16
 
 
 class Replacement(NamedTuple):
@@ -57,6 +60,7 @@ class OwnWeights:
         parameters = self._parameters
         self._check_replaced(config, shapes.replaced, parameters)
         self._check_token_rows(config, shapes.token_rows)
+        self._check_vocabulary(config, shapes)
         missing = [
             path
             for path in parameters
@@ -91,7 +95,8 @@ class OwnWeights:
             )
         for path, shape in shapes.items():
             own = tuple(parameters[path].shape)
-            if shape != own:
+            is_table = path.endswith(".weight") and self._canonical(module_of(path)) in self._tables
+            if shape != own and not (is_table and shape[1:] == own[1:] and shape[0] > 0):
                 raise BaseModelMismatchError(
                     f"the adapter comes with {path!r} of shape {list(shape)}; in the base model it has {list(own)}. "
                     "Load the base model that the adapter was trained on."
@@ -99,8 +104,8 @@ class OwnWeights:
 
     def _may_come(self, path: str, config: LoraConfig) -> bool:
         module = module_of(path)
-        is_embedding = module in (self._adaptable.output_module, self._embedding)
-        return path.endswith(".bias") or is_embedding or config.contents.saves(module)
+        is_table = self._canonical(module) in self._tables
+        return path.endswith(".bias") or is_table or config.contents.saves(module)
 
     def _is_shared(self, path: str, shapes: ContentShapes) -> bool:
         """Whether the file has the parameter under another of its modules' paths."""
@@ -115,7 +120,7 @@ class OwnWeights:
                 "the adapter again."
             )
         for path, shape in shapes.items():
-            if self._canonical(path) not in (self._embedding, self._adaptable.output_module):
+            if path not in self._paths_of_all or self._canonical(path) not in self._tables:
                 raise UnsupportedAdapterError(
                     f"trainable_token_indices can't be honoured for {path!r}, which is neither the input embedding nor "
                     f"the output layer of this base model ({self._embedding!r}, {self._adaptable.output_module!r})."
@@ -126,11 +131,6 @@ class OwnWeights:
                     f"the adapter has token rows of shape {list(shape)} for {path!r}; trainable_token_indices has "
                     f"{len(tokens)} tokens, and the base model's rows have {own[1]} values."
                 )
-            if max(tokens) >= own[0]:
-                raise BaseModelMismatchError(
-                    f"trainable_token_indices names token {max(tokens)}, but {path!r} of this base model has {own[0]} "
-                    "rows. Load the base model that the adapter was trained on."
-                )
             for target in self._mirrored(path, shapes):
                 if self._parameters.get(f"{module_of(target)}.bias") is not None:
                     raise UnsupportedAdapterError(
@@ -138,12 +138,68 @@ class OwnWeights:
                         "has a bias, which PEFT leaves out. Adapt the embedding by LoRA instead."
                     )
 
+    def _check_vocabulary(self, config: LoraConfig, shapes: ContentShapes) -> None:
+        """Raise unless embedding and output layer have equally many tokens, not too many, and all of them rows."""
+        sizes = self._sizes(config, shapes)
+        own = {path: self._parameters[f"{path}.weight"].shape[0] for path in sizes}
+        if all(sizes[path] == own[path] for path in sizes):
+            return
+        told = ", ".join(f"{path!r} {sizes[path]} (the base's: {own[path]})" for path in sizes)
+        if len(set(sizes.values())) > 1:
+            raise UnsupportedAdapterError(
+                f"the adapter's embeddings have different numbers of tokens: {told}. Rows that its files don't have are "
+                "random in PEFT; save it with PEFT's save_embedding_layers=True."
+            )
+        if any(sizes[path] > own[path] + MAX_ADDED_TOKENS for path in sizes):
+            raise BaseModelMismatchError(
+                f"the adapter's embeddings have far more tokens than the base model's: {told}; {MAX_ADDED_TOKENS} more "
+                "are possible. Load the base model that the adapter was trained on."
+            )
+        output = self._adaptable.output_module
+        if output is not None and self._parameters.get(f"{output}.bias") is not None:
+            raise UnsupportedAdapterError(
+                f"the adapter changes the number of tokens: {told}, which can't be done where {output!r} has a bias. "
+                "Use a base model whose embedding was resized."
+            )
+
+    def vocabulary_size(self, adapter: Adapter) -> int | None:
+        """How many tokens the embedding has with the adapter; None: as many as the base's."""
+        sizes = self._sizes(adapter.config, content_shapes(adapter))
+        changed = [size for path, size in sizes.items() if size != self._parameters[f"{path}.weight"].shape[0]]
+        return changed[0] if changed else None
+
+    def brings_tokens(self, adapter: Adapter) -> bool:
+        """Whether its settings name rows of embedding or output layer, or it has another number of them."""
+        contents = adapter.config.contents
+        named = bool(adapter.token_rows) or any(contents.saves(path) for path in self._tables)
+        return named or self.vocabulary_size(adapter) is not None
+
+    def _sizes(self, config: LoraConfig, shapes: ContentShapes) -> dict[str, int]:
+        """By path of the input embedding and the output layer, the tokens that each has with the adapter.
+
+        Raises BaseModelMismatchError where token rows leave a gap behind the last one.
+        """
+        sources = self._sources(config.contents, shapes.replaced, shapes.token_rows)
+        sizes = {}
+        for path in self._tables:
+            whole, rows = sources.get(f"{path}.weight", (None, None))
+            size = shapes.replaced[whole][0] if whole else self._parameters[f"{path}.weight"].shape[0]
+            added = sorted(token for token in config.contents.tokens_of(rows) if token >= size) if rows else []
+            if added != list(range(size, size + len(added))):
+                raise BaseModelMismatchError(
+                    f"trainable_token_indices names token {added[-1]}, but {path!r} has {size} rows, and not all "
+                    "between come with the adapter. Load the base model that it was trained on, or save it with PEFT's "
+                    "save_embedding_layers=True."
+                )
+            sizes[path] = size + len(added)
+        return sizes
+
     # What runs
 
     def touched(self, adapter: Adapter) -> set[str]:
         """The modules, by path, that the adapter may change."""
         biased = {path for path, weights in adapter.layers.items() if weights.bias is not None}
-        return biased | {self._canonical(module_of(path)) for path in self._replacements(adapter)}
+        return biased | {module_of(path) for path in self._replacements(adapter)}
 
     def changes(self, adapter: Adapter, dtype: torch.dtype) -> dict[str, ModuleChange]:
         """By module path, what the adapter changes in this base model; nothing where it brings the base's own weights.
@@ -152,8 +208,7 @@ class OwnWeights:
         """
         by_module: dict[str, dict[str, Replacement]] = {}
         for path, replacement in self._replacements(adapter).items():
-            own = by_module.setdefault(self._canonical(module_of(path)), {})
-            own[path.rpartition(".")[2]] = replacement
+            by_module.setdefault(module_of(path), {})[path.rpartition(".")[2]] = replacement
         for path, weights in adapter.layers.items():
             if weights.bias is not None:
                 by_module.setdefault(path, {})
@@ -175,7 +230,7 @@ class OwnWeights:
                 "base model has. Load the base model that the adapter was trained on."
             )
         if shape.kind == "embedding":
-            return None if difference is None else _embedding_change(path, module, *difference, dtype)
+            return None if difference is None else _embedding_change(path, module, difference, dtype)
         bias = _bias_difference(module, replacements.get("bias"), dtype)
         if weights is not None and weights.bias is not None:
             own = (weights.scaling * weights.bias.to(_wide(dtype))).to(dtype)
@@ -186,17 +241,28 @@ class OwnWeights:
 
     def _replacements(self, adapter: Adapter) -> dict[str, Replacement]:
         """By parameter path, what takes its place, for each module that has it."""
-        contents, found = adapter.config.contents, {}
-        for path, tensor in adapter.replaced.items():
-            found[path] = Replacement(whole=tensor)
-        for path, tensor in adapter.replaced.items():
+        sources = self._sources(adapter.config.contents, adapter.replaced, adapter.token_rows)
+        return {
+            path: Replacement(
+                whole=None if whole is None else adapter.replaced[whole],
+                rows=None if rows is None else adapter.token_rows[rows],
+            )
+            for path, (whole, rows) in sources.items()
+        }
+
+    def _sources(
+        self, contents: ContentsConfig, replaced: Collection[str], token_rows: Collection[str]
+    ) -> dict[str, tuple[str | None, str | None]]:
+        """By parameter path, the parameter and the embedding under whose paths an adapter has what takes its place."""
+        found: dict[str, tuple[str | None, str | None]] = {path: (path, None) for path in replaced}
+        for path in replaced:
             if not contents.saves(module_of(path)):
                 for other in self._sharing(path):
-                    found.setdefault(other, Replacement(whole=tensor))
-        for module, rows in adapter.token_rows.items():
-            for path in [f"{module}.weight", *self._mirrored(module, adapter.token_rows)]:
-                found[path] = found.get(path, Replacement())._replace(rows=rows)
-        return found
+                    found.setdefault(other, (path, None))
+        for module in token_rows:
+            for path in [f"{module}.weight", *self._mirrored(module, token_rows)]:
+                found[path] = (found.get(path, (None, None))[0], module)
+        return {f"{self._canonical(module_of(path))}.{path.rpartition('.')[2]}": own for path, own in found.items()}
 
     def _mirrored(self, module: str, given: Collection[str]) -> list[str]:
         """The weights that take the token rows of `module` too: those tied to the input embedding, without own rows."""
@@ -221,6 +287,15 @@ class OwnWeights:
         ]
 
     @cached_property
+    def _tables(self) -> tuple[str, ...]:
+        """The input embedding and the output layer, as far as there are such."""
+        return tuple(path for path in (self._embedding, self._adaptable.output_module) if path is not None)
+
+    @cached_property
+    def _paths_of_all(self) -> frozenset[str]:
+        return frozenset(path for path, _ in self._base.named_modules(remove_duplicate=False))
+
+    @cached_property
     def _paths(self) -> dict[nn.Module, str]:
         """By module, the first of its paths."""
         return {module: path for path, module in self._base.named_modules()}
@@ -239,34 +314,44 @@ def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def row_difference(
-    module: nn.Module, replacement: Replacement, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:  # [changed] int64, [changed, in]
-    """The rows of a weight [out, in], or an embedding's [vocab, hidden], that the replacement changes, and by what."""
+class RowDifference(NamedTuple):
+    """How a replacement's rows differ from those of a weight [out, in], or an embedding's [vocab, hidden]."""
+
+    index: Tensor  # [changed] int64  rows of both
+    change: Tensor  # [changed, in]  new - old
+    added: Tensor  # [added, in]  rows behind the base's
+    size: int  # rows of the new one
+
+
+def row_difference(module: nn.Module, replacement: Replacement, dtype: torch.dtype) -> RowDifference | None:
+    """None for the same rows. What is told is at least of float32."""
     parameter = module.weight
     assert isinstance(parameter, Tensor), f"{type(module).__name__} has no weight tensor"
-    base = parameter.detach()
-    whole, rows = replacement
-    if isinstance(parameter, Int8Weight) and whole is not None and parameter.is_made_of(whole):
-        whole = None
+    base, (whole, rows), wide = parameter.detach(), replacement, _wide(dtype)
+    if isinstance(parameter, Int8Weight) and whole is not None and whole.shape == parameter.shape:
+        whole = None if parameter.is_made_of(whole) else whole
+    whole = None if whole is None else whole.to(base.device)
     if isinstance(module, Conv1D):
         base, whole = base.t(), None if whole is None else whole.t()
-    changed: dict[str, Tensor] = {}
+    tokens = torch.tensor([] if rows is None else rows.tokens, dtype=torch.int64, device=base.device)
+    values = base.new_zeros(0, base.shape[1], dtype=wide) if rows is None else rows.values.to(base.device, wide)
+    num_common = len(base) if whole is None else min(len(base), len(whole))
+    index = tokens[tokens < num_common]
     if whole is not None:
-        changed["whole"] = _unequal_rows(whole.to(base.device), base)
-    if rows is not None:
-        changed["rows"] = torch.tensor(rows.tokens, device=base.device)
-    if not changed:
-        return None
-    index = torch.cat(list(changed.values())).unique()
-    if not len(index):
-        return None
-    wide = _wide(dtype)
+        index = torch.cat([index, _unequal_rows(whole[:num_common], base[:num_common])]).unique()
+    else:
+        index = index.sort().values
     old = base[index].to(wide)
-    new = old.clone() if whole is None else whole.to(base.device)[index].to(wide)
-    if rows is not None:
-        new[torch.searchsorted(index, changed["rows"])] = rows.values.to(base.device, wide)
-    return index, new - old
+    new = old.clone() if whole is None else whole[index].to(wide)
+    new[torch.searchsorted(index, tokens[tokens < num_common])] = values[tokens < num_common]
+    size = max(len(base) if whole is None else len(whole), int(tokens.max()) + 1 if len(tokens) else 0)
+    added = base.new_zeros(max(0, size - len(base)), base.shape[1], dtype=wide)
+    if whole is not None and len(whole) > len(base):
+        added[: len(whole) - len(base)] = whole[len(base) :].to(wide)
+    added[tokens[tokens >= len(base)] - len(base)] = values[tokens >= len(base)]
+    if not len(index) and size == len(base):
+        return None
+    return RowDifference(index, new - old, added, size)
 
 
 def _unequal_rows(new: Tensor, base: Tensor) -> Tensor:  # [changed] int64
@@ -290,28 +375,35 @@ def _bias_difference(module: nn.Module, replacement: Replacement | None, dtype: 
 
 
 def _linear_change(
-    path: str, module: nn.Module, difference: tuple[Tensor, Tensor] | None, bias: Tensor | None, dtype: torch.dtype
+    path: str, module: nn.Module, difference: RowDifference | None, bias: Tensor | None, dtype: torch.dtype
 ) -> LinearChange:
-    outputs = weight = None
-    if difference is not None:
-        outputs, weight = difference[0], difference[1].to(dtype).contiguous()
-        num_outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
-        require_finite(weight, f"the change of {path!r} in the base model's dtype")
-        outputs = None if len(outputs) == num_outputs else outputs
     if bias is not None:
         require_finite(bias, f"the change of {path!r}'s bias in the base model's dtype")
-    return LinearChange(weight=_on_cpu(weight), outputs=_on_cpu(outputs), bias=_on_cpu(bias))
+    if difference is None:
+        return LinearChange(bias=_on_cpu(bias))
+    num_outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
+    index, weight, added = difference.index, difference.change.to(dtype), difference.added.to(dtype)
+    for tensor in (weight, added):
+        require_finite(tensor, f"the change of {path!r} in the base model's dtype")
+    return LinearChange(
+        weight=_on_cpu(weight.contiguous()) if len(weight) else None,
+        outputs=None if len(index) == num_outputs else _on_cpu(index),
+        bias=_on_cpu(bias),
+        added=_on_cpu(added) if len(added) else None,
+        size=None if difference.size == num_outputs else difference.size,
+    )
 
 
-def _embedding_change(
-    path: str, module: nn.Module, tokens: Tensor, difference: Tensor, dtype: torch.dtype
-) -> EmbeddingChange:
-    rows = torch.zeros(len(tokens) + 1, difference.shape[1], dtype=dtype)
-    rows[:-1] = (difference * embed_scale(module)).to("cpu", dtype)
+def _embedding_change(path: str, module: nn.Module, difference: RowDifference, dtype: torch.dtype) -> EmbeddingChange:
+    index, change, added, size = difference
+    rows = torch.zeros(len(change) + len(added) + 1, change.shape[1], dtype=dtype)
+    rows[:-1] = (torch.cat([change, added]) * embed_scale(module)).to("cpu", dtype)
     require_finite(rows, f"the change of {path!r} in the base model's dtype")
-    index = torch.full((module.weight.shape[0],), len(tokens), dtype=torch.int32)
-    index[tokens.cpu()] = torch.arange(len(tokens), dtype=torch.int32)
-    return EmbeddingChange(index=index, rows=rows)
+    places = torch.full((size,), len(rows) - 1, dtype=torch.int32)
+    places[index.cpu()] = torch.arange(len(index), dtype=torch.int32)
+    if len(added):
+        places[-len(added) :] = torch.arange(len(index), len(rows) - 1, dtype=torch.int32)
+    return EmbeddingChange(index=places, rows=rows)
 
 
 def _other_change(

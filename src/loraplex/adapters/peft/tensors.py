@@ -65,10 +65,10 @@ def file_tensors(file: TensorFile, config: LoraConfig, *, contents: bool = False
     found = _group_by_module(file)
     ranks = config.ranks_of(tuple(found.modules))
     modules = {path: _check_module(file, config, path, names, ranks[path]) for path, names in found.modules.items()}
-    for path, (name, is_wrapped) in found.parameters.items():
-        _check_wrapped(file, path, name, modules, is_wrapped=is_wrapped)
     if not contents:
         _refuse_base_weights(file.path, found.parameters, found.token_rows)
+    for path, (name, is_wrapped) in found.parameters.items():
+        _check_wrapped(file, path, name, modules, is_wrapped=is_wrapped)
     if not modules and not (found.parameters or found.token_rows):
         raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
     replaced = {path: name for path, (name, _) in found.parameters.items()}

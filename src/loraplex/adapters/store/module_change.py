@@ -17,6 +17,11 @@ class ModuleChange(Protocol):
         """Of its tensors."""
         ...
 
+    @property
+    def size(self) -> int | None:
+        """How many tokens the embedding or the output layer has with it; None: as many as the base's."""
+        ...
+
     def to(self, device: torch.device) -> "ModuleChange":
         """The same on a device."""
         ...
