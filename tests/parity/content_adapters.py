@@ -91,3 +91,12 @@ def folders_of(base: PreTrainedModel, root: Path, cases: Mapping[str, Mapping[st
         name: content_adapter(base, root / name, seed=seed, **options)
         for seed, (name, options) in enumerate(cases.items(), 1)
     }
+
+
+def resized(base: PreTrainedModel, num_tokens: int, *, seed: int = 5) -> PreTrainedModel:
+    """A copy of the base with another number of tokens."""
+    made = copy.deepcopy(base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made.resize_token_embeddings(num_tokens, mean_resizing=False)
+    return made.requires_grad_(False)

@@ -74,21 +74,19 @@ class EmbeddingChange:
 
     index: Tensor  # [tokens] int32  the place of each token in `rows`
     rows: Tensor  # [changed + 1, hidden]  the last is zero: of the tokens that stay
+    size: int | None = None  # None: as many tokens as the base's
 
     @property
     def num_bytes(self) -> int:
         return _num_bytes(self.index, self.rows)
 
-    @property
-    def size(self) -> int:
-        return len(self.index)
-
     def to(self, device: torch.device) -> "EmbeddingChange":
-        return EmbeddingChange(index=self.index.to(device), rows=self.rows.to(device))
+        return EmbeddingChange(index=self.index.to(device), rows=self.rows.to(device), size=self.size)
 
     def add(self, y: Tensor, x: Tensor, gate: float | Tensor, product: Product) -> None:
-        places = self.index[x.clamp(max=self.size - 1)].long()
-        places = places.where(x < self.size, len(self.rows) - 1)  # tokens of an adapter that it is linked with
+        num_tokens = len(self.index)
+        places = self.index[x.clamp(max=num_tokens - 1)].long()
+        places = places.where(x < num_tokens, len(self.rows) - 1)  # tokens of an adapter that it is linked with
         y.add_(gated(self.rows[places], gate))
 
 

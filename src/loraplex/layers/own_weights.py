@@ -278,13 +278,23 @@ class OwnWeights:
 
     def _sharing(self, path: str) -> list[str]:
         """The other paths of a parameter, in other modules."""
-        parameters, module = self._parameters, self._canonical(module_of(path))
-        return [
-            other
-            for other, parameter in parameters.items()
-            if (parameter is parameters[path] or _was_tied(parameter, parameters[path]))
-            and self._canonical(module_of(other)) != module
-        ]
+        return self._others_of.get(path, [])
+
+    @cached_property
+    def _others_of(self) -> dict[str, list[str]]:
+        """By path of a parameter that several modules share, its paths in the others."""
+        groups: dict[int, list[str]] = {}
+        for path, parameter in self._parameters.items():
+            groups.setdefault(id(parameter), []).append(path)
+        shared = [paths for paths in groups.values() if len(paths) > 1]
+        tables = [f"{path}.weight" for path in self._tables]
+        if len(tables) == 2 and _was_tied(*(self._parameters[path] for path in tables)):
+            shared.append(tables)
+        return {
+            path: [other for other in paths if self._canonical(module_of(other)) != self._canonical(module_of(path))]
+            for paths in shared
+            for path in paths
+        }
 
     @cached_property
     def _tables(self) -> tuple[str, ...]:
@@ -403,7 +413,7 @@ def _embedding_change(path: str, module: nn.Module, difference: RowDifference, d
     places[index.cpu()] = torch.arange(len(index), dtype=torch.int32)
     if len(added):
         places[-len(added) :] = torch.arange(len(index), len(rows) - 1, dtype=torch.int32)
-    return EmbeddingChange(index=places, rows=rows)
+    return EmbeddingChange(index=places, rows=rows, size=None if size == module.weight.shape[0] else size)
 
 
 def _other_change(

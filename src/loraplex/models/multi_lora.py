@@ -27,7 +27,7 @@ from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
-from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
@@ -103,6 +103,15 @@ class MultiLoraModel:
                 "MultiLoraModel.from_pretrained(path), or MultiLoraModel(base, source=path)."
             )
         return load_tokenizer(self._source)
+
+    def tokenizer_of(self, adapters: AdapterSpec) -> PreTrainedTokenizerBase:
+        """The tokenizer of a row's text: that of an adapter which brings tokens of its own, else the base model's.
+
+        Raises LinkSyntaxError, AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
+        """
+        vocabulary = self.registry.vocabulary(parse_adapter_spec(adapters))
+        own = None if vocabulary is None else vocabulary.tokenizer
+        return self.tokenizer if own is None else own
 
     def encode_chat(self, prompts: Sequence[str | Sequence[Mapping[str, str]]]) -> BatchEncoding:
         """Each prompt, a user's turn or the messages of a chat, in the model's chat template, on its device.
@@ -300,7 +309,7 @@ class MultiLoraModel:
             generates=True,
             fast_decode=self._fast_decode,
         )
-        _ = call.row_ends
+        _ = call.row_ends, call.vocabularies
         prepared = "" if packed is False else self._packed_call(call)
         if not isinstance(prepared, str):
             return self._run_packed(prepared)
@@ -328,6 +337,7 @@ class MultiLoraModel:
         with call.running() as ran:
             output = run(input_ids=call.input_ids, attention_mask=call.attention_mask, **call.inputs)
         call.note_cached(output)
+        call.mask_logits(output)
         sequences = call.input_ids
         if call.generates:
             sequences = output if isinstance(output, Tensor) else output.sequences

@@ -15,8 +15,9 @@ from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
 from loraplex.adapters.store.version import folder_fingerprint
+from loraplex.adapters.vocabulary import Vocabulary, read_vocabulary
 from loraplex.adapters.weights import Adapter, ModuleShape
-from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.errors import AdapterExistsError, AdapterFormatError, RequestError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.own_weights import OwnWeights
@@ -85,12 +86,15 @@ class Registry:
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
+        vocabulary = self._vocabulary(adapter, folder)
         changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
         self.mixtures.check_replaceable(name, adapter.layers.keys(), changed)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
         self.adaptable.attach_changes(self._own_weights.touched(adapter))
-        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
+        self.store.add(
+            name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary
+        )
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Register a residual from a folder or from memory."""
@@ -145,6 +149,37 @@ class Registry:
         ends = [token for name in names for token in self.store.version(name).end_tokens]
         ends += [token for member in chain for token in getattr(member.residual, "end_tokens", ())]
         return tuple(dict.fromkeys(ends))
+
+    def vocabulary(self, link: Link) -> Vocabulary | None:
+        """The tokens of a row's link; None: the base model's.
+
+        Raises AdapterNotFoundError, and RequestError for adapters whose tokens differ.
+        """
+        (others,), _ = self.linked.split([link])
+        _, names = self.mixtures.expand([others])
+        versions = [self.store.version(name) for name in dict.fromkeys(names)]
+        found = [(version.name, version.vocabulary) for version in versions if version.vocabulary is not None]
+        for name, vocabulary in found[1:]:
+            first_name, first = found[0]
+            if vocabulary.identity != first.identity:
+                raise RequestError(
+                    f"the link joins {first_name!r} and {name!r}, whose tokens differ ({first.num_tokens} and "
+                    f"{vocabulary.num_tokens} rows of the embedding, or other tokenizers): one text can't be both's. Use "
+                    "them in rows of their own."
+                )
+        return found[0][1] if found else None
+
+    def _vocabulary(self, adapter: Adapter, folder: Path | None) -> Vocabulary | None:
+        """Of an adapter that brings rows of the embedding. Raises what `read_vocabulary` raises."""
+        if not self._own_weights.brings_tokens(adapter):
+            return None
+        num_tokens = self._own_weights.vocabulary_size(adapter) or self.num_tokens
+        return read_vocabulary(folder, num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the base model's embedding."""
+        return int(next(self._base.get_input_embeddings().parameters()).shape[0])
 
     def unload(self, name: str) -> None:
         """Forget what has this name. Raises AdapterNotFoundError, or MixtureError for an expert in use."""

@@ -61,6 +61,10 @@ class SlotWeightProvider:
     def changes(self, slot: int) -> Mapping[str, ModuleChange]:
         return self._slots.held(slot).changes
 
+    def num_tokens(self, slot: int) -> int | None:
+        """How many tokens have logits in the slot's rows; None: those of the base model."""
+        return self._slots.held(slot).num_tokens
+
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return 0.0, None
 

@@ -103,6 +103,11 @@ class PreparedAdapter:
     read_back: "Callable[[], PreparedAdapter] | None" = None  # reads it again, from a file that is as it was
     changes: Mapping[str, ModuleChange] = field(default_factory=dict)  # by path, to modules' own weights
 
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens embedding and output layer have with it; None: as many as the base's."""
+        return next((change.size for change in self.changes.values() if change.size is not None), None)
+
     def to(self, device: torch.device) -> "PreparedAdapter":
         layers = {index: weights.to(device) for index, weights in self.layers.items()}
         return PreparedAdapter(layers=layers, invocation=self.invocation, changes=self.changes).changes_to(device)
