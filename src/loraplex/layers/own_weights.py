@@ -85,7 +85,7 @@ class OwnWeights:
         if foreign:
             raise BaseModelMismatchError(
                 f"the adapter comes with {listed(foreign)}, which this base model doesn't have. It was made for "
-                f"{quoted(config.base_model_name_or_path)}; load that one."
+                f"{quoted(config.base_model_name_or_path)}; load that one{_head_hint(config.task_type)}."
             )
         unnamed = [path for path in shapes if not self._may_come(path, config)]
         if unnamed:
@@ -317,6 +317,12 @@ class OwnWeights:
     @cached_property
     def _embedding(self) -> str | None:
         return next((path for path, shape in self._adaptable.shapes.items() if shape.kind == "embedding"), None)
+
+
+def _head_hint(task: str | None) -> str:
+    """How a base model with a head for a task is made."""
+    made = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+    return f" as a model for {task} (AutoModelFor{made[task]}), for MultiLoraModel(base)" if task in made else ""
 
 
 def module_of(parameter: str) -> str:
