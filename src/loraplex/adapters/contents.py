@@ -9,6 +9,7 @@ from loraplex.errors import ConfigError
 from loraplex.validation import is_whole, quoted
 
 Bias = Literal["none", "all", "lora_only"]
+Start = Literal["nothing", "pissa", "olora"]
 MAX_TOKEN_ROWS = 1 << 20  # of one embedding; more are a whole embedding
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -24,6 +25,7 @@ class ContentsConfig:
     token_rows: Mapping[str, tuple[int, ...]] | None = None
     ensure_weight_tying: bool = False  # what embedding and output layer share in the base they share in the adapter
     lora_bias: bool = False  # lora_B has a bias
+    start: Start = "nothing"  # of the base's weights, which training took out of them and PEFT takes out at every load
 
     def __post_init__(self) -> None:
         if self.bias not in get_args(Bias):
@@ -44,7 +46,8 @@ class ContentsConfig:
     @property
     def is_empty(self) -> bool:
         """Whether the adapter has factors alone, as far as its settings tell."""
-        return self.bias == "none" and not self.modules_to_save and self.token_rows is None and not self.lora_bias
+        others = self.bias != "none" or self.modules_to_save or self.token_rows is not None or self.lora_bias
+        return not others and self.start == "nothing"
 
     def saves(self, path: str) -> bool:
         """Whether modules_to_save names the module, or one that it is a part of."""

@@ -19,6 +19,7 @@ from loraplex.adapters.vocabulary import Vocabulary, read_vocabulary
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterExistsError, AdapterFormatError, RequestError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
+from loraplex.layers.adapter_start import check_start, without_start
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
@@ -85,8 +86,11 @@ class Registry:
             adapter = read_adapter(folder, check_shapes=self._check_shapes, check_contents=self._own_weights.check)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
+        kept = without_start(adapter, self.adaptable.modules)
+        vocabulary = self._vocabulary(kept, folder)
+        if kept is not adapter:  # what took so long to compute isn't computed again when it is read back
+            adapter, folder = kept, None
         self.adaptable.check(adapter.layers)
-        vocabulary = self._vocabulary(adapter, folder)
         changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
         self.mixtures.check_replaceable(name, adapter.layers.keys(), changed)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
@@ -211,6 +215,7 @@ class Registry:
 
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        check_start(config, shapes)
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
         prepared = prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.contents import ContentsConfig
+from loraplex.adapters.contents import ContentsConfig, Start
 from loraplex.adapters.patterns import find_matches
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
 from loraplex.json_files import read_object
@@ -68,6 +68,7 @@ def read_peft_config(folder: Path, *, contents: bool = False) -> LoraConfig:
     settings = read_object(file, AdapterFormatError)
     try:
         _refuse_unsupported(settings, file)
+        _refuse_changed_base(settings.get("init_lora_weights", True), file, contents=contents)
         if not contents:
             _refuse_contents(settings, file)
         return LoraConfig(**_known_fields(settings))
@@ -108,7 +109,6 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
             raise UnsupportedAdapterError(
                 f"{file}: {name} is {quoted(settings[name])}, which can't be honoured: {reason}."
             )
-    _refuse_changed_base(settings.get("init_lora_weights", True), file)
     _refuse_tied_adapters(settings, file)
     if settings.get("target_modules") is None:
         raise UnsupportedAdapterError(
@@ -134,10 +134,15 @@ def _refuse_contents(settings: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _refuse_changed_base(init: object, file: Path) -> None:
-    """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load."""
+def _refuse_changed_base(init: object, file: Path, *, contents: bool) -> None:
+    """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load.
+
+    With `contents`, those whose start can be told from the base's weights alone are not refused.
+    """
     name = init.lower() if isinstance(init, str) else init
     if isinstance(name, bool) or name is None or name in _INITS_KEEPING_THE_BASE:
+        return
+    if contents and _start(init) != "nothing":
         return
     changes = isinstance(name, str) and name.startswith(_INITS_CHANGING_THE_BASE)
     what = "changes the base model's weights" if changes else "is unknown"
@@ -182,6 +187,13 @@ def _known_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"contents": _contents(settings)}
 
 
+def _start(init: object) -> Start:
+    """The start that an init takes out of the base, where everybody who knows the base can tell it."""
+    if init == "pissa":  # "pissa_niter_16" draws random numbers
+        return "pissa"
+    return "olora" if isinstance(init, str) and init.lower() == "olora" else "nothing"
+
+
 def _contents(settings: Mapping[str, Any]) -> ContentsConfig:
     """What comes beside the factors. Raises ConfigError."""
     saved = settings.get("modules_to_save") or ()
@@ -200,4 +212,5 @@ def _contents(settings: Mapping[str, Any]) -> ContentsConfig:
         token_rows=rows,
         ensure_weight_tying=bool(settings.get("ensure_weight_tying")),
         lora_bias=settings.get("lora_bias") or False,
+        start=_start(settings.get("init_lora_weights", True)),
     )
