@@ -143,8 +143,13 @@ def test_engine_answers_as_each_row_alone(served: Served) -> None:
     ids = prompts(len(choices), seed=2)
     sampling = SamplingParams(max_tokens=6, temperature=0.0, logprobs=3)
     requests = [Request(tuple(row), adapters=choice, sampling=sampling) for row, choice in zip(ids.tolist(), choices, strict=True)]
-    with Engine(served.model, EngineConfig(max_step_tokens=16)) as engine:
+    base_rows = [row for row, choice in enumerate(choices) if choice is None]
+    with Engine(served.model, EngineConfig(max_step_tokens=16, prefix_cache=False)) as engine:
         results = engine.generate(requests)
+        before = engine.generate([requests[row] for row in base_rows])
+    for row, result in zip(base_rows, before, strict=True):
+        assert results[row].token_ids == result.token_ids
+        assert results[row].completions[0].logprobs == result.completions[0].logprobs
     for row, (choice, result) in enumerate(zip(choices, results, strict=True)):
         assert result.error is None, f"{choice}: {result.error}"
         with torch.no_grad():

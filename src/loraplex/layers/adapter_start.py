@@ -20,7 +20,7 @@ from loraplex.errors import UnsupportedAdapterError
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.layers.modules import weight_matrix
 
-MAX_OPERATIONS = 2e14  # of all decompositions: minutes on a processor's cores
+MAX_OPERATIONS = 5e13  # of all decompositions: some ten minutes on a few cores
 _OPERATIONS = {"pissa": 20, "olora": 4}  # for each element, times the smaller side (Golub and Van Loan, 5.2, 8.6)
 
 _FIX = (

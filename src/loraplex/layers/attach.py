@@ -32,6 +32,9 @@ class AdaptableModel:
         self.module_index = {path: index for index, path in enumerate(self.paths)}
         self.modules: dict[str, nn.Module] = {path: base.get_submodule(path) for path in self.paths}
         self.output_module = output_module(base)
+        embedding = next((path for path, shape in self.shapes.items() if shape.kind == "embedding"), None)
+        # The input embedding and the output layer, as far as there are such: they have a row for each token.
+        self.tables = tuple(path for path in (embedding, self.output_module) if path is not None)
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()

@@ -95,7 +95,7 @@ class OwnWeights:
             )
         for path, shape in shapes.items():
             own = tuple(parameters[path].shape)
-            is_table = path.endswith(".weight") and self._canonical(module_of(path)) in self._tables
+            is_table = path.endswith(".weight") and self._canonical(module_of(path)) in self._adaptable.tables
             if shape != own and not (is_table and shape[1:] == own[1:] and shape[0] > 0):
                 raise BaseModelMismatchError(
                     f"the adapter comes with {path!r} of shape {list(shape)}; in the base model it has {list(own)}. "
@@ -104,7 +104,7 @@ class OwnWeights:
 
     def _may_come(self, path: str, config: LoraConfig) -> bool:
         module = module_of(path)
-        is_table = self._canonical(module) in self._tables
+        is_table = self._canonical(module) in self._adaptable.tables
         return path.endswith(".bias") or is_table or config.contents.saves(module)
 
     def _is_shared(self, path: str, shapes: ContentShapes) -> bool:
@@ -120,7 +120,7 @@ class OwnWeights:
                 "the adapter again."
             )
         for path, shape in shapes.items():
-            if path not in self._paths_of_all or self._canonical(path) not in self._tables:
+            if path not in self._paths_of_all or self._canonical(path) not in self._adaptable.tables:
                 raise UnsupportedAdapterError(
                     f"trainable_token_indices can't be honoured for {path!r}, which is neither the input embedding nor "
                     f"the output layer of this base model ({self._embedding!r}, {self._adaptable.output_module!r})."
@@ -171,7 +171,7 @@ class OwnWeights:
     def brings_tokens(self, adapter: Adapter) -> bool:
         """Whether its settings name rows of embedding or output layer, or it has another number of them."""
         contents = adapter.config.contents
-        named = bool(adapter.token_rows) or any(contents.saves(path) for path in self._tables)
+        named = bool(adapter.token_rows) or any(contents.saves(path) for path in self._adaptable.tables)
         return named or self.vocabulary_size(adapter) is not None
 
     def _sizes(self, config: LoraConfig, shapes: ContentShapes) -> dict[str, int]:
@@ -181,7 +181,7 @@ class OwnWeights:
         """
         sources = self._sources(config.contents, shapes.replaced, shapes.token_rows)
         sizes = {}
-        for path in self._tables:
+        for path in self._adaptable.tables:
             whole, rows = sources.get(f"{path}.weight", (None, None))
             size = shapes.replaced[whole][0] if whole else self._parameters[f"{path}.weight"].shape[0]
             added = sorted(token for token in config.contents.tokens_of(rows) if token >= size) if rows else []
@@ -287,7 +287,7 @@ class OwnWeights:
         for path, parameter in self._parameters.items():
             groups.setdefault(id(parameter), []).append(path)
         shared = [paths for paths in groups.values() if len(paths) > 1]
-        tables = [f"{path}.weight" for path in self._tables]
+        tables = [f"{path}.weight" for path in self._adaptable.tables]
         if len(tables) == 2 and _was_tied(*(self._parameters[path] for path in tables)):
             shared.append(tables)
         return {
@@ -295,11 +295,6 @@ class OwnWeights:
             for paths in shared
             for path in paths
         }
-
-    @cached_property
-    def _tables(self) -> tuple[str, ...]:
-        """The input embedding and the output layer, as far as there are such."""
-        return tuple(path for path in (self._embedding, self._adaptable.output_module) if path is not None)
 
     @cached_property
     def _paths_of_all(self) -> frozenset[str]:

@@ -127,9 +127,23 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return int(self.model.base.get_input_embeddings().num_embeddings)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
-        """One forward pass; keys, values and the sequences' progress are kept."""
+        """One forward pass; keys, values and the sequences' progress are kept.
+
+        Chunks whose adapters change weights inside of layers get a pass of their own: the layers run one by one there,
+        and other rows' bits must not tell whether such rows are beside them.
+        """
+        apart = [chunk for chunk in chunks if self._changes_layers(chunk)]
+        if not apart or len(apart) == len(chunks):
+            return self._run(chunks)
+        return self._run([chunk for chunk in chunks if chunk not in apart]) + self._run(apart)
+
+    def _changes_layers(self, chunk: ScheduledChunk) -> bool:
+        tables = self.model.adaptable.tables
+        return any(path not in tables for route in chunk.kv.routes for path in self._bank.changes(route.slot))
+
+    @torch.inference_mode()
+    def _run(self, chunks: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
         batch = InputBatch(chunks, self.cache, self.table)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
