@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA folders that were not converted: rows as PEFT computes them, which takes the start out at every load."""
+"""PiSSA and OLoRA folders that were not converted: rows as PEFT computes them, which repeats the init at each load."""
 
 import copy
 from pathlib import Path
@@ -64,9 +64,7 @@ def test_an_untrained_adapter_is_the_base_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "init"), [("pissa", "pissa_niter_4"), ("pissa", "corda"), ("conv1d", "olora"), ("pissa", "lora_ga")]
 )
-def test_starts_that_cannot_be_told_are_refused_with_the_way_to_convert(
-    case: str, init: str, tmp_path: Path
-) -> None:
+def test_starts_that_cannot_be_told_are_refused_with_the_way_to_convert(case: str, init: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     folder = content_adapter(base_model(name), tmp_path / "a", **options)
     settings = folder / "adapter_config.json"

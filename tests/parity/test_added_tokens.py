@@ -11,7 +11,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.errors import RequestError
 from tests.parity.content_adapters import alone, base_model, content_adapter, prompts, resized, with_peft
 from tests.parity.oracle import LOGIT_TOLERANCE, assert_close
 from tests.tiny_models import VOCAB_SIZE
@@ -80,7 +80,9 @@ def test_mixed_batch_has_each_rows_own_tokens_and_base_rows_keep_their_bits(serv
 @pytest.mark.parametrize("packed", [True, False])
 def test_generate_chooses_among_each_rows_own_tokens(served: Served, packed: bool) -> None:
     choices, ids = served.choices, served.prompts(1)
-    tokens = served.model.generate(ids, torch.ones_like(ids), adapters=choices, packed=packed, max_new_tokens=6, do_sample=False)
+    tokens = served.model.generate(
+        ids, torch.ones_like(ids), adapters=choices, packed=packed, max_new_tokens=6, do_sample=False
+    )
     for row, choice in enumerate(choices):
         assert int(tokens[row].max()) < served.sizes[choice]
         expected = alone(served.oracles[choice], tokens[row, :-1])[len(ids[row]) - 1 :]
@@ -92,7 +94,10 @@ def test_generate_chooses_among_each_rows_own_tokens(served: Served, packed: boo
 def test_engine_answers_with_each_rows_own_tokens_and_base_rows_keep_their_bits(served: Served) -> None:
     choices, ids = served.choices, served.prompts(2)
     sampling = SamplingParams(max_tokens=6, temperature=0.0, logprobs=VOCAB_SIZE - 8)
-    requests = [Request(tuple(row), adapters=choice, sampling=sampling) for row, choice in zip(ids.tolist(), choices, strict=True)]
+    requests = [
+        Request(tuple(row), adapters=choice, sampling=sampling)
+        for row, choice in zip(ids.tolist(), choices, strict=True)
+    ]
     config = EngineConfig(prefix_cache=False, max_step_tokens=64)
     with Engine(served.model, config) as engine:
         results = engine.generate(requests)

@@ -1,5 +1,6 @@
 """Adapters that bring embeddings, output layers, token rows or biases: every row as PEFT computes it alone."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,14 @@ BASES: dict[str, tuple[str, bool, dict[str, dict[str, Any]]]] = {
             "saved": {"targets": GPT2, "modules_to_save": ["wte", "ln_f"], "fan_in_fan_out": True},
         },
     ),
-    "qwen2": ("qwen2", True, {"all": {"targets": ATTENTION, "bias": "all"}, "rows": {"targets": ["o_proj"], "bias": "lora_only", "trainable_token_indices": TOKENS}}),
+    "qwen2": (
+        "qwen2",
+        True,
+        {
+            "all": {"targets": ATTENTION, "bias": "all"},
+            "rows": {"targets": ["o_proj"], "bias": "lora_only", "trainable_token_indices": TOKENS},
+        },
+    ),
     "opt": ("opt", False, {"all": {"targets": ["q_proj", "fc1"], "bias": "all"}}),
 }
 
@@ -85,7 +93,7 @@ class Served:
         self.links = {}
         # PEFT merges a lora_bias only into a bias of the base's.
         names = [adapter for adapter in adapters if adapter != "lora_bias" or name == "gpt2"]
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in itertools.pairwise(names):
             self.links[f"{first}:0.7+{second}:-0.4"] = [(self.folders[first], 0.7), (self.folders[second], -0.4)]
         self._oracles: dict[str | None, PreTrainedModel] = {}
 
@@ -142,7 +150,10 @@ def test_engine_answers_as_each_row_alone(served: Served) -> None:
     choices = served.choices
     ids = prompts(len(choices), seed=2)
     sampling = SamplingParams(max_tokens=6, temperature=0.0, logprobs=3)
-    requests = [Request(tuple(row), adapters=choice, sampling=sampling) for row, choice in zip(ids.tolist(), choices, strict=True)]
+    requests = [
+        Request(tuple(row), adapters=choice, sampling=sampling)
+        for row, choice in zip(ids.tolist(), choices, strict=True)
+    ]
     base_rows = [row for row, choice in enumerate(choices) if choice is None]
     with Engine(served.model, EngineConfig(max_step_tokens=16, prefix_cache=False)) as engine:
         results = engine.generate(requests)

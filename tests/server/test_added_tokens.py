@@ -129,9 +129,14 @@ def test_completions_streams_and_token_routes_use_the_rows_tokenizer(served: Ser
     assert max(ids) >= VOCAB_SIZE
     with server.http() as client:
         body: dict[str, Any] = {"model": "tools", "max_tokens": 4, "temperature": 0}
-        texts = [client.post("/v1/completions", json=body | {"prompt": one}).json()["choices"][0]["text"] for one in (prompt, ids)]
+        texts = [
+            client.post("/v1/completions", json=body | {"prompt": one}).json()["choices"][0]["text"]
+            for one in (prompt, ids)
+        ]
         assert texts[0] == texts[1]
-        tokens = client.post("/tokenize", json={"model": "tools", "messages": [{"role": "user", "content": "abc"}]}).json()
+        tokens = client.post(
+            "/tokenize", json={"model": "tools", "messages": [{"role": "user", "content": "abc"}]}
+        ).json()
         assert tokens["tokens"] == ids
         assert client.post("/detokenize", json={"model": "tools", "tokens": ids}).json()["prompt"] == prompt
         assert client.post("/detokenize", json={"tokens": ids}).status_code == 400

@@ -48,7 +48,12 @@ def read_vocabulary(folder: Path | None, num_tokens: int) -> Vocabulary:
             f"the tokenizer in {str(folder)!r} has token {largest}, but the embedding has {num_tokens} rows with the "
             "adapter. Save the adapter with its resized embedding (PEFT's save_embedding_layers=True)."
         )
-    told = [num_tokens, sorted(ids.items()), str(tokenizer.chat_template), sorted(map(str, tokenizer.all_special_tokens))]
+    told = [
+        num_tokens,
+        sorted(ids.items()),
+        str(tokenizer.chat_template),
+        sorted(map(str, tokenizer.all_special_tokens)),
+    ]
     identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     return Vocabulary(num_tokens=num_tokens, tokenizer=tokenizer, identity=identity)
 

@@ -1,8 +1,8 @@
 """Adapters that began with a part of the base's weights, as the plain LoRAs that they are.
 
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) take the factors that training starts with out of the base:
-W - s B0 A0 + s B A is what runs, with B0 A0 from W's largest singular values, or from its QR decomposition. PEFT repeats
-that at every load. So the adapter is one of rank 2r on W itself: A' = [A; A0], B' = [B, -B0].
+W - s B0 A0 + s B A is what runs, with B0 A0 from W's largest singular values, or from its QR decomposition. PEFT
+repeats that at every load. So the adapter is one of rank 2r on W itself: A' = [A; A0], B' = [B, -B0].
 """
 
 import math
@@ -45,11 +45,13 @@ def check_start(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
     )
     if operations > MAX_OPERATIONS:
         raise UnsupportedAdapterError(
-            f"init_lora_weights is {start!r}: what it took out of the base model's {len(shapes)} matrices would have to "
-            f"be computed again, in {operations:.0e} operations; {MAX_OPERATIONS:.0e} are possible. {_FIX}"
+            f"init_lora_weights is {start!r}: what it took out of the base model's {len(shapes)} matrices would have "
+            f"to be computed again, in {operations:.0e} operations; {MAX_OPERATIONS:.0e} are possible. {_FIX}"
         )
     if not all(scaling for scaling in config.scalings_of(tuple(shapes)).values()):
-        raise UnsupportedAdapterError(f"init_lora_weights is {start!r} and lora_alpha is 0, which divides by it. {_FIX}")
+        raise UnsupportedAdapterError(
+            f"init_lora_weights is {start!r} and lora_alpha is 0, which divides by it. {_FIX}"
+        )
 
 
 def without_start(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:

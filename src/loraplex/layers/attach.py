@@ -73,7 +73,7 @@ class AdaptableModel:
         self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
 
     def attach_changes(self, paths: Iterable[str]) -> None:
-        """Let adapters change the own weights of these modules; behind the LoRA layers, which read the base's output."""
+        """Let adapters change these modules' own weights; behind the LoRA layers, which read the base's output."""
         with self._lock:
             new = [path for path in paths if path not in self._changed]
             if not new:
@@ -169,7 +169,9 @@ class AdaptableModel:
         """Give the base model back as it was."""
         with self._lock:
             self._was_detached = True
-            for handle in (handle for all_ in (self._others, self._changed) for some in all_.values() for handle in some):
+            for handle in (
+                handle for all_ in (self._others, self._changed) for some in all_.values() for handle in some
+            ):
                 handle.remove()
             self._others.clear()
             for handle in self._handles.values():

@@ -13,34 +13,23 @@ The base model itself stays as it is: what runs is the difference (layers/module
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.contents import ContentsConfig
-from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.reader import ContentShapes, content_shapes
 from loraplex.adapters.store.module_change import ModuleChange
-from loraplex.adapters.weights import Adapter, TokenRows
+from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.module_changes import EmbeddingChange, LinearChange, OtherChange
-from loraplex.layers.modules import embed_scale
+from loraplex.layers.weight_changes import Replacement, module_change
 from loraplex.validation import listed, quoted
 
 MAX_ADDED_TOKENS = 1 << 16
-
-
-class Replacement(NamedTuple):
-    """What takes the place of one parameter."""
-
-    whole: Tensor | None = None  # of the parameter's shape
-    rows: TokenRows | None = None  # on top of that
 
 
 class OwnWeights:
@@ -64,7 +53,9 @@ class OwnWeights:
         missing = [
             path
             for path in parameters
-            if config.contents.saves(module_of(path)) and path not in shapes.replaced and not self._is_shared(path, shapes)
+            if config.contents.saves(module_of(path))
+            and path not in shapes.replaced
+            and not self._is_shared(path, shapes)
         ]
         if missing:
             raise AdapterFormatError(
@@ -134,8 +125,8 @@ class OwnWeights:
             for target in self._mirrored(path, shapes):
                 if self._parameters.get(f"{module_of(target)}.bias") is not None:
                     raise UnsupportedAdapterError(
-                        f"trainable_token_indices can't be honoured: {module_of(target)!r} is tied to the embedding and "
-                        "has a bias, which PEFT leaves out. Adapt the embedding by LoRA instead."
+                        f"trainable_token_indices can't be honoured: {module_of(target)!r} is tied to the embedding "
+                        "and has a bias, which PEFT leaves out. Adapt the embedding by LoRA instead."
                     )
 
     def _check_vocabulary(self, config: LoraConfig, shapes: ContentShapes) -> None:
@@ -147,8 +138,8 @@ class OwnWeights:
         told = ", ".join(f"{path!r} {sizes[path]} (the base's: {own[path]})" for path in sizes)
         if len(set(sizes.values())) > 1:
             raise UnsupportedAdapterError(
-                f"the adapter's embeddings have different numbers of tokens: {told}. Rows that its files don't have are "
-                "random in PEFT; save it with PEFT's save_embedding_layers=True."
+                f"the adapter's embeddings have different numbers of tokens: {told}. Rows that its files don't have "
+                "are random in PEFT; save it with PEFT's save_embedding_layers=True."
             )
         if any(sizes[path] > own[path] + MAX_ADDED_TOKENS for path in sizes):
             raise BaseModelMismatchError(
@@ -212,32 +203,11 @@ class OwnWeights:
         for path, weights in adapter.layers.items():
             if weights.bias is not None:
                 by_module.setdefault(path, {})
-        changes = {path: self._change(path, own, adapter, dtype) for path, own in sorted(by_module.items())}
+        changes = {}
+        for path, own in sorted(by_module.items()):
+            module, shape = self._base.get_submodule(path), self._adaptable.shapes.get(path)
+            changes[path] = module_change(path, module, shape, own, adapter.layers.get(path), dtype)
         return {path: change for path, change in changes.items() if change is not None}
-
-    def _change(
-        self, path: str, replacements: Mapping[str, Replacement], adapter: Adapter, dtype: torch.dtype
-    ) -> ModuleChange | None:
-        module, shape = self._base.get_submodule(path), self._adaptable.shapes.get(path)
-        weights = adapter.layers.get(path)
-        if shape is None:
-            return _other_change(path, module, replacements, dtype)
-        weight = replacements.get("weight")
-        difference = None if weight is None else row_difference(module, weight, dtype)
-        if difference is not None and weights is not None and weights.magnitude is not None:
-            raise UnsupportedAdapterError(
-                f"DoRA on {path!r} can't be honoured: the adapter comes with another weight of that module than the "
-                "base model has. Load the base model that the adapter was trained on."
-            )
-        if shape.kind == "embedding":
-            return None if difference is None else _embedding_change(path, module, difference, dtype)
-        bias = _bias_difference(module, replacements.get("bias"), dtype)
-        if weights is not None and weights.bias is not None:
-            own = (weights.scaling * weights.bias.to(_wide(dtype))).to(dtype)
-            bias = own if bias is None else bias + own.to(bias.device)
-        if difference is None and bias is None:
-            return None
-        return _linear_change(path, module, difference, bias, dtype)
 
     def _replacements(self, adapter: Adapter) -> dict[str, Replacement]:
         """By parameter path, what takes its place, for each module that has it."""
@@ -316,7 +286,11 @@ class OwnWeights:
 
 def _head_hint(task: str | None) -> str:
     """How a base model with a head for a task is made."""
-    made = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+    made = {
+        "SEQ_CLS": "SequenceClassification",
+        "TOKEN_CLS": "TokenClassification",
+        "QUESTION_ANS": "QuestionAnswering",
+    }
     return f" as a model for {task} (AutoModelFor{made[task]}), for MultiLoraModel(base)" if task in made else ""
 
 
@@ -325,131 +299,9 @@ def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-class RowDifference(NamedTuple):
-    """How a replacement's rows differ from those of a weight [out, in], or an embedding's [vocab, hidden]."""
-
-    index: Tensor  # [changed] int64  rows of both
-    change: Tensor  # [changed, in]  new - old
-    added: Tensor  # [added, in]  rows behind the base's
-    size: int  # rows of the new one
-
-
-def row_difference(module: nn.Module, replacement: Replacement, dtype: torch.dtype) -> RowDifference | None:
-    """None for the same rows. What is told is at least of float32."""
-    parameter = module.weight
-    assert isinstance(parameter, Tensor), f"{type(module).__name__} has no weight tensor"
-    base, (whole, rows), wide = parameter.detach(), replacement, _wide(dtype)
-    if isinstance(parameter, Int8Weight) and whole is not None and whole.shape == parameter.shape:
-        whole = None if parameter.is_made_of(whole) else whole
-    whole = None if whole is None else whole.to(base.device)
-    if isinstance(module, Conv1D):
-        base, whole = base.t(), None if whole is None else whole.t()
-    tokens = torch.tensor([] if rows is None else rows.tokens, dtype=torch.int64, device=base.device)
-    values = base.new_zeros(0, base.shape[1], dtype=wide) if rows is None else rows.values.to(base.device, wide)
-    num_common = len(base) if whole is None else min(len(base), len(whole))
-    index = tokens[tokens < num_common]
-    if whole is not None:
-        index = torch.cat([index, _unequal_rows(whole[:num_common], base[:num_common])]).unique()
-    else:
-        index = index.sort().values
-    old = base[index].to(wide)
-    new = old.clone() if whole is None else whole[index].to(wide)
-    new[torch.searchsorted(index, tokens[tokens < num_common])] = values[tokens < num_common]
-    size = max(len(base) if whole is None else len(whole), int(tokens.max()) + 1 if len(tokens) else 0)
-    added = base.new_zeros(max(0, size - len(base)), base.shape[1], dtype=wide)
-    if whole is not None and len(whole) > len(base):
-        added[: len(whole) - len(base)] = whole[len(base) :].to(wide)
-    added[tokens[tokens >= len(base)] - len(base)] = values[tokens >= len(base)]
-    if not len(index) and size == len(base):
-        return None
-    return RowDifference(index, new - old, added, size)
-
-
-def _unequal_rows(new: Tensor, base: Tensor) -> Tensor:  # [changed] int64
-    """Rounding to the narrower dtype of the two is no difference."""
-    same = (new.to(base.dtype) == base).all(dim=1)
-    if new.dtype != base.dtype:
-        same |= (base.to(new.dtype) == new).all(dim=1)
-    return (~same).nonzero().flatten()
-
-
-def _bias_difference(module: nn.Module, replacement: Replacement | None, dtype: torch.dtype) -> Tensor | None:
-    if replacement is None or replacement.whole is None:
-        return None
-    base = module.bias
-    assert isinstance(base, Tensor), f"{type(module).__name__} has no bias, which was checked"
-    new = replacement.whole.to(base.device)
-    if new.to(base.dtype).equal(base) or base.to(new.dtype).equal(new):
-        return None
-    difference = (new.to(_wide(dtype)) - base.detach().to(_wide(dtype))).to(dtype)
-    return difference
-
-
-def _linear_change(
-    path: str, module: nn.Module, difference: RowDifference | None, bias: Tensor | None, dtype: torch.dtype
-) -> LinearChange:
-    if bias is not None:
-        require_finite(bias, f"the change of {path!r}'s bias in the base model's dtype")
-    if difference is None:
-        return LinearChange(bias=_on_cpu(bias))
-    num_outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
-    index, weight, added = difference.index, difference.change.to(dtype), difference.added.to(dtype)
-    for tensor in (weight, added):
-        require_finite(tensor, f"the change of {path!r} in the base model's dtype")
-    return LinearChange(
-        weight=_on_cpu(weight.contiguous()) if len(weight) else None,
-        outputs=None if len(index) == num_outputs else _on_cpu(index),
-        bias=_on_cpu(bias),
-        added=_on_cpu(added) if len(added) else None,
-        size=None if difference.size == num_outputs else difference.size,
-    )
-
-
-def _embedding_change(path: str, module: nn.Module, difference: RowDifference, dtype: torch.dtype) -> EmbeddingChange:
-    index, change, added, size = difference
-    rows = torch.zeros(len(change) + len(added) + 1, change.shape[1], dtype=dtype)
-    rows[:-1] = (torch.cat([change, added]) * embed_scale(module)).to("cpu", dtype)
-    require_finite(rows, f"the change of {path!r} in the base model's dtype")
-    places = torch.full((size,), len(rows) - 1, dtype=torch.int32)
-    places[index.cpu()] = torch.arange(len(index), dtype=torch.int32)
-    if len(added):
-        places[-len(added) :] = torch.arange(len(index), len(rows) - 1, dtype=torch.int32)
-    return EmbeddingChange(index=places, rows=rows, size=None if size == module.weight.shape[0] else size)
-
-
-def _other_change(
-    path: str, module: nn.Module, replacements: Mapping[str, Replacement], dtype: torch.dtype
-) -> OtherChange | None:
-    """Of a norm, which treats each token by itself. Raises UnsupportedAdapterError for another module."""
-    changed = {}
-    for name, replacement in replacements.items():
-        base, new = module.get_parameter(name), replacement.whole
-        assert new is not None, "token rows of a module that is no embedding"
-        if not (new.to(base.device, base.dtype).equal(base) or base.to("cpu", new.dtype).equal(new)):
-            changed[name] = new.to(base.dtype)
-    if not changed:
-        return None
-    if "norm" not in type(module).__name__.lower() or list(module.children()):
-        raise UnsupportedAdapterError(
-            f"the adapter brings its own {listed([f'{path}.{name}' for name in changed])}, but {type(module).__name__} "
-            "modules can't have other weights for each row. Supported: linear modules, norms, and the input embedding."
-        )
-    for name, tensor in changed.items():
-        require_finite(tensor, f"{path}.{name} in the base model's dtype")
-    return OtherChange(module, changed)
-
-
 def _was_tied(parameter: Tensor, other: Tensor) -> bool:
     """Whether one is the 8-bit form of the other: before it was quantized the two were one parameter."""
     for held, plain in ((parameter, other), (other, parameter)):
         if isinstance(held, Int8Weight) and not isinstance(plain, Int8Weight) and held.shape == plain.shape:
             return held.is_made_of(plain)
     return False
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _on_cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to("cpu")

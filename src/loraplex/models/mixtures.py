@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -273,8 +273,8 @@ class Mixtures:
                 )
             if version.changed:
                 raise UnsupportedAdapterError(
-                    f"mixture {name!r}: the expert {version.name!r} brings its own weights of {listed(version.changed)}, "
-                    "which have no place in a mixture: its gates are for the factors of LoRA layers. Use experts of "
-                    "factors alone."
+                    f"mixture {name!r}: the expert {version.name!r} brings its own weights of "
+                    f"{listed(version.changed)}, which have no place in a mixture: its gates are for the factors of LoRA "
+                    "layers. Use experts of factors alone."
                 )
         return lora_layers(version.modules for version in versions)

@@ -108,7 +108,9 @@ def _row_ends(
     if "eos_token_id" in options:
         return [known] * len(tokenizers)
     by_tokenizer = {
-        tokenizer: end_token_ids(model.base, tokenizer, num_tokens=None if tokenizer is model.tokenizer else len(tokenizer))
+        tokenizer: end_token_ids(
+            model.base, tokenizer, num_tokens=None if tokenizer is model.tokenizer else len(tokenizer)
+        )
         for tokenizer in set(tokenizers)
     }
     row_ends = [by_tokenizer[tokenizer] for tokenizer in tokenizers]

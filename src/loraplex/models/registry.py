@@ -96,9 +96,7 @@ class Registry:
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
         self.adaptable.attach_changes(self._own_weights.touched(adapter))
-        self.store.add(
-            name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary
-        )
+        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Register a residual from a folder or from memory."""
@@ -168,8 +166,8 @@ class Registry:
             if vocabulary.identity != first.identity:
                 raise RequestError(
                     f"the link joins {first_name!r} and {name!r}, whose tokens differ ({first.num_tokens} and "
-                    f"{vocabulary.num_tokens} rows of the embedding, or other tokenizers): one text can't be both's. Use "
-                    "them in rows of their own."
+                    f"{vocabulary.num_tokens} rows of the embedding, or other tokenizers): one text can't be both's. "
+                    "Use them in rows of their own."
                 )
         return found[0][1] if found else None
 

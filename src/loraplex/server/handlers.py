@@ -22,8 +22,8 @@ from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered,
 from loraplex.server.auth.access import adapter_names
 from loraplex.server.state import (
     RequestContext,
+    RowTokenizer,
     ServerState,
-    Speech,
     context_of,
     in_thread,
     state_of,
@@ -40,7 +40,7 @@ class ApiCall(Protocol):
     prompts: list[Any]
     n: int
     extras: Extras
-    speech: Speech
+    row_tokenizer: RowTokenizer
     requests: list[Request]
     envelope: dict[str, Any]
 
@@ -90,9 +90,9 @@ async def _chunks(
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def chunk(news: News) -> list[bytes]:
-        choice = call.chunk_choice(news) | call.extras.live(news, call.speech.texts)
+        choice = call.chunk_choice(news) | call.extras.live(news, call.row_tokenizer.texts)
         if news.completion is not None:
-            choice |= call.extras.of(news.completion, call.speech.texts)
+            choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
         return sse_pieces(call.envelope | {"choices": [choice]} | nothing)
 
     async for events in run.batches():

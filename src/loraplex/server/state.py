@@ -63,7 +63,7 @@ class ServerState:
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
-        self._speeches: WeakKeyDictionary[Vocabulary, Speech] = WeakKeyDictionary()
+        self._row_tokenizers: WeakKeyDictionary[Vocabulary, RowTokenizer] = WeakKeyDictionary()
 
     def prepare(self) -> None:
         """Make ahead what would hold up all requests when the first one needs it."""
@@ -71,7 +71,7 @@ class ServerState:
             tokenizer = self.model.tokenizer
         except BaseModelError:  # token ids alone
             return
-        self.speech.chats.prepare()
+        self.base_row_tokenizer.chats.prepare()
         try:
             make_constraint({"type": "object"}, tokenizer, self.engine.vocab_size)
         except ConfigError as error:  # llguidance is not installed, which a request is told
@@ -80,11 +80,11 @@ class ServerState:
             logger.warning("response_format can't be used with this model: %s", error)
 
     @cached_property
-    def speech(self) -> "Speech":
+    def base_row_tokenizer(self) -> "RowTokenizer":
         """The base model's."""
-        return self._speech_with(lambda: self.model.tokenizer)
+        return self._row_tokenizer_with(lambda: self.model.tokenizer)
 
-    def speech_of(self, adapters: AdapterSpec) -> "Speech":
+    def row_tokenizer(self, adapters: AdapterSpec) -> "RowTokenizer":
         """That of a row: an adapter's which brings tokens of its own, else the base model's.
 
         Raises AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
@@ -92,17 +92,17 @@ class ServerState:
         vocabulary = self.model.registry.vocabulary(parse_adapter_spec(adapters))
         tokenizer = None if vocabulary is None else vocabulary.tokenizer
         if vocabulary is None or tokenizer is None:
-            return self.speech
-        known = self._speeches.get(vocabulary)
+            return self.base_row_tokenizer
+        known = self._row_tokenizers.get(vocabulary)
         if known is None:
-            known = self._speeches.setdefault(vocabulary, self._speech_with(lambda: tokenizer))
+            known = self._row_tokenizers.setdefault(vocabulary, self._row_tokenizer_with(lambda: tokenizer))
         return known
 
-    def _speech_with(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> "Speech":
-        return Speech(tokenizer, allow_special_tokens=self.config.access.allow_special_tokens_in_content)
+    def _row_tokenizer_with(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> "RowTokenizer":
+        return RowTokenizer(tokenizer, allow_special_tokens=self.config.access.allow_special_tokens_in_content)
 
 
-class Speech:
+class RowTokenizer:
     """How the text of some rows becomes tokens and back: a tokenizer and what is made of it, when it is asked for."""
 
     def __init__(self, tokenizer: Callable[[], PreTrainedTokenizerBase], *, allow_special_tokens: bool) -> None:

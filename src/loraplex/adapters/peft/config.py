@@ -203,7 +203,9 @@ def _contents(settings: Mapping[str, Any]) -> ContentsConfig:
     elif isinstance(rows, dict):
         rows = {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in rows.items()}
     elif rows is not None:
-        raise ConfigError(f"trainable_token_indices is {quoted(rows)}; it must be a list of token ids, or lists by name.")
+        raise ConfigError(
+            f"trainable_token_indices is {quoted(rows)}; it must be a list of token ids, or lists by name."
+        )
     if not isinstance(saved, (list, tuple)):
         raise ConfigError(f"modules_to_save is {quoted(saved)}; it must be a list of names.")
     return ContentsConfig(

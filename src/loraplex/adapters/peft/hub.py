@@ -27,12 +27,14 @@ def resolve_adapter_folder(
 ) -> Path:
     """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
 
-    Only adapter_config.json, adapter_model.safetensors, loraplex.json and a tokenizer's files are downloaded, never a pickle file. Files
-    that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to be had
-    from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one of the two
-    files).
+    Only adapter_config.json, adapter_model.safetensors, loraplex.json and a tokenizer's files are downloaded, never a
+    pickle file. Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a
+    folder nor to be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks one
+    of the first two files).
     """
-    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, *TOKENIZER_FILES])
+    folder, is_local = _resolve(
+        path_or_id, revision, cache_dir, [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, *TOKENIZER_FILES]
+    )
     if is_local:
         return folder
     if not (folder / CONFIG_FILE).is_file():

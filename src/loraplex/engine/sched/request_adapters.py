@@ -66,18 +66,18 @@ class RequestAdapters:
         self._leases.close()
 
     def check_vocabulary(self, known: Vocabulary | None) -> None:
-        """Raise AdapterChangedError if the leased versions have other tokens than those that the prompt was read with."""
+        """Raise AdapterChangedError if the leased versions have other tokens than the prompt was read with."""
         for version, _ in self.plain:
             own = version.vocabulary
             if own is not None and (known is None or own.identity != known.identity):
                 raise AdapterChangedError(
-                    f"the adapter {version.name!r} was replaced by one with other tokens after the request's prompt was "
-                    "read. Send the request again."
+                    f"the adapter {version.name!r} was replaced by one with other tokens after the request's prompt "
+                    "was read. Send the request again."
                 )
         if known is not None and all(version.vocabulary is None for version, _ in self.plain):
             raise AdapterChangedError(
-                "an adapter with tokens of its own was replaced after the request's prompt was read with them. Send the "
-                "request again."
+                "an adapter with tokens of its own was replaced after the request's prompt was read with them. Send "
+                "the request again."
             )
 
     @property

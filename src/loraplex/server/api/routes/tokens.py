@@ -14,7 +14,7 @@ from loraplex.server.api.bodies import Body, Message, TokenIds
 from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import encode_text
 from loraplex.server.api.json_route import JsonRoute, documented
-from loraplex.server.state import RequestContext, ServerState, Speech, context_of, in_thread, state_of
+from loraplex.server.state import RequestContext, RowTokenizer, ServerState, context_of, in_thread, state_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -63,18 +63,18 @@ def _adapters(model: str | None, http: Request) -> AdapterSpec:
     return None if model is None else state_of(http).catalog.choice(model, context_of(http).principal)
 
 
-def _speech(adapters: AdapterSpec, state: ServerState, context: RequestContext) -> Speech:
+def _row_tokenizer(adapters: AdapterSpec, state: ServerState, context: RequestContext) -> RowTokenizer:
     try:
-        return state.speech_of(adapters)
+        return state.row_tokenizer(adapters)
     except LoraplexError as error:
         raise context.refusal(error) from error
 
 
 def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, context: RequestContext) -> bytes:
-    speech, most = _speech(adapters, state, context), state.config.limits.max_body_values
-    tokenizer = speech.tokenizer
+    own, most = _row_tokenizer(adapters, state, context), state.config.limits.max_body_values
+    tokenizer = own.tokenizer
     if body.messages is not None:
-        ids = speech.chats.encode(
+        ids = own.chats.encode(
             as_turns(body.messages),
             most=most,
             add_generation_prompt=body.add_generation_prompt,
@@ -90,10 +90,10 @@ def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, contex
 
 
 def _detokenized(tokens: list[int], adapters: AdapterSpec, state: ServerState, context: RequestContext) -> bytes:
-    speech = _speech(adapters, state, context)
+    own = _row_tokenizer(adapters, state, context)
     vocabulary = state.model.registry.vocabulary(parse_adapter_spec(adapters))
     most = state.engine.vocab_size if vocabulary is None else vocabulary.num_tokens
     largest = max(tokens, default=0)
     if largest >= most:
         raise ApiError(BAD_REQUEST, f"the token id {largest} is none of 0 to {most - 1}.", param="tokens")
-    return orjson.dumps({"prompt": speech.tokenizer.decode(tokens)})
+    return orjson.dumps({"prompt": own.tokenizer.decode(tokens)})
