@@ -49,6 +49,7 @@ class OwnWeights:
         parameters = self._parameters
         self._check_replaced(config, shapes.replaced, parameters)
         self._check_token_rows(config, shapes.token_rows)
+        self._check_names(config, shapes)
         self._check_vocabulary(config, shapes)
         missing = [
             path
@@ -102,6 +103,18 @@ class OwnWeights:
         """Whether the file has the parameter under another of its modules' paths."""
         names = self._canonical(module_of(path)), path.rpartition(".")[2]
         return any((self._canonical(module_of(other)), other.rpartition(".")[2]) == names for other in shapes.replaced)
+
+    def _check_names(self, config: LoraConfig, shapes: ContentShapes) -> None:
+        """Raise for a module of several paths of which PEFT would replace one: the others go on with the base's."""
+        saved = {module_of(path) for path in shapes.replaced if config.contents.saves(module_of(path))}
+        for path in {*saved, *shapes.token_rows}:
+            module = self._base.get_submodule(path)
+            names = [name for name, other in self._base.named_modules(remove_duplicate=False) if other is module]
+            if len(names) > 1:
+                raise UnsupportedAdapterError(
+                    f"the adapter brings {path!r} whole or in rows, which this base model knows as {listed(names)}: "
+                    "PEFT changes it under one name alone. Adapt it by LoRA (target_modules) instead."
+                )
 
     def _check_token_rows(self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         wanted = config.contents.token_rows

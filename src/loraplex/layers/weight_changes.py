@@ -13,7 +13,7 @@ from loraplex.adapters.weights import LoraWeights, ModuleShape, TokenRows
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.layers.module_changes import EmbeddingChange, LinearChange, OtherChange
-from loraplex.layers.modules import embed_scale
+from loraplex.layers.modules import embed_scale, weight_matrix
 from loraplex.validation import listed
 
 
@@ -60,7 +60,7 @@ def module_change(
 class RowDifference(NamedTuple):
     """How a replacement's rows differ from those of a weight [out, in], or an embedding's [vocab, hidden]."""
 
-    index: Tensor  # [changed] int64  rows of both
+    rows: Tensor  # [changed] int64  those of both
     change: Tensor  # [changed, in]  new - old
     added: Tensor  # [added, in]  rows behind the base's
     size: int  # rows of the new one
@@ -124,8 +124,8 @@ def _linear_change(
         require_finite(bias, f"the change of {path!r}'s bias in the base model's dtype")
     if difference is None:
         return LinearChange(bias=_on_cpu(bias))
-    num_outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
-    index, weight, added = difference.index, difference.change.to(dtype), difference.added.to(dtype)
+    num_outputs = weight_matrix(module).shape[0]
+    index, weight, added = difference.rows, difference.change.to(dtype), difference.added.to(dtype)
     for tensor in (weight, added):
         require_finite(tensor, f"the change of {path!r} in the base model's dtype")
     return LinearChange(
@@ -140,13 +140,16 @@ def _linear_change(
 def _embedding_change(path: str, module: nn.Module, difference: RowDifference, dtype: torch.dtype) -> EmbeddingChange:
     index, change, added, size = difference
     rows = torch.zeros(len(change) + len(added) + 1, change.shape[1], dtype=dtype)
-    rows[:-1] = (torch.cat([change, added]) * embed_scale(module)).to("cpu", dtype)
+    scale = (
+        torch.tensor(embed_scale(module), dtype=torch.float64).to(weight_matrix(module).dtype).item()
+    )  # as the module rounds it
+    rows[:-1] = (torch.cat([change, added]) * scale).to("cpu", dtype)
     require_finite(rows, f"the change of {path!r} in the base model's dtype")
     places = torch.full((size,), len(rows) - 1, dtype=torch.int32)
     places[index.cpu()] = torch.arange(len(index), dtype=torch.int32)
     if len(added):
         places[-len(added) :] = torch.arange(len(index), len(rows) - 1, dtype=torch.int32)
-    return EmbeddingChange(index=places, rows=rows, size=None if size == module.weight.shape[0] else size)
+    return EmbeddingChange(index=places, rows=rows, size=None if size == weight_matrix(module).shape[1] else size)
 
 
 def _other_change(

@@ -274,7 +274,7 @@ class Mixtures:
             if version.changed:
                 raise UnsupportedAdapterError(
                     f"mixture {name!r}: the expert {version.name!r} brings its own weights of "
-                    f"{listed(version.changed)}, which have no place in a mixture: its gates are for the factors of LoRA "
-                    "layers. Use experts of factors alone."
+                    f"{listed(version.changed)}, which have no place in a mixture: its gates are for the factors of "
+                    "LoRA layers. Use experts of factors alone."
                 )
         return lora_layers(version.modules for version in versions)

@@ -223,9 +223,9 @@ def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: Modu
             f"{list(shape_b)} and {rank} in the configuration (r={config.r} and rank_pattern). All three "
             "must agree."
         )
-    for name, what in ((tensors.magnitude, "magnitude"), (tensors.bias, "bias")):
-        if name is not None and file.entries[name].shape != (shape_b[0],):
+    for vector, what in ((tensors.magnitude, "magnitude"), (tensors.bias, "bias")):
+        if vector is not None and file.entries[vector].shape != (shape_b[0],):
             raise AdapterFormatError(
-                f"{file.path}: {name!r} has shape {list(file.entries[name].shape)}; "
+                f"{file.path}: {vector!r} has shape {list(file.entries[vector].shape)}; "
                 f"expected {[shape_b[0]]}, one {what} for each output."
             )

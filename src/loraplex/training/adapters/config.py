@@ -90,6 +90,10 @@ def _check_trainable(name: str, lora: LoraConfig) -> None:
             f"job {name!r}: lora.target_modules is None; list the modules to adapt, such as ('q_proj', "
             "'v_proj'), or set 'all-linear'."
         )
+    if not lora.contents.is_empty:
+        raise UnsupportedAdapterError(
+            f"job {name!r}: lora.contents is {lora.contents}; factors alone are trained. Leave it out."
+        )
     if lora.use_dora:
         raise UnsupportedAdapterError(
             f"job {name!r}: use_dora is True, and DoRA can't be trained here: its gradient needs the norm of "
