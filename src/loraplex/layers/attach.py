@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -85,7 +84,7 @@ class AdaptableModel:
         self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
 
     def _hook_changes(self, path: str) -> list[RemovableHandle]:
-        module, order = self._base.get_submodule(path), partial(self._order_of_any, path)
+        module, order = self._base.get_submodule(path), self._order_of_any(path)
         if path in self.shapes and self.shapes[path].kind == "embedding":
             hook = ChangedEmbedding(path, order)
             return [module.register_forward_pre_hook(hook.before), module.register_forward_hook(hook)]

@@ -2,7 +2,6 @@
 
 import math
 import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from loraplex.routing.routing import current_routing
 class ChangedOutput:
     """A forward hook behind those of the LoRA layers, which may want the base's output."""
 
-    def __init__(self, path: str, order: Callable[[], RowOrder]) -> None:
+    def __init__(self, path: str, order: RowOrder) -> None:
         self.path = path
         self._order = order
 
@@ -31,7 +30,7 @@ class ChangedOutput:
         routing = current_routing()
         if routing is None or not routing.changes(self.path):
             return None
-        x, is_tokens_first = args[0], self._order() is RowOrder.TOKENS
+        x, is_tokens_first = args[0], self._order is RowOrder.TOKENS
         if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
             raise BatchError(
                 f"module {self.path!r} answers with something else than one vector for each input, which no adapter "
@@ -39,7 +38,7 @@ class ChangedOutput:
             )
         if is_tokens_first:
             x, y = x.transpose(0, 1).contiguous(), y.transpose(0, 1).contiguous()
-        plan = plan_for(routing, x.shape[:-1], -1, self.path, self._order(), acts=True)
+        plan = plan_for(routing, x.shape[:-1], -1, self.path, self._order, acts=True)
         if plan is None:
             return None
         y = self._changed(y, x, plan)
@@ -64,10 +63,14 @@ class ChangedOutput:
 class ChangedEmbedding:
     """The same behind an embedding, and a hook before it: the base is asked only for tokens that it has."""
 
-    def __init__(self, path: str, order: Callable[[], RowOrder]) -> None:
+    def __init__(self, path: str, order: RowOrder) -> None:
         self.path = path
         self._order = order
         self._now = threading.local()
+
+    def __reduce__(self) -> tuple[type, tuple[str, RowOrder]]:
+        """A copy of the model has its own, which is in no pass."""
+        return ChangedEmbedding, (self.path, self._order)
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Let token 0 stand for tokens that a row's own adapter adds."""
@@ -111,11 +114,11 @@ class ChangedEmbedding:
         routing = current_routing()
         assert routing is not None, "there is no pass"
         ids = self._as_given(ids).contiguous()
-        return ids, plan_for(routing, ids.shape, -1, self.path, self._order(), acts=True)
+        return ids, plan_for(routing, ids.shape, -1, self.path, self._order, acts=True)
 
     def _as_given(self, tensor: Tensor) -> Tensor:
         """From the module's order of rows and tokens to row after row, and back."""
-        return tensor.transpose(0, 1) if self._order() is RowOrder.TOKENS else tensor
+        return tensor.transpose(0, 1) if self._order is RowOrder.TOKENS else tensor
 
 
 def _num_tokens(module: nn.Module) -> int:

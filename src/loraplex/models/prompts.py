@@ -61,7 +61,9 @@ def encode_rows(
 
     Raises what `encode_prompts` and `model.tokenizer_of` raise.
     """
-    specs = parse_adapter_specs(adapters, len(prompts)) if prompts else []
+    if prompts:
+        parse_adapter_specs(adapters, len(prompts))  # which raises for another number of rows
+    specs = [None] * len(prompts) if adapters is None else adapters
     tokenizers = [model.tokenizer_of(spec) for spec in specs]
     if all(tokenizer is model.tokenizer for tokenizer in tokenizers):
         return encode_prompts(model.tokenizer, prompts, chat=chat), tokenizers
