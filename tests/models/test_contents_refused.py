@@ -124,6 +124,16 @@ def test_token_rows_of_a_tied_layer_with_a_bias_are_refused(tmp_path: Path) -> N
         MultiLoraModel(base).load_adapter("new", folder)
 
 
+def test_a_module_of_several_names_of_which_peft_changes_one_is_refused(tmp_path: Path) -> None:
+    base = base_model("llama")
+    folder = content_adapter(base, tmp_path / "new", targets=TARGETS, modules_to_save=["embed_tokens"])
+    base.other_name = base.get_input_embeddings()
+    model = MultiLoraModel(base)
+    with pytest.raises(UnsupportedAdapterError, match=r"'model\.embed_tokens' whole or in rows.*'other_name'"):
+        model.load_adapter("new", folder)
+    assert model.names() == []
+
+
 def test_copies_of_the_bases_own_weights_change_nothing(tmp_path: Path) -> None:
     base = base_model("llama")
     options = {"targets": ["q_proj", "embed_tokens", "lm_head"], "seed": 3}

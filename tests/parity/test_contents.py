@@ -13,7 +13,15 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from tests.parity.content_adapters import alone, base_model, folders_of, prompts, with_link, with_peft
+from tests.parity.content_adapters import (
+    alone,
+    base_model,
+    content_adapter,
+    folders_of,
+    prompts,
+    with_link,
+    with_peft,
+)
 from tests.parity.oracle import LOGIT_TOLERANCE, assert_close
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -172,3 +180,29 @@ def test_engine_answers_as_each_row_alone(served: Served) -> None:
             assert float(expected[place].max() - expected[place, token]) <= tolerance, f"{choice}, token {place}"
             for other, logprob in [(told.token_id, told.logprob), *told.top]:
                 assert abs(logprob - float(expected[place, other])) <= tolerance, f"{choice}, token {place}"
+
+
+@torch.no_grad()
+def test_16_bit_rows_are_near_those_of_peft_and_choose_by_float32_sums(tmp_path: Path) -> None:
+    base = base_model("llama").bfloat16()
+    options = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    folder = content_adapter(base, tmp_path / "a", targets=ATTENTION, seed=1, **options)
+    rows = content_adapter(base, tmp_path / "b", targets=ATTENTION, seed=2, trainable_token_indices=TOKENS)
+    model = MultiLoraModel(base_model("llama").bfloat16())
+    ids, choices = prompts(4), [None, "a", "b", None]
+    for name, path in (("a", folder), ("b", rows)):
+        model.load_adapter(name, path)
+    logits = model(ids, adapters=choices).logits
+    for row, (choice, path) in enumerate(zip(choices, (None, folder, rows, None), strict=True)):
+        expected = alone(base if path is None else with_peft(base, path), ids[row]).float()
+        error = (logits[row].float() - expected).abs().max()
+        assert error <= (0 if choice is None else 0.03) * (expected.max() - expected.min()), f"{choice}: {error}"
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, logprobs=3)
+    requests = [
+        Request(tuple(ids[row].tolist()), adapters=choice, sampling=sampling) for row, choice in enumerate(choices)
+    ]
+    with Engine(model, EngineConfig(batch_invariant=True, prefix_cache=False)) as engine:
+        together = engine.generate(requests)
+        apart = [engine.generate([request])[0] for request in requests]
+    for one, other in zip(together, apart, strict=True):
+        assert one.completions[0].logprobs == other.completions[0].logprobs
