@@ -78,12 +78,13 @@ def check_weights(adapter: Adapter) -> None:
                 f"{path!r}: lora_a has rank {ranks[0]}, lora_b {ranks[1]} and the configuration {ranks[2]}; all must "
                 "agree."
             )
-        magnitude, num_outputs = weights.magnitude, weights.lora_b.shape[1]
-        if magnitude is not None and magnitude.shape != (num_outputs,):
-            raise AdapterFormatError(
-                f"{path!r}: the magnitude has shape {list(magnitude.shape)}; expected {[num_outputs]}, one for each "
-                "output."
-            )
+        num_outputs = weights.lora_b.shape[1]
+        for what, vector in (("magnitude", weights.magnitude), ("bias", weights.bias)):
+            if vector is not None and vector.shape != (num_outputs,):
+                raise AdapterFormatError(
+                    f"{path!r}: the {what} has shape {list(vector.shape)}; expected {[num_outputs]}, one for each "
+                    "output."
+                )
         for part in ("lora_a", "lora_b", "magnitude", "bias"):
             tensor = getattr(weights, part)
             if tensor is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +33,17 @@ class Vocabulary:
     identity: str  # equal for adapters with the same tokens
 
 
-def read_vocabulary(folder: Path | None, num_tokens: int) -> Vocabulary:
+def read_vocabulary(folder: Path | None, num_tokens: int, *, num_base: int) -> Vocabulary:
     """The vocabulary of an adapter whose embedding has so many rows, with the tokenizer in its folder if one is there.
+
+    `num_base` are the base model's: other tokens that no tokenizer names are nobody else's.
 
     Raises AdapterFormatError or UnsupportedAdapterError for a tokenizer that can't be read, and BaseModelMismatchError
     for one with tokens that have no row.
     """
     if folder is None or not (folder / SETTINGS_FILE).is_file():
-        return Vocabulary(num_tokens=num_tokens, tokenizer=None, identity=f"{num_tokens}")
+        identity = "base" if num_tokens == num_base else secrets.token_hex()
+        return Vocabulary(num_tokens=num_tokens, tokenizer=None, identity=identity)
     tokenizer = _read_tokenizer(folder)
     ids = tokenizer.get_vocab()
     largest = max(ids.values(), default=0)

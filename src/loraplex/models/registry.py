@@ -77,6 +77,7 @@ class Registry:
         if isinstance(source, Adapter):
             adapter = source
             check_weights(adapter)
+            check_start(adapter.config, {path: weights.shape for path, weights in adapter.layers.items()})
             self._own_weights.check(adapter.config, content_shapes(adapter))
         else:
             with damaged_as(AdapterFormatError, source):
@@ -84,19 +85,23 @@ class Registry:
                 # before reading: a file that changes meanwhile counts as changed
                 fingerprint = folder_fingerprint(folder)
             adapter = read_adapter(folder, check_shapes=self._check_shapes, check_contents=self._own_weights.check)
-        check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
-        self._check_alora(adapter)
+        self._check_adapter(name, adapter)
+        vocabulary = self._vocabulary(adapter, folder)
         kept = without_start(adapter, self.adaptable.modules)
-        vocabulary = self._vocabulary(kept, folder)
         if kept is not adapter:  # what took so long to compute isn't computed again when it is read back
             adapter, folder = kept, None
-        self.adaptable.check(adapter.layers)
-        changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
-        self.mixtures.check_replaceable(name, adapter.layers.keys(), changed)
         # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
         self.adaptable.attach(adapter.layers)
         self.adaptable.attach_changes(self._own_weights.touched(adapter))
         self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary)
+
+    def _check_adapter(self, name: str, adapter: Adapter) -> None:
+        """Raise unless an adapter fits the base model, and the mixtures that have this name as an expert."""
+        check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        self._check_alora(adapter)
+        self.adaptable.check(adapter.layers)
+        changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
+        self.mixtures.check_replaceable(name, adapter.layers.keys(), changed)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Register a residual from a folder or from memory."""
@@ -176,7 +181,7 @@ class Registry:
         if not self._own_weights.brings_tokens(adapter):
             return None
         num_tokens = self._own_weights.vocabulary_size(adapter) or self.num_tokens
-        return read_vocabulary(folder, num_tokens)
+        return read_vocabulary(folder, num_tokens, num_base=self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
