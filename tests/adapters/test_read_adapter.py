@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.reader import ContentShapes, read_adapter
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
 from tests.adapters.folders import LAYER, lora_pair, shard, two_modules, write_folder
 
@@ -82,10 +82,14 @@ def test_copies_of_base_weights_are_kept_apart(tmp_path: Path) -> None:
     copy = torch.randn(24, 16)
     module = "base_model.model.lm_head"
     folder = write_folder(tmp_path, tensors={**lora_pair(module), f"{module}.base_layer.weight": copy})
-    assert set(read_adapter(folder).layers) == {"lm_head"}
-    copies = read_base_copies(folder)
-    assert copies.keys() == {"lm_head.weight"}
-    assert copies["lm_head.weight"].equal(copy)
+    plain = read_adapter(folder)
+    assert set(plain.layers) == {"lm_head"}
+    assert plain.has_factors_alone
+    seen: list[ContentShapes] = []
+    adapter = read_adapter(folder, check_contents=lambda _, shapes: seen.append(shapes))
+    assert seen == [ContentShapes(replaced={"lm_head.weight": (24, 16)}, token_rows={})]
+    assert adapter.replaced.keys() == {"lm_head.weight"}
+    assert adapter.replaced["lm_head.weight"].equal(copy)
 
 
 @pytest.mark.parametrize(

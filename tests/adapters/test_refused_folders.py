@@ -209,7 +209,7 @@ def replaced(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (replaced(Q_A, torch.randn(4, 0)), [repr(Q_A), "[4, 0]"]),
         (replaced("model.layers.0.q_proj.lora_A.weight", torch.randn(4, 16)), ["unknown names"]),
         (replaced(f"{LAYER}.q_proj.lora_A.default.weight", torch.randn(4, 16)), ["both", "weights of two adapters"]),
-        (replaced(f"{LAYER}.q_proj.lora_B.bias", torch.randn(24)), ["unknown names", "lora_B.bias"]),
+        (replaced(f"{LAYER}.q_proj.lora_B.bias", torch.randn(24)), ["lora_bias is False", "lora_B.bias"]),
         (replaced(f"{LAYER}.q_proj.lora_embedding_A", torch.randn(4, 16)), ["linear and of an embedding"]),
         (
             replaced(f"{LAYER}.q_proj.lora_magnitude_vector", torch.randn(24)),

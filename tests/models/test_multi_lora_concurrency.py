@@ -200,10 +200,10 @@ def test_adapters_that_load_at_once_attach_each_layer_once(tmp_path, monkeypatch
     module = model.adaptable.modules["transformer.h.0.attn.c_attn"]
     register, both_here = module.register_forward_hook, threading.Barrier(2)
 
-    def register_together(hook):
+    def register_together(hook, **options):
         with suppress(threading.BrokenBarrierError):
             both_here.wait(0.3)
-        return register(hook)
+        return register(hook, **options)
 
     monkeypatch.setattr(module, "register_forward_hook", register_together)
     threads = [threading.Thread(target=model.load_adapter, args=item) for item in gpt2_folders.items()]

@@ -77,8 +77,8 @@ BAD_FOLDERS = {
     "infinity": ({Q_A: filled(-math.inf)}, {}, AdapterFormatError, [Q_A, "1 infinite", "earlier checkpoint"]),
     "integers": ({Q_A: torch.ones(4, HIDDEN_SIZE).int()}, {}, UnsupportedAdapterError, [Q_A, "I32", "Convert"]),
     "an unsupported method": ({}, {"peft_type": "LOHA"}, UnsupportedAdapterError, ["'LOHA'", "Supported: 'LORA'"]),
-    "trained biases": ({}, {"bias": "all"}, UnsupportedAdapterError, ["bias is 'all'", "Supported: 'none'"]),
-    "modules to save": ({}, {"modules_to_save": ["lm_head"]}, UnsupportedAdapterError, ["['lm_head']", "by LoRA"]),
+    "an unknown bias": ({}, {"bias": "both"}, AdapterFormatError, ["bias is 'both'", "'lora_only'"]),
+    "no module to save": ({}, {"modules_to_save": ["lm_head"]}, AdapterFormatError, ["['lm_head']", "lm_head.weight"]),
     "a rank of zero": ({}, {"r": 0}, AdapterFormatError, ["r is 0", "at least 1"]),
 }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from loraplex.adapters.contents import ContentsConfig
 from loraplex.adapters.patterns import check_number_of_matches, check_patterns, find_matches
 from loraplex.errors import ConfigError
 from loraplex.validation import is_finite, is_whole, quoted
@@ -33,6 +34,7 @@ class LoraConfig:
     lora_dropout: float = 0.0  # training only
     fan_in_fan_out: bool = False  # of no effect here: a module's own class tells how it stores its weight
     alora_invocation_tokens: tuple[int, ...] | None = None
+    contents: ContentsConfig = field(default_factory=ContentsConfig)  # what comes beside the factors
     base_model_name_or_path: str | None = None
     task_type: str | None = None
 

@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Set
 
-from torch import Tensor
-
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.finite import require_finite
-from loraplex.adapters.peft.reader import check_copy_shape
 from loraplex.adapters.targets import expected_targets, targeted_parameters
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, UnsupportedAdapterError
@@ -55,7 +52,7 @@ def check_shapes_fit(
             f"{made_for}; load that one."
         )
     check_ranks(config.ranks_of(tuple(shapes)), shapes)
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         raise UnsupportedAdapterError(
             "target_modules is null, so PEFT would choose by architecture. List the adapted modules in it."
         )
@@ -105,32 +102,17 @@ def check_weights(adapter: Adapter) -> None:
                 f"{path!r}: lora_a has {weights.lora_a.shape[0]} rows and lora_b {weights.lora_b.shape[0]}, which are "
                 f"not those of {weights.num_experts} experts."
             )
-        magnitude, num_outputs = weights.magnitude, weights.lora_b.shape[1]
-        if magnitude is not None and magnitude.shape != (num_outputs,):
-            raise AdapterFormatError(
-                f"{path!r}: the magnitude has shape {list(magnitude.shape)}; expected {[num_outputs]}, one for each "
-                "output."
-            )
-        for part in ("lora_a", "lora_b", "magnitude"):
+        num_outputs = weights.lora_b.shape[1]
+        for what, vector in (("magnitude", weights.magnitude), ("bias", weights.bias)):
+            if vector is not None and vector.shape != (num_outputs,):
+                raise AdapterFormatError(
+                    f"{path!r}: the {what} has shape {list(vector.shape)}; expected {[num_outputs]}, one for each "
+                    "output."
+                )
+        for part in ("lora_a", "lora_b", "magnitude", "bias"):
             tensor = getattr(weights, part)
             if tensor is not None:
                 require_finite(tensor, f"{part} of {path!r}")
-
-
-def check_base_copies(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Raise BaseModelMismatchError unless each copy equals the base's parameter of that path.
-
-    `copies` come from `read_base_copies`. The two may differ in dtype: rounding to the narrower one is no
-    difference.
-    """
-    for path, copy in copies.items():
-        check_copy_shape(path, tuple(copy.shape), base)
-        weight = base[path].detach().to("cpu")
-        if not (copy.to(weight.dtype).equal(weight) or weight.to(copy.dtype).equal(copy)):
-            raise BaseModelMismatchError(
-                f"the adapter comes with other values of {path!r} than the base model has. Load the base "
-                "model that the adapter was trained on."
-            )
 
 
 def _difference(shape: ModuleShape, module: ModuleShape) -> str | None:

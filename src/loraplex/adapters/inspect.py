@@ -58,6 +58,7 @@ class AdapterReport:
     task_type: str | None
     alora_invocation_tokens: tuple[int, ...] | None
     groups: tuple[ModuleGroup, ...]
+    own_weights: tuple[str, ...] = ()  # parameters of the base model that others take the place of, whole or in rows
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +67,7 @@ class AdapterReport:
 def describe(folder: str | Path, *, ignore_unknown: bool = False) -> AdapterReport:
     """Read the adapter in `folder` and describe it; raises what `read_adapter` raises."""
     folder = Path(folder)
-    adapter = read_adapter(folder, ignore_unknown=ignore_unknown)
+    adapter = read_adapter(folder, ignore_unknown=ignore_unknown, check_contents=lambda *_: None)
     config = adapter.config
     layers = adapter.layers
     ranks = [weights.rank for weights in layers.values()]
@@ -74,18 +75,19 @@ def describe(folder: str | Path, *, ignore_unknown: bool = False) -> AdapterRepo
         name=folder.resolve().name,
         method="DoRA" if config.use_dora else "aLoRA" if config.alora_invocation_tokens else "LoRA",
         rslora=config.use_rslora,
-        min_rank=min(ranks),
-        max_rank=max(ranks),
+        min_rank=min(ranks, default=0),
+        max_rank=max(ranks, default=0),
         alphas=_distinct(list(config.alphas_of(tuple(layers)).values())),
         scalings=_distinct([weights.scaling for weights in layers.values()]),
         dtypes=_dtypes(adapter),
         num_modules=len(layers),
-        num_parameters=sum(_num_parameters(weights) for weights in layers.values()),
+        num_parameters=sum(_num_parameters(weights) for weights in layers.values()) + _num_own(adapter),
         num_bytes=adapter.num_bytes,
         base_model=config.base_model_name_or_path,
         task_type=config.task_type,
         alora_invocation_tokens=config.alora_invocation_tokens,
         groups=_groups(adapter),
+        own_weights=(*adapter.replaced, *(f"{path}.weight" for path in adapter.token_rows)),
     )
 
 
@@ -145,5 +147,10 @@ def _dtypes(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _num_parameters(weights: LoraWeights) -> int:
-    magnitude = 0 if weights.magnitude is None else weights.magnitude.numel()
-    return weights.lora_a.numel() + weights.lora_b.numel() + magnitude
+    tensors = (weights.lora_a, weights.lora_b, weights.magnitude, weights.bias)
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def _num_own(adapter: Adapter) -> int:
+    others = [*adapter.replaced.values(), *(rows.values for rows in adapter.token_rows.values())]
+    return sum(tensor.numel() for tensor in others)

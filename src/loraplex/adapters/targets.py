@@ -44,7 +44,7 @@ def _expected_modules(config: LoraConfig, modules: Mapping[str, ModuleShape], ou
         linear = [path for path, module in modules.items() if module.kind == "linear" and path != output_module]
         config = replace(config, target_modules=tuple(linear))
     excluded = _excluded(config, tuple(modules))
-    included = [path for path in modules if path not in excluded]
+    included = [path for path in modules if path not in excluded and not config.contents.excludes(path)]
     return _targeted(config, included)
 
 

@@ -1,7 +1,7 @@
 """An adapter in memory: one pair of low-rank factors for each module that it adapts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,7 @@ class LoraWeights:
     lora_b: Tensor  # [num_experts * rank, out]
     scaling: float  # alpha/r, or alpha/sqrt(r) for rsLoRA
     magnitude: Tensor | None = None  # [out], DoRA only
+    bias: Tensor | None = None  # [out], of lora_B: y += scaling * bias
     num_experts: int = 1
 
     @property
@@ -64,8 +65,8 @@ class LoraWeights:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.lora_a, self.lora_b] + ([] if self.magnitude is None else [self.magnitude])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (self.lora_a, self.lora_b, self.magnitude, self.bias)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "LoraWeights":
         """The same weights in another dtype; the DoRA magnitude stays in the dtype it has."""
@@ -76,7 +77,16 @@ class LoraWeights:
             scaling=self.scaling,
             magnitude=None if self.magnitude is None else self.magnitude.to(device),
             num_experts=self.num_experts,
+            bias=None if self.bias is None else self.bias.to(device, dtype),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of an embedding in the place of the base's."""
+
+    tokens: tuple[int, ...]
+    values: Tensor  # [tokens, hidden]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +106,24 @@ class Adapter:
     layers: Mapping[str, LoraWeights]
     places: FileOffsets | None = None  # of an adapter that was read from a file
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)  # by the base's parameter path ("lm_head.weight")
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # by the embedding's module path
 
     @property
     def num_bytes(self) -> int:
-        return sum(weights.num_bytes for weights in self.layers.values())
+        others = [*self.replaced.values(), *(rows.values for rows in self.token_rows.values())]
+        return sum(weights.num_bytes for weights in self.layers.values()) + sum(
+            tensor.numel() * tensor.element_size() for tensor in others
+        )
+
+    @property
+    def has_factors_alone(self) -> bool:
+        """Whether it brings nothing beside plain factors."""
+        has_biases = any(weights.bias is not None for weights in self.layers.values())
+        return not self.replaced and not self.token_rows and not has_biases and self.config.contents.is_empty
 
     def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Adapter":
         layers = {path: weights.to(dtype, device) for path, weights in self.layers.items()}
-        return Adapter(config=self.config, layers=layers, end_tokens=self.end_tokens)
+        replaced = {path: tensor.to(device, dtype) for path, tensor in self.replaced.items()}
+        rows = {path: replace(own, values=own.values.to(device, dtype)) for path, own in self.token_rows.items()}
+        return replace(self, layers=layers, places=None, replaced=replaced, token_rows=rows)

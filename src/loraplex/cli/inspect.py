@@ -14,6 +14,7 @@ from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
 from loraplex.cli.options import IgnoreUnknown, summary_table
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.report import ResidualLayerReport, ResidualReport, describe_residual
+from loraplex.validation import listed
 
 
 def inspect(
@@ -49,6 +50,8 @@ def _summary(report: AdapterReport) -> Table:
     }
     if report.alora_invocation_tokens is not None:
         rows["invocation tokens"] = " ".join(map(str, report.alora_invocation_tokens))
+    if report.own_weights:
+        rows["own weights of"] = listed(report.own_weights)
     return summary_table(rows)
 
 

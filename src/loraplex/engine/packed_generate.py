@@ -6,6 +6,7 @@ values without padding, decoder layers in one compiled call.
 """
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
@@ -237,8 +239,12 @@ class PackedCall:
                 if chunk.wants_logits:
                     assert result.logits is not None, "a pass that ends a row's tokens returned no logits"
                     found[sequence] = result.logits.float()
-        first = next(iter(found.values()))
-        return torch.stack([found.get(sequence, torch.zeros_like(first)) for sequence in rows])
+        widest = max(found.values(), key=len)  # adapters may have tokens of their own
+        padded = {
+            sequence: pad(own, (0, len(widest) - len(own)), value=-math.inf) if len(own) < len(widest) else own
+            for sequence, own in found.items()
+        }
+        return torch.stack([padded.get(sequence, torch.zeros_like(widest)) for sequence in rows])
 
     def _take(self, sequence: SequenceState, token: int, goes_on: bool) -> None:
         if not goes_on:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
+from loraplex.layers.changed_output import ChangedEmbedding, ChangedOutput
 from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, restore_first_weight
 from loraplex.layers.former_names import layout_of
 from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
@@ -47,11 +48,16 @@ class AdaptableModel:
         self.modules: dict[str, nn.Module] = {path: base.get_submodule(self._module_path(path)) for path in self.paths}
         self.output_module = output_module(base)
         self.layout = layout_of(base, self.shapes)
+        embedding = next((path for path, shape in self.shapes.items() if shape.kind == "embedding"), None)
+        # The input embedding and the output layer, as far as there are such: they have a row for each token.
+        self.tables = tuple(path for path in (embedding, self.output_module) if path is not None)
         self._handles: dict[str, RemovableHandle] = {}
         self._hooks: dict[str, GatedLinear | GatedEmbedding] = {}
         self._lora_linears: set[str] = set()
         self._adapted_parameters: set[str] = set()
         self._others: dict[str, Sequence[Removable]] = {}
+        self._changed: dict[str, Sequence[RemovableHandle]] = {}  # modules whose own weights adapters change
+        self._other_orders: dict[str, RowOrder] = {}  # of modules that factors can't adapt
         self._was_detached = False
         self._probe: RowProbe | None = None
         self._shared: SharedInputs[LoraLinear] = SharedInputs()
@@ -112,6 +118,36 @@ class AdaptableModel:
             self._attach(paths)
         self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
 
+    def attach_changes(self, paths: Iterable[str]) -> None:
+        """Let adapters change these modules' own weights; behind the LoRA layers, which read the base's output."""
+        with self._lock:
+            new = [path for path in paths if path not in self._changed]
+            if not new:
+                return
+            self._probed()
+            self._probe_others([path for path in new if path not in self.shapes])
+            for path in new:
+                self._changed[path] = self._hook_changes(path)
+        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+
+    def _hook_changes(self, path: str) -> list[RemovableHandle]:
+        module, order = self._base.get_submodule(path), self._order_of_any(path)
+        if path in self.shapes and self.shapes[path].kind == "embedding":
+            hook = ChangedEmbedding(path, order)
+            return [module.register_forward_pre_hook(hook.before), module.register_forward_hook(hook)]
+        return [module.register_forward_hook(ChangedOutput(path, order))]
+
+    def _probe_others(self, paths: Sequence[str]) -> None:
+        """Learn in which order modules that factors can't adapt, norms, see the rows."""
+        modules = {path: self._base.get_submodule(path) for path in paths}
+        widths = {path: next(module.parameters()).shape[-1] for path, module in modules.items()}
+        shapes = {path: ModuleShape(kind="linear", in_features=n, out_features=n) for path, n in widths.items()}
+        if modules:
+            self._other_orders |= probe_rows(self._base, modules, shapes).orders
+
+    def _order_of_any(self, path: str) -> RowOrder:
+        return self._other_orders.get(path) or self._order(path)
+
     def attach_all_plain_linears(self) -> None:
         """Attach a LoRA layer to every plain nn.Linear, so that all of them can decode fast."""
         with self._lock:
@@ -132,7 +168,7 @@ class AdaptableModel:
                 continue
             layer_class = GatedEmbedding if self.shapes[path].kind == "embedding" else GatedLinear
             self._hooks[path] = layer_class(index, path, self._order(path))
-            self._handles[path] = module.register_forward_hook(self._hooks[path])
+            self._handles[path] = module.register_forward_hook(self._hooks[path], prepend=True)
 
     def _attach_parameter(self, path: str) -> None:
         module, owner, order = self.modules[path], self._module_path(path), self._order(path)
@@ -168,11 +204,15 @@ class AdaptableModel:
             if name not in self._others:
                 self._others[name] = attach()
 
-    def check_attached(self, modules: Iterable[int]) -> None:
-        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules."""
+    def check_attached(self, modules: Iterable[int], changed: Iterable[str] = ()) -> None:
+        """Raise RequestError if the base model has been given back, and with it the LoRA layers of these modules.
+
+        `changed` are the paths of those whose own weights an adapter changes.
+        """
         if not self._was_detached:
             return
         missing = [path for path in (self.paths[i] for i in modules) if path not in self._attached_paths()]
+        missing += [path for path in changed if path not in self._changed]
         if missing:
             raise RequestError(
                 f"the LoRA layers were detached from the base model, so that adapters have no effect at "
@@ -193,7 +233,9 @@ class AdaptableModel:
         """Give the base model back as it was."""
         with self._lock:
             self._was_detached = True
-            for handle in (handle for handles in self._others.values() for handle in handles):
+            for handle in (
+                handle for all_ in (self._others, self._changed) for some in all_.values() for handle in some
+            ):
                 handle.remove()
             self._others.clear()
             for handle in self._handles.values():
@@ -208,6 +250,7 @@ class AdaptableModel:
             for module in {self.modules[path] for path in self._adapted_parameters}:
                 become_plain_router(module) if isinstance(module, LoraRouter) else become_plain_experts(module)
             self._handles.clear()
+            self._changed.clear()
             self._hooks.clear()
             self._lora_linears.clear()
             self._adapted_parameters.clear()

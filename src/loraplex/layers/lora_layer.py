@@ -150,10 +150,13 @@ def add_dora_scales(module: int, y: Tensor, base_y: Tensor, plan: RoutingPlan, *
     return total.view_as(y)
 
 
-def plan_for(routing: Routing, layout: torch.Size, module: int, path: str, order: RowOrder) -> RoutingPlan | None:
+def plan_for(
+    routing: Routing, layout: torch.Size, module: int, path: str, order: RowOrder, *, acts: bool | None = None
+) -> RoutingPlan | None:
     """The plan for what a module sees: [sequences, tokens] or flattened tokens, equally many for each row.
 
-    None where the layout is another and no row adapts the module. Raises BatchError where the layout doesn't tell
+    `acts`: whether a row's adapters do something there; None: if they adapt the module. None where the layout is
+    another and no row's do. Raises BatchError where the layout doesn't tell
     which tokens are whose and that makes a difference.
     """
     if layout.numel() == 0:
@@ -162,7 +165,7 @@ def plan_for(routing: Routing, layout: torch.Size, module: int, path: str, order
         num_sequences = layout[0] if len(layout) > 1 else math.gcd(layout.numel(), routing.num_rows)
         if routing.takes(num_sequences):
             return routing.plan_for(num_sequences, layout.numel() // num_sequences)
-    if not routing.adapts(module):
+    if not (routing.adapts(module) if acts is None else acts):
         return None
     if routing.is_uniform:
         return routing.uniform_plan(layout.numel())

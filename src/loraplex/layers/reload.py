@@ -91,6 +91,7 @@ def read_back_of(
     if (
         places is None
         or not adapter.layers
+        or not adapter.has_factors_alone
         or any(weights.magnitude is not None or weights.num_experts > 1 for weights in adapter.layers.values())
     ):
         return None

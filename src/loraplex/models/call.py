@@ -17,6 +17,7 @@ from loraplex.layers.passes import cached_length
 from loraplex.layers.row_positions import use_row_positions
 from loraplex.models.end_tokens import generation_ends, stop_rows
 from loraplex.models.registry import Registry
+from loraplex.models.row_vocabularies import RowVocabularies
 from loraplex.models.scope import RowTokens, adapter_scope
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.scope import AttentionScope
@@ -55,7 +56,7 @@ class Call:
     @contextmanager
     def running(self) -> Iterator[Ran]:
         """Run the base model's call inside. Raises what is wrong with the request before anything runs."""
-        _ = self.row_tokens
+        _ = self.row_tokens, self.vocabularies
         tokens, ends = self._tokens, self.row_ends
         links, chains = self.registry.linked.split(self.links)
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
@@ -95,6 +96,28 @@ class Call:
     def links(self) -> list[Link]:
         """By row, its adapters. Raises BatchError or LinkSyntaxError."""
         return parse_adapter_specs(self.adapters, 0 if self._tokens is None else self._tokens.shape[0])
+
+    @cached_property
+    def vocabularies(self) -> RowVocabularies:
+        """By row, how many tokens it has; `generate` is told, by its options, of those that it must not choose.
+
+        Raises RequestError for a link of adapters with different tokens, and for tokens that a row doesn't have.
+        """
+        found = [self.registry.vocabulary(link) for link in self.links]
+        if all(own is None for own in found):
+            return RowVocabularies([], 0)
+        num_base = self.registry.num_tokens
+        made = RowVocabularies([num_base if own is None else own.num_tokens for own in found], num_base)
+        made.check(self.input_ids, self.inputs)
+        if self.generates and not made.is_plain:
+            self.inputs["logits_processor"] = [*(self.inputs.get("logits_processor") or ()), made]
+        return made
+
+    def mask_logits(self, output: Any) -> None:
+        """Let the logits of tokens that a row doesn't have be -inf."""
+        logits = getattr(output, "logits", None)
+        if not self.generates and not self.vocabularies.is_plain and isinstance(logits, Tensor):
+            output.logits = self.vocabularies.mask(logits)
 
     @cached_property
     def row_ends(self) -> list[tuple[int, ...]]:

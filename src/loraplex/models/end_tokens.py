@@ -31,12 +31,18 @@ class TrainingEnds:
         return tuple(dict.fromkeys(token for token in (self.turn, self.plain) if token is not None))
 
 
-def end_token_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """The tokens that end an answer of the base model: those of all three places; without tokenizer, of the first."""
+def end_token_ids(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, num_tokens: int | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer of the base model: those of all three places; without tokenizer, of the first.
+
+    With an adapter's own tokenizer, `num_tokens` are the rows of its embedding.
+    """
     named: list[int] = list(generation_ends(base))
     if tokenizer is not None:
         named += [token for token in (tokenizer.eos_token_id, turn_end(tokenizer)) if token is not None]
-    return tuple(dict.fromkeys(token for token in named if 0 <= token < _vocab_size(base)))
+    most = _vocab_size(base) if num_tokens is None else num_tokens
+    return tuple(dict.fromkeys(token for token in named if 0 <= token < most))
 
 
 def generation_ends(base: PreTrainedModel, generation: Mapping[str, Any] | None = None) -> tuple[int, ...]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.kernels.int8_weight import COLUMN, GROUP, Int8Weight, can_be_int8, hold_int8
+from loraplex.kernels.int8_weight import COLUMN, GROUP, can_be_int8, hold_int8
 from loraplex.kernels.native import native_available
 from loraplex.large_memory import LargeMemory
 from loraplex.layers.modules import output_module
@@ -86,16 +86,6 @@ def mark_as_int8(base: PreTrainedModel) -> None:
         logger.info(
             "weights that stay in bfloat16: %s", ", ".join(f"{count} of {kind}" for kind, count in kept.items())
         )
-
-
-def without_quantized(copies: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The copies of base weights, by path, but for those that the base's 8-bit weights were made of."""
-    left = {}
-    for path, copied in copies.items():
-        weight = base[path]
-        if not (isinstance(weight, Int8Weight) and weight.is_made_of(copied)):
-            left[path] = copied
-    return left
 
 
 def _other_linear_weights(base: PreTrainedModel) -> Mapping[str, int]:

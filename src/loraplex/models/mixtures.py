@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.names import check_name
 from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import (
     AdapterExistsError,
     AdapterFormatError,
@@ -275,13 +276,21 @@ class Mixtures:
                 f"model.unload({users[0]!r})."
             )
 
-    def check_replaceable(self, adapter: str, paths: Collection[str], *, is_dora: bool) -> None:
+    def check_replaceable(
+        self, adapter: str, paths: Collection[str], changed: Collection[str] = (), *, is_dora: bool
+    ) -> None:
         """Raise MixtureError if a new version of an expert can't be one of the mixtures that have it.
 
-        It would change the LoRA layers that heads were made for, or is a DoRA beside a router.
+        It would change the LoRA layers that heads were made for, or modules' own weights, whose paths are `changed`, or
+        is a DoRA beside a router.
         """
         with self._lock:
             for name in self.using(adapter):
+                if changed:
+                    raise MixtureError(
+                        f"adapter {adapter!r} is an expert of mixture {name!r}, and the new version brings its own "
+                        f"weights of {listed(changed)}, which have no place in a mixture. Unload the mixture first."
+                    )
                 mixture = self._mixtures[name]
                 if is_dora and isinstance(mixture, RoutedMixture):
                     raise MixtureError(
@@ -298,9 +307,9 @@ class Mixtures:
                         "that adapts the same modules, or unload the mixture first."
                     )
 
-    def check_attached(self, modules: Iterable[int]) -> None:
-        """Raise RequestError if the modules have lost their LoRA layers."""
-        self._adaptable.check_attached(modules)
+    def check_attached(self, version: AdapterVersion) -> None:
+        """Raise RequestError if the modules that an adapter adapts or changes have lost their layers."""
+        self._adaptable.check_attached(version.modules, version.changed)
 
     def expand(self, links: Sequence[Link]) -> tuple[dict[str, AnyMixture], list[str]]:
         """The mixtures that links name, and all adapters that they need: named ones and experts."""
@@ -377,6 +386,12 @@ class Mixtures:
                     f"mixture {name!r}: the expert {version.name!r} adapts the parameters {listed(parameters)} "
                     "(target_parameters), for which X-LoRA defines no scalings: they belong to no LoRA layer with one "
                     "input for each token. Use experts that adapt modules only."
+                )
+            if version.changed:
+                raise UnsupportedAdapterError(
+                    f"mixture {name!r}: the expert {version.name!r} brings its own weights of "
+                    f"{listed(version.changed)}, which have no place in a mixture: its gates are for the factors of "
+                    "LoRA layers. Use experts of factors alone."
                 )
         return lora_layers(version.modules for version in versions)
 

@@ -31,7 +31,7 @@ from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
 from loraplex.routers.config import RouterConfig
-from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
@@ -123,6 +123,15 @@ class MultiLoraModel:
                 "MultiLoraModel.from_pretrained(path), or MultiLoraModel(base, source=path)."
             )
         return load_tokenizer(self._source)
+
+    def tokenizer_of(self, adapters: AdapterSpec) -> PreTrainedTokenizerBase:
+        """The tokenizer of a row's text: that of an adapter which brings tokens of its own, else the base model's.
+
+        Raises LinkSyntaxError, AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
+        """
+        vocabulary = self.registry.vocabulary(parse_adapter_spec(adapters))
+        own = None if vocabulary is None else vocabulary.tokenizer
+        return self.tokenizer if own is None else own
 
     def encode_chat(self, prompts: Sequence[str | Sequence[Mapping[str, str]]]) -> BatchEncoding:
         """Each prompt, a user's turn or the messages of a chat, in the model's chat template, on its device.
@@ -339,7 +348,7 @@ class MultiLoraModel:
             generates=True,
             fast_decode=self._fast_decode,
         )
-        _ = call.row_ends
+        _ = call.row_ends, call.vocabularies
         if return_scalings:
             self.mixtures.check_told(call.links)
         prepared = "" if packed is False else self._packed_call(call)
@@ -369,6 +378,7 @@ class MultiLoraModel:
         with call.running() as ran:
             output = run(input_ids=call.input_ids, attention_mask=call.attention_mask, **call.inputs)
         call.note_cached(output)
+        call.mask_logits(output)
         sequences = call.input_ids
         if call.generates:
             sequences = output if isinstance(output, Tensor) else output.sequences

@@ -1,5 +1,6 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.adapters.fit import check_base_copies, check_fits, check_parameters, check_shapes_fit, check_weights
+from loraplex.adapters.fit import check_fits, check_parameters, check_shapes_fit, check_weights
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
-from loraplex.adapters.peft.reader import read_adapter, read_base_copies
+from loraplex.adapters.peft.reader import content_shapes, read_adapter
 from loraplex.adapters.peft.single_experts import (
     SingleExpertNames,
     names_single_experts,
@@ -21,13 +22,15 @@ from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
 from loraplex.adapters.store.version import folder_fingerprint
+from loraplex.adapters.vocabulary import Vocabulary, read_vocabulary
 from loraplex.adapters.weights import Adapter, ModuleShape
-from loraplex.errors import AdapterExistsError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.errors import AdapterExistsError, AdapterFormatError, RequestError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
+from loraplex.layers.adapter_start import check_start, without_start
 from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.former_experts import former_experts
-from loraplex.models.int8_base import without_quantized
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.quantized_base import tell_other_precision
@@ -53,6 +56,7 @@ class Registry:
     def __init__(self, base: PreTrainedModel, config: StoreConfig) -> None:
         self._base = base
         self.adaptable = AdaptableModel(base)
+        self._own_weights = OwnWeights(base, self.adaptable)
         shapes = self.adaptable.shapes.items()
         stacked = {path: shape.num_experts for path, shape in shapes if shape.kind == "moe experts"}
         slots = Slots(config.num_slots, self.adaptable.paths, base.device, num_experts=stacked)
@@ -94,6 +98,8 @@ class Registry:
         if isinstance(source, Adapter):
             adapter = source
             check_weights(adapter)
+            check_start(adapter.config, {path: weights.shape for path, weights in adapter.layers.items()})
+            self._own_weights.check(adapter.config, content_shapes(adapter))
         else:
             with damaged_as(AdapterFormatError, source):
                 folder = resolve_adapter_folder(source, revision=revision).absolute()
@@ -101,21 +107,32 @@ class Registry:
                 fingerprint = folder_fingerprint(folder)
             layout = self.adaptable.layout
             adapter = read_adapter(
-                folder, check_shapes=self._check_shapes, layout=layout, ignore_unknown=ignore_unknown
+                folder,
+                check_shapes=self._check_shapes,
+                check_contents=self._own_weights.check,
+                layout=layout,
+                ignore_unknown=ignore_unknown,
             )
-            parameters = dict(self._base.named_parameters(remove_duplicate=False))
-            copies = read_base_copies(folder, parameters, layout=layout)
-            check_base_copies(without_quantized(copies, parameters), parameters)
         adapter = self._with_stacked_experts(adapter)
+        self._check_adapter(name, adapter)
+        vocabulary = self._vocabulary(adapter, folder)
+        kept = without_start(adapter, self.adaptable.modules)
+        if kept is not adapter:  # what took so long to compute isn't computed again when it is read back
+            adapter, folder = kept, None
+        # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
+        self.adaptable.attach(adapter.layers)
+        self.adaptable.attach_changes(self._own_weights.touched(adapter))
+        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary)
+
+    def _check_adapter(self, name: str, adapter: Adapter) -> None:
+        """Raise unless an adapter fits the base model, and the mixtures that have this name as an expert."""
         check_parameters(adapter.config, self._parameter_names(), self.adaptable.shapes)
         check_fits(adapter, self.adaptable.shapes, output_module=self.adaptable.output_module)
         self._check_alora(adapter)
         self.adaptable.check(adapter.layers)
-        self.mixtures.check_replaceable(name, adapter.layers.keys(), is_dora=adapter.config.use_dora)
+        changed = self._own_weights.changes(adapter, self._base.dtype).keys() if self.mixtures.using(name) else ()
+        self.mixtures.check_replaceable(name, adapter.layers.keys(), changed, is_dora=adapter.config.use_dora)
         tell_other_precision(adapter.config.base_model_name_or_path, self._base)
-        # First the layers, which do nothing without adapters: a request may use the name once the store knows it.
-        self.adaptable.attach(adapter.layers)
-        self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint)
 
     def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
         """Register a residual from a folder or from memory."""
@@ -217,6 +234,37 @@ class Registry:
         ends += [token for member in chain for token in getattr(member.residual, "end_tokens", ())]
         return tuple(dict.fromkeys(ends))
 
+    def vocabulary(self, link: Link) -> Vocabulary | None:
+        """The tokens of a row's link; None: the base model's.
+
+        Raises AdapterNotFoundError, and RequestError for adapters whose tokens differ.
+        """
+        (others,), _ = self.linked.split([link])
+        _, names = self.mixtures.expand([others])
+        versions = [self.store.version(name) for name in dict.fromkeys(names)]
+        found = [(version.name, version.vocabulary) for version in versions if version.vocabulary is not None]
+        for name, vocabulary in found[1:]:
+            first_name, first = found[0]
+            if vocabulary.identity != first.identity:
+                raise RequestError(
+                    f"the link joins {first_name!r} and {name!r}, whose tokens differ ({first.num_tokens} and "
+                    f"{vocabulary.num_tokens} rows of the embedding, or other tokenizers): one text can't be both's. "
+                    "Use them in rows of their own."
+                )
+        return found[0][1] if found else None
+
+    def _vocabulary(self, adapter: Adapter, folder: Path | None) -> Vocabulary | None:
+        """Of an adapter that brings rows of the embedding. Raises what `read_vocabulary` raises."""
+        if not self._own_weights.brings_tokens(adapter):
+            return None
+        num_tokens = self._own_weights.vocabulary_size(adapter) or self.num_tokens
+        return read_vocabulary(folder, num_tokens, num_base=self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the base model's embedding."""
+        return int(next(self._base.get_input_embeddings().parameters()).shape[0])
+
     def unload(self, name: str) -> None:
         """Forget what has this name. Raises AdapterNotFoundError, or MixtureError for an expert in use."""
         if name in self.mixtures:
@@ -251,6 +299,7 @@ class Registry:
             config, shapes = stacked_shapes(config, shapes, former)
         check_parameters(config, self._parameter_names(), self.adaptable.shapes)
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
+        check_start(config, shapes)
 
     def _with_stacked_experts(self, adapter: Adapter) -> Adapter:
         """The adapter, converted as PEFT does it where it has weights of single experts that the base stacks."""
@@ -276,14 +325,21 @@ class Registry:
 
     def _read_again(self, folder: Path) -> Adapter:
         """An adapter that was read before: its unknown settings were accepted then."""
-        adapter = read_adapter(folder, check_finite=False, layout=self.adaptable.layout, ignore_unknown=True)
+        adapter = read_adapter(
+            folder,
+            check_finite=False,
+            check_contents=self._own_weights.check,
+            layout=self.adaptable.layout,
+            ignore_unknown=True,
+        )
         return self._with_stacked_experts(adapter)
 
     def _parameter_names(self) -> list[str]:
         return [name for name, _ in self._base.named_parameters(remove_duplicate=False)]
 
     def _prepare(self, adapter: Adapter) -> PreparedAdapter:
-        return prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+        prepared = prepare_adapter(adapter, self.adaptable.modules, self.adaptable.module_index, self._base.dtype)
+        return dataclasses.replace(prepared, changes=self._own_weights.changes(adapter, self._base.dtype))
 
 
 def _shared_name(name_or_path: str | None) -> str | None:

@@ -49,7 +49,7 @@ def adapter_scope(
     with store.lease(names) as leased:
         rows = [_routes(link, leased, tokens, row, found) for row, link in enumerate(links)]
         for version in leased.values():
-            mixtures.check_attached(version.modules)
+            mixtures.check_attached(version)
         uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
         if not uses:
             with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):

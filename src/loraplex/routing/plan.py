@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loraplex.adapters.store.module_change import ModuleChange
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.kernels.dispatch import (
     Kernel,
@@ -57,9 +58,11 @@ class RoutingPlan:
         self._groups: dict[frozenset[int], TokenGroups] = {}
         self._adapted: set[int] = set()
         self._gained: set[int] = set()
+        self._changed: set[str] = set()
         for slot in {segment.slot for segment in self.segments}:
             self._adapted.update(bank.layers(slot))
             self._gained.update(bank.dora_scaled(slot))
+            self._changed.update(bank.changes(slot))
         self._native_arguments: dict[int, Adapters] = {}
         self._kernel: Kernel | None = None
         self._fast_decode = fast_decode and bank.native_table() is not None
@@ -94,6 +97,20 @@ class RoutingPlan:
     def has_dora_scales(self) -> bool:
         """Whether a DoRA adapter of this batch takes a share of any module's base output."""
         return bool(self._gained)
+
+    def changes(self, path: str) -> bool:
+        """Whether an adapter of this batch changes the own weights of the module at `path`."""
+        return path in self._changed
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether an adapter of this batch changes any module's own weights."""
+        return bool(self._changed)
+
+    def changes_of(self, path: str) -> list[tuple[Segment, ModuleChange]]:
+        """The segments whose adapters change the module, with what they change."""
+        pairs = ((segment, self.bank.changes(segment.slot).get(path)) for segment in self.segments)
+        return [(segment, change) for segment, change in pairs if change is not None]
 
     def kernel(self, x: Tensor, *, needs_grad: bool) -> Kernel:
         """Which kernel runs this plan on inputs like x; decided once, since a plan meets one dtype and device."""

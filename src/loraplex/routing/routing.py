@@ -36,6 +36,10 @@ class Routing(Protocol):
         """Whether any row adapts the module."""
         ...
 
+    def changes(self, path: str) -> bool:
+        """Whether any row's adapter changes the own weights of the module at `path`."""
+        return False
+
     def takes(self, num_sequences: int) -> bool:
         """Whether so many sequences are the rows, each equally often."""
         return True

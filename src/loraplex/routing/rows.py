@@ -81,6 +81,10 @@ class RowRouting(Routing):
             self._adapted = {module for slot in slots for module in self.bank.layers(slot)}
         return module in self._adapted
 
+    def changes(self, path: str) -> bool:
+        """Whether any row's adapter changes the own weights of the module at `path`."""
+        return any(path in self.bank.changes(route.slot) for row in self.rows for route in row)
+
     def takes(self, num_sequences: int) -> bool:
         """Whether so many sequences are the rows, each equally often."""
         return num_sequences % self.num_rows == 0

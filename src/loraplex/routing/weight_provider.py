@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.expert_table import ExpertTable
+from loraplex.adapters.store.module_change import ModuleChange
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.store.slots import Slots
 
@@ -25,6 +26,10 @@ class WeightProvider(Protocol):
 
     def dora_scaled(self, slot: int) -> frozenset[int]:
         """The modules where the slot's adapter, a DoRA, takes a share of the base output."""
+        ...
+
+    def changes(self, slot: int) -> Mapping[str, ModuleChange]:
+        """By path, what the slot's adapter changes about modules' own weights."""
         ...
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
@@ -57,6 +62,13 @@ class SlotWeightProvider:
 
     def dora_scaled(self, slot: int) -> frozenset[int]:
         return self._slots.held(slot).dora_scaled
+
+    def changes(self, slot: int) -> Mapping[str, ModuleChange]:
+        return self._slots.held(slot).changes
+
+    def num_tokens(self, slot: int) -> int | None:
+        """How many tokens have logits in the slot's rows; None: those of the base model."""
+        return self._slots.held(slot).num_tokens
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return 0.0, None

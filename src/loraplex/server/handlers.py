@@ -20,7 +20,15 @@ from loraplex.server.api.json_route import documented
 from loraplex.server.api.response_parts import Extras, News, usage
 from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
-from loraplex.server.state import RequestContext, ServerState, context_of, in_thread, state_of, until_client_leaves
+from loraplex.server.state import (
+    RequestContext,
+    RowTokenizer,
+    ServerState,
+    context_of,
+    in_thread,
+    state_of,
+    until_client_leaves,
+)
 
 _FIELDS = ("id", "object", "created", "model", "choices", "usage")
 ANSWERS = documented("The answers.", 400, 401, 404, 429, required=_FIELDS, media="text/event-stream")
@@ -32,6 +40,7 @@ class ApiCall(Protocol):
     prompts: list[Any]
     n: int
     extras: Extras
+    row_tokenizer: RowTokenizer
     requests: list[Request]
     envelope: dict[str, Any]
 
@@ -81,9 +90,9 @@ async def _chunks(
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def chunk(news: News) -> list[bytes]:
-        choice = call.chunk_choice(news) | call.extras.live(news, state.texts)
+        choice = call.chunk_choice(news) | call.extras.live(news, call.row_tokenizer.texts)
         if news.completion is not None:
-            choice |= call.extras.of(news.completion, state.texts)
+            choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
         return sse_pieces(call.envelope | {"choices": [choice]} | nothing)
 
     async for events in run.batches():

@@ -12,16 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from fastapi import Request as HttpRequest
 from starlette.types import Receive
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
+from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
 from loraplex.server.auth.access import Principal, VisibleModels
@@ -61,6 +63,7 @@ class ServerState:
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
+        self._row_tokenizers: WeakKeyDictionary[Vocabulary, RowTokenizer] = WeakKeyDictionary()
 
     def prepare(self) -> None:
         """Make ahead what would hold up all requests when the first one needs it."""
@@ -68,7 +71,7 @@ class ServerState:
             tokenizer = self.model.tokenizer
         except BaseModelError:  # token ids alone
             return
-        self.chats.prepare()
+        self.base_row_tokenizer.chats.prepare()
         try:
             make_constraint({"type": "object"}, tokenizer, self.engine.vocab_size)
         except ConfigError as error:  # llguidance is not installed, which a request is told
@@ -77,13 +80,46 @@ class ServerState:
             logger.warning("response_format can't be used with this model: %s", error)
 
     @cached_property
+    def base_row_tokenizer(self) -> "RowTokenizer":
+        """The base model's."""
+        return self._row_tokenizer_with(lambda: self.model.tokenizer)
+
+    def row_tokenizer(self, adapters: AdapterSpec) -> "RowTokenizer":
+        """That of a row: an adapter's which brings tokens of its own, else the base model's.
+
+        Raises AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
+        """
+        vocabulary = self.model.registry.vocabulary(parse_adapter_spec(adapters))
+        tokenizer = None if vocabulary is None else vocabulary.tokenizer
+        if vocabulary is None or tokenizer is None:
+            return self.base_row_tokenizer
+        known = self._row_tokenizers.get(vocabulary)
+        if known is None:
+            known = self._row_tokenizers.setdefault(vocabulary, self._row_tokenizer_with(lambda: tokenizer))
+        return known
+
+    def _row_tokenizer_with(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> "RowTokenizer":
+        return RowTokenizer(tokenizer, allow_special_tokens=self.config.access.allow_special_tokens_in_content)
+
+
+class RowTokenizer:
+    """How the text of some rows becomes tokens and back: a tokenizer and what is made of it, when it is asked for."""
+
+    def __init__(self, tokenizer: Callable[[], PreTrainedTokenizerBase], *, allow_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._allow_special_tokens = allow_special_tokens
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer()
+
+    @cached_property
     def chats(self) -> ChatEncoder:
-        allowed = self.config.access.allow_special_tokens_in_content
-        return ChatEncoder(self.model.tokenizer, allow_special_tokens=allowed)
+        return ChatEncoder(self.tokenizer, allow_special_tokens=self._allow_special_tokens)
 
     @cached_property
     def texts(self) -> "TokenTexts":
-        return TokenTexts(self.model.tokenizer)
+        return TokenTexts(self.tokenizer)
 
 
 @dataclass

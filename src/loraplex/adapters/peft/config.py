@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.config import LoraConfig
+from loraplex.adapters.contents import ContentsConfig, Start
 from loraplex.adapters.patterns import find_matches
 from loraplex.adapters.peft.known_settings import HARMLESS, METADATA, SWITCHES, switch
 from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
@@ -21,12 +22,17 @@ _REFUSED = {
     "arrow_config": "it routes between several adapters; load those, and make a mixture of them with ArrowConfig",
     "kasa_config": "it removes singular values from the base model's weights; merge it with PEFT instead",
     "layer_replication": "it changes the layers of the base model; load a base model that has these layers",
-    "lora_bias": "its lora_B has a bias; train with lora_bias=False",
     "megatron_config": "it is for Megatron's parallel layers; convert it to a plain LoRA",
-    "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
-    "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
     "use_bdlora": "its factors are block-diagonal; write them out as full matrices",
     "use_qalora": "its factors belong to pooled inputs of a quantized base; train with use_qalora=False",
+}
+
+# Settings by which an adapter brings more than factors: `load_adapter` honours them, other readers refuse them.
+_CONTENTS = {
+    "bias": "biases of the base model come with it; train with bias='none'",
+    "lora_bias": "its lora_B has a bias; train with lora_bias=False",
+    "modules_to_save": "whole modules come with it; adapt them by LoRA (target_modules) instead",
+    "trainable_token_indices": "rows of the embedding come with it; adapt the embedding by LoRA instead",
 }
 
 _INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -46,9 +52,10 @@ _SEQUENCES = (
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def read_peft_config(folder: Path, *, ignore_unknown: bool = False) -> LoraConfig:
+def read_peft_config(folder: Path, *, ignore_unknown: bool = False, contents: bool = False) -> LoraConfig:
     """Read and check `folder`/adapter_config.json. `ignore_unknown` leaves out settings that aren't known, with a
-    warning; they may change what the adapter computes. target_modules may be None (see default_targets.py).
+    warning; they may change what the adapter computes. target_modules may be None (see default_targets.py). An adapter
+    of more than factors is refused without `contents`.
 
     Raises UnsupportedAdapterError (a setting that can't be honoured exactly) and AdapterFormatError (not
     valid JSON, or values that PEFT would refuse too).
@@ -58,6 +65,9 @@ def read_peft_config(folder: Path, *, ignore_unknown: bool = False) -> LoraConfi
     try:
         _refuse_unsupported(settings, file)
         _check_unknown(settings, file, ignore_unknown)
+        _refuse_changed_base(settings.get("init_lora_weights", True), file, contents=contents)
+        if not contents:
+            _refuse_contents(settings, file)
         return LoraConfig(**_known_fields(settings))
     except (ConfigError, TypeError) as error:
         raise AdapterFormatError(f"{file}: {error}") from error
@@ -99,24 +109,19 @@ def _refuse_unsupported(settings: Mapping[str, Any], file: Path) -> None:
             f"{file}: peft_type {quoted(method)} names an unsupported method. Supported: 'LORA', with "
             "rsLoRA, DoRA or aLoRA."
         )
-    if settings.get("bias", "none") not in ("none", None):
-        raise UnsupportedAdapterError(
-            f"{file}: bias is {quoted(settings['bias'])}: the base model's biases were trained too. Supported: 'none'."
-        )
     for name, reason in _REFUSED.items():
         # An empty object switches a variant on with its default values, so only an empty list is 'not set'.
         if settings.get(name) not in (None, False, []):
             raise UnsupportedAdapterError(
                 f"{file}: {name} is {quoted(settings[name])}, which can't be honoured: {reason}."
             )
-    _refuse_changed_base(settings.get("init_lora_weights", True), file)
     _refuse_tied_adapters(settings, file)
 
 
 def _check_unknown(settings: Mapping[str, Any], file: Path, ignore_unknown: bool) -> None:
     """Refuse settings that aren't known and have a value, unless they are to be ignored; warn about all others."""
-    known = HARMLESS | METADATA | _REFUSED.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
-    known |= {"base_model_name_or_path", "bias", "init_lora_weights", "ensure_weight_tying"}
+    known = HARMLESS | METADATA | _REFUSED.keys() | _CONTENTS.keys() | {*_COPIED, *_SEQUENCES, *_PATTERNS}
+    known |= {"base_model_name_or_path", "init_lora_weights", "ensure_weight_tying"}
     unknown = {name: value for name, value in settings.items() if name not in known}
     set_ones = {name: value for name, value in unknown.items() if value}
     if set_ones and not ignore_unknown:
@@ -129,10 +134,25 @@ def _check_unknown(settings: Mapping[str, Any], file: Path, ignore_unknown: bool
         logger.warning("%s: settings that are not known were ignored: %s", file, quoted(unknown))
 
 
-def _refuse_changed_base(init: object, file: Path) -> None:
-    """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load."""
+def _refuse_contents(settings: Mapping[str, Any], file: Path) -> None:
+    """Refuse an adapter of more than factors, for those who can do nothing with the rest."""
+    for name, reason in _CONTENTS.items():
+        if settings.get(name) not in (None, False, [], "none"):
+            raise UnsupportedAdapterError(
+                f"{file}: {name} is {quoted(settings[name])}, which can be served (load_adapter) but not used here: "
+                f"{reason}."
+            )
+
+
+def _refuse_changed_base(init: object, file: Path, *, contents: bool) -> None:
+    """Refuse inits that take the adapter's start out of the base: PEFT repeats that at every load.
+
+    With `contents`, those whose start can be told from the base's weights alone are not refused.
+    """
     name = init.lower() if isinstance(init, str) else init
     if name is None or name in (False, True, *_INITS_KEEPING_THE_BASE):
+        return
+    if contents and _start(init) != "nothing":
         return
     changes = isinstance(name, str) and name.startswith(_INITS_CHANGING_THE_BASE)
     what = "changes the base model's weights" if changes else "is unknown"
@@ -175,4 +195,35 @@ def _known_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {name: settings.get(name) or {} for name in _PATTERNS}
     if not fields.get("alora_invocation_tokens"):
         fields["alora_invocation_tokens"] = None  # PEFT: an empty list is plain LoRA
-    return fields
+    return fields | {"contents": _contents(settings)}
+
+
+def _start(init: object) -> Start:
+    """The start that an init takes out of the base, where everybody who knows the base can tell it."""
+    if init == "pissa":  # "pissa_niter_16" draws random numbers
+        return "pissa"
+    return "olora" if isinstance(init, str) and init.lower() == "olora" else "nothing"
+
+
+def _contents(settings: Mapping[str, Any]) -> ContentsConfig:
+    """What comes beside the factors. Raises ConfigError."""
+    saved = settings.get("modules_to_save") or ()
+    rows = settings.get("trainable_token_indices") or None
+    if isinstance(rows, list):
+        rows = {"": tuple(rows)}  # of the input embedding
+    elif isinstance(rows, dict):
+        rows = {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in rows.items()}
+    elif rows is not None:
+        raise ConfigError(
+            f"trainable_token_indices is {quoted(rows)}; it must be a list of token ids, or lists by name."
+        )
+    if not isinstance(saved, (list, tuple)):
+        raise ConfigError(f"modules_to_save is {quoted(saved)}; it must be a list of names.")
+    return ContentsConfig(
+        bias=settings.get("bias") or "none",
+        modules_to_save=tuple(saved),
+        token_rows=rows,
+        ensure_weight_tying=bool(settings.get("ensure_weight_tying")),
+        lora_bias=settings.get("lora_bias") or False,
+        start=_start(settings.get("init_lora_weights", True)),
+    )

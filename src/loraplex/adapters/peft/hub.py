@@ -18,6 +18,7 @@ from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
 from loraplex.adapters.peft.weight_files import INDEX_FILE, MIXTURE_FILE, SHARDS, WEIGHTS_FILE, has_weights
+from loraplex.adapters.vocabulary import TOKENIZER_FILES
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
 
@@ -30,12 +31,13 @@ def resolve_adapter_folder(
 ) -> Path:
     """Return the local folder of an adapter: `path_or_id` if it exists, else a download of that hub id.
 
-    Only settings and adapter_model.safetensors (or its shards and their index) are downloaded, never a pickle file.
-    Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError (neither a folder nor to
-    be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository lacks settings or
-    weights, or has a mixture).
+    Only settings, adapter_model.safetensors (or its shards and their index) and a tokenizer's files are downloaded,
+    never a pickle file. Files that are in the cache already are not downloaded again. Raises AdapterNotFoundError
+    (neither a folder nor to be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository
+    lacks settings or weights, or has a mixture).
     """
-    folder, is_local = _resolve(path_or_id, revision, cache_dir, [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, MIXTURE_FILE])
+    wanted = [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, MIXTURE_FILE, *TOKENIZER_FILES]
+    folder, is_local = _resolve(path_or_id, revision, cache_dir, wanted)
     if is_local:
         return folder
     if (folder / MIXTURE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():

@@ -1,6 +1,7 @@
 """Read a LoRA adapter from a folder in PEFT's format."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,16 +14,27 @@ from loraplex.adapters.peft.base_layout import BaseLayout
 from loraplex.adapters.peft.config import read_peft_config
 from loraplex.adapters.peft.parameters import experts_of
 from loraplex.adapters.peft.record import read_record
-from loraplex.adapters.peft.tensors import ModuleTensors, base_copies, module_tensors, shape_of
+from loraplex.adapters.peft.tensors import FileTensors, ModuleTensors, file_tensors, shape_of
 from loraplex.adapters.peft.weight_files import check_files, open_weights
 from loraplex.adapters.sharded_file import ShardedTensorFile
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.adapters.tensor_file import TensorFile
-from loraplex.adapters.weights import Adapter, FileOffsets, LoraWeights, ModuleShape
-from loraplex.errors import AdapterError, AdapterFormatError, BaseModelMismatchError
+from loraplex.adapters.weights import Adapter, FileOffsets, LoraWeights, ModuleShape, TokenRows
+from loraplex.errors import AdapterError, AdapterFormatError
 from loraplex.json_files import damaged_as
 
 ShapeCheck = Callable[[LoraConfig, Mapping[str, ModuleShape]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentShapes:
+    """What a file has beside factors."""
+
+    replaced: Mapping[str, tuple[int, ...]]  # by parameter path of the base model
+    token_rows: Mapping[str, tuple[int, ...]]  # by module path of an embedding
+
+
+ContentCheck = Callable[[LoraConfig, ContentShapes], None]
 
 _MAX_READS = 20  # of a folder that is replaced again and again
 
@@ -32,6 +44,7 @@ def read_adapter(
     *,
     check_finite: bool = True,
     check_shapes: ShapeCheck | None = None,
+    check_contents: ContentCheck | None = None,
     layout: BaseLayout | None = None,
     ignore_unknown: bool = False,
 ) -> Adapter:
@@ -39,9 +52,13 @@ def read_adapter(
 
     The tensors keep the file's dtypes, are contiguous and own their memory. `check_finite=False` skips the
     search for NaN and infinite weights, for a file that passed it before. `check_shapes` sees settings and shapes
-    before a tensor is read, and may raise: a few bytes can ask for more memory than there is. `layout` is of the base
-    model that the adapter is for: null target_modules become PEFT's for its type, and modules get the names that they
-    have in it now. Without it, both stay as they are in the folder. `ignore_unknown` leaves out unknown settings.
+    before a tensor is read, and may raise: a few bytes can ask for more memory than there is. `check_contents` sees the
+    shapes of what comes beside factors (adapters/contents.py); without it, an adapter that brings such is refused, and
+    copies of the base's weights beside adapted modules are left unread.
+
+    `layout` is of the base model that the adapter is for: null target_modules become PEFT's for its type, and modules
+    get the names that they have in it now. Without it, both stay as they are in the folder. `ignore_unknown` leaves out
+    unknown settings.
 
     Raises AdapterFormatError (files missing, damaged or not matching each other) and UnsupportedAdapterError
     (settings or file formats that can't be honoured exactly), before anything is returned. A folder that is replaced
@@ -53,7 +70,7 @@ def read_adapter(
         for _ in range(_MAX_READS):
             before = _identity(folder)
             try:
-                adapter = _read_files(folder, check_finite, check_shapes, layout, ignore_unknown)
+                adapter = _read_files(folder, check_finite, check_shapes, check_contents, layout, ignore_unknown)
             except (AdapterError, OSError):
                 if _identity(folder) == before:
                     raise
@@ -75,21 +92,26 @@ def _read_files(
     folder: Path,
     check_finite: bool,
     check_shapes: ShapeCheck | None,
+    check_contents: ContentCheck | None,
     layout: BaseLayout | None,
     ignore_unknown: bool,
 ) -> Adapter:
     check_files(folder)
-    config = read_peft_config(folder, ignore_unknown=ignore_unknown)
+    config = read_peft_config(folder, ignore_unknown=ignore_unknown, contents=check_contents is not None)
     if layout is not None:
         config = with_default_targets(config, layout.model_type)
     with open_weights(folder, layout) as file:
-        modules = module_tensors(file, config)
+        tensors = file_tensors(file, config, contents=check_contents is not None)
         if check_shapes is not None:
-            check_shapes(config, {path: shape_of(file, tensors) for path, tensors in modules.items()})
-        scalings = config.scalings_of(tuple(modules))
-        layers = {path: _read_module(file, tensors, scalings[path], check_finite) for path, tensors in modules.items()}
-        places = _offsets(file, modules)
-    return Adapter(config=config, layers=layers, places=places, end_tokens=read_record(folder))
+            check_shapes(config, {path: shape_of(file, own) for path, own in tensors.modules.items()})
+        if check_contents is not None:
+            check_contents(config, _content_shapes(file, tensors))
+        read = _Reading(file, check_finite)
+        scalings = config.scalings_of(tuple(tensors.modules))
+        layers = {path: read.module(own, scalings[path]) for path, own in tensors.modules.items()}
+        places = _offsets(file, tensors.modules)
+        adapter = Adapter(config=config, layers=layers, places=places, end_tokens=read_record(folder))
+        return adapter if check_contents is None else read.contents(adapter, tensors)
 
 
 def _offsets(file: TensorFile, modules: Mapping[str, ModuleTensors]) -> FileOffsets | None:
@@ -103,49 +125,55 @@ def _offsets(file: TensorFile, modules: Mapping[str, ModuleTensors]) -> FileOffs
     return FileOffsets(file=file.path, num_bytes=file.num_bytes, starts=starts)
 
 
-def read_base_copies(
-    folder: str | Path, base: Mapping[str, Tensor] | None = None, *, layout: BaseLayout | None = None
-) -> dict[str, Tensor]:
-    """By parameter path ("lm_head.weight"), the copies of the base's own weights in `folder`.
-
-    PEFT saves them beside adapted input and output embeddings and loads them into the base model; here they
-    tell whether the base is the one the adapter was trained on (`check_base_copies`). Where `base` is given, copies of
-    other shapes than its parameters' raise BaseModelMismatchError before they are read. `layout` as in `read_adapter`.
-    """
-    folder = Path(folder)
-    with damaged_as(AdapterFormatError, folder):
-        check_files(folder)
-    with open_weights(folder, layout) as file:
-        copies = base_copies(file)
-        for parameter, name in copies.items():
-            if base is not None:
-                check_copy_shape(parameter, file.entries[name].shape, base)
-        return {parameter: file.read(name) for parameter, name in copies.items()}
+def _content_shapes(file: TensorFile, tensors: FileTensors) -> ContentShapes:
+    return ContentShapes(
+        replaced={path: file.entries[name].shape for path, name in tensors.replaced.items()},
+        token_rows={path: file.entries[name].shape for path, name in tensors.token_rows.items()},
+    )
 
 
-def check_copy_shape(path: str, shape: tuple[int, ...], base: Mapping[str, Tensor]) -> None:
-    """Raise BaseModelMismatchError unless the base has a parameter of this path and shape."""
-    if path not in base:
-        raise BaseModelMismatchError(f"the adapter comes with {path!r}, which the base model doesn't have.")
-    if shape != tuple(base[path].shape):
-        raise BaseModelMismatchError(
-            f"the adapter comes with {path!r} of shape {list(shape)}; in the base model it has "
-            f"{list(base[path].shape)}. Load the base model that the adapter was trained on."
-        )
+def content_shapes(adapter: Adapter) -> ContentShapes:
+    """What an adapter has beside factors."""
+    return ContentShapes(
+        replaced={path: tuple(tensor.shape) for path, tensor in adapter.replaced.items()},
+        token_rows={path: tuple(rows.values.shape) for path, rows in adapter.token_rows.items()},
+    )
 
 
-def _read_module(file: TensorFile, tensors: ModuleTensors, scaling: float, check_finite: bool) -> LoraWeights:
-    def read(name: str) -> Tensor:
-        tensor = file.read(name)
-        if check_finite:
-            require_finite(tensor, f"{file.path}: {name!r}")
+@dataclass(frozen=True)
+class _Reading:
+    """Reads tensors of one file."""
+
+    file: TensorFile
+    check_finite: bool
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, of numbers."""
+        tensor = self.file.read(name)
+        if self.check_finite:
+            require_finite(tensor, f"{self.file.path}: {name!r}")
         return tensor
 
-    return LoraWeights(
-        kind=tensors.kind,
-        lora_a=read(tensors.lora_a),
-        lora_b=experts_of(read(tensors.lora_b), tensors.num_experts),
-        scaling=scaling,
-        magnitude=None if tensors.magnitude is None else read(tensors.magnitude),
-        num_experts=tensors.num_experts,
-    )
+    def module(self, tensors: ModuleTensors, scaling: float) -> LoraWeights:
+        """One module's factors."""
+        return LoraWeights(
+            kind=tensors.kind,
+            lora_a=self.tensor(tensors.lora_a),
+            lora_b=experts_of(self.tensor(tensors.lora_b), tensors.num_experts),
+            scaling=scaling,
+            magnitude=None if tensors.magnitude is None else self.tensor(tensors.magnitude),
+            bias=None if tensors.bias is None else self.tensor(tensors.bias),
+            num_experts=tensors.num_experts,
+        )
+
+    def contents(self, adapter: Adapter, tensors: FileTensors) -> Adapter:
+        """The adapter with what comes beside its factors, which was checked to be there."""
+        config = adapter.config.contents
+        return replace(
+            adapter,
+            replaced={path: self.tensor(name) for path, name in tensors.replaced.items()},
+            token_rows={
+                path: TokenRows(tokens=config.tokens_of(path), values=self.tensor(name))
+                for path, name in tensors.token_rows.items()
+            },
+        )

@@ -23,16 +23,20 @@ FACTORS: Mapping[ModuleKind, tuple[str, str]] = {
 _MODULE_KINDS: tuple[ModuleKind, ...] = ("linear", "embedding")  # that the names of the factors tell
 MAGNITUDE = "lora_magnitude_vector"  # some versions of PEFT append ".weight"
 
-# PEFT puts these copies of the base's own weights beside adapted input and output embeddings.
-_BASE_COPIES = ("base_layer.weight", "base_layer.bias")
+LORA_BIAS = "lora_B.bias"
+_TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+# What PEFT repeats of an embedding that comes whole and was resized: the adapter's weights, and the base's.
+_REPEATED = r"(modules_to_save|original_module)\.(weight|bias)"
 # Tensors that only training reads (VeLoRA's projections, MonteCLoRA's sampler).
 _TRAINING_ONLY = r"lora_velora_embed|lora_monteclora_sampler\..+"
 
 _NAME = re.compile(
     re.escape(PREFIX)
-    + r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|"
-    + rf"lora_magnitude_vector(\.weight)?|base_layer\.weight|base_layer\.bias|{_TRAINING_ONLY})"
+    + r"(?P<path>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
+    + rf"lora_magnitude_vector(\.weight)?|(token_adapter\.)?base_layer\.(weight|bias)|{re.escape(_TOKEN_ROWS)}|"
+    + rf"{_REPEATED}|{_TRAINING_ONLY})"
 )
+_PARAMETER = re.compile(re.escape(PREFIX) + r"(?P<path>(.+\.)?(?P<kind>weight|bias))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +47,41 @@ class ModuleTensors:
     lora_a: str
     lora_b: str
     magnitude: str | None
+    bias: str | None
     num_experts: int = 1  # stacked in both factors
 
 
-def module_tensors(file: TensorFile, config: LoraConfig) -> dict[str, ModuleTensors]:
-    """By module or parameter path, the tensors that `file` must hold for `config`: pairs of the configured ranks.
+@dataclass(frozen=True, kw_only=True)
+class FileTensors:
+    """The names of the tensors that a file must hold, by what they are for."""
 
-    Raises AdapterFormatError (unknown names, halves of pairs, wrong shapes or ranks) and
-    UnsupportedAdapterError (weights of the base model among them).
+    modules: Mapping[str, ModuleTensors]  # by module path
+    replaced: Mapping[str, str]  # by parameter path of the base model ("lm_head.weight"), what takes its place
+    token_rows: Mapping[str, str]  # by module path of an embedding
+
+
+def file_tensors(file: TensorFile, config: LoraConfig, *, contents: bool = False) -> FileTensors:
+    """The tensors that `file` must hold for `config`: complete pairs of the configured ranks.
+
+    Without `contents`, weights of the base model are refused, but for copies beside an adapted module. Raises
+    AdapterFormatError (unknown names, halves of pairs, wrong shapes or ranks) and UnsupportedAdapterError.
     """
     found = _group_by_module(file)
-    if not found:
-        raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
-    parameters = parameters_in_file(config, found)
-    found = {parameters.get(path, path): names for path, names in found.items()}
-    ranks = config.ranks_of(tuple(found))
+    parameters = parameters_in_file(config, found.modules)
+    names_of = {parameters.get(path, path): names for path, names in found.modules.items()}
+    ranks = config.ranks_of(tuple(names_of))
     kinds = {path: kind_of_parameter(path) for path in parameters.values()}
-    return {
-        path: _check_module(file, config, path, names, ranks[path], kinds.get(path)) for path, names in found.items()
+    modules = {
+        path: _check_module(file, config, path, names, ranks[path], kinds.get(path)) for path, names in names_of.items()
     }
+    if not contents:
+        _refuse_base_weights(file.path, found.parameters, found.token_rows)
+    for path, (name, is_wrapped) in found.parameters.items():
+        _check_wrapped(file, path, name, modules, is_wrapped=is_wrapped)
+    if not modules and not (found.parameters or found.token_rows):
+        raise AdapterFormatError(f"{file.path} holds no LoRA tensors, such as '{PREFIX}<module>.lora_A.weight'.")
+    replaced = {path: name for path, (name, _) in found.parameters.items()}
+    return FileTensors(modules=modules, replaced=replaced, token_rows=found.token_rows)
 
 
 def shape_of(file: TensorFile, tensors: ModuleTensors) -> ModuleShape:
@@ -72,30 +92,34 @@ def shape_of(file: TensorFile, tensors: ModuleTensors) -> ModuleShape:
     )
 
 
-def base_copies(file: TensorFile) -> dict[str, str]:
-    """By parameter path of the base model ("lm_head.weight"), the tensors that copy its own weights."""
-    copies = {}
-    for path, names in _group_by_module(file).items():
-        for part in names.keys() & set(_BASE_COPIES):
-            copies[f"{path}.{part.removeprefix('base_layer.')}"] = names[part]
-    return copies
+@dataclass(kw_only=True)
+class _Found:
+    """The names in a file, in groups."""
+
+    modules: dict[str, dict[str, str]]  # by module path, the full name of each of its parts
+    parameters: dict[str, tuple[str, bool]]  # by parameter path, the name, and whether the module is known as wrapped
+    token_rows: dict[str, str]  # by module path
 
 
-def _group_by_module(file: TensorFile) -> dict[str, dict[str, str]]:
-    """By module path, the full name of each of its parts."""
-    found: dict[str, dict[str, str]] = {}
-    unknown = []
+def _group_by_module(file: TensorFile) -> _Found:
+    found = _Found(modules={}, parameters={}, token_rows={})
+    unknown, repeated = [], []
     for name in file.entries:
-        match = _NAME.fullmatch(name)
-        if match is None:
+        match, parameter = _NAME.fullmatch(name), _PARAMETER.fullmatch(name)
+        if match is None and parameter is not None and "lora_" not in name:
+            _add_parameter(file, found, parameter["path"], name, is_wrapped=False)
+        elif match is None:
             unknown.append(name)
-            continue
-        part = MAGNITUDE if match["part"].startswith(MAGNITUDE) else match["part"]
-        names = found.setdefault(match["path"], {})
-        if part in names:
-            raise AdapterFormatError(f"{file.path} holds both {names[part]!r} and {name!r}; keep one.")
-        names[part] = name
-    _refuse_base_weights(file.path, unknown)
+        elif match["part"] == _TOKEN_ROWS:
+            found.token_rows[match["path"]] = name
+        elif (kind := match["part"].rpartition("base_layer.")[2]) in ("weight", "bias"):
+            is_wrapped = match["part"].startswith("base_layer.")
+            _add_parameter(file, found, f"{match['path']}.{kind}", name, is_wrapped=is_wrapped)
+        elif re.fullmatch(_REPEATED, match["part"]):
+            repeated.append((f"{match['path']}.{match['part'].rpartition('.')[2]}", name))
+        else:
+            _add_part(file, found.modules, match, name)
+    unknown += [name for path, name in repeated if path not in found.parameters]
     if unknown:
         raise AdapterFormatError(
             f"{file.path} holds tensors with unknown names: {listed(unknown)}. Known: '{PREFIX}<module>.' "
@@ -104,13 +128,48 @@ def _group_by_module(file: TensorFile) -> dict[str, dict[str, str]]:
     return found
 
 
-def _refuse_base_weights(file: Path, unknown: list[str]) -> None:
-    weights = [name for name in unknown if "lora_" not in name and name.endswith((".weight", ".bias"))]
-    if weights and all(name.startswith(PREFIX) for name in weights):
+def _add_part(file: TensorFile, modules: dict[str, dict[str, str]], match: re.Match[str], name: str) -> None:
+    part = MAGNITUDE if match["part"].startswith(MAGNITUDE) else match["part"]
+    names = modules.setdefault(match["path"], {})
+    if part in names:
+        raise AdapterFormatError(f"{file.path} holds both {names[part]!r} and {name!r}; keep one.")
+    names[part] = name
+
+
+def _add_parameter(file: TensorFile, found: _Found, path: str, name: str, *, is_wrapped: bool) -> None:
+    if path in found.parameters:
+        raise AdapterFormatError(f"{file.path} holds both {found.parameters[path][0]!r} and {name!r}; keep one.")
+    found.parameters[path] = (name, is_wrapped)
+
+
+def _check_wrapped(
+    file: TensorFile, path: str, name: str, modules: Mapping[str, ModuleTensors], *, is_wrapped: bool
+) -> None:
+    """Raise AdapterFormatError for a base weight whose name is not that under which PEFT would look for it."""
+    module, _, kind = path.rpartition(".")
+    if is_wrapped != (module in modules):
+        what = "has no lora_A.weight and lora_B.weight" if is_wrapped else "has factors: its own is in base_layer"
+        raise AdapterFormatError(
+            f"{file.path} holds {name!r}, but {module!r} {what}, so PEFT would drop it. Save the adapter again."
+        )
+    if is_wrapped and kind == "weight":
+        tensors, shape = modules[module], file.entries[name].shape
+        width = (file.entries[tensors.lora_b].shape[0], file.entries[tensors.lora_a].shape[1])
+        if sorted(shape) != sorted(width):  # stored either way round, depending on the module's class
+            raise AdapterFormatError(
+                f"{file.path}: {name!r} has shape {list(shape)}, which doesn't fit the adapter of {module!r} "
+                f"({list(width)})."
+            )
+
+
+def _refuse_base_weights(file: Path, parameters: Mapping[str, tuple[str, bool]], rows: Mapping[str, str]) -> None:
+    """Raise UnsupportedAdapterError for weights of the base model that are more than copies of adapted modules'."""
+    weights = [*rows.values(), *(name for name, is_wrapped in parameters.values() if not is_wrapped)]
+    if weights:
         raise UnsupportedAdapterError(
             f"{file} holds weights of the base model itself: {listed(weights)} (a resized embedding, trained "
-            "biases or modules_to_save). Supported: LoRA weights only; save with PEFT's "
-            "save_embedding_layers=False if the base model was not changed."
+            "biases or modules_to_save). Supported here: LoRA weights only (load_adapter serves the others); save with "
+            "PEFT's save_embedding_layers=False if the base model was not changed."
         )
 
 
@@ -146,10 +205,11 @@ def _check_module(
         lora_a=names[FACTORS[kind][0]],
         lora_b=names[FACTORS[kind][1]],
         magnitude=names.get(MAGNITUDE),
+        bias=names.get(LORA_BIAS),
         num_experts=_num_experts(file, names[FACTORS[kind][0]], rank) if kind == "moe experts" else 1,
     )
+    _check_lora_bias(file, config, path, tensors)
     _check_shapes(file, config, path, tensors, rank)
-    _check_base_copy(file, path, tensors, names)
     return tensors
 
 
@@ -157,6 +217,21 @@ def _num_experts(file: TensorFile, lora_a: str, rank: int) -> int:
     """How many experts of this rank a factor holds; one where it holds no whole number."""
     shape = file.entries[lora_a].shape
     return shape[0] // rank if shape and shape[0] and shape[0] % rank == 0 else 1
+
+
+def _check_lora_bias(file: TensorFile, config: LoraConfig, path: str, tensors: ModuleTensors) -> None:
+    if config.contents.lora_bias != (tensors.bias is not None):
+        there = "is missing" if tensors.bias is None else "is there"
+        raise AdapterFormatError(
+            f"{file.path}: lora_bias is {config.contents.lora_bias} but {path!r}'s {LORA_BIAS} {there}. Correct "
+            "lora_bias in the configuration, or save the adapter again."
+        )
+    if config.contents.lora_bias and (tensors.kind == "embedding" or config.use_dora):
+        what = "an embedding" if tensors.kind == "embedding" else "DoRA"
+        raise UnsupportedAdapterError(
+            f"{file.path}: lora_bias is true, and {path!r} is adapted with {what}, which PEFT can't combine either. "
+            "Train with lora_bias=False."
+        )
 
 
 def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: ModuleTensors, rank: int) -> None:
@@ -174,20 +249,9 @@ def _check_shapes(file: TensorFile, config: LoraConfig, path: str, tensors: Modu
             f"{list(shape_b)} and {rank} in the configuration (r={config.r} and rank_pattern){times}. All three "
             "must agree."
         )
-    if tensors.magnitude is not None and file.entries[tensors.magnitude].shape != (shape_b[0],):
-        raise AdapterFormatError(
-            f"{file.path}: {tensors.magnitude!r} has shape {list(file.entries[tensors.magnitude].shape)}; "
-            f"expected {[shape_b[0]]}, one magnitude for each output."
-        )
-
-
-def _check_base_copy(file: TensorFile, path: str, tensors: ModuleTensors, names: dict[str, str]) -> None:
-    copy = names.get(_BASE_COPIES[0])
-    if copy is None:
-        return
-    width = (file.entries[tensors.lora_b].shape[0], file.entries[tensors.lora_a].shape[1])
-    shape = file.entries[copy].shape
-    if sorted(shape) != sorted(width):  # stored either way round, depending on the module's class
-        raise AdapterFormatError(
-            f"{file.path}: {copy!r} has shape {list(shape)}, which doesn't fit the adapter of {path!r} ({list(width)})."
-        )
+    for vector, what in ((tensors.magnitude, "magnitude"), (tensors.bias, "bias")):
+        if vector is not None and file.entries[vector].shape != (shape_b[0],):
+            raise AdapterFormatError(
+                f"{file.path}: {vector!r} has shape {list(file.entries[vector].shape)}; "
+                f"expected {[shape_b[0]]}, one {what} for each output."
+            )

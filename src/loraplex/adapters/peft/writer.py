@@ -95,6 +95,11 @@ def _check_writable(adapter: Adapter) -> None:
         raise UnsupportedAdapterError("the adapter's target_modules is None; set it to the adapted modules' names.")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no weights; nothing was written.")
+    if not adapter.has_factors_alone:
+        raise UnsupportedAdapterError(
+            "the adapter brings more than factors (weights of the base model, biases or token rows), which is not "
+            "written. Copy the folder that it was read from."
+        )
     paths = tuple(adapter.layers)
     ranks, scalings = config.ranks_of(paths), config.scalings_of(paths)
     for path, weights in adapter.layers.items():

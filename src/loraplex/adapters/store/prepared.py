@@ -1,12 +1,13 @@
 """An adapter in the form that slots take, and that form in one buffer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from loraplex.adapters.store.module_change import ModuleChange
 from loraplex.adapters.store.slot_weights import SlotWeights
 
 
@@ -106,10 +107,22 @@ class PreparedAdapter:
     layers: Mapping[int, SlotWeights]
     invocation: tuple[int, ...] | None = None  # aLoRA: the tokens from which on it is active
     read_back: "Callable[[], PreparedAdapter] | None" = None  # reads it again, from a file that is as it was
+    changes: Mapping[str, ModuleChange] = field(default_factory=dict)  # by path, to modules' own weights
+
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens embedding and output layer have with it; None: as many as the base's."""
+        return next((change.size for change in self.changes.values() if change.size is not None), None)
 
     def to(self, device: torch.device) -> "PreparedAdapter":
         layers = {index: weights.to(device) for index, weights in self.layers.items()}
-        return PreparedAdapter(layers=layers, invocation=self.invocation)
+        return PreparedAdapter(layers=layers, invocation=self.invocation, changes=self.changes).changes_to(device)
+
+    def changes_to(self, device: torch.device) -> "PreparedAdapter":
+        """The same with the changes on a device, and the factors where they are."""
+        if not self.changes:
+            return self
+        return replace(self, changes={path: change.to(device) for path, change in self.changes.items()})
 
     @property
     def packed(self) -> PackedLayers | None:
@@ -131,9 +144,10 @@ class PreparedAdapter:
 
     @cached_property
     def num_bytes(self) -> int:
+        others = sum(change.num_bytes for change in self.changes.values())
         if self.packed is not None:
-            return self.packed.num_bytes
-        return sum(weights.num_bytes for weights in self.layers.values())
+            return self.packed.num_bytes + others
+        return sum(weights.num_bytes for weights in self.layers.values()) + others
 
     @cached_property
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:  # [modules], [modules, 3], [modules]

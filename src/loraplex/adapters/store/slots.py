@@ -46,7 +46,7 @@ class Slots:
     def put(self, slot: int, adapter: PreparedAdapter) -> None:
         """Let `slot` hold `adapter`; what it held before must not be in use."""
         if self._lane is not None:
-            held = self._begin_copy(slot, adapter)
+            held = self._begin_copy(slot, adapter).changes_to(self.device)
         else:
             held = adapter if self.device.type == "cpu" else adapter.to(self.device)
         indices, rows, scalings = held.addresses

@@ -22,6 +22,7 @@ from loraplex.adapters.store.version import (
     SlotTier,
     folder_fingerprint,
 )
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import (
     AdapterChangedError,
@@ -81,6 +82,7 @@ class AdapterStore:
         *,
         replace: bool = False,
         fingerprint: Fingerprint | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """Register a checked adapter under `name`; with `replace`, requests from now on get the new version.
 
@@ -104,9 +106,11 @@ class AdapterStore:
                 fingerprint=fingerprint if folder is None or fingerprint else folder_fingerprint(folder),
                 num_bytes=prepared.num_bytes,
                 modules=frozenset(prepared.layers),
+                changed=frozenset(prepared.changes),
                 invocation=prepared.invocation,
                 is_dora=bool(prepared.dora_scaled),
                 end_tokens=adapter.end_tokens,
+                vocabulary=vocabulary,
                 read_back=None if folder is None else prepared.read_back,
                 original=adapter if folder is None else None,
                 pinned=old is not None and old.pinned,

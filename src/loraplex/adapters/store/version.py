@@ -8,6 +8,7 @@ from typing import Literal
 
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import CapacityError
 from loraplex.validation import listed
@@ -42,9 +43,11 @@ class AdapterVersion:
     fingerprint: Fingerprint | None
     num_bytes: int
     modules: frozenset[int]  # that it adapts, by index
+    changed: frozenset[str] = frozenset()  # modules whose own weights it changes, by path
     invocation: tuple[int, ...] | None = None  # aLoRA
     is_dora: bool = False
     end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's
+    vocabulary: Vocabulary | None = None  # in the place of the base model's tokens
     original: Adapter | None = None  # as it was given, if no folder has it
     read_back: Callable[[], PreparedAdapter] | None = None  # faster than reading it as a new one, where that is known
     prepared: PreparedAdapter | None = None  # in host memory

@@ -5,9 +5,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
@@ -39,14 +41,16 @@ class InputProcessor:
         self.vocab_size = model.base.get_input_embeddings().num_embeddings
         output = model.base.get_output_embeddings()
         self._num_logits = int(getattr(output, "out_features", self.vocab_size))
+        self._ends: WeakKeyDictionary[Vocabulary, tuple[int, ...]] = WeakKeyDictionary()
 
     def prepare(self, request: Request, request_id: str) -> RequestState:
         """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or TooLargeError; then nothing has changed."""
         check_kinds(request)
         link = parse_adapter_spec(request.adapters)
-        self._check_tokens(request.sampling)
+        vocabulary = self._model.registry.vocabulary(link)
+        self._check_tokens(request.sampling, self._num_logits if vocabulary is None else vocabulary.num_tokens)
         self._capacity.check_answers(request.sampling.n)
-        prompt = self._encode(request.prompt)
+        prompt = self._encode(request.prompt, vocabulary)
         self._capacity.check_prompt(len(prompt))
         (others,), (chain,) = self._model.registry.linked.split([link])
         found, names = self._model.mixtures.expand([others])
@@ -60,6 +64,7 @@ class InputProcessor:
             arrival=next(self._arrivals),
             max_new_tokens=min(sampling.max_tokens, self._capacity.max_length - len(prompt)),
             names=tuple(dict.fromkeys(names)),
+            vocabulary=vocabulary,
             lengths=self._capacity.lengths,
         )
         self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
@@ -79,20 +84,40 @@ class InputProcessor:
         if sampling.ignore_eos:
             return frozenset(sampling.stop_token_ids)
         (of_adapters,) = self._model.registry.end_tokens([state.link])
-        known = (token for token in of_adapters if token < self.vocab_size)
-        return frozenset((*self._base_ends, *known, *sampling.stop_token_ids))
+        known = (token for token in of_adapters if token < self._num_tokens(state.vocabulary))
+        return frozenset((*self._own_ends(state.vocabulary), *known, *sampling.stop_token_ids))
+
+    def _own_ends(self, vocabulary: Vocabulary | None) -> tuple[int, ...]:
+        """The tokens that end an answer in a vocabulary."""
+        if vocabulary is None or vocabulary.tokenizer is None:
+            return self._base_ends
+        return self._ends_of(vocabulary)
 
     @cached_property
     def _base_ends(self) -> tuple[int, ...]:
-        return end_token_ids(self._model.base, self._tokenizer(needed=False))
+        return end_token_ids(self._model.base, self._tokenizer(None, needed=False))
+
+    def _ends_of(self, vocabulary: Vocabulary) -> tuple[int, ...]:
+        known = self._ends.get(vocabulary)
+        if known is None:
+            known = self._ends[vocabulary] = end_token_ids(
+                self._model.base, vocabulary.tokenizer, num_tokens=vocabulary.num_tokens
+            )
+        return known
+
+    def _num_tokens(self, vocabulary: Vocabulary | None) -> int:
+        return self.vocab_size if vocabulary is None else vocabulary.num_tokens
 
     def _sequence(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> SequenceState:
         sampling = state.request.sampling
         schema = sampling.json_schema
-        constraint = None if schema is None else make_constraint(schema, self._model.tokenizer, self.vocab_size)
+        vocabulary = state.vocabulary
+        constraint = None
+        if schema is not None:
+            constraint = make_constraint(schema, self._known_tokenizer(vocabulary), self._num_tokens(vocabulary))
         ends = self.end_tokens(state)
         sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
-        tokenizer = self._tokenizer(needed=bool(sampling.stop_strings))
+        tokenizer = self._tokenizer(vocabulary, needed=bool(sampling.stop_strings))
         text = Detokenizer(tokenizer, state.prompt, sampling.stop_strings)
         wants_scalings = state.request.return_scalings
         captures = None
@@ -100,36 +125,41 @@ class InputProcessor:
             captures = Captures(buffer, tokenizer, wants_scalings=wants_scalings)
         return SequenceState(state, index, sampler, text, captures)
 
-    def _tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
+    def _known_tokenizer(self, vocabulary: Vocabulary | None) -> PreTrainedTokenizerBase:
+        """An adapter's own, or the base model's. Raises BaseModelError if that isn't known."""
+        own = None if vocabulary is None else vocabulary.tokenizer
+        return self._model.tokenizer if own is None else own
+
+    def _tokenizer(self, vocabulary: Vocabulary | None, *, needed: bool) -> PreTrainedTokenizerBase | None:
         try:
-            return self._model.tokenizer
+            return self._known_tokenizer(vocabulary)
         except BaseModelError:
             if needed:
                 raise
             return None
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt, vocabulary: Vocabulary | None) -> tuple[int, ...]:
         tokens: Any = prompt
+        most = self._num_tokens(vocabulary)
         if isinstance(prompt, str):
-            tokens = self._tokenize(prompt)
+            tokens = self._tokenize(prompt, vocabulary)
         elif isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
-            text = render_chat(self._model.tokenizer, prompt)  # type: ignore[arg-type]
-            tokens = self._tokenize(text, add_special_tokens=False)
-        is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, self.vocab_size) for token in tokens)
+            text = render_chat(self._known_tokenizer(vocabulary), prompt)  # type: ignore[arg-type]
+            tokens = self._tokenize(text, vocabulary, add_special_tokens=False)
+        is_tokens = isinstance(tokens, Sequence) and all(_is_token(token, most) for token in tokens)
         if not is_tokens or not tokens:
             raise RequestError(
                 f"the prompt {repr(prompt)[:100]} can't be read. Give a text, at least one token id from 0 to "
-                f"{self.vocab_size - 1}, or the messages of a chat."
+                f"{most - 1}, or the messages of a chat."
             )
         return tuple(tokens)
 
-    def _tokenize(self, text: str, **options: bool) -> Sequence[int]:
+    def _tokenize(self, text: str, vocabulary: Vocabulary | None, **options: bool) -> Sequence[int]:
         check_text(text)
-        ids: Sequence[int] = self._model.tokenizer(text, **options)["input_ids"]
+        ids: Sequence[int] = self._known_tokenizer(vocabulary)(text, **options)["input_ids"]
         return ids
 
-    def _check_tokens(self, sampling: SamplingParams) -> None:
-        most = self._num_logits
+    def _check_tokens(self, sampling: SamplingParams, most: int) -> None:
         for token in (*sampling.stop_token_ids, *sampling.logit_bias):
             if token >= most:
                 raise RequestError(

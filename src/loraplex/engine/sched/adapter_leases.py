@@ -4,7 +4,7 @@ from loraplex.engine.faults import own_fault
 from loraplex.engine.sched.capacity import fits_beside_pinned
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.sequence import RequestState, SequenceState
-from loraplex.errors import CapacityError, LoraplexError
+from loraplex.errors import AdapterChangedError, CapacityError, LoraplexError
 from loraplex.models.multi_lora import MultiLoraModel
 
 _PATIENCE = 4  # requests for each slot that may go before one that came earlier
@@ -30,9 +30,13 @@ class AdapterLeases:
                 state.loads = list(self._model.store.prefetch(state.names))
             if not all(load.done() for load in state.loads) or self._must_let_pass(state):
                 return False
-            state.binding = RequestAdapters(
-                self._model.store, self._model.mixtures, self._model.registry.linked, state.link
-            )
+            binding = RequestAdapters(self._model.store, self._model.mixtures, self._model.registry.linked, state.link)
+            try:
+                binding.check_vocabulary(state.vocabulary)
+            except AdapterChangedError:
+                binding.close()
+                raise
+            state.binding = binding
         except CapacityError as error:
             self._passed_over = self._passed_over or state
             if not self._holders or not fits_beside_pinned(self._model.store, state.names):

@@ -10,7 +10,9 @@ from torch import nn
 
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceRoute
+from loraplex.errors import AdapterChangedError
 from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.modules import FunctionResidual
 from loraplex.residual.registry import LinkedAttention
@@ -75,7 +77,7 @@ class RequestAdapters:
         with ExitStack() as leases:
             leased = leases.enter_context(store.lease(names))
             for version in leased.values():
-                mixtures.check_attached(version.modules)
+                mixtures.check_attached(version)
             self.plain = [(leased[name], weight) for name, weight in link if name in leased and name not in found]
             self.mixtures = self._bind_mixtures(link, found, leased)
             self.routed = [
@@ -92,6 +94,21 @@ class RequestAdapters:
 
     def close(self) -> None:
         self._leases.close()
+
+    def check_vocabulary(self, known: Vocabulary | None) -> None:
+        """Raise AdapterChangedError if the leased versions have other tokens than the prompt was read with."""
+        for version, _ in self.plain:
+            own = version.vocabulary
+            if own is not None and (known is None or own.identity != known.identity):
+                raise AdapterChangedError(
+                    f"the adapter {version.name!r} was replaced by one with other tokens after the request's prompt "
+                    "was read. Send the request again."
+                )
+        if known is not None and all(version.vocabulary is None for version, _ in self.plain):
+            raise AdapterChangedError(
+                "an adapter with tokens of its own was replaced after the request's prompt was read with them. Send "
+                "the request again."
+            )
 
     @property
     def slots(self) -> set[int]:

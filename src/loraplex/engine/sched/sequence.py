@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from loraplex.adapters.store.prepared import PreparedAdapter
+from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.sequence_kv import ExtraKey, LengthRule, SequenceKV, SequenceRoute
 from loraplex.engine.request import Completion, FinishReason, Request
@@ -36,6 +37,7 @@ class RequestState:
     loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
+    vocabulary: Vocabulary | None = None  # that the prompt was read with; None: the base model's
     lengths: LengthRule = field(default_factory=LengthRule)  # what positions make of the sequence's length
 
     @property

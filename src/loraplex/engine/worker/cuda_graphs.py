@@ -150,6 +150,8 @@ class DecodeGraphs:
             return "a mixture's router chooses gates in each layer"
         if plan.has_dora_scales:
             return "a DoRA adapter adds a share of the base output, row by row"
+        if plan.has_changes:
+            return "an adapter changes modules' own weights, row by row"
         if plan.adapted & self._embeddings:
             return "an adapter adapts an embedding, row by row"
         if plan.adapted & self._experts:

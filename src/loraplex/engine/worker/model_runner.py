@@ -134,22 +134,40 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return int(self.model.base.get_input_embeddings().num_embeddings)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
-        """One forward pass; keys, values and the sequences' progress are kept."""
+        """One forward pass; keys, values and the sequences' progress are kept.
+
+        Chunks whose adapters change weights inside of layers get a pass of their own: the layers run one by one there,
+        and other rows' bits must not tell whether such rows are beside them.
+        """
+        apart = [chunk for chunk in chunks if self._changes_layers(chunk)]
+        if not apart or len(apart) == len(chunks):
+            return self._run(chunks)
+        return self._run([chunk for chunk in chunks if chunk not in apart]) + self._run(apart)
+
+    def _changes_layers(self, chunk: ScheduledChunk) -> bool:
+        tables = self.model.adaptable.tables
+        return any(path not in tables for route in chunk.kv.routes for path in self._bank.changes(route.slot))
+
+    @torch.inference_mode()
+    def _run(self, chunks: Sequence[ScheduledChunk]) -> list[ModelRunnerOutput]:
         batch = InputBatch(chunks, self.cache, self.table)
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
         best_tokens = largest(logits).tolist()
         results, place = [], 0
+        own_sizes = self._own_sizes(batch.chunks)
         for i, chunk in enumerate(batch.chunks):
             chunk.kv.num_computed = chunk.stop
             own = best = None
             stop = place + chunk.num_logits
+            chunk_logits = logits[place:stop] if own_sizes is None else logits[place:stop, : own_sizes[i]]
             if chunk.wants_logits:
-                own, best = logits[stop - 1], best_tokens[stop - 1]
-            all_logits = logits[place:stop] if chunk.wants_all_logits else None
+                own = chunk_logits[-1]
+                is_whole = len(own) == logits.shape[-1]
+                best = best_tokens[stop - 1] if is_whole else int(own.argmax())
+            all_logits = chunk_logits if chunk.wants_all_logits else None
             place = stop
             hidden = None
             if chunk.scaling is not None:
@@ -169,6 +187,17 @@ class ModelRunner:
                 )
             )
         return results
+
+    def _own_sizes(self, chunks: Sequence[ScheduledChunk]) -> list[int] | None:
+        """How many tokens have logits in each chunk's row; None: in all of them those that the base model has."""
+        by_chunk = [
+            next((n for route in chunk.kv.routes if (n := self._bank.num_tokens(route.slot)) is not None), None)
+            for chunk in chunks
+        ]
+        if all(own is None for own in by_chunk):
+            return None
+        base = self.model.registry.num_tokens
+        return [base if own is None else own for own in by_chunk]
 
     def forward(
         self, batch: InputBatch, scope: ForwardContext | None = None, base: PreTrainedModel | None = None

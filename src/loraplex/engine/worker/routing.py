@@ -127,6 +127,9 @@ class PackedRouting(Routing):
     def adapts(self, module: int) -> bool:
         return self._all.adapts(module)
 
+    def changes(self, path: str) -> bool:
+        return self._all.changes(path)
+
     def plan_for(self, num_sequences: int, tokens_per_sequence: int) -> RoutingPlan:
         num_tokens = num_sequences * tokens_per_sequence
         if self._only is not None:

@@ -9,7 +9,7 @@ from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, TO
 _LONGEST_PATH = 4096
 _MAX_FILES = 2_000
 _LARGEST_JSON = 2**22
-_NOT_READ = ("tokenizer.json", "vocab.json")  # which adapters' folders often have, and nothing here reads
+_NOT_READ = ("tokenizer.json", "vocab.json")  # read, if at all, by a tokenizer, within its own bounds
 
 
 class AdapterRoots:

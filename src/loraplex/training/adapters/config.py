@@ -96,6 +96,10 @@ def _check_trainable(name: str, lora: LoraConfig) -> None:
             "trained here: the gradients of stacked experts are not computed. Adapt modules (target_modules), or train "
             "it with PEFT; trained adapters of experts and routers can be loaded."
         )
+    if not lora.contents.is_empty:
+        raise UnsupportedAdapterError(
+            f"job {name!r}: lora.contents is {lora.contents}; factors alone are trained. Leave it out."
+        )
     if lora.use_dora:
         raise UnsupportedAdapterError(
             f"job {name!r}: use_dora is True, and DoRA can't be trained here: its gradient needs the norm of "

@@ -69,7 +69,8 @@ class JobState(TrainState):
         job = self.job
         options = {name: value for name, value in flat_options(job).items() if name not in _NOT_COMPARED}
         kind = {"residual": asdict(job.residual)} if job.residual is not None else {}
-        kind |= {"lora": asdict(job.lora)} if job.lora is not None else {}
+        if job.lora is not None:  # which brings factors alone
+            kind["lora"] = {name: value for name, value in asdict(job.lora).items() if name != "contents"}
         weights = self.flat.detach().cpu().numpy()
         return options | {
             **kind,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.expert_table import ExpertTable
+from loraplex.adapters.store.module_change import ModuleChange
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.rows import Route, RowRouting
@@ -257,6 +258,9 @@ class TrainingWeightProvider:
 
     def dora_scaled(self, slot: int) -> frozenset[int]:
         return frozenset(index for index, weights in self._slots[slot].layers.items() if weights.dora_scale is not None)
+
+    def changes(self, slot: int) -> Mapping[str, ModuleChange]:
+        return {}  # factors alone are trained
 
     def dropout(self, slot: int) -> tuple[float, torch.Generator | None]:
         return self._slots[slot].dropout, self._slots[slot].generator

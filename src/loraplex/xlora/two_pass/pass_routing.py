@@ -39,6 +39,9 @@ class PassRouting(Routing):
     def adapts(self, module: int) -> bool:
         return self.now.adapts(module)
 
+    def changes(self, path: str) -> bool:
+        return self.now.changes(path)
+
     def begin_pass(self, num_new: int, length: int | None) -> None:
         self.last_pass = (num_new, length)
         self.now.begin_pass(num_new, length)

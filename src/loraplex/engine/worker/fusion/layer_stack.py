@@ -18,6 +18,7 @@ from loraplex.engine.worker.fusion.layer_parts import LayerParts, Rotary
 from loraplex.engine.worker.fusion.layer_record import layer_record
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.kernels.tuning import ALL_TOKENS
+from loraplex.layers.changed_output import ChangedOutput
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
@@ -66,6 +67,8 @@ class LayerStack:
         if any(map(_is_foreign, self._hooks)):
             return None
         plan = routing.plan_for(1, batch.num_tokens)
+        if plan.has_changes and any(_changes_output(hook, plan) for hooks in self._hooks for hook in hooks.values()):
+            return None
         return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
 
     def run(
@@ -160,6 +163,11 @@ def _is_foreign(hooks: Mapping[int, Any]) -> bool:
     return bool(hooks) and any(
         not str(getattr(hook, "__module__", "")).startswith("loraplex.") for hook in hooks.values()
     )
+
+
+def _changes_output(hook: Any, plan: RoutingPlan) -> bool:
+    """Whether a hook puts other weights in the place of a module's for some of the plan's rows."""
+    return isinstance(hook, ChangedOutput) and plan.changes(hook.path)
 
 
 def layer_forward(former: type[nn.Module], attribute: str) -> Callable[..., Any]:

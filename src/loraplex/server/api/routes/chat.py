@@ -34,7 +34,7 @@ class ChatCall:
     """One call: checked, and its messages tokenized, when it is made; that is work for a thread."""
 
     def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, adapters: AdapterSpec) -> None:
-        self._state = state
+        self.row_tokenizer = state.row_tokenizer(adapters)
         self.body = body
         self.n = body.n or 1
         self.extras = Extras.of_body(body)
@@ -53,7 +53,7 @@ class ChatCall:
             max_tokens=allowed_tokens(principal, config.limits) if max_tokens is None else max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        encoded = state.chats.encode(turns, most=state.engine.max_length - 1)
+        encoded = self.row_tokenizer.chats.encode(turns, most=state.engine.max_length - 1)
         self.requests = [engine_request(body, encoded, sampling, adapters=adapters, principal=principal, config=config)]
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
         self._begun: set[int] = set()
@@ -84,7 +84,7 @@ class ChatCall:
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": self._logprobs(completion.logprobs),
             "finish_reason": completion.finish_reason,
-        } | self.extras.of(completion, self._state.texts)
+        } | self.extras.of(completion, self.row_tokenizer.texts)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
         if not self.body.logprobs or entries is None:
@@ -97,5 +97,5 @@ class ChatCall:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._state.texts.of(token)
+        text = self.row_tokenizer.texts.of(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -43,6 +43,7 @@ class CompletionCall:
         self, body: CompletionBody, state: ServerState, context: RequestContext, adapters: AdapterSpec
     ) -> None:
         self._state = state
+        self.row_tokenizer = state.row_tokenizer(adapters)
         self.body = body
         self.n = body.n or 1
         self._echo = bool(body.echo)
@@ -92,7 +93,7 @@ class CompletionCall:
         if isinstance(prompt, list):
             check_length(len(prompt), most, "prompt")
             return EncodedPrompt(prompt)
-        return encode_text(self._state.model.tokenizer, prompt, add_special_tokens=True, most=most)
+        return encode_text(self.row_tokenizer.tokenizer, prompt, add_special_tokens=True, most=most)
 
     # Answers
 
@@ -139,13 +140,13 @@ class CompletionCall:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": "length" if is_empty else completion.finish_reason,
-        } | self.extras.of(completion, self._state.texts)
+        } | self.extras.of(completion, self.row_tokenizer.texts)
 
     def _logprobs(
         self, entries: Sequence[TokenLogprobs | None], offset: int, first: int | None = None
     ) -> dict[str, list[Any]]:
         """OpenAI's four lists; the first token of an echoed prompt has no probability."""
-        texts = self._state.texts
+        texts = self.row_tokenizer.texts
         listed: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
             token = first if entry is None else entry.token_id
@@ -159,7 +160,7 @@ class CompletionCall:
 
     def _decoded(self, place: int) -> str:
         prompt = self.prompts[place]
-        return prompt if isinstance(prompt, str) else str(self._state.model.tokenizer.decode(list(prompt)))
+        return prompt if isinstance(prompt, str) else str(self.row_tokenizer.tokenizer.decode(list(prompt)))
 
 
 def _prompts(given: Any) -> list[Any]:

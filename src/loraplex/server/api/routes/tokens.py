@@ -7,12 +7,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from loraplex.errors import LoraplexError
+from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import Body, Message, TokenIds
 from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import encode_text
 from loraplex.server.api.json_route import JsonRoute, documented
-from loraplex.server.state import ServerState, context_of, in_thread, state_of
+from loraplex.server.state import RequestContext, RowTokenizer, ServerState, context_of, in_thread, state_of
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -40,10 +42,10 @@ class Detokenize(Body):
 async def tokenize(body: Tokenize, http: Request) -> Response:
     """The token ids of a prompt, or of a chat's messages as the model reads them."""
     state = state_of(http)
-    _check_model(body.model, http)
+    adapters = _adapters(body.model, http)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(BAD_REQUEST, "give either prompt or messages.", param="prompt")
-    content = await in_thread(http, partial(_tokenized, body, state))
+    content = await in_thread(http, partial(_tokenized, body, adapters, state, context_of(http)))
     return Response(content, media_type="application/json")
 
 
@@ -51,19 +53,28 @@ async def tokenize(body: Tokenize, http: Request) -> Response:
 async def detokenize(body: Detokenize, http: Request) -> Response:
     """The text of token ids."""
     state = state_of(http)
-    _check_model(body.model, http)
-    return Response(await in_thread(http, partial(_detokenized, body.tokens, state)), media_type="application/json")
+    adapters = _adapters(body.model, http)
+    work = partial(_detokenized, body.tokens, adapters, state, context_of(http))
+    return Response(await in_thread(http, work), media_type="application/json")
 
 
-def _check_model(model: str | None, http: Request) -> None:
-    if model is not None:  # all share one tokenizer, but a name must not tell whether it exists
-        state_of(http).catalog.choice(model, context_of(http).principal)
+def _adapters(model: str | None, http: Request) -> AdapterSpec:
+    """What the model's name stands for, if the client may know it."""
+    return None if model is None else state_of(http).catalog.choice(model, context_of(http).principal)
 
 
-def _tokenized(body: Tokenize, state: ServerState) -> bytes:
-    tokenizer, most = state.model.tokenizer, state.config.limits.max_body_values
+def _row_tokenizer(adapters: AdapterSpec, state: ServerState, context: RequestContext) -> RowTokenizer:
+    try:
+        return state.row_tokenizer(adapters)
+    except LoraplexError as error:
+        raise context.refusal(error) from error
+
+
+def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, context: RequestContext) -> bytes:
+    own, most = _row_tokenizer(adapters, state, context), state.config.limits.max_body_values
+    tokenizer = own.tokenizer
     if body.messages is not None:
-        ids = state.chats.encode(
+        ids = own.chats.encode(
             as_turns(body.messages),
             most=most,
             add_generation_prompt=body.add_generation_prompt,
@@ -78,8 +89,11 @@ def _tokenized(body: Tokenize, state: ServerState) -> bytes:
     return orjson.dumps(answer)
 
 
-def _detokenized(tokens: list[int], state: ServerState) -> bytes:
-    most, largest = state.engine.vocab_size, max(tokens, default=0)
+def _detokenized(tokens: list[int], adapters: AdapterSpec, state: ServerState, context: RequestContext) -> bytes:
+    own = _row_tokenizer(adapters, state, context)
+    vocabulary = state.model.registry.vocabulary(parse_adapter_spec(adapters))
+    most = state.engine.vocab_size if vocabulary is None else vocabulary.num_tokens
+    largest = max(tokens, default=0)
     if largest >= most:
         raise ApiError(BAD_REQUEST, f"the token id {largest} is none of 0 to {most - 1}.", param="tokens")
-    return orjson.dumps({"prompt": state.model.tokenizer.decode(tokens)})
+    return orjson.dumps({"prompt": own.tokenizer.decode(tokens)})
