@@ -31,7 +31,7 @@ def bring_into_cpu_order(module: Any) -> bool:
     would = getattr(module, _ALLOWS, False) and weight.device.type == "cpu" and not module.training
     if weight.quant_state is None or not would or is_in_cpu_order(module):
         return False
-    first = _copied(weight.quant_state)
+    first = copy.copy(weight.quant_state)  # bitsandbytes replaces what a state has, and changes none of it
     try:
         type(module).forward(module, torch.zeros(1, module.in_features))
     except (AssertionError, RuntimeError):
@@ -40,17 +40,6 @@ def bring_into_cpu_order(module: Any) -> bool:
         return False
     vars(module)[_FIRST_STATE] = first
     return True
-
-
-def _copied(state: Any) -> Any:
-    """A state with tensors of its own: loaded ones may lie in a mapped file, and keep all of it in memory."""
-    made = copy.copy(state)
-    for name, value in vars(state).items():
-        if isinstance(value, Tensor):
-            setattr(made, name, value.clone())
-        elif hasattr(value, "absmax"):  # the state of scales that are quantized themselves
-            setattr(made, name, _copied(value))
-    return made
 
 
 def first_weight(module: Any) -> tuple[Tensor, Any]:

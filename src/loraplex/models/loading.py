@@ -30,7 +30,7 @@ from loraplex.errors import BaseModelError, ConfigError, LoraplexError
 from loraplex.json_files import MAX_BYTES, read_object
 from loraplex.models.gguf_file import find_gguf_file, is_gguf_file, load_dequantized, load_gguf
 from loraplex.models.int8_base import check_weights, quantize_base
-from loraplex.models.quantized_base import leave_file, load_options
+from loraplex.models.quantized_base import load_options
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 from loraplex.validation import quoted
 
@@ -95,9 +95,7 @@ def load_base_model(
             f"the checkpoint of base model {source!r} lacks {_some(loading['missing_keys'])}, which "
             f"{type(model).__name__} needs; they would be random. Give a complete checkpoint."
         )
-    if options:
-        leave_file(model)
-    else:
+    if not options:
         model = model.to(torch_device)
     model = model.eval().requires_grad_(False)
     if weights == "int8":

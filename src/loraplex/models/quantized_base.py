@@ -76,18 +76,6 @@ def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> 
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def leave_file(base: nn.Module) -> None:
-    """Copy the plain weights of a quantized model, which lie in the checkpoint's mapped file.
-
-    They would keep all its pages in the process, those that quantized weights were read from too.
-    """
-    if not any(quantized_modules(base)):
-        return
-    for parameter in base.parameters():
-        if type(parameter) is nn.Parameter and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
-
-
 def check_quantized_base(base: nn.Module) -> None:
     """Raise BaseModelError for a loaded model with quantized weights that can't be used here."""
     method = method_of(base.config)  # type: ignore[arg-type]
