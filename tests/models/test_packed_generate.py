@@ -278,8 +278,9 @@ def test_mixtures_of_every_kind_of_head_are_the_two_pass_ones(folders):
     assert packed.tolist() == own.tolist()
 
 
-def test_the_first_call_alone_makes_a_runner(llama, monkeypatch):
-    starts = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whose weights are packed where there are tiles
+def test_the_first_call_alone_makes_a_runner(dtype, monkeypatch):
+    starts, llama = [], MultiLoraModel(tiny_model("llama", dtype=dtype))
     start = PackedGenerator._start
     monkeypatch.setattr(PackedGenerator, "_start", lambda self, devices: starts.append(1) or start(self, devices))
     for _ in range(3):

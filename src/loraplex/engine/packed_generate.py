@@ -102,14 +102,16 @@ class PackedGenerator:
 
     def _started(self) -> ModelRunner | None:
         """The runner, made anew where the base model was changed since."""
-        base = self.model.base
-        parameters = list(base.parameters())
-        made_for = (base.config._attn_implementation, *(parameter.data_ptr() for parameter in parameters))
-        if made_for != self._made_for:
+        if self._places() != self._made_for:
             self.close()
-            self._made_for = made_for
-            self._refusal, self._runner = self._start([parameter.device.type for parameter in parameters])
+            self._refusal, self._runner = self._start([p.device.type for p in self.model.base.parameters()])
+            self._made_for = self._places()  # now: a runner moves and packs weights
         return self._runner
+
+    def _places(self) -> tuple[object, ...]:
+        """The attention function, and where the weights lie."""
+        base = self.model.base
+        return (base.config._attn_implementation, *(parameter.data_ptr() for parameter in base.parameters()))
 
     def _start(self, devices: Sequence[str]) -> tuple[str, ModelRunner | None]:
         if set(devices) != {"cpu"}:
