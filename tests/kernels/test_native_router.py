@@ -51,6 +51,12 @@ class Bank:
     def dora_scaled(self, slot: int) -> frozenset[int]:
         return frozenset()
 
+    def changes(self, slot: int) -> dict[int, Any]:
+        return {}
+
+    def expert_table(self) -> None:
+        return None
+
     def dropout(self, slot: int) -> tuple[float, None]:
         return 0.0, None
 
