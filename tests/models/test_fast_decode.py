@@ -46,7 +46,9 @@ def test_fast_decoding_is_used_in_generate_and_only_there(pair, monkeypatch):
 
     calls = []
     real = linear.gated_linear_native
-    monkeypatch.setattr(linear, "gated_linear_native", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(
+        linear, "gated_linear_native", lambda *args, **options: calls.append(1) or real(*args, **options)
+    )
     fast, plain = pair
     ids, mask = prompts(2)
     plain.generate(ids, mask, adapters=["a", None], max_new_tokens=3, do_sample=False)

@@ -8,7 +8,6 @@ from loraplex.engine.engine import Engine
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.lifecycle import run_server
 from loraplex.server.logs import set_up_logs
-from tests.server.tiny_server import make_model, settings
 
 _STEP_S = 0.1  # the tiny model must not be done before the signal
 
@@ -21,7 +20,9 @@ def main(root: str, drain_s: str, keys_file: str = "") -> None:
         return step(engine)
 
     Engine.step = slow_step
-    set_up_logs("info")
+    set_up_logs("info")  # first: what the tests' packages log when they are imported is logged like anything else
+    from tests.server.tiny_server import make_model, settings
+
     keys = KeyFile(keys_file) if keys_file else None
     config = settings(keys=keys, roots=(root,), drain_s=float(drain_s))
     run_server(make_model(Path(root)), config, on_ready=lambda server: print(server.port, flush=True))

@@ -40,6 +40,8 @@ def require_factors_alone(name: str, adapter: Adapter, what: str, *, dora: bool)
             "weights and its own factors together. Merge it into the base model (loraplex merge), or serve the link."
         )
     parts = _set_fields(adapter, _OF_ADAPTER) | _set_fields(config, _OF_CONFIG)
+    if "contents" in parts:
+        parts = (parts - {"contents"}) | _set_fields(config.contents, ())
     for weights in adapter.layers.values():
         parts |= _set_fields(weights, _OF_WEIGHTS)
         if weights.kind not in _KINDS:

@@ -20,7 +20,7 @@ COMMANDS = {
         "loraplex.cli.convert:convert",
     ),
     "merge": (
-        "Write a base model with adapters in its weights, as a plain transformers model.",
+        "Write a base model with a link's adapters in its weights, as a plain transformers model.",
         "loraplex.cli.merge:merge",
     ),
     "link": ("Write several adapters with weights as one, by PEFT's combinations.", "loraplex.cli.link:link"),

@@ -33,7 +33,9 @@ def link(
     dtype: Annotated[str, typer.Option(help="Of the file: float32, bfloat16 or float16.")] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a link such as "a:0.7+b:0.3" as one LoRA adapter that PEFT loads too. No base model is needed."""
+    """Write several adapters with weights as one, by PEFT's combinations.
+
+    A link such as "a:0.7+b:0.3" becomes one LoRA adapter that PEFT loads too. No base model is needed."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} can't be used. Use one of {list(DTYPES)}.")
     options = Combination(method=combination, rank=rank, density=density, majority_sign=majority_sign, seed=seed)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,9 @@ from rich.text import Text
 
 from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training import TrainResult
+
+if TYPE_CHECKING:  # what it imports takes seconds, and only training shows results
+    from loraplex.training import TrainResult
 
 _MAX_NUMBERS = 10_000
 
@@ -95,7 +97,7 @@ def summary_table(rows: Mapping[str, str]) -> Table:
     return table
 
 
-def results_table(kind: str, results: Sequence[TrainResult]) -> Table:
+def results_table(kind: str, results: "Sequence[TrainResult]") -> Table:
     """What became of trainings."""
     table = Table(box=SIMPLE_HEAD)
     for column in (kind, "steps", "stopped by", "loss", "held-out loss", "best at step", "tokens", "folder"):

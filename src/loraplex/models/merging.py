@@ -1,6 +1,7 @@
 """Merge a link's adapters into the weights of their base model, and write a plain transformers model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from loraplex.adapters.factors_alone import require_factors_alone
 from loraplex.adapters.linking.adapter import Members
-from loraplex.adapters.weights import LoraWeights
+from loraplex.adapters.store.store import AdapterStore
+from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import BaseModelError
 from loraplex.kernels.packed_weight import PackedWeight
 from loraplex.layers.direct_reads import read_directly
@@ -76,10 +78,16 @@ def read_members(base: PreTrainedModel, pairs: Link, adapters: Mapping[str, Path
     with MultiLoraModel(base, fast_decode=False) as model:
         for name, _ in pairs:
             model.load_adapter(name, adapters[name])
-        members = [(name, weight, model.store.at_rest(name)) for name, weight in pairs]
+        members = [(name, weight, _without_copies(model.store, name)) for name, weight in pairs]
     for name, _, adapter in members:
         require_factors_alone(name, adapter, WHAT, dora=True)
     return members
+
+
+def _without_copies(store: AdapterStore, name: str) -> Adapter:
+    """An adapter without the copies of the base's own weights that PEFT writes beside adapted embeddings."""
+    adapter = store.at_rest(name)
+    return adapter if store.version(name).changed else replace(adapter, replaced={}, token_rows={})
 
 
 def merge_into(base: PreTrainedModel, members: Members, dtype: torch.dtype | None = None) -> None:
