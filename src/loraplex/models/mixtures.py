@@ -3,12 +3,12 @@
 import copy
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.adapters.names import check_name
@@ -27,9 +27,9 @@ from loraplex.errors import (
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.decoder import find_decoder
 from loraplex.layers.quantized import num_weights
-from loraplex.routers.config import RouterConfig, StaticRouterConfig
+from loraplex.models.routed_mixtures import RouterReader, make_routed_mixture
+from loraplex.routers.config import RouterConfig
 from loraplex.routers.mixture import RoutedMixture
-from loraplex.routers.router import make_router
 from loraplex.routing.adapter_spec import Link
 from loraplex.validation import listed
 from loraplex.xlora.config import HEAD_SETTINGS, XLoraConfig
@@ -183,54 +183,27 @@ class Mixtures:
         config: RouterConfig,
         *,
         seed: int = 0,
-        read_router: Callable[[Mapping[str, int]], Mapping[str, Tensor]] | None = None,  # None: random, from `seed`
+        read_router: RouterReader | None = None,  # None: random, from `seed`
         owned: Collection[str] = (),
     ) -> RoutedMixture:
         """Register a mixture whose gates each layer predicts, after everything about it was checked."""
         self.check_new(name)
         self._check_experts(name, experts)
-        modules = self._lora_layers(name, experts)
-        self._check_routable(name, experts, modules)
-        paths = [self._adaptable.paths[module] for module in modules]
-        widths = {module: self._adaptable.shapes[path].in_features for module, path in zip(modules, paths, strict=True)}
-        check_gates(config, len(experts), len(modules))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            router = make_router(config, widths, len(experts))
-        if read_router is not None and isinstance(router, nn.Module):
-            router.load_state_dict(dict(read_router(dict(zip(paths, widths.values(), strict=True)))))
-        if isinstance(router, nn.Module):
-            router.to(self._base.device)
-        mixture = RoutedMixture(
-            name=name,
-            experts=tuple(experts),
-            config=config,
-            router=router,
-            modules=modules,
-            layers=tuple(paths),
-            owned=frozenset(owned),
+        mixture = make_routed_mixture(
+            name,
+            [self._store.version(expert) for expert in experts],
+            self._lora_layers(name, experts),
+            self._adaptable,
+            config,
+            seed=seed,
+            read_router=read_router,
+            device=self._base.device,
+            owned=owned,
         )
         with self._lock:
             self.check_new(name)
             self._mixtures[name] = mixture
         return mixture
-
-    def _check_routable(self, name: str, experts: Sequence[str], modules: Sequence[int]) -> None:
-        embeddings = [path for path in (self._adaptable.paths[m] for m in modules) if self._is_embedding(path)]
-        if embeddings:
-            raise UnsupportedAdapterError(
-                f"mixture {name!r}: its experts adapt the embedding {embeddings[0]!r}, whose input are tokens' "
-                "numbers, from which a router can't tell anything. Use experts of linear modules, or XLoraConfig."
-            )
-        for expert in experts:
-            if self._store.version(expert).is_dora:
-                raise UnsupportedAdapterError(
-                    f"mixture {name!r}: the expert {expert!r} is a DoRA, whose share of the base output a router "
-                    "doesn't know. Use LoRA experts, or XLoraConfig."
-                )
-
-    def _is_embedding(self, path: str) -> bool:
-        return self._adaptable.shapes[path].kind == "embedding"
 
     def configure(self, name: str, changes: Mapping[str, Any]) -> None:
         """Let a mixture have other settings with the same head and experts; whoever uses it now goes on with the old.
@@ -400,16 +373,3 @@ class Mixtures:
 
     def _is_parameter(self, path: str) -> bool:
         return self._adaptable.shapes[path].is_parameter
-
-
-def check_gates(config: RouterConfig, num_experts: int, num_layers: int) -> None:
-    """Raise ConfigError unless the settings are for so many experts and LoRA layers."""
-    if not isinstance(config, StaticRouterConfig):
-        return
-    first = config.gates[0]
-    counts = (len(first), len(config.gates)) if isinstance(first, tuple) else (len(config.gates), num_layers)
-    if counts != (num_experts, num_layers):
-        raise ConfigError(
-            f"gates has {counts[0]} experts and {counts[1]} LoRA layers, but the mixture has {num_experts} and "
-            f"{num_layers}."
-        )
