@@ -31,14 +31,14 @@ def test_settings_become_vllms_flags(tmp_path):
     assert option(arguments, "--max-lora-rank") == "16"  # of protein; the mixture's experts have 2 + 3 + 4
     assert arguments[-2:] == ["--tensor-parallel-size", "2"]
     options = json.loads(option(arguments, "--additional-config"))["loraplex"]
-    assert options == {"adapters": {"protein": ADAPTER, "science": str(mixture)}, "mixtures": True}
+    assert options == {"adapters": {"protein": ADAPTER, "science": str(mixture)}, "mixtures": True, "routers": False}
 
 
 def test_watched_folder_is_the_folder_of_names(tmp_path):
     write_mixture(tmp_path / "team" / "science", "xlora", XLoraConfig())
     arguments = vllm_arguments(ServeConfig(model=ModelSettings(model="m", watch=str(tmp_path))))
     options = json.loads(option(arguments, "--additional-config"))["loraplex"]
-    assert options == {"adapters": {}, "mixtures": True, "folder": str(tmp_path)}
+    assert options == {"adapters": {}, "mixtures": True, "routers": False, "folder": str(tmp_path)}
     assert option(arguments, "--max-lora-rank") == "16"
 
 

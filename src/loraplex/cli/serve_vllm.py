@@ -13,6 +13,8 @@ from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
 from loraplex.extras import require_extra
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
+from loraplex.routers.config import LinearRouterConfig
+from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.settings import ServeConfig
 from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
@@ -53,6 +55,7 @@ def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
     named = {**model.adapters, **model.mixtures}
     folders = [Path(folder) for folder in named.values()] + _subfolders(model.watch)
     options: dict[str, Any] = {"adapters": named, "mixtures": any(map(is_mixture_folder, folders))}
+    options["routers"] = any(map(is_router_folder, folders))
     if model.watch:
         options["folder"] = model.watch
     base = str(convert_smollm2()) if model.model == ALIAS else model.model
@@ -78,6 +81,10 @@ def rank_for(folders: list[Path]) -> int:
 def _rank(folder: Path) -> int:
     if is_mixture_folder(folder):
         return sum(_rank(Path(expert)) for expert in read_mixture_folder(folder).experts.values())
+    if is_router_folder(folder):
+        mixture = read_router_folder(folder)
+        logits = len(mixture.experts) if isinstance(mixture.config, LinearRouterConfig) else 0  # a rank each
+        return sum(map(_rank, mixture.experts.values())) + logits
     config = read_peft_config(folder)
     return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
 
@@ -87,7 +94,7 @@ def _subfolders(root: str) -> list[Path]:
     found: list[Path] = []
     for parent, names, files in os.walk(root) if root else ():
         names[:] = [name for name in names if not name.startswith(".")]
-        if {"adapter_config.json", "xlora_config.json"} & set(files) and parent != root:
+        if {"adapter_config.json", "xlora_config.json", "router_config.json"} & set(files) and parent != root:
             found.append(Path(parent))
             names.clear()
     return sorted(found)

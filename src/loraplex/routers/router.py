@@ -1,7 +1,7 @@
 """Routers: from a LoRA layer's input to its experts' gates."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,19 @@ from torch import Tensor, nn
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.routers.config import ArrowConfig, LinearRouterConfig, RouterConfig, SpectrConfig, StaticRouterConfig
 from loraplex.routing.token_router import NativeRouter, TokenRouter
+
+
+class Factors(Protocol):
+    """An expert's weights in one module."""
+
+    @property
+    def lora_a(self) -> Tensor:  # [rank, in]
+        ...
+
+    @property
+    def lora_b(self) -> Tensor:  # [rank, out]
+        ...
+
 
 Experts = Sequence[SlotWeights | None]
 Layers = Sequence[Mapping[int, SlotWeights]]  # of each expert, by module
@@ -33,7 +46,7 @@ class ArrowRouter:
         return self._native.of(experts, num_modules)
 
     def _in_rank_space(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [rank]
-        return _prototype(expert, self.config.rng_seed)[1] / expert.scaling
+        return prototype(expert, self.config.rng_seed)[1] / expert.scaling
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -209,10 +222,10 @@ class NativeKept:
 
 def _prototypes(experts: Experts, seed: int) -> Tensor:  # [experts, in]
     width = next(expert.lora_a.shape[1] for expert in experts if expert is not None)
-    return torch.stack([torch.zeros(width) if expert is None else _prototype(expert, seed)[0] for expert in experts])
+    return torch.stack([torch.zeros(width) if expert is None else prototype(expert, seed)[0] for expert in experts])
 
 
-def _prototype(expert: SlotWeights, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]
+def prototype(expert: Factors, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]
     """The first right singular vector of an expert's B A, v = A'c, and c, as PEFT's power method has them."""
     a, gram = expert.lora_a.float(), _gram(expert)
     v = torch.randn(a.shape[1], generator=torch.Generator(device=a.device.type).manual_seed(seed), device=a.device)
@@ -230,6 +243,6 @@ def _grams(experts: Experts) -> list[Tensor]:
     return [torch.zeros(0) if expert is None else _gram(expert) for expert in experts]
 
 
-def _gram(expert: SlotWeights) -> Tensor:  # [rank, rank]
+def _gram(expert: Factors) -> Tensor:  # [rank, rank]
     b = expert.lora_b.float()  # [rank, out]
     return b @ b.t()

@@ -9,6 +9,7 @@ from vllm.sampling_params import SamplingParams
 
 from loraplex.adapters.peft.record import read_record
 from loraplex.errors import LoraplexError
+from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
@@ -52,6 +53,8 @@ class AdapterEnds:
                 yield from read_record(part)
 
     def _adapters(self, folder: Path) -> list[Path]:
+        if is_router_folder(folder):
+            return [self._catalog.check_expert(folder, e) for e in read_router_folder(folder).experts.values()]
         if not is_mixture_folder(folder):
             return [folder]
         experts = read_mixture_folder(folder).experts.values()

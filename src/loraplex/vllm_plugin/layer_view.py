@@ -6,39 +6,53 @@ import torch
 from torch import Tensor
 
 from loraplex.vllm_plugin.gates import GateBuffers
+from loraplex.vllm_plugin.routers import RouterBuffers, SumRanks
 
 
 class LayerView:
     """Stands between a layer and the wrapper that all layers share; calls go on with the layer's modules added."""
 
-    def __init__(self, wrapper: Any, first_module: int) -> None:
+    def __init__(self, wrapper: Any, first_module: int, sum_ranks: SumRanks | None = None) -> None:
+        """`sum_ranks` of a layer whose workers each have a part of the values in rank space."""
         self._wrapper = wrapper
-        self._first_module = first_module
+        self._layer = {"loraplex_first_module": first_module}
+        if sum_ranks is not None:
+            self._layer["loraplex_sum_ranks"] = sum_ranks
 
     def add_lora_linear(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapper.add_lora_linear(*args, **kwargs, loraplex_first_module=self._first_module)
+        return self._wrapper.add_lora_linear(*args, **kwargs, **self._layer)
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper.add_shrink(*args, **kwargs)
 
     def add_expand(self, *args: Any, **kwargs: Any) -> Any:
         """Fully sharded layers call it directly, after they have gathered the values in rank space."""
-        return self._wrapper.add_expand(*args, **kwargs, loraplex_first_module=self._first_module)
+        return self._wrapper.add_expand(*args, **kwargs, **self._layer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)
 
 
-def gate_expansion(wrapper: Any, buffers: GateBuffers) -> None:
+def gate_expansion(wrapper: Any, buffers: GateBuffers | None, routers: RouterBuffers | None = None) -> None:
     """Let a wrapper gate the values in rank space of layers that say who they are, before it expands them."""
     kind = type(wrapper)
 
-    def add_expand(self: Any, y: Tensor, x: Any, *args: Any, loraplex_first_module: int = -1, **kwargs: Any) -> Any:
+    def add_expand(
+        self: Any,
+        y: Tensor,
+        x: Any,
+        *args: Any,
+        loraplex_first_module: int = -1,
+        loraplex_sum_ranks: SumRanks | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if loraplex_first_module >= 0:
-            self.loraplex_buffers.apply(x, loraplex_first_module)
+            if routers is not None:
+                routers.apply(x, loraplex_first_module, loraplex_sum_ranks)
+            if buffers is not None:
+                buffers.apply(x, loraplex_first_module)
         return kind.add_expand(self, y, x, *args, **kwargs)
 
-    wrapper.loraplex_buffers = buffers
     wrapper.__class__ = type(f"Gated{kind.__name__}", (kind,), {"add_expand": add_expand})
 
 

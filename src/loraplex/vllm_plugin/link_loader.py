@@ -1,6 +1,6 @@
 """From the folders of a link to one LoRA of vLLM's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CapacityError, MixtureError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
-from loraplex.routers.folder import is_router_folder
+from loraplex.routers.config import StaticRouterConfig
+from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
 from loraplex.vllm_plugin.gates import PLAIN, SlotMixture
+from loraplex.vllm_plugin.link_routers import RoutedExperts, make_routing, needs_gates, routed_experts
 from loraplex.vllm_plugin.options import KEY, PluginOptions
+from loraplex.vllm_plugin.routers import SlotRouting
 from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 from loraplex.xlora.formats.head_tensors import check_head
 from loraplex.xlora.formats.mixture_folder import MixtureFolder
@@ -31,11 +34,18 @@ class LinkedLora(LoRAModel):
     """A link as one LoRA of vLLM's: all factors side by side, and the mixtures that gate some of their columns."""
 
     def __init__(
-        self, lora_id: int, rank: int, loras: dict[str, Any], uses: tuple[SlotMixture, ...], columns: Tensor | None
+        self,
+        lora_id: int,
+        rank: int,
+        loras: dict[str, Any],
+        uses: tuple[SlotMixture, ...],
+        columns: Tensor | None,
+        routing: SlotRouting | None,
     ) -> None:
         super().__init__(lora_id, rank, loras)
         self.uses = uses
-        self.columns = columns  # [rank] int64: the gate column of each rank column; None: no mixture
+        self.columns = columns  # [rank] int64: the gate column of each rank column; None: no X-LoRA mixture
+        self.routing = routing  # None: no mixture with a router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,34 +87,43 @@ class LinkLoader:
 
     def load(self, lora_id: int, wanted: Wanted) -> LinkedLora:
         """One LoRA for all folders of a link. Raises what is wrong with them, before anything is changed."""
-        for folder, _ in wanted:
-            if is_router_folder(folder):
-                raise UnsupportedAdapterError(
-                    f"the mixture in {str(folder)!r} has a router in each layer, which the plugin doesn't serve. Serve "
-                    "it with `loraplex serve`, or use an X-LoRA mixture."
-                )
         mixtures = {i: read_mixture_folder(folder) for i, (folder, _) in enumerate(wanted) if is_mixture_folder(folder)}
-        self._check_mixtures(list(mixtures.values()), wanted)
+        routers = {i: read_router_folder(folder) for i, (folder, _) in enumerate(wanted) if is_router_folder(folder)}
+        self._check_mixtures(list(mixtures.values()), list(routers.values()), wanted)
         members: list[tuple[Adapter, float]] = []
         gated: list[_Gated] = []
+        routed: list[tuple[RoutedExperts, range]] = []
         for i, (folder, weight) in enumerate(wanted):
-            if i not in mixtures:
+            first = len(members)
+            if i in mixtures:
+                experts = self._experts(folder, mixtures[i].experts)
+                members += [(expert, 1.0) for expert in experts]  # a mixture's weight is in its gates
+                gated.append(_Gated(folder.name, mixtures[i], weight, range(first, len(members))))
+            elif i in routers:
+                mixture = routed_experts(
+                    routers[i], weight, self._experts(folder, routers[i].experts), self._base.shapes
+                )
+                members += mixture.members
+                routed.append((mixture, range(first, len(members))))
+            else:
                 members.append((self._read(folder, folder), weight))
-                continue
-            experts = [self._catalog.check_expert(folder, path) for path in mixtures[i].experts.values()]
-            gated.append(_Gated(folder.name, mixtures[i], weight, range(len(members), len(members) + len(experts))))
-            members += [(self._read(expert, folder), 1.0) for expert in experts]  # a mixture's weight is in its gates
         parts = index_members(members)
         self._check_rank(parts, wanted)
+        modules: dict[str, int] = {}
+        if gated or needs_gates([mixture for mixture, _ in routed]):
+            # In a scaling pass every member must be off, which only gates can do.
+            modules = {path: self._places.module(path) for part in parts for path in part.adapter.layers}
         uses, columns = self._uses(gated, parts)
-        if uses:  # in the scaling pass every member must be off, which only gates can do
-            for path in {path for part in parts for path in part.adapter.layers}:
-                self._places.module(path)
+        of_parts = [(mixture, [parts[member] for member in found]) for mixture, found in routed]
+        routing = make_routing(of_parts, parts, modules, self._places.num_modules)
         loras = {}
         for path, (lora_a, lora_b) in concatenate(parts, self._limits.dtype).items():
             name = self._places.name(path)
             loras[name] = LoRALayerWeights(name, len(lora_a), len(lora_a), lora_a, lora_b, scaling=1.0)
-        return LinkedLora(lora_id, total_rank(parts), loras, uses, columns)
+        return LinkedLora(lora_id, total_rank(parts), loras, uses, columns, routing)
+
+    def _experts(self, mixture: Path, experts: Mapping[str, Path | str]) -> list[Adapter]:
+        return [self._read(self._catalog.check_expert(mixture, path), mixture) for path in experts.values()]
 
     def _read(self, folder: Path, named: Path) -> Adapter:
         if is_residual_folder(folder):
@@ -119,17 +138,30 @@ class LinkLoader:
             )
         if adapter.config.alora_invocation_tokens is not None:
             raise UnsupportedAdapterError(f"{where} is an aLoRA, which vLLM can't run. Use loraplex's own engine.")
+        if not adapter.has_factors_alone:
+            raise UnsupportedAdapterError(
+                f"{where} brings more than factors (modules, biases or token rows of its own), which has no place in "
+                "one LoRA of several. Use loraplex's own engine."
+            )
         check_fits(adapter, self._base.shapes, output_module=self._base.output_module)
         return adapter
 
-    def _check_mixtures(self, mixtures: Sequence[MixtureFolder], wanted: Wanted) -> None:
+    def _check_mixtures(
+        self, mixtures: Sequence[MixtureFolder], routers: Sequence[RouterFolder], wanted: Wanted
+    ) -> None:
+        names = ", ".join(folder.name for folder, _ in wanted)
         if mixtures and not self._options.mixtures:
-            names = ", ".join(folder.name for folder, _ in wanted)
             raise MixtureError(
                 f"{names} is or names a mixture, but this engine has no second KV cache for scaling "
                 f'passes. Start it with {{"{KEY}": {{"mixtures": true}}}}: every token then takes twice the memory.'
             )
-        num_experts = sum(mixture.num_experts for mixture in mixtures)
+        routed = [folder for folder in routers if not isinstance(folder.config, StaticRouterConfig)]
+        if routed and not self._options.routers:
+            raise MixtureError(
+                f"{names} is or names a mixture with a router in each layer, but this engine has no gates for it. "
+                f'Start it with {{"{KEY}": {{"routers": true}}}}.'
+            )
+        num_experts = sum(mixture.num_experts for mixture in mixtures) + sum(len(r.experts) for r in routed)
         if num_experts > self._options.max_experts:
             raise CapacityError(
                 f"the mixtures of this link have {num_experts} experts, but there are gates for "

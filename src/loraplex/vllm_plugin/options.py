@@ -17,11 +17,12 @@ class PluginOptions:
     folder: str = ""  # its subfolders are adapters and mixtures, named by their path below it
     adapters: Mapping[str, str] = field(default_factory=dict)  # others, name -> folder
     mixtures: bool = False  # serve X-LoRA: every token takes twice the memory for keys and values
+    routers: bool = False  # serve mixtures in one pass, whose routers read each layer's input
     max_experts: int = 8  # of one link's mixtures together
     any_path: bool | None = None  # load from other folders too; None: only where no folder or adapter is given
 
     def __post_init__(self) -> None:
-        for option, kind in (("folder", str), ("adapters", Mapping), ("mixtures", bool)):
+        for option, kind in (("folder", str), ("adapters", Mapping), ("mixtures", bool), ("routers", bool)):
             if not isinstance(getattr(self, option), kind):
                 raise ConfigError(f"{KEY}.{option} is {getattr(self, option)!r}; it must be a {kind.__name__}.")
         if self.any_path not in (None, True, False):

@@ -20,6 +20,7 @@ class Refusal:
     is_on: Callable[[VllmConfig], Any]
     why: str
     fix: str
+    with_routers: bool = False  # whether it goes with mixtures in one pass neither
 
 
 _ALWAYS = (
@@ -47,8 +48,9 @@ _WITH_MIXTURES = (
     Refusal(
         "context parallelism",
         lambda c: c.parallel_config.prefill_context_parallel_size * c.parallel_config.decode_context_parallel_size > 1,
-        "a rank then has the hidden states of some tokens only",
+        "a rank then has some tokens only",
         "Use tensor_parallel_size instead",
+        with_routers=True,
     ),
     Refusal(
         "a KV connector (kv_transfer_config)",
@@ -73,6 +75,7 @@ _WITH_MIXTURES = (
         lambda c: c.speculative_config is not None,
         "drafts are checked by a forward pass whose gates were not tested",
         "Leave speculative_config out",
+        with_routers=True,
     ),
     Refusal(
         "a model that isn't a plain causal decoder",
@@ -84,18 +87,21 @@ _WITH_MIXTURES = (
         ),
         "state-space, hybrid, encoder-decoder and multimodal models were not tested",
         "Serve it without mixtures",
+        with_routers=True,
     ),
     Refusal(
         "microbatches (enable_dbo, ubatch_size)",
         lambda c: c.parallel_config.use_ubatching,
-        "the scaling pass takes a batch as one",
+        "the scaling pass and the gates take a batch as one",
         "Leave them out",
+        with_routers=True,
     ),
     Refusal(
         "asynchronous scheduling",
         lambda c: c.scheduler_config.async_scheduling,
         "it was not tested",
         "Set async_scheduling=False (--no-async-scheduling)",
+        with_routers=True,
     ),
     Refusal(
         "a quantized KV cache",
@@ -108,12 +114,14 @@ _WITH_MIXTURES = (
         lambda c: c.model_config.enable_sleep_mode,
         "level 2 throws away the gates' buffers",
         "Leave enable_sleep_mode out",
+        with_routers=True,
     ),
     Refusal(
         "compilation mode STOCK_TORCH_COMPILE or DYNAMO_TRACE_ONCE",
         lambda c: c.compilation_config.mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE),
-        "the whole model is compiled then, with the hook that runs the scaling pass inside",
+        "the whole model is compiled then, with what gates mixtures inside",
         "Use mode NONE (enforce_eager) or VLLM_COMPILE",
+        with_routers=True,
     ),
     Refusal(
         "breakable CUDA graphs",
@@ -126,6 +134,7 @@ _WITH_MIXTURES = (
         lambda c: envs.VLLM_LORA_ENABLE_DUAL_STREAM,
         "gates were not tested on the second stream",
         "Unset VLLM_LORA_ENABLE_DUAL_STREAM",
+        with_routers=True,
     ),
 )
 
@@ -135,10 +144,9 @@ def check_config(config: VllmConfig, options: PluginOptions) -> None:
     for refusal in _ALWAYS:
         if refusal.is_on(config):
             raise UnsupportedEngineError(f"loraplex inside vLLM refuses {refusal.name}: {refusal.why}. {refusal.fix}.")
-    if not options.mixtures:
-        return
     for refusal in _WITH_MIXTURES:
-        if refusal.is_on(config):
+        applies = options.mixtures or (options.routers and refusal.with_routers)
+        if applies and refusal.is_on(config):
             raise UnsupportedEngineError(
                 f"mixtures inside vLLM don't go with {refusal.name}: {refusal.why}. {refusal.fix}, or do without."
             )

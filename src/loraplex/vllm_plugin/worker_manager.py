@@ -14,6 +14,7 @@ from loraplex.adapters.peft.hub import may_be_hub_id
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.residual.format import is_residual_folder
+from loraplex.routers.folder import is_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.link_loader import EngineLimits, LinkLoader
@@ -71,7 +72,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load(self, lora_request: LoRARequest, wanted: Wanted) -> LoRAModel:
         (folder, weight), *others = wanted
-        if others or weight != 1 or is_mixture_folder(folder):
+        if others or weight != 1 or is_mixture_folder(folder) or is_router_folder(folder):
             return self._loader.load(lora_request.lora_int_id, wanted)
         if is_residual_folder(folder):
             raise UnsupportedAdapterError(
