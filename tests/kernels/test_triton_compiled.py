@@ -8,7 +8,8 @@ from tests.parts import skip_here
 
 pytestmark = pytest.mark.needs("triton")
 _ADDRESSES = {"table": "*i64", "scalings": "*fp32", "gates": "*fp32", "hidden": "*fp32", "grads": "*fp32"}
-_LISTS = {"entries": "*i32", "tiles": "*i32", "segments": "*i64", "offsets": "*i64"}
+_ADDRESSES |= {"settings": "*fp32", "parameters": "*i64"}
+_LISTS = {"entries": "*i32", "tiles": "*i32", "experts": "*i32", "segments": "*i64", "offsets": "*i64"}
 _BLOCKS = {"BLOCK_TOKENS": 16, "BLOCK_RANK": 16, "ALIGNED": True, "NUM_PROJECTIONS": 3}
 # As triton sees arguments whose values are multiples of 16.
 _DIVISIBLE = ("num_in", "part_size", "width", "num_features")
@@ -20,7 +21,7 @@ def ptx_of(kernel, dtype, constants, tmp_path, monkeypatch) -> str:
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = kernel.fn  # without its tuner
+    function = kernel.fn if hasattr(kernel, "configs") else kernel  # without its tuner
     given = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**_ADDRESSES, **_LISTS, **dict.fromkeys(("x", "y0", "y1", "y2", "like"), f"*{dtype}")}
     signature = {name: "constexpr" if name in given else types.get(name, "i32") for name in function.arg_names}
@@ -78,3 +79,13 @@ def test_outer_compiles_for_float32_without_rounding_to_tf32(tmp_path, monkeypat
     ptx = ptx_of(outer_kernel, "fp32", constants, tmp_path, monkeypatch)
     assert "tf32" not in ptx
     assert "fma.rn.f32" in ptx
+
+
+def test_route_compiles_with_a_barrier_between_its_reads_and_writes(tmp_path, monkeypatch):
+    from loraplex.kernels.triton.route import route_kernel
+
+    constants = {**_BLOCKS, "NUM_PARTS": 8, "BLOCK_EXPERTS": 4, "BLOCK_IN": 128}
+    ptx = ptx_of(route_kernel, "bf16", constants, tmp_path, monkeypatch)
+    assert "tf32" not in ptx
+    assert re.search(r"bar(rier)?\.sync", ptx)
+    assert "st.global" in ptx

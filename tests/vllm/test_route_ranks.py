@@ -1,7 +1,5 @@
 """The operator that gates experts by their own values in rank space, and its buffers: without vLLM."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,11 +7,11 @@ from loraplex import ArrowConfig, LinearRouterConfig, SpectrConfig, StaticRouter
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.routers.folder import RouterFolder
-from loraplex.routers.router import prototype
 from loraplex.vllm_plugin.concatenate import concatenate, index_members, total_rank
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion
 from loraplex.vllm_plugin.link_routers import make_routing, needs_gates, routed_experts
 from loraplex.vllm_plugin.routers import RouterBuffers
+from tests.routers.formulas import gates_of, scores_of
 
 IN, OUT, TOKENS, SLOTS, RANK = 12, 10, 9, 3, 32
 RANKS = (3, 2, 4)  # of the experts
@@ -68,57 +66,25 @@ def make_mixture(config, weight=1.0):
     return routed_experts(folder, weight, experts(), SHAPES)
 
 
-def gates_of_token(config, scores, present):
-    """The rule of docs/xlora.md for one token, in float64; scores of experts that are there count alone."""
-    gates = [0.0] * len(scores)
-    order = sorted((i for i in range(len(scores)) if present[i]), key=lambda i: -scores[i])
-    top_k = getattr(config, "top_k", None)
-    kept = order if top_k is None else order[:top_k]
-    if getattr(config, "activation", None) == "sigmoid":
-        for i in kept:
-            gates[i] = 1 / (1 + math.exp(-scores[i] / config.temperature))
-        return gates
-    weights = {i: math.exp((scores[i] - scores[order[0]]) / config.temperature) for i in kept}
-    top_p, total, before = getattr(config, "top_p", None), sum(weights.values()), 0.0
-    if top_p is not None:
-        for i in list(kept):
-            if before >= top_p * total:
-                del weights[i]
-            before += weights.get(i, 0.0)
-    for i, share in weights.items():
-        gates[i] = share / sum(weights.values())
-    return gates
-
-
 def expected(config, x, path, weight=1.0):
     """sum_i gate_i scaling_i B_i A_i x, token by token."""
     place = list(SHAPES).index(path)
     found = [expert.layers.get(path) for expert in experts()]
-    present = [weights is not None for weights in found]
+    factors = [None if w is None else (w.lora_a, w.lora_b) for w in found]
     router = Router(folder=None, config=config, experts={}, layers=(), base_model_name=None).read_router(
         dict.fromkeys(SHAPES, IN)
     )
     y = torch.zeros(len(x), OUT, dtype=torch.float64)
     for t, token in enumerate(x.double()):
-        parts = [None if w is None else w.lora_b.double().t() @ (w.lora_a.double() @ token) for w in found]
         if isinstance(config, StaticRouterConfig):
             gates = config.gates[place]
         else:
-            scores = []
-            for i, weights in enumerate(found):
-                if weights is None:
-                    scores.append(0.0)
-                elif isinstance(config, ArrowConfig):
-                    scores.append(abs(float(prototype(weights, config.rng_seed)[0].double() @ token)))
-                elif isinstance(config, SpectrConfig):
-                    scores.append(float(parts[i].norm()))
-                else:
-                    logit = router[f"weights.{place}"][i].double() @ token + router[f"biases.{place}"][i].double()
-                    scores.append(float(logit))
-            gates = gates_of_token(config, scores, present)
-        for gate, part, weights in zip(gates, parts, found, strict=True):
+            scores = scores_of(config, token, factors, router[f"weights.{place}"], router[f"biases.{place}"])
+            gates = gates_of(config, scores, [each is not None for each in factors])
+        for gate, weights in zip(gates, found, strict=True):
             if weights is not None:
-                y[t] += gate * weight * weights.scaling * part
+                a, b = weights.lora_a.double(), weights.lora_b.double()
+                y[t] += gate * weight * weights.scaling * (b.t() @ (a @ token))
     return y
 
 
@@ -222,7 +188,7 @@ def test_workers_with_a_part_of_the_input_add_up_to_the_whole(kind):
     slots = [0] * TOKENS
     buffers.set_tokens(slots)
     whole = torch.stack([padded(factors["first"][0] @ token) for token in x]).unsqueeze(0)
-    parts = [run(buffers, {0: factors}, slots, x, "first", lambda _: whole, share) for share in halves]
+    parts = [run(buffers, {0: factors}, slots, x, "first", lambda part: part.copy_(whole), share) for share in halves]
     torch.testing.assert_close(sum(parts).double(), expected(config, x, "first"), rtol=1e-4, atol=1e-5)
     wrong = [run(buffers, {0: factors}, slots, x, "first", None, share) for share in halves]  # each by its own part
     assert not torch.allclose(sum(wrong).double(), expected(config, x, "first"), rtol=1e-2, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Mixtures with routers inside vLLM against loraplex's own model, and Arrow against PEFT's, beside rows of all kinds."""
+"""Mixtures with routers inside vLLM against loraplex's own model, and Arrow against PEFT's, in mixed batches."""
 
 import pytest
 import torch

@@ -93,7 +93,7 @@ def add_adapters(module: int, y: Tensor, x: Tensor, plan: RoutingPlan, *, bias: 
     training = plan.bank.trainable
     needs_grad = gradients_flow(x, y, plan)
     kernel = plan.kernel(x, needs_grad=needs_grad)
-    if plan.is_routed and kernel != "native":
+    if plan.is_routed and (needs_grad or kernel not in ("native", "triton")):
         plan.route(module, x)
     if plan.has_dora_scale(module):
         y = add_dora_scales(module, y, y.clone(), plan, bias=bias)
@@ -120,7 +120,7 @@ def add_adapters_together(
     modules: Sequence[int], ys: Sequence[Tensor], x: Tensor, plan: RoutingPlan, *, needs_grad: bool
 ) -> list[Tensor]:
     """Add the plan's adapters for modules that read one x to their ys [.., out], in place, in the Triton kernels."""
-    if needs_grad:
+    if needs_grad:  # and `plan.route` ran
         from loraplex.kernels.triton.autograd import gated_lora_triton_grad
 
         segments = [plan.lora_segments(module, training=plan.bank.trainable) for module in modules]
@@ -129,7 +129,7 @@ def add_adapters_together(
 
     flat_ys = [y.view(-1, y.shape[-1]) for y in ys]
     flat_x = x.contiguous().view(-1, x.shape[-1])
-    gated_lora_triton(flat_ys, flat_x, plan.factors, modules, plan.work, plan.gates.all())
+    gated_lora_triton(flat_ys, flat_x, plan.factors, modules, plan.work, plan.gates.all(), plan.routes)
     return list(ys)
 
 

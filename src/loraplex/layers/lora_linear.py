@@ -88,7 +88,7 @@ def run_together(modules: Sequence[LoraLinear], x: Tensor, plan: RoutingPlan) ->
         return [module.run_alone(x, plan) for module in modules]
     ys = [functional.linear(x, module.weight, module.bias) for module in modules]
     needs_grad = gradients_flow(x, ys[0], plan)
-    if plan.kernel(x, needs_grad=needs_grad) != "triton":
+    if plan.kernel(x, needs_grad=needs_grad) != "triton" or (plan.is_routed and needs_grad):
         return [module.run_alone(x, plan) for module in modules]
     adapted = [i for i, module in enumerate(modules) if plan.adapts(module.lora_index)]
     if adapted:

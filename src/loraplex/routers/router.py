@@ -221,8 +221,9 @@ class NativeKept:
 
 
 def _prototypes(experts: Experts, seed: int) -> Tensor:  # [experts, in]
-    width = next(expert.lora_a.shape[1] for expert in experts if expert is not None)
-    return torch.stack([torch.zeros(width) if expert is None else prototype(expert, seed)[0] for expert in experts])
+    like = next(expert.lora_a for expert in experts if expert is not None)
+    none = like.new_zeros(like.shape[1], dtype=torch.float32)
+    return torch.stack([none if expert is None else prototype(expert, seed)[0] for expert in experts])
 
 
 def prototype(expert: Factors, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]

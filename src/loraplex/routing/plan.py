@@ -18,7 +18,14 @@ from loraplex.kernels.packed_weight import Adapters
 from loraplex.kernels.segments import LoraSegment
 from loraplex.kernels.stacked import LoraStack, stack_segments
 from loraplex.kernels.triton.available import triton_runs
-from loraplex.kernels.triton.work import SlotFactors, WorkList, make_work, tokens_of_a_tile
+from loraplex.kernels.triton.work import (
+    RouteWork,
+    SlotFactors,
+    WorkList,
+    make_route_work,
+    make_work,
+    tokens_of_a_tile,
+)
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.segments import RoutedGate, Segment, join_neighbours
@@ -76,7 +83,7 @@ class RoutingPlan:
         return self._routed is not None
 
     def route(self, module: int, x: Tensor) -> None:  # [.., in]
-        """Predict the gates of one module for its input; for kernels that don't do it themselves."""
+        """Predict the gates of one module for its input; for kernels that don't do it themselves (`routes_in_call`)."""
         if self._routed is not None:
             self._routed.prepare(module, x.reshape(-1, x.shape[-1]))
 
@@ -125,7 +132,7 @@ class RoutingPlan:
     def launches_together(self, x: Tensor) -> bool:
         """Whether modules that read one x share the launches of their adapters, as they can in the Triton kernels."""
         if self._launches_together is None:
-            self._launches_together = bool(self._adapted) and not self.is_routed and triton_runs(x.device, x.dtype)
+            self._launches_together = bool(self._adapted) and self.routes_in_call and triton_runs(x.device, x.dtype)
         return self._launches_together
 
     def decodes_fast(self, x: Tensor, max_tokens: int) -> bool:
@@ -150,12 +157,12 @@ class RoutingPlan:
 
     @cached_property
     def routing(self) -> tuple[Tensor, ...]:
-        """What the compiled kernel takes of the routers; empty without one, or where it can't run one."""
+        """What the kernels take of the routers; empty without one, or where they can't run one."""
         return () if self._routed is None else native_routing(self._rows_and_experts[1], self.bank)
 
     @property
     def routes_in_call(self) -> bool:
-        """Whether the compiled kernel runs the plan's routers, if there are any."""
+        """Whether the kernels for frozen adapters run the plan's routers, if there are any."""
         return self._routed is None or bool(self.routing)
 
     @cached_property
@@ -178,6 +185,13 @@ class RoutingPlan:
     def work(self) -> WorkList:
         """The segments for the Triton kernels, on the table's device."""
         return make_work(self.row_list, tokens_of_a_tile(self.tokens_per_row), self.table[0].device)
+
+    @cached_property
+    def routes(self) -> RouteWork | None:
+        """The routers for the Triton kernels, on the table's device; None without one."""
+        if not self.routing:
+            return None
+        return make_route_work(self.routing, self.row_list, tokens_of_a_tile(self.tokens_per_row), self.table[0].device)
 
     @cached_property
     def rows(self) -> Tensor:  # [segments, 4]  int64

@@ -13,7 +13,7 @@ from loraplex.routing.weight_provider import WeightProvider
 
 
 class NativeRouter(NamedTuple):
-    """A router as the compiled kernel takes it (kernels/csrc/router.h)."""
+    """A router as the kernels take it (kernels/csrc/router.h, kernels/triton/route.py)."""
 
     kind: int
     top_k: int  # 0: all experts
@@ -27,7 +27,7 @@ class TokenRouter(Protocol):
     """What predicts the gates of a mixture's experts."""
 
     def native(self, experts: Sequence[Mapping[int, SlotWeights]], num_modules: int) -> NativeRouter | None:
-        """The router for experts with these weights by module; None where the compiled kernel can't run it."""
+        """The router for experts with these weights by module; None where the kernels can't run it."""
         ...
 
     def gates(self, module: int, x: Tensor, experts: Sequence[SlotWeights | None]) -> Tensor:
@@ -46,9 +46,9 @@ class RoutedRow(NamedTuple):
 
 
 def native_routing(rows: Sequence[RoutedRow], bank: WeightProvider) -> tuple[Tensor, ...]:
-    """The experts' rows as the compiled kernel takes them (arguments.h); none where it can't run a router."""
+    """The experts' rows as the kernels take them (arguments.h); none where they can't run a router."""
     table = bank.native_table()
-    if table is None or table[0].device.type != "cpu" or not rows:
+    if table is None or not rows:
         return ()
     groups: dict[tuple[TokenRouter, float, int, int], list[RoutedRow]] = {}
     for row in rows:
@@ -120,7 +120,7 @@ class RoutedGates:
                     _put(row, gates[:, column], by_expert[expert])
 
     def all(self) -> Tensor:
-        """Those that no router predicts, and 1 for the others, which the compiled kernel multiplies."""
+        """Those that no router predicts, and 1 for the others, which kernels multiply that route in their call."""
         return self._others.all()
 
     def unrouted(self, module: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraplex.vllm_plugin.route_ranks import ALL, TEMPERATURE, TOP_K, TOP_P, WEIGHT
 
-SumRanks = Callable[[Tensor], Tensor]  # an all-reduce
+SumRanks = Callable[[Tensor], Tensor]  # an all-reduce, which may change what it gets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class RouterBuffers:
         if not (self.is_always_on or self.is_on):
             return
         values = x if isinstance(x, Tensor) else torch.stack(x)
-        whole = None if sum_ranks is None else sum_ranks(values)
+        whole = None if sum_ranks is None else sum_ranks(values.clone())
         torch.ops.loraplex.route_ranks_(values, whole, self.slots, self.tables, first_module)
         if not isinstance(x, Tensor):
             for part, gated in zip(x, values, strict=True):

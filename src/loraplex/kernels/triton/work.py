@@ -34,6 +34,16 @@ class SlotFactors(NamedTuple):
     aligned: bool  # whether all addresses are multiples of 16
 
 
+class RouteWork(NamedTuple):
+    """The mixtures of a packed batch, in tiles of their tokens."""
+
+    tiles: Tensor  # [tiles, 4]  int32: first token, tokens, first expert, experts
+    experts: Tensor  # [experts, 4]  int32: slot, row in rank space of token 0 (may be negative), kind, top_k (0: all)
+    settings: Tensor  # [experts, 3]  float32: temperature, top_p (0: all), weight
+    parameters: Tensor  # [experts, modules]  int64: addresses of float32 parameters; 0: doesn't adapt the module
+    max_experts: int  # of a mixture
+
+
 Quadruples = list[tuple[int, int, int, int]]
 
 
@@ -79,4 +89,35 @@ def make_work(segments: Sequence[Sequence[int]], block_tokens: int, device: torc
         entries=both[len(tiles) :],
         block_tokens=block_tokens,
         num_rows=sum(stop - start for start, stop, _, _ in segments if start < stop),
+    )
+
+
+def make_route_work(
+    routing: Sequence[Tensor],  # as the compiled kernel takes it (kernels/csrc/arguments.h)
+    rows: Sequence[Sequence[int]],  # start, stop, slot and first row of each segment
+    block_tokens: int,
+    device: torch.device,
+) -> RouteWork:
+    """The routers of a plan, on a device."""
+    places, settings, parameters = routing
+    experts: list[tuple[int, int, int, int]] = []
+    tiles: list[tuple[int, int, int, int]] = []
+    groups: dict[int, list[int]] = {}
+    for i, (row, group, kind, top_k) in enumerate(places.tolist()):
+        start, _, slot, first = rows[row]
+        experts.append((slot, first - start, kind, top_k))
+        groups.setdefault(group, []).append(i)
+    for members in groups.values():
+        start, stop = rows[int(places[members[0], 0])][:2]
+        tiles += [
+            (first, min(block_tokens, stop - first), members[0], len(members))
+            for first in range(start, stop, block_tokens)
+        ]
+    both = torch.tensor(tiles + experts, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True)
+    return RouteWork(
+        tiles=both[: len(tiles)],
+        experts=both[len(tiles) :],
+        settings=settings.to(device, non_blocking=True),
+        parameters=parameters.to(device, non_blocking=True),
+        max_experts=max(map(len, groups.values())),
     )
