@@ -94,7 +94,8 @@ def _subfolders(root: str) -> list[Path]:
     found: list[Path] = []
     for parent, names, files in os.walk(root) if root else ():
         names[:] = [name for name in names if not name.startswith(".")]
-        if {"adapter_config.json", "xlora_config.json", "router_config.json"} & set(files) and parent != root:
+        is_folder = {"adapter_config.json", "xlora_config.json"} & set(files) or is_router_folder(Path(parent))
+        if is_folder and parent != root:
             found.append(Path(parent))
             names.clear()
     return sorted(found)

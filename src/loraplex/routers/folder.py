@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.names import check_name
-from loraplex.adapters.peft.weight_files import check_files
+from loraplex.adapters.peft.weight_files import ARROW_ROUTER, check_files
 from loraplex.adapters.peft.writer import adapter_files, write_or_copy
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.weights import Adapter
@@ -27,6 +27,7 @@ from loraplex.json_files import damaged_as, read_object
 from loraplex.output_files import resolved
 from loraplex.routers.config import ArrowConfig, LinearRouterConfig, RouterConfig, SpectrConfig, StaticRouterConfig
 from loraplex.routers.mixture import RoutedMixture
+from loraplex.routers.peft_arrow import is_peft_arrow_folder, read_peft_arrow
 from loraplex.routers.router import LinearRouter
 from loraplex.validation import listed, quoted
 
@@ -74,8 +75,8 @@ class RouterFolder:
 
 
 def is_router_folder(folder: Path) -> bool:
-    """Whether a folder holds a mixture with a router."""
-    return (folder / SETTINGS_FILE).is_file()
+    """Whether a folder holds a mixture with a router, in loraplex's format or as PEFT's Arrow is saved."""
+    return (folder / SETTINGS_FILE).is_file() or is_peft_arrow_folder(folder)
 
 
 def read_router_folder(folder: Path, *, find_experts: bool = True) -> RouterFolder:
@@ -85,6 +86,8 @@ def read_router_folder(folder: Path, *, find_experts: bool = True) -> RouterFold
     """
     file = folder / SETTINGS_FILE
     with damaged_as(AdapterFormatError, folder):
+        if not file.is_file():
+            return _from_peft(folder, find_experts)
         content = read_object(file, AdapterFormatError)
         if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
             raise AdapterFormatError(
@@ -110,6 +113,15 @@ def read_router_folder(folder: Path, *, find_experts: bool = True) -> RouterFold
             layers=tuple(layers),
             base_model_name=name if isinstance(name, str) else None,
         )
+
+
+def _from_peft(folder: Path, find_experts: bool) -> RouterFolder:
+    config, experts, base_model_name = read_peft_arrow(folder)
+    _names(list(experts), folder / ARROW_ROUTER)
+    if find_experts:
+        for path in experts.values():
+            check_files(path)
+    return RouterFolder(folder=folder, config=config, experts=experts, layers=(), base_model_name=base_model_name)
 
 
 def write_router_folder(
@@ -148,10 +160,10 @@ def write_router_folder(
 
 
 def _check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise unless nothing is at `folder`, or `overwrite` is set and nothing but such a mixture's files is there."""
+    """Raise unless nothing is at `folder`, or `overwrite` is set and nothing but a mixture in this format is there."""
     if folder.is_dir() and overwrite:
         own = {folder / SETTINGS_FILE, folder / ROUTER_FILE}
-        if is_router_folder(folder):
+        if (folder / SETTINGS_FILE).is_file():
             experts = read_router_folder(folder, find_experts=False).experts.values()
             own |= {file for path in experts if path.is_dir() for file in adapter_files(path)}
         others = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in own]

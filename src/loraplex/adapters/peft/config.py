@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that change what is computed in ways loraplex doesn't reproduce, and what to do about them.
 _REFUSED = {
-    "arrow_config": "it routes between several adapters; load those, and make a mixture of them with ArrowConfig",
+    "arrow_config": "it routes between the adapters beside it; load the folder above with load_mixture",
     "kasa_config": "it removes singular values from the base model's weights; merge it with PEFT instead",
     "layer_replication": "it changes the layers of the base model; load a base model that has these layers",
     "megatron_config": "it is for Megatron's parallel layers; convert it to a plain LoRA",

@@ -20,6 +20,7 @@ MLX_FILE = "adapters.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF_SUFFIX = ".gguf"
 MIXTURE_FILE = "xlora_config.json"  # of the original package's mixtures
+ARROW_ROUTER = "arrow_router"  # PEFT's name for the router among the adapters of create_arrow_model
 
 _MAX_LOOKED_AT = 1000  # subfolders
 _NEEDED = f"An adapter in PEFT's format is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
@@ -71,6 +72,11 @@ def check_files(folder: Path) -> None:
             )
     file = WEIGHTS_FILE if has_config else CONFIG_FILE
     inner = _adapters_below(folder)
+    if ARROW_ROUTER in inner:
+        raise UnsupportedAdapterError(
+            f"{str(folder)!r} holds a mixture (PEFT's Arrow), not an adapter. Load it with load_mixture "
+            "(--load-mixture NAME=FOLDER)."
+        )
     if inner:
         raise AdapterFormatError(
             f"adapter folder {str(folder)!r} has no {file}; the adapters {listed(inner)} are below it. Load one of "
