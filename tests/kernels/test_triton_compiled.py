@@ -8,7 +8,7 @@ from tests.parts import skip_here
 
 pytestmark = pytest.mark.needs("triton")
 _ADDRESSES = {"table": "*i64", "scalings": "*fp32", "gates": "*fp32", "hidden": "*fp32", "grads": "*fp32"}
-_ADDRESSES |= {"settings": "*fp32", "parameters": "*i64"}
+_ADDRESSES |= {"settings": "*fp32", "parameters": "*i64", "told": "*i64", "kept": "*fp32"}
 _LISTS = {"entries": "*i32", "tiles": "*i32", "experts": "*i32", "segments": "*i64", "offsets": "*i64"}
 _BLOCKS = {"BLOCK_TOKENS": 16, "BLOCK_RANK": 16, "ALIGNED": True, "NUM_PROJECTIONS": 3}
 # As triton sees arguments whose values are multiples of 16.
@@ -84,7 +84,7 @@ def test_outer_compiles_for_float32_without_rounding_to_tf32(tmp_path, monkeypat
 def test_route_compiles_with_a_barrier_between_its_reads_and_writes(tmp_path, monkeypatch):
     from loraplex.kernels.triton.route import route_kernel
 
-    constants = {**_BLOCKS, "NUM_PARTS": 8, "BLOCK_EXPERTS": 4, "BLOCK_IN": 128}
+    constants = {**_BLOCKS, "KEEPS": True, "NUM_PARTS": 8, "BLOCK_EXPERTS": 4, "BLOCK_IN": 128}
     ptx = ptx_of(route_kernel, "bf16", constants, tmp_path, monkeypatch)
     assert "tf32" not in ptx
     assert re.search(r"bar(rier)?\.sync", ptx)

@@ -46,7 +46,7 @@ class ArrowRouter:
         return self._native.of(experts, num_modules)
 
     def _in_rank_space(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [rank]
-        return prototype(expert, self.config.rng_seed)[1] / expert.scaling
+        return strongest_direction(expert, self.config.rng_seed)[1] / expert.scaling
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
@@ -61,7 +61,7 @@ class SpectrRouter:
         self.config = config
         self._grams = _Kept(_grams)
         self._native = NativeKept(
-            _SPECTR, config.top_k, config.temperature, lambda module, expert, place: _gram(expert) / expert.scaling**2
+            _SPECTR, config.top_k, config.temperature, lambda module, expert, place: gram_of(expert) / expert.scaling**2
         )
 
     def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
@@ -223,12 +223,12 @@ class NativeKept:
 def _prototypes(experts: Experts, seed: int) -> Tensor:  # [experts, in]
     like = next(expert.lora_a for expert in experts if expert is not None)
     none = like.new_zeros(like.shape[1], dtype=torch.float32)
-    return torch.stack([none if expert is None else prototype(expert, seed)[0] for expert in experts])
+    return torch.stack([none if expert is None else strongest_direction(expert, seed)[0] for expert in experts])
 
 
-def prototype(expert: Factors, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]
+def strongest_direction(expert: Factors, seed: int) -> tuple[Tensor, Tensor]:  # [in], [rank]
     """The first right singular vector of an expert's B A, v = A'c, and c, as PEFT's power method has them."""
-    a, gram = expert.lora_a.float(), _gram(expert)
+    a, gram = expert.lora_a.float(), gram_of(expert)
     v = torch.randn(a.shape[1], generator=torch.Generator(device=a.device.type).manual_seed(seed), device=a.device)
     v = v / (v.norm() + _EPS)
     c = v.new_zeros(len(a))
@@ -241,9 +241,10 @@ def prototype(expert: Factors, seed: int) -> tuple[Tensor, Tensor]:  # [in], [ra
 
 
 def _grams(experts: Experts) -> list[Tensor]:
-    return [torch.zeros(0) if expert is None else _gram(expert) for expert in experts]
+    return [torch.zeros(0) if expert is None else gram_of(expert) for expert in experts]
 
 
-def _gram(expert: Factors) -> Tensor:  # [rank, rank]
+def gram_of(expert: Factors) -> Tensor:  # [rank, rank]
+    """B'B of an expert."""
     b = expert.lora_b.float()  # [rank, out]
     return b @ b.t()

@@ -10,7 +10,7 @@ from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.models.routed_mixtures import check_gates
 from loraplex.routers.config import ArrowConfig, LinearRouterConfig, RouterConfig, SpectrConfig, StaticRouterConfig
 from loraplex.routers.folder import RouterFolder
-from loraplex.routers.router import prototype
+from loraplex.routers.router import strongest_direction
 from loraplex.vllm_plugin.concatenate import LinkMember, total_rank
 from loraplex.vllm_plugin.route_ranks import ARROW, SIGMOID, SOFTMAX, SPECTR
 from loraplex.vllm_plugin.routers import SlotRouting, settings_of
@@ -51,18 +51,28 @@ def routed_experts(
         return RoutedExperts(config, weight, _gated(experts, config, layers))
     if not isinstance(config, LinearRouterConfig):
         return RoutedExperts(config, weight, experts)
-    state = folder.read_router({path: shapes[path].in_features for path in layers})
+    widths = {path: shapes[path].in_features for path in layers}
+    state = folder.read_router(widths)
+    numbers = _numbers_of_weights(state, widths)
     rows = {
         path: LoraWeights(
             kind=shapes[path].kind,
-            lora_a=state[f"weights.{i}"],
+            lora_a=state[f"weights.{number}"],
             lora_b=torch.zeros(len(experts), shapes[path].out_features),
             scaling=1.0,
         )
-        for i, path in enumerate(layers)
+        for path, number in numbers.items()
     }
-    biases = {path: state[f"biases.{i}"] for i, path in enumerate(layers)}
+    biases = {path: state[f"biases.{number}"] for path, number in numbers.items()}
     return RoutedExperts(config, weight, experts, replace(experts[0], layers=rows), biases)
+
+
+def _numbers_of_weights(state: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, int]:
+    """Which of a linear router's weights a LoRA layer has: its own, or those that layers of its width share."""
+    own = [state[f"weights.{i}"].shape[1] for i in range(len(state) // 2)]
+    if len(own) == len(widths):
+        return {path: number for number, path in enumerate(widths)}
+    return {path: own.index(width) for path, width in widths.items()}
 
 
 def _orthogonal(expert: Adapter) -> Adapter:
@@ -144,7 +154,7 @@ class RoutingBuilder:
             return
         for path, weights in expert.adapter.layers.items():
             ranks = slice(expert.first, expert.first + weights.rank)
-            self.routing.coefficients[self._modules[path], ranks] = prototype(weights, config.rng_seed)[1]
+            self.routing.coefficients[self._modules[path], ranks] = strongest_direction(weights, config.rng_seed)[1]
 
     def _read_logits(self, logits: LinkMember, biases: Mapping[str, Tensor], columns: slice) -> None:
         for path, bias in biases.items():

@@ -164,6 +164,28 @@ def test_ranks_of_several_blocks_equal_float64() -> None:
 
 
 @torch.no_grad()
+def test_gates_that_are_asked_for_are_kept_without_the_weights_of_links() -> None:
+    config, x = RULES["spectr"], inputs(TOKENS, torch.float32)
+    bank = Bank(torch.float32)
+    plan = make_plan(bank, config)
+    wanted, columns = torch.zeros(3, 6 + 24), []
+    for row, *_ in plan.routing[0].tolist():  # the row of the link weighted -1: tokens 14 to 19, beside each other
+        start, _, slot, _ = plan.row_list[row]
+        columns.append((6 + slot, 4) if start == 14 else (-1, 1))
+    kept = torch.zeros_like(wanted)
+    plan.routing = (*plan.routing, torch.tensor(columns), kept)  # type: ignore[misc]
+    run(plan, x, (0, 2))
+    for segment in plan.segments:
+        if isinstance(segment.gate, RoutedGate) and segment.start == 14:
+            for token in range(14, 20):
+                for module in (0, 2):
+                    gate = routed_gate(bank, segment.gate, config, x[token], module)
+                    wanted[module, 6 + (token - 14) * 4 + segment.gate.expert] = gate
+    torch.testing.assert_close(kept, wanted, rtol=1e-5, atol=1e-6)
+    assert kept[0].any()
+
+
+@torch.no_grad()
 def test_the_comparison_sees_a_launch_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from loraplex.kernels.triton import gated
 

@@ -124,7 +124,7 @@ def choose(scores, columns, num_experts, kind, top_k, temperature, top_p):
     return gates
 
 
-@triton.jit(do_not_specialize=["module0", "module1", "module2", "num_modules", "num_rows"])
+@triton.jit(do_not_specialize=["module0", "module1", "module2", "num_modules", "num_rows", "num_kept"])
 def route_kernel(
     x,  # [tokens, in]
     table,  # [slots, modules, 3]  int64
@@ -133,6 +133,9 @@ def route_kernel(
     experts,  # [experts, 4]  int32
     settings,  # [experts, 3]  float32
     parameters,  # [experts, modules]  int64
+    told,  # [experts, 2]  int64
+    kept,  # [modules, num_kept]  float32, written
+    num_kept,
     module0,
     module1,
     module2,
@@ -140,6 +143,7 @@ def route_kernel(
     num_rows,
     num_in,
     width,
+    KEEPS: tl.constexpr,  # whether some gates are kept
     NUM_PARTS: tl.constexpr,
     NUM_PROJECTIONS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -183,12 +187,18 @@ def route_kernel(
     of_first = settings + first_expert * 3
     temperature, top_p = tl.load(of_first), tl.load(of_first + 1)
     top_k = tl.load(experts + first_expert * 4 + 3)
-    gates = choose(scores, columns, num_experts, kind, top_k, temperature, top_p) * tl.load(of_first + 2)
+    gates = choose(scores, columns, num_experts, kind, top_k, temperature, top_p)
+    weight = tl.load(of_first + 2)
     tl.debug_barrier()  # all values are read before the first is changed
     for e in range(num_experts):
         expert = experts + (first_expert + e) * 4
         if tl.load(parameters + (first_expert + e) * num_modules + module) != 0:
             gate = tl.sum(tl.where(columns[None, :] == e, gates, 0.0), axis=1)
+            if KEEPS:
+                place, step = tl.load(told + (first_expert + e) * 2), tl.load(told + (first_expert + e) * 2 + 1)
+                kept_at = kept + module.to(tl.int64) * num_kept + place + (first_token + tokens) * step
+                tl.store(kept_at, gate, mask=is_token & (step > 0))
+            gate *= weight
             rank = tl.load(table + (tl.load(expert).to(tl.int64) * num_modules + module) * 3 + 2).to(tl.int32)
             rows = tl.load(expert + 1).to(tl.int64) + first_token + tokens
             for part in range(NUM_PARTS):
@@ -214,8 +224,11 @@ def route(
     m0, m1, m2 = (modules[min(i, len(modules) - 1)] for i in range(MAX_PROJECTIONS))
     with LAUNCHING:
         route_kernel[(len(work.tiles), len(modules))](
-            x, table, hidden, work.tiles, work.experts, work.settings, work.parameters, m0, m1, m2,
+            x, table, hidden, work.tiles, work.experts, work.settings, work.parameters,
+            work.told, work.settings if work.kept is None else work.kept,
+            0 if work.kept is None else work.kept.shape[1], m0, m1, m2,
             table.shape[1], hidden.shape[2], x.shape[1], width,
-            NUM_PARTS=hidden.shape[0], NUM_PROJECTIONS=len(modules), BLOCK_TOKENS=block_tokens, BLOCK_RANK=block,
+            KEEPS=work.kept is not None, NUM_PARTS=hidden.shape[0], NUM_PROJECTIONS=len(modules),
+            BLOCK_TOKENS=block_tokens, BLOCK_RANK=block,
             BLOCK_EXPERTS=max(2, triton.next_power_of_2(work.max_experts)), BLOCK_IN=_BLOCK_IN,
         )  # fmt: skip

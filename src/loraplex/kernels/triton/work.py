@@ -42,6 +42,9 @@ class RouteWork(NamedTuple):
     settings: Tensor  # [experts, 3]  float32: temperature, top_p (0: all), weight
     parameters: Tensor  # [experts, modules]  int64: addresses of float32 parameters; 0: doesn't adapt the module
     max_experts: int  # of a mixture
+    told: Tensor  # [experts, 2]  int64: where the gate of token 0 is kept in a module's row, and the step to the next
+    # token's, 0: it isn't kept
+    kept: Tensor | None  # [modules, m]  float32: the gates that are kept, without weights
 
 
 Quadruples = list[tuple[int, int, int, int]]
@@ -99,13 +102,16 @@ def make_route_work(
     device: torch.device,
 ) -> RouteWork:
     """The routers of a plan, on a device."""
-    places, settings, parameters = routing
+    places, settings, parameters, *record = routing
+    told: list[tuple[int, int]] = []
     experts: list[tuple[int, int, int, int]] = []
     tiles: list[tuple[int, int, int, int]] = []
     groups: dict[int, list[int]] = {}
     for i, (row, group, kind, top_k) in enumerate(places.tolist()):
         start, _, slot, first = rows[row]
         experts.append((slot, first - start, kind, top_k))
+        column, step = record[0][i].tolist() if record else (-1, 0)
+        told.append((column - start * step, step) if column >= 0 else (0, 0))
         groups.setdefault(group, []).append(i)
     for members in groups.values():
         start, stop = rows[int(places[members[0], 0])][:2]
@@ -120,4 +126,6 @@ def make_route_work(
         settings=settings.to(device, non_blocking=True),
         parameters=parameters.to(device, non_blocking=True),
         max_experts=max(map(len, groups.values())),
+        told=torch.tensor(told, dtype=torch.int64).to(device, non_blocking=True),
+        kept=record[1] if record else None,
     )
