@@ -11,6 +11,7 @@ from loraplex.vllm_plugin.concatenate import concatenate, index_members, total_r
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion
 from loraplex.vllm_plugin.link_routers import make_routing, needs_gates, routed_experts
 from loraplex.vllm_plugin.routers import RouterBuffers
+from loraplex.vllm_plugin.slot_routers import SlotRouters
 from tests.routers.formulas import gates_of, scores_of
 
 IN, OUT, TOKENS, SLOTS, RANK = 12, 10, 9, 3, 32
@@ -100,6 +101,10 @@ def slot_of(*mixtures):
     return factors, make_routing(of_parts, parts, MODULES, 4), total_rank(parts)
 
 
+def make_slot_routers():
+    return SlotRouters(max_rank=RANK)
+
+
 def make_buffers(max_experts=6):
     return RouterBuffers(
         num_modules=4,
@@ -135,10 +140,11 @@ def inputs():
     return torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(9))
 
 
+@pytest.mark.parametrize("make", [make_buffers, make_slot_routers])
 @pytest.mark.parametrize("path", SHAPES)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_experts_get_the_gates_of_their_formula_beside_other_slots(kind, path):
-    config, buffers, x = CONFIGS[kind], make_buffers(), inputs()
+def test_experts_get_the_gates_of_their_formula_beside_other_slots(kind, path, make):
+    config, buffers, x = CONFIGS[kind], make(), inputs()
     mixture = make_mixture(config, 0.7)
     factors, routing, _ = slot_of(mixture)
     assert (routing is None) == isinstance(config, StaticRouterConfig)
@@ -160,13 +166,14 @@ def test_experts_get_the_gates_of_their_formula_beside_other_slots(kind, path):
             torch.testing.assert_close(y[t], total, rtol=1e-4, atol=1e-5)
 
 
-def test_mixtures_of_one_link_choose_apart():
+@pytest.mark.parametrize("make", [make_buffers, make_slot_routers])
+def test_mixtures_of_one_link_choose_apart(make):
     first, second = CONFIGS["arrow"], CONFIGS["top_p"]
     mixtures = [make_mixture(first, 0.5), make_mixture(second, 2.0), make_mixture(CONFIGS["static"], -1.0)]
     assert needs_gates(mixtures) == 6
     factors, routing, rank = slot_of(*mixtures)
     assert rank == 3 * sum(RANKS) + len(RANKS)
-    buffers, x = make_buffers(), inputs()
+    buffers, x = make(), inputs()
     buffers.set_slot(2, routing)
     buffers.set_tokens([2] * TOKENS)
     y = run(buffers, {2: factors}, [2] * TOKENS, x, "first")
@@ -177,13 +184,14 @@ def test_mixtures_of_one_link_choose_apart():
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [make_buffers, make_slot_routers])
 @pytest.mark.parametrize("kind", ["arrow", "spectr", "top_p", "sigmoid"])
-def test_workers_with_a_part_of_the_input_add_up_to_the_whole(kind):
+def test_workers_with_a_part_of_the_input_add_up_to_the_whole(kind, make):
     """A row-parallel layer: each of two workers has half of x and of A, and their outputs are added."""
     config, x = CONFIGS[kind], inputs()
     factors, routing, _ = slot_of(make_mixture(config))
     halves = (slice(0, 5), slice(5, IN))
-    buffers = make_buffers()
+    buffers = make()
     buffers.set_slot(0, routing)
     slots = [0] * TOKENS
     buffers.set_tokens(slots)
@@ -194,13 +202,14 @@ def test_workers_with_a_part_of_the_input_add_up_to_the_whole(kind):
     assert not torch.allclose(sum(wrong).double(), expected(config, x, "first"), rtol=1e-2, atol=1e-3)
 
 
-def test_equal_scores_go_to_the_first_expert():
+@pytest.mark.parametrize("make", [make_buffers, make_slot_routers])
+def test_equal_scores_go_to_the_first_expert(make):
     config = LinearRouterConfig(top_k=1)
     mixture = make_mixture(config)
     routing = slot_of(mixture)[1]
     routing.offsets.zero_()
     routing.coefficients.zero_()  # all scores are 0
-    buffers = make_buffers()
+    buffers = make()
     buffers.set_slot(0, routing)
     buffers.set_tokens([0])
     x = torch.ones(1, 1, RANK)
@@ -210,15 +219,13 @@ def test_equal_scores_go_to_the_first_expert():
     assert not x[0, 0, first : sum(RANKS)].any()
 
 
-def test_slot_that_holds_another_adapter_gates_nothing():
-    buffers = make_buffers()
-    buffers.is_always_on = True  # as on a GPU
+@pytest.mark.parametrize("make", [make_buffers, make_slot_routers])
+def test_slot_that_holds_another_adapter_gates_nothing(make):
+    buffers = make()
     buffers.set_slot(1, slot_of(make_mixture(CONFIGS["arrow"]))[1])
     buffers.set_tokens([1, 1])
-    assert buffers.is_on
     buffers.set_slot(1, None)
     buffers.set_tokens([1])
-    assert not buffers.is_on
     x = torch.randn(2, 2, RANK)
     gated = x.clone()
     buffers.apply(gated, 1)
@@ -255,7 +262,6 @@ class Wrapper:
 def test_layer_traces_as_one_graph_that_reads_the_buffers_at_run_time():
     buffers, wrapper = make_buffers(), Wrapper()
     gate_expansion(wrapper, None, buffers)
-    buffers.is_always_on = True  # as on a GPU
     view, summed = LayerView(wrapper, MODULES["first"]), LayerView(wrapper, MODULES["first"], lambda values: values * 2)
     x, lora_a, lora_b = torch.randn(4, 5), torch.randn(5, RANK), torch.randn(RANK, 7)
 

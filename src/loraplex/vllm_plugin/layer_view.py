@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraplex.vllm_plugin.gates import GateBuffers
-from loraplex.vllm_plugin.routers import RouterBuffers, SumRanks
+from loraplex.vllm_plugin.routers import Routers, SumRanks
 
 
 class LayerView:
@@ -33,7 +33,7 @@ class LayerView:
         return getattr(self._wrapper, name)
 
 
-def gate_expansion(wrapper: Any, buffers: GateBuffers | None, routers: RouterBuffers | None = None) -> None:
+def gate_expansion(wrapper: Any, buffers: GateBuffers | None, routers: Routers | None = None) -> None:
     """Let a wrapper gate the values in rank space of layers that say who they are, before it expands them."""
     kind = type(wrapper)
 

@@ -15,7 +15,8 @@ from loraplex.vllm_plugin.gates import BatchGates, GateBuffers
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
 from loraplex.vllm_plugin.link_loader import LinkedLora
 from loraplex.vllm_plugin.options import PluginOptions
-from loraplex.vllm_plugin.routers import RouterBuffers
+from loraplex.vllm_plugin.routers import RouterBuffers, Routers
+from loraplex.vllm_plugin.slot_routers import SlotRouters
 
 
 class LinkModelManager(LRUCacheLoRAModelManager):
@@ -24,7 +25,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
     def __init__(self, *, options: PluginOptions, **kwargs: Any) -> None:
         self._spare_slots = 0
         self.gates: BatchGates | None = None
-        self.routers: RouterBuffers | None = None
+        self.routers: Routers | None = None
         super().__init__(**kwargs)
         require_attributes(self, ("lora_index_to_id", "packed_modules", "modules", "punica_wrapper_mapping"))
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
@@ -111,7 +112,11 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             "max_rank": self.lora_config.max_lora_rank,
         }
         buffers = GateBuffers(**sizes, device=self.device) if options.mixtures else None
-        self.routers = RouterBuffers(**sizes, device=self.device) if options.routers else None
+        if options.routers:
+            is_cpu = self.device.type == "cpu"
+            self.routers = (
+                SlotRouters(max_rank=sizes["max_rank"]) if is_cpu else RouterBuffers(**sizes, device=self.device)
+            )
         self.gates = None if buffers is None else BatchGates(buffers)
         gate_expansion(self.wrapper, buffers, self.routers)
         for name, layer in self.modules.items():

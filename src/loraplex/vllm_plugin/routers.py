@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +10,18 @@ from torch import Tensor
 from loraplex.vllm_plugin.route_ranks import ALL, TEMPERATURE, TOP_K, TOP_P, WEIGHT
 
 SumRanks = Callable[[Tensor], Tensor]  # an all-reduce, which may change what it gets
+
+
+class Routers(Protocol):
+    """What gates the experts of mixtures with routers, for the batch that runs next."""
+
+    def set_slot(self, slot: int, routing: "SlotRouting | None") -> None: ...
+
+    def set_tokens(self, slots: Sequence[int]) -> None: ...
+
+    def forget_batch(self) -> None: ...
+
+    def apply(self, x: Tensor | tuple[Tensor, ...], first_module: int, sum_ranks: SumRanks | None = None) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +39,11 @@ class SlotRouting:
 
 
 class RouterBuffers:
-    """Static buffers by slot and by token, for `route_ranks_`. A slot or token without routers has zeros."""
+    """Static buffers by slot and by token, for `route_ranks_`. A slot or token without routers has zeros.
+
+    Graphs are captured once and run for every batch: the operator is in all of them. On a CPU there are none, and
+    slot_routers.py is faster.
+    """
 
     def __init__(
         self,
@@ -54,17 +71,12 @@ class RouterBuffers:
         self.tables = [self.coefficients, self.offsets, *self._of_tokens]
         self.slots = torch.full((max_tokens,), num_slots, **whole)
         self.no_slot = num_slots
-        self._routed: set[int] = set()
         self._tokens: Sequence[int] = ()
         self._num_tokens = 0
-        # On a GPU graphs are captured once and run for every batch: the operator must always be in them.
-        self.is_always_on = device.type != "cpu"
-        self.is_on = False  # elsewhere: whether any token of the batch has a router
         self._spread(slice(0, max_tokens))
 
     def set_slot(self, slot: int, routing: SlotRouting | None) -> None:
         """What a slot holds from now on; None: no mixture with a router."""
-        self._routed.discard(slot)
         self._tokens = ()  # the next batch is another one, even with the same slots
         self.coefficients[:, slot] = 0
         self.offsets[:, slot] = 0
@@ -73,7 +85,6 @@ class RouterBuffers:
         self._of_slots[-1][slot] = self._of_slots[-1][self.no_slot]
         if routing is None:
             return
-        self._routed.add(slot)
         rank, columns = len(routing.score_columns), len(routing.kinds)
         self.coefficients[:, slot, :rank] = routing.coefficients.to(self.slots.device)
         self.offsets[:, slot, :columns] = routing.offsets.to(self.slots.device)
@@ -96,13 +107,11 @@ class RouterBuffers:
         self._tokens, self._num_tokens = slots, len(slots)
         self.slots[len(slots) : last] = self.no_slot
         self.slots[: len(slots)].copy_(tokens, non_blocking=True)
-        self.is_on = not self._routed.isdisjoint(slots)
-        if self.is_on or self.is_always_on:
-            self._spread(slice(0, last))
+        self._spread(slice(0, last))
 
     def forget_batch(self) -> None:
         """Nothing runs next."""
-        self._tokens, self.is_on = (), False
+        self._tokens = ()
 
     def _spread(self, tokens: slice) -> None:
         for table, of_slot in zip(self._of_tokens, self._of_slots, strict=True):
@@ -113,8 +122,6 @@ class RouterBuffers:
 
         `sum_ranks` of a layer whose input is sharded: the routers read the sum of what the workers have.
         """
-        if not (self.is_always_on or self.is_on):
-            return
         values = x if isinstance(x, Tensor) else torch.stack(x)
         whole = None if sum_ranks is None else sum_ranks(values.clone())
         torch.ops.loraplex.route_ranks_(values, whole, self.slots, self.tables, first_module)
