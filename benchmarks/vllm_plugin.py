@@ -4,8 +4,8 @@
     .venv-vllm/bin/python benchmarks/vllm_plugin.py --part speed
 
 Speed: tokens per second of decoding, SmolLM2-135M, float32, CPU, the same prompts for every side; vLLM without the
-plugin and with it, in turns in one process, and X-LoRA beside plain LoRA of the same total rank. Parity: the grid of
-tests/vllm on a tiny random Llama and on SmolLM2, with its negative controls.
+plugin and with it, in turns in one process; X-LoRA, and mixtures in one pass, beside plain LoRA of the same total rank.
+Parity: the grid of tests/vllm on a tiny random Llama and on SmolLM2, with its negative controls.
 """
 
 import argparse
@@ -28,8 +28,9 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 
 RESULT = ROOT / "benchmarks" / "results" / "vllm_plugin.json"
-PARTS = ("speed", "mixtures", "parity")
+PARTS = ("speed", "mixtures", "routers", "parity")
 EXPERTS, RANK = 4, 8  # of the mixture; the plain LoRA has their product
+IDS = ("science", "plain", "arrow", "spectr", "adapter0")  # vLLM knows an adapter by its number
 PARITY_TOKENS = 6  # of every answer that is compared
 PROMPT_TOKENS, NEW_TOKENS = 4, 12  # decoding: vLLM's CPU operators copy an adapter's weights for every token
 WORKLOAD = {
@@ -92,7 +93,27 @@ def write_folders(folder: Path) -> dict[str, Path]:
         experts=experts,
         base_model_name=None,
     )
-    return {"plain": plain, "science": folder / "science"}
+    return {"plain": plain, "science": folder / "science", **write_routers(folder, experts)}
+
+
+def write_routers(folder: Path, experts: dict[str, Any]) -> dict[str, Path]:
+    """Mixtures of the same experts whose routers have no weights."""
+    from loraplex import ArrowConfig, SpectrConfig
+    from loraplex.routers.folder import write_router_folder
+    from loraplex.routers.mixture import RoutedMixture
+    from loraplex.routers.router import make_router
+
+    for name, config in (("arrow", ArrowConfig(top_k=2)), ("spectr", SpectrConfig(top_k=2))):
+        mixture = RoutedMixture(
+            name=name,
+            experts=tuple(experts),
+            config=config,
+            router=make_router(config, {}, len(experts)),
+            modules=(),
+            layers=(),
+        )
+        write_router_folder(folder / name, mixture, experts, base_model_name=None)
+    return {name: folder / name for name in ("arrow", "spectr")}
 
 
 def tokens_per_s(llm: Any, path: Path | None, batch_size: int, times: int) -> float:
@@ -104,7 +125,7 @@ def tokens_per_s(llm: Any, path: Path | None, batch_size: int, times: int) -> fl
         {"prompt_token_ids": [(7 * i + 13 * j) % 40000 + 10 for j in range(PROMPT_TOKENS)]} for i in range(batch_size)
     ]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    lora = None if path is None else LoRARequest(path.name, 1 if path.name == "science" else 2, str(path))
+    lora = None if path is None else LoRARequest(path.name, 1 + IDS.index(path.name), str(path))
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -135,18 +156,32 @@ def measure_mixtures(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """X-LoRA beside base rows and plain LoRA of the same total rank, in one engine with the second cache."""
     from vllm import LLM
 
-    llm = LLM(**settings({"mixtures": True}))
     kinds = {"base": None, "plain": folders["plain"], "x-lora": folders["science"]}
+    for results in in_turns(LLM(**settings({"mixtures": True})), kinds, 3):
+        yield {"with mixtures on, tokens/s": results}
+
+
+def measure_routers(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Mixtures in one pass beside base rows and plain LoRA of the same total rank, in one engine."""
+    from vllm import LLM
+
+    kinds = {"base": None, "plain": folders["plain"], "arrow": folders["arrow"], "spectr": folders["spectr"]}
+    for results in in_turns(LLM(**settings({"routers": True}) | {"max_loras": 3}), kinds, 5):
+        yield {"with routers on, tokens/s": results}
+
+
+def in_turns(llm: Any, kinds: dict[str, Path | None], rounds: int) -> Iterator[dict[str, Any]]:
+    """Tokens per second of each kind, medians over rounds; after each batch size what is known so far."""
     results: dict[str, Any] = {}
     for size in (8, 1):
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         for path in kinds.values():
             tokens_per_s(llm, path, size, 1)
-        for _ in range(3):
+        for _ in range(rounds):
             for kind, path in kinds.items():
                 found[kind].append(tokens_per_s(llm, path, size, 1))
         results[f"batch {size}"] = {kind: round(median(speeds), 1) for kind, speeds in found.items()}
-        yield {"with mixtures on, tokens/s": results}
+        yield results
 
 
 def measure_parity(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
@@ -201,7 +236,12 @@ def compare(world: Any) -> dict[str, Any]:
 def run_part(part: str) -> None:
     from loraplex.bench.report import environment, package_version
 
-    measure = {"speed": measure_speed, "mixtures": measure_mixtures, "parity": measure_parity}[part]
+    measure = {
+        "speed": measure_speed,
+        "mixtures": measure_mixtures,
+        "routers": measure_routers,
+        "parity": measure_parity,
+    }[part]
     with tempfile.TemporaryDirectory() as folder:
         for results in measure(write_folders(Path(folder))):  # what is known so far
             content = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}

@@ -175,6 +175,16 @@ XLORA_QUESTIONS = {
 XLORA_WAYS = {"generate": "`model.generate`", "engine": "the engine"}
 
 
+def routers(content: Results) -> str:
+    """Milliseconds of a step by side, and the speed as a part of base rows' and of one adapter's of the same rank."""
+    rows = []
+    for case in content["results"]:
+        for side, step_ms in case["step_ms"].items():
+            label = f"{case['dtype']}, {case['rows']} rows, {side}"
+            rows.append([label, f"{step_ms:.2f}", f"{case['of_base'][side]:.2f}x", f"{case['of_one'][side]:.2f}x"])
+    return table(["a decoding step", "milliseconds", "of base rows' speed", "of one adapter's of rank 32"], rows)
+
+
 def engine_decode(content: Results) -> str:
     sides = list(content["results"][0]["tokens_per_s"])
     rows = [
@@ -308,6 +318,13 @@ def vllm_plugin(content: Results) -> str:
         ]
         columns = ["engine with a second cache, tokens/s", "base", "plain LoRA", "X-LoRA", "X-LoRA / plain LoRA"]
         parts.append(table(columns, rows))
+    if speeds := found.get("with routers on, tokens/s"):
+        rows = [
+            [case, *(f"{of[side]:.0f}" for side in of), ratio(of, "arrow", "plain"), ratio(of, "spectr", "plain")]
+            for case, of in speeds.items()
+        ]
+        columns = ["mixtures in one pass, tokens/s", "base", "plain LoRA", "Arrow", "SpectR"]
+        parts.append(table([*columns, "Arrow / plain LoRA", "SpectR / plain LoRA"], rows))
     if answers := found.get("parity with PEFT"):
         rows = [[case, *(f"{of[key]:g}" for key in of)] for case, of in answers.items()]
         parts.append(
@@ -348,6 +365,7 @@ FILES = (
         name="training", question="Four adapters trained together, against one after the other", render=training
     ),
     ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
+    ResultFile(name="routers", question="Mixtures in one pass, four experts of rank 8", render=routers),
     ResultFile(name="mixture_training", question="Training a scaling head, against PEFT", render=training),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),
     ResultFile(name="zipf", question="A thousand adapters on disk", render=zipf),

@@ -11,7 +11,7 @@ import torch
 from loraplex.errors import CapacityError, CompatibilityError, LoraplexError, MixtureError, UnsupportedEngineError
 from tests.vllm.worlds import HIDDEN, engine_settings
 
-LINKS, MIXTURES = {}, {"mixtures": True}
+LINKS, MIXTURES, ROUTERS = {}, {"mixtures": True}, {"routers": True}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,20 @@ REFUSED = [
     (MIXTURES, "quantized KV", setting("cache_config", "cache_dtype", "fp8")),
     (MIXTURES, "sleep", in_model(enable_sleep_mode=True)),
     (MIXTURES, "STOCK_TORCH_COMPILE", setting("compilation_config", "mode", 1)),
+    (ROUTERS, "context parallelism", setting("parallel_config", "decode_context_parallel_size", 2)),
+    (ROUTERS, "speculative", setting("", "speculative_config", object())),
+    (ROUTERS, "causal decoder", in_model(is_multimodal_model=True)),
+    (ROUTERS, "microbatches", setting("parallel_config", "enable_dbo", True)),
+    (ROUTERS, "asynchronous", setting("scheduler_config", "async_scheduling", True)),
+    (ROUTERS, "sleep", in_model(enable_sleep_mode=True)),
+    (ROUTERS, "STOCK_TORCH_COMPILE", setting("compilation_config", "mode", 1)),
+]
+# What concerns the second cache alone.
+TAKEN_WITH_ROUTERS = [
+    ("a KV connector", setting("", "kv_transfer_config", object())),
+    ("KV offloading", setting("cache_config", "kv_offloading_size", 1.0)),
+    ("a quantized KV cache", setting("cache_config", "cache_dtype", "fp8")),
+    ("data parallelism", setting("parallel_config", "data_parallel_size", 2)),
 ]
 
 
@@ -79,6 +93,20 @@ def test_setting_is_refused_by_name(config, options, name, change):
         object.__setattr__(changed.compilation_config, "mode", CompilationMode.STOCK_TORCH_COMPILE)
     with pytest.raises(UnsupportedEngineError, match=name):
         check_config(changed, PluginOptions(**options))
+
+
+@pytest.mark.parametrize(("name", "change"), TAKEN_WITH_ROUTERS, ids=[name for name, _ in TAKEN_WITH_ROUTERS])
+def test_setting_that_concerns_the_second_cache_goes_with_routers(config, name, change):
+    from loraplex.vllm_plugin.options import PluginOptions
+    from loraplex.vllm_plugin.refusals import check_config
+
+    changed = copy.copy(config)
+    for section in ("parallel_config", "cache_config"):
+        object.__setattr__(changed, section, copy.copy(getattr(config, section)))
+    change(changed)
+    check_config(changed, PluginOptions(routers=True))
+    with pytest.raises(UnsupportedEngineError):
+        check_config(changed, PluginOptions(mixtures=True))
 
 
 @pytest.mark.parametrize("variable", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_LORA_ENABLE_DUAL_STREAM"])
@@ -231,6 +259,35 @@ def test_rank_and_experts_beyond_the_engines_are_refused(world):
         load("mix0+materials")
     with pytest.raises(CapacityError, match="max_experts"):
         load("mix0+mix1")
+
+
+def test_mixtures_with_routers_need_their_option_and_gates(world):
+    from loraplex import ArrowConfig, LinearRouterConfig, MultiLoraModel, StaticRouterConfig
+
+    model = MultiLoraModel.from_pretrained(world.model, dtype="float32")
+    for name in ("protein", "materials"):
+        model.load_adapter(name, world.adapters[name])
+    configs = {
+        "routed": ArrowConfig(),
+        "trained": LinearRouterConfig(),
+        "fixed": StaticRouterConfig(gates=(0.5, 0.5)),
+    }
+    for name, router in configs.items():
+        model.create_mixture(name, ["protein", "materials"], router)
+        model.save_mixture(name, world.named / name, overwrite=True)
+    with pytest.raises(MixtureError, match='"routers": true'):
+        loader(world)("routed")
+    fixed = loader(world)("fixed")  # its gates are in the factors
+    assert (fixed.rank, fixed.routing) == (12, None)
+    load = loader(world, routers=True, max_experts=2)
+    assert load("routed").rank == 12
+    assert load("trained").rank == 14  # a column of A for each expert's logit
+    with pytest.raises(CapacityError, match="max_experts"):
+        load("routed+trained")
+    with pytest.raises(CapacityError, match="max_lora_rank"):
+        load("trained+protein")
+    with pytest.raises(MixtureError, match="second KV cache"):
+        load("routed+mix0")
 
 
 def test_mixtures_of_one_link_need_the_base_models_scaling_pass(world):

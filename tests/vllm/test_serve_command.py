@@ -42,6 +42,24 @@ def test_watched_folder_is_the_folder_of_names(tmp_path):
     assert option(arguments, "--max-lora-rank") == "16"
 
 
+@pytest.mark.parametrize("kind", ["arrow", "linear"])
+def test_mixtures_with_routers_turn_their_option_on(kind, tmp_path):
+    from loraplex import ArrowConfig, LinearRouterConfig, MultiLoraModel
+    from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
+
+    model = MultiLoraModel(tiny_model("llama"))
+    for name in "ab":
+        folder = random_peft_adapter(model.base, tmp_path / "apart" / name, targets=linear_targets("llama"), r=8)
+        model.load_adapter(name, folder)
+    model.create_mixture("m", "ab", ArrowConfig() if kind == "arrow" else LinearRouterConfig())
+    model.save_mixture("m", tmp_path / "watched" / "m")
+    watched = str(tmp_path / "watched")
+    arguments = vllm_arguments(ServeConfig(model=ModelSettings(model="m", watch=watched)))
+    options = json.loads(option(arguments, "--additional-config"))["loraplex"]
+    assert options == {"adapters": {}, "mixtures": False, "routers": True, "folder": watched}
+    assert option(arguments, "--max-lora-rank") == ("16" if kind == "arrow" else "32")  # and a rank for each logit
+
+
 def test_ranks_are_those_that_vllm_knows(tmp_path):
     assert rank_for([]) == 8
     with mock.patch.object(serve_vllm, "_rank", return_value=65):

@@ -57,6 +57,9 @@ COMPAT_POINTS = (
     CompatPoint("vllm.lora.layers", "LoRAMapping", ("index_mapping",)),
     CompatPoint("vllm.lora.layers", "BaseLayerWithLoRA.set_mapping", ("punica_wrapper",)),
     CompatPoint("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA._apply_lora_to_output", ("x", "output")),
+    CompatPoint("vllm.lora.layers.row_parallel_linear", "RowParallelLinearWithLoRA.slice_lora_a", ("lora_a",)),
+    CompatPoint("vllm.lora.layers.row_parallel_linear", "RowParallelLinearWithShardedLoRA.apply", ("x",)),
+    CompatPoint("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
     CompatPoint(
         "vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.add_expand", ("x", "lora_b_stacked", "kwargs")
     ),

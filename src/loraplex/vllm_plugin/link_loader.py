@@ -138,11 +138,6 @@ class LinkLoader:
             )
         if adapter.config.alora_invocation_tokens is not None:
             raise UnsupportedAdapterError(f"{where} is an aLoRA, which vLLM can't run. Use loraplex's own engine.")
-        if not adapter.has_factors_alone:
-            raise UnsupportedAdapterError(
-                f"{where} brings more than factors (modules, biases or token rows of its own), which has no place in "
-                "one LoRA of several. Use loraplex's own engine."
-            )
         check_fits(adapter, self._base.shapes, output_module=self._base.output_module)
         return adapter
 
