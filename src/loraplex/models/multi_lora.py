@@ -304,8 +304,6 @@ class MultiLoraModel:
             attention=attention,
             generates=False,
         )
-        if return_scalings:
-            self.mixtures.check_told(call.links)
         return self._run(call, self.base, return_scalings)
 
     __call__ = forward
@@ -349,8 +347,6 @@ class MultiLoraModel:
             fast_decode=self._fast_decode,
         )
         _ = call.row_ends, call.vocabularies
-        if return_scalings:
-            self.mixtures.check_told(call.links)
         prepared = "" if packed is False else self._packed_call(call)
         if not isinstance(prepared, str):
             return self._run_packed(prepared)
@@ -383,8 +379,8 @@ class MultiLoraModel:
         if call.generates:
             sequences = output if isinstance(output, Tensor) else output.sequences
         call.report_attention(ran, sequences, self._tokenizer_if_known)
-        if ran.two_pass is not None:
-            self.draft_counts.add(ran.two_pass.counts)
+        if ran.mixtures.two_pass is not None:
+            self.draft_counts.add(ran.mixtures.two_pass.counts)
         if not call.options.collect:
             return output
         scalings = call.scalings(ran, sequences, wanted=return_scalings)

@@ -68,12 +68,10 @@ class InputProcessor:
             lengths=self._capacity.lengths,
         )
         self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
-        if request.return_scalings:
-            self._model.mixtures.check_told([others])
         mixtures = [mixture for name, _ in others if isinstance(mixture := found.get(name), Mixture)]
         self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
-        check_scalings(state, mixtures)
+        check_scalings(state, [found[name] for name, _ in others if name in found])
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         state.sequences = [self._sequence(state, index, seed + index, buffer) for index in range(sampling.n)]
         return state
@@ -211,7 +209,7 @@ def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAtte
     )
 
 
-def check_scalings(state: RequestState, mixtures: Sequence[Mixture]) -> None:
+def check_scalings(state: RequestState, mixtures: Sequence[AnyMixture]) -> None:
     """Raises TooLargeError if an answer's scalings, [tokens, lora_layers, experts] in float32, could pass a budget."""
     budget = state.request.scalings_budget_bytes
     if not state.request.return_scalings or budget is None:

@@ -140,7 +140,7 @@ class SequenceState:
             return 0
         if self.captures is None:
             return len(self.tokens) - 1
-        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
         return self.captures.most_reused(len(self.tokens) - 1, mixtures)
 
     def drop_passes(self) -> None:
@@ -153,7 +153,7 @@ class SequenceState:
         """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
         observed, self.captures, self.asked = self.captures, None, None
-        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
         return Completion(
             index=self.index,
             text=self.text.total,

@@ -223,6 +223,7 @@ class ModelRunner:
             output = (base or self.model.base)(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
             )
+        routing.keep_gates()
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected
         if batch.states is not None:
             batch.states.keep()
