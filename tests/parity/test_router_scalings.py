@@ -203,10 +203,6 @@ def test_log_keeps_gates_and_what_can_not_be_told_is_refused(tmp_path: Path) -> 
     model.scalings_log.disable()
     assert [(entry.mixture, entry.num_tokens) for entry in model.scalings_log.entries()] == [("spectr", 14)]
     with pytest.raises(RequestError, match="several sequences"):
-        model.generate(
-            IDS, torch.ones_like(IDS), adapters=["spectr"] * 5, num_beams=2, return_scalings=True, **OPTIONS
-        )
+        model.generate(IDS, torch.ones_like(IDS), adapters=["spectr"] * 5, num_beams=2, return_scalings=True, **OPTIONS)
     with Engine(model, EngineConfig()) as engine, pytest.raises(TooLargeError, match="scalings"):
-        engine.generate(
-            [Request(IDS[0].tolist(), adapters="spectr", return_scalings=True, scalings_budget_bytes=1000)]
-        )
+        engine.generate([Request(IDS[0].tolist(), adapters="spectr", return_scalings=True, scalings_budget_bytes=1000)])

@@ -170,9 +170,7 @@ class Call:
             ran_mixtures = ran.mixtures
             found = collected_scalings(ran_mixtures.two_pass, sequences, mask, ran.row_ends)
             rest = (self.links, sequences, mask, ran.row_ends)
-            return in_link_order(
-                found, collected_gates(ran_mixtures.gate_log, ran_mixtures.routed, *rest), self.links
-            )
+            return in_link_order(found, collected_gates(ran_mixtures.gate_log, ran_mixtures.routed, *rest), self.links)
         except RequestError:
             if wanted:
                 raise

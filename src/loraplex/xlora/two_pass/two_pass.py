@@ -64,9 +64,7 @@ class TwoPass:
         main_routes = mixture_rows.main_routes(routes)
         scaling_routes = mixture_rows.scaling_routes()
         self._gates, self._pass_gates = LayerGates(), LayerGates()
-        self._main = RowRouting(
-            main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates, gate_log=gate_log
-        )
+        self._main = RowRouting(main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates, gate_log=gate_log)
         self._both = RowRouting(
             main_routes + scaling_routes,
             bank,
@@ -114,6 +112,8 @@ class TwoPass:
             if cache.num_main == 0:
                 cache.begin(tokens.shape[0], copies)
             self._history = self._history_of(cache)
+        else:  # each pass runs all tokens again
+            self.collected = [[] for _ in self.mixture_rows.groups]
         self.num_new_tokens = tokens.shape[1]
         if cache is not None and self._drafts(inputs, cache, copies):
             self._drafted = SpeculativeStep(self, cache)
