@@ -50,9 +50,11 @@ def fit_centroids(
     background_prompts: Sequence[Sequence[int]],  # tokens of prompts about anything
 ) -> dict[str, PromptCentroid]:
     """A centroid for each name. Raises RequestError for a name without prompts."""
-    empty = sorted(name for name, rows in prompts.items() if not rows)
+    empty = sorted(name for name, rows in prompts.items() if not rows or not all(rows))
     if empty:
-        raise RequestError(f"{empty[0]!r} has no prompts to make a centroid of. Give at least one.")
+        raise RequestError(
+            f"{empty[0]!r} has no prompts to make a centroid of, or one without tokens. Give at least one, none empty."
+        )
     background = last_states(base, background_prompts).mean(dim=0)
     return {
         name: PromptCentroid(
