@@ -5,6 +5,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from loraplex import SpectrConfig
 from loraplex.cli.app import cli
 from loraplex.xlora.scalings.file import read_scalings
 from tests.tiny_models import VOCAB_SIZE, tiny_model
@@ -39,6 +40,19 @@ def test_pictures_and_scalings_are_written(folders):
             assert image.width > 100
     with Image.open(folders / "out" / "tokens-1.gif") as image:
         assert image.n_frames == 5
+
+
+def test_gates_of_routers_are_drawn_too(folders):
+    model = mixed_model("llama", folders / "again")
+    model.create_mixture("routed", ["0", "1"], SpectrConfig())
+    model.save_mixture("routed", folders / "routed")
+    arguments = ["--model", folders / "base", "--mixture", folders / "routed", "--output", folders / "out", "--raw"]
+    options = ["--prompt", "w5 w6 w7", "--max-tokens", "3"]
+    result = CliRunner().invoke(cli, ["scalings", *map(str, arguments), *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (row,) = read_scalings(folders / "out" / "scalings.safetensors")
+    assert (row.num_tokens, row.experts) == (5, ("mixture/0", "mixture/1"))
+    assert (folders / "out" / "tokens-0.gif").exists()
 
 
 def test_experts_can_come_from_elsewhere(folders):

@@ -25,7 +25,7 @@ from loraplex import (
     XLoraConfig,
 )
 from loraplex.adapters.peft.reader import read_adapter
-from loraplex.errors import AdapterNotFoundError, ConfigError, MixtureError, RequestError, UnsupportedAdapterError
+from loraplex.errors import AdapterNotFoundError, ConfigError, MixtureError, UnsupportedAdapterError
 from loraplex.models.mixtures import AnyMixture
 from loraplex.routers.router import LinearRouter
 from tests.hook_oracle import Hook, hooked
@@ -271,10 +271,6 @@ def test_what_can_not_be_routed_is_refused(tmp_path: Path) -> None:
         model.load_adapter("0", dora, replace=True)
     with pytest.raises(MixtureError, match="no scaling head"):
         model.configure_mixture("m", top_k_lora=1)
-    with pytest.raises(RequestError, match="'m' has a router"):
-        model(IDS, adapters=["m"] * 5, return_scalings=True)
-    with Engine(model, EngineConfig()) as engine, pytest.raises(RequestError, match="'m' has a router"):
-        engine.generate([Request([5, 6, 7], adapters="m", return_scalings=True)])
 
 
 @torch.no_grad()

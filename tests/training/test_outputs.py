@@ -5,11 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from loraplex.adapters.prompt_centroid import read_centroid
+from loraplex.models.prompt_states import background_tokens, fit_centroids, prompt_tokens
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.core import bars
 from loraplex.training.core.plots import running_mean
+from loraplex.training.data.records import read_records
 from tests.tiny_models import tiny_model
 from tests.training.tiny_jobs import records, tiny_job, tiny_tokenizer, write_records
 
@@ -24,11 +28,31 @@ def test_leaves_folders_in_peft_format_logs_plots_and_a_checkpoint(tmp_path: Pat
         *("a", "a.jsonl", "a.png", "b", "b.jsonl", "b.png", "checkpoint.safetensors")
     }
     assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "loraplex.json")
+        *("adapter_config.json", "adapter_model.safetensors", "loraplex.json", "prompt_centroid.safetensors")
     }
     assert (tmp_path / "out" / "a.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "out" / "a" / "adapter_config.json").read_text())
     assert (settings["task_type"], settings["r"]) == ("CAUSAL_LM", 4)
+
+
+def test_centroids_are_those_of_the_prompts_and_can_be_left_out(tmp_path: Path) -> None:
+    data = write_records(tmp_path / "data.jsonl", records("messages", 12))
+    texts = write_records(tmp_path / "no-prompts.jsonl", records("text", 12))
+    jobs = [tiny_job(tmp_path, "a", data=data, eval_fraction=0), tiny_job(tmp_path, "texts", data=texts)]
+    train(jobs, tmp_path / "out")
+    tokenizer = tiny_tokenizer()
+    prompts = [record.messages[:1] for record in read_records(data) if record.messages is not None]
+    rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    expected = fit_centroids(tiny_model("llama"), {"a": rows}, background_tokens(tokenizer))["a"]
+    found = read_centroid(tmp_path / "out" / "a")
+    assert found is not None
+    assert found.num_prompts == 12
+    assert torch.allclose(found.mean, expected.mean, atol=1e-5)
+    assert torch.allclose(found.background, expected.background, atol=1e-5)
+    assert read_centroid(tmp_path / "out" / "texts") is None, "texts have no prompts"
+    config = TrainConfig(output=tmp_path / "without", plots=False, prompt_centroids=False)
+    train_adapters(tiny_model("llama"), tokenizer, jobs=jobs[:1], config=config)
+    assert read_centroid(tmp_path / "without" / "a") is None
 
 
 def test_the_log_has_every_step_and_evaluation_in_order(tmp_path: Path) -> None:

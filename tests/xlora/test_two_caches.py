@@ -175,6 +175,16 @@ def test_scalings_are_returned_for_own_tokens_only(tmp_path):
         assert torch.allclose(report.values.sum(-1), torch.ones(()))
 
 
+def test_scalings_are_the_same_without_a_cache(tmp_path):
+    model = mixed_model("llama", tmp_path)
+    ids, mask = padded_batch(2, 8, "left", VOCAB_SIZE)
+    options = {"adapters": ["science", "science:2"], "max_new_tokens": 4, "do_sample": False, "return_scalings": True}
+    cached, whole = (model.generate(ids, attention_mask=mask, use_cache=c, **options)[1] for c in (True, False))
+    for (one,), (other,) in zip(cached, whole, strict=True):
+        assert one.token_ids == other.token_ids
+        assert torch.allclose(one.values, other.values, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -33,7 +33,9 @@ def generate(
     ignore_unknown: IgnoreUnknown = False,
     adapters: Annotated[
         list[str],
-        typer.Option(help='A row\'s adapters, in the order of the prompts: "none", "a", or "a:0.7+b:0.3"; repeat.'),
+        typer.Option(
+            help='A row\'s adapters, in the order of the prompts: "none", "a", "a:0.7+b:0.3", "auto"; repeat.'
+        ),
     ] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
     answers: Annotated[int, typer.Option("--answers", "-n", min=1, help="To every prompt.")] = 1,
@@ -141,7 +143,7 @@ def answers_as_json(rows: Sequence[tuple[str, str]], results: Sequence[RequestRe
     return [
         {
             "prompt": prompt,
-            "adapters": None if choice == "none" else choice,
+            **_choice_as_json(choice, result),
             "text": answer.text.strip(),
             "num_tokens": len(answer.token_ids),
             "finish_reason": answer.finish_reason,
@@ -149,6 +151,17 @@ def answers_as_json(rows: Sequence[tuple[str, str]], results: Sequence[RequestRe
         for (prompt, choice), result in zip(rows, results, strict=True)
         for answer in result.completions
     ]
+
+
+def _choice_as_json(choice: str, result: RequestResult) -> dict[str, Any]:
+    if result.auto is None:
+        return {"adapters": None if choice == "none" else choice}
+    return {"adapters": result.auto.name, "auto_score": result.auto.score}
+
+
+def _shown_choice(choice: str, result: RequestResult) -> str:
+    """What the row asked for, and what "auto" chose."""
+    return choice if result.auto is None else f"{choice}: {result.auto.name or 'none'}"
 
 
 def answer_table(rows: Sequence[tuple[str, str]], results: Sequence[RequestResult], seconds: float) -> Table:
@@ -160,5 +173,5 @@ def answer_table(rows: Sequence[tuple[str, str]], results: Sequence[RequestResul
     table.add_column("answer", ratio=1)
     for (prompt, choice), result in zip(rows, results, strict=True):
         for answer in result.completions:
-            table.add_row(Text(choice), Text(prompt), Text(answer.text.strip()))
+            table.add_row(Text(_shown_choice(choice, result)), Text(prompt), Text(answer.text.strip()))
     return table

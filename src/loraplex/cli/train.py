@@ -76,6 +76,9 @@ def adapters(
     tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
     plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
+    prompt_centroids: Annotated[
+        bool, typer.Option(help="Write beside each LoRA what its prompts look like, for adapters=auto.")
+    ] = True,
 ) -> None:
     """Train many adapters at once, LoRAs and linked residuals: one job for each --data, all in the same batches."""
     from_file = read_job_file(config) if config is not None else {}
@@ -87,6 +90,7 @@ def adapters(
         checkpoint_every=checkpoint_every,
         resume=resume,
         plots=plots,
+        prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
     )
     place = str(PartialState().device) if device == "auto" else device

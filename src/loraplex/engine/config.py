@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from loraplex.errors import ConfigError
+from loraplex.models.auto_choice import DEFAULT_FLOOR, check_floor
 
 _COUNTS = ("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens")
 _ON_FAULT = ("restart", "exit")
@@ -23,6 +24,7 @@ class EngineConfig:
     fair_tokens: int = 256  # by how many tokens one choice of adapters may get ahead of another that waits
     draft: bool = True  # run a mixture's scaling pass for the token that it expects next, beside the main pass
     batch_invariant: bool = False  # a sequence's bits don't depend on how many tokens share its steps
+    auto_floor: float = DEFAULT_FLOOR  # the least score (-1 to 1) with which "auto" chooses an adapter, not the base
     cuda_graphs: bool = True  # record the steps of decoding on a GPU and replay them; elsewhere without effect
     max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
     on_fault: str = "restart"  # what follows an error outside of the requests' own work; "exit" ends the process
@@ -39,6 +41,7 @@ class EngineConfig:
         for option in ("prefix_cache", "draft", "batch_invariant", "cuda_graphs"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} is {getattr(self, option)!r}; it must be True or False.")
+        check_floor(self.auto_floor)
         if self.on_fault not in _ON_FAULT:
             raise ConfigError(f"on_fault is {self.on_fault!r}; it must be one of {', '.join(_ON_FAULT)}.")
         if isinstance(self.max_restarts, bool) or not isinstance(self.max_restarts, int) or self.max_restarts < 0:

@@ -67,7 +67,7 @@ class EngineCore:
         deltas = self._tracker.take_in()
         chunks = self.scheduler.plan()
         for failures in (self.leases.failures, self.scheduler.failures):
-            deltas += [self._tracker.end(sequence, "error", error) for sequence, error in failures]
+            deltas += [delta for sequence, error in failures for delta in self._tracker.end(sequence, "error", error)]
             failures.clear()
         return deltas + (self._run(chunks) if chunks else [])
 
@@ -88,7 +88,7 @@ class EngineCore:
         sequences = list(dict.fromkeys(chunk.sequence for chunk in chunks))
         if len(sequences) == 1:
             self._try_out()
-            return [self._tracker.end(sequences[0], "error", failed_pass(error))]
+            return self._tracker.end(sequences[0], "error", failed_pass(error))
         deltas = []
         for sequence in sequences:
             deltas += self._run([chunk for chunk in chunks if chunk.sequence is sequence])

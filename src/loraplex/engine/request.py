@@ -7,6 +7,7 @@ from typing import Literal
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
+from loraplex.models.auto_choice import AutoChoice, Candidates
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.steering import Steering
 from loraplex.routing.adapter_spec import AdapterSpec
@@ -23,7 +24,8 @@ class Request:
 
     prompt: Prompt
     _: KW_ONLY
-    adapters: AdapterSpec = None
+    adapters: AdapterSpec = None  # "auto": the one that the prompt is for
+    candidates: Candidates = field(default_factory=Candidates)  # of "auto"
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher goes first
     capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1
@@ -47,6 +49,7 @@ class Delta:
     # With return_scalings one entry a token: the scalings of the token before it, which was run to give it. An answer's
     # first are those of the prompt's last token; its own last token is never run.
     scalings: tuple[TokenScalings, ...] = ()
+    auto: AutoChoice | None = None  # what "auto" chose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class RequestResult:
     completions: tuple[Completion, ...]  # n of them
     num_cached_tokens: int  # of the prompt, whose keys and values were there already
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # None for a token that has none: the first
+    auto: AutoChoice | None = None  # what "auto" chose; None too where the request ended before
 
     @property
     def text(self) -> str:

@@ -116,7 +116,7 @@ class AdaptableModel:
         with self._lock:
             self._probed()
             self._attach(paths)
-        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+        self.attach_once("pass length", lambda: attach_pass_length(self._base))
 
     def attach_changes(self, paths: Iterable[str]) -> None:
         """Let adapters change these modules' own weights; behind the LoRA layers, which read the base's output."""
@@ -128,7 +128,7 @@ class AdaptableModel:
             self._probe_others([path for path in new if path not in self.shapes])
             for path in new:
                 self._changed[path] = self._hook_changes(path)
-        self.attach_once("pass length", lambda: [attach_pass_length(self._base)])
+        self.attach_once("pass length", lambda: attach_pass_length(self._base))
 
     def _hook_changes(self, path: str) -> list[RemovableHandle]:
         module, order = self._base.get_submodule(path), self._order_of_any(path)

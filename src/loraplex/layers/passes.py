@@ -11,17 +11,29 @@ from loraplex.routing.routing import current_routing
 _CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
-def attach_pass_length(base: PreTrainedModel) -> RemovableHandle:
-    """Tell the current routing of each call of the base model how long its rows are."""
+def attach_pass_length(base: PreTrainedModel) -> list[RemovableHandle]:
+    """Tell the current routing of each call of the base model how long its rows are, and keep its gates behind it."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routing = current_routing()
-        if routing is not None and routing.has_starts:
-            num_new, length = pass_length(args, kwargs)
+        if routing is None or not (routing.has_starts or routing.gate_log is not None):
+            return
+        num_new, length = pass_length(args, kwargs)
+        if routing.gate_log is not None:
+            routing.gate_log.begin_pass(num_new, length)
+        if routing.has_starts:
             routing.begin_pass(num_new, length)
 
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        routing = current_routing()
+        if routing is not None and routing.gate_log is not None:
+            routing.keep_gates()
+
     # In front of what changes the call's inputs (the two passes of mixtures).
-    return base.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    return [
+        base.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        base.register_forward_hook(after),
+    ]
 
 
 def pass_length(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int | None]:

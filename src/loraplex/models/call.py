@@ -1,8 +1,8 @@
 """One call of the base model: its rows' adapters, mixtures and residuals in force, and what it reports afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +16,10 @@ from loraplex.layers.output_layer import choosing_tokens
 from loraplex.layers.passes import cached_length
 from loraplex.layers.row_positions import use_row_positions
 from loraplex.models.end_tokens import generation_ends, stop_rows
+from loraplex.models.gate_report import collected_gates, in_link_order
 from loraplex.models.registry import Registry
 from loraplex.models.row_vocabularies import RowVocabularies
-from loraplex.models.scope import RowTokens, adapter_scope
+from loraplex.models.scope import RanMixtures, RowTokens, adapter_scope
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.scope import AttentionScope
 from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_specs
@@ -26,7 +27,6 @@ from loraplex.xlora.scalings.report import collected_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 from loraplex.xlora.two_pass.generation import prepare_generation
 from loraplex.xlora.two_pass.options import TwoPassOptions
-from loraplex.xlora.two_pass.two_pass import TwoPass
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Ran:
     """What ran in one call, for its report."""
 
     row_ends: list[tuple[int, ...]]  # by row, the tokens after which what was generated is padding
-    two_pass: TwoPass | None = None
+    mixtures: RanMixtures = field(default_factory=RanMixtures)
     attention: AttentionScope | None = None
 
 
@@ -60,9 +60,11 @@ class Call:
         tokens, ends = self._tokens, self.row_ends
         links, chains = self.registry.linked.split(self.links)
         assert tokens is not None, "a call without tokens has an empty batch, which was refused"
-        scope = nullcontext() if not any(links) and not self.fast_decode else self._adapters(links)
+        is_plain = not any(links) and not self.fast_decode
+        scope = nullcontext(RanMixtures()) if is_plain else self._adapters(links)
         chooses = choosing_tokens() if self.generates else nullcontext()
-        with scope as two_pass, chooses, use_row_positions(), use_image_rows(self.input_ids):
+        with scope as mixtures, chooses, use_row_positions(), use_image_rows(self.input_ids):
+            two_pass = mixtures.two_pass
             if two_pass is not None and self.generates:
                 prepare_generation(two_pass, self.base, self.inputs)
             with self.registry.linked.running(
@@ -74,9 +76,9 @@ class Call:
                 generates=self.generates,
                 new_cache=None if two_pass is None else two_pass.new_cache,
             ) as attention:
-                yield Ran(row_ends=ends, two_pass=two_pass, attention=attention)
+                yield Ran(row_ends=ends, mixtures=mixtures, attention=attention)
 
-    def _adapters(self, links: Sequence[Any]) -> Any:
+    def _adapters(self, links: Sequence[Any]) -> AbstractContextManager[RanMixtures]:
         return adapter_scope(
             self.base,
             self.registry.store,
@@ -165,7 +167,10 @@ class Call:
         if mask is None and self.input_ids is not None:
             mask = torch.ones_like(self.input_ids)
         try:
-            return collected_scalings(ran.two_pass, sequences, mask, ran.row_ends)
+            ran_mixtures = ran.mixtures
+            found = collected_scalings(ran_mixtures.two_pass, sequences, mask, ran.row_ends)
+            rest = (self.links, sequences, mask, ran.row_ends)
+            return in_link_order(found, collected_gates(ran_mixtures.gate_log, ran_mixtures.routed, *rest), self.links)
         except RequestError:
             if wanted:
                 raise

@@ -21,7 +21,6 @@ from loraplex.errors import (
     BaseModelMismatchError,
     ConfigError,
     MixtureError,
-    RequestError,
     UnsupportedAdapterError,
 )
 from loraplex.layers.attach import AdaptableModel
@@ -84,16 +83,6 @@ class Mixtures:
                 "This is for X-LoRA mixtures."
             )
         return mixture
-
-    def check_told(self, links: Sequence[Link]) -> None:
-        """Raise RequestError for a link with a mixture whose gates aren't told to anybody."""
-        found, _ = self.expand(links)
-        routed = sorted(name for name, mixture in found.items() if isinstance(mixture, RoutedMixture))
-        if routed:
-            raise RequestError(
-                f"return_scalings is for X-LoRA mixtures, but {listed(routed)} has a router in each layer, whose gates "
-                "aren't kept. Leave return_scalings out."
-            )
 
     def get(self, name: str) -> AnyMixture:
         """The mixture of that name, or AdapterNotFoundError."""

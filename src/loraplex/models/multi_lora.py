@@ -21,17 +21,19 @@ from loraplex.layers.attention_interface import AttentionHandle
 from loraplex.layers.fast_decode import FAST_DECODE
 from loraplex.layers.image_rows import join_image_rows
 from loraplex.layers.row_positions import join_positions
+from loraplex.models.auto_choice import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
 from loraplex.models.call import Call
 from loraplex.models.generate_checks import check_generates
 from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.mixture_folders import Experts
 from loraplex.models.mixtures import Mixtures
+from loraplex.models.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens, row_states
 from loraplex.models.quantized_base import check_quantized_base
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.registry import AttentionRequest
 from loraplex.routers.config import RouterConfig
-from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
+from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
 class MultiLoraModel:
     """One frozen base model and any number of adapters, in one forward pass.
 
-    `adapters=` has one entry for each row: None for the base model, "name", a link "a:0.7+b:0.3", or a list of
-    (name, weight) pairs. The base model's parameters are frozen and never changed.
+    `adapters=` has one entry for each row: None for the base model, "name", a link "a:0.7+b:0.3", a list of
+    (name, weight) pairs, or "auto" for what the row's prompt is nearest to (`fit_auto`). The base model's parameters
+    are frozen and never changed.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class MultiLoraModel:
 
         Raises LinkSyntaxError, AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
         """
-        vocabulary = self.registry.vocabulary(parse_adapter_spec(adapters))
+        vocabulary = None if is_auto(adapters) else self.registry.vocabulary(parse_adapter_spec(adapters))
         own = None if vocabulary is None else vocabulary.tokenizer
         return self.tokenizer if own is None else own
 
@@ -230,6 +233,69 @@ class MultiLoraModel:
         """
         self.registry.save_mixture(name, Path(folder), layout=layout, overwrite=overwrite)
 
+    # Adapters that are chosen by the prompt
+
+    def fit_auto(
+        self,
+        prompts: Mapping[str, Sequence[str | Sequence[Mapping[str, str]]]],
+        *,
+        chat: bool = True,
+        save: bool = False,
+    ) -> None:
+        """Let `adapters="auto"` choose each adapter or mixture named here, for prompts like these of it.
+
+        Some ten examples are enough, 64 are the most that count: users' turns or messages of chats, or with
+        `chat=False` texts as they are. `save` writes what is learnt into an adapter's folder, where `load_adapter`
+        finds it again. Raises AdapterNotFoundError, RequestError or UnsupportedAdapterError before anything changes,
+        and OutputError.
+        """
+        for name in prompts:
+            self.registry.check_choosable(name)
+        tokenizer = self.tokenizer
+        rows = {
+            name: [prompt_tokens(tokenizer, prompt, chat=chat) for prompt in own[:MAX_PROMPTS]]
+            for name, own in prompts.items()
+        }
+        for name, centroid in fit_centroids(self.base, rows, background_tokens(tokenizer)).items():
+            self.registry.set_centroid(name, centroid, save=save)
+
+    def choose_adapters(
+        self,
+        input_ids: Tensor,  # [rows, tokens]
+        attention_mask: Tensor | None = None,
+        *,
+        candidates: Candidates = Candidates(),  # noqa: B008 (it is frozen)
+        floor: float = DEFAULT_FLOOR,
+    ) -> list[AutoChoice]:
+        """For each prompt, what `adapters="auto"` stands for: the nearest adapter or mixture, or the base model.
+
+        Raises RequestError where there is none and `candidates` leave the base model out, and ConfigError.
+        """
+        check_floor(floor)
+        self.registry.auto.check(candidates)
+        hidden = row_states(self.base, input_ids, attention_mask)
+        return [self.registry.auto.choose(own, candidates, floor) for own in hidden]
+
+    def _chosen(
+        self,
+        adapters: Sequence[AdapterSpec] | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: Mapping[str, Any],
+    ) -> Sequence[AdapterSpec] | None:
+        """The rows' adapters, those of `auto` chosen."""
+        if adapters is None or isinstance(adapters, str) or not any(map(is_auto, adapters)):
+            return adapters
+        rows = [row for row, spec in enumerate(adapters) if is_auto(spec)]
+        if input_ids is None or len(adapters) != len(input_ids) or inputs.get("past_key_values") is not None:
+            raise RequestError(
+                "adapters='auto' reads the row's whole prompt in input_ids, one for each entry of adapters and without "
+                "past_key_values. Use choose_adapters with the prompt, and name what it chose."
+            )
+        mask = None if attention_mask is None else attention_mask[rows]
+        choices = iter(self.choose_adapters(input_ids[rows], mask))
+        return [next(choices).name if is_auto(spec) else spec for spec in adapters]
+
     def unload(self, name: str) -> None:
         """Forget an adapter, a residual, or a mixture with the experts that came with it.
 
@@ -298,14 +364,12 @@ class MultiLoraModel:
             registry=self.registry,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            adapters=adapters,
+            adapters=self._chosen(adapters, input_ids, attention_mask, model_inputs),
             inputs=model_inputs,
             options=TwoPassOptions(collect=return_scalings or self.scalings_log.is_enabled),
             attention=attention,
             generates=False,
         )
-        if return_scalings:
-            self.mixtures.check_told(call.links)
         return self._run(call, self.base, return_scalings)
 
     __call__ = forward
@@ -341,7 +405,7 @@ class MultiLoraModel:
             registry=self.registry,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            adapters=adapters,
+            adapters=self._chosen(adapters, input_ids, attention_mask, generation),
             inputs=generation,
             options=TwoPassOptions(draft=draft, collect=collect),
             attention=attention,
@@ -349,8 +413,6 @@ class MultiLoraModel:
             fast_decode=self._fast_decode,
         )
         _ = call.row_ends, call.vocabularies
-        if return_scalings:
-            self.mixtures.check_told(call.links)
         prepared = "" if packed is False else self._packed_call(call)
         if not isinstance(prepared, str):
             return self._run_packed(prepared)
@@ -383,8 +445,8 @@ class MultiLoraModel:
         if call.generates:
             sequences = output if isinstance(output, Tensor) else output.sequences
         call.report_attention(ran, sequences, self._tokenizer_if_known)
-        if ran.two_pass is not None:
-            self.draft_counts.add(ran.two_pass.counts)
+        if ran.mixtures.two_pass is not None:
+            self.draft_counts.add(ran.mixtures.two_pass.counts)
         if not call.options.collect:
             return output
         scalings = call.scalings(ran, sequences, wanted=return_scalings)

@@ -18,6 +18,7 @@ from loraplex.adapters.peft.single_experts import (
     stacked_adapter,
     stacked_shapes,
 )
+from loraplex.adapters.prompt_centroid import PromptCentroid, read_centroid, write_centroid
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
@@ -30,6 +31,7 @@ from loraplex.layers.adapter_start import check_start, without_start
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
+from loraplex.models.auto_choice import AutoIndex, check_centroid
 from loraplex.models.former_experts import former_experts
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
@@ -64,6 +66,7 @@ class Registry:
         self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
         self.linked = LinkedAttention(base)
+        self.auto = AutoIndex()
         self.cached_ids = CachedIds()
 
     def names(self) -> list[str]:
@@ -94,7 +97,7 @@ class Registry:
             raise AdapterExistsError(
                 f"adapter {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
             )
-        folder, fingerprint = None, None
+        folder, fingerprint, centroid = None, None, None
         if isinstance(source, Adapter):
             adapter = source
             check_weights(adapter)
@@ -113,6 +116,7 @@ class Registry:
                 layout=layout,
                 ignore_unknown=ignore_unknown,
             )
+            centroid = self._centroid(name, folder)
         adapter = self._with_stacked_experts(adapter)
         self._check_adapter(name, adapter)
         vocabulary = self._vocabulary(adapter, folder)
@@ -123,6 +127,44 @@ class Registry:
         self.adaptable.attach(adapter.layers)
         self.adaptable.attach_changes(self._own_weights.touched(adapter))
         self.store.add(name, adapter, folder, replace=replace, fingerprint=fingerprint, vocabulary=vocabulary)
+        self.auto.set(name, centroid if vocabulary is None else None)  # a prompt is read with the base model's tokens
+
+    def _centroid(self, name: str, folder: Path) -> PromptCentroid | None:
+        """What a folder tells about its prompts. Raises AdapterFormatError or BaseModelMismatchError."""
+        with damaged_as(AdapterFormatError, folder):
+            centroid = read_centroid(folder)
+        if centroid is not None:
+            check_centroid(centroid, self.mixtures.hidden_size, name)
+        return centroid
+
+    def set_centroid(self, name: str, centroid: PromptCentroid | None, *, save: bool = False) -> None:
+        """Let `auto` choose an adapter or mixture by this centroid; None: no longer. `save`: in its folder, too.
+
+        Raises what `check_choosable` raises, BaseModelMismatchError, RequestError (no folder) or OutputError.
+        """
+        self.check_choosable(name)
+        if centroid is not None:
+            check_centroid(centroid, self.mixtures.hidden_size, name)
+        if save and centroid is not None:
+            folder = None if name in self.mixtures else self.store.version(name).folder
+            if folder is None:
+                raise RequestError(
+                    f"{name!r} has no folder of its own to save its prompt centroid in: it is a mixture or came from "
+                    "memory. Save it, and make the centroid with `loraplex auto fit` for that folder."
+                )
+            write_centroid(centroid, folder)
+        self.auto.set(name, centroid)
+
+    def check_choosable(self, name: str) -> None:
+        """Raise AdapterNotFoundError, or UnsupportedAdapterError, for what `auto` can't choose."""
+        if name in self.linked:
+            raise UnsupportedAdapterError(f"{name!r} is a residual, and `auto` chooses adapters and mixtures. Name it.")
+        if name not in self.mixtures:
+            version = self.store.version(name)
+            if version.vocabulary is not None:
+                raise UnsupportedAdapterError(
+                    f"{name!r} has tokens of its own, and `auto` reads prompts with the base model's. Name it."
+                )
 
     def _check_adapter(self, name: str, adapter: Adapter) -> None:
         """Raise unless an adapter fits the base model, and the mixtures that have this name as an expert."""
@@ -169,9 +211,11 @@ class Registry:
     def load_mixture(self, name: str, folder: Path, experts: Experts) -> None:
         """Read a mixture's folder, load its experts, and register it; what was loaded goes again if that fails."""
         self._check_new_mixture(name)
+        centroid = self._centroid(name, folder)
         from_elsewhere = isinstance(experts, Mapping)
         if is_router_folder(folder):
             self._load_routed(name, read_router_folder(folder, find_experts=not from_elsewhere), experts)
+            self.auto.set(name, centroid)
             return
         found = read_mixture_folder(
             folder,
@@ -190,6 +234,7 @@ class Registry:
                 layers=found.layers,
                 owned=() if from_elsewhere else loaded,
             )
+        self.auto.set(name, centroid)
 
     def _load_routed(self, name: str, found: RouterFolder, experts: Experts) -> None:
         sources = expert_sources(name, found.experts, tuple(found.experts), experts)
@@ -210,6 +255,7 @@ class Registry:
         except BaseException:
             for expert in loaded:
                 self.store.remove(expert)
+            self.auto.forget(loaded)
             raise
 
     def save_mixture(self, name: str, folder: Path, *, layout: Layout | None, overwrite: bool) -> None:
@@ -267,6 +313,7 @@ class Registry:
 
     def unload(self, name: str) -> None:
         """Forget what has this name. Raises AdapterNotFoundError, or MixtureError for an expert in use."""
+        known = set(self.names())
         if name in self.mixtures:
             self.mixtures.remove(name)
         elif name in self.linked:
@@ -274,6 +321,7 @@ class Registry:
         else:
             self.mixtures.check_unloadable(name)
             self.store.remove(name)
+        self.auto.forget(known - set(self.names()))
 
     def detach(self) -> None:
         """Give the base model back as it was."""

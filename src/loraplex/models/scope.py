@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.scope import use_attention
 from loraplex.routers.mixture import RoutedMixture
 from loraplex.routing.adapter_spec import Link
+from loraplex.routing.gate_record import GateLog
 from loraplex.routing.invocation import invocation_start
 from loraplex.routing.routing import use_routing
 from loraplex.routing.rows import Route, RowRouting
@@ -40,20 +41,19 @@ def adapter_scope(
     *,
     fast_decode: bool = False,
     options: TwoPassOptions,
-) -> Iterator[TwoPass | None]:
-    """Run the block with every row's link in force; its adapters keep their slots until it ends.
-
-    Yields the state of the two passes if any row goes through a mixture.
-    """
+) -> Iterator["RanMixtures"]:
+    """Run the block with every row's link in force; its adapters keep their slots until it ends."""
     found, names = mixtures.expand(links)
     with store.lease(names) as leased:
-        rows = [_routes(link, leased, tokens, row, found) for row, link in enumerate(links)]
+        rows = [_routes(link, leased, tokens, row, found, options) for row, link in enumerate(links)]
         for version in leased.values():
             mixtures.check_attached(version)
         uses = [use for row, link in enumerate(links) for use in _uses(link, row, found, leased)]
+        routed = {name: mixture for name, mixture in found.items() if isinstance(mixture, RoutedMixture)}
+        gate_log = GateLog() if options.collect and routed else None
         if not uses:
-            with use_routing(RowRouting(rows, bank, fast_decode=fast_decode)):
-                yield None
+            with use_routing(RowRouting(rows, bank, fast_decode=fast_decode, gate_log=gate_log)):
+                yield RanMixtures(routed=routed, gate_log=gate_log)
             return
         two_pass = TwoPass(
             base,
@@ -63,10 +63,20 @@ def adapter_scope(
             options,
             cache_use=mixtures.cache_use,
             fast_decode=fast_decode,
+            gate_log=gate_log,
             around_scaling=lambda: use_attention(None),  # the scaling pass has no residuals, captures or steering
         )
         with use_routing(two_pass.routing), use_two_pass(two_pass):
-            yield two_pass
+            yield RanMixtures(two_pass=two_pass, routed=routed, gate_log=gate_log)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanMixtures:
+    """What a call's mixtures leave for its report."""
+
+    two_pass: TwoPass | None = None  # if any row goes through an X-LoRA
+    routed: Mapping[str, RoutedMixture] = field(default_factory=dict)
+    gate_log: GateLog | None = None  # of the routed ones, by (row, name), if that is wanted
 
 
 def _uses(
@@ -90,14 +100,16 @@ def _routes(
     tokens: "RowTokens",
     row: int,
     found: Mapping[str, AnyMixture],
+    options: TwoPassOptions,
 ) -> list[Route]:
     """The routes of a link's plain adapters (an aLoRA that isn't invoked has none) and of routed mixtures."""
     routes = []
     for name, weight in link:
         mixture = found.get(name)
         if isinstance(mixture, RoutedMixture):
+            record = (row, name) if options.collect else None
             routes += [
-                Route(slot=_slot(leased[expert]), weight=weight, router=mixture.router, expert=place)
+                Route(slot=_slot(leased[expert]), weight=weight, router=mixture.router, expert=place, record=record)
                 for place, expert in enumerate(mixture.experts)
             ]
         if name in found or name not in leased:

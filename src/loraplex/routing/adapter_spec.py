@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from loraplex.adapters.names import check_name
+from loraplex.adapters.names import AUTO, check_name
 from loraplex.errors import BatchError, LinkSyntaxError, NameFormatError
 
 Link = tuple[tuple[str, float], ...]  # (adapter, weight) in the order of travel; () is the base model
@@ -18,12 +18,22 @@ _GRAMMAR = (
 _PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9.]+[eE][+-]?\d+|[^:+]*))?(?P<end>\+|$)")
 
 
+def is_auto(choice: object) -> bool:
+    """Whether a row's adapter is to be chosen by its prompt."""
+    return isinstance(choice, str) and choice == AUTO
+
+
 def parse_adapter_spec(choice: AdapterSpec) -> Link:
     """Read one row's choice. Raises LinkSyntaxError, which names the part at fault."""
     if choice is None:
         return ()
     pairs = _parse_text(choice) if isinstance(choice, str) else _check_pairs(choice)
     names = [name for name, _ in pairs]
+    if AUTO in names:
+        raise LinkSyntaxError(
+            f"{AUTO!r} in {choice!r} is no adapter: alone it lets the prompt choose one, in requests to an engine or a "
+            "server and in `generate` and calls of the model. Name an adapter here."
+        )
     for name in names:
         try:
             check_name(name)

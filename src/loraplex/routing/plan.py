@@ -26,6 +26,7 @@ from loraplex.kernels.triton.work import (
     make_work,
     tokens_of_a_tile,
 )
+from loraplex.routing.gate_record import GateRecord, make_gate_record
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.segments import RoutedGate, Segment, join_neighbours
@@ -59,8 +60,10 @@ class RoutingPlan:
         self.bank = bank
         self.gates: Gates = gates or gates_of_segments(self.segments, bank, layer_gates)
         self._routed: RoutedGates | None = None
+        self.gate_record: GateRecord | None = None  # what routers predict for rows that want to know it
         if any(isinstance(segment.gate, RoutedGate) for segment in self.segments):
-            self.gates = self._routed = RoutedGates(self.gates, self.segments, bank)
+            self.gate_record = make_gate_record(self.segments, bank)
+            self.gates = self._routed = RoutedGates(self.gates, self.segments, bank, self.gate_record)
         self._stacks: dict[int, LoraStack] = {}
         self._groups: dict[frozenset[int], TokenGroups] = {}
         self._adapted: set[int] = set()
@@ -158,7 +161,7 @@ class RoutingPlan:
     @cached_property
     def routing(self) -> tuple[Tensor, ...]:
         """What the kernels take of the routers; empty without one, or where they can't run one."""
-        return () if self._routed is None else native_routing(self._rows_and_experts[1], self.bank)
+        return () if self._routed is None else native_routing(self._rows_and_experts[1], self.bank, self.gate_record)
 
     @property
     def routes_in_call(self) -> bool:

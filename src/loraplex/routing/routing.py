@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 from loraplex.errors import BatchError
+from loraplex.routing.gate_record import GateLog
 from loraplex.routing.plan import RoutingPlan
 
 
@@ -27,6 +28,15 @@ class Routing(Protocol):
     def has_starts(self) -> bool:
         """Whether an adapter begins inside a row, so that the rows' length counts."""
         return False
+
+    @property
+    def gate_log(self) -> GateLog | None:
+        """Where routers' gates go that rows want to know."""
+        return None
+
+    def keep_gates(self) -> None:
+        """Take what the pass that has ended wrote of them."""
+        return
 
     def begin_pass(self, num_new: int, length: int | None) -> None:
         """Learn how many columns the pass that begins adds to the rows, and how many they then have."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from loraplex.errors import BatchError
+from loraplex.routing.gate_record import GateLog
 from loraplex.routing.layer_gates import GateColumn, LayerGates
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
@@ -24,11 +25,12 @@ class Route:
     column: int | None = None  # an expert of a mixture: its column of the layer gates, which replace the weight
     router: TokenRouter | None = None  # or what predicts its gates in each layer, which multiply the weight
     expert: int = 0  # its place among the router's
+    record: Hashable | None = None  # under what these gates are kept
 
     def gate(self, length: int) -> "float | GateColumn | RoutedGate":
         """Of a segment of sequences with `length` tokens."""
         if self.router is not None:
-            return RoutedGate(self.router, self.expert, self.weight)
+            return RoutedGate(self.router, self.expert, self.weight, self.record)
         return self.weight if self.column is None else GateColumn(self.column, length)
 
 
@@ -48,8 +50,10 @@ class RowRouting(Routing):
         fast_decode: bool = False,
         layer_gates: LayerGates | None = None,
         empty_columns: int = 0,  # before a row's first token, where a layer sees what is in the cache
+        gate_log: GateLog | None = None,  # of the routes with a record
     ) -> None:
         self.rows = rows
+        self._gate_log = gate_log
         self.bank = bank
         self.fast_decode = fast_decode
         self.layer_gates = layer_gates
@@ -66,13 +70,27 @@ class RowRouting(Routing):
     @property
     def is_uniform(self) -> bool:
         """Whether all tokens go through the same adapters with the same gates, so that their order doesn't matter."""
-        plain = all(route.active_from is None and route.column is None for route in self.rows[0])
+        plain = all(r.active_from is None and r.column is None and r.record is None for r in self.rows[0])
         return plain and all(row == self.rows[0] for row in self.rows[1:])
 
     @property
     def has_starts(self) -> bool:
         """Whether an adapter begins inside a row, so that the rows' length counts."""
         return bool(self._starts)
+
+    @property
+    def gate_log(self) -> GateLog | None:
+        """Where routers' gates go that rows want to know."""
+        return self._gate_log
+
+    def keep_gates(self) -> None:
+        """Take what the pass that has ended wrote of the routers' gates."""
+        for key, plan in self._plans.items():
+            self._keep_gates(key, plan)
+
+    def _keep_gates(self, key: tuple[int, ...], plan: RoutingPlan) -> None:
+        if self._gate_log is not None and plan.gate_record is not None:
+            self._gate_log.add(plan.gate_record.take(), copies=key[0] // len(self.rows))
 
     def adapts(self, module: int) -> bool:
         """Whether any row adapts the module."""
@@ -124,7 +142,8 @@ class RowRouting(Routing):
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:
-                del self._plans[next(iter(self._plans))]
+                oldest = next(iter(self._plans))
+                self._keep_gates(oldest, self._plans.pop(oldest))
             plan = self._plans[key] = build()
         return plan
 

@@ -1,6 +1,6 @@
 """Runs of a pass's tokens that go through one slot."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class RoutedGate(NamedTuple):
     router: "TokenRouter"
     expert: int  # its place in the mixture
     weight: float
+    record: Hashable | None = None  # under what its gates are kept; None: nobody wants to know them
 
 
 class Segment(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.routing.gate_record import GateRecord
 from loraplex.routing.gates import Gates
 from loraplex.routing.segments import RoutedGate, Segment
 from loraplex.routing.weight_provider import WeightProvider
@@ -45,7 +46,9 @@ class RoutedRow(NamedTuple):
     gate: RoutedGate
 
 
-def native_routing(rows: Sequence[RoutedRow], bank: WeightProvider) -> tuple[Tensor, ...]:
+def native_routing(
+    rows: Sequence[RoutedRow], bank: WeightProvider, record: GateRecord | None = None
+) -> tuple[Tensor, ...]:
     """The experts' rows as the kernels take them (arguments.h); none where they can't run a router."""
     table = bank.native_table()
     if table is None or not rows:
@@ -53,7 +56,7 @@ def native_routing(rows: Sequence[RoutedRow], bank: WeightProvider) -> tuple[Ten
     groups: dict[tuple[TokenRouter, float, int, int], list[RoutedRow]] = {}
     for row in rows:
         groups.setdefault((row.gate.router, row.gate.weight, row.start, row.stop), []).append(row)
-    places, settings, parameters = [], [], []
+    places, settings, parameters, columns = [], [], [], []
     for number, members in enumerate(groups.values()):
         members.sort(key=lambda row: row.gate.expert)
         found = members[0].gate.router.native([bank.layers(row.slot) for row in members], table[0].shape[1])
@@ -62,7 +65,9 @@ def native_routing(rows: Sequence[RoutedRow], bank: WeightProvider) -> tuple[Ten
         places += [(row.row, number, found.kind, found.top_k) for row in members]
         settings += [(found.temperature, found.top_p, row.gate.weight) for row in members]
         parameters.append(found.addresses)
-    return torch.tensor(places), torch.tensor(settings, dtype=torch.float32), torch.cat(parameters)
+        columns += [(-1, 1) if record is None else record.column(row.gate, row.start) for row in members]
+    kept = () if record is None else (torch.tensor(columns), record.values)
+    return torch.tensor(places), torch.tensor(settings, dtype=torch.float32), torch.cat(parameters), *kept
 
 
 class _Place(NamedTuple):
@@ -72,7 +77,7 @@ class _Place(NamedTuple):
     stop: int
     slot: int
     first: int
-    weight: float
+    gate: RoutedGate
 
     @property
     def num_tokens(self) -> int:
@@ -84,16 +89,18 @@ class RoutedGates:
 
     change = True
 
-    def __init__(self, others: Gates, segments: Sequence[Segment], bank: WeightProvider) -> None:
-        """`others` has the gates of the segments that no router predicts."""
-        self._others, self._bank = others, bank
+    def __init__(
+        self, others: Gates, segments: Sequence[Segment], bank: WeightProvider, record: GateRecord | None = None
+    ) -> None:
+        """`others` has the gates of the segments that no router predicts; `record` keeps those that are wanted."""
+        self._others, self._bank, self._record = others, bank, record
         self._places: dict[TokenRouter, dict[int, list[_Place]]] = {}  # by expert
         self._firsts: dict[tuple[int, RoutedGate], int] = {}  # by first token and gate
         self._num_gates = 0
         for segment in segments:
             gate = segment.gate
             if isinstance(gate, RoutedGate):
-                place = _Place(segment.start, segment.stop, segment.slot, self._num_gates, gate.weight)
+                place = _Place(segment.start, segment.stop, segment.slot, self._num_gates, gate)
                 self._places.setdefault(gate.router, {}).setdefault(gate.expert, []).append(place)
                 self._firsts[segment.start, gate] = self._num_gates
             self._num_gates += segment.stop - segment.start
@@ -117,7 +124,16 @@ class RoutedGates:
             if any(found is not None for found in weights):
                 gates = router.gates(module, tokens, weights)
                 for column, expert in enumerate(sorted(by_expert)):
-                    _put(row, gates[:, column], by_expert[expert])
+                    self._put(module, row, gates[:, column], by_expert[expert])
+
+    def _put(self, module: int, row: Tensor, gates: Tensor, places: Sequence[_Place]) -> None:
+        offset = 0
+        for place in places:
+            own = gates[offset : offset + place.num_tokens]
+            row[place.first : place.first + place.num_tokens] = own * place.gate.weight
+            if self._record is not None:
+                self._record.put(module, place.gate, place.start, own)
+            offset += place.num_tokens
 
     def all(self) -> Tensor:
         """Those that no router predicts, and 1 for the others, which kernels multiply that route in their call."""
@@ -146,10 +162,3 @@ def _of_tokens(x: Tensor, places: Sequence[_Place]) -> Tensor:  # [tokens of the
     if len(places) == 1:
         return x[places[0].start : places[0].stop]
     return torch.cat([x[place.start : place.stop] for place in places])
-
-
-def _put(row: Tensor, gates: Tensor, places: Sequence[_Place]) -> None:
-    offset = 0
-    for place in places:
-        row[place.first : place.first + place.num_tokens] = gates[offset : offset + place.num_tokens] * place.weight
-        offset += place.num_tokens

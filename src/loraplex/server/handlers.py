@@ -4,20 +4,23 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from loraplex.adapters.names import AUTO
 from loraplex.engine.frontend.output_processor import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
-from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.models.auto_choice import AutoChoice
+from loraplex.routing.adapter_spec import AdapterSpec, is_auto
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import GenerationBody
 from loraplex.server.api.json_route import documented
-from loraplex.server.api.response_parts import Extras, News, usage
+from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, usage
 from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
 from loraplex.server.state import (
@@ -56,7 +59,7 @@ async def respond(
     state, context = state_of(http), context_of(http)
     choice = state.catalog.choice(body.model, context.principal)
     try:
-        call = await in_thread(http, partial(make, state, context, choice))
+        call = await in_thread(http, partial(_made, make, state, context, choice))
     except LoraplexError as error:
         raise context.refusal(error) from error
     if state.config.logs.log_prompts:
@@ -65,6 +68,19 @@ async def respond(
         return await _stream(call, body, state, context)
     pieces = await until_client_leaves(http.receive, _whole(call, state, context))
     return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
+
+
+def _made(
+    make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall],
+    state: ServerState,
+    context: RequestContext,
+    choice: AdapterSpec,
+) -> ApiCall:
+    call = make(state, context, choice)
+    if is_auto(choice):
+        candidates = state.catalog.candidates(context.principal)
+        call.requests = [replace(request, candidates=candidates) for request in call.requests]
+    return call
 
 
 async def _whole(call: ApiCall, state: ServerState, context: RequestContext) -> list[bytes]:
@@ -90,10 +106,12 @@ async def _chunks(
     nothing: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def chunk(news: News) -> list[bytes]:
-        choice = call.chunk_choice(news) | call.extras.live(news, call.row_tokenizer.texts)
+        base_name = state.catalog.base_name
+        choice = call.chunk_choice(news) | auto_json(news.auto, base_name)
+        choice |= call.extras.live(news, call.row_tokenizer.texts)
         if news.completion is not None:
             choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
-        return sse_pieces(call.envelope | {"choices": [choice]} | nothing)
+        return sse_pieces(call.envelope | chosen_model([news.auto], base_name) | {"choices": [choice]} | nothing)
 
     async for events in run.batches():
         found, failure = run.gather(events, holds_end=call.extras.any)
@@ -105,7 +123,8 @@ async def _chunks(
             raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
     if include_usage:
-        yield sse(call.envelope | {"choices": [], "usage": usage(results)})
+        model = chosen_model((result.auto for result in results), state.catalog.base_name)
+        yield sse(call.envelope | model | {"choices": [], "usage": usage(results)})
 
 
 class Run:
@@ -119,6 +138,8 @@ class Run:
         self._feed = feed
         self._started = time.perf_counter()
         self._adapters = adapter_names(requests[0].adapters)
+        self._num_prompt = [len(request.prompt) for request in requests]
+        self._chosen: dict[str, AutoChoice] = {}  # by request, of `auto`
         self.places: dict[str, int] = {}  # of the requests, by their ids in the engine
         self.num_requests = len(requests)
         self._has_begun = False
@@ -162,6 +183,7 @@ class Run:
         """Let the key pay for tokens as they are made, whoever waits for them."""
         count = 0
         for event in events:
+            count += self._note_choice(event)
             if isinstance(event, Delta):
                 self._told[event.request_id, event.index] += len(event.token_ids)
                 count += len(event.token_ids)
@@ -171,6 +193,18 @@ class Run:
                     for completion in event.completions
                 )
         self._context.spend_tokens(count)
+
+    def _note_choice(self, event: Delta | RequestResult) -> int:
+        """Let logs and metrics know what `auto` chose; returns the tokens of the prompt that are run once more."""
+        choice = event.auto
+        if choice is None or event.request_id in self._chosen:
+            return 0
+        self._chosen[event.request_id] = choice
+        self._adapters = () if choice.name is None else (choice.name,)
+        names = {chosen.name or self._state.catalog.base_name for chosen in self._chosen.values()}
+        scores = [None if c.score is None else round(c.score, 3) for c in self._chosen.values()]
+        self._context.log |= {"model": ",".join(sorted(names)), "auto_scores": scores}
+        return 0 if choice.name is None else self._num_prompt[self.places[event.request_id]]
 
     def check(self, ended: Completion | Delta) -> None:
         """Raise what a client must be told of an answer that didn't end as it should."""
@@ -200,7 +234,13 @@ class Run:
                     news.finish_reason = None
             elif holds_end:
                 last += [
-                    News(place, completion.index, finish_reason=completion.finish_reason, completion=completion)
+                    News(
+                        place,
+                        completion.index,
+                        finish_reason=completion.finish_reason,
+                        completion=completion,
+                        auto=event.auto,
+                    )
                     for completion in event.completions
                 ]
         return [*found.values(), *last], None
@@ -214,8 +254,20 @@ class Run:
             texts = [completion.text for result in results for completion in result.completions]
             self._context.log["answers"] = texts
         seconds = time.perf_counter() - self._started
-        self._state.metrics.finished(self._adapters, seconds=seconds, num_prompt=num_prompt, num_new=num_new)
+        for adapters, group in self._by_adapters(results).items():
+            own_prompt = sum(len(result.prompt_token_ids) for result in group)
+            own_new = sum(len(completion.token_ids) for result in group for completion in result.completions)
+            self._state.metrics.finished(adapters, seconds=seconds, num_prompt=own_prompt, num_new=own_new)
         self._state.metrics.cached(num_cached)
+
+    def _by_adapters(self, results: Sequence[RequestResult]) -> dict[tuple[str, ...], list[RequestResult]]:
+        """All have the same, unless each prompt chose its own."""
+        groups: dict[tuple[str, ...], list[RequestResult]] = {}
+        for result in results:
+            chosen = self._chosen.get(result.request_id)
+            own = self._adapters if chosen is None else () if chosen.name is None else (chosen.name,)
+            groups.setdefault(own, []).append(result)
+        return groups
 
 
 @asynccontextmanager
@@ -226,7 +278,8 @@ async def running(
     counts_tokens = context.usage is not None and context.usage.counts_tokens
     feed = state.engine.collector(wants_deltas=wants_deltas or counts_tokens)
     run = Run(state, context, requests, feed)
-    context.log["model"] = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
+    asked = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
+    context.log["model"] = AUTO if is_auto(requests[0].adapters) else asked
     try:
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraplex.adapters.names import AUTO
 from loraplex.adapters.store.store import StoreConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
@@ -147,6 +148,8 @@ class ServeConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
+        if self.model.base_name == AUTO:
+            raise ConfigError(f"the base model can't be called {AUTO!r}: that lets the prompt choose. Set served_name.")
         if not self.access.keys_file and not self.network.is_local and not self.access.allow_anonymous:
             raise ConfigError(
                 f"host is {self.network.host!r}, which others can reach, but there is no keys_file: anyone could use "

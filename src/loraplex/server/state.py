@@ -23,7 +23,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
-from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
+from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
 from loraplex.server.auth.access import Principal, VisibleModels
@@ -89,7 +89,7 @@ class ServerState:
 
         Raises AdapterNotFoundError, or RequestError for a link of adapters with different tokens.
         """
-        vocabulary = self.model.registry.vocabulary(parse_adapter_spec(adapters))
+        vocabulary = None if is_auto(adapters) else self.model.registry.vocabulary(parse_adapter_spec(adapters))
         tokenizer = None if vocabulary is None else vocabulary.tokenizer
         if vocabulary is None or tokenizer is None:
             return self.base_row_tokenizer

@@ -18,6 +18,7 @@ from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
 from loraplex.adapters.peft.weight_files import INDEX_FILE, MIXTURE_FILE, SHARDS, WEIGHTS_FILE, has_weights
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.adapters.vocabulary import TOKENIZER_FILES
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
@@ -36,7 +37,7 @@ def resolve_adapter_folder(
     (neither a folder nor to be had from the hub), AdapterFormatError and UnsupportedAdapterError (the hub's repository
     lacks settings or weights, or has a mixture).
     """
-    wanted = [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, MIXTURE_FILE, *TOKENIZER_FILES]
+    wanted = [CONFIG_FILE, *_WEIGHTS, RECORD_FILE, CENTROID_FILE, MIXTURE_FILE, *TOKENIZER_FILES]
     folder, is_local = _resolve(path_or_id, revision, cache_dir, wanted)
     if is_local:
         return folder

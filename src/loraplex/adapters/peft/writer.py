@@ -16,6 +16,7 @@ from loraplex.adapters.peft.parameters import as_in_file, wrapper_paths
 from loraplex.adapters.peft.record import RECORD_FILE, write_record
 from loraplex.adapters.peft.tensors import FACTORS, MAGNITUDE, PREFIX
 from loraplex.adapters.peft.weight_files import WEIGHTS_FILE, weight_files
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.tensor_file import FLOAT_DTYPES
 from loraplex.adapters.weights import Adapter, LoraWeights
@@ -24,7 +25,7 @@ from loraplex.output_files import resolved
 from loraplex.validation import listed
 
 # What PEFT and we write; anything else is somebody's work.
-_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
+_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE, "README.md"}
 
 
 def write_adapter(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.adapters.names import check_name
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
 from loraplex.adapters.store.version import (
@@ -269,8 +270,15 @@ class AdapterStore:
 
 
 def _check_unchanged(version: AdapterVersion) -> None:
-    if version.folder is not None and folder_fingerprint(version.folder) != version.fingerprint:
+    if version.folder is None:
+        return
+    if _of_weights(folder_fingerprint(version.folder)) != _of_weights(version.fingerprint or ()):
         raise AdapterChangedError(
             f"the files of adapter {version.name!r} in {version.folder} changed since it was loaded. "
             f"Load the new ones: model.load_adapter({version.name!r}, path, replace=True)."
         )
+
+
+def _of_weights(fingerprint: Fingerprint) -> Fingerprint:
+    """Without the file that tells what the adapter is for, which may be made later."""
+    return tuple(entry for entry in fingerprint if entry[0] != CENTROID_FILE)

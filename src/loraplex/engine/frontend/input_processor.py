@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.adapters.vocabulary import Vocabulary
@@ -19,6 +20,7 @@ from loraplex.engine.sched.capacity import Capacity, check_slots
 from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
+from loraplex.models.auto_choice import DEFAULT_FLOOR, AutoChoice, Candidates
 from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.mixtures import AnyMixture
@@ -26,7 +28,7 @@ from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering
-from loraplex.routing.adapter_spec import Link, parse_adapter_spec
+from loraplex.routing.adapter_spec import Link, is_auto, parse_adapter_spec
 from loraplex.validation import check_text
 from loraplex.xlora.mixture import Mixture
 
@@ -34,8 +36,9 @@ from loraplex.xlora.mixture import Mixture
 class InputProcessor:
     """Checks and prepares requests; safe to use from many threads."""
 
-    def __init__(self, model: MultiLoraModel, capacity: Capacity) -> None:
+    def __init__(self, model: MultiLoraModel, capacity: Capacity, auto_floor: float = DEFAULT_FLOOR) -> None:
         self._model = model
+        self._auto_floor = auto_floor
         self._capacity = capacity
         self._arrivals = itertools.count()
         self.vocab_size = model.base.get_input_embeddings().num_embeddings
@@ -46,15 +49,13 @@ class InputProcessor:
     def prepare(self, request: Request, request_id: str) -> RequestState:
         """Raises RequestError, LinkSyntaxError, AdapterNotFoundError or TooLargeError; then nothing has changed."""
         check_kinds(request)
-        link = parse_adapter_spec(request.adapters)
+        is_chosen = is_auto(request.adapters)
+        link = () if is_chosen else parse_adapter_spec(request.adapters)
         vocabulary = self._model.registry.vocabulary(link)
         self._check_tokens(request.sampling, self._num_logits if vocabulary is None else vocabulary.num_tokens)
         self._capacity.check_answers(request.sampling.n)
         prompt = self._encode(request.prompt, vocabulary)
         self._capacity.check_prompt(len(prompt))
-        (others,), (chain,) = self._model.registry.linked.split([link])
-        found, names = self._model.mixtures.expand([others])
-        check_slots(self._model.store, names)
         sampling = request.sampling
         state = RequestState(
             request_id=request_id,
@@ -63,20 +64,57 @@ class InputProcessor:
             prompt=prompt,
             arrival=next(self._arrivals),
             max_new_tokens=min(sampling.max_tokens, self._capacity.max_length - len(prompt)),
-            names=tuple(dict.fromkeys(names)),
+            names=(),
             vocabulary=vocabulary,
             lengths=self._capacity.lengths,
         )
-        self._capacity.check_blocks(len(prompt) + state.max_new_tokens, num_passes=1 + len(_pass_kinds(others, found)))
-        if request.return_scalings:
-            self._model.mixtures.check_told([others])
-        mixtures = [mixture for name, _ in others if isinstance(mixture := found.get(name), Mixture)]
-        self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
+        state.names = self._needed(state, link)
+        _, (chain,) = self._model.registry.linked.split([link])
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
-        check_scalings(state, mixtures)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         state.sequences = [self._sequence(state, index, seed + index, buffer) for index in range(sampling.n)]
+        if is_chosen:
+            self._begin_choosing(state)
         return state
+
+    def _needed(self, state: RequestState, link: Link) -> tuple[str, ...]:
+        """The adapters that a request needs in memory with this link.
+
+        Raises AdapterNotFoundError, RequestError or TooLargeError for a link that it can't run with.
+        """
+        (others,), _ = self._model.registry.linked.split([link])
+        found, names = self._model.mixtures.expand([others])
+        check_slots(self._model.store, names)
+        num_tokens = len(state.prompt) + state.max_new_tokens
+        self._capacity.check_blocks(num_tokens, num_passes=1 + len(_pass_kinds(others, found)))
+        mixtures = [found[name] for name, _ in others if name in found]
+        self._capacity.check_mixtures([m.name for m in mixtures if isinstance(m, Mixture)], num_tokens)
+        check_scalings(state, mixtures)
+        return tuple(dict.fromkeys(names))
+
+    # Adapters that are chosen by the prompt
+
+    def _begin_choosing(self, state: RequestState) -> None:
+        """Let a pass of the base model come before the answers. Raises RequestError if nothing could be chosen."""
+        index, candidates = self._model.registry.auto, state.request.candidates
+        index.check(candidates)
+        if not index.has_any(candidates):
+            state.auto = AutoChoice(name=None, score=None, num_candidates=0)
+            return
+        sampler, text = Sampler(SamplingParams(), (), (), 0), Detokenizer(None, (), ())
+        state.choosing = SequenceState(state, 0, sampler, text)
+        state.choosing.prompt_logprobs = None
+
+    def choose(self, state: RequestState, hidden: Tensor) -> None:  # [hidden], of the prompt's last token
+        """Let a request run with the adapter that is nearest to its prompt; raises what `prepare` raises."""
+        choice = self._model.registry.auto.choose(hidden, state.request.candidates, self._auto_floor)
+        link: Link = () if choice.name is None else ((choice.name, 1.0),)
+        names = self._needed(state, link)
+        state.auto, state.link, state.names = choice, link, names
+        state.num_cached_tokens = state.num_cached_tokens if choice.name is None else 0
+        ends = self.end_tokens(state)
+        for sequence in state.sequences:
+            sequence.sampler.end_at(ends)
 
     def end_tokens(self, state: RequestState) -> frozenset[int]:
         """The tokens that end an answer: the base model's, its adapters' and the request's."""
@@ -211,7 +249,7 @@ def check_attention(state: RequestState, has_residuals: bool, linked: LinkedAtte
     )
 
 
-def check_scalings(state: RequestState, mixtures: Sequence[Mixture]) -> None:
+def check_scalings(state: RequestState, mixtures: Sequence[AnyMixture]) -> None:
     """Raises TooLargeError if an answer's scalings, [tokens, lora_layers, experts] in float32, could pass a budget."""
     budget = state.request.scalings_budget_bytes
     if not state.request.return_scalings or budget is None:
@@ -231,6 +269,8 @@ def check_kinds(request: Request) -> None:
         raise RequestError(f"{request!r} is no request. Give a loraplex.Request.")
     if not isinstance(request.sampling, SamplingParams):
         raise RequestError(f"sampling is {request.sampling!r}; give a loraplex.SamplingParams.")
+    if not isinstance(request.candidates, Candidates) or isinstance(request.candidates.names, str):
+        raise RequestError(f"candidates is {request.candidates!r}; give a loraplex.Candidates, of a list of names.")
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise RequestError(f"priority is {request.priority!r}; give a whole number, a higher one to go first.")
     if request.capture is not None and not isinstance(request.capture, CaptureRequest):

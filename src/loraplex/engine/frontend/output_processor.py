@@ -38,7 +38,7 @@ class OutputProcessor:
             try:
                 step = self._own_step(result)
             except Exception as error:
-                deltas.append(self._tracker.end(sequence, "error", own_fault(error, "using what the pass gave")))
+                deltas += self._tracker.end(sequence, "error", own_fault(error, "using what the pass gave"))
                 continue
             chunk.kv.cache_full_blocks(len(chunk.kv.tokens))
             if step is not None:
@@ -52,6 +52,9 @@ class OutputProcessor:
             assert result.hidden is not None, "a scaling pass returned no hidden states"
             chunk.scaling.took(chunk.start, result.hidden, result.best)
             return None
+        if sequence.chooses:
+            self._choose(result)
+            return None
         for scaling in sequence.scalings:
             scaling.forget(chunk.stop)  # the main pass has used it
         if result.error is not None:
@@ -61,6 +64,16 @@ class OutputProcessor:
         if result.all_logits is not None:
             _keep_prompt_logprobs(result)
         return self._next_token(sequence, result) if chunk.wants_logits else None
+
+    def _choose(self, result: ModelRunnerOutput) -> None:
+        """With a prompt's last token, choose the request's adapter."""
+        chunk, state = result.chunk, result.chunk.sequence.state
+        if chunk.stop < len(chunk.kv.tokens):
+            return
+        assert result.hidden is not None, "a pass that an adapter is chosen by returned no hidden states"
+        self._input_processor.choose(state, result.hidden[-1])
+        chunk.kv.cache_full_blocks(len(chunk.kv.tokens))  # a base row's, which its blocks are given back with
+        self._tracker.begin_answers(state)
 
     def _next_token(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step":
         logits, sampler = result.logits, sequence.sampler
@@ -97,6 +110,7 @@ class OutputProcessor:
             finish_reason=reason,
             error=error,
             scalings=step.scalings,
+            auto=sequence.state.auto,
         )
 
     def _finish_reason(self, sequence: SequenceState, token: int) -> FinishReason | None:

@@ -18,6 +18,7 @@ class SequenceRoute:
     use: int | None = None  # an expert's: the place of its mixture among those of the sequence
     expert: int = 0  # and its place in the mixture
     router: TokenRouter | None = None  # of a mixture that gates its experts in each layer
+    mixture: int = 0  # and the place of that mixture among all of the sequence's
 
 
 @dataclass(frozen=True, kw_only=True)

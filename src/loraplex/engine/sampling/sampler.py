@@ -47,12 +47,16 @@ class Sampler:
         self.constraint = constraint
         seen = sorted(set(prompt)) if sampling.repetition_penalty != 1 else []
         self._prompt_tokens = torch.tensor(seen, dtype=torch.int64)
-        self.end_tokens = frozenset(end_tokens)
-        self._ends = sorted(end_tokens)
+        self.end_at(end_tokens)
         self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
         self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._counts: Counter[int] = Counter()  # of the answer
         self._generator = torch.Generator().manual_seed(seed) if sampling.temperature > 0 else None
+
+    def end_at(self, end_tokens: Collection[int]) -> None:
+        """Let the answer end with one of these tokens."""
+        self.end_tokens = frozenset(end_tokens)
+        self._ends = sorted(self.end_tokens)
 
     @property
     def is_plain_greedy(self) -> bool:

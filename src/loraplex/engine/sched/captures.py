@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.engine.request import TokenScalings
-from loraplex.engine.sched.request_adapters import BoundMixture
+from loraplex.engine.sched.request_adapters import BoundMixture, BoundRouter
 from loraplex.residual.calls import token_texts
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
 from loraplex.residual.modules import FunctionResidual
@@ -48,7 +48,7 @@ class Captures:
         self._tokenizer = tokenizer
         self._scalings: list[tuple[int, list[Tensor]]] = []  # first position; by mixture [tokens, lora_layers, experts]
 
-    def most_reused(self, num_tokens: int, mixtures: Sequence[BoundMixture]) -> int:
+    def most_reused(self, num_tokens: int, mixtures: Sequence[BoundMixture | BoundRouter]) -> int:
         """How many of the first tokens may come from the prefix cache: those that nothing is wanted of any more."""
         unwanted = num_tokens if self.buffer is None else self.buffer.first_query
         if self.wants_scalings and mixtures:
@@ -74,7 +74,9 @@ class Captures:
         ids = list(tokens[: self.num_seen])
         return self.buffer.result(ids, token_texts(ids, self._tokenizer))
 
-    def scalings(self, tokens: Sequence[int], mixtures: Sequence[BoundMixture]) -> tuple[RowScalings, ...] | None:
+    def scalings(
+        self, tokens: Sequence[int], mixtures: Sequence[BoundMixture | BoundRouter]
+    ) -> tuple[RowScalings, ...] | None:
         """The scalings of each mixture; None if they weren't asked for or nothing ran. Raises ScalingsError."""
         if not self.wants_scalings or self.num_seen == 0:
             return None

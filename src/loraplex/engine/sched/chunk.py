@@ -32,6 +32,18 @@ class ScheduledChunk:
         return None if self.owner is None or self.scaling is not None else self.owner.asked
 
     @property
+    def wants_hidden(self) -> bool:
+        """Whether the last hidden states of its tokens are wanted."""
+        return self.scaling is not None or (self.owner is not None and self.owner.chooses)
+
+    @property
+    def wants_scalings(self) -> bool:
+        """Whether its request wants to know what mixtures predict for its tokens."""
+        if self.owner is None or self.scaling is not None or self.owner.captures is None:
+            return False
+        return self.owner.captures.wants_scalings
+
+    @property
     def stop(self) -> int:
         return self.start + self.count
 

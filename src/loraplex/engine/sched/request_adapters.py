@@ -90,6 +90,9 @@ class RequestAdapters:
                 for name, weight in link
                 if isinstance(mixture := found.get(name), RoutedMixture)
             ]
+            places = {name: place for place, (name, _) in enumerate(link)}
+            bound: list[BoundMixture | BoundRouter] = [*self.mixtures, *self.routed]
+            self.all_mixtures = sorted(bound, key=lambda one: places[one.mixture.name])  # in the order of the link
             self._leases = leases.pop_all()
 
     def close(self) -> None:
@@ -113,8 +116,8 @@ class RequestAdapters:
     @property
     def slots(self) -> set[int]:
         """The slots that it holds."""
-        mixtures: list[BoundMixture | BoundRouter] = [*self.mixtures, *self.routed]
-        return {_slot(version) for version, _ in self.plain} | {slot for bound in mixtures for slot in bound.slots}
+        experts = {slot for bound in self.all_mixtures for slot in bound.slots}
+        return {_slot(version) for version, _ in self.plain} | experts
 
     def main_routes(self, prompt: Sequence[int]) -> list[SequenceRoute]:
         """The routes of a main pass: plain adapters, then the experts of all mixtures, routed ones first."""
@@ -125,7 +128,13 @@ class RequestAdapters:
         ]
         for routed in self.routed:
             routes += [
-                SequenceRoute(slot=slot, weight=routed.weight, router=routed.mixture.router, expert=expert)
+                SequenceRoute(
+                    slot=slot,
+                    weight=routed.weight,
+                    router=routed.mixture.router,
+                    expert=expert,
+                    mixture=self.all_mixtures.index(routed),
+                )
                 for expert, slot in enumerate(routed.slots)
             ]
         for use, bound in enumerate(self.mixtures):

@@ -80,14 +80,27 @@ class RequestTracker:
             self._states |= self._inbox
             self._inbox.clear()
         for state in new:
-            for sequence in state.sequences:
-                self._scheduler.add(sequence)
+            self._add(state)
         deltas = []
         while self._cancelled:
             state_or_none = self._states.get(self._cancelled.popleft())
             if state_or_none is not None:
                 deltas += self._end_all(state_or_none)
         return deltas
+
+    def _add(self, state: RequestState) -> None:
+        for sequence in state.sequences if state.choosing is None else [state.choosing]:
+            self._scheduler.add(sequence)
+
+    def begin_answers(self, state: RequestState) -> None:
+        """End the pass that a request's adapter was chosen by, if there is one, and let its answers wait to run."""
+        if state.choosing is None:
+            return
+        self._scheduler.remove(state.choosing)
+        state.choosing = None
+        self._leases.release(state)  # of the base model: it holds no slot
+        state.loads = None
+        self._add(state)
 
     def close(self) -> list[Delta]:
         """End all requests that are there."""
@@ -105,8 +118,13 @@ class RequestTracker:
                 self._end_all(state)
             self._results.pop(state.request_id, None)
 
-    def end(self, sequence: SequenceState, reason: FinishReason, error: LoraplexError | None = None) -> Delta:
-        """End a sequence without another token."""
+    def end(self, sequence: SequenceState, reason: FinishReason, error: LoraplexError | None = None) -> list[Delta]:
+        """End a sequence without another token; of a request whose adapter isn't chosen yet, all its answers."""
+        if sequence.chooses:
+            return self._end_all(sequence.state, reason, error)
+        return [self._end(sequence, reason, error)]
+
+    def _end(self, sequence: SequenceState, reason: FinishReason, error: LoraplexError | None) -> Delta:
         try:
             text = sequence.text.end()
         except Exception as fault:
@@ -158,6 +176,7 @@ class RequestTracker:
                     state.completions.append(_unfinished(sequence, error))
                 sequence.finish_reason = sequence.finish_reason or "error"
                 sequence.main, sequence.scalings = None, []  # of a pool that is gone
+            state.choosing = None
             _let_go(state)
             self._keep_result(state)
         return deltas
@@ -170,6 +189,7 @@ class RequestTracker:
             completions=tuple(sorted(state.completions, key=lambda completion: completion.index)),
             num_cached_tokens=state.num_cached_tokens,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+            auto=state.auto,
         )
         self._states.pop(state.request_id, None)
 
@@ -183,9 +203,12 @@ class RequestTracker:
     def pop_result(self, request_id: str) -> RequestResult | None:
         return self._results.pop(request_id, None)
 
-    def _end_all(self, state: RequestState) -> list[Delta]:
+    def _end_all(
+        self, state: RequestState, reason: FinishReason = "cancelled", error: LoraplexError | None = None
+    ) -> list[Delta]:
+        self.begin_answers(state)
         running = [sequence for sequence in state.sequences if sequence.finish_reason is None]
-        return [self.end(sequence, "cancelled") for sequence in running]
+        return [self._end(sequence, reason, error) for sequence in running]
 
 
 def _ending(sequence: SequenceState, text: str, reason: FinishReason, error: LoraplexError | None) -> Delta:
@@ -196,6 +219,7 @@ def _ending(sequence: SequenceState, text: str, reason: FinishReason, error: Lor
         text=text,
         finish_reason=reason,
         error=error,
+        auto=sequence.state.auto,
     )
 
 

@@ -93,7 +93,7 @@ def _main_chunk(sequence: SequenceState, start: int, stop: int) -> ScheduledChun
         kv=sequence.main,
         start=start,
         count=stop - start,
-        wants_logits=stop == len(sequence.tokens),
+        wants_logits=stop == len(sequence.tokens) and not sequence.chooses,
         wants_all_logits=sequence.prompt_logprobs is not None and start + 1 < sequence.num_prompt,
     )
 
@@ -264,7 +264,7 @@ class Scheduler:
             if not has_room or (self._config.prefix_cache and self._is_computed_now(sequence)):
                 sequence.drop_passes()
                 return "later" if has_room else "no room"
-            sequence.state.num_cached_tokens = max(sequence.state.num_cached_tokens, _main(sequence).num_computed)
+            sequence.state.note_cached(_main(sequence).num_computed)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return "runs"

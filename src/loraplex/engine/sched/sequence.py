@@ -3,6 +3,7 @@
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from loraplex.adapters.names import AUTO
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
@@ -15,6 +16,7 @@ from loraplex.engine.sched.captures import Captures, SequenceAttention
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
+from loraplex.models.auto_choice import AutoChoice
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link
 
@@ -33,6 +35,8 @@ class RequestState:
     max_new_tokens: int
     names: tuple[str, ...]  # of the adapters that must be in memory
     sequences: "list[SequenceState]" = field(default_factory=list)
+    choosing: "SequenceState | None" = None  # of "auto": runs the base model on the prompt before all sequences
+    auto: AutoChoice | None = None  # and what was then chosen
     binding: RequestAdapters | None = None
     loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
     completions: list[Completion] = field(default_factory=list)
@@ -43,7 +47,12 @@ class RequestState:
     @property
     def share(self) -> tuple[str, ...]:
         """Whose turn it counts against: requests with the same adapters share one."""
-        return tuple(name for name, _ in self.link)
+        return (AUTO,) if self.choosing is not None else tuple(name for name, _ in self.link)
+
+    def note_cached(self, num_tokens: int) -> None:
+        """So many of the prompt's keys and values were there when an answer began."""
+        if self.auto is None or self.link:  # else the request's own pass left them, by which the base model was chosen
+            self.num_cached_tokens = max(self.num_cached_tokens, num_tokens)
 
     @property
     def is_finished(self) -> bool:
@@ -79,6 +88,11 @@ class SequenceState:
         self.finish_reason: FinishReason | None = None
 
     @property
+    def chooses(self) -> bool:
+        """Whether its pass is there to choose the request's adapter, not to answer."""
+        return self is self.state.choosing
+
+    @property
     def num_prompt(self) -> int:
         return len(self.state.prompt)
 
@@ -102,12 +116,14 @@ class SequenceState:
     def passes(self, binding: RequestAdapters) -> list[Pass]:
         """What its passes go through: the main one, then the scaling passes. Takes nothing yet."""
         prompt, request = self.state.prompt, self.state.request
+        self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
+        salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
+        if self.chooses:
+            return [((), tuple(salt))]
         if self.asked is None:
             row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
             buffer = None if self.captures is None else self.captures.buffer
             self.asked = SequenceAttention(row=row, buffer=buffer) if row.asks else None
-        self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
-        salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
         scalings = zip(binding.scaling_routes, binding.scaling_keys, strict=True)
         return [
@@ -136,11 +152,13 @@ class SequenceState:
     @property
     def most_reused(self) -> int:
         """How many tokens the main pass may take from the prefix cache: not the last, nor what is still to be seen."""
+        if self.chooses:
+            return len(self.tokens) - 1
         if self.prompt_logprobs is not None:
             return 0
         if self.captures is None:
             return len(self.tokens) - 1
-        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
         return self.captures.most_reused(len(self.tokens) - 1, mixtures)
 
     def drop_passes(self) -> None:
@@ -153,7 +171,7 @@ class SequenceState:
         """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
         observed, self.captures, self.asked = self.captures, None, None
-        mixtures = () if self.state.binding is None else self.state.binding.mixtures
+        mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
         return Completion(
             index=self.index,
             text=self.text.total,

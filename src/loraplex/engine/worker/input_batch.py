@@ -79,13 +79,21 @@ class InputBatch:
             wanted += range(self.last_token(i) + 1 - chunk.num_logits, self.last_token(i) + 1)
         return None if len(wanted) == self.num_tokens else torch.tensor(wanted, dtype=torch.int64)
 
+    def kept_scalings(self, i: int) -> list[Tensor]:
+        """Of a chunk that wants them, the scalings of each mixture of its link, to be filled."""
+        if i not in self.scalings:
+            binding = self.chunks[i].sequence.state.binding
+            assert binding is not None, "a sequence runs without its adapters"
+            self.scalings[i] = [torch.zeros(0)] * len(binding.all_mixtures)
+        return self.scalings[i]
+
     @property
     def num_selected(self) -> int:
         return sum(chunk.num_logits for chunk in self.chunks)
 
     @property
     def wants_hidden(self) -> bool:
-        return any(chunk.scaling is not None for chunk in self.chunks)
+        return any(chunk.wants_hidden for chunk in self.chunks)
 
     def last_token(self, i: int) -> int:
         """The place of a chunk's last token among all."""

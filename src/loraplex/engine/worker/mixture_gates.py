@@ -50,10 +50,9 @@ class MixtureGates:
         offset = 0
         for i, use in members:
             chunk = self._batch.chunks[i]
-            captures = chunk.sequence.captures
-            if captures is not None and captures.wants_scalings:
-                kept = self._batch.scalings.setdefault(i, [scalings[:0]] * _num_mixtures(chunk))
-                kept[use] = scalings[offset : offset + chunk.count]
+            if chunk.wants_scalings:
+                kept = self._batch.kept_scalings(i)
+                kept[_binding(chunk).all_mixtures.index(_bound(chunk, use))] = scalings[offset : offset + chunk.count]
             offset += chunk.count
 
     def _pass_gates(self, mixture: Mixture, members: list[tuple[int, int]]) -> Tensor:  # [modules, columns]
@@ -72,10 +71,6 @@ class MixtureGates:
 
 def _bound(chunk: ScheduledChunk, use: int) -> BoundMixture:
     return _binding(chunk).mixtures[use]
-
-
-def _num_mixtures(chunk: ScheduledChunk) -> int:
-    return len(_binding(chunk).mixtures)
 
 
 def _binding(chunk: ScheduledChunk) -> RequestAdapters:

@@ -1,8 +1,10 @@
 """The routing of an input batch: the slots and gates of each token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from torch import Tensor
 
 from loraplex.engine.kv.sequence_kv import SequenceRoute
 from loraplex.engine.worker.input_batch import InputBatch
@@ -59,7 +61,8 @@ def packed_plan(
             continue
         gate: float | GateColumn | RoutedGate = route.weight
         if route.router is not None:
-            gate = RoutedGate(route.router, route.expert, route.weight)
+            record = (item.chunk, route.mixture) if batch.chunks[item.chunk].wants_scalings else None
+            gate = RoutedGate(route.router, route.expert, route.weight, record)
         if route.use is not None:
             gate = GateColumn(num_gates, stop - start)
             own += range(num_gates, num_gates + stop - start)
@@ -154,6 +157,24 @@ class PackedRouting(Routing):
                     first += chunk.num_logits
             self._selected = self._plan(placed)
         return self._selected
+
+    def keep_gates(self) -> None:
+        """Keep what routers predicted for chunks that want to know it, once the pass has run."""
+        plans = [self._all, *([] if self._selected is None else [self._selected]), *self._by_parts.values()]
+        for plan in plans:
+            for record, gates in () if plan.gate_record is None else plan.gate_record.take():
+                self._keep(record, gates)
+
+    def _keep(self, record: Hashable, gates: Tensor) -> None:  # [tokens, modules, experts]
+        assert isinstance(record, tuple), "gates were kept for something else than a chunk's mixture"
+        chunk, place = record
+        binding = self._batch.chunks[chunk].sequence.state.binding
+        assert binding is not None, "a sequence runs without its adapters"
+        kept = self._batch.kept_scalings(chunk)
+        modules = list(binding.all_mixtures[place].mixture.modules)
+        if len(kept[place]) == 0:
+            kept[place] = gates.new_zeros(self._batch.chunks[chunk].count, len(modules), gates.shape[2])
+        kept[place][-len(gates) :] += gates[:, modules]  # the output layer may see the last tokens alone
 
     def _plan_of_parts(self, first: int, stop: int) -> RoutingPlan:
         if (first, stop) == (0, len(self._batch.chunks)):

@@ -26,10 +26,12 @@ inline void check_output(const at::Tensor& x, const at::Tensor& y) {
 // Mixtures whose routers gate their experts. Empty, or three tensors about the experts' segments, those of one mixture
 // and its tokens after each other: int64 [n, 4] (segment, group, kind, top_k), float32 [n, 3] (temperature, top_p,
 // weight), int64 [n, modules] (addresses of parameters, as router.h has them; 0: the expert doesn't adapt the module).
+// With two more, int64 [n, 2] and float32 [modules, m], gates are kept in the last one: of each expert, its column for
+// the segment's first token (-1: they aren't kept) and the columns between two tokens.
 inline void add_routes(Adapters& adapters, at::TensorList routing, int64_t module,
                        const std::vector<int64_t>& places) {
   if (routing.empty()) return;
-  TORCH_CHECK(routing.size() == 3 && routing[0].dim() == 2 && routing[0].size(1) == 4 && routing[1].dim() == 2 &&
+  TORCH_CHECK((routing.size() == 3 || routing.size() == 5) && routing[0].dim() == 2 && routing[0].size(1) == 4 && routing[1].dim() == 2 &&
                   routing[1].size(1) == 3 && routing[2].dim() == 2 && routing[1].size(0) == routing[0].size(0) &&
                   routing[2].size(0) == routing[0].size(0) && module < routing[2].size(1),
               "routing doesn't describe the experts of one plan");
@@ -37,6 +39,17 @@ inline void add_routes(Adapters& adapters, at::TensorList routing, int64_t modul
                   routing[0].scalar_type() == at::kLong && routing[1].scalar_type() == at::kFloat &&
                   routing[2].scalar_type() == at::kLong,
               "routing must be int64, float32 and int64, contiguous");
+  const int64_t* columns = nullptr;
+  float* told = nullptr;
+  if (routing.size() == 5) {
+    TORCH_CHECK(routing[3].dim() == 2 && routing[3].size(0) == routing[0].size(0) && routing[3].size(1) == 2 &&
+                    routing[4].dim() == 2 && module < routing[4].size(0) && routing[3].is_contiguous() &&
+                    routing[4].is_contiguous() && routing[3].scalar_type() == at::kLong &&
+                    routing[4].scalar_type() == at::kFloat,
+                "what is kept of gates must be int64 [n, 2] and float32 [modules, m], contiguous");
+    columns = routing[3].const_data_ptr<int64_t>();
+    told = routing[4].mutable_data_ptr<float>() + module * routing[4].size(1);
+  }
   const int64_t* row = routing[0].const_data_ptr<int64_t>();
   const float* settings = routing[1].const_data_ptr<float>();
   const int64_t* parameters = routing[2].const_data_ptr<int64_t>() + module;
@@ -54,7 +67,16 @@ inline void add_routes(Adapters& adapters, at::TensorList routing, int64_t modul
     }
     RouteGroup& group = adapters.routes.back();
     TORCH_CHECK(group.start == s.start && group.stop == s.stop, "the experts of a group have different tokens");
-    group.experts.push_back({reinterpret_cast<const float*>(*parameters), settings[2], s.rank, s.first_hidden});
+    float* kept = nullptr;
+    int64_t stride = 0;
+    if (columns != nullptr && columns[2 * k] >= 0) {
+      stride = columns[2 * k + 1];
+      TORCH_CHECK(stride > 0 && columns[2 * k] + (s.stop - s.start - 1) * stride < routing[4].size(1),
+                  "the gates of expert ", k, " are kept outside of the tensor");
+      kept = told + columns[2 * k];
+    }
+    group.experts.push_back(
+        {reinterpret_cast<const float*>(*parameters), settings[2], s.rank, s.first_hidden, kept, stride});
   }
 }
 

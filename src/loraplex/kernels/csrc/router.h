@@ -27,6 +27,8 @@ struct RoutedExpert {
   float weight;          // of the mixture in the row's link
   int64_t rank;
   int64_t first_hidden;  // of the first token's h
+  float* told;           // where the first token's gate is kept, without the weight; none: nobody wants to know it
+  int64_t told_stride;   // floats from one token's to the next one's
 };
 
 // The experts of one mixture on the tokens [start, stop).
@@ -50,6 +52,7 @@ struct RouteGroup {
     choose(gates, order);
     for (int e = 0; e < num; ++e) {
       float* h = h_of(experts[e]);
+      if (experts[e].told != nullptr) experts[e].told[(token - start) * experts[e].told_stride] = gates[e];
       const float gate = gates[e] * experts[e].weight;
       for (int64_t r = 0; r < experts[e].rank; ++r) h[r] = gate == 0 ? 0.0f : h[r] * gate;
     }

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenScalings
 from loraplex.engine.sampling.logprobs import TokenLogprobs
+from loraplex.models.auto_choice import AutoChoice
 from loraplex.residual.capture import AttentionCapture
 from loraplex.server.api.bodies import GenerationBody
 from loraplex.server.api.streaming import Encoding, Numbers
@@ -31,6 +32,7 @@ class News:
     scalings: list[TokenScalings] = field(default_factory=list)
     finish_reason: str | None = None
     completion: Completion | None = None  # with its last
+    auto: AutoChoice | None = None
 
     @property
     def is_large(self) -> bool:
@@ -43,6 +45,7 @@ class News:
         self.logprobs += delta.logprobs
         self.scalings += delta.scalings
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.auto = delta.auto or self.auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,19 @@ def capture_json(capture: AttentionCapture, encoding: Encoding) -> dict[str, Any
 def array_json(array: np.ndarray, encoding: Encoding) -> dict[str, Any]:
     """Shape, type and numbers: nested lists, or the little-endian bytes in base64."""
     return {"shape": list(array.shape), "dtype": str(array.dtype), "data": Numbers(array, encoding)}
+
+
+def auto_json(choice: AutoChoice | None, base_name: str) -> dict[str, Any]:
+    """The field of a choice that tells what `auto` chose for its prompt."""
+    if choice is None:
+        return {}
+    return {"auto": {"model": choice.name or base_name, "score": choice.score}}
+
+
+def chosen_model(choices: Iterable[AutoChoice | None], base_name: str) -> dict[str, Any]:
+    """An answer's `model`, where `auto` chose one for all its prompts; else it stays what was asked."""
+    names = {choice.name or base_name for choice in choices if choice is not None}
+    return {"model": names.pop()} if len(names) == 1 else {}
 
 
 def envelope(prefix: str, kind: str, body: GenerationBody) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
+from loraplex.models.auto_choice import Candidates
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_spec
+from loraplex.routing.adapter_spec import AdapterSpec, Link, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, HOST_NOT_ALLOWED, TOO_LARGE, ApiError, Status
 from loraplex.server.auth.keys import KeyRecord
 from loraplex.server.settings import NetworkSettings
 
-Kind = Literal["base", "adapter", "mixture", "residual"]
+Kind = Literal["base", "adapter", "mixture", "residual", "auto"]
 
 _MODEL_NOT_FOUND = Status(404, "invalid_request_error", "model_not_found")
 _LARGEST_WEIGHT = 1000.0
@@ -111,12 +112,27 @@ class VisibleModels:
             raise self._not_found(name)
         return entry
 
+    def candidates(self, principal: Principal) -> Candidates:
+        """What `auto` may choose from."""
+        index = self._model.registry.auto
+        if principal.may_manage:
+            return Candidates()
+        entries = (self.entry(name) for name in index.names())
+        names = tuple(entry.name for entry in entries if entry is not None and self._may_use(entry, principal))
+        return Candidates(names=names, base=principal.may_use_base)
+
+    def offers_auto(self, principal: Principal) -> bool:
+        """Whether there is something that `auto` could choose."""
+        return self._model.registry.auto.has_any(self.candidates(principal))
+
     def choice(self, text: str, principal: Principal) -> AdapterSpec:
         """What a request's `model` asks for, if the principal may use all of it."""
         if text == self.base_name:
             if not principal.may_use_base:
                 raise self._not_found(text)
             return None
+        if is_auto(text):
+            return text
         link = self._parse(text)
         for name, _ in link:
             entry = self.entry(name)

@@ -12,6 +12,7 @@ from loraplex.adapters.atomic_dir import check_destination
 from loraplex.adapters.peft.config import CONFIG_FILE
 from loraplex.adapters.peft.record import RECORD_FILE
 from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.residual.format import CONFIG_FILE as RESIDUAL_CONFIG_FILE
 from loraplex.residual.format import WEIGHTS_FILE as RESIDUAL_WEIGHTS_FILE
 from loraplex.training.adapters.config import AdapterJob
@@ -22,7 +23,10 @@ from loraplex.training.core.config import flat_options
 from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.core.train_state import Optimizer, TrainState
 
-REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, "README.md"}
+REPLACEABLE = {
+    *(CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE),
+    "README.md",
+}
 _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loraplex.errors import TrainingError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.models.loading import refuse_injected_adapters
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.quantized_base import check_quantized_base
 from loraplex.residual.registry import LinkedAttention
+from loraplex.training.adapters.centroids import write_centroids
 from loraplex.training.adapters.config import AdapterJob, check_jobs
-from loraplex.training.adapters.job_state import run_fingerprint
+from loraplex.training.adapters.job_state import JobState, run_fingerprint
 from loraplex.training.adapters.links import needs_attention
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import AdapterTask
@@ -40,8 +42,8 @@ def train_adapters(
 
     Each job trains as if alone: gradients reach only a row's own adapter. Job `name` leaves
     `<output>/<name>/` (the adapter in its format), `<output>/<name>.jsonl` (its log) and
-    `<output>/<name>.png` (its losses); the run leaves `<output>/checkpoint.safetensors`, from which it goes
-    on after a kill exactly where it would have been.
+    `<output>/<name>.png` (its losses), and in a LoRA's folder its prompts' centroid; the run leaves
+    `<output>/checkpoint.safetensors`, from which it goes on after a kill exactly where it would have been.
 
     Everything is checked before the first step. Raises ConfigError, DatasetError, UnsupportedAdapterError,
     BaseModelError, CheckpointError (the checkpoint is of another run), AdapterExistsError (an adapter is in
@@ -78,11 +80,30 @@ def _train(
         adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])
         identity = run_fingerprint(states, base)
         task = AdapterTask(base, states, config, ranks, attention)
-        return run_task(task, config, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
+        try:
+            results = run_task(task, config, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
+        except TrainingError as error:  # the other jobs are done
+            _write_centroids(base, tokenizer, states, error.results, config, ranks)
+            raise
+        _write_centroids(base, tokenizer, states, results, config, ranks)
+        return results
     finally:
         if not isinstance(model, MultiLoraModel):
             adaptable.detach()
             linked.detach()
+
+
+def _write_centroids(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    states: Sequence[JobState],
+    results: Sequence[TrainResult],
+    config: TrainConfig,
+    ranks: ProcessGroup,
+) -> None:
+    if config.prompt_centroids and ranks.is_first:
+        write_centroids(base, tokenizer, states, results)
+    ranks.wait()
 
 
 def _inputs(jobs: Sequence[AdapterJob]) -> dict[str, list[Path]]:

@@ -33,7 +33,7 @@ def collected_scalings(
                 "num_return_sequences above 1). Pass each sequence as a row of its own."
             )
         for use, scalings in zip(group.uses, values[:, 0], strict=True):
-            kept = _own_tokens(tokens[use.row], len(scalings), prompt_mask, use.row, end_tokens[use.row])
+            kept = own_tokens(tokens[use.row], len(scalings), prompt_mask, use.row, end_tokens[use.row])
             report = RowScalings(
                 mixture=group.mixture.name,
                 experts=group.mixture.experts,
@@ -45,7 +45,7 @@ def collected_scalings(
     return rows
 
 
-def _own_tokens(
+def own_tokens(
     tokens: Tensor, num_seen: int, prompt_mask: Tensor | None, row: int, end_tokens: Collection[int]
 ) -> Tensor:  # [own tokens]  positions
     """The positions of a row's tokens that a pass saw and that are no padding."""

@@ -17,6 +17,8 @@ _SUM_TOLERANCE = 1e-3  # scalings may have been predicted in bfloat16, whose rel
 class RowScalings:
     """The scalings of one row: the head's prediction after its softmax, before top-k and the global weight.
 
+    Of a mixture with routers: its gates, without the weight of the row's link; 0 in layers where a token doesn't run.
+
     Raises ScalingsError where names and shape don't fit, or values are not finite float32.
     """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 
+from loraplex.routing.gate_record import GateLog
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing
 from loraplex.routing.rows import RowRouting
@@ -26,6 +27,13 @@ class PassRouting(Routing):
     @property
     def has_starts(self) -> bool:
         return self.now.has_starts
+
+    @property
+    def gate_log(self) -> GateLog | None:
+        return self.now.gate_log
+
+    def keep_gates(self) -> None:
+        self.now.keep_gates()
 
     def takes(self, num_sequences: int) -> bool:
         return self.now.takes(num_sequences)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
 from loraplex.layers.decoder import find_decoder
+from loraplex.routing.gate_record import GateLog
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import Route, RowRouting
 from loraplex.routing.weight_provider import WeightProvider
@@ -47,6 +48,7 @@ class TwoPass:
         *,
         cache_use: CacheUse,
         fast_decode: bool = False,
+        gate_log: GateLog | None = None,
         around_scaling: Callable[[], AbstractContextManager[None]] = nullcontext,  # what else the pass runs outside of
     ) -> None:
         self._base = base
@@ -62,9 +64,14 @@ class TwoPass:
         main_routes = mixture_rows.main_routes(routes)
         scaling_routes = mixture_rows.scaling_routes()
         self._gates, self._pass_gates = LayerGates(), LayerGates()
-        self._main = RowRouting(main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates)
+        self._main = RowRouting(main_routes, bank, fast_decode=fast_decode, layer_gates=self._gates, gate_log=gate_log)
         self._both = RowRouting(
-            main_routes + scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._gates, empty_columns=1
+            main_routes + scaling_routes,
+            bank,
+            fast_decode=fast_decode,
+            layer_gates=self._gates,
+            empty_columns=1,
+            gate_log=gate_log,
         )
         self._scaling = RowRouting(scaling_routes, bank, fast_decode=fast_decode, layer_gates=self._pass_gates)
         self._bank, self._fast_decode = bank, fast_decode
@@ -105,6 +112,8 @@ class TwoPass:
             if cache.num_main == 0:
                 cache.begin(tokens.shape[0], copies)
             self._history = self._history_of(cache)
+        else:  # each pass runs all tokens again
+            self.collected = [[] for _ in self.mixture_rows.groups]
         self.num_new_tokens = tokens.shape[1]
         if cache is not None and self._drafts(inputs, cache, copies):
             self._drafted = SpeculativeStep(self, cache)

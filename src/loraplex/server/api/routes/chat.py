@@ -16,7 +16,7 @@ from loraplex.server.api.bodies import ChatBody
 from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
 from loraplex.server.api.json_route import JsonRoute
-from loraplex.server.api.response_parts import Extras, News, envelope, usage
+from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, envelope, usage
 from loraplex.server.api.streaming import Choice
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
@@ -35,6 +35,7 @@ class ChatCall:
 
     def __init__(self, body: ChatBody, state: ServerState, context: RequestContext, adapters: AdapterSpec) -> None:
         self.row_tokenizer = state.row_tokenizer(adapters)
+        self._base_name = state.catalog.base_name
         self.body = body
         self.n = body.n or 1
         self.extras = Extras.of_body(body)
@@ -61,8 +62,10 @@ class ChatCall:
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
         (result,) = results
-        choices = [Choice(self._choice(completion)) for completion in result.completions]
-        return self.envelope | {"choices": choices, "usage": usage(results)}
+        chosen = auto_json(result.auto, self._base_name)
+        choices = [Choice(self._choice(completion) | chosen) for completion in result.completions]
+        model = chosen_model([result.auto], self._base_name)
+        return self.envelope | model | {"choices": choices, "usage": usage(results)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
         delta: dict[str, Any] = {}

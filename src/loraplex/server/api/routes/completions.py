@@ -21,7 +21,7 @@ from loraplex.server.api.engine_requests import (
     sampling_params,
 )
 from loraplex.server.api.json_route import JsonRoute
-from loraplex.server.api.response_parts import Extras, News, envelope, usage
+from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, envelope, usage
 from loraplex.server.api.streaming import Choice
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
@@ -106,7 +106,8 @@ class CompletionCall:
         ]
         is_empty = self.body.max_tokens == 0
         dropped = sum(len(completion.token_ids) for r in results for completion in r.completions) if is_empty else 0
-        return self.envelope | {"choices": choices, "usage": usage(results, num_dropped=dropped)}
+        model = chosen_model((result.auto for result in results), self._state.catalog.base_name)
+        return self.envelope | model | {"choices": choices, "usage": usage(results, num_dropped=dropped)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
         text, key = news.text, (news.place, news.index)
@@ -140,6 +141,7 @@ class CompletionCall:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": "length" if is_empty else completion.finish_reason,
+            **auto_json(result.auto, self._state.catalog.base_name),
         } | self.extras.of(completion, self.row_tokenizer.texts)
 
     def _logprobs(

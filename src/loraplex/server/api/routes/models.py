@@ -4,8 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from loraplex.adapters.names import AUTO
+from loraplex.routing.adapter_spec import is_auto
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
-from loraplex.server.auth.access import Entry
+from loraplex.server.auth.access import Entry, Principal
 from loraplex.server.state import ServerState, context_of, state_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -16,7 +18,7 @@ async def models(http: Request) -> Response:
     """The base model, adapters, mixtures and residuals that this key may use; links are made of their names."""
     state, principal = state_of(http), context_of(http).principal
     base = [Entry(name=state.catalog.base_name, kind="base")] if principal.may_use_base else []
-    entries = [*base, *state.catalog.visible(principal)]
+    entries = [*base, *_auto(state, principal), *state.catalog.visible(principal)]
     return json_response({"object": "list", "data": [_as_json(entry, state) for entry in entries]})
 
 
@@ -26,7 +28,13 @@ async def model(name: str, http: Request) -> Response:
     state, principal = state_of(http), context_of(http).principal
     if name == state.catalog.base_name and principal.may_use_base:
         return json_response(_as_json(Entry(name=name, kind="base"), state))
-    return json_response(_as_json(state.catalog.find(name, principal), state))
+    own = _auto(state, principal) if is_auto(name) else []
+    return json_response(_as_json(own[0] if own else state.catalog.find(name, principal), state))
+
+
+def _auto(state: ServerState, principal: Principal) -> list[Entry]:
+    """The entry of `auto`, where there is something to choose from."""
+    return [Entry(name=AUTO, kind="auto")] if state.catalog.offers_auto(principal) else []
 
 
 def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from loraplex.errors import LoraplexError
-from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
+from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import Body, Message, TokenIds
 from loraplex.server.api.chat_prompts import as_turns
@@ -60,7 +60,8 @@ async def detokenize(body: Detokenize, http: Request) -> Response:
 
 def _adapters(model: str | None, http: Request) -> AdapterSpec:
     """What the model's name stands for, if the client may know it."""
-    return None if model is None else state_of(http).catalog.choice(model, context_of(http).principal)
+    choice = None if model is None else state_of(http).catalog.choice(model, context_of(http).principal)
+    return None if is_auto(choice) else choice  # prompts of `auto` are read with the base model's tokens
 
 
 def _row_tokenizer(adapters: AdapterSpec, state: ServerState, context: RequestContext) -> RowTokenizer:
