@@ -41,7 +41,7 @@ class Results:
         known = json.loads(path.read_text()) if path is not None and path.exists() else {"settings": dict(settings)}
         if known["settings"] != settings:
             raise SystemExit(f"{path} has other settings: {known['settings']}. Give another file, or remove this one.")
-        self.content: dict[str, Any] = {"settings": known["settings"], "right": known.get("right", {})}
+        self.content: dict[str, Any] = {"right": {}} | known
 
     @property
     def right(self) -> dict[str, dict[str, Digits]]:  # by task and column
@@ -182,8 +182,9 @@ def main() -> None:
     tasks = {name: whole[name][:limit] for name, limit in limits.items()}
     with Engine(model, EngineConfig()) as engine:
         if "static" in wanted:
-            columns["static"] = best_static(engine, model, options.data, options.static_limit)
-            results.content["static"] = columns["static"]
+            if "static" not in results.content:
+                results.content["static"] = best_static(engine, model, options.data, options.static_limit)
+            columns["static"] = results.content["static"]
         for task, column in order(list(tasks), [column for column in columns if column in wanted]):
             if column not in results.right.get(task, {}):
                 results.add(task, column, answered(engine, model, tasks[task], columns[column]))

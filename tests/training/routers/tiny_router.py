@@ -29,7 +29,7 @@ TARGETS: Sequence[tuple[str, ...]] = (
     ("q_proj", "o_proj", "up_proj", "lm_head"),
     ("down_proj", "q_proj", "lm_head"),
 )
-XLORA = XLoraConfig(layerwise_scalings=True, softmax_temperature=0.3)
+XLORA = XLoraConfig(layerwise_scalings=True, softmax_temperature=0.7)
 
 
 def tiny_router(
@@ -45,9 +45,9 @@ def tiny_router(
     model.create_mixture(NAME, names, config or LinearRouterConfig(), seed=2)
     if teacher is not None:
         model.create_mixture(TEACHER, names, teacher, seed=5)
-        with torch.no_grad():  # scalings that are far from equal
-            for parameter in model.mixtures.xlora(TEACHER).head.parameters():
-                parameter.mul_(5)
+        bias = model.mixtures.xlora(TEACHER).head.layers[-1].bias
+        with torch.no_grad():  # scalings that are far from equal, and differ by layer more than by token
+            bias.copy_(2 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(3)))
     return model
 
 
