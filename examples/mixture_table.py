@@ -91,12 +91,18 @@ def load(model: MultiLoraModel, options: argparse.Namespace) -> dict[str, str | 
     columns: dict[str, str | None] = {"base": None, **{name: name for name in DOMAINS}}
     columns |= {"uniform": link(DOMAINS, 1 / len(DOMAINS)), "Arrow": "arrow", "SpectR": "spectr"}
     for name, folder in (option.split("=", 1) for option in options.router):
-        model.load_mixture(f"router-{name}", folder)
+        load_router(model, f"router-{name}", Path(folder), options.xlora)
         columns[name] = f"router-{name}"
-    if options.xlora is not None:
-        model.load_mixture("xlora", options.xlora)
-        columns[XLORA] = "xlora"
-    return columns
+    model.load_mixture("xlora", options.xlora)
+    return columns | {XLORA: "xlora"}
+
+
+def load_router(model: MultiLoraModel, name: str, folder: Path, experts: Path) -> None:
+    """Load a trained router; one that was saved without its experts gets those in `experts`."""
+    if (folder / DOMAINS[0]).is_dir():
+        model.load_mixture(name, folder)
+    else:
+        model.load_mixture(name, folder, experts={f"{name}/{domain}": experts / domain for domain in DOMAINS})
 
 
 def answered(engine: Engine, model: MultiLoraModel, questions: Sequence[Question], choice: str | None) -> Digits:

@@ -103,7 +103,8 @@ def load_balance(path: str, logits: list[Tensor]) -> Tensor:
     num_experts = probabilities.shape[1]
     chosen = [int(row.argmax()) for row in probabilities]
     fractions = torch.tensor([chosen.count(expert) / len(chosen) for expert in range(num_experts)])
-    return num_experts * (fractions * probabilities.mean(dim=0)).sum()
+    num_there = int((logits[0][0] > float("-inf")).sum())
+    return num_there * (fractions * probabilities.mean(dim=0)).sum()
 
 
 def z_loss(path: str, logits: list[Tensor]) -> Tensor:

@@ -76,7 +76,8 @@ class GatingTerms:
         logits = self._tokens(gating.logits, gating)
         probabilities = torch.softmax(logits / self._router.config.temperature, dim=-1)
         if "load_balance" in self._regularizers:
-            balance = switch_load_balance(probabilities, self._fractions[gating.module])
+            num_experts = sum(expert is not None for expert in gating.experts)
+            balance = switch_load_balance(probabilities, self._fractions[gating.module], num_experts)
             self._add("load_balance", balance, share)
         if "sparsity" in self._regularizers:
             self._add("sparsity", entropy(probabilities), share)

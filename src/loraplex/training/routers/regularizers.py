@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 
-def switch_load_balance(probabilities: Tensor, fractions: Tensor) -> Tensor:  # [tokens, experts], [experts] -> []
-    """n * sum_i f_i * (sum over tokens of p_i): over the tokens' number, 1 if all n experts are used equally.
+def switch_load_balance(probabilities: Tensor, fractions: Tensor, num_experts: int) -> Tensor:
+    """n * sum_i f_i * (sum over tokens of p_i): over the tokens' number, 1 if the layer's n experts are used equally.
+
+    probabilities [tokens, experts], those of experts that don't adapt the layer 0; fractions [experts].
 
     The load balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6): f_i is the fraction of
     tokens whose largest probability is expert i's, a constant for the gradient, and p the softmax over all experts.
     """
-    return probabilities.shape[-1] * (probabilities.sum(dim=0) * fractions).sum()
+    return num_experts * (probabilities.sum(dim=0) * fractions).sum()
 
 
 def router_z_loss(logits: Tensor) -> Tensor:  # [tokens, experts] -> []
