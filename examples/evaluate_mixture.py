@@ -10,13 +10,11 @@ expert: enough questions to see differences of two points.
 """
 
 import argparse
-import itertools
 import json
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mixed_data import conversations
+from mixed_data import conversations, pairs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,17 +35,6 @@ def neutral(question: Question) -> Question:
     options = tail.strip().removeprefix("is its HOMO-LUMO gap ").removeprefix("is its bulk modulus ")
     options = options.removeprefix("is its melting point ").removeprefix("is it antimicrobial, ").rstrip("?")
     return Question(prompt=f"Classify: {subject} ({options}).", answer=question.answer)
-
-
-def pairs(domains: Mapping[str, Sequence[Question]], count: int, seed: int = 0) -> list[Question]:
-    """Two questions of different domains in one prompt, to be answered "first; second"."""
-    draw = random.Random(seed)
-    names = list(itertools.permutations(domains, 2))
-    made = []
-    for i in range(count):
-        first, second = (draw.choice(domains[name]) for name in names[i % len(names)])
-        made.append(Question(prompt=f"{first.prompt} {second.prompt}", answer=f"{first.answer}; {second.answer}"))
-    return made
 
 
 def tasks_of(data: Path, names: Sequence[str], limit: int) -> dict[str, list[Question]]:

@@ -3,7 +3,9 @@
     python examples/mixed_data.py --output runs/mixed-data
 
 A conversation asks a question of one domain, answers it, and asks one of another domain. Only the experts of single
-questions are there, so its second answer needs scalings that change on the way.
+questions are there, so its second answer needs scalings that change on the way. Two questions of different domains in
+one prompt are to be answered "low; helix": a form that no expert of single questions knows, so that a little of it
+(`--share two-questions=0.1` beside the other sources) is for training experts and gates together.
 """
 
 import argparse
@@ -30,6 +32,17 @@ def conversations(domains: Mapping[str, Sequence[Question]], count: int, seed: i
     return made
 
 
+def pairs(domains: Mapping[str, Sequence[Question]], count: int, seed: int = 0) -> list[Question]:
+    """Two questions of different domains in one prompt, to be answered "first; second"; all ordered pairs alike."""
+    draw = random.Random(seed)
+    names = list(itertools.permutations(domains, 2))
+    made = []
+    for i in range(count):
+        first, second = (draw.choice(domains[name]) for name in names[i % len(names)])
+        made.append(Question(prompt=f"{first.prompt} {second.prompt}", answer=f"{first.answer}; {second.answer}"))
+    return made
+
+
 def write(path: Path, questions: Sequence[Question]) -> None:
     records = [{"messages": [*q.messages, {"role": "assistant", "content": q.answer}]} for q in questions]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -46,7 +59,8 @@ def main() -> None:
     for split, count in (("train", options.train), ("valid", options.valid)):
         whole = {name: read_questions(options.data / name / f"{split}.jsonl") for name in DOMAINS}
         sampled = {name: random.Random(0).sample(questions, count) for name, questions in whole.items()}
-        for name, questions in (sampled | {"conversations": conversations(sampled, count)}).items():
+        mixed = {"conversations": conversations(sampled, count), "two-questions": pairs(sampled, count)}
+        for name, questions in (sampled | mixed).items():
             write(options.output / f"{name}.{split}.jsonl", questions)
 
 

@@ -166,7 +166,7 @@ def keep_three(scores: Tensor, temperature: float) -> Tensor:
 def linear_score(mixture: AnyMixture, rule: Callable[[Tensor], Tensor]) -> Score:
     router = mixture.router
     assert isinstance(router, LinearRouter)
-    place = {path: i for i, path in enumerate(mixture.layers)}
+    place = {path: router.place[module] for module, path in zip(mixture.modules, mixture.layers, strict=True)}
 
     def score(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], path: str) -> Tensor:
         i = place[path]
@@ -190,6 +190,7 @@ LINEAR: Mapping[str, tuple[LinearRouterConfig, Callable[[Tensor], Tensor]]] = {
     "top_k": (LinearRouterConfig(top_k=3), lambda row: keep_three(row[None], 1.0)[0]),
     "top_p": (LinearRouterConfig(top_p=0.6), top_p),
     "sigmoid": (LinearRouterConfig(activation="sigmoid"), torch.sigmoid),
+    "shared": (LinearRouterConfig(shared=True), lambda row: torch.softmax(row, dim=0)),
 }
 
 

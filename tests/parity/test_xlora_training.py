@@ -155,9 +155,9 @@ def test_gradients_and_steps_of_experts_in_training_equal_pefts(tmp_path: Path) 
     losses.accumulate_gradients(rows, 1 / num_answers, losses.no_sums(), 0, 0)
     oracle(**padded([row.example for row in rows]), use_cache=False).loss.backward()
     theirs = {name: p for name, p in oracle.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-    factors = iter([factor for of_expert in state.factors.values() for factor in of_expert])
+    factors = iter([factor for of_expert in state.parameters.factors.values() for factor in of_expert])
     checked = 0
-    for expert, adapter in state.adapters.items():
+    for expert, adapter in state.parameters.adapters.items():
         for path in adapter.layers:
             for factor in ("lora_A", "lora_B"):
                 ours = next(factors).grad

@@ -20,6 +20,7 @@ CONFIGS: dict[str, RouterConfig] = {
     "general": ArrowConfig(top_k=1, general_experts=("c",)),
     "spectr": SpectrConfig(top_k=1),
     "linear": LinearRouterConfig(top_p=0.8),
+    "shared": LinearRouterConfig(activation="sigmoid", shared=True),
     "static": StaticRouterConfig(gates=(0.5, -1.0)),
 }
 

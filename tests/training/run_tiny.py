@@ -1,6 +1,6 @@
 """Trains tiny jobs or a tiny mixture: what test_resume and test_ranks start as a program, to kill it or run it twice.
 
-python -m tests.training.run_tiny FOLDER [adapters | diverging | mixture | mixture and experts]
+python -m tests.training.run_tiny FOLDER [adapters | diverging | mixture | mixture and experts | router | ...]
 """
 
 import json
@@ -16,11 +16,14 @@ from accelerate import PartialState
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.errors import TrainingError
+from loraplex.routers.config import LinearRouterConfig
 from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapters, train_mixture
 from loraplex.training.core import checks
 from loraplex.xlora.config import XLoraConfig
 from tests.tiny_models import tiny_model
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
+from tests.training.routers.tiny_router import NAME as ROUTER
+from tests.training.routers.tiny_router import TEACHER, XLORA, tiny_router
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 STEPS = 40
@@ -86,11 +89,37 @@ def run_experts(folder: Path, output: Path) -> list[TrainResult]:
     return run_mixture(folder, output, replace(DROPOUT, use_trainable_adapters=True, scaling_pass_value=0.5))
 
 
+def run_router(folder: Path, output: Path, **options: Any) -> list[TrainResult]:
+    """A linear router that an X-LoRA teaches, with dropout, accumulation, regularizers and early stopping."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_router(folder, LinearRouterConfig(top_k=2), teacher=XLORA if "teacher" in options else None)
+    settings = tiny_config(
+        output,
+        max_steps=STEPS,
+        warmup_steps=5,
+        patience=50,
+        weight_decay=0.1,
+        gradient_accumulation=2,
+        batch_size=4,
+        expert_dropout=0.1,
+        load_balance_weight=0.1,
+        z_loss_weight=0.01,
+        first_weights="noise",
+        hidden_cache_bytes=200_000,  # not enough for all
+        checkpoint_every=6,
+        **options,
+    )
+    return [train_mixture(model, ROUTER, tiny_sources(folder), settings)]
+
+
 RUNS: dict[str, Callable[[Path, Path], list[TrainResult]]] = {
     "adapters": run,
     "diverging": run_diverging,
     "mixture": run_mixture,
     "mixture and experts": run_experts,
+    "router": lambda folder, output: run_router(folder, output, teacher=TEACHER, logit_kl_weight=0.5),
+    "router and experts": lambda folder, output: run_router(folder, output, train_experts=True),
 }
 
 

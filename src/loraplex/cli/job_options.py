@@ -24,6 +24,10 @@ def _optional_number(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
+def _gates(text: str) -> float | str:
+    return text if text == "dropout" else float(text)
+
+
 def _members(text: str) -> list[tuple[str, float]]:
     """ "a+b:0.5" is the link of the folders a, with weight 1, and b."""
     pairs = [part.rpartition(":") if ":" in part else (part, "", "1") for part in text.split("+")]
@@ -57,8 +61,14 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "eval_records": int,
     "init_from": str,
     "after": _members,
+    "gates_before_user": _gates,
 }
-_KINDS = {int: "a whole number", read_numbers: "layer numbers such as 0,8-10", _members: "folders such as a+b:0.5"}
+_KINDS = {
+    int: "a whole number",
+    read_numbers: "layer numbers such as 0,8-10",
+    _members: "folders such as a+b:0.5",
+    _gates: "a number from 0 to 1 or dropout",
+}
 DEFAULTS: Settings = {"kind": "lora", "rank": 16}
 _TARGETS = "q_proj,k_proj,v_proj,o_proj"
 _ADAPTER = ("kind", "rank", "alpha", "targets", "dropout", "layers")  # settings of the adapter, not of the job

@@ -69,6 +69,10 @@ def adapters(
     after: Annotated[
         Setting, _setting("Train as the last of a link: folders of adapters that stay as they are, such as a+b:0.5.")
     ] = None,
+    gates_before_user: Annotated[
+        Setting,
+        _setting("For experts: the gate of the tokens before the user's turn, 0 to 1 (default), or dropout: either."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: accelerate's choice.")] = "auto",
     weights: Weights = "auto",

@@ -1,18 +1,21 @@
-"""`loraplex train mixture`: the scaling head of an X-LoRA mixture."""
+"""`loraplex train mixture`: the scaling head of an X-LoRA mixture, or a linear router."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from loraplex.adapters.peft.hub import resolve_mixture_folder
 from loraplex.cli.options import Model, Weights, named_values, results_table
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.training import DataSource, MixtureTrainConfig, train_mixture
+from loraplex.routers.config import LinearRouterConfig
+from loraplex.training import DataSource, MixtureTrainConfig, RouterTrainConfig, train_mixture
 from loraplex.training.core.config import compose, option_names
 from loraplex.xlora.config import XLoraConfig
+from loraplex.xlora.formats.folders import read_mixture_folder
 
 
 def _number(text: str) -> float:
@@ -39,6 +42,25 @@ def mixture(
         Path | None, typer.Option(help="Folder of a mixture to start from, instead of experts and a new head.")
     ] = None,
     name: Annotated[str, typer.Option(help="The mixture's name.")] = "mixture",
+    router: Annotated[
+        str | None, typer.Option(help="linear: a router in each LoRA layer, in one pass, instead of an X-LoRA.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub id of an X-LoRA that teaches the router; its experts are taken.")
+    ] = None,
+    first_weights: Annotated[
+        str | None, typer.Option(help="Of the router: noise (default), arrow, spectr, or kept (of --init-from).")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="Of the router: softmax, or sigmoid for each expert.")] = "softmax",
+    top_k: Annotated[int | None, typer.Option(help="Of the router: keep so many experts of each token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the router: the fewest whose gates add up to it.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the router; below 1 is sharper.")] = 1.0,
+    shared: Annotated[bool, typer.Option(help="One router for all LoRA layers of one width.")] = False,
+    train_experts: Annotated[bool, typer.Option(help="Train the experts with the router.")] = False,
+    answer_weight: Annotated[float, typer.Option(help="Of the answers in the router's loss.")] = 1.0,
+    gate_kl_weight: Annotated[float, typer.Option(help="Of the teacher's gates in it.")] = 1.0,
+    logit_kl_weight: Annotated[float, typer.Option(help="Of the teacher's logits in it.")] = 0.0,
+    z_loss_weight: Annotated[float, typer.Option(help="Of the router z-loss in it.")] = 0.0,
     layout: Annotated[str, typer.Option(help="Folder format: peft or xlora (the original package's).")] = "peft",
     share: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER: a domain's part of an epoch.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="NAME=FILE, or FILE, of held-out records.")] = None,
@@ -71,7 +93,7 @@ def mixture(
     eval_fraction: Annotated[float, typer.Option(help="Held out without eval data.")] = 0.1,
     eval_records: Annotated[int, typer.Option(help="At most so many of each domain are evaluated.")] = 256,
     load_balance_weight: Annotated[float, typer.Option(help="Of the load balance in the loss.")] = 0.0,
-    sparsity_weight: Annotated[float, typer.Option(help="Of the scalings' mean entropy in the loss.")] = 0.0,
+    sparsity_weight: Annotated[float, typer.Option(help="Of the mean entropy of scalings or gates in it.")] = 0.0,
     expert_dropout: Annotated[float, typer.Option(help="Dropout on what each expert reads.")] = 0.0,
     hidden_cache_bytes: Annotated[int, typer.Option(help="Memory for hidden states of the scaling pass.")] = 2 << 30,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
@@ -82,7 +104,8 @@ def mixture(
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
     plots: Annotated[bool, typer.Option(help="Draw the losses.")] = True,
 ) -> None:
-    """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA)."""
+    """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA), or a router."""
+    check_kind(context, router)
     # The options have the names of the configurations' fields; what is read from text comes after.
     options = dict(context.params)
     settings = _named(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)}
@@ -90,19 +113,28 @@ def mixture(
         "max_steps": 300 if steps is None and epochs is None else steps,
         "max_grad_norm": _number_or_none(max_grad_norm),
         "eval_data": read_sources(eval_data, [], "--eval-data") if eval_data else None,
+        "teacher": f"{name}-teacher" if teacher is not None else None,
+        "first_weights": first_weights or ("noise" if router is not None and init_from is None else "kept"),
     }
     config = compose(MixtureTrainConfig, of_run, f"mixture {name!r}")
     sources = read_sources(data, share or [], "--data")
-    if (experts is None) == (init_from is None):
+    if (experts is not None or (teacher is not None and init_from is None)) == (init_from is not None):
         raise ConfigError(
-            "Give --experts for a new mixture, or --init-from to train one on; not both, and not neither."
+            "Give --experts for a new mixture (or --teacher, whose experts are taken), or --init-from to train one on; "
+            "not both, and not neither."
         )
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
+    if teacher is not None:
+        base.load_mixture(f"{name}-teacher", teacher)
     if init_from is not None:
         base.load_mixture(name, init_from)
-        base.configure_mixture(name, **{key: settings[key] for key in settings if _is_given(context, key)})
+        if router is None:
+            base.configure_mixture(name, **{key: settings[key] for key in settings if _is_given(context, key)})
     else:
-        _create(base, name, experts or [], XLoraConfig(**settings), seed)
+        router_config = compose(LinearRouterConfig, _named(LinearRouterConfig, options), "router")
+        config_of_mixture = XLoraConfig(**settings) if router is None else router_config
+        folders = _experts_of_teacher(teacher) if experts is None else _expert_folders(experts)
+        _create(base, name, folders, config_of_mixture, seed)
     result = train_mixture(base, name, sources, config)
     Console().print(results_table("mixture", [result]))
 
@@ -116,8 +148,39 @@ def _is_given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _create(base: MultiLoraModel, name: str, experts: Sequence[str], config: XLoraConfig, seed: int) -> None:
-    folders = named_values([part for option in experts for part in option.split(",")], "--experts")
+def check_kind(context: typer.Context, router: str | None) -> None:
+    """Raise ConfigError for an unknown kind of router, and for options of the other kind of mixture."""
+    if router not in (None, "linear"):
+        raise ConfigError(f"--router is {router!r}; it can be linear. Arrow and SpectR need no training.")
+    of_router = {*option_names(LinearRouterConfig), *option_names(RouterTrainConfig)}
+    of_head = {*option_names(XLoraConfig), "layout"}
+    wrong = sorted(name for name in (of_router if router is None else of_head) if _is_given(context, name))
+    if wrong:
+        option = "--" + wrong[0].replace("_", "-")
+        raise ConfigError(
+            f"{option} is for mixtures with a linear router. Add --router linear, or leave it out."
+            if router is None
+            else f"{option} is for X-LoRA mixtures, but --router is {router}. Leave it out."
+        )
+
+
+def _expert_folders(experts: Sequence[str]) -> dict[str, str]:
+    return named_values([part for option in experts for part in option.split(",")], "--experts")
+
+
+def _experts_of_teacher(teacher: str | None) -> dict[str, str]:
+    assert teacher is not None, "there are experts or a teacher"
+    found = read_mixture_folder(resolve_mixture_folder(teacher))
+    return {expert: str(folder) for expert, folder in found.experts.items()}
+
+
+def _create(
+    base: MultiLoraModel,
+    name: str,
+    folders: Mapping[str, str],
+    config: XLoraConfig | LinearRouterConfig,
+    seed: int,
+) -> None:
     for expert, folder in folders.items():
         base.load_adapter(expert, folder)
     base.create_mixture(name, list(folders), config, seed=seed)

@@ -55,22 +55,30 @@ class LinearRouterConfig:
     """A trained linear router in each LoRA layer: logits R x + bias.
 
     "softmax": of logits / temperature, over all experts, the `top_k` largest, or the fewest whose probabilities add up
-    to `top_p`; those that are kept add up to 1. "sigmoid": each expert by itself; `top_k` keeps the largest.
+    to `top_p`; those that are kept add up to 1. "sigmoid": each expert by itself; `top_k` keeps the largest. `shared`:
+    all LoRA layers whose inputs have one width share one R and bias.
     """
 
     activation: Activation = "softmax"
     top_k: int | None = None
     top_p: float | None = None
     temperature: float = 1.0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self.top_k, self.temperature)
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"shared is {quoted(self.shared)}; it must be True or False.")
         if self.activation not in get_args(Activation):
             raise ConfigError(f"activation is {quoted(self.activation)}; choose one of {list(get_args(Activation))}.")
         if self.top_p is not None and not (is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p is {quoted(self.top_p)}; it must be above 0 and at most 1, or None.")
         if self.top_p is not None and (self.top_k is not None or self.activation != "softmax"):
             raise ConfigError("top_p is for a softmax over all experts. Leave top_k out, or top_p.")
+
+    def weight_widths(self, widths: Sequence[int]) -> list[int]:
+        """The inputs of each R: those of every LoRA layer, or, shared, each width once."""
+        return list(dict.fromkeys(widths)) if self.shared else list(widths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
      "experts": ["protein", "materials"], "base_model_name_or_path": "..", "layers": ["model.layers.0...q_proj", ..]}
 
 `layers` are a linear router's LoRA layers, whose weights [experts, in] and biases [experts] are in router.safetensors
-under "weights.0", "biases.0", and so on.
+under "weights.0", "biases.0", and so on; a shared router has one for each width of inputs, in the layers' order.
 """
 
 import json
@@ -69,7 +69,7 @@ class RouterFolder:
                 "trained with."
             )
         with open_tensor_file(self.folder / ROUTER_FILE) as file:
-            shapes = _shapes(list(widths.values()), len(self.experts))
+            shapes = _shapes(self.config.weight_widths(list(widths.values())), len(self.experts))
             _check_shapes(file, shapes)
             return {name: file.read(name).float() for name in shapes}
 

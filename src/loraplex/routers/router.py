@@ -78,38 +78,58 @@ class SpectrRouter:
 
 
 class LinearRouter(nn.Module):
-    """See LinearRouterConfig. `weights` and `biases` have one entry for each LoRA layer."""
+    """See LinearRouterConfig. `weights` and `biases` have an entry for each LoRA layer, or for each width of inputs."""
 
     def __init__(self, config: LinearRouterConfig, widths: Mapping[int, int], num_experts: int) -> None:
         """`widths`: the inputs of each LoRA layer, by module."""
         super().__init__()
         self.config = config
-        self._place = {module: place for place, module in enumerate(widths)}
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(num_experts, width) / width**0.5) for width in widths.values()
-        )
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_experts)) for _ in widths)
+        self.widths = dict(widths)
+        own = config.weight_widths(list(widths.values()))
+        self.place = {  # of each module's R
+            module: own.index(width) if config.shared else place for place, (module, width) in enumerate(widths.items())
+        }
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(num_experts, width) / width**0.5) for width in own)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_experts)) for _ in own)
         kind = _SIGMOID if config.activation == "sigmoid" else _LINEAR
         self._native = NativeKept(kind, config.top_k, config.temperature, self._row, top_p=config.top_p)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.biases[0])
 
     def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
         return self._native.of(experts, num_modules, version=tuple(p._version for p in self.parameters()))
 
     def _row(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [in + 1]
-        layer = self._place[module]
+        layer = self.place[module]
         return torch.cat([self.weights[layer][place], self.biases[layer][place : place + 1]]).detach()
 
     def gates(self, module: int, x: Tensor, experts: Experts) -> Tensor:
         """[tokens, experts]"""
-        config, place = self.config, self._place[module]
-        logits = x.float() @ self.weights[place].t() + self.biases[place]
+        return self.gates_of(self.logits(module, x, experts))
+
+    def logits(self, module: int, x: Tensor, experts: Experts) -> Tensor:
+        """R x + bias [tokens, experts]; -inf for experts that don't adapt the module."""
+        place = self.place[module]
+        return _without_missing(x.float() @ self.weights[place].t() + self.biases[place], experts)
+
+    def gates_of(self, logits: Tensor) -> Tensor:  # both [tokens, experts]
+        """From logits to gates."""
+        config = self.config
         if config.activation == "sigmoid":
-            gates = torch.sigmoid(_without_missing(logits, experts) / config.temperature)
+            gates = torch.sigmoid(logits / config.temperature)
             return gates if config.top_k is None else gates.masked_fill(~_top(gates, config.top_k), 0)
-        logits = _without_missing(logits, experts)
         if config.top_p is None:
             return softmax_of_top(logits, config.top_k, config.temperature)
         return _top_p(torch.softmax(logits / config.temperature, dim=-1), config.top_p)
+
+    def copy(self) -> "LinearRouter":
+        """Another router with the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            copied = LinearRouter(self.config, self.widths, self.num_experts)
+        copied.load_state_dict(self.state_dict())
+        return copied.to(self.biases[0].device)
 
 
 class StaticRouter:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
@@ -29,6 +30,9 @@ class AdapterJob:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0  # of the first weights, the order of the data, the held-out split and the dropout
+    # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
+    # number from 0 to 1, or "dropout": 0 or 1, at random for each record, and 1 in evaluations.
+    gates_before_user: float | Literal["dropout"] = 1.0
     init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
     after: Sequence[
         tuple[LinkMember, float]
@@ -55,6 +59,17 @@ class AdapterJob:
                 )
         if self.lora is not None:
             _check_trainable(self.name, self.lora)
+        self._check_gates_before_user()
+
+    def _check_gates_before_user(self) -> None:
+        gates = self.gates_before_user
+        if gates != "dropout" and not (is_finite(gates) and 0 <= gates <= 1):
+            raise ConfigError(
+                f"{self.label}: gates_before_user is {quoted(gates)}; it must be a number from 0 to 1, or 'dropout'."
+            )
+        if gates != 1 and (self.lora is None or self.invocation is not None):
+            what = "a residual, which has no gates" if self.lora is None else "an aLoRA, off until its invocation"
+            raise ConfigError(f"{self.label}: gates_before_user is {gates!r}, but it trains {what}. Leave it at 1.")
 
     @property
     def label(self) -> str:

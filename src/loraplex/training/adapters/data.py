@@ -81,6 +81,11 @@ def _load(
 ) -> list[Example]:
     records, longest = read_records(path), job.steps.max_length
     examples = load_examples(job.label, records, str(path), tokenizer, vocab_size, max_length=longest, ends=ends)
+    if job.gates_before_user != 1 and not any(example.num_before_user for example in examples):
+        raise DatasetError(
+            f"{job.label}: gates_before_user is {job.gates_before_user!r}, but no record of {path} has tokens before a "
+            'user\'s turn. Write conversations ({"messages": [...]}), or leave gates_before_user at 1.'
+        )
     return [_with_invocation(job, example) for example in examples] if job.invocation is not None else examples
 
 

@@ -83,7 +83,6 @@ def evaluate(
     return [Score(num_questions=total, exact=exact / total, among_labels=among / total) for exact, among in right]
 
 
-@torch.no_grad()
 def exact_matches(
     model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[AdapterSpec], *, batch_rows: int = 32
 ) -> list[float]:
@@ -91,13 +90,22 @@ def exact_matches(
 
     That is what greedy generation writes, at the price of one forward pass; answers may have several tokens.
     """
-    right = [0] * len(choices)
+    answered = right_answers(model, questions, choices, batch_rows=batch_rows)
+    return [sum(of_choice) / len(questions) for of_choice in answered]
+
+
+@torch.no_grad()
+def right_answers(
+    model: MultiLoraModel, questions: Sequence[Question], choices: Sequence[AdapterSpec], *, batch_rows: int = 32
+) -> list[list[bool]]:
+    """For each choice of adapters and each question, whether every answer token is the most likely one."""
+    right = [[False] * len(questions) for _ in choices]
     per_batch = max(1, batch_rows // len(choices))
-    order = sorted(questions, key=lambda question: question.num_characters)
+    order = sorted(range(len(questions)), key=lambda number: questions[number].num_characters)
     for start in range(0, len(order), per_batch):
-        part = order[start : start + per_batch]
-        ids, mask, answers = _with_answers(model, part)
-        rows = [choice for choice in choices for _ in part]
+        numbers = order[start : start + per_batch]
+        ids, mask, answers = _with_answers(model, [questions[number] for number in numbers])
+        rows = [choice for choice in choices for _ in numbers]
         copies = (len(choices), 1)
         kept = max(len(answer) for answer in answers) + 1
         output = model(
@@ -110,9 +118,10 @@ def exact_matches(
         )
         guesses = output.logits.argmax(dim=-1)  # [rows, kept]
         for row in range(len(rows)):
-            answer = answers[row % len(part)]
-            right[row // len(part)] += guesses[row, -len(answer) - 1 : -1].tolist() == answer
-    return [count / len(questions) for count in right]
+            choice, place = divmod(row, len(numbers))
+            answer = answers[place]
+            right[choice][numbers[place]] = guesses[row, -len(answer) - 1 : -1].tolist() == answer
+    return right
 
 
 def _with_answers(model: MultiLoraModel, questions: Sequence[Question]) -> tuple[Tensor, Tensor, list[list[int]]]:

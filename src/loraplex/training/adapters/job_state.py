@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from loraplex.adapters.atomic_dir import check_destination
@@ -20,6 +21,7 @@ from loraplex.training.adapters.data import JobData
 from loraplex.training.adapters.links import FrozenLink
 from loraplex.training.adapters.parameters import Trainable
 from loraplex.training.core.config import flat_options
+from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.core.train_state import Optimizer, TrainState
 
@@ -54,6 +56,18 @@ class JobState(TrainState):
             has_held_out=bool(data.held_out),
         )
 
+    def gate_before_user(self, number: int) -> float:
+        """Of the tokens before the user's turn in the record of that number in the next step."""
+        if self.job.gates_before_user != "dropout":
+            return float(self.job.gates_before_user)
+        draw = generator(self.job.seed, Purpose.GATES_BEFORE_USER, self.progress.step, number)
+        return float(torch.randint(2, (), generator=draw))
+
+    @property
+    def evaluated_gate_before_user(self) -> float:
+        """The same in an evaluation, where nothing is drawn."""
+        return 1.0 if self.job.gates_before_user == "dropout" else float(self.job.gates_before_user)
+
     @property
     def title(self) -> str:
         return f"rank {self.parameters.rank}"
@@ -72,6 +86,8 @@ class JobState(TrainState):
         """Everything that decides what the job learns, in JSON's types. Call it before the first step."""
         job = self.job
         options = {name: value for name, value in flat_options(job).items() if name not in _NOT_COMPARED}
+        if options["gates_before_user"] == 1:  # checkpoints from before there was the option
+            del options["gates_before_user"]
         kind = {"residual": asdict(job.residual)} if job.residual is not None else {}
         if job.lora is not None:  # which brings factors alone
             kind["lora"] = {name: value for name, value in asdict(job.lora).items() if name != "contents"}

@@ -110,7 +110,8 @@ class AdapterTask:
                 draw = generator(state.job.seed, Purpose.DROPOUT, *counters, device=self._base.device)
                 slot = len(slots)
                 slots.append(TrainingSlot(state.parameters.slot_weights, dropout, draw))
-            rows.append(TrainingRow(index, slot, example, bool(dropout), frozen[index]))
+            gate = state.gate_before_user(number) if with_dropout else state.evaluated_gate_before_user
+            rows.append(TrainingRow(index, slot, example, bool(dropout), frozen[index], gate))
         return rows, TrainingWeightProvider(slots)
 
 

@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     ORDER = 1
     SPLIT = 2
     DROPOUT = 3
+    GATES_BEFORE_USER = 4
 
 
 def generator(seed: int, purpose: Purpose, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

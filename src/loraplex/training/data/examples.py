@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.errors import DatasetError, RequestError
 from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.training.data.first_user import BeforeFirstUser
 from loraplex.training.data.records import Record
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Example:
     place: str
     num_truncated: int = 0  # tokens cut off on the left
     first_adapted: int = 0  # aLoRA: where the invocation starts
+    num_before_user: int = 0  # tokens before the content of the first user turn: the template's, and a system prompt
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -57,14 +59,15 @@ def make_examples(
     parts_of = [_record_parts(record, tokenizer) for record in records]
     texts = [text for parts in parts_of for text, _ in parts]
     all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    examples = []
+    examples, before = [], BeforeFirstUser(tokenizer)
     for record, parts in zip(records, parts_of, strict=True):
         ids = [next(all_ids) for _ in parts]
         if record.messages is not None:
             tokens, answer = _conversation(ids, record, ends)
         else:
             tokens, answer = _plain(ids, [is_answer for _, is_answer in parts], tokenizer, ends)
-        examples.append(_truncated(tokens, answer, record.place, max_length))
+        num_before_user = before.count(record.messages, tokens) if record.messages is not None else 0
+        examples.append(_truncated(tokens, answer, record.place, max_length, num_before_user))
     return examples
 
 
@@ -154,7 +157,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(ids) > 0 and ids[0] == tokenizer.bos_token_id
 
 
-def _truncated(tokens: list[int], answer: list[int], place: str, max_length: int) -> Example:
+def _truncated(tokens: list[int], answer: list[int], place: str, max_length: int, num_before_user: int = 0) -> Example:
     cut = max(0, len(tokens) - max_length)
     kept = tuple(index - cut for index in answer if index - cut > 0)
     if not kept:
@@ -162,7 +165,7 @@ def _truncated(tokens: list[int], answer: list[int], place: str, max_length: int
             f"{place} has no token to learn: the answer is {'cut off' if cut else 'a single first token'}. "
             f"Write a longer answer or raise max_length ({max_length})."
         )
-    return Example(tuple(tokens[cut:]), kept, place, cut)
+    return Example(tuple(tokens[cut:]), kept, place, cut, num_before_user=max(0, num_before_user - cut))
 
 
 def load_examples(

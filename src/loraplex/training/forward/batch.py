@@ -38,6 +38,8 @@ class RowSpan(NamedTuple):
     stop: int | None = None  # dropout draws for tokens, not for padding; None is the end of the padded row
     outputs: Sequence[int] = ()  # ascending positions whose logits are wanted
     frozen: Sequence[FrozenSlot] = ()  # what all tokens of the row go through besides
+    num_gated: int = 0  # the first tokens from `start` on, which have
+    gate: float = 1.0  # this gate; all others 1
 
 
 class TrainingRow(NamedTuple):
@@ -48,6 +50,7 @@ class TrainingRow(NamedTuple):
     example: Example
     has_dropout: bool = False
     frozen: Sequence[FrozenSlot] = ()  # what the row goes through besides
+    gate_before_user: float = 1.0  # of the tokens before the first user turn's content
 
 
 class RowBatch(NamedTuple):
@@ -72,7 +75,7 @@ def shared_prefix_lengths(rows: Sequence[TrainingRow]) -> dict[int, int]:
     """By job, how many first tokens all of its rows share and compute alike, before the first that counts.
 
     With dropout rows compute differently from the first token on. An aLoRA's rows are the base model's up to
-    the invocation.
+    the invocation. A gate before the user's turn ends where that begins, and has to be the same in all rows.
     """
     lengths: dict[int, int] = {}
     first_of: dict[int, TrainingRow] = {}
@@ -81,6 +84,10 @@ def shared_prefix_lengths(rows: Sequence[TrainingRow]) -> dict[int, int]:
         most = 0 if row.has_dropout else row.example.answer[0] - 1
         if row.example.first_adapted:
             most = min(most, row.example.first_adapted)
+        if row.gate_before_user != first.gate_before_user:
+            most = 0
+        elif row.gate_before_user != 1:
+            most = min(most, row.example.num_before_user)
         most = min(most, lengths.get(row.job, most))
         pairs = zip(first.example.inputs[:most], row.example.inputs[:most], strict=True)
         lengths[row.job] = next((index for index, (a, b) in enumerate(pairs) if a != b), most)
@@ -163,7 +170,20 @@ def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], d
 
 def _span(row: TrainingRow, prefix: int, num_tokens: int, outputs: Sequence[int]) -> RowSpan:
     start = min(max(0, row.example.first_adapted - prefix), num_tokens)
-    return RowSpan(row.slot, start, num_tokens if row.has_dropout else None, outputs, row.frozen)
+    stop, gate = num_tokens if row.has_dropout else None, row.gate_before_user
+    num_gated = 0 if gate == 1 else min(max(0, row.example.num_before_user - prefix), num_tokens)
+    if gate == 0:
+        start, num_gated = max(start, num_gated), 0
+    return RowSpan(row.slot, start, stop, outputs, row.frozen, num_gated, gate)
+
+
+def prefix_span(row: TrainingRow, length: int) -> RowSpan:
+    """The span of a shared prefix of `length` tokens, of which `row` is a row that begins with it."""
+    start, gate = min(row.example.first_adapted, length), row.gate_before_user
+    if gate == 0:
+        start = max(start, min(row.example.num_before_user, length))
+    num_gated = 0 if gate in (0, 1) else min(row.example.num_before_user, length)
+    return RowSpan(row.slot, start, frozen=row.frozen, num_gated=num_gated, gate=gate)
 
 
 def _positions_and_mask(
@@ -209,14 +229,12 @@ class TrainingRouting(RowRouting):
 
     def _padded_segments(self) -> list[Segment]:
         length = self._padded_length
-        return [
-            Segment(
-                row * length + span.start,
-                row * length + (length if span.stop is None else span.stop),
-                span.slot,
-            )
-            for row, span in enumerate(self._spans)
-        ] + [
+        segments = []
+        for row, span in enumerate(self._spans):
+            start = row * length + span.start
+            stop = row * length + (length if span.stop is None else span.stop)
+            segments += _gated_segments(span, start, min(start + span.num_gated, stop), stop)
+        return segments + [
             Segment(row * length, (row + 1) * length, frozen.slot, frozen.weight)
             for row, span in enumerate(self._spans)
             for frozen in span.frozen
@@ -227,10 +245,17 @@ class TrainingRouting(RowRouting):
         for span in self._spans:
             stop = first + len(span.outputs)
             inactive = sum(position < span.start for position in span.outputs)
-            segments.append(Segment(first + inactive, stop, span.slot))
+            gated = sum(position < span.start + span.num_gated for position in span.outputs)
+            segments += _gated_segments(span, first + inactive, first + gated, stop)
             segments += [Segment(first, stop, frozen.slot, frozen.weight) for frozen in span.frozen]
             first = stop
         return segments
+
+
+def _gated_segments(span: RowSpan, start: int, between: int, stop: int) -> list[Segment]:
+    """The span's segments: its own gate up to `between`, and 1 from there on."""
+    gated = [Segment(start, between, span.slot, span.gate)] if start < between else []
+    return [*gated, Segment(between, stop, span.slot)]
 
 
 def _routes(span: RowSpan) -> list[Route]:

@@ -95,6 +95,14 @@ def routed_losses(
     base: PreTrainedModel, batch: RowBatch, routing: RowRouting, prefixes: SharedPrefixes | None = None
 ) -> Tensor:  # [outputs]  float32
     """The cross-entropy of every token that counts, under a routing that knows both layouts of the batch."""
+    logits = answer_logits(base, batch, routing, prefixes)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def answer_logits(
+    base: PreTrainedModel, batch: RowBatch, routing: RowRouting, prefixes: SharedPrefixes | None = None
+) -> Tensor:  # [outputs, vocabulary]
+    """The logits before every token that counts, under a routing that knows both layouts of the batch."""
     with (
         use_routing(routing),
         _outputs_selected(base, batch.output_rows, batch.output_positions) as was_selected,
@@ -106,8 +114,8 @@ def routed_losses(
             past_key_values=None if prefixes is None else prefixes.cache_for(batch),
             use_cache=prefixes is not None,
         ).logits
-    logits = logits[0] if was_selected else logits[batch.output_rows, batch.output_positions]
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    selected: Tensor = logits[0] if was_selected else logits[batch.output_rows, batch.output_positions]
+    return selected
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from loraplex.residual.cache import ResidualState
 from loraplex.routing.routing import use_routing
 from loraplex.routing.weight_provider import WeightProvider
-from loraplex.training.forward.batch import RowBatch, RowSpan, TrainingRouting, TrainingRow
+from loraplex.training.forward.batch import RowBatch, TrainingRouting, TrainingRow, prefix_span
 from loraplex.training.forward.residual_rows import PrefixResidualStates, ResidualRows
 
 
@@ -35,7 +35,7 @@ class SharedPrefixes:
         ids = [first_of[job].example.inputs[: lengths[job]] for job in jobs]
         padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=base.device)
         firsts = [first_of[job] for job in jobs]
-        spans = [RowSpan(row.slot, min(row.example.first_adapted, longest), frozen=row.frozen) for row in firsts]
+        spans = [prefix_span(row, longest) for row in firsts]
         residuals, state = residuals or ResidualRows(), ResidualState()
         with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(jobs, state):
             cache = base.base_model(input_ids=padded, use_cache=True).past_key_values

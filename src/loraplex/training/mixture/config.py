@@ -1,4 +1,4 @@
-"""How to train a mixture: the optimisation of its scaling head, and where and how a run computes."""
+"""How to train a mixture: the optimisation of its scaling head or router, and where and how a run computes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from loraplex.errors import ConfigError
 from loraplex.training.core.checks import check_number, check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig, TrainConfig, flat_options
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
+from loraplex.training.routers.config import RouterTrainConfig
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
 
 # What decides nothing but where a run writes and how it computes; data is compared by content.
@@ -26,10 +27,12 @@ class MixtureTrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0  # of the order of the data, the held-out split and dropout
-    load_balance_weight: float = 0.0  # of regularizers.load_balance in the loss
-    sparsity_weight: float = 0.0  # of regularizers.mean_entropy in the loss
+    router: RouterTrainConfig = field(default_factory=RouterTrainConfig)  # of mixtures with a linear router only
+    load_balance_weight: float = 0.0  # of regularizers.load_balance, a router's of switch_load_balance
+    sparsity_weight: float = 0.0  # of the scalings' or gates' mean entropy
     expert_dropout: float = 0.0  # on what each expert reads, as PEFT's lora_dropout; the paper's experts have none
-    hidden_cache_bytes: int = 2 << 30  # hidden states of the scaling pass kept in memory; the rest is computed again
+    # Hidden states of the scaling pass, a teacher's too, that are kept in memory; the rest is computed again.
+    hidden_cache_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
         check_whole(self, ("seed", "hidden_cache_bytes"), minimum=0, maximum=2**63 - 1)
@@ -45,6 +48,6 @@ class MixtureTrainConfig:
         return None if self.eval_data is None else as_sources(self.eval_data, "eval_data")
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide what is learnt."""
-        left_out = _NOT_LEARNT | flat_options(self.run).keys()
+        """The options that decide what is learnt, without those of routers."""
+        left_out = _NOT_LEARNT | flat_options(self.run).keys() | flat_options(self.router).keys()
         return {name: value for name, value in flat_options(self).items() if name not in left_out}

@@ -41,6 +41,11 @@ class MixtureData:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(sum(self.per_epoch), self.records_per_step)
 
+    @property
+    def num_truncated(self) -> int:
+        """Training records that lost tokens on the left."""
+        return sum(example.num_truncated > 0 for examples in self.train for example in examples)
+
     def examples_of_step(self, step: int) -> list[Sourced]:
         """The records that step `step` (from 0) takes; the last step of an epoch takes what is left."""
         epoch, index = divmod(step, self.steps_per_epoch)

@@ -28,6 +28,12 @@ class Sums(NamedTuple):
     num_tokens: Tensor  # [sources]
 
 
+def empty_sums(num_sources: int, num_experts: int, device: torch.device) -> Sums:
+    """Sums of nothing."""
+    zeros = torch.zeros(num_sources, device=device)
+    return Sums(zeros, zeros.clone(), torch.zeros(num_sources, num_experts, device=device), zeros.clone())
+
+
 class MixtureLosses:
     """Runs rows through a mixture whose scaling head is in training."""
 
@@ -43,7 +49,7 @@ class MixtureLosses:
         for batch in self._batches(rows):
             losses, scalings = self._run(batch, (step, first))
             (losses.sum() * scale).backward()
-            _add(sums, batch, losses.detach(), scalings.detach())
+            add_to(sums, batch, losses.detach(), scalings.detach())
             first += 1
         self._state.head.eval()
         return first
@@ -54,7 +60,7 @@ class MixtureLosses:
         sums = self.no_sums()
         for batch in self._batches(rows):
             losses, scalings = self._run(batch, None)
-            _add(sums, batch, losses, scalings)
+            add_to(sums, batch, losses, scalings)
         return sums
 
     def accumulate_regularizers(self, rows: Sequence[Sourced]) -> dict[str, float]:
@@ -65,7 +71,7 @@ class MixtureLosses:
             return {}
         parts = []
         for batch in self._batches(rows):
-            parts.append(self._hidden_states.of(batch)[_is_token(batch)])
+            parts.append(self._hidden_states.of(batch)[is_token_of(batch)])
         scalings = self._state.head(torch.cat(parts))  # [tokens, layers, experts]
         terms = {"load_balance": load_balance(scalings), "sparsity": mean_entropy(scalings)}
         torch.stack([weight * terms[name] for name, weight in weights.items()]).sum().backward()
@@ -73,10 +79,7 @@ class MixtureLosses:
 
     def no_sums(self) -> Sums:
         """Sums of nothing."""
-        num, device = len(self._state.data.names), self._base.device
-        zeros = torch.zeros(num, device=device)
-        scalings = torch.zeros(num, self._state.experts.num_experts, device=device)
-        return Sums(zeros, zeros.clone(), scalings, zeros.clone())
+        return empty_sums(len(self._state.data.names), self._state.experts.num_experts, self._base.device)
 
     def _batches(self, rows: Sequence[Sourced]) -> Iterator[RowBatch]:
         training_rows = [TrainingRow(source, 0, example) for source, example in rows]
@@ -106,16 +109,18 @@ class MixtureLosses:
         return generator(self._state.config.seed, Purpose.DROPOUT, step, number, device=self._base.device)
 
 
-def _add(sums: Sums, batch: RowBatch, losses: Tensor, scalings: Tensor) -> None:
+def add_to(sums: Sums, batch: RowBatch, losses: Tensor, scalings: Tensor) -> None:
+    """Add a batch's losses [outputs] and its tokens' mean scalings [rows, padded, experts]."""
     sums.losses.index_add_(0, batch.jobs, losses)
     sums.num_answers.index_add_(0, batch.jobs, torch.ones_like(losses))
-    is_token = _is_token(batch)
+    is_token = is_token_of(batch)
     sources = torch.tensor([row.job for row in batch.rows], device=losses.device)
     sums.scalings.index_add_(0, sources, (scalings * is_token.unsqueeze(-1)).sum(dim=1))
     sums.num_tokens.index_add_(0, sources, is_token.sum(dim=1).float())
 
 
-def _is_token(batch: RowBatch) -> Tensor:  # [rows, padded]
+def is_token_of(batch: RowBatch) -> Tensor:  # [rows, padded]
+    """Where tokens are, and no padding."""
     lengths = torch.tensor([len(row.example.inputs) for row in batch.rows], device=batch.input_ids.device)
     return torch.arange(batch.padded_length, device=lengths.device) < lengths.unsqueeze(1)
 

@@ -1,4 +1,4 @@
-"""train_mixture: the scaling head of a mixture, on a mix of its experts' data."""
+"""train_mixture: the scaling head or the linear router of a mixture, on a mix of its experts' data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,24 @@ from pathlib import Path
 from loraplex.errors import ConfigError, MixtureError, UnsupportedAdapterError
 from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.models.end_tokens import training_ends
+from loraplex.models.mixtures import AnyMixture
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.results import TrainResult
 from loraplex.training.core.run import run_task
+from loraplex.training.core.trainer import TrainingTask
 from loraplex.training.forward.probe import check_length, check_trainable_base
 from loraplex.training.mixture.config import MixtureTrainConfig
 from loraplex.training.mixture.data import load_mixture_data
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.training.mixture.state import MixtureState
 from loraplex.training.mixture.task import MixtureTask
+from loraplex.training.routers.checks import check_router
+from loraplex.training.routers.config import RouterTrainConfig
+from loraplex.training.routers.state import RouterState
+from loraplex.training.routers.task import RouterTask
+from loraplex.training.routers.teacher import Teacher
 from loraplex.xlora.formats.peft_layout import check_peft_can_hold
 from loraplex.xlora.mixture import Mixture
 
@@ -26,13 +33,15 @@ _AFTER_DIVERGENCE = "Start over with resume=False (--no-resume), or with another
 def train_mixture(
     model: MultiLoraModel, mixture: str, data: Sequence[Data | DataSource], config: MixtureTrainConfig
 ) -> TrainResult:
-    """Train the scaling head of a mixture of `model` (X-LoRA, arXiv 2402.07148); base model and experts are frozen.
+    """Train the scaling head of a mixture of `model` (X-LoRA, arXiv 2402.07148), or its linear router.
 
-    The loss is the cross-entropy of the answers' tokens. Several sources are mixed: every epoch takes all records, or
-    their shares. With XLoraConfig.use_trainable_adapters the experts train too, and the model's are replaced. The run
-    leaves `<output>/<mixture>/` (the mixture with its experts), `<output>/<mixture>.jsonl` (its log),
-    `<output>/<mixture>.png` (its losses) and `<output>/checkpoint.safetensors`, from which it goes on after a kill
-    exactly where it would have been. The mixture in memory gets the new weights at the end.
+    Base model and experts are frozen, and the loss is the cross-entropy of the answers' tokens, unless the options say
+    otherwise: a router may learn from an X-LoRA (config.router.teacher), or together with its experts. Several sources
+    are mixed: every epoch takes all records, or their shares. With XLoraConfig.use_trainable_adapters the experts train
+    too, and the model's are replaced. The run leaves `<output>/<mixture>/` (the mixture with its experts),
+    `<output>/<mixture>.jsonl` (its log), `<output>/<mixture>.png` (its losses) and `<output>/checkpoint.safetensors`,
+    from which it goes on after a kill exactly where it would have been. The mixture in memory gets the new weights at
+    the end.
 
     Everything is checked before the first step. Raises AdapterNotFoundError (no such mixture), ConfigError,
     DatasetError, BaseModelError, MixtureError, UnsupportedAdapterError, CheckpointError (the checkpoint is of another
@@ -48,20 +57,49 @@ def train_mixture(
 def _train(
     model: MultiLoraModel, mixture: str, data: Sequence[Data | DataSource], config: MixtureTrainConfig
 ) -> TrainResult:
-    trained = model.mixtures.xlora(mixture)
+    trained = model.mixtures.get(mixture)
     sources, label = as_sources(data), f"mixture {mixture!r}"
     check_outputs(Path(config.run.output), [mixture], _inputs(sources, config))
     ranks = ProcessGroup(model.base.device)
-    _check_mixture(model, trained, config, ranks)
+    if ranks.num_processes > 1:
+        raise ConfigError(
+            f"a mixture is trained by one process, but there are {ranks.num_processes}. Start it without "
+            "accelerate launch."
+        )
+    teacher = _check(model, trained, config)
     check_trainable_base(model.base)
     check_length(label, config.steps.max_length, model.base)
     vocab_size = next(model.base.get_input_embeddings().parameters()).shape[0]
     ends = training_ends(model.base, model.tokenizer)
     of_run = load_mixture_data(label, sources, config, model.tokenizer, vocab_size, ends)
-    state = MixtureState(model, trained, of_run, config)
-    task, identity = MixtureTask(model.base, state), state.fingerprint()
+    task: TrainingTask
+    if isinstance(trained, Mixture):
+        state = MixtureState(model, trained, of_run, config)
+        task, identity = MixtureTask(model.base, state), state.fingerprint()
+    else:
+        router_state = RouterState(model, trained, of_run, config, teacher)
+        task, identity = RouterTask(model.base, router_state), router_state.fingerprint()
     (result,) = run_task(task, config.run, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
     return result
+
+
+def _check(model: MultiLoraModel, mixture: AnyMixture, config: MixtureTrainConfig) -> Teacher | None:
+    """Raise where the mixture can't be trained as the config asks, or not saved; return a router's teacher."""
+    if isinstance(mixture, Mixture):
+        _check_xlora(model, mixture, config)
+        return None
+    check_router(mixture, config)
+    if config.router.train_experts:
+        _check_trainable_experts(model, mixture, "train_experts")
+    if config.router.teacher is None:
+        return None
+    return Teacher(
+        model,
+        model.mixtures.xlora(config.router.teacher),
+        mixture,
+        budget_bytes=config.hidden_cache_bytes,
+        max_tokens=config.run.tokens_per_forward,
+    )
 
 
 def _inputs(sources: Sequence[DataSource], config: MixtureTrainConfig) -> dict[str, list[Path]]:
@@ -73,12 +111,11 @@ def _inputs(sources: Sequence[DataSource], config: MixtureTrainConfig) -> dict[s
     }
 
 
-def _check_mixture(model: MultiLoraModel, mixture: Mixture, config: MixtureTrainConfig, ranks: ProcessGroup) -> None:
-    """Raise where the mixture can't be trained as the config asks, or not saved."""
-    if ranks.num_processes > 1:
+def _check_xlora(model: MultiLoraModel, mixture: Mixture, config: MixtureTrainConfig) -> None:
+    """Raise where the head can't be trained as the config asks, or not saved."""
+    if config.router != RouterTrainConfig():
         raise ConfigError(
-            f"a mixture is trained by one process, but there are {ranks.num_processes}. Start it without "
-            "accelerate launch."
+            f"{config.router} is for mixtures with a linear router, but {mixture.name!r} is an X-LoRA. Leave it out."
         )
     regularized = config.load_balance_weight > 0 or config.sparsity_weight > 0
     if regularized and not mixture.config.enable_softmax:
@@ -89,15 +126,15 @@ def _check_mixture(model: MultiLoraModel, mixture: Mixture, config: MixtureTrain
     if config.layout == "peft":
         check_peft_can_hold(mixture.config)
     if mixture.config.use_trainable_adapters:
-        _check_trainable_experts(model, mixture)
+        _check_trainable_experts(model, mixture, "use_trainable_adapters")
 
 
-def _check_trainable_experts(model: MultiLoraModel, mixture: Mixture) -> None:
+def _check_trainable_experts(model: MultiLoraModel, mixture: AnyMixture, option: str) -> None:
     for expert in mixture.experts:
         others = [name for name in model.mixtures.using(expert) if name != mixture.name]
         if others:
             raise MixtureError(
-                f"use_trainable_adapters would change the expert {expert!r}, which the mixture {others[0]!r} uses too. "
+                f"{option} would change the expert {expert!r}, which the mixture {others[0]!r} uses too. "
                 "Unload that one, or load the expert again under another name for this mixture."
             )
         with model.store.lease([expert]) as leased:
@@ -106,5 +143,5 @@ def _check_trainable_experts(model: MultiLoraModel, mixture: Mixture) -> None:
             if any(weights.dora_scale is not None for weights in model.store.slots.held(slot).layers.values()):
                 raise UnsupportedAdapterError(
                     f"the expert {expert!r} is a DoRA adapter, which can't be trained here. Set "
-                    "use_trainable_adapters=False: frozen DoRA experts are supported."
+                    f"{option}=False: frozen DoRA experts are supported."
                 )

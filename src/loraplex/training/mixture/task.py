@@ -59,27 +59,30 @@ class MixtureTask:
             micro_batch = rows[first : first + size]
             number = self.losses.accumulate_gradients(micro_batch, 1 / num_answers, sums, step, number)
         terms = self.losses.accumulate_regularizers(rows)
-        means = self._named(sums.scalings.sum(dim=0) / sums.num_tokens.sum())
+        means = named(sums.scalings.sum(dim=0) / sums.num_tokens.sum(), state.mixture.experts)
         num_tokens = sum(len(row.example.ids) for row in rows)
         return [Loss(float(sums.losses.sum()) / num_answers, num_tokens, {"scalings": means} | terms)]
 
     def evaluate(self, due: Sequence[int]) -> list[Loss]:
-        held_out = self._state.data.held_out
+        held_out, experts = self._state.data.held_out, self._state.mixture.experts
         sums = self.losses.evaluate(held_out)
         num_tokens = sum(len(row.example.ids) for row in held_out)
         loss = float(sums.losses.sum() / sums.num_answers.sum())
-        return [Loss(loss, num_tokens, {"sources": self._by_source(sums)})]
+        return [Loss(loss, num_tokens, {"sources": by_source(sums, self._state.data.names, experts)})]
 
-    def _by_source(self, sums: Sums) -> dict[str, Any]:
-        """Loss and mean scalings of each source that was evaluated."""
-        report = {}
-        for number, name in enumerate(self._state.data.names):
-            if sums.num_tokens[number] > 0:
-                report[name] = {
-                    "eval_loss": float(sums.losses[number] / sums.num_answers[number]),
-                    "scalings": self._named(sums.scalings[number] / sums.num_tokens[number]),
-                }
-        return report
 
-    def _named(self, means: Tensor) -> dict[str, float]:
-        return {name: round(float(mean), 6) for name, mean in zip(self._state.mixture.experts, means, strict=True)}
+def by_source(sums: Sums, sources: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
+    """Loss and mean scalings of each source that was evaluated."""
+    return {
+        name: {
+            "eval_loss": float(sums.losses[number] / sums.num_answers[number]),
+            "scalings": named(sums.scalings[number] / sums.num_tokens[number], experts),
+        }
+        for number, name in enumerate(sources)
+        if sums.num_tokens[number] > 0
+    }
+
+
+def named(means: Tensor, experts: Sequence[str]) -> dict[str, float]:
+    """Mean scalings by expert, as the log has them."""
+    return {name: round(float(mean), 6) for name, mean in zip(experts, means, strict=True)}
