@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.sched.captures import SequenceAttention
+from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
 
@@ -30,6 +31,11 @@ class ScheduledChunk:
     def asked(self) -> SequenceAttention | None:
         """What it asks of attention: main passes alone can."""
         return None if self.owner is None or self.scaling is not None else self.owner.asked
+
+    @property
+    def images(self) -> RequestImages | None:
+        """Those of its sequence."""
+        return None if self.owner is None else self.owner.state.images
 
     @property
     def stop(self) -> int:
