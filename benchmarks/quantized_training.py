@@ -1,6 +1,7 @@
 """How much memory does training take on a base model in 4 bits, beside the same one in bfloat16?
 
 python benchmarks/quantized_training.py                 # a random Llama of 1.1B parameters; Linux only
+python benchmarks/quantized_training.py --gradient-checkpointing
 
 Fresh processes load a checkpoint, in bfloat16 or quantized, then train four LoRAs together for some steps. The
 high-water mark of resident memory starts after the base model is loaded. Both train on the same records.
@@ -99,7 +100,7 @@ def measure_here(base: Path, options: argparse.Namespace) -> dict[str, float]:
             )
         start = time.perf_counter()
         run = TrainConfig(
-            output=Path(output) / "out", plots=False, progress=False, tokens_per_forward=options.tokens_per_forward
+            output=Path(output) / "out", plots=False, progress=False, tokens_per_forward=options.tokens_per_forward, gradient_checkpointing=options.gradient_checkpointing
         )
         train_adapters(model, model.tokenizer, jobs=jobs, config=run)
         seconds = time.perf_counter() - start
@@ -111,6 +112,8 @@ def measure(base: Path, options: argparse.Namespace) -> dict[str, float]:
     arguments = [sys.executable, __file__, "--base", str(base)]
     for name in ("words", "steps", "rank", "tokens_per_forward"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.gradient_checkpointing:
+        arguments.append("--gradient-checkpointing")
     run = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise SystemExit(f"the measured process failed:\n{run.stderr}")
@@ -125,6 +128,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens-per-forward", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of both")
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--base", type=Path, default=None, help=argparse.SUPPRESS)  # that this process measures
     return parser.parse_args()
@@ -159,6 +163,7 @@ def main() -> None:
             "rank": options.rank,
             "words": options.words,
             "tokens_per_forward": options.tokens_per_forward,
+            "gradient_checkpointing": options.gradient_checkpointing,
         }
         console.print(f"saved {save('quantized_training', workload, results)}")
 

@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         *("orjson", "filelock"),
     ),
     "plots": ("matplotlib", "PIL"),
+    "images": ("PIL",),
     "smollm2": ("gguf",),
     "json": ("llguidance",),
     "quantized": ("bitsandbytes", "compressed_tensors"),

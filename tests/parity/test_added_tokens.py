@@ -1,5 +1,6 @@
 """Adapters whose embedding has another number of tokens than the base's: their rows as PEFT computes them alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.errors import RequestError
+from loraplex.errors import BaseModelMismatchError, RequestError
 from tests.parity.content_adapters import alone, base_model, content_adapter, prompts, resized, with_peft
 from tests.parity.oracle import LOGIT_TOLERANCE, assert_close
 from tests.tiny_models import VOCAB_SIZE
@@ -125,3 +126,28 @@ def test_tokens_of_other_rows_are_refused(served: Served) -> None:
         served.model(ids, adapters=[names[0], None])
     with Engine(served.model, EngineConfig()) as engine, pytest.raises(RequestError, match="can't be read"):
         engine.generate([Request((3, VOCAB_SIZE, 4))])
+
+
+# Factors for embedding and output layer themselves: PEFT's users resize the base before they load such an adapter.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("copies", [True, False])
+def test_factors_of_a_resized_embedding_are_refused_with_the_fix_and_served_after_it(
+    targets: list[str], tied: bool, copies: bool, tmp_path: Path
+) -> None:
+    larger = resized(base_model("llama", tied=tied), MORE)
+    folder = content_adapter(larger, tmp_path, targets=targets, save_embedding_layers=copies)
+    model = MultiLoraModel(base_model("llama", tied=tied))
+    with pytest.raises(BaseModelMismatchError, match=rf"resized.*base\.resize_token_embeddings\({MORE}\)"):
+        model.load_adapter("a", folder)
+    assert model.names() == []
+    served = MultiLoraModel(copy.deepcopy(larger))
+    served.load_adapter("a", folder)
+    ids = prompts(2, seed=0)
+    ids[:, [2, 5]] = torch.tensor(NEW[:2])
+    logits = served(ids, adapters=["a", None]).logits
+    assert_close(logits[0], alone(with_peft(larger, folder), ids[0]), "a")
+    assert_close(logits[1], larger(ids[1:]).logits[0], "base")

@@ -168,7 +168,7 @@ def test_mxfp4_experts_are_dequantized(tmp_path):
 # Refused
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "quanto", "eetq", "bitnet", "nvfp4"])
+@pytest.mark.parametrize("method", ["auto-round", "aqlm", "quanto", "eetq", "bitnet", "nvfp4"])
 def test_other_methods_are_refused_by_name_with_the_fix(plain, method, tmp_path):
     write_variant(plain, tmp_path / "base", fp8, {"quant_method": method, "bits": 4, "group_size": 32})
     with pytest.raises(BaseModelError, match=rf"'{method}' are not supported.*load_in_4bit=True"):

@@ -47,6 +47,13 @@ def check_shapes_fit(
             wrong[path] = difference
     if wrong:
         few = "; ".join(f"{path!r}: {wrong[path]}" for path in list(wrong)[:5])
+        size = _resized_to({path: shapes[path] for path in wrong}, modules, output_module)
+        if size is not None:
+            raise BaseModelMismatchError(
+                f"the adapter has factors for tables of {size} tokens, which this base model doesn't have: {few}. It was "
+                f"trained on a base model that was resized. Do the same: base.resize_token_embeddings({size}), with "
+                "transformers' model, then MultiLoraModel(base, source=...)."
+            )
         raise BaseModelMismatchError(
             f"{len(wrong)} of the adapter's {len(shapes)} modules don't fit this base model: {few}. "
             f"{made_for}; load that one."
@@ -113,6 +120,22 @@ def check_weights(adapter: Adapter) -> None:
             tensor = getattr(weights, part)
             if tensor is not None:
                 require_finite(tensor, f"{part} of {path!r}")
+
+
+def _resized_to(
+    wrong: Mapping[str, ModuleShape], modules: Mapping[str, ModuleShape], output_module: str | None
+) -> int | None:
+    """How many tokens the adapter's base had, if that is all that differs in embedding and output layer."""
+    sizes = set()
+    for path, shape in wrong.items():
+        is_output = path == output_module and shape.kind == modules[path].kind == "linear"
+        if shape.kind == modules[path].kind == "embedding" and shape.out_features == modules[path].out_features:
+            sizes.add(shape.in_features)
+        elif is_output and shape.in_features == modules[path].in_features:
+            sizes.add(shape.out_features)
+        else:
+            return None
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _difference(shape: ModuleShape, module: ModuleShape) -> str | None:

@@ -78,6 +78,9 @@ def adapters(
     weights: Weights = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
     plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
     prompt_centroids: Annotated[
@@ -96,6 +99,7 @@ def adapters(
         plots=plots,
         prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
+        gradient_checkpointing=gradient_checkpointing,
     )
     place = str(PartialState().device) if device == "auto" else device
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place, weights=weights)

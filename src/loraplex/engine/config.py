@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from loraplex.errors import ConfigError
 from loraplex.models.auto_choice import DEFAULT_FLOOR, check_floor
 
-_COUNTS = ("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens")
+_COUNTS = (
+    *("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens"),
+    *("max_images", "max_image_pixels"),
+)
 _ON_FAULT = ("restart", "exit")
 
 
@@ -27,6 +30,8 @@ class EngineConfig:
     auto_floor: float = DEFAULT_FLOOR  # the least score (-1 to 1) with which "auto" chooses an adapter, not the base
     cuda_graphs: bool = True  # record the steps of decoding on a GPU and replay them; elsewhere without effect
     max_length: int | None = None  # tokens of prompt and answer; None: what the base model was made for
+    max_images: int = 16  # of one request
+    max_image_pixels: int = 2**25  # of a request's images together, before any is decoded
     on_fault: str = "restart"  # what follows an error outside of the requests' own work; "exit" ends the process
     max_restarts: int = 3  # in any restart_window_s; with one fault more the engine stops for good
     restart_window_s: float = 600.0

@@ -47,7 +47,7 @@ class Engine:
         self._tracker = RequestTracker(self.config.max_waiting + self.config.max_running)
         self._core: EngineCore | None = EngineCore(model, self.config)
         self._capacity = self._core.capacity
-        self._input_processor = InputProcessor(model, self._capacity, self.config.auto_floor)
+        self._input_processor = InputProcessor(model, self._capacity, self.config)
         self._core.join(self._tracker, self._input_processor, self._counts)
 
     def __enter__(self) -> "Engine":

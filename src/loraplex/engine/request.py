@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.params import SamplingParams
@@ -14,7 +16,10 @@ from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# Pictures (Pillow's, or encoded bytes), each of which the prompt has one image token for; or by name the tensors that
+# transformers' processor made together with the prompt's token ids.
+Images = Sequence[Any] | Mapping[str, Tensor]
 TokenScalings = tuple[tuple[float, ...], ...]  # [mixtures][experts]  means over LoRA layers
 
 
@@ -26,6 +31,7 @@ class Request:
     _: KW_ONLY
     adapters: AdapterSpec = None  # "auto": the one that the prompt is for
     candidates: Candidates = field(default_factory=Candidates)  # of "auto"
+    images: Images = ()  # of a vision-language model
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher goes first
     capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +27,7 @@ from loraplex.layers.repeated_warning import warn_of_casts_once
 from loraplex.layers.row_order import RowOrder
 from loraplex.layers.row_probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
+from loraplex.mapped_files import let_file_pages_go, trim_heap
 from loraplex.validation import listed
 
 
@@ -68,15 +69,22 @@ class AdaptableModel:
 
     def _prepare_quantized(self) -> None:
         """Let quantized modules give each token what it gets alone, and be put back as they were."""
+        unused: list[tuple[int, int]] = []
         for _, module, kind in quantized_modules(self._base):
             if kind is BNB_4BIT:
+                former: Any = module.weight
+                place = (former.data_ptr(), former.data_ptr() + former.nbytes)
                 if bring_into_cpu_order(module):
+                    unused.append(place)
                     self._reordered.append(module)
             elif kind is BNB_INT8:
                 warn_of_casts_once()
                 if has_outliers(module):
                     keep_tokens_apart(module)
                     self._apart.append(module)
+        if unused:
+            let_file_pages_go(unused)
+            trim_heap()
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise UnsupportedAdapterError for modules that no adapter can be added to."""

@@ -43,11 +43,24 @@ def use_image_rows(input_ids: Tensor | None) -> Iterator[None]:  # [rows, tokens
 
 def join_image_rows(base: nn.Module, unseen: Callable[[], Sequence[int]]) -> list["ImageRows"]:
     """Let a model's images follow their rows' adapters. `unseen` gives the modules that tokens alone don't reach."""
-    config = getattr(base, "config", None)
-    image_token = next((value for name in _IMAGE_TOKENS if (value := getattr(config, name, None)) is not None), None)
+    image_token = image_token_of(getattr(base, "config", None))
+    return [ImageRows(module, unseen, image_token) for module in _owners(base)]
+
+
+def image_token_of(config: object) -> int | None:
+    """The token that stands for a part of an image; None for a model without images."""
+    return next((value for name in _IMAGE_TOKENS if (value := getattr(config, name, None)) is not None), None)
+
+
+def vision_owner(base: nn.Module) -> nn.Module | None:
+    """The module whose `get_image_features` runs the vision modules; None if no one module has it."""
+    owners = _owners(base)
+    return owners[0] if len(owners) == 1 else None
+
+
+def _owners(base: nn.Module) -> list[nn.Module]:
     modules = [module for module in base.modules() if callable(getattr(type(module), _METHOD, None))]
-    inner = [module for module in modules if not any(other in modules for other in module.children())]
-    return [ImageRows(module, unseen, image_token) for module in inner]
+    return [module for module in modules if not any(other in modules for other in module.children())]
 
 
 class ImageRows:

@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,19 +17,44 @@ _LOOKS_SPECIAL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # <|im_end|>, <end_of
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
 ) -> str:
-    """The text of a chat, up to where its answer starts. Raises RequestError without a template, or if it refuses."""
+    """The text of a chat, up to where its answer starts. Raises RequestError without a template, or if it refuses.
+
+    A message's content is a text, or a list of parts: {"type": "text", "text": ..} or {"type": "image"}.
+    """
     if tokenizer.chat_template is None:
         raise RequestError(
             "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False (on "
             "the command line --raw, over HTTP /v1/completions) to continue the prompt as it is."
         )
     turns = [dict(message) for message in messages]  # templates may change them
+    has_parts = any(isinstance(turn.get("content"), list) for turn in turns)
+    if has_parts or _needs_parts(str(tokenizer.chat_template), tokenizer):
+        turns = [_in_parts(turn) for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # a template is a program, which may fail in any way
         raise RequestError(f"the chat template refuses these messages: {error}.") from error
+
+
+def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    content = turn.get("content")
+    return turn | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else turn
+
+
+@lru_cache(maxsize=64)
+def _needs_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template leaves texts out that are no lists of parts, as those of some vision-language models do."""
+    return not _shows(tokenizer, _PROBE) and _shows(tokenizer, [{"type": "text", "text": _PROBE}])
+
+
+def _shows(tokenizer: PreTrainedTokenizerBase, content: Any) -> bool:
+    try:
+        return _PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    except Exception as error:  # a template is a program, which may fail in any way
+        logger.debug("the chat template refuses a probe: %s", error)
+        return False
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -30,6 +30,7 @@ from loraplex.errors import BaseModelError, ConfigError, LoraplexError
 from loraplex.json_files import MAX_BYTES, read_object
 from loraplex.models.gguf_file import find_gguf_file, is_gguf_file, load_dequantized, load_gguf
 from loraplex.models.int8_base import check_weights, quantize_base
+from loraplex.models.packed_checkpoint import load_packed
 from loraplex.models.quantized_base import load_options
 from loraplex.models.smollm2 import ALIAS, convert_smollm2
 from loraplex.validation import quoted
@@ -78,14 +79,20 @@ def load_base_model(
         options = load_options(config, quantization_config, torch_device)
         if options and weights == "int8":
             raise ConfigError(f"{source!r} has quantized weights already. Leave weights='int8' out.")
-        model, loading = auto_class_for(config).from_pretrained(
-            source,
-            config=config,
-            dtype=torch_dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **options,
-        )
+        if options.get("packed"):
+            model, loading = load_packed(
+                source, config, auto_class_for(config), torch_dtype, attn_implementation=attn_implementation
+            )
+            options = {}
+        else:
+            model, loading = auto_class_for(config).from_pretrained(
+                source,
+                config=config,
+                dtype=torch_dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **options,
+            )
     except LoraplexError:
         raise
     except Exception as error:  # transformers, tokenizers and the hub raise all kinds for files that are damaged

@@ -117,6 +117,11 @@ class MultiLoraModel:
         )
         return cls(base, source=source, store=store, fast_decode=fast_decode)
 
+    @property
+    def source(self) -> str | Path | None:
+        """The folder or hub id of the base model; None for one that was given as a transformers model alone."""
+        return self._source
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""

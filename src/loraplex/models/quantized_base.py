@@ -24,6 +24,8 @@ DEQUANTIZED = {
     "compressed-tensors": "CompressedTensorsConfig",
     "gguf": "GgufConfig",
 }
+# Those that are dequantized here (packed_checkpoint.py).
+PACKED = ("gptq", "awq")
 _ADVICE = (
     "Use a checkpoint without quantization, if need be with quantization_config=BitsAndBytesConfig(load_in_4bit=True), "
     "or one of bitsandbytes or torchao."
@@ -54,7 +56,8 @@ def method_of(config: PreTrainedConfig) -> str | None:
 def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is given for a quantized model; nothing for another one.
 
-    `asked` is the caller's quantization config, as transformers takes it. Raises BaseModelError for a method that can't
+    For one that is dequantized here, {"packed": True}. `asked` is the caller's quantization config, as transformers takes
+    it. Raises BaseModelError for a method that can't
     be used, ConfigError for a config of another method than the checkpoint's, and where its package is missing.
     """
     own, wanted = method_of(config), None if asked is None else _method(asked)
@@ -64,7 +67,7 @@ def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> 
     if own is not None and wanted not in (None, own):
         raise ConfigError(f"the checkpoint is quantized with {own}, quantization_config is of {wanted}. Leave it out.")
     _check_method(method)
-    if method not in DEQUANTIZED:
+    if method not in (*DEQUANTIZED, *PACKED):
         return {"quantization_config": asked, "device_map": {"": device}}
     if own is None:
         raise ConfigError(
@@ -72,6 +75,8 @@ def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> 
             "quantized. Leave it out."
         )
     logger.info("the weights of this %s checkpoint are dequantized", method)
+    if method in PACKED:
+        return {"packed": True}
     settings = getattr(transformers, DEQUANTIZED[method])(dequantize=True)
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -137,15 +142,19 @@ def _check_method(method: str) -> None:
             "transformers can't load a base model quantized with 'hqq'. Quantize the loaded model with hqq's own "
             "AutoHQQHFModel.quantize_model, and give that to MultiLoraModel."
         )
-    if method in HELD:
-        return
-    if method not in DEQUANTIZED:
+    if method not in (*HELD, *DEQUANTIZED, *PACKED):
         raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
 
 
 def _check_loaded(method: str, base: nn.Module) -> None:
     if method in HELD:
         return
+
+    if method in PACKED:
+        raise BaseModelError(
+            f"the base model's weights are held as {method} has them, which is not tried here. Load it with "
+            "MultiLoraModel.from_pretrained, which dequantizes them."
+        )
     if method not in DEQUANTIZED:
         raise BaseModelError(f"base models quantized with {quoted(method)} are not supported. {_ADVICE}")
     if method != "gguf" or any(is_class(module, "transformers", "GgufLinear") for module in base.modules()):

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.adapters.vocabulary import Vocabulary
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.frontend.image_inputs import ImageInputs
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
@@ -18,9 +20,10 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.capacity import Capacity, check_slots
 from loraplex.engine.sched.captures import Captures
+from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
-from loraplex.models.auto_choice import DEFAULT_FLOOR, AutoChoice, Candidates
+from loraplex.models.auto_choice import AutoChoice, Candidates
 from loraplex.models.chat_template import render_chat
 from loraplex.models.end_tokens import end_token_ids
 from loraplex.models.mixtures import AnyMixture
@@ -36,10 +39,11 @@ from loraplex.xlora.mixture import Mixture
 class InputProcessor:
     """Checks and prepares requests; safe to use from many threads."""
 
-    def __init__(self, model: MultiLoraModel, capacity: Capacity, auto_floor: float = DEFAULT_FLOOR) -> None:
+    def __init__(self, model: MultiLoraModel, capacity: Capacity, config: EngineConfig) -> None:
         self._model = model
-        self._auto_floor = auto_floor
+        self._auto_floor = config.auto_floor
         self._capacity = capacity
+        self._images = ImageInputs(model, config, capacity.lengths)
         self._arrivals = itertools.count()
         self.vocab_size = model.base.get_input_embeddings().num_embeddings
         output = model.base.get_output_embeddings()
@@ -55,6 +59,7 @@ class InputProcessor:
         self._check_tokens(request.sampling, self._num_logits if vocabulary is None else vocabulary.num_tokens)
         self._capacity.check_answers(request.sampling.n)
         prompt = self._encode(request.prompt, vocabulary)
+        prompt, images = self._with_images(request, prompt, vocabulary)
         self._capacity.check_prompt(len(prompt))
         sampling = request.sampling
         state = RequestState(
@@ -67,6 +72,7 @@ class InputProcessor:
             names=(),
             vocabulary=vocabulary,
             lengths=self._capacity.lengths,
+            images=images,
         )
         state.names = self._needed(state, link)
         _, (chain,) = self._model.registry.linked.split([link])
@@ -85,6 +91,8 @@ class InputProcessor:
         (others,), _ = self._model.registry.linked.split([link])
         found, names = self._model.mixtures.expand([others])
         check_slots(self._model.store, names)
+        if state.images is not None:
+            self._check_image_adapters(others, found)
         num_tokens = len(state.prompt) + state.max_new_tokens
         self._capacity.check_blocks(num_tokens, num_passes=1 + len(_pass_kinds(others, found)))
         mixtures = [found[name] for name, _ in others if name in found]
@@ -115,6 +123,32 @@ class InputProcessor:
         ends = self.end_tokens(state)
         for sequence in state.sequences:
             sequence.sampler.end_at(ends)
+
+    def _with_images(
+        self, request: Request, prompt: tuple[int, ...], vocabulary: Vocabulary | None
+    ) -> tuple[tuple[int, ...], RequestImages | None]:
+        if not request.images:
+            return prompt, None
+        if is_auto(request.adapters):
+            raise RequestError(
+                "adapters is 'auto', which reads prompts of text: the pictures' features may differ by adapter. Name the "
+                "adapter, or leave the images out."
+            )
+        if request.steering and not isinstance(request.images, Mapping):
+            raise RequestError(
+                "the spans of steering name tokens of the prompt, which pictures change. Give token ids and the "
+                "tensors that transformers' processor made, or leave steering out."
+            )
+        tokenizer = self._tokenizer(vocabulary, needed=False)
+        return self._images.prepare(request.images, prompt, tokenizer, self._capacity.max_length - 1)
+
+    def _check_image_adapters(self, link: Link, found: Mapping[str, AnyMixture]) -> None:
+        for name, _ in link:
+            mixture = found.get(name)
+            for adapter in (name,) if mixture is None else mixture.experts:
+                version = self._model.store.version(adapter)
+                if found or version.invocation is not None:  # a scaling pass is the base model's
+                    self._images.check_adapters(version.modules, repr(name))
 
     def end_tokens(self, state: RequestState) -> frozenset[int]:
         """The tokens that end an answer: the base model's, its adapters' and the request's."""
@@ -271,6 +305,8 @@ def check_kinds(request: Request) -> None:
         raise RequestError(f"sampling is {request.sampling!r}; give a loraplex.SamplingParams.")
     if not isinstance(request.candidates, Candidates) or isinstance(request.candidates.names, str):
         raise RequestError(f"candidates is {request.candidates!r}; give a loraplex.Candidates, of a list of names.")
+    if not isinstance(request.images, Sequence | Mapping):
+        raise RequestError(f"images is {request.images!r}; give a list of pictures, or tensors by name.")
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise RequestError(f"priority is {request.priority!r}; give a whole number, a higher one to go first.")
     if request.capture is not None and not isinstance(request.capture, CaptureRequest):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.sched.captures import SequenceAttention
+from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
 
@@ -42,6 +43,11 @@ class ScheduledChunk:
         if self.owner is None or self.scaling is not None or self.owner.captures is None:
             return False
         return self.owner.captures.wants_scalings
+
+    @property
+    def images(self) -> RequestImages | None:
+        """Those of its sequence."""
+        return None if self.owner is None else self.owner.state.images
 
     @property
     def stop(self) -> int:

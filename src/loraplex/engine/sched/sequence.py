@@ -13,6 +13,7 @@ from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.captures import Captures, SequenceAttention
+from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
@@ -43,6 +44,7 @@ class RequestState:
     num_cached_tokens: int = 0
     vocabulary: Vocabulary | None = None  # that the prompt was read with; None: the base model's
     lengths: LengthRule = field(default_factory=LengthRule)  # what positions make of the sequence's length
+    images: RequestImages | None = None
 
     @property
     def share(self) -> tuple[str, ...]:
@@ -118,6 +120,8 @@ class SequenceState:
         prompt, request = self.state.prompt, self.state.request
         self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
         salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
+        if self.state.images is not None:
+            salt += self.state.images.keys
         if self.chooses:
             return [((), tuple(salt))]
         if self.asked is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from loraplex.engine.kv.block_pool import BlockTable
 from loraplex.engine.kv.kv_cache import AttentionTerms, KeyValueCache
 from loraplex.engine.sched.chunk import ScheduledChunk
+from loraplex.engine.sched.images import ImageFeatures
 from loraplex.kernels.dispatch import native_runs
 
 if TYPE_CHECKING:
@@ -26,6 +28,14 @@ class AttentionCalls(Protocol):
     ) -> None:
         """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchImages:
+    """What stands in the place of a pass's image tokens."""
+
+    mask: Tensor  # [tokens]  bool
+    features: ImageFeatures  # a row for each of the mask's tokens
 
 
 class InputBatch:
@@ -60,10 +70,24 @@ class InputBatch:
         device = table.values.device
         self.is_native = native_runs(device, cache.dtype)
         self.token_ids, self.positions, self.rows = torch.tensor([tokens, positions, rows], device=device)
-        self.position_ids = self.positions  # as the model is told them
+        self.position_ids = self._told_positions()
+        self.images: BatchImages | None = None  # where the chunks have image tokens, once they are embedded
+
+    def _told_positions(self) -> Tensor:  # [tokens], or [3, tokens]
+        """Positions as the model is told them; three of each token (M-RoPE) where images are in time and space."""
+        rotary = [
+            None if chunk.images is None else chunk.images.rotary_in(chunk.start, chunk.stop) for chunk in self.chunks
+        ]
+        if any(own is not None for own in rotary):
+            own_or_plain = [
+                torch.arange(chunk.start, chunk.stop).expand(3, -1) if own is None else own
+                for chunk, own in zip(self.chunks, rotary, strict=True)
+            ]
+            return torch.cat(own_or_plain, dim=1).to(self.positions.device)
         if any(chunk.offset for chunk in self.chunks):
             offsets = [chunk.offset for chunk in self.chunks for _ in range(chunk.count)]
-            self.position_ids = self.positions + torch.tensor(offsets, device=device)
+            return self.positions + torch.tensor(offsets, device=self.positions.device)
+        return self.positions
 
     @cached_property
     def lengths(self) -> Tensor:  # [tokens]

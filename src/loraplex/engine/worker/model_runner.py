@@ -17,6 +17,7 @@ from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.worker.attention_hooks import UNKNOWN_LENGTH, AttentionHooks
 from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
 from loraplex.engine.worker.fusion.cpu_fusion import CpuFusion, Trial, fuse
+from loraplex.engine.worker.images import ImageEncoder
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
 from loraplex.engine.worker.mixture_gates import MixtureGates
 from loraplex.engine.worker.residuals import AttentionRows, ForwardContext
@@ -78,6 +79,7 @@ class ModelRunner:
         self.attention = AttentionRows(model.registry.linked, ResidualCache(num_blocks, config.block_tokens, device))
         self._fused: CpuFusion | None = None
         self.graphs: DecodeGraphs | None = None
+        self._images = ImageEncoder(model.base, model.adaptable, self._bank)
         if self._states is not None:
             join_mixers(self._states.shapes)
 
@@ -109,6 +111,7 @@ class ModelRunner:
             self._fused = None
         if self._states is not None:
             leave_mixers(self._states.shapes)
+        self._images.leave()
         self._hooks.detach()
 
     @torch.inference_mode()
@@ -204,6 +207,7 @@ class ModelRunner:
     ) -> Tensor:  # [logits, vocab]
         """The logits of the chunks that want some, in the batch's order; `base`: of a part of the model's layers."""
         batch.attention = scope
+        self._images.embed(batch)
         batch.states = None if self._states is None else PassStates(self._states, batch)
         gates = MixtureGates(batch)  # the scaling heads, on what the scaling passes of these tokens left
         routing = PackedRouting(
@@ -213,7 +217,7 @@ class ModelRunner:
             fast_decode=self.model.decodes_fast,
             batch_invariant=self.config.batch_invariant,
         )
-        if self.graphs is not None and scope is None:
+        if self.graphs is not None and scope is None and batch.position_ids.ndim == 1:
             with choosing_tokens():
                 recorded = self.graphs.run(batch, routing.plan)
             if recorded is not None:
@@ -221,7 +225,7 @@ class ModelRunner:
                 return logits if batch.selected is None else logits[batch.selected]
         with use_routing(routing), forward_context(batch), use_attention(scope), choosing_tokens():
             output = (base or self.model.base)(
-                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False
+                input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(-2), use_cache=False
             )
         routing.keep_gates()
         batch.attention = None  # which knows the batch: what they hold goes now, not when cycles are collected

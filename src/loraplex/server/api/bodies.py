@@ -153,20 +153,32 @@ class GenerationBody(Body):
     steer: Annotated[list[Steer], Field(max_length=_MAX_STEERINGS)] | None = None
 
 
-def _parts_as_text(content: Any) -> Any:
-    """OpenAI's content parts, all of type text, as the one text that they are."""
+def _content(content: Any) -> Any:
+    """OpenAI's content parts: all of type text as the one text that they are, else the checked parts."""
     if not isinstance(content, list):
         return content
     if len(content) > _MAX_PARTS:
         raise ValueError(f"has {len(content)} parts; {_MAX_PARTS} are possible")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
-            raise ValueError('must be a text or parts of type "text"; other parts are not supported')
+    parts = [_part(part) for part in content]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _part(part: Any) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image_url") or set(part) != {"type", kind}:
+        raise ValueError('must be a text or parts of type "text" or "image_url"; other parts are not supported')
+    if kind == "text":
         if not isinstance(part["text"], str):
             raise ValueError("a part's text must be a text")
-        texts.append(part["text"])
-    return "".join(texts)
+        return {"type": "text", "text": part["text"]}
+    image = part["image_url"]
+    if not isinstance(image, dict) or not isinstance(image.get("url"), str) or set(image) - {"url", "detail"}:
+        raise ValueError('image_url must be {"url": "data:image/...;base64,..."}')
+    if image.get("detail") not in (None, "auto", "high"):
+        raise ValueError('detail must be "auto" or "high": images are read in the size that the model was made for')
+    return {"type": "image_url", "url": image["url"]}
 
 
 class Message(Body):
@@ -175,7 +187,9 @@ class Message(Body):
     neutral: ClassVar = dict.fromkeys(("tool_calls", "function_call", "refusal", "audio", "annotations"), (None, []))
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_parts_as_text, json_schema_input_type=str | list[dict[str, str]])]
+    content: Annotated[
+        str | list[dict[str, str]], BeforeValidator(_content, json_schema_input_type=str | list[dict[str, Any]])
+    ]
     name: str | None = Field(None, max_length=256)
 
 

@@ -73,7 +73,7 @@ def _alias(length: int) -> str:
     return "".join(chr(_FIRST_ALIAS + secrets.randbelow(_NUM_ALIASES)) for _ in range(length))
 
 
-Turn = Mapping[str, str]
+Turn = Mapping[str, Any]  # content: a text, or parts as chat templates take them
 # Around a placeholder: what `trim` takes away and nothing else does, so that it shows on which sides a template trims.
 _LEFT, _RIGHT = "\u2003\x0b", "\x0b\u2003"
 
@@ -153,7 +153,7 @@ class _Skeleton:
         self._mark = f"x{secrets.token_hex(8)}x"
         self._texts: list[str] = []
         self.turns = [
-            {field: value if field == "role" else self._placeholder(value) for field, value in turn.items()}
+            {field: value if field == "role" else self._emptied(value) for field, value in turn.items()}
             for turn in turns
         ]
 
@@ -167,6 +167,11 @@ class _Skeleton:
             pieces += [(text if right else text.rstrip(), True), (rest, False)]
         return pieces
 
+    def _emptied(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return self._placeholder(content)
+        return [part | {"text": self._placeholder(part["text"])} if "text" in part else part for part in content]
+
     def _placeholder(self, text: str) -> str:
         if not text:  # a template may ask whether there is any
             return text
@@ -175,7 +180,11 @@ class _Skeleton:
 
 
 def _parts(turns: Sequence[Turn]) -> list[str]:
-    return [value for turn in turns for field, value in turn.items() if field != "role"]
+    contents = [value for turn in turns for field, value in turn.items() if field != "role"]
+    of_lists = [
+        part["text"] for content in contents if not isinstance(content, str) for part in content if "text" in part
+    ]
+    return [content for content in contents if isinstance(content, str)] + of_lists
 
 
 def _refusal() -> ApiError:
@@ -187,10 +196,13 @@ def _refusal() -> ApiError:
     )
 
 
-def as_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+def as_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
     turns = []
     for message in messages:
-        turn = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        content: Any = message.content
+        if not isinstance(content, str):
+            content = [part if part["type"] == "text" else {"type": "image"} for part in content]
+        turn = {"role": "system" if message.role == "developer" else message.role, "content": content}
         turns.append(turn if message.name is None else turn | {"name": message.name})
     return turns

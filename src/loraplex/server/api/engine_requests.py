@@ -89,12 +89,16 @@ def engine_request(
     adapters: AdapterSpec,
     principal: Principal,
     config: ServeConfig,
+    images: Sequence[bytes] = (),
 ) -> Request:
     """Raises ApiError that names the field."""
+    if images and body.steer:
+        raise ApiError(BAD_REQUEST, "steer and images can't stand in one request. Leave one out.", param="steer")
     most_bytes = config.limits.max_capture_bytes
     return Request(
         prompt.ids,
         adapters=adapters,
+        images=images,
         sampling=sampling,
         priority=body.priority or 0,
         capture=_capture(body.capture_attention, most_bytes),

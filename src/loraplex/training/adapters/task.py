@@ -43,6 +43,7 @@ class AdapterTask:
             tokens_per_forward=config.tokens_per_forward,
             share_prefixes=config.share_prefixes and can_share_prefixes(base),
             residuals=residual_rows(states, attention),
+            checkpointing=config.gradient_checkpointing,
         )
 
     @contextmanager

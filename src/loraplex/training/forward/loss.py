@@ -19,6 +19,7 @@ from loraplex.training.forward.batch import (
     forward_cost,
     shared_prefix_lengths,
 )
+from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
 from loraplex.training.forward.prefix import SharedPrefixes
 from loraplex.training.forward.residual_rows import ResidualRows
 
@@ -34,12 +35,15 @@ class LossComputer:
         tokens_per_forward: int,
         share_prefixes: bool,
         residuals: ResidualRows | None = None,
+        checkpointing: bool = False,
     ) -> None:
+        """Raises ConfigError for `checkpointing` of a model that can't."""
         self._base = base
+        self._checkpointed = checkpointable_layers(base) if checkpointing else []
         self._residuals = residuals
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
-        self._share_prefixes = share_prefixes
+        self._share_prefixes = share_prefixes and not checkpointing  # a cache would grow again in the backward pass
 
     def accumulate_gradients(
         self, rows: Sequence[TrainingRow], bank: WeightProvider, loss_scales: Tensor
@@ -48,7 +52,8 @@ class LossComputer:
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
+            with checkpointed(self._checkpointed, generators_of(batch, bank) if self._checkpointed else []):
+                losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
             (losses * loss_scales[batch.jobs]).sum().backward()
             sums.index_add_(0, batch.jobs, losses.detach())
         if prefixes is not None:
@@ -73,6 +78,12 @@ class LossComputer:
             lengths = {}
         prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
         return prefixes, cut_batches(rows, lengths, self._tokens_per_forward, self._base.device)
+
+
+def generators_of(batch: RowBatch, bank: WeightProvider) -> list[torch.Generator]:
+    """Those that the rows' dropout draws from."""
+    found = [bank.dropout(row.slot)[1] for row in batch.rows]
+    return [generator for generator in found if generator is not None]
 
 
 def token_losses(

@@ -10,9 +10,11 @@ from starlette.responses import Response
 
 from loraplex.engine.request import Completion, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
+from loraplex.layers.image_rows import image_token_of
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
+from loraplex.server.api.chat_images import images_of
 from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
 from loraplex.server.api.json_route import JsonRoute
@@ -44,6 +46,10 @@ class ChatCall:
         if body.max_tokens == 0:
             raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
         config, principal = state.config, context.principal
+        images = images_of(body.messages, config.engine.max_images)
+        if images and image_token_of(state.model.base.config) is None:
+            kind = state.model.base.config.model_type
+            raise ApiError(BAD_REQUEST, f"the messages have images, but {kind!r} takes none.", param="messages")
         turns = as_turns(body.messages)
         self.prompts = [turns]
         max_tokens = body.max_completion_tokens or body.max_tokens
@@ -55,7 +61,11 @@ class ChatCall:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
         encoded = self.row_tokenizer.chats.encode(turns, most=state.engine.max_length - 1)
-        self.requests = [engine_request(body, encoded, sampling, adapters=adapters, principal=principal, config=config)]
+        self.requests = [
+            engine_request(
+                body, encoded, sampling, adapters=adapters, principal=principal, config=config, images=images
+            )
+        ]
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
         self._begun: set[int] = set()
 

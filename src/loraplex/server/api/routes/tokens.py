@@ -75,6 +75,8 @@ def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, contex
     own, most = _row_tokenizer(adapters, state, context), state.config.limits.max_body_values
     tokenizer = own.tokenizer
     if body.messages is not None:
+        if not all(isinstance(message.content, str) for message in body.messages):
+            raise ApiError(BAD_REQUEST, "the tokens of images aren't counted here. Leave them out.", param="messages")
         ids = own.chats.encode(
             as_turns(body.messages),
             most=most,

@@ -1,0 +1,40 @@
+"""The images of a chat: encoded pictures out of data URIs. Nothing is fetched from an address."""
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+
+from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
+from loraplex.server.api.bodies import Message
+
+_START = re.compile(r"data:image/[a-z.+-]{1,32};base64,", re.IGNORECASE)
+
+
+def images_of(messages: Sequence[Message], most: int) -> list[bytes]:
+    """The messages' pictures, still encoded, in their order. Raises ApiError; for too many before any is decoded."""
+    found = [
+        (f"messages.{number}.content", part["url"])
+        for number, message in enumerate(messages)
+        if not isinstance(message.content, str)
+        for part in message.content
+        if part["type"] == "image_url"
+    ]
+    if len(found) > most:
+        message = f"the messages have {len(found)} images; {most} are possible (max_images)."
+        raise ApiError(TOO_LARGE, message, param="messages")
+    return [_decoded(url, param) for param, url in found]
+
+
+def _decoded(url: str, param: str) -> bytes:
+    start = _START.match(url)
+    if start is None:
+        raise ApiError(
+            BAD_REQUEST,
+            f'{param}: image_url must be a data URI, "data:image/png;base64,..."; addresses are not fetched.',
+            param=param,
+        )
+    try:
+        return base64.b64decode(url[start.end() :], validate=True)
+    except binascii.Error as error:
+        raise ApiError(BAD_REQUEST, f"{param}: the image is no base64: {error}.", param=param) from error
