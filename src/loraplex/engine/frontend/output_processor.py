@@ -76,7 +76,7 @@ class OutputProcessor:
         if num_top is not None:
             logprobs = (token_logprobs(logits, token, num_top),)
             sequence.logprobs += logprobs
-        text = sequence.text.add(token)
+        text = self._text_of(sequence, token)
         scalings = () if sequence.captures is None else sequence.captures.step_scalings()
         reason = self._finish_reason(sequence, token)
         if reason is not None:
@@ -99,14 +99,23 @@ class OutputProcessor:
             scalings=step.scalings,
         )
 
+    def _text_of(self, sequence: SequenceState, token: int) -> str:
+        """The certain text that a new token adds; of one that ends the answer none, unless that is wanted."""
+        if self._ends(sequence, token) and not sequence.sampler.sampling.include_stop:
+            return ""
+        may_stop = sequence.num_new >= sequence.sampler.sampling.min_tokens
+        return sequence.text.add(token, may_stop=may_stop)
+
+    def _ends(self, sequence: SequenceState, token: int) -> bool:
+        sampler = sequence.sampler
+        return token in sampler.end_tokens and sequence.num_new >= sampler.sampling.min_tokens
+
     def _finish_reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
         sampler = sequence.sampler
         if sampler.constraint is not None and sampler.constraint.is_complete:
             return "stop"  # whatever min_tokens is: nothing can follow
-        if sequence.num_new >= sampler.sampling.min_tokens:
-            is_end = token in sampler.end_tokens
-            if is_end or sequence.text.is_stopped:
-                return "stop"
+        if self._ends(sequence, token) or sequence.text.is_stopped:
+            return "stop"
         return "length" if sequence.num_new >= sequence.state.max_new_tokens else None
 
 
