@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
@@ -13,6 +15,7 @@ from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.xlora.scalings.row_scalings import RowScalings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Pooling = Literal["mean", "last"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 TokenScalings = tuple[tuple[float, ...], ...]  # [mixtures][experts]  means over LoRA layers
 
@@ -31,6 +34,8 @@ class Request:
     return_scalings: bool = False  # of the link's mixtures, for every token that is run
     scalings_budget_bytes: int | None = None  # what an answer's scalings may take; None: no limit
     cache_salt: str = ""  # requests share keys and values only with those of the same salt
+    # The prompt's last hidden states, through the row's adapters, as one vector; no token is chosen, and n must be 1.
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Completion:
     error: LoraplexError | None = None
     capture: AttentionCapture | None = None  # None too for an answer that ended before it ran
     scalings: tuple[RowScalings, ...] | None = None  # of each mixture of the link, for the tokens that were run
+    embedding: Tensor | None = None  # [hidden], float32, with `pooling`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,7 @@ class RequestResult:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]  # n of them
     num_cached_tokens: int  # of the prompt, whose keys and values were there already
+    queue_s: float | None = None  # from the request's arrival until it ran; None: it never did
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # None for a token that has none: the first
 
     @property
@@ -100,3 +107,7 @@ class RequestResult:
     @property
     def scalings(self) -> tuple[RowScalings, ...] | None:
         return self.completions[0].scalings
+
+    @property
+    def embedding(self) -> Tensor | None:
+        return self.completions[0].embedding

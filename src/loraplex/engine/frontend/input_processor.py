@@ -270,5 +270,12 @@ def check_kinds(request: Request) -> None:
     budget = request.scalings_budget_bytes
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise RequestError(f"scalings_budget_bytes is {budget!r}; give a whole number of at least 1, or None.")
+    if request.pooling not in (None, "mean", "last"):
+        raise RequestError(f'pooling is {request.pooling!r}; give "mean", "last", or None for an answer.')
+    others = request.capture or request.return_scalings or request.sampling.prompt_logprobs is not None
+    if request.pooling is not None and (request.sampling.n > 1 or others):
+        raise RequestError(
+            "pooling gives one vector: n must be 1, without capture, return_scalings and prompt_logprobs."
+        )
     if not isinstance(request.cache_salt, str):
         raise RequestError(f'cache_salt is {request.cache_salt!r}; give a string, or "" for none.')

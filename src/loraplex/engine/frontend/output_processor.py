@@ -1,6 +1,7 @@
 """From the results of a pass to the sequences' next tokens, and to the readers that wait for them."""
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -60,7 +61,15 @@ class OutputProcessor:
             sequence.captures.saw(chunk.start, chunk.stop, result.scalings)
         if result.all_logits is not None:
             _keep_prompt_logprobs(result)
+        if sequence.hidden is not None:
+            return self._pooled(sequence, result)
         return self._next_token(sequence, result) if chunk.wants_logits else None
+
+    def _pooled(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step | None":
+        """Keep the hidden states of a prompt, whose last chunk ends it."""
+        assert sequence.hidden is not None and result.hidden is not None, "no hidden states came"  # noqa: PT018
+        sequence.hidden.saw(result.chunk.start, result.hidden)
+        return _Step(None, "", (), (), "stop") if result.chunk.stop == len(sequence.tokens) else None
 
     def _next_token(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step":
         logits, sampler = result.logits, sequence.sampler
@@ -86,12 +95,14 @@ class OutputProcessor:
     def _told(self, sequence: SequenceState, step: "_Step") -> Delta:
         """Tell what a token added; end the sequence if it was its last."""
         reason, error = step.reason, None
+        if step.token is not None:
+            self._note_time(sequence)
         if reason is not None:
             reason, error = self._tracker.finish(sequence, reason)
         return Delta(
             request_id=sequence.state.request_id,
             index=sequence.index,
-            token_ids=(step.token,),
+            token_ids=() if step.token is None else (step.token,),
             text=step.text,
             logprobs=step.logprobs,
             finish_reason=reason,
@@ -110,6 +121,13 @@ class OutputProcessor:
         sampler = sequence.sampler
         return token in sampler.end_tokens and sequence.num_new >= sampler.sampling.min_tokens
 
+    def _note_time(self, sequence: SequenceState) -> None:
+        """Count the time since the sequence's token before."""
+        now = time.perf_counter()
+        if sequence.last_token_s is not None:
+            self._counts.token_times.add(now - sequence.last_token_s)
+        sequence.last_token_s = now
+
     def _finish_reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
         sampler = sequence.sampler
         if sampler.constraint is not None and sampler.constraint.is_complete:
@@ -122,7 +140,7 @@ class OutputProcessor:
 class _Step(NamedTuple):
     """A token that was chosen, and what came with it."""
 
-    token: int
+    token: int | None  # None: the prompt's hidden states are known
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     scalings: tuple[TokenScalings, ...]

@@ -17,6 +17,7 @@ class ScheduledChunk:
     count: int
     wants_logits: bool  # of the last token
     wants_all_logits: bool = False  # of every token
+    wants_hidden: bool = False  # the last hidden states of every token
     owner: SequenceState | None = None  # None: a trial
     scaling: SequenceScalingPass | None = None  # None: the main pass
     offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the sequence

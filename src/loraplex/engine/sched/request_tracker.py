@@ -170,6 +170,7 @@ class RequestTracker:
             completions=tuple(sorted(state.completions, key=lambda completion: completion.index)),
             num_cached_tokens=state.num_cached_tokens,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+            queue_s=state.queue_s,
         )
         self._states.pop(state.request_id, None)
 

@@ -85,7 +85,7 @@ class InputBatch:
 
     @property
     def wants_hidden(self) -> bool:
-        return any(chunk.scaling is not None for chunk in self.chunks)
+        return any(chunk.scaling is not None or chunk.wants_hidden for chunk in self.chunks)
 
     def last_token(self, i: int) -> int:
         """The place of a chunk's last token among all."""

@@ -39,7 +39,7 @@ class ModelRunnerOutput:
     logits: Tensor | None  # [vocab], of its last token
     all_logits: Tensor | None  # [count, vocab], where they are wanted
     best: int | None  # the largest of them
-    hidden: Tensor | None  # [count, hidden], of a scaling pass
+    hidden: Tensor | None  # [count, hidden], of a scaling pass, and where it is wanted
     scalings: list[Tensor]  # of each mixture [count, lora_layers, experts], where they are wanted
     error: AdapterError | None  # of a function in its link; the rest is then worth nothing
 
@@ -170,7 +170,7 @@ class ModelRunner:
             all_logits = chunk_logits if chunk.wants_all_logits else None
             place = stop
             hidden = None
-            if chunk.scaling is not None:
+            if chunk.scaling is not None or chunk.wants_hidden:
                 assert batch.last_hidden is not None, "the decoder's hidden states were not kept"
                 hidden = batch.last_hidden[batch.offsets[i] : batch.offsets[i] + chunk.count]
             told = batch.scalings.get(i, [])
