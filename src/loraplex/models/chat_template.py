@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,9 +16,16 @@ _LOOKS_SPECIAL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # <|im_end|>, <end_of
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
 ) -> str:
-    """The text of a chat, up to where its answer starts. Raises RequestError without a template, or if it refuses."""
+    """The text of a chat, up to where its answer starts; `variables` are the template's.
+
+    Raises RequestError without a template, or if it refuses.
+    """
     if tokenizer.chat_template is None:
         raise RequestError(
             "the model's tokenizer has no chat template, so a prompt can't be made a user's turn. Pass chat=False (on "
@@ -25,7 +33,10 @@ def render_chat(
         )
     turns = [dict(message) for message in messages]  # templates may change them
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return str(text)
     except Exception as error:  # a template is a program, which may fail in any way
         raise RequestError(f"the chat template refuses these messages: {error}.") from error
 

@@ -22,7 +22,20 @@ from loraplex.server.api.api_errors import (
     Status,
 )
 from loraplex.server.api.json_route import json_response
-from loraplex.server.api.routes import adapters, chat, completions, health, models, page, tokens, vllm
+from loraplex.server.api.refused_fields import refusal_of
+from loraplex.server.api.routes import (
+    adapters,
+    chat,
+    completions,
+    docs_page,
+    embeddings,
+    generate,
+    health,
+    models,
+    page,
+    tokens,
+    vllm,
+)
 from loraplex.server.middleware import Gate
 from loraplex.server.state import ClientLeft, ServerState, context_of
 
@@ -35,6 +48,9 @@ _ROUTERS = (
     tokens.router,
     health.router,
     page.router,
+    embeddings.router,
+    generate.router,
+    docs_page.router,
 )
 _MAX_FAULTS = 5
 
@@ -73,7 +89,8 @@ async def _on_error(http: Request, error: Exception) -> Response:
         headers = dict(error.headers or {})
     told = _as_api_error(http, error)
     context.note(told)
-    response = json_response(told.body(), told.status.number)
+    number, body = told.told(http.url.path)
+    response = json_response(body, number)
     response.headers.update(told.headers() | headers)
     return response
 
@@ -103,7 +120,7 @@ def _invalid(faults: Sequence[Any]) -> ApiError:
         params.append(param)
         if fault["type"] == "extra_forbidden":
             unsupported = True
-            told.append(f"{param!r} is not supported here")
+            told.append(f"{param!r} {refusal_of(place[-1])}")
         elif fault["type"] == "json_invalid":
             params[-1] = ""
             told.append("the body is no valid JSON")

@@ -15,9 +15,9 @@ from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import GenerationBody
+from loraplex.server.api.bodies import GenerationBody, StreamOptions
 from loraplex.server.api.json_route import documented
-from loraplex.server.api.response_parts import Extras, News, usage
+from loraplex.server.api.response_parts import Extras, News, chunk_usage, obfuscation, usage
 from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
 from loraplex.server.state import (
@@ -48,6 +48,10 @@ class ApiCall(Protocol):
 
     def chunk_choice(self, news: News) -> dict[str, Any]: ...
 
+    def chunk_fields(self, news: News) -> dict[str, Any]:
+        """Fields beside the choices."""
+        ...
+
 
 async def respond(
     body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall]
@@ -77,23 +81,30 @@ async def _stream(call: ApiCall, body: GenerationBody, state: ServerState, conte
     """What is refused is refused here, with its status; the stream begins when the engine has the requests."""
     stack = AsyncExitStack()
     run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    chunks = _chunks(run, call, state, context, include_usage=include_usage)
+    chunks = _chunks(run, call, state, context, body.stream_options or StreamOptions())
     return EventStream(chunks, state.config.limits.stall_timeout_s, stack.aclose)
 
 
 async def _chunks(
-    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, *, include_usage: bool
+    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
     results: list[RequestResult] = []
-    nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+    told: Counter[tuple[int, int]] = Counter()  # tokens of each answer
+    common: dict[str, Any] = {"usage": None} if options.include_usage else {}
 
     def chunk(news: News) -> list[bytes]:
         choice = call.chunk_choice(news) | call.extras.live(news, call.row_tokenizer.texts)
         if news.completion is not None:
             choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
-        return sse_pieces(call.envelope | {"choices": [choice]} | nothing)
+        whole = call.envelope | call.chunk_fields(news) | {"choices": [choice]} | common
+        if options.include_usage and options.continuous_usage_stats:
+            told[news.place, news.index] += len(news.token_ids)
+            num_prompt = len(call.requests[news.place].prompt)
+            whole["usage"] = chunk_usage(num_prompt, told[news.place, news.index])
+        if options.include_obfuscation:
+            whole["obfuscation"] = obfuscation(news.text)
+        return sse_pieces(whole)
 
     async for events in run.batches():
         found, failure = run.gather(events, holds_end=call.extras.any)
@@ -104,7 +115,7 @@ async def _chunks(
         if failure is not None:  # what came before it has been told
             raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
-    if include_usage:
+    if options.include_usage:
         yield sse(call.envelope | {"choices": [], "usage": usage(results)})
 
 

@@ -30,10 +30,13 @@ from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
+_OPEN_PATHS = ("/", "/health", "/ping", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_FOLDER = "/page/"  # the page's own files
-_GENERATING = ("/v1/completions", "/v1/chat/completions")
-_WHILE_DRAINING = ("/health", "/metrics")
+_GENERATING = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score"),
+    *("/generate", "/generate_stream"),
+)
+_WHILE_DRAINING = ("/health", "/ping", "/metrics")
 
 
 class Gate:
@@ -58,7 +61,7 @@ class Gate:
             await self._serve(scope, headers, receive, answer, context)
         except ApiError as error:
             context.note(error)
-            await answer.refuse(error)
+            await answer.refuse(error, scope["path"])
         except Exception:
             logger.exception("request failed", extra={"request_id": context.id, "path": scope["path"]})
             await answer.refuse(ApiError(INTERNAL, f"internal error; the log has it under {context.id}."))
@@ -192,16 +195,17 @@ class _Answer:
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id)]
         await self._send(message)
 
-    async def refuse(self, error: ApiError) -> None:
+    async def refuse(self, error: ApiError, path: str = "") -> None:
         """Send an error, unless an answer has begun."""
         if self.status:
             return
-        body = orjson.dumps(error.body())
+        number, told = error.told(path)
+        body = orjson.dumps(told)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
         if not self.body_is_read:
             headers["connection"] = "close"  # what is left of the body is not read
         raw: list[tuple[bytes, bytes]] = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self({"type": "http.response.start", "status": error.status.number, "headers": raw})
+        await self({"type": "http.response.start", "status": number, "headers": raw})
         await self({"type": "http.response.body", "body": body})
 
 

@@ -23,6 +23,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
+from loraplex.models.sampling_defaults import sampling_defaults
 from loraplex.routing.adapter_spec import AdapterSpec, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
@@ -51,6 +52,7 @@ class ServerState:
         self.watched = watched
         self.config = config
         self.model = engine.model
+        self.sampling_defaults = sampling_defaults(engine.model.base, config.model.generation_config)
         self.catalog = VisibleModels(engine.model, config.model.base_name, config.limits.max_link_length)
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.roots = AdapterRoots(config.access.adapter_roots)

@@ -4,8 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from loraplex.server.api.engine_requests import allowed_tokens
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
-from loraplex.server.auth.access import Entry
+from loraplex.server.auth.access import Entry, Principal, adapter_names
 from loraplex.server.state import ServerState, context_of, state_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -17,19 +18,21 @@ async def models(http: Request) -> Response:
     state, principal = state_of(http), context_of(http).principal
     base = [Entry(name=state.catalog.base_name, kind="base")] if principal.may_use_base else []
     entries = [*base, *state.catalog.visible(principal)]
-    return json_response({"object": "list", "data": [_as_json(entry, state) for entry in entries]})
+    return json_response({"object": "list", "data": [_as_json(entry, state, principal) for entry in entries]})
 
 
 @router.get("/v1/models/{name:path}", responses=documented("The model.", 400, 401, 404, 429, required=("id",)))
 async def model(name: str, http: Request) -> Response:
-    """One of them."""
+    """One of them, or a link of them."""
     state, principal = state_of(http), context_of(http).principal
-    if name == state.catalog.base_name and principal.may_use_base:
-        return json_response(_as_json(Entry(name=name, kind="base"), state))
-    return json_response(_as_json(state.catalog.find(name, principal), state))
+    if state.catalog.entry(name) is not None:
+        return json_response(_as_json(state.catalog.find(name, principal), state, principal))
+    link = state.catalog.choice(name, principal)
+    entry = Entry(name=name, kind="base") if link is None else Entry(name=name, kind="link", parts=adapter_names(link))
+    return json_response(_as_json(entry, state, principal))
 
 
-def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:
+def _as_json(entry: Entry, state: ServerState, principal: Principal) -> dict[str, Any]:
     base = state.catalog.base_name
     return {
         "id": entry.name,
@@ -39,6 +42,8 @@ def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:
         "root": entry.name,
         "parent": None if entry.kind == "base" else base,
         "max_model_len": state.engine.max_length,
+        "max_new_tokens": allowed_tokens(principal, state.config.limits),  # more max_tokens are as many
+        "default_sampling": dict(state.sampling_defaults),
         "kind": entry.kind,
         "experts": list(entry.experts),
-    }
+    } | ({"adapters": list(entry.parts)} if entry.kind == "link" else {})
