@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -63,6 +63,7 @@ async def respond(
         call = await in_thread(http, partial(make, state, context, choice))
     except LoraplexError as error:
         raise context.refusal(error) from error
+    context.response = {"id": call.envelope["id"]}
     if state.config.logs.log_prompts:
         context.log["prompts"] = call.prompts
     if body.stream:
@@ -132,7 +133,8 @@ class Run:
         self._adapters = adapter_names(requests[0].adapters)
         self.places: dict[str, int] = {}  # of the requests, by their ids in the engine
         self.num_requests = len(requests)
-        self._has_begun = False
+        self.first_token_s: float | None = None
+        self.finished: Sequence[RequestResult] = ()
         self._told: Counter[tuple[str, int]] = Counter()  # tokens of each answer that its deltas have brought
 
     async def results(self) -> list[RequestResult]:
@@ -153,9 +155,9 @@ class Run:
         results: list[RequestResult] = []
         while len(results) < self.num_requests:
             events = await self._take()
-            if not self._has_begun:
-                self._has_begun = True
-                self._state.metrics.first_token(self._adapters, time.perf_counter() - self._started)
+            if self.first_token_s is None:
+                self.first_token_s = time.perf_counter() - self._started
+                self._state.metrics.first_token(self._adapters, self.first_token_s)
             results += [event for event in events if isinstance(event, RequestResult)]
             if len(results) == self.num_requests:
                 self._account(results)
@@ -217,6 +219,7 @@ class Run:
         return [*found.values(), *last], None
 
     def _account(self, results: Sequence[RequestResult]) -> None:
+        self.finished = results
         num_prompt = sum(len(result.prompt_token_ids) for result in results)
         num_new = sum(len(completion.token_ids) for result in results for completion in result.completions)
         num_cached = sum(result.num_cached_tokens for result in results)
@@ -238,16 +241,44 @@ async def running(
     feed = state.engine.collector(wants_deltas=wants_deltas or counts_tokens)
     run = Run(state, context, requests, feed)
     context.log["model"] = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
+    with _traced(state, context, run, requests):
+        async with _submitted(state, context, run, requests, feed):
+            yield run
+
+
+@asynccontextmanager
+async def _submitted(
+    state: ServerState, context: RequestContext, run: "Run", requests: Sequence[Request], feed: OutputCollector
+) -> AsyncIterator[None]:
     try:
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)
             run.places[request_id] = place
             context.spend_tokens(len(request.prompt))
-        yield run
+        yield
     finally:
         for request_id in run.places:
             state.engine.drop(request_id)
         run.charge(feed.untaken())
+
+
+@contextmanager
+def _traced(state: ServerState, context: RequestContext, run: "Run", requests: Sequence[Request]) -> Iterator[None]:
+    """The span of what the block does, where traces are wanted."""
+    tracing = state.tracing
+    if tracing is None:
+        yield
+        return
+    span = tracing.begin_generation(context.span, context.path, context.log["model"], requests)
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        told = context.response | ({"model": context.log["model"]} if context.response else {})
+        tracing.end_generation(span, results=run.finished, response=told, first_token_s=run.first_token_s, error=error)
 
 
 async def _submit(state: ServerState, context: RequestContext, request: Request, feed: OutputCollector) -> str:

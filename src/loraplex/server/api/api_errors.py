@@ -69,7 +69,7 @@ OVERLOADED = Status(503, "server_error", "overloaded")
 _RETRY = (RATE_LIMITED, TOO_MANY_CONNECTIONS, SHUTTING_DOWN, OVERLOADED, ENGINE_STOPPED, RESTARTING)
 
 
-_TGI_PATHS = ("/generate", "/generate_stream")
+_TGI_PATHS = ("/generate", "/generate_stream", "/")
 _TGI_STATUSES = {400: 422, 415: 422}
 _TGI_KINDS = {429: "overloaded", 503: "overloaded", 500: "generation"}
 

@@ -90,6 +90,7 @@ class GenerateBody(NullableBody):
 _GENERATED = documented("The answer.", 400, 401, 404, 422, 429, required=("generated_text",), media="text/event-stream")
 
 
+@router.post("/", responses=_GENERATED, include_in_schema=False)  # where TGI's clients send to
 @router.post("/generate", responses=_GENERATED)
 async def generate(body: GenerateBody, http: HttpRequest) -> Response:
     """Continue a text, as LoRAX and TGI do; with `stream` as /generate_stream."""

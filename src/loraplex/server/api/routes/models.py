@@ -34,6 +34,7 @@ async def model(name: str, http: Request) -> Response:
 
 def _as_json(entry: Entry, state: ServerState, principal: Principal) -> dict[str, Any]:
     base = state.catalog.base_name
+    most = min(allowed_tokens(principal, state.config.limits), state.engine.max_length - 1)
     return {
         "id": entry.name,
         "object": "model",
@@ -42,7 +43,7 @@ def _as_json(entry: Entry, state: ServerState, principal: Principal) -> dict[str
         "root": entry.name,
         "parent": None if entry.kind == "base" else base,
         "max_model_len": state.engine.max_length,
-        "max_new_tokens": allowed_tokens(principal, state.config.limits),  # more max_tokens are as many
+        "max_new_tokens": most,  # more max_tokens are as many
         "default_sampling": dict(state.sampling_defaults),
         "kind": entry.kind,
         "experts": list(entry.experts),
