@@ -47,9 +47,14 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if self.started:
             self.port = self.servers[0].sockets[0].getsockname()[1]
-            told = {"url": url_of(self.state.config.network, self.port), "model": self.state.config.model.base_name}
-            told["adapters"] = self.state.loaded_names()
-            logger.info("ready", extra={"host": self.config.host, "port": self.port} | told)
+            told = {
+                "host": self.config.host,
+                "port": self.port,
+                "url": url_of(self.state.config.network, self.port),
+                "model": self.state.config.model.base_name,
+                "adapters": self.state.loaded_names(),
+            }
+            logger.info("ready", extra=told)
             if self._on_ready is not None:
                 self._on_ready(self)
 

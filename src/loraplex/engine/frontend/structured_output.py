@@ -155,8 +155,9 @@ def _grammar(structure: _Structure) -> str:
     import llguidance
 
     if structure.option != "json_schema":
-        return str(llguidance.grammar_from(structure.option, structure.text))
-    spaces = {"whitespace_pattern": _WHITESPACE} if structure.whitespace else {"whitespace_flexible": False}
+        form: Any = structure.option  # its names are llguidance's
+        return str(llguidance.grammar_from(form, structure.text))
+    spaces: Any = {"whitespace_pattern": _WHITESPACE} if structure.whitespace else {"whitespace_flexible": False}
     return str(llguidance.LLMatcher.grammar_from_json_schema(structure.text, overrides=spaces))
 
 

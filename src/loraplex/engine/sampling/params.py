@@ -129,7 +129,7 @@ class SamplingParams:
     def _check_restrictions(self) -> None:
         allowed = self.allowed_token_ids
         if allowed is not None:
-            if isinstance(allowed, str) or not isinstance(allowed, Sequence) or not allowed:
+            if not isinstance(allowed, tuple | list) or not allowed:
                 raise RequestError(f"allowed_token_ids is {repr(allowed)[:200]}; give a tuple of token ids, or None.")
             for token in allowed:
                 _check_count("a token id in allowed_token_ids", token, 0)

@@ -163,7 +163,7 @@ class Steer(Body):
 class GenerationBody(NullableBody):
     """Sampling options, streaming, and the extensions."""
 
-    neutral: ClassVar = NEUTRAL
+    neutral: ClassVar = dict(NEUTRAL)
 
     model: str = Field(min_length=1, max_length=8192)
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

@@ -1,6 +1,6 @@
 """Routes that read JSON with orjson, which knows no NaN: a body's cost is bounded before it is read."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,15 +94,30 @@ _ERROR = {
 }
 
 
-def documented(text: str, *statuses: int, required: tuple[str, ...] = (), media: str = "") -> dict[int | str, Any]:
+# TGI's and LoRAX's.
+TGI_ERROR = {
+    "type": "object",
+    "required": ["error", "error_type"],
+    "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
+}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}}
+
+
+def documented(
+    text: str,
+    *statuses: int,
+    required: tuple[str, ...] = (),
+    media: str = "",
+    error: Mapping[str, Any] = _ERROR,
+) -> dict[int | str, Any]:
     """OpenAPI's `responses`: the good answer with its fields, and the errors that are possible."""
     schema: dict[str, Any] = {"type": "object", "required": list(required)} if required else {"type": "object"}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if media:
-        content |= {media: {"schema": {"type": "string"}}}
+        content |= {media: {"schema": _EVENT if media == "text/event-stream" else {"type": "string"}}}
     responses: dict[int | str, Any] = {200: {"description": text, "content": content}}
     for status in (*statuses, 408, 413, 415, 500, 503):
-        responses[status] = {"description": _TEXTS[status], "content": {"application/json": {"schema": _ERROR}}}
+        responses[status] = {"description": _TEXTS[status], "content": {"application/json": {"schema": error}}}
     return responses
 
 

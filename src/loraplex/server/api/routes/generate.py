@@ -18,7 +18,7 @@ from loraplex.errors import LoraplexError
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody, CompletionBody, Count, Grammar, Message, NullableBody, StopText
 from loraplex.server.api.engine_requests import allowed_tokens
-from loraplex.server.api.json_route import JsonRoute, documented, json_response
+from loraplex.server.api.json_route import TGI_ERROR, JsonRoute, documented, json_response
 from loraplex.server.api.refused_fields import NEUTRAL
 from loraplex.server.api.response_parts import News
 from loraplex.server.api.routes.chat import ChatCall
@@ -87,7 +87,13 @@ class GenerateBody(NullableBody):
     stream: bool | None = None
 
 
-_GENERATED = documented("The answer.", 400, 401, 404, 422, 429, required=("generated_text",), media="text/event-stream")
+_GENERATED = documented(
+    "The answer.",
+    *(401, 404, 422, 429),
+    required=("generated_text",),
+    media="text/event-stream",
+    error=TGI_ERROR,
+)
 
 
 @router.post("/", responses=_GENERATED, include_in_schema=False)  # where TGI's clients send to
@@ -146,7 +152,7 @@ def model_of(parameters: Any, base_name: str = "") -> str:
 
 async def _answer(body: GenerateBody, http: HttpRequest, *, stream: bool) -> Response:
     state, context = state_of(http), context_of(http)
-    parameters = body.parameters or GenerateParameters()
+    parameters = body.parameters or GenerateParameters.model_validate({})
     _check(parameters, stream=stream)
     choice = state.catalog.choice(model_of(parameters, state.catalog.base_name), context.principal)
     try:
@@ -206,7 +212,10 @@ class GenerateCall:
         num_top = max(parameters.return_k_alternatives or 0, parameters.top_n_tokens or 0)
         self.call: ChatCall | CompletionCall
         if parameters.apply_chat_template:
-            options |= {"messages": [Message(role="user", content=body.inputs)], "top_logprobs": num_top}
+            options |= {
+                "messages": [Message.model_validate({"role": "user", "content": body.inputs})],
+                "top_logprobs": num_top,
+            }
             self.call = ChatCall(ChatBody.model_construct(logprobs=True, **options), state, context, choice)
         else:
             options |= {"prompt": body.inputs, "logprobs": num_top, "best_of": parameters.best_of}
