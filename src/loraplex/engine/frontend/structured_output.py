@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.params import STRUCTURES, SamplingParams
 from loraplex.engine.sampling.sampler import Constraint
 from loraplex.errors import RequestError
 from loraplex.extras import require_extra
@@ -41,8 +41,9 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
 
 def constraint_of(sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
     """What sampling parameters ask for, of which `has_structure`; raises as `make_constraint`."""
+    option = next(option for option in STRUCTURES if getattr(sampling, option) is not None)
+    require_extra("json", option)
     structure = _structure(sampling)
-    require_extra("json", structure.option)
     with _lock:
         grammars = _grammars.get(tokenizer)
         if grammars is None:

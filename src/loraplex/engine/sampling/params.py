@@ -9,7 +9,7 @@ from loraplex.errors import RequestError
 
 _LARGEST = 3.4028234663852886e38  # that float32 can hold
 MAX_ANSWERS = 4096  # each holds memory before its first token
-_STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
 _LISTS = {
     "stop": "a text or several",
     "stop_token_ids": "a tuple of token ids",
@@ -92,7 +92,7 @@ class SamplingParams:
     @property
     def has_structure(self) -> bool:
         """Whether the answer follows a schema, an expression, choices or a grammar."""
-        return any(getattr(self, option) is not None for option in _STRUCTURES)
+        return any(getattr(self, option) is not None for option in STRUCTURES)
 
     def _check_lists(self) -> None:
         kinds = {"stop": str | Sequence, "stop_token_ids": Sequence, "logit_bias": Mapping}
@@ -116,7 +116,7 @@ class SamplingParams:
         self._check_restrictions()
 
     def _check_structures(self) -> None:
-        given = [option for option in _STRUCTURES if getattr(self, option) is not None]
+        given = [option for option in STRUCTURES if getattr(self, option) is not None]
         if len(given) > 1:
             raise RequestError(f"{' and '.join(given)} can't all hold for one answer. Give one of them.")
         for option in ("regex", "grammar"):

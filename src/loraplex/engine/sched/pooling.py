@@ -6,7 +6,7 @@ from torch import Tensor
 from loraplex.engine.request import Pooling
 
 
-class HiddenStates:
+class PooledPrompt:
     """What one sequence's passes have shown of its prompt; passes that run tokens again count once."""
 
     def __init__(self, pooling: Pooling) -> None:

@@ -13,7 +13,7 @@ from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.captures import Captures, SequenceAttention
-from loraplex.engine.sched.pooling import HiddenStates
+from loraplex.engine.sched.pooling import PooledPrompt
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
@@ -71,7 +71,7 @@ class SequenceState:
         self.text = text
         self.captures = captures  # None: it is asked for tokens alone
         pooling = state.request.pooling
-        self.hidden = None if pooling is None else HiddenStates(pooling)  # None: it is asked for tokens
+        self.hidden = None if pooling is None else PooledPrompt(pooling)  # None: it is asked for tokens
         self.asked: SequenceAttention | None = None  # of its main pass, once it runs
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
