@@ -317,3 +317,9 @@ def test_sampling_defaults_are_the_models(root):
     assert dict(sampling_defaults(base, "none")) == {"temperature": 1.0}
     with pytest.raises(ConfigError, match="generation_config"):
         sampling_defaults(base, "vllm")
+
+
+def test_probabilities_of_many_prompts_have_a_bound(server):
+    answer = post(server, BODY | {"prompt": ["x" * 120] * 128, "max_tokens": 1}, prompt_logprobs=20)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt_logprobs"

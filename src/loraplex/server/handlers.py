@@ -105,7 +105,7 @@ async def _chunks(
             whole["usage"] = chunk_usage(num_prompt, told[news.place, news.index])
         if options.include_obfuscation:
             whole["obfuscation"] = obfuscation(news.text)
-        return sse_pieces(whole)
+        return [sse(whole)] if news.completion is None else sse_pieces(whole)
 
     async for events in run.batches():
         found, failure = run.gather(events, holds_end=call.extras.any)

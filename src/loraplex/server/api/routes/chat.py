@@ -24,7 +24,7 @@ from loraplex.server.api.engine_requests import (
 )
 from loraplex.server.api.json_route import JsonRoute
 from loraplex.server.api.response_parts import Extras, News, envelope, prompt_logprobs_json, usage
-from loraplex.server.api.routes.completions import check_prompt_logprobs
+from loraplex.server.api.routes.completions import check_num_prompt_logprobs, check_prompt_logprobs
 from loraplex.server.api.streaming import Choice
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
@@ -66,6 +66,7 @@ class ChatCall:
         )
         encoded = self._encode(turns, state.engine.max_length)
         self.requests = [engine_request(body, encoded, sampling, adapters=adapters, principal=principal, config=config)]
+        check_num_prompt_logprobs(body, self.requests)
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
         self._begun: set[int] = set()
         self._has_told_prompt = False

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from loraplex.engine.request import Completion, RequestResult
+from loraplex.engine.request import Completion, Request, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
@@ -31,6 +31,7 @@ from loraplex.server.state import RequestContext, ServerState, TokenTexts
 
 router = APIRouter(route_class=JsonRoute)
 _DEFAULT_TOKENS = 16  # as OpenAI's
+_MAX_PROMPT_LOGPROBS = 2**18  # entries of one answer, of some 64 bytes each
 
 
 @router.post("/v1/completions", responses=ANSWERS)
@@ -71,6 +72,7 @@ class CompletionCall:
             engine_request(body, self._encode(prompt), sampling, adapters=adapters, principal=principal, config=config)
             for prompt in self.prompts
         ]
+        check_num_prompt_logprobs(body, self.requests)
         self._prompt_text = cache(self._decoded)  # of all its answers
         self.envelope = envelope("cmpl", "text_completion", body)
         self._begun: set[tuple[int, int]] = set()
@@ -242,6 +244,16 @@ def check_prompt_logprobs(body: GenerationBody) -> None:
     """As vLLM: the probabilities of a prompt can't be streamed."""
     if body.stream and body.prompt_logprobs:
         raise ApiError(BAD_REQUEST, "prompt_logprobs can't be streamed.", param="prompt_logprobs")
+
+
+def check_num_prompt_logprobs(body: GenerationBody, requests: Sequence[Request]) -> None:
+    """Raise ApiError for more probabilities of prompts than an answer may bring."""
+    if body.prompt_logprobs is None:
+        return
+    number = sum(len(request.prompt) for request in requests) * (body.prompt_logprobs + 1)
+    if number > _MAX_PROMPT_LOGPROBS:
+        message = f"prompt_logprobs asks for {number} entries; {_MAX_PROMPT_LOGPROBS} are possible. Send fewer prompts."
+        raise ApiError(TOO_LARGE, message, param="prompt_logprobs")
 
 
 def _top_texts(logprobs: TokenLogprobs, number: int, texts: TokenTexts) -> dict[str, float]:
