@@ -66,6 +66,12 @@ def test_tgis_client_reads_answers_and_streams(server):
     assert client.text_generation(INPUTS, max_new_tokens=6) == answer.generated_text
 
 
+def test_the_root_gives_a_list_as_both_servers_do(server):
+    body = {"inputs": INPUTS, "parameters": {"max_new_tokens": 4}}
+    (told,) = server.http().post("/", json=body).json()
+    assert told == server.http().post("/generate", json=body).json()
+
+
 def test_tgis_client_reads_refusals(server):
     with pytest.raises(ValidationError, match="seed"):
         InferenceClient(server.url).text_generation(INPUTS, seed=-5)

@@ -96,7 +96,12 @@ _GENERATED = documented(
 )
 
 
-@router.post("/", responses=_GENERATED, include_in_schema=False)  # where TGI's clients send to
+@router.post("/", responses=_GENERATED, include_in_schema=False)
+async def generate_at_root(body: GenerateBody, http: HttpRequest) -> Response:
+    """Where both servers' clients send to, which get a list of one answer there."""
+    return await _answer(body, http, stream=bool(body.stream), as_list=True)
+
+
 @router.post("/generate", responses=_GENERATED)
 async def generate(body: GenerateBody, http: HttpRequest) -> Response:
     """Continue a text, as LoRAX and TGI do; with `stream` as /generate_stream."""
@@ -150,7 +155,7 @@ def model_of(parameters: Any, base_name: str = "") -> str:
     return "+".join(f"{name}:{weight!r}" for name, weight in zip(ids, weights, strict=False))
 
 
-async def _answer(body: GenerateBody, http: HttpRequest, *, stream: bool) -> Response:
+async def _answer(body: GenerateBody, http: HttpRequest, *, stream: bool, as_list: bool = False) -> Response:
     state, context = state_of(http), context_of(http)
     parameters = body.parameters or GenerateParameters.model_validate({})
     _check(parameters, stream=stream)
@@ -166,14 +171,19 @@ async def _answer(body: GenerateBody, http: HttpRequest, *, stream: bool) -> Res
         run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
         limit_s = state.config.limits.stall_timeout_s
         return EventStream(call.events(run), limit_s, stack.aclose, done=b"", path="/generate_stream")
-    pieces = await until_client_leaves(http.receive, _whole(call, state, context))
+    pieces = await until_client_leaves(http.receive, _whole(call, state, context, as_list=as_list))
     return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
 
 
-async def _whole(call: "GenerateCall", state: ServerState, context: RequestContext) -> list[bytes]:
+async def _whole(call: "GenerateCall", state: ServerState, context: RequestContext, *, as_list: bool) -> list[bytes]:
     async with running(state, context, call.requests, wants_deltas=False) as run:
         (result,) = await run.results()
-    return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(result))))
+
+    def write() -> list[bytes]:
+        answer = call.answer(result)
+        return gathered(json_pieces([answer] if as_list else answer))
+
+    return await state.workers.run(context.owner, write)
 
 
 def _check(parameters: GenerateParameters, *, stream: bool) -> None:
