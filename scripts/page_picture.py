@@ -39,6 +39,7 @@ def take(output: Path, *, colors: Literal["light", "dark"] = "light") -> None:
         page.goto(f"http://127.0.0.1:{server.port}")
         page.select_option("#link-a select", "science")
         page.fill("#max-tokens", "80")
+        page.fill("#temperature", "0")
         _ask(page, MOLECULE)
         page.fill("#link-a input[type=number]", WEAK)
         _ask(page, QUESTION)

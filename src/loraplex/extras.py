@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "quantized": ("bitsandbytes", "compressed_tensors"),
     "torchao": ("torchao",),
     "ray": ("ray",),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "vllm": ("vllm",),
     "bench": ("httpx",),
 }
@@ -25,7 +26,14 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 
 def missing_modules(extra: str) -> list[str]:
     """The modules of an extra that aren't installed; nothing is imported."""
-    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return [name for name in EXTRAS[extra] if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def install_command(extra: str) -> str:

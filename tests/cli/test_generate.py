@@ -73,7 +73,8 @@ def folder(tmp_path_factory):
 
 def invoke(folder, *arguments):
     model = ["--model", str(folder / "model"), "--load-all", str(folder / "adapters")]
-    result = runner.invoke(cli, ["generate", *model, "--raw", "--json", "--max-tokens", "8", *arguments])
+    options = ["--raw", "--json", "--max-tokens", "8", "--temperature", "0"]
+    result = runner.invoke(cli, ["generate", *model, *options, *arguments])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return json.loads(result.stdout)
 
@@ -166,7 +167,8 @@ def test_answers_follow_a_json_schema(smollm2, tmp_path):
 
 
 def test_real_model_answers_on_the_command_line(smollm2):
-    result = runner.invoke(cli, ["generate", "What is the capital of France?", "--json", "--max-tokens", "12"])
+    options = ["--json", "--max-tokens", "12", "--temperature", "0"]
+    result = runner.invoke(cli, ["generate", "What is the capital of France?", *options])
     assert result.exit_code == 0, result.output
     (answer,) = json.loads(result.stdout)
     assert "Paris" in answer["text"]

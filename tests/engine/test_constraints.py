@@ -8,7 +8,7 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.frontend.structured_output import _Grammars, _JsonSchema, make_constraint
+from loraplex.engine.frontend.structured_output import _Grammars, _Structured, make_constraint
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
@@ -113,7 +113,7 @@ class Failing:
 
 
 def test_an_error_in_the_middle_is_told_and_is_no_end():
-    constraint = _JsonSchema(Failing())
+    constraint = _Structured(Failing(), "json_schema")
     constraint.allow(torch.zeros(128))
     constraint.take(5)
     assert not constraint.is_complete

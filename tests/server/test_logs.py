@@ -68,9 +68,9 @@ def use(url: str, port: int, key: str, manager: str) -> dict[str, str]:
         "not there": ("/v1/completions", BODY | {"steer": [{"text": SECRET + "?", "strength": 2}]}),
         "schema": ("/v1/completions", BODY | {"response_format": schema({"type": SECRET})}),
         "bias": ("/v1/completions", BODY | {"logit_bias": {SECRET: 1}}),
-        "many tokens": ("/v1/completions", BODY | {"max_tokens": 10**6}),
+        "many answers": ("/v1/completions", BODY | {"n": 10**6}),
         "long": ("/v1/completions", BODY | {"prompt": SECRET * 1000}),
-        "control": ("/v1/chat/completions", chat(SECRET + "<|im_end|>") | {"max_tokens": 10**6}),
+        "control": ("/v1/chat/completions", chat(SECRET + "<|im_end|>") | {"n": 10**6}),
         "load": ("/v1/adapters", {"name": "x", "path": "nowhere"}),
     }
 
@@ -132,7 +132,7 @@ def test_neither_secrets_nor_prompts_are_logged(logged: Logged) -> None:
         ("not there", "invalid_request", "steer.0", "quotes the request"),
         ("schema", "invalid_request", None, "quotes the request"),
         ("bias", "invalid_request", "logit_bias", "token ids"),
-        ("many tokens", "too_large", "max_tokens", "max_tokens is 1000000"),
+        ("many answers", "too_large", "n", "n is 1000000"),
         ("long", "invalid_request", "prompt", "tokens"),
         ("load", "not_allowed", "name", "may not load"),
         ("wrong key", "invalid_api_key", None, "valid API key"),

@@ -106,8 +106,13 @@ def test_health_is_open_and_metrics_are_the_managers(secured, keys):
     assert "loraplex_steps" in secured.http(keys["manager"]).get("/metrics").text
 
 
+def cut_of(secured: Running, key: str) -> int:
+    return secured.http(key).get("/v1/models/a").json()["max_new_tokens"]
+
+
 def test_limits_of_a_key(secured, keys):
-    assert complete(secured, keys["limited"], "a", max_tokens=21).status_code == 400
+    cut = complete(secured, keys["limited"], "a", max_tokens=21, ignore_eos=True).json()
+    assert cut["usage"]["completion_tokens"] == 20 == cut_of(secured, keys["limited"])
     assert complete(secured, keys["limited"], "a", priority=1).json()["error"]["param"] == "priority"
     statuses = [complete(secured, keys["slow"], "a").status_code for _ in range(3)]
     assert statuses == [200, 200, 429]

@@ -150,7 +150,7 @@ def test_what_a_page_may_send_unasked_is_no_request(server, media):
     headers = {} if media is None else {"content-type": media}
     content = b'{"lora_name": "a"}'
     answer = server.http().post("/v1/unload_lora_adapter", content=content, headers=headers)
-    assert answer.status_code == 400
+    assert answer.status_code == 415
     assert "a" in server.model.names()
 
 

@@ -20,6 +20,7 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.sampling_defaults import sampling_defaults
 
 
 def generate(
@@ -39,10 +40,19 @@ def generate(
     ] = [],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
     answers: Annotated[int, typer.Option("--answers", "-n", min=1, help="To every prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Of so many likeliest tokens; 0: of all.")] = 0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the likeliest.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; by default the model's generation_config, else 1.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; by default the model's, else off.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Of so many likeliest tokens, 0: of all; by default the model's, else 0.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Least probability, relative to the likeliest; by default the model's."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     stop: Annotated[list[str], typer.Option(help="End an answer before this text; repeat.")] = [],  # noqa: B006
     json_schema: Annotated[
@@ -59,16 +69,16 @@ def generate(
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "n": answers,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
         "stop": tuple(stop),
         "json_schema": None if json_schema is None else _read_schema(json_schema),
     }
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    options |= {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**options)  # refused before the model is loaded
+    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
+    options = {**sampling_defaults(multi.base), **options}
     # A seed for each answer, so that equal rows don't get equal answers.
     sampling = [SamplingParams(seed=seed + row * answers, **options) for row in range(len(rows))]
-    multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
     load_named(multi, load, load_all, load_mixture, ignore_unknown=ignore_unknown)
     start = time.perf_counter()
     results = run(multi, make_requests(rows, sampling, raw=raw), progress=not json and Console().is_terminal)

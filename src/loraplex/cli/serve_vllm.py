@@ -35,7 +35,9 @@ _FLAGS = {
     ("engine", "max_length"): "--max-model-len",
 }
 _ALWAYS = {("model", "dtype"), ("network", "host"), ("network", "port")}  # vLLM's defaults are others
-_READ = {("model", name) for name in ("model", "adapters", "mixtures", "watch")} | {("access", "allow_anonymous")}
+_READ = {("model", name) for name in ("model", "adapters", "mixtures", "watch", "generation_config")} | {
+    ("access", "allow_anonymous")
+}
 
 
 def serve_with_vllm(settings: ServeConfig, extra: str) -> None:
@@ -63,6 +65,8 @@ def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
     arguments += ["--max-cpu-loras", "64", "--additional-config", json.dumps({"loraplex": options})]
     if model.model == ALIAS and not model.served_name:
         arguments += ["--served-model-name", ALIAS]
+    if model.generation_config == "none":
+        arguments += ["--generation-config", "vllm"]
     for section, name in _changed(settings) | _ALWAYS:
         if (section, name) in _FLAGS:
             arguments += [_FLAGS[section, name], str(getattr(getattr(settings, section), name))]

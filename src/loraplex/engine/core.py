@@ -49,6 +49,7 @@ class EngineCore:
     def join(self, tracker: RequestTracker, input_processor: InputProcessor, counts: StepCounts) -> None:
         """Let the tracker's requests run here."""
         tracker.use(self.scheduler, self.leases)
+        self.scheduler.queue_times = counts.queue_times
         self._tracker, self._counts = tracker, counts
         self._output_processor = OutputProcessor(input_processor, tracker, counts)
 

@@ -20,6 +20,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 # Pictures (Pillow's, or encoded bytes), each of which the prompt has one image token for; or by name the tensors that
 # transformers' processor made together with the prompt's token ids.
 Images = Sequence[Any] | Mapping[str, Tensor]
+Pooling = Literal["mean", "last"]
 TokenScalings = tuple[tuple[float, ...], ...]  # [mixtures][experts]  means over LoRA layers
 
 
@@ -39,6 +40,8 @@ class Request:
     return_scalings: bool = False  # of the link's mixtures, for every token that is run
     scalings_budget_bytes: int | None = None  # what an answer's scalings may take; None: no limit
     cache_salt: str = ""  # requests share keys and values only with those of the same salt
+    # The prompt's last hidden states, through the row's adapters, as one vector; no token is chosen, and n must be 1.
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class Completion:
     error: LoraplexError | None = None
     capture: AttentionCapture | None = None  # None too for an answer that ended before it ran
     scalings: tuple[RowScalings, ...] | None = None  # of each mixture of the link, for the tokens that were run
+    embedding: Tensor | None = None  # [hidden], float32, with `pooling`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class RequestResult:
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]  # n of them
     num_cached_tokens: int  # of the prompt, whose keys and values were there already
+    queue_s: float | None = None  # from the request's arrival until it ran; None: it never did
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # None for a token that has none: the first
     auto: AutoChoice | None = None  # what "auto" chose; None too where the request ended before
 
@@ -110,3 +115,7 @@ class RequestResult:
     @property
     def scalings(self) -> tuple[RowScalings, ...] | None:
         return self.completions[0].scalings
+
+    @property
+    def embedding(self) -> Tensor | None:
+        return self.completions[0].embedding

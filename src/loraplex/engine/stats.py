@@ -1,8 +1,9 @@
 """What the engine holds and has done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from loraplex.engine.durations import Durations
 from loraplex.engine.sched.chunk import ScheduledChunk
 
 
@@ -16,6 +17,8 @@ class StepCounts:
     num_scaling_tokens: int = 0  # of scaling passes
     num_drafted: int = 0
     num_accepted: int = 0  # drafts that were the token chosen
+    token_times: Durations = field(default_factory=Durations)  # between tokens of a sequence
+    queue_times: Durations = field(default_factory=Durations)  # of requests, from arrival until they ran
 
     def add(self, chunks: Sequence[ScheduledChunk]) -> None:
         self.num_steps += 1
@@ -32,7 +35,7 @@ class StepCounts:
         self.num_accepted += bool(was_right)
 
     def copy(self) -> "StepCounts":
-        return replace(self)
+        return replace(self, token_times=self.token_times.copy(), queue_times=self.queue_times.copy())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,17 @@ _LOOKS_SPECIAL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # <|im_end|>, <end_of
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
 ) -> str:
-    """The text of a chat, up to where its answer starts. Raises RequestError without a template, or if it refuses.
+    """The text of a chat, up to where its answer starts; `variables` are the template's.
 
     A message's content is a text, or a list of parts: {"type": "text", "text": ..} or {"type": "image"}.
+
+    Raises RequestError without a template, or if it refuses.
     """
     if tokenizer.chat_template is None:
         raise RequestError(
@@ -33,7 +39,10 @@ def render_chat(
     if has_parts or _needs_parts(str(tokenizer.chat_template), tokenizer):
         turns = [_in_parts(turn) for turn in turns]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return str(text)
     except Exception as error:  # a template is a program, which may fail in any way
         raise RequestError(f"the chat template refuses these messages: {error}.") from error
 

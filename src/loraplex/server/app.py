@@ -22,7 +22,20 @@ from loraplex.server.api.api_errors import (
     Status,
 )
 from loraplex.server.api.json_route import json_response
-from loraplex.server.api.routes import adapters, chat, completions, health, models, page, tokens, vllm
+from loraplex.server.api.refused_fields import refusal_of
+from loraplex.server.api.routes import (
+    adapters,
+    chat,
+    completions,
+    docs_page,
+    embeddings,
+    generate,
+    health,
+    models,
+    page,
+    tokens,
+    vllm,
+)
 from loraplex.server.middleware import Gate
 from loraplex.server.state import ClientLeft, ServerState, context_of
 
@@ -35,8 +48,12 @@ _ROUTERS = (
     tokens.router,
     health.router,
     page.router,
+    embeddings.router,
+    generate.router,
+    docs_page.router,
 )
 _MAX_FAULTS = 5
+_FASTAPIS = "Validation Error"  # what it describes the 422 with that it would send
 
 
 def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
@@ -73,7 +90,8 @@ async def _on_error(http: Request, error: Exception) -> Response:
         headers = dict(error.headers or {})
     told = _as_api_error(http, error)
     context.note(told)
-    response = json_response(told.body(), told.status.number)
+    number, body = told.told(http.url.path)
+    response = json_response(body, number)
     response.headers.update(told.headers() | headers)
     return response
 
@@ -103,7 +121,7 @@ def _invalid(faults: Sequence[Any]) -> ApiError:
         params.append(param)
         if fault["type"] == "extra_forbidden":
             unsupported = True
-            told.append(f"{param!r} is not supported here")
+            told.append(f"{param!r} {refusal_of(place[-1])}")
         elif fault["type"] == "json_invalid":
             params[-1] = ""
             told.append("the body is no valid JSON")
@@ -119,7 +137,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         for path in schema["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)
+                if operation["responses"].get("422", {}).get("description") == _FASTAPIS:
+                    del operation["responses"]["422"]
         if app.state.server.keys is not None:
             schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}]

@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,9 +18,9 @@ from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueF
 from loraplex.models.auto_choice import AutoChoice
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import GenerationBody
+from loraplex.server.api.bodies import GenerationBody, StreamOptions
 from loraplex.server.api.json_route import documented
-from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, usage
+from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, chunk_usage, obfuscation, usage
 from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
 from loraplex.server.auth.access import adapter_names
 from loraplex.server.state import (
@@ -51,6 +51,10 @@ class ApiCall(Protocol):
 
     def chunk_choice(self, news: News) -> dict[str, Any]: ...
 
+    def chunk_fields(self, news: News) -> dict[str, Any]:
+        """Fields beside the choices."""
+        ...
+
 
 async def respond(
     body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall]
@@ -62,6 +66,7 @@ async def respond(
         call = await in_thread(http, partial(_made, make, state, context, choice))
     except LoraplexError as error:
         raise context.refusal(error) from error
+    context.response = {"id": call.envelope["id"]}
     if state.config.logs.log_prompts:
         context.log["prompts"] = call.prompts
     if body.stream:
@@ -93,17 +98,17 @@ async def _stream(call: ApiCall, body: GenerationBody, state: ServerState, conte
     """What is refused is refused here, with its status; the stream begins when the engine has the requests."""
     stack = AsyncExitStack()
     run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    chunks = _chunks(run, call, state, context, include_usage=include_usage)
+    chunks = _chunks(run, call, state, context, body.stream_options or StreamOptions())
     return EventStream(chunks, state.config.limits.stall_timeout_s, stack.aclose)
 
 
 async def _chunks(
-    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, *, include_usage: bool
+    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
     results: list[RequestResult] = []
-    nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+    told: Counter[tuple[int, int]] = Counter()  # tokens of each answer
+    common: dict[str, Any] = {"usage": None} if options.include_usage else {}
 
     def chunk(news: News) -> list[bytes]:
         base_name = state.catalog.base_name
@@ -111,7 +116,15 @@ async def _chunks(
         choice |= call.extras.live(news, call.row_tokenizer.texts)
         if news.completion is not None:
             choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
-        return sse_pieces(call.envelope | chosen_model([news.auto], base_name) | {"choices": [choice]} | nothing)
+        whole = call.envelope | chosen_model([news.auto], base_name) | call.chunk_fields(news)
+        whole |= {"choices": [choice]} | common
+        if options.include_usage and options.continuous_usage_stats:
+            told[news.place, news.index] += len(news.token_ids)
+            num_prompt = len(call.requests[news.place].prompt)
+            whole["usage"] = chunk_usage(num_prompt, told[news.place, news.index])
+        if options.include_obfuscation:
+            whole["obfuscation"] = obfuscation(news.text)
+        return [sse(whole)] if news.completion is None else sse_pieces(whole)
 
     async for events in run.batches():
         found, failure = run.gather(events, holds_end=call.extras.any)
@@ -122,7 +135,7 @@ async def _chunks(
         if failure is not None:  # what came before it has been told
             raise failure
         results += [event for event in events if isinstance(event, RequestResult)]
-    if include_usage:
+    if options.include_usage:
         model = chosen_model((result.auto for result in results), state.catalog.base_name)
         yield sse(call.envelope | model | {"choices": [], "usage": usage(results)})
 
@@ -142,7 +155,8 @@ class Run:
         self._chosen: dict[str, AutoChoice] = {}  # by request, of `auto`
         self.places: dict[str, int] = {}  # of the requests, by their ids in the engine
         self.num_requests = len(requests)
-        self._has_begun = False
+        self.first_token_s: float | None = None
+        self.finished: Sequence[RequestResult] = ()
         self._told: Counter[tuple[str, int]] = Counter()  # tokens of each answer that its deltas have brought
 
     async def results(self) -> list[RequestResult]:
@@ -163,9 +177,9 @@ class Run:
         results: list[RequestResult] = []
         while len(results) < self.num_requests:
             events = await self._take()
-            if not self._has_begun:
-                self._has_begun = True
-                self._state.metrics.first_token(self._adapters, time.perf_counter() - self._started)
+            if self.first_token_s is None:
+                self.first_token_s = time.perf_counter() - self._started
+                self._state.metrics.first_token(self._adapters, self.first_token_s)
             results += [event for event in events if isinstance(event, RequestResult)]
             if len(results) == self.num_requests:
                 self._account(results)
@@ -246,6 +260,7 @@ class Run:
         return [*found.values(), *last], None
 
     def _account(self, results: Sequence[RequestResult]) -> None:
+        self.finished = results
         num_prompt = sum(len(result.prompt_token_ids) for result in results)
         num_new = sum(len(completion.token_ids) for result in results for completion in result.completions)
         num_cached = sum(result.num_cached_tokens for result in results)
@@ -280,16 +295,44 @@ async def running(
     run = Run(state, context, requests, feed)
     asked = "+".join(adapter_names(requests[0].adapters)) or state.catalog.base_name
     context.log["model"] = AUTO if is_auto(requests[0].adapters) else asked
+    with _traced(state, context, run, requests):
+        async with _submitted(state, context, run, requests, feed):
+            yield run
+
+
+@asynccontextmanager
+async def _submitted(
+    state: ServerState, context: RequestContext, run: "Run", requests: Sequence[Request], feed: OutputCollector
+) -> AsyncIterator[None]:
     try:
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)
             run.places[request_id] = place
             context.spend_tokens(len(request.prompt))
-        yield run
+        yield
     finally:
         for request_id in run.places:
             state.engine.drop(request_id)
         run.charge(feed.untaken())
+
+
+@contextmanager
+def _traced(state: ServerState, context: RequestContext, run: "Run", requests: Sequence[Request]) -> Iterator[None]:
+    """The span of what the block does, where traces are wanted."""
+    tracing = state.tracing
+    if tracing is None:
+        yield
+        return
+    span = tracing.begin_generation(context.span, context.path, context.log["model"], requests)
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        told = context.response | ({"model": context.log["model"]} if context.response else {})
+        tracing.end_generation(span, results=run.finished, response=told, first_token_s=run.first_token_s, error=error)
 
 
 async def _submit(state: ServerState, context: RequestContext, request: Request, feed: OutputCollector) -> str:

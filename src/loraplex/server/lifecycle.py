@@ -16,10 +16,13 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
+from loraplex.server.auth.path_sandbox import found_path
 from loraplex.server.connections import protocol_with
+from loraplex.server.listening import check_address, url_of
 from loraplex.server.logs import set_up_logs
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
+from loraplex.server.tracing import tracing_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,14 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if self.started:
             self.port = self.servers[0].sockets[0].getsockname()[1]
-            logger.info("ready", extra={"host": self.config.host, "port": self.port})
+            told = {
+                "host": self.config.host,
+                "port": self.port,
+                "url": url_of(self.state.config.network, self.port),
+                "model": self.state.config.model.base_name,
+                "adapters": self.state.loaded_names(),
+            }
+            logger.info("ready", extra=told)
             if self._on_ready is not None:
                 self._on_ready(self)
 
@@ -87,10 +97,12 @@ def load_model(config: ServeConfig) -> MultiLoraModel:
     model = MultiLoraModel.from_pretrained(
         wanted.model, dtype=wanted.dtype, device=wanted.device, store=config.store, weights=wanted.weights
     )
-    for name, folder in wanted.adapters.items():
+    for name, path in wanted.adapters.items():
+        folder = found_path(path, config.access.adapter_roots)
         model.load_adapter(name, folder)
         logger.info("loaded", extra={"adapter": name, "folder": str(folder)})
-    for name, folder in wanted.mixtures.items():
+    for name, path in wanted.mixtures.items():
+        folder = found_path(path, config.access.adapter_roots)
         model.load_mixture(name, folder)
         logger.info("loaded", extra={"adapter": name, "folder": str(folder)})
     return model
@@ -105,6 +117,7 @@ async def serve(
         await asyncio.to_thread(watched.start)
     async with AsyncEngine(model, config.engine) as engine:
         state = ServerState(engine, config, watched)
+        state.tracing = tracing_from_environment()
         if state.keys is not None:
             state.keys.records()  # a file that can't be read is an error now, not at the first request
         await asyncio.to_thread(state.prepare)
@@ -113,11 +126,14 @@ async def serve(
         finally:
             if watched is not None:
                 await asyncio.to_thread(watched.stop)
+            if state.tracing is not None:
+                await asyncio.to_thread(state.tracing.close)
 
 
 def run(config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
     """`loraplex serve`."""
     set_up_logs(config.logs.log_level)
+    check_address(config.network)
     with ThreadPoolExecutor(1) as loader:  # its compute threads end with it; the engine's are then as many as cores
         model = loader.submit(load_model, config).result()
     run_server(model, config, on_ready=on_ready)

@@ -1,13 +1,24 @@
 """Prometheus metrics: the engine's state when it is asked, and what requests added."""
 
+import platform
 from collections import Counter as Counts
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+import loraplex
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.durations import BOUNDS_S, Durations
 from loraplex.models.adapter_watcher import AdapterWatcher
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -36,8 +47,9 @@ class Metrics:
         self._cached = Counter("loraplex_cached_prompt_tokens", "Found in the prefix cache", registry=registry)
         self._cancelled = Counter("loraplex_disconnects", "Requests whose client left", registry=registry)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def text(self, encode: Callable[[CollectorRegistry], bytes] = generate_latest) -> bytes:
+        """In Prometheus' form, or what `encode` writes."""
+        return encode(self._registry)
 
     def count_request(self, route: str, status: int) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -85,11 +97,11 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         counts = stats.counts
-        yield _gauge("requests_running", "OutputProcessor that share steps", stats.num_running)
-        yield _gauge("requests_waiting", "OutputProcessor in the queue", stats.num_waiting)
+        yield _gauge("requests_running", "Sequences that share steps", stats.num_running)
+        yield _gauge("requests_waiting", "Sequences in the queue", stats.num_waiting)
         yield _gauge("cache_blocks", "Blocks of keys and values", stats.num_blocks)
         yield _gauge("cache_blocks_held", "Blocks that requests hold", stats.num_blocks_held)
-        yield _counter("preemptions", "OutputProcessor that gave way", stats.num_preempted)
+        yield _counter("preemptions", "Sequences that gave way", stats.num_preempted)
         yield _counter("engine_faults", "Errors that ended all requests", self._engine.faults.count)
         yield _counter("steps", "Forward passes", counts.num_steps)
         yield _counter("prompt_tokens", "Tokens of prompts that were computed", counts.num_prompt_tokens)
@@ -97,7 +109,15 @@ class EngineCollector(Collector):
         yield _counter("scaling_tokens", "Tokens of scaling passes", counts.num_scaling_tokens)
         yield _counter("drafts", "Drafts of mixtures that a token was compared with", counts.num_drafted)
         yield _counter("drafts_accepted", "Drafts that were the token chosen", counts.num_accepted)
+        yield _histogram("inter_token_seconds", "Time between tokens of an answer", counts.token_times)
+        yield _histogram("queue_seconds", "From a request's arrival until it ran", counts.queue_times)
         yield from self._tiers()
+        moved = self._engine.model.store.counts()
+        yield _counter("adapter_disk_reads", "Adapters that were read again after an eviction", moved.num_disk_reads)
+        yield _counter("adapter_host_evictions", "Adapters that left host memory", moved.num_host_evictions)
+        yield _counter("adapter_slot_loads", "Adapters that were put into a slot", moved.num_slot_loads)
+        yield _counter("adapter_slot_evictions", "Adapters that gave their slot to another", moved.num_slot_evictions)
+        yield _build()
 
     def _tiers(self) -> Iterator[Metric]:
         states = self._engine.model.adapters()
@@ -124,6 +144,20 @@ class WatchCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _gauge("watched_not_loaded", "Watched folders that can't be loaded", len(self._watched.errors))
         yield _gauge("watch_failing", "1 where the last look at the watched folder failed", bool(self._watched.fault))
+
+
+def _histogram(name: str, text: str, durations: Durations) -> Metric:
+    counted, buckets = 0, []
+    for bound, count in zip((*BOUNDS_S, float("inf")), durations.counts, strict=True):
+        counted += count
+        buckets.append((floatToGoString(bound), counted))
+    return HistogramMetricFamily(f"loraplex_{name}", text, buckets=buckets, sum_value=durations.total_s)
+
+
+def _build() -> Metric:
+    """Versions, as labels of a constant."""
+    versions = {"version": loraplex.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return InfoMetricFamily("loraplex_build", "What the server is made of", value=versions)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -30,10 +30,13 @@ from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
+_OPEN_PATHS = ("/", "/health", "/ping", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_FOLDER = "/page/"  # the page's own files
-_GENERATING = ("/v1/completions", "/v1/chat/completions")
-_WHILE_DRAINING = ("/health", "/metrics")
+_GENERATING = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score"),
+    *("/generate", "/generate_stream", "/"),
+)
+_WHILE_DRAINING = ("/health", "/ping", "/metrics")
 
 
 class Gate:
@@ -50,7 +53,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        context = scope[SCOPE_KEY] = RequestContext(id=_request_id(headers), address=_address(scope))
+        context = RequestContext(id=_request_id(headers), address=_address(scope), path=scope["path"])
+        scope[SCOPE_KEY] = context
+        if self._state.tracing is not None:
+            context.span = self._state.tracing.begin(scope["method"], scope["path"], headers)
         answer = _Answer(send, context.id)
         started = time.perf_counter()
         self._state.num_active += 1
@@ -58,7 +64,7 @@ class Gate:
             await self._serve(scope, headers, receive, answer, context)
         except ApiError as error:
             context.note(error)
-            await answer.refuse(error)
+            await answer.refuse(error, scope["path"])
         except Exception:
             logger.exception("request failed", extra={"request_id": context.id, "path": scope["path"]})
             await answer.refuse(ApiError(INTERNAL, f"internal error; the log has it under {context.id}."))
@@ -84,7 +90,7 @@ class Gate:
             raise ApiError(SHUTTING_DOWN, "the server is shutting down. Try another one, or try again.")
         if state.num_active > state.config.network.max_connections:
             raise ApiError(OVERLOADED, "too many requests are running (max_connections). Try again.")
-        if not (path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)) and path != "/metrics":
+        if not _is_open(scope["method"], path) and path != "/metrics":
             await self._authenticate(headers, context)
         elif path == "/metrics" and not state.config.access.open_metrics:
             await self._authenticate(headers, context)
@@ -151,6 +157,8 @@ class Gate:
     def _tell(self, scope: Scope, context: RequestContext, answer: "_Answer", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._state.metrics.count_request(route, answer.status)
+        if self._state.tracing is not None:
+            self._state.tracing.end(context.span, scope["method"], route, answer.status, context.log)
         if self._state.config.logs.log_requests:
             fields = {
                 "request_id": context.id,
@@ -192,16 +200,17 @@ class _Answer:
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id)]
         await self._send(message)
 
-    async def refuse(self, error: ApiError) -> None:
+    async def refuse(self, error: ApiError, path: str = "") -> None:
         """Send an error, unless an answer has begun."""
         if self.status:
             return
-        body = orjson.dumps(error.body())
+        number, told = error.told(path)
+        body = orjson.dumps(told)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
         if not self.body_is_read:
             headers["connection"] = "close"  # what is left of the body is not read
         raw: list[tuple[bytes, bytes]] = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self({"type": "http.response.start", "status": error.status.number, "headers": raw})
+        await self({"type": "http.response.start", "status": number, "headers": raw})
         await self({"type": "http.response.body", "body": body})
 
 
@@ -215,6 +224,12 @@ def _cost(method: str, path: str) -> Cost:
     if method in ("GET", "HEAD", "OPTIONS"):
         return Cost.READING
     return Cost.GENERATING if path in _GENERATING else Cost.CHANGING
+
+
+def _is_open(method: str, path: str) -> bool:
+    """Whether it needs no key: what shows nothing that is behind one, and only to be read."""
+    is_known = path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+    return is_known and method in ("GET", "HEAD", "OPTIONS")
 
 
 def _address(scope: Scope) -> str:

@@ -10,6 +10,7 @@ from loraplex.adapters.names import AUTO
 from loraplex.adapters.store.store import StoreConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
+from loraplex.models.sampling_defaults import SOURCES
 from loraplex.models.smollm2 import ALIAS
 from loraplex.validation import check_least
 
@@ -35,6 +36,13 @@ class ModelSettings:
         default_factory=dict, metadata={"help": "NAME=FOLDER of a mixture to load; repeat."}
     )
     watch: str = option("", "A folder whose subfolders are loaded, replaced and unloaded as they change.")
+    generation_config: str = option(
+        "auto", "Sampling of requests that don't say: auto: the model's generation_config; none: temperature 1."
+    )
+
+    def __post_init__(self) -> None:
+        if self.generation_config not in SOURCES:
+            raise ConfigError(f"generation_config is {self.generation_config!r}; it must be one of {list(SOURCES)}.")
 
     @property
     def base_name(self) -> str:
@@ -112,6 +120,7 @@ class RequestLimits:
     max_new_tokens: int = option(4096, "Of an answer.")
     max_choices: int = option(16, "n.")
     max_prompts: int = option(128, "Prompts of one completion request.")
+    max_inputs: int = option(2048, "Texts of one embeddings or score request.")
     max_answers: int = option(256, "Answers of one request: its prompts times n.")
     max_steered_spans: int = option(256, "Spans of all steerings of a request.")
     max_link_length: int = option(8, "Adapters of one link.")

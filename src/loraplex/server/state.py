@@ -23,6 +23,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
+from loraplex.models.sampling_defaults import sampling_defaults
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
@@ -32,6 +33,7 @@ from loraplex.server.auth.path_sandbox import AdapterRoots
 from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
 from loraplex.server.settings import ServeConfig
+from loraplex.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ SCOPE_KEY = "loraplex"
 NUM_CHECKERS = 2  # threads that check keys
 _NUM_WORKERS = 4  # threads that read requests and write answers
 _NUM_LOADERS = 4  # threads that load adapters, which takes longer
+_MAX_NAMES_TOLD = 100
 _NICENESS = 10  # gets a tenth of a processor that the engine wants too
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ class ServerState:
         self.watched = watched
         self.config = config
         self.model = engine.model
+        self.sampling_defaults = sampling_defaults(engine.model.base, config.model.generation_config)
         self.catalog = VisibleModels(engine.model, config.model.base_name, config.limits.max_link_length)
         self.keys = KeyFile(config.access.keys_file) if config.access.keys_file else None
         self.roots = AdapterRoots(config.access.adapter_roots)
@@ -63,6 +67,7 @@ class ServerState:
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
+        self.tracing: Tracing | None = None
         self._row_tokenizers: WeakKeyDictionary[Vocabulary, RowTokenizer] = WeakKeyDictionary()
 
     def prepare(self) -> None:
@@ -78,6 +83,12 @@ class ServerState:
             logger.info("%s", error)
         except RequestError as error:
             logger.warning("response_format can't be used with this model: %s", error)
+
+    def loaded_names(self) -> list[str]:
+        """Of adapters, mixtures and residuals, as far as a line of the log can tell them."""
+        names = self.model.names()
+        rest = len(names) - _MAX_NAMES_TOLD
+        return names if rest <= 0 else [*names[:_MAX_NAMES_TOLD], f"and {rest} more"]
 
     @cached_property
     def base_row_tokenizer(self) -> "RowTokenizer":
@@ -131,6 +142,9 @@ class RequestContext:
     principal: Principal = field(default_factory=Principal)
     usage: KeyUsage | None = None
     cost: Cost = Cost.READING
+    path: str = ""
+    span: Any = None  # of a trace
+    response: dict[str, Any] = field(default_factory=dict)  # id and model of the answer
     log: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -30,6 +30,7 @@ def page(context: Any, server: Running) -> Iterator[Any]:
     opened.goto(server.url)
     opened.wait_for_selector("#link-a option[value=mix-ab]", state="attached")
     opened.fill("#max-tokens", str(NUM_TOKENS))
+    opened.fill("#temperature", "0")
     yield opened
     opened.close()
     assert not complaints

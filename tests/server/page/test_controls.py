@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from loraplex.server.auth.keys import KeyFile
-from tests.server.page.driver import NUM_TOKENS, QUESTION, api_answer, ask, choose, texts
+from tests.server.page.driver import NUM_TOKENS, api_answer, ask, choose, texts
 from tests.server.tiny_server import make_model, running, settings
 
 
@@ -23,12 +23,12 @@ def test_a_link_is_made_by_keyboard(page):
 
 
 def test_an_error_is_told_in_the_apis_words_and_gives_the_prompt_back(page):
-    page.fill("#max-tokens", "100000")
-    ask(page)
+    long = "x" * 400
+    ask(page, long)
     refusal = page.inner_text(".refusal")
-    assert "max_tokens is 100000; 4096 are possible here." in refusal
-    assert "field max_tokens" in refusal
-    assert page.input_value("#prompt") == QUESTION
+    assert "tokens or more, but can have 255 here." in refusal
+    assert "field messages" in refusal
+    assert page.input_value("#prompt") == long
     page.check("#capture")
     page.fill("#capture-layers", "1, x")
     page.press("#prompt", "Enter")
@@ -80,6 +80,7 @@ def test_a_key_stays_in_its_tab(context, root, tmp_path):
         assert "may not use the base model" in page.inner_text("#link-a .problem")
         choose(page, "a")
         page.fill("#max-tokens", str(NUM_TOKENS))
+        page.fill("#temperature", "0")
         ask(page)
         assert texts(page) == [api_answer(server, "a", key)["message"]["content"]]
         assert key not in page.evaluate("JSON.stringify(localStorage) + document.cookie")
@@ -144,3 +145,12 @@ def test_nothing_is_wider_than_the_screen(page, width):
         if page.is_visible(f"#{pane}"):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(f"document.getElementById('{pane}').scrollWidth <= {width}")
+
+
+def test_without_a_temperature_it_is_the_models(page, server):
+    page.fill("#temperature", "")
+    asked = []
+    page.on("request", lambda request: request.method == "POST" and asked.append(request.post_data_json))
+    ask(page)
+    assert asked[-1]["temperature"] is None
+    assert "seed" in page.inner_text(".answer")

@@ -52,6 +52,16 @@ class StoreConfig:
                 raise ConfigError(f"{option} is {value}; it must be at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoreCounts:
+    """How often weights have moved since the store began."""
+
+    num_disk_reads: int  # into host memory, after an eviction from it
+    num_host_evictions: int
+    num_slot_loads: int
+    num_slot_evictions: int
+
+
 class AdapterStore:
     """Registers adapters, moves them between tiers, and leases them to requests. Safe to use from many threads."""
 
@@ -71,6 +81,7 @@ class AdapterStore:
         self._slot_tier = SlotTier(slots, config.slot_bytes)
         self._host_tier = HostTier(config.host_bytes)
         self._loads: dict[int, Future[PreparedAdapter]] = {}
+        self._num_disk_reads = self._num_host_evictions = 0
         self._loader = ThreadPoolExecutor(config.loading_threads, thread_name_prefix="loraplex-load")
 
     # Registering
@@ -164,6 +175,16 @@ class AdapterStore:
         with self._lock:
             return [self._versions[name].state() for name in sorted(self._versions)]
 
+    def counts(self) -> StoreCounts:
+        """How often weights have moved between the tiers."""
+        with self._lock:
+            return StoreCounts(
+                num_disk_reads=self._num_disk_reads,
+                num_host_evictions=self._num_host_evictions,
+                num_slot_loads=self._slot_tier.num_loads,
+                num_slot_evictions=self._slot_tier.num_evictions,
+            )
+
     # Leasing
 
     @contextmanager
@@ -232,6 +253,7 @@ class AdapterStore:
                 self._host_tier.leaving_for(version)  # nothing is read that there is no room for
             prepared = self.slots.stage(self._read_unchanged(version))
             with self._lock:
+                self._num_disk_reads += 1
                 self._make_host_room(version)
                 if not (version.retired and version.num_leases == 0):
                     self._host_tier.keep(version, prepared)
@@ -258,6 +280,7 @@ class AdapterStore:
     def _make_host_room(self, newcomer: AdapterVersion, replaced: AdapterVersion | None = None) -> None:
         for version in self._host_tier.leaving_for(newcomer, replaced):
             self._drop(version)
+            self._num_host_evictions += 1
 
     def _retire(self, version: AdapterVersion) -> None:
         version.retired = True

@@ -101,6 +101,8 @@ class SlotTier:
         self._slots = slots
         self._budget = budget_bytes
         self._held: dict[int, AdapterVersion] = {}
+        self.num_loads = 0
+        self.num_evictions = 0
 
     def check_room(self, newcomers: Sequence[AdapterVersion]) -> None:
         """Raise CapacityError, before anything moves, unless the newcomers fit beside what is in use."""
@@ -116,10 +118,12 @@ class SlotTier:
             if idle is None:
                 raise self._no_slots_for([version])
             self.leave(idle)
+            self.num_evictions += 1
         slot = next(slot for slot in range(self._slots.num_slots) if slot not in self._held)
         self._slots.put(slot, version.prepared)
         self._held[slot] = version
         version.slot = slot
+        self.num_loads += 1
 
     def leave(self, version: AdapterVersion) -> None:
         """Free a version's slot, if it has one."""

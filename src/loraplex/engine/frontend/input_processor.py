@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.adapters.vocabulary import Vocabulary
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.frontend.image_inputs import ImageInputs
-from loraplex.engine.frontend.structured_output import make_constraint
+from loraplex.engine.frontend.structured_output import constraint_of
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.restrictions import Restrictions, bad_word_tokens
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.capacity import Capacity, check_slots
 from loraplex.engine.sched.captures import Captures
@@ -78,7 +79,10 @@ class InputProcessor:
         _, (chain,) = self._model.registry.linked.split([link])
         buffer = check_attention(state, bool(chain), self._model.registry.linked)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        state.sequences = [self._sequence(state, index, seed + index, buffer) for index in range(sampling.n)]
+        restrictions = self._restrictions(state)
+        state.sequences = [
+            self._sequence(state, index, seed + index, buffer, restrictions) for index in range(sampling.n)
+        ]
         if is_chosen:
             self._begin_choosing(state)
         return state
@@ -180,17 +184,39 @@ class InputProcessor:
     def _num_tokens(self, vocabulary: Vocabulary | None) -> int:
         return self.vocab_size if vocabulary is None else vocabulary.num_tokens
 
-    def _sequence(self, state: RequestState, index: int, seed: int, buffer: CaptureBuffer | None) -> SequenceState:
+    def _restrictions(self, state: RequestState) -> Restrictions | None:
+        """Shared by all answers of a request: its lists may be long."""
         sampling = state.request.sampling
-        schema = sampling.json_schema
+        if sampling.allowed_token_ids is None and not sampling.bad_words:
+            return None
+        words: list[list[int]] = []
+        if sampling.bad_words:
+            words = bad_word_tokens(sampling.bad_words, self._known_tokenizer(state.vocabulary))
+        return Restrictions(sampling.allowed_token_ids, words)
+
+    def _sequence(
+        self,
+        state: RequestState,
+        index: int,
+        seed: int,
+        buffer: CaptureBuffer | None,
+        restrictions: Restrictions | None,
+    ) -> SequenceState:
+        sampling = state.request.sampling
         vocabulary = state.vocabulary
         constraint = None
-        if schema is not None:
-            constraint = make_constraint(schema, self._known_tokenizer(vocabulary), self._num_tokens(vocabulary))
+        if sampling.has_structure:
+            constraint = constraint_of(sampling, self._known_tokenizer(vocabulary), self._num_tokens(vocabulary))
         ends = self.end_tokens(state)
-        sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
+        sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint, restrictions)
         tokenizer = self._tokenizer(vocabulary, needed=bool(sampling.stop_strings))
-        text = Detokenizer(tokenizer, state.prompt, sampling.stop_strings)
+        text = Detokenizer(
+            tokenizer,
+            state.prompt,
+            sampling.stop_strings,
+            include_stop=sampling.include_stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
         wants_scalings = state.request.return_scalings
         captures = None
         if buffer is not None or wants_scalings:
@@ -232,10 +258,11 @@ class InputProcessor:
         return ids
 
     def _check_tokens(self, sampling: SamplingParams, most: int) -> None:
-        for token in (*sampling.stop_token_ids, *sampling.logit_bias):
+        for token in (*sampling.stop_token_ids, *sampling.logit_bias, max(sampling.allowed_token_ids or (0,))):
             if token >= most:
                 raise RequestError(
-                    f"the token id {token} in stop_token_ids or logit_bias is none of this model's 0 to {most - 1}."
+                    f"the token id {token} in stop_token_ids, logit_bias or allowed_token_ids is none of this model's "
+                    f"0 to {most - 1}."
                 )
         for option in ("logprobs", "prompt_logprobs"):
             if (getattr(sampling, option) or 0) > most:
@@ -319,5 +346,12 @@ def check_kinds(request: Request) -> None:
     budget = request.scalings_budget_bytes
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise RequestError(f"scalings_budget_bytes is {budget!r}; give a whole number of at least 1, or None.")
+    if request.pooling not in (None, "mean", "last"):
+        raise RequestError(f'pooling is {request.pooling!r}; give "mean", "last", or None for an answer.')
+    others = request.capture or request.return_scalings or request.sampling.prompt_logprobs is not None
+    if request.pooling is not None and (request.sampling.n > 1 or others):
+        raise RequestError(
+            "pooling gives one vector: n must be 1, without capture, return_scalings and prompt_logprobs."
+        )
     if not isinstance(request.cache_salt, str):
         raise RequestError(f'cache_salt is {request.cache_salt!r}; give a string, or "" for none.')

@@ -1,6 +1,7 @@
 """From the results of a pass to the sequences' next tokens, and to the readers that wait for them."""
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,6 +64,8 @@ class OutputProcessor:
             sequence.captures.saw(chunk.start, chunk.stop, result.scalings)
         if result.all_logits is not None:
             _keep_prompt_logprobs(result)
+        if sequence.hidden is not None:
+            return self._pooled(sequence, result)
         return self._next_token(sequence, result) if chunk.wants_logits else None
 
     def _choose(self, result: ModelRunnerOutput) -> None:
@@ -74,6 +77,12 @@ class OutputProcessor:
         self._input_processor.choose(state, result.hidden[-1])
         chunk.kv.cache_full_blocks(len(chunk.kv.tokens))  # a base row's, which its blocks are given back with
         self._tracker.begin_answers(state)
+
+    def _pooled(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step | None":
+        """Keep the hidden states of a prompt, whose last chunk ends it."""
+        assert sequence.hidden is not None and result.hidden is not None, "no hidden states came"  # noqa: PT018
+        sequence.hidden.saw(result.chunk.start, result.hidden)
+        return _Step(None, "", (), (), "stop") if result.chunk.stop == len(sequence.tokens) else None
 
     def _next_token(self, sequence: SequenceState, result: ModelRunnerOutput) -> "_Step":
         logits, sampler = result.logits, sequence.sampler
@@ -89,7 +98,7 @@ class OutputProcessor:
         if num_top is not None:
             logprobs = (token_logprobs(logits, token, num_top),)
             sequence.logprobs += logprobs
-        text = sequence.text.add(token)
+        text = self._text_of(sequence, token)
         scalings = () if sequence.captures is None else sequence.captures.step_scalings()
         reason = self._finish_reason(sequence, token)
         if reason is not None:
@@ -99,12 +108,14 @@ class OutputProcessor:
     def _told(self, sequence: SequenceState, step: "_Step") -> Delta:
         """Tell what a token added; end the sequence if it was its last."""
         reason, error = step.reason, None
+        if step.token is not None:
+            self._note_time(sequence)
         if reason is not None:
             reason, error = self._tracker.finish(sequence, reason)
         return Delta(
             request_id=sequence.state.request_id,
             index=sequence.index,
-            token_ids=(step.token,),
+            token_ids=() if step.token is None else (step.token,),
             text=step.text,
             logprobs=step.logprobs,
             finish_reason=reason,
@@ -113,21 +124,37 @@ class OutputProcessor:
             auto=sequence.state.auto,
         )
 
+    def _text_of(self, sequence: SequenceState, token: int) -> str:
+        """The certain text that a new token adds; of one that ends the answer none, unless that is wanted."""
+        if self._ends(sequence, token) and not sequence.sampler.sampling.include_stop:
+            return ""
+        may_stop = sequence.num_new >= sequence.sampler.sampling.min_tokens
+        return sequence.text.add(token, may_stop=may_stop)
+
+    def _ends(self, sequence: SequenceState, token: int) -> bool:
+        sampler = sequence.sampler
+        return token in sampler.end_tokens and sequence.num_new >= sampler.sampling.min_tokens
+
+    def _note_time(self, sequence: SequenceState) -> None:
+        """Count the time since the sequence's token before."""
+        now = time.perf_counter()
+        if sequence.last_token_s is not None:
+            self._counts.token_times.add(now - sequence.last_token_s)
+        sequence.last_token_s = now
+
     def _finish_reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
         sampler = sequence.sampler
         if sampler.constraint is not None and sampler.constraint.is_complete:
             return "stop"  # whatever min_tokens is: nothing can follow
-        if sequence.num_new >= sampler.sampling.min_tokens:
-            is_end = token in sampler.end_tokens
-            if is_end or sequence.text.is_stopped:
-                return "stop"
+        if self._ends(sequence, token) or sequence.text.is_stopped:
+            return "stop"
         return "length" if sequence.num_new >= sequence.state.max_new_tokens else None
 
 
 class _Step(NamedTuple):
     """A token that was chosen, and what came with it."""
 
-    token: int
+    token: int | None  # None: the prompt's hidden states are known
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     scalings: tuple[TokenScalings, ...]

@@ -1,25 +1,34 @@
-"""Answers that follow a JSON schema, through llguidance."""
+"""Answers that follow a JSON schema, an expression, choices or a grammar, through llguidance."""
 
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.engine.sampling.params import STRUCTURES, SamplingParams
 from loraplex.engine.sampling.sampler import Constraint
 from loraplex.errors import RequestError
 from loraplex.extras import require_extra
 
 MAX_SCHEMA_BYTES = 2**16
 MAX_SCHEMA_DEPTH = 32  # objects and lists in one another
+MAX_GRAMMAR_BYTES = 2**14  # of a grammar, whose reading in GBNF's form takes a second for each 2**15
+_EXPRESSION_FUEL = 100_000  # for the first look at expressions, of which 500,000 take a second
 _MAX_LEXER_STATES = 50_000  # of some 2 kB each
 _MAX_COMPILED = 32  # grammars that are kept
 _LONGEST_ERROR = 300  # characters of llguidance's own words
+_FIXES = {
+    "json_schema": "Give a valid, simpler JSON schema.",
+    "regex": "Give a valid, simpler regular expression (Rust's syntax, without look-around).",
+    "choice": "Give fewer or shorter choices.",
+    "grammar": "Give a valid, simpler grammar in Lark's or GBNF's form.",
+}
 # Between JSON's parts: nothing, a space, or a new line with its indentation. The format allows whitespace without an
 # end, and small models write it until they run out of tokens.
 _WHITESPACE = r"( |\n[ \t]{0,32})"
@@ -27,13 +36,43 @@ _WHITESPACE = r"( |\n[ \t]{0,32})"
 
 def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
     """Raises MissingExtraError without llguidance, and RequestError for a schema that it can't follow."""
-    require_extra("json", "json_schema")
-    text = _checked_text(schema)
+    return constraint_of(SamplingParams(json_schema=schema), tokenizer, vocab_size)
+
+
+def constraint_of(sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
+    """What sampling parameters ask for, of which `has_structure`; raises as `make_constraint`."""
+    option = next(option for option in STRUCTURES if getattr(sampling, option) is not None)
+    require_extra("json", option)
+    structure = _structure(sampling)
     with _lock:
         grammars = _grammars.get(tokenizer)
         if grammars is None:
             grammars = _grammars[tokenizer] = _Grammars(tokenizer, vocab_size)
-    return _JsonSchema(grammars.matcher(text))
+    return _Structured(grammars.matcher(structure), structure.option)
+
+
+class _Structure(NamedTuple):
+    """What an answer follows: the option that says so, and its text."""
+
+    option: str
+    text: str
+    whitespace: bool = True  # between the parts of JSON
+
+
+def _structure(sampling: SamplingParams) -> _Structure:
+    """Checked in size. Raises RequestError."""
+    if sampling.json_schema is not None:
+        return _Structure("json_schema", _checked_text(sampling.json_schema), sampling.json_whitespace)
+    if sampling.regex is not None:
+        option, text = "regex", sampling.regex
+    elif sampling.choice is not None:
+        option, text = "choice", json.dumps(list(sampling.choice), ensure_ascii=False)
+    else:
+        option, text = "grammar", sampling.grammar or ""
+    most = MAX_GRAMMAR_BYTES if option == "grammar" else MAX_SCHEMA_BYTES
+    if len(text) > most:
+        raise RequestError(f"{option} has {len(text)} characters; {most} are possible. Give a smaller one.")
+    return _Structure(option, text)
 
 
 def _checked_text(schema: Mapping[str, Any] | str) -> str:
@@ -64,11 +103,11 @@ def _values(container: Any) -> list[Any]:
 
 
 class _Grammars:
-    """The schemas of late, compiled for one tokenizer: the answers of a request share one."""
+    """The grammars of late, compiled for one tokenizer: the answers of a request share one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[_Structure, Any] = OrderedDict()
         self._tokenizer: Any = None
         self._fault = ""
         try:
@@ -78,48 +117,61 @@ class _Grammars:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # Rust's, of many kinds; its panics are no Exceptions
-            self._fault = (
-                f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without."
-            )
+            self._fault = f"can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without."
 
-    def matcher(self, text: str) -> Any:
+    def matcher(self, structure: _Structure) -> Any:
         """Raises RequestError."""
         if self._fault:
-            raise RequestError(self._fault)
+            raise RequestError(f"{structure.option} {self._fault}")
         with self._lock:
-            known = self._compiled.get(text)
+            known = self._compiled.get(structure)
             if known is None:
-                known = self._compiled[text] = self._compile(text)
-            self._compiled.move_to_end(text)
+                known = self._compiled[structure] = self._compile(structure)
+            self._compiled.move_to_end(structure)
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return known.deep_copy()
 
-    def _compile(self, text: str) -> Any:
+    def _compile(self, structure: _Structure) -> Any:
         import llguidance
 
-        limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        fuel = None if structure.option == "json_schema" else _EXPRESSION_FUEL
+        limits = llguidance.LLParserLimits(
+            max_lexer_states=_MAX_LEXER_STATES, initial_lexer_fuel=fuel, verbose_errors=False
+        )
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
-            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
-        except ValueError as error:
-            raise RequestError(f"json_schema can't be followed: {error}. Give a valid JSON schema.") from error
-        _check(matcher)
+            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(structure), log_level=0, limits=limits)
+        except (ValueError, RecursionError) as error:
+            told = str(error).partition("<state>")[0].strip()[:_LONGEST_ERROR]
+            raise RequestError(f"{structure.option} can't be followed: {told}. {_FIXES[structure.option]}") from error
+        _check(matcher, structure.option)
         first = matcher.deep_copy()
         first.compute_bitmask()  # a $ref that leads to itself is found here: no token begins it
-        _check(first)
+        _check(first, structure.option)
         return matcher
 
 
-class _JsonSchema:
-    """What one answer's schema allows next. An answer that can't go on as the schema wants fails with RequestError."""
+def _grammar(structure: _Structure) -> str:
+    """In llguidance's own form. Raises ValueError."""
+    import llguidance
 
-    def __init__(self, matcher: Any) -> None:
+    if structure.option != "json_schema":
+        form: Any = structure.option  # its names are llguidance's
+        return str(llguidance.grammar_from(form, structure.text))
+    spaces: Any = {"whitespace_pattern": _WHITESPACE} if structure.whitespace else {"whitespace_flexible": False}
+    return str(llguidance.LLMatcher.grammar_from_json_schema(structure.text, overrides=spaces))
+
+
+class _Structured:
+    """What one answer's grammar allows next. An answer that can't go on as it wants fails with RequestError."""
+
+    def __init__(self, matcher: Any, option: str) -> None:
         self._matcher = matcher
+        self._option = option
 
     def allow(self, logits: Tensor) -> None:
         mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        _check(self._matcher)
+        _check(self._matcher, self._option)
         allowed = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1  # [bytes, 8]
         logits[allowed.flatten()[: len(logits)].to(logits.device) == 0] = float("-inf")
         logits[mask.numel() * 8 :] = float("-inf")
@@ -127,8 +179,8 @@ class _JsonSchema:
     def take(self, token: int) -> None:
         if not self._matcher.consume_token(token):
             raise RequestError(
-                f"the answer can't go on as json_schema wants: its token {token} is not allowed here. Where logit_bias "
-                "forbids what the schema needs, leave it out."
+                f"the answer can't go on as {self._option} wants: its token {token} is not allowed here. Where "
+                "logit_bias forbids what it needs, leave that out."
             )
 
     @property
@@ -136,11 +188,11 @@ class _JsonSchema:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
 
-def _check(matcher: Any) -> None:
+def _check(matcher: Any, option: str) -> None:
     """Raise RequestError for a matcher in its error state, in which it would seem to have stopped."""
     if matcher.is_error():
         told = matcher.get_error().partition("<state>")[0].strip()[:_LONGEST_ERROR]
-        raise RequestError(f"json_schema can't be followed: {told}. Give a valid, simpler JSON schema.")
+        raise RequestError(f"{option} can't be followed: {told}. {_FIXES[option]}")
 
 
 # Reading a tokenizer takes a second.

@@ -12,9 +12,17 @@ class Detokenizer:
     """The text of one answer. A part that may belong to a stop string or to half a character is held back."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[int], stop_strings: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
+        *,
+        include_stop: bool = False,  # the stop string is the text's end
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._include_stop = include_stop
+        self._skip_special_tokens = skip_special_tokens
         self._ids = list(prompt[-_CONTEXT:])
         self._first, self._read = 0, len(self._ids)  # decoded together; told already
         self._stops = tuple(stop_strings)
@@ -22,8 +30,8 @@ class Detokenizer:
         self.total = ""
         self.is_stopped = False  # a stop string was found
 
-    def add(self, token: int) -> str:
-        """Take a token; returns the text that is certain now."""
+    def add(self, token: int, *, may_stop: bool = True) -> str:
+        """Take a token; returns the text that is certain now. Without `may_stop` it completes no stop string."""
         if self._tokenizer is None:
             return ""
         self._ids.append(token)
@@ -32,7 +40,7 @@ class Detokenizer:
         if len(text) <= len(known) or text.endswith(_UNFINISHED):
             return ""
         self._first, self._read = self._read, len(self._ids)
-        return self._release(text[len(known) :])
+        return self._release(text[len(known) :], may_stop)
 
     def end(self) -> str:
         """The rest of the text, which was held back."""
@@ -46,14 +54,15 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         assert self._tokenizer is not None, "there is no tokenizer"
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, may_stop: bool) -> str:
         text = self._held + text
         self._held = ""
-        places = [text.find(stop) for stop in self._stops if stop in text]
-        if places:
-            text, self.is_stopped = text[: min(places)], True
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text] if may_stop else []
+        if found:
+            start, stop = min(found, key=lambda place: place[0] + len(place[1]))  # the first that is complete
+            text, self.is_stopped = text[: start + len(stop) if self._include_stop else start], True
         else:
             held = max((_overlap(text, stop) for stop in self._stops), default=0)
             text, self._held = text[: len(text) - held], text[len(text) - held :]

@@ -9,6 +9,7 @@ from loraplex.errors import RequestError
 
 _LARGEST = 3.4028234663852886e38  # that float32 can hold
 MAX_ANSWERS = 4096  # each holds memory before its first token
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
 _LISTS = {
     "stop": "a text or several",
     "stop_token_ids": "a tuple of token ids",
@@ -39,6 +40,14 @@ class SamplingParams:
     # the same of each token of the prompt but the first; its keys and values are then computed, not reused
     prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
+    json_whitespace: bool = True  # between its parts; False: none at all
+    regex: str | None = None  # the whole answer matches it
+    choice: tuple[str, ...] | None = None  # the answer is one of these
+    grammar: str | None = None  # the answer follows it: Lark's or GBNF's form
+    allowed_token_ids: tuple[int, ...] | None = None  # no others
+    bad_words: tuple[str, ...] = ()  # a word's last token never follows its others
+    include_stop: bool = False  # the text ends with the stop string or stop token that ended it
+    skip_special_tokens: bool = True  # in the text
 
     def __post_init__(self) -> None:
         _check_count("max_tokens", self.max_tokens, 1)
@@ -75,8 +84,15 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
-            or self.json_schema is not None
+            or self.has_structure
+            or self.allowed_token_ids is not None
+            or self.bad_words
         )
+
+    @property
+    def has_structure(self) -> bool:
+        """Whether the answer follows a schema, an expression, choices or a grammar."""
+        return any(getattr(self, option) is not None for option in STRUCTURES)
 
     def _check_lists(self) -> None:
         kinds = {"stop": str | Sequence, "stop_token_ids": Sequence, "logit_bias": Mapping}
@@ -96,6 +112,37 @@ class SamplingParams:
                 )
         if self.json_schema is not None and not isinstance(self.json_schema, str | Mapping):
             raise RequestError(f"json_schema is {self.json_schema!r}; give a JSON schema as a mapping or a text.")
+        self._check_structures()
+        self._check_restrictions()
+
+    def _check_structures(self) -> None:
+        given = [option for option in STRUCTURES if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)} can't all hold for one answer. Give one of them.")
+        for option in ("regex", "grammar"):
+            value = getattr(self, option)
+            if value is not None and not (isinstance(value, str) and value):
+                raise RequestError(f"{option} is {value!r}; give a text of at least one character.")
+        if self.choice is not None and not _are_texts(self.choice):
+            raise RequestError(f"choice is {repr(self.choice)[:200]}; give a tuple of texts, none of them empty.")
+
+    def _check_restrictions(self) -> None:
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            if not isinstance(allowed, tuple | list) or not allowed:
+                raise RequestError(f"allowed_token_ids is {repr(allowed)[:200]}; give a tuple of token ids, or None.")
+            for token in allowed:
+                _check_count("a token id in allowed_token_ids", token, 0)
+        if self.bad_words and not _are_texts(self.bad_words):
+            raise RequestError(f"bad_words is {repr(self.bad_words)[:200]}; give a tuple of texts, none of them empty.")
+        for option in ("include_stop", "skip_special_tokens", "json_whitespace"):
+            if not isinstance(getattr(self, option), bool):
+                raise RequestError(f"{option} is {getattr(self, option)!r}; give True or False.")
+
+
+def _are_texts(values: object) -> bool:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    return is_list and all(isinstance(text, str) and text.strip() for text in values)  # type: ignore[attr-defined]
 
 
 def _check_count(option: str, value: object, least: int) -> None:

@@ -1,7 +1,7 @@
 """Choose one sequence's next token from its logits."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraplex.engine.sampling.logprobs import top_tokens
 from loraplex.engine.sampling.params import SamplingParams
+from loraplex.engine.sampling.restrictions import Restrictions
 from loraplex.errors import EngineError, RequestError
 
 _BLOCK = 256  # logits whose largest is found at once
@@ -42,9 +43,12 @@ class Sampler:
         end_tokens: Collection[int],
         seed: int,
         constraint: Constraint | None = None,
+        restrictions: Restrictions | None = None,
     ) -> None:
         self.sampling = sampling
         self.constraint = constraint
+        self._restrictions = restrictions
+        self._last: deque[int] = deque(maxlen=0 if restrictions is None else restrictions.longest)  # of the answer
         seen = sorted(set(prompt)) if sampling.repetition_penalty != 1 else []
         self._prompt_tokens = torch.tensor(seen, dtype=torch.int64)
         self.end_at(end_tokens)
@@ -74,7 +78,8 @@ class Sampler:
         most = float(logits.max())
         if most == -math.inf:
             raise RequestError(
-                "no token can follow: logit_bias, min_tokens and json_schema together exclude all of them. Allow some."
+                "no token can follow: logit_bias, allowed_token_ids, bad_words, min_tokens and the grammar together "
+                "exclude all of them. Allow some."
             )
         if math.isnan(most):
             raise EngineError("the model's logits for the next token are NaN, so none can be chosen.")
@@ -85,6 +90,7 @@ class Sampler:
     def took(self, token: int) -> None:
         """Count a token of the answer."""
         self._counts[token] += 1
+        self._last.append(token)
         if self.constraint is not None:
             self.constraint.take(token)
 
@@ -105,6 +111,8 @@ class Sampler:
         if sampling.logit_bias:
             biased = logits[self._biased] + self._biases.to(logits.device)
             logits[self._biased] = biased.clamp(max=largest_finite)
+        if self._restrictions is not None:
+            self._restrictions.apply(logits, tuple(self._last))
         if self.constraint is not None:
             self.constraint.allow(logits)
         if self._ends and self._counts.total() < sampling.min_tokens:

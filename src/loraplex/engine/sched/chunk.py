@@ -18,6 +18,7 @@ class ScheduledChunk:
     count: int
     wants_logits: bool  # of the last token
     wants_all_logits: bool = False  # of every token
+    is_pooled: bool = False  # a prompt that is wanted as a vector
     owner: SequenceState | None = None  # None: a trial
     scaling: SequenceScalingPass | None = None  # None: the main pass
     offset: int = 0  # a trial's: what the model is told that its positions are beyond their places in the sequence
@@ -35,7 +36,7 @@ class ScheduledChunk:
     @property
     def wants_hidden(self) -> bool:
         """Whether the last hidden states of its tokens are wanted."""
-        return self.scaling is not None or (self.owner is not None and self.owner.chooses)
+        return self.is_pooled or self.scaling is not None or (self.owner is not None and self.owner.chooses)
 
     @property
     def wants_scalings(self) -> bool:

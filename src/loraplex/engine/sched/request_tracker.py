@@ -190,6 +190,7 @@ class RequestTracker:
             num_cached_tokens=state.num_cached_tokens,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
             auto=state.auto,
+            queue_s=state.queue_s,
         )
         self._states.pop(state.request_id, None)
 

@@ -1,9 +1,11 @@
 """Who runs in the next forward pass, and with how many tokens."""
 
+import time
 from collections.abc import Callable
 from typing import Literal
 
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.durations import Durations
 from loraplex.engine.faults import own_fault
 from loraplex.engine.kv.block_pool import BlockPool, BlockTable
 from loraplex.engine.kv.sequence_kv import SequenceKV
@@ -93,7 +95,8 @@ def _main_chunk(sequence: SequenceState, start: int, stop: int) -> ScheduledChun
         kv=sequence.main,
         start=start,
         count=stop - start,
-        wants_logits=stop == len(sequence.tokens) and not sequence.chooses,
+        wants_logits=stop == len(sequence.tokens) and sequence.hidden is None and not sequence.chooses,
+        is_pooled=sequence.hidden is not None,
         wants_all_logits=sequence.prompt_logprobs is not None and start + 1 < sequence.num_prompt,
     )
 
@@ -132,6 +135,7 @@ class Scheduler:
         self.running: list[SequenceState] = []
         self.failures: list[tuple[SequenceState, LoraplexError]] = []  # of those that can't begin
         self.num_preempted = 0
+        self.queue_times = Durations()  # until requests ran
 
     def add(self, sequence: SequenceState) -> None:
         self.shares.enter(sequence.state.share)
@@ -265,6 +269,9 @@ class Scheduler:
                 sequence.drop_passes()
                 return "later" if has_room else "no room"
             sequence.state.note_cached(_main(sequence).num_computed)
+        if sequence.state.queue_s is None:
+            sequence.state.queue_s = time.perf_counter() - sequence.state.arrived_s
+            self.queue_times.add(sequence.state.queue_s)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return "runs"

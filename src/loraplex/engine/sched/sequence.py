@@ -1,5 +1,6 @@
 """One answer of a request while it is made."""
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.engine.sched.captures import Captures, SequenceAttention
 from loraplex.engine.sched.images import RequestImages
+from loraplex.engine.sched.pooling import PooledPrompt
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
@@ -42,6 +44,8 @@ class RequestState:
     loads: "list[Future[PreparedAdapter]] | None" = None  # futures of adapters that were asked for
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
+    arrived_s: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None  # until it ran; None: it hasn't
     vocabulary: Vocabulary | None = None  # that the prompt was read with; None: the base model's
     lengths: LengthRule = field(default_factory=LengthRule)  # what positions make of the sequence's length
     images: RequestImages | None = None
@@ -77,6 +81,8 @@ class SequenceState:
         self.sampler = sampler
         self.text = text
         self.captures = captures  # None: it is asked for tokens alone
+        pooling = state.request.pooling
+        self.hidden = None if pooling is None else PooledPrompt(pooling)  # None: it is asked for tokens
         self.asked: SequenceAttention | None = None  # of its main pass, once it runs
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
@@ -88,6 +94,7 @@ class SequenceState:
         self.scalings: list[SequenceScalingPass] = []
         self.first_length = len(state.prompt)  # of the sequence in its first pass; each further token is one more
         self.finish_reason: FinishReason | None = None
+        self.last_token_s: float | None = None  # when its last token was chosen
 
     @property
     def chooses(self) -> bool:
@@ -160,6 +167,8 @@ class SequenceState:
             return len(self.tokens) - 1
         if self.prompt_logprobs is not None:
             return 0
+        if self.hidden is not None:
+            return self.hidden.most_reused(len(self.tokens) - 1)
         if self.captures is None:
             return len(self.tokens) - 1
         mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
@@ -185,6 +194,7 @@ class SequenceState:
             error=error,
             capture=None if observed is None else observed.capture(self.tokens),
             scalings=None if observed is None else observed.scalings(self.tokens, mixtures),
+            embedding=None if self.hidden is None or reason != "stop" else self.hidden.pooled(),
         )
 
 

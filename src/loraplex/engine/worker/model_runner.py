@@ -40,7 +40,7 @@ class ModelRunnerOutput:
     logits: Tensor | None  # [vocab], of its last token
     all_logits: Tensor | None  # [count, vocab], where they are wanted
     best: int | None  # the largest of them
-    hidden: Tensor | None  # [count, hidden], where it is wanted
+    hidden: Tensor | None  # [count, hidden], of a scaling pass, and where it is wanted
     scalings: list[Tensor]  # of each mixture [count, lora_layers, experts], where they are wanted
     error: AdapterError | None  # of a function in its link; the rest is then worth nothing
 

@@ -55,6 +55,7 @@ METHOD_NOT_ALLOWED = Status(405, "invalid_request_error", "method_not_allowed")
 BAD_REQUEST = Status(400, "invalid_request_error", "invalid_request")
 UNSUPPORTED = Status(400, "invalid_request_error", "unsupported_parameter")
 TOO_LARGE = Status(400, "invalid_request_error", "too_large")
+UNSUPPORTED_MEDIA_TYPE = Status(415, "invalid_request_error", "unsupported_media_type")
 BODY_TIMEOUT = Status(408, "invalid_request_error", "body_timeout")
 HEADERS_TIMEOUT = Status(408, "invalid_request_error", "headers_timeout")
 HEADERS_TOO_LARGE = Status(431, "invalid_request_error", "headers_too_large")
@@ -66,6 +67,11 @@ RESTARTING = Status(503, "server_error", "engine_restarting")
 SHUTTING_DOWN = Status(503, "server_error", "shutting_down")
 OVERLOADED = Status(503, "server_error", "overloaded")
 _RETRY = (RATE_LIMITED, TOO_MANY_CONNECTIONS, SHUTTING_DOWN, OVERLOADED, ENGINE_STOPPED, RESTARTING)
+
+
+_TGI_PATHS = ("/generate", "/generate_stream", "/")
+_TGI_STATUSES = {400: 422, 415: 422}
+_TGI_KINDS = {429: "overloaded", 503: "overloaded", 500: "generation"}
 
 
 class ApiError(Exception):
@@ -96,6 +102,19 @@ class ApiError(Exception):
                 "param": self.param,
                 "code": self.status.code,
             }
+        }
+
+    def told(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Status and body as clients of a path expect them: OpenAI's, or TGI's and LoRAX's."""
+        number = self.status.number
+        if path not in _TGI_PATHS:
+            return number, self.body()
+        kind = _TGI_KINDS.get(number, "validation")
+        return _TGI_STATUSES.get(number, number), {
+            "error": self.message,
+            "error_type": kind,
+            "code": self.status.code,
+            "param": self.param,
         }
 
     def headers(self) -> dict[str, str]:

@@ -5,6 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator, model_validator
 
+from loraplex.server.api.refused_fields import NEUTRAL
+
 _MAX_FIELDS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_BIASES = 1024
@@ -13,6 +15,10 @@ _LONGEST_STOP = 1024
 _MAX_STEERINGS = 64
 _MAX_PROMPTS = 4096  # whatever `max_prompts` allows
 _MAX_PARTS = 1024  # of a message's content
+_MAX_BAD_WORDS = 256
+_MAX_METADATA = 16  # pairs, as OpenAI's
+_LONGEST_GRAMMAR = 2**16  # the engine's limits are tighter
+_MAX_TEMPLATE_VARIABLES = 32
 
 
 class Body(BaseModel):
@@ -22,6 +28,7 @@ class Body(BaseModel):
 
     # Fields of OpenAI's API that do nothing with these values, and so may be there; other values are refused.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    null_is_absent: ClassVar[bool] = False  # null, of any field, is the same as leaving it out
 
     @model_validator(mode="before")
     @classmethod
@@ -30,7 +37,27 @@ class Body(BaseModel):
             return data
         if len(data) > _MAX_FIELDS:  # each unknown one would be an error of its own
             raise ValueError(f"an object has {len(data)} fields, and no object has more than {_MAX_FIELDS}")
-        return {name: value for name, value in data.items() if not _is_among(value, cls.neutral.get(name, ()))}
+        return {
+            name: value
+            for name, value in data.items()
+            if not ((value is None and cls.null_is_absent) or _is_among(value, cls.neutral.get(name, ())))
+        }
+
+
+def _describe_neutral(schema: dict[str, Any], kind: type[Any]) -> None:
+    """Let the description tell what `drop_neutral` lets pass."""
+    if not kind.null_is_absent:
+        return
+    schema["additionalProperties"] = {"type": "null"}
+    known = {name: {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    schema["properties"] = known | schema.get("properties", {})
+
+
+class NullableBody(Body):
+    """A body for which null is the same as leaving a field out, as clients send it for all that they don't use."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_neutral)
+    null_is_absent: ClassVar = True
 
 
 def one_of(kinds: Any, description: str, **constraints: Any) -> Any:
@@ -70,22 +97,45 @@ StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Indices = Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=1, max_length=4096)]
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
+class StreamOptions(NullableBody):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # with include_usage: in each chunk, of its answer so far
+    include_obfuscation: bool | None = None  # random characters, so that sizes don't tell tokens
 
 
-class JsonSchema(Body):
+class JsonSchema(NullableBody):
     name: str | None = Field(None, max_length=256)
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")  # null is none at all: the field is required
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(NullableBody):
     """ "text", "json_object" (any object), or "json_schema"."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+Grammar = Annotated[str, Field(min_length=1, max_length=_LONGEST_GRAMMAR)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=4096)]
+
+
+class StructuredOutputs(NullableBody):
+    """vLLM's: one of json, regex, choice, grammar and json_object."""
+
+    neutral: ClassVar = {
+        "disable_additional_properties": (False,),
+        "whitespace_pattern": (),
+        "structural_tag": NEUTRAL["structural_tag"],
+    }
+
+    json_: dict[str, Any] | Grammar | None = Field(None, alias="json")
+    regex: Grammar | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
 
 
 class CaptureAttention(Body):
@@ -110,16 +160,10 @@ class Steer(Body):
     heads: Indices | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(NullableBody):
     """Sampling options, streaming, and the extensions."""
 
-    neutral: ClassVar = {
-        "metadata": (None, {}),
-        "store": (None, False),
-        "service_tier": (None, "auto", "default"),
-        "best_of": (None, 1),
-        "suffix": (None, ""),
-    }
+    neutral: ClassVar = dict(NEUTRAL)
 
     model: str = Field(min_length=1, max_length=8192)
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -143,6 +187,27 @@ class GenerationBody(Body):
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=_MAX_METADATA
+    )
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    session_id: str | None = Field(None, max_length=1024)
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Grammar | None = None
+    guided_regex: Grammar | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=_MAX_BAD_WORDS)] | None
+    ) = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=2**31 - 1)
+    truncation_side: Literal["left", "right"] | None = None
     user: str | None = Field(None, max_length=1024)
     safety_identifier: str | None = Field(None, max_length=1024)
     prompt_cache_key: str | None = Field(None, max_length=1024)
@@ -200,21 +265,21 @@ class ChatBody(GenerationBody):
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
         "parallel_tool_calls": (None, True, False),
-        "modalities": (None, ["text"]),
-        "audio": (None,),
-        "prediction": (None,),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
-        "web_search_options": (None,),
+        "echo": (False,),
+        "best_of": (1,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(
+        None, max_length=_MAX_TEMPLATE_VARIABLES
+    )
 
 
-def _prompt(value: Any) -> str | list[Any]:
+def prompt_value(value: Any) -> str | list[Any]:
     """Checked here, as pydantic would try each of the four types on all of it."""
     is_texts = isinstance(value, list) and set(map(type, value)) <= {str}
     if isinstance(value, str) or is_texts or is_token_ids(value):
@@ -231,7 +296,8 @@ def _prompt(value: Any) -> str | list[Any]:
 class CompletionBody(GenerationBody):
     prompt: Annotated[
         str | list[Any],
-        PlainValidator(_prompt, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
+        PlainValidator(prompt_value, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
     ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: Count | None = None

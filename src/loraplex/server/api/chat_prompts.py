@@ -1,11 +1,13 @@
 """The messages of a chat as tokens: a template's control tokens are real, those that a message spells are text."""
 
+import inspect
 import json
 import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from tokenizers import Tokenizer
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraplex.errors import RequestError
 from loraplex.models.chat_template import render_chat
-from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
+from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import Message
 from loraplex.server.api.engine_requests import EncodedPrompt, encode_text, encode_with
 
@@ -101,13 +103,21 @@ class ChatEncoder:
             _ = self._control.tokenizer
 
     def encode(
-        self, turns: Sequence[Turn], *, most: int, add_generation_prompt: bool = True, add_special_tokens: bool = False
+        self,
+        turns: Sequence[Turn],
+        *,
+        most: int,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),  # of the template
     ) -> EncodedPrompt:
         """Raises ApiError for messages that the template refuses, or whose control tokens can't be told apart.
 
         And for more than `most` tokens, before they are looked at.
         """
-        text = self._render(turns, add_generation_prompt)
+        known = () if self._allows_special or not variables else self._special_tokens
+        variables = {**_checked(variables, known), "add_generation_prompt": add_generation_prompt}
+        text = self._render(turns, variables)
         options: _Options = {"add_special_tokens": add_special_tokens, "most": most, "param": "messages"}
         encoded = encode_text(self._tokenizer, text, **options)
         if self._allows_special:
@@ -117,12 +127,17 @@ class ChatEncoder:
                 raise _refusal()
             return encoded
         empty = _Skeleton(turns)
-        skeleton = self._render(empty.turns, add_generation_prompt)
+        skeleton = self._render(empty.turns, variables)
         expected = encode_text(self._tokenizer, skeleton, **_unlimited(options))
         is_spelt = any(map(self._control.is_spelt_in, _parts(turns)))
         if not is_spelt and self._control_ids(encoded) == self._control_ids(expected):
             return encoded
         return self._as_text(text, empty.pieces(skeleton), options)
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        marked = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        return tuple({*marked, *self._tokenizer.all_special_tokens})
 
     def _as_text(self, text: str, pieces: Sequence[tuple[str, bool]], options: "_Options") -> EncodedPrompt:
         """Tokenize a rendered chat of these pieces; each is a message's or the template's."""
@@ -138,12 +153,47 @@ class ChatEncoder:
     def _control(self) -> ControlTokens:
         return ControlTokens(self._tokenizer)  # type: ignore[arg-type]  # a fast one
 
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def _render(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
         try:
-            return render_chat(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
+            return render_chat(self._tokenizer, turns, **variables)
         except RequestError as error:
             quotes = self._tokenizer.chat_template is not None
             raise ApiError(BAD_REQUEST, str(error), param="messages", quotes_request=quotes) from error
+
+
+# What the template is run with, or how: no variables of its own.
+_NO_VARIABLES = ("messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+_MAX_VARIABLE_VALUES = 1024  # JSON values in all of them
+
+
+def _checked(variables: Mapping[str, Any], special_tokens: Sequence[str]) -> dict[str, Any]:
+    """A template's variables that a request gives.
+
+    Raises ApiError for those that are none, too many values, and texts in which a control token may begin: a variable
+    can stand anywhere in what the template writes.
+    """
+    beginnings = {token[0] for token in special_tokens if token}
+    for name in variables:
+        if name in _NO_VARIABLES or not name.isidentifier():
+            message = f"chat_template_kwargs can't have {name[:64]!r}."
+            raise ApiError(BAD_REQUEST, message, param="chat_template_kwargs")
+    level: list[Any] = [dict(variables)]
+    count = 0
+    while level:
+        count += len(level)
+        if any(isinstance(value, str) and not beginnings.isdisjoint(value) for value in level):
+            message = f"texts in chat_template_kwargs can't have {' or '.join(sorted(beginnings))} in them."
+            raise ApiError(BAD_REQUEST, message, param="chat_template_kwargs")
+        if count > _MAX_VARIABLE_VALUES:
+            message = f"chat_template_kwargs have more than {_MAX_VARIABLE_VALUES} values."
+            raise ApiError(TOO_LARGE, message, param="chat_template_kwargs")
+        level = [
+            value
+            for container in level
+            if isinstance(container, dict | list)
+            for value in (container.values() if isinstance(container, dict) else container)
+        ]
+    return dict(variables)
 
 
 class _Skeleton:

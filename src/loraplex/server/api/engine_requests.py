@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -15,11 +15,13 @@ from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.steering import Range, Span, Steering, TokenOffsets, ranges_of_text
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import CaptureAttention, GenerationBody, ResponseFormat, Steer
+from loraplex.server.api.bodies import CaptureAttention, GenerationBody, Steer
+from loraplex.server.api.structures import structure_of
 from loraplex.server.auth.access import Principal
 from loraplex.server.settings import RequestLimits, ServeConfig
 from loraplex.validation import check_text
 
+_MAX_TRUNCATED = 8  # times as long as what may be left, a text to be truncated may be
 _SLACK = 64  # tokens by which a part of a text may differ from the same part of the whole
 
 
@@ -36,6 +38,68 @@ class EncodedPrompt:
         """The characters that each token stands for; made when it is asked for."""
         assert self.encoding is not None, "only a fast tokenizer's encoding has offsets"
         return self.encoding.offsets
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Keep so many of a prompt's tokens: the first ("right" is cut off) or the last ("left" is).
+
+    Without a side it is the tokenizer's, and as transformers truncates: special tokens at the ends stay.
+    """
+
+    length: int
+    side: Literal["left", "right"] | None = None
+
+    @classmethod
+    def of_body(cls, body: GenerationBody, max_length: int) -> "Truncation | None":
+        return cls.of(body.truncate_prompt_tokens, body.truncation_side, max_length)
+
+    @classmethod
+    def of(cls, length: int | None, side: Literal["left", "right"] | None, max_length: int) -> "Truncation | None":
+        """Raises ApiError for a length that no prompt can have; -1 is the longest that leaves room for a token."""
+        if length is None:
+            return None
+        if length == 0 or length > max_length:
+            message = f"truncate_prompt_tokens is {length}; it must be -1, or from 1 to {max_length}."
+            raise ApiError(BAD_REQUEST, message, param="truncate_prompt_tokens")
+        return cls(max_length - 1 if length < 0 else length, side)
+
+    def most(self, most: int) -> int:
+        """How many tokens a text may have before it is cut."""
+        return _MAX_TRUNCATED * most
+
+    def side_for(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return self.side or str(tokenizer.truncation_side)
+
+    def of_ids(self, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+        if len(ids) <= self.length:
+            return ids
+        return ids[-self.length :] if self.side_for(tokenizer) == "left" else ids[: self.length]
+
+    def of_prompt(self, prompt: "EncodedPrompt", tokenizer: PreTrainedTokenizerBase) -> "EncodedPrompt":
+        """Of tokens that are whole already."""
+        if prompt.encoding is None:
+            return EncodedPrompt(self.of_ids(prompt.ids, tokenizer), prompt.text)
+        prompt.encoding.truncate(self.length, direction=self.side_for(tokenizer))
+        return EncodedPrompt(prompt.encoding.ids, prompt.text, prompt.encoding)
+
+
+def encode_truncated(
+    tokenizer: PreTrainedTokenizerBase, text: str, truncation: Truncation, *, add_special_tokens: bool, most: int
+) -> EncodedPrompt:
+    """As `encode_text`, then cut. Raises ApiError for a text that is many times longer than what may be left."""
+    options: dict[str, Any] = {"most": truncation.most(most), "param": "prompt"}
+    if truncation.side is not None or not add_special_tokens:
+        whole = encode_text(tokenizer, text, add_special_tokens=add_special_tokens, **options)
+        return truncation.of_prompt(whole, tokenizer)
+    whole = encode_text(tokenizer, text, add_special_tokens=False, **options)
+    if whole.encoding is None:
+        return EncodedPrompt(tokenizer(text, truncation=True, max_length=truncation.length)["input_ids"], text)
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    room = max(0, truncation.length - backend.num_special_tokens_to_add(False))
+    whole.encoding.truncate(room, direction=truncation.side_for(tokenizer))
+    encoding = backend.post_process(whole.encoding, None, True)
+    return EncodedPrompt(encoding.ids, text, encoding)
 
 
 def encode_text(
@@ -105,7 +169,7 @@ def engine_request(
         steering=steerings(body.steer, prompt, config.limits.max_steered_spans),
         return_scalings=bool(body.return_scalings),
         scalings_budget_bytes=most_bytes,
-        cache_salt=_cache_salt(body, principal, isolated=config.access.prefix_isolation),
+        cache_salt=cache_salt(body.cache_salt, principal, isolated=config.access.prefix_isolation),
     )
 
 
@@ -113,15 +177,19 @@ def sampling_params(
     body: GenerationBody,
     principal: Principal,
     limits: RequestLimits,
+    defaults: Mapping[str, float | int],
     *,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Raises ApiError that names the field."""
-    _check_limits(body, principal, limits, max_tokens)
+    """What the body doesn't give is the model's; more tokens than are allowed are as many as are allowed.
+
+    Raises ApiError that names the field.
+    """
+    _check_limits(body, principal, limits)
     given: dict[str, Any] = {
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": None if body.top_k is None else max(0, body.top_k),  # -1 is all, too
         "min_p": body.min_p,
@@ -135,13 +203,17 @@ def sampling_params(
         "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
-        "json_schema": _json_schema(body.response_format),
-        "max_tokens": max(1, max_tokens),
+        "max_tokens": max(1, min(max_tokens, allowed_tokens(principal, limits))),
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "allowed_token_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        "bad_words": None if body.bad_words is None else tuple(body.bad_words),
+        "include_stop": body.include_stop_str_in_output,
+        "skip_special_tokens": body.skip_special_tokens,
     }
+    known = {name: value for name, value in given.items() if value is not None}
     try:
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return SamplingParams(**{**defaults, **known, **structure_of(body)})
     except RequestError as error:
         raise ApiError(BAD_REQUEST, str(error), quotes_request=True) from error
 
@@ -151,17 +223,14 @@ def allowed_tokens(principal: Principal, limits: RequestLimits) -> int:
     return min(limits.max_new_tokens, principal.max_new_tokens or limits.max_new_tokens)
 
 
-def _cache_salt(body: GenerationBody, principal: Principal, *, isolated: bool) -> str:
+def cache_salt(given: str | None, principal: Principal, *, isolated: bool) -> str:
     """Requests share a prefix cache only with those of the same salt: the key's, and the one that a client gives."""
     key = principal.key
     own = key.id if key is not None and isolated and not key.shared_prefixes else ""
-    return f"{own}:{body.cache_salt}" if body.cache_salt else own
+    return f"{own}:{given}" if given else own
 
 
-def _check_limits(body: GenerationBody, principal: Principal, limits: RequestLimits, max_tokens: int) -> None:
-    most = allowed_tokens(principal, limits)
-    if max_tokens > most:
-        raise ApiError(TOO_LARGE, f"max_tokens is {max_tokens}; {most} are possible here.", param="max_tokens")
+def _check_limits(body: GenerationBody, principal: Principal, limits: RequestLimits) -> None:
     if body.n is not None and body.n > limits.max_choices:
         raise ApiError(TOO_LARGE, f"n is {body.n}; {limits.max_choices} are possible (max_choices).", param="n")
     if body.priority and principal.max_priority is not None and body.priority > principal.max_priority:
@@ -177,17 +246,6 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not all(token.isascii() and token.isdigit() and len(token) < 11 for token in given):
         raise ApiError(BAD_REQUEST, "the keys of logit_bias are token ids, written as texts.", param="logit_bias")
     return {int(token): bias for token, bias in given.items()}
-
-
-def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None:
-        message = 'response_format of type "json_schema" needs json_schema: {"schema": ...}.'
-        raise ApiError(BAD_REQUEST, message, param="response_format.json_schema")
-    return wanted.json_schema.schema_
 
 
 def _capture(body: CaptureAttention | None, budget_bytes: int) -> CaptureRequest | None:

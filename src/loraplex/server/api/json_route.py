@@ -1,6 +1,6 @@
 """Routes that read JSON with orjson, which knows no NaN: a body's cost is bounded before it is read."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from loraplex.server.api.api_errors import TOO_LARGE, ApiError
+from loraplex.server.api.api_errors import TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, ApiError
 from loraplex.server.state import in_thread, state_of
 
 _SMALL_BODY = 2**14  # bytes that are parsed faster than a thread is asked
@@ -33,8 +33,10 @@ class JsonRoute(APIRoute):
         kind: Any = None if self.body_field is None else self.body_field.field_info.annotation
 
         async def with_parsed_body(request: Request) -> Response:
-            if kind is None or not _is_json(request):
+            if kind is None:
                 return await handle(request)
+            if not _is_json(request) and await request.body():
+                raise _no_json(request)
             parsed = _ParsedRequest(request.scope, request.receive)
             body, state = await parsed.body(), state_of(request)
             if not body:
@@ -46,8 +48,16 @@ class JsonRoute(APIRoute):
         return with_parsed_body
 
 
+def _no_json(request: Request) -> ApiError:
+    """What a client is told whose body says that it is something else."""
+    given = request.headers.get("content-type")
+    found = "is missing" if given is None else f"is {given[:100]!r}"
+    message = f"the header content-type {found}; send the body as application/json."
+    return ApiError(UNSUPPORTED_MEDIA_TYPE, message)
+
+
 def _is_json(request: Request) -> bool:
-    """As FastAPI decides; other bodies are refused by it."""
+    """As FastAPI decides."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 
@@ -60,6 +70,8 @@ _TEXTS = {
     408: "The body didn't arrive in time.",
     409: "In conflict with what is loaded.",
     413: "The body is too large.",
+    415: "The body's content-type isn't application/json.",
+    422: "The request can't be served as written.",
     429: "A limit of the key, or a full queue; Retry-After tells when to try again.",
     500: "An error of the server; the log has it under the request id.",
     503: "Shutting down, overloaded, or no room; Retry-After tells when to try again.",
@@ -82,15 +94,30 @@ _ERROR = {
 }
 
 
-def documented(text: str, *statuses: int, required: tuple[str, ...] = (), media: str = "") -> dict[int | str, Any]:
+# TGI's and LoRAX's.
+TGI_ERROR = {
+    "type": "object",
+    "required": ["error", "error_type"],
+    "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
+}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}}
+
+
+def documented(
+    text: str,
+    *statuses: int,
+    required: tuple[str, ...] = (),
+    media: str = "",
+    error: Mapping[str, Any] = _ERROR,
+) -> dict[int | str, Any]:
     """OpenAPI's `responses`: the good answer with its fields, and the errors that are possible."""
     schema: dict[str, Any] = {"type": "object", "required": list(required)} if required else {"type": "object"}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if media:
-        content |= {media: {"schema": {"type": "string"}}}
+        content |= {media: {"schema": _EVENT if media == "text/event-stream" else {"type": "string"}}}
     responses: dict[int | str, Any] = {200: {"description": text, "content": content}}
-    for status in (*statuses, 408, 413, 500, 503):
-        responses[status] = {"description": _TEXTS[status], "content": {"application/json": {"schema": _ERROR}}}
+    for status in (*statuses, 408, 413, 415, 500, 503):
+        responses[status] = {"description": _TEXTS[status], "content": {"application/json": {"schema": error}}}
     return responses
 
 

@@ -129,7 +129,7 @@ def chosen_model(choices: Iterable[AutoChoice | None], base_name: str) -> dict[s
 def envelope(prefix: str, kind: str, body: GenerationBody) -> dict[str, Any]:
     """What an answer and all its chunks begin with."""
     return {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "id": f"{prefix}-{body.request_id or secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
         "model": body.model,
@@ -146,6 +146,41 @@ def usage(results: Sequence[RequestResult], *, num_dropped: int = 0) -> dict[str
         "total_tokens": num_prompt + num_new,
         "prompt_tokens_details": {"cached_tokens": sum(result.num_cached_tokens for result in results)},
     }
+
+
+_BLOCK = 32  # characters, of which a chunk's text and its obfuscation together have a multiple
+_SMALLEST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's value
+
+
+def obfuscation(text: str) -> str:
+    """Random characters, so that a chunk's size doesn't tell the length of its text, as OpenAI sends them."""
+    missing = _BLOCK - len(text.encode()) % _BLOCK
+    return secrets.token_hex(_BLOCK)[:missing]
+
+
+def chunk_usage(num_prompt: int, num_new: int) -> dict[str, int]:
+    """Of one answer, as far as it is now."""
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+
+
+def prompt_logprobs_json(
+    entries: Sequence[TokenLogprobs | None] | None, num_top: int, texts: TokenTexts
+) -> list[dict[str, Any] | None]:
+    """vLLM's: for each token of the prompt but the first its own entry, then the likeliest ones', by their ids."""
+    told: list[dict[str, Any] | None] = []
+    for entry in entries or ():
+        if entry is None:
+            told.append(None)
+            continue
+        found = {str(entry.token_id): _logprob_json(entry.token_id, entry.logprob, entry.rank, texts)}
+        for rank, (token, logprob) in enumerate(entry.top[:num_top], 1):
+            found.setdefault(str(token), _logprob_json(token, logprob, rank, texts))
+        told.append(found)
+    return told
+
+
+def _logprob_json(token: int, logprob: float, rank: int, texts: TokenTexts) -> dict[str, Any]:
+    return {"logprob": max(logprob, _SMALLEST_LOGPROB), "rank": rank, "decoded_token": texts.of(token)}
 
 
 def top_texts(logprobs: TokenLogprobs, text: Callable[[int], str]) -> dict[str, float]:

@@ -186,12 +186,16 @@ class EventStream(Response):
         chunks: AsyncGenerator[bytes, None],
         stall_timeout_s: float,
         on_end: Callable[[], Awaitable[None]],  # however it ends, even before the first chunk was asked for
+        *,
+        done: bytes = DONE,  # what ends it
+        path: str = "",  # which errors have the shape of
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._stall_timeout_s = stall_timeout_s
         self._on_end = on_end
+        self._done, self._path = done, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         paced = PacedSend(scope, send, self._stall_timeout_s)
@@ -212,8 +216,8 @@ class EventStream(Response):
                     await paced(chunk)
             except ApiError as error:
                 scope[SCOPE_KEY].note(error)
-                await paced(sse(error.body()))
-            await paced(DONE)
+                await paced(sse(error.told(self._path)[1]))
+            await paced(self._done)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._chunks.aclose()

@@ -15,7 +15,7 @@ from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, HOST_NOT_ALLO
 from loraplex.server.auth.keys import KeyRecord
 from loraplex.server.settings import NetworkSettings
 
-Kind = Literal["base", "adapter", "mixture", "residual", "auto"]
+Kind = Literal["base", "adapter", "mixture", "residual", "link", "auto"]
 
 _MODEL_NOT_FOUND = Status(404, "invalid_request_error", "model_not_found")
 _LARGEST_WEIGHT = 1000.0
@@ -79,6 +79,7 @@ class Entry:
     name: str
     kind: Kind
     experts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # of a link
 
 
 class VisibleModels:

@@ -12,6 +12,13 @@ _LARGEST_JSON = 2**22
 _NOT_READ = ("tokenizer.json", "vocab.json")  # read, if at all, by a tokenizer, within its own bounds
 
 
+def found_path(path: str, roots: Sequence[str | Path]) -> str:
+    """Where a path of the settings leads: relative to a root, as over HTTP, else to the working directory."""
+    if os.path.isabs(path):
+        return path
+    return next((str(Path(root) / path) for root in roots if (Path(root) / path).is_dir()), path)
+
+
 class AdapterRoots:
     """Turns a client's path into a checked folder."""
 
@@ -28,7 +35,9 @@ class AdapterRoots:
         return AdapterRoots(tuple(dict.fromkeys(inside)), self._roots)
 
     def folder(self, path: str) -> Path:
-        """The real folder of `path`, absolute or relative to a root; it and all below it lie in a root.
+        """The real folder of `path`, absolute or relative to a root or, behind those, to the working directory.
+
+        It and all below it lie in a root.
 
         Whatever leads out of the roots gets the same 403, whether it exists or not.
         """
@@ -39,7 +48,7 @@ class AdapterRoots:
             raise ApiError(FORBIDDEN, message, param="path")
         if not path or len(path) > _LONGEST_PATH or "\0" in path:
             raise ApiError(BAD_REQUEST, "the path is empty, too long, or has a zero byte.", param="path")
-        candidates = [Path(path)] if os.path.isabs(path) else [base / path for base in self._bases]
+        candidates = [Path(path)] if os.path.isabs(path) else [base / path for base in (*self._bases, Path.cwd())]
         inside = [Path(os.path.realpath(candidate)) for candidate in candidates if self._is_inside(candidate)]
         if not inside:
             raise self._forbidden()

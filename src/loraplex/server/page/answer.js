@@ -152,7 +152,7 @@ export class Answer {
     if (this.ended === null && !count) facts.push("waiting…");
     if (this.ended === "length") facts.push("cut at the most tokens");
     if (this.ended === "stopped") facts.push("stopped");
-    if (this.ended !== null && this.asked.temperature > 0) facts.push(`seed ${this.asked.seed}`);
+    if (this.ended !== null && this.asked.temperature !== 0) facts.push(`seed ${this.asked.seed}`);
     this.#foot.textContent = facts.join(" · ");
   }
 }

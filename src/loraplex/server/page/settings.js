@@ -7,7 +7,8 @@ const LARGEST_SEED = 2 ** 31;
 /** Raises an error that says which field is wrong. */
 export function readSettings() {
   return {
-    temperature: number("temperature", "Temperature"),
+    // Nothing is the server's default, which is the model's.
+    temperature: byId("temperature").value === "" ? null : number("temperature", "Temperature"),
     maxTokens: number("max-tokens", "Most tokens"),
     // One seed for all sides, and told, so that an answer can be had again.
     seed: byId("seed").value === "" ? Math.floor(Math.random() * LARGEST_SEED) : number("seed", "Seed"),

@@ -12,6 +12,7 @@ from loraplex.extras import require_extra
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import with_cors
 from loraplex.server.lifecycle import Server, event_loops, load_model, uvicorn_config
+from loraplex.server.listening import check_address
 from loraplex.server.logs import set_up_logs
 from loraplex.server.middleware import Gate
 from loraplex.server.replicas.loopback import check_loopback, choose_loopback, is_one_machine
@@ -36,6 +37,7 @@ def run_replicas(
     if num_replicas < 1:
         raise ConfigError(f"replicas is {num_replicas}; it must be at least 1.")
     set_up_logs(config.logs.log_level)
+    check_address(config.network)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if is_one_machine():
         choose_loopback()

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
 from loraplex.server.api.json_route import check_num_values
+from loraplex.server.api.routes.generate import model_of
 from loraplex.server.api.streaming import DONE, sse
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.rate_limit import Attempts, Usages
@@ -90,6 +91,11 @@ class FrontState:
         self.metrics = FrontMetrics()
         self.num_active = 0
         self.is_draining = False
+        self.tracing = None  # the replicas tell
+
+    def loaded_names(self) -> list[str]:
+        """What each replica loads."""
+        return sorted({**self.config.model.adapters, **self.config.model.mixtures})
 
 
 class Front:
@@ -196,7 +202,9 @@ def _model_of(body: bytes) -> object:
         content = orjson.loads(body) if body else None
     except orjson.JSONDecodeError:  # any replica can tell the client
         return None
-    return content.get("model") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    return model_of(content["parameters"]) if "parameters" in content else content.get("model")
 
 
 def _changes_adapters(path: str) -> bool:

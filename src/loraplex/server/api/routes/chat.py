@@ -16,9 +16,25 @@ from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
 from loraplex.server.api.chat_images import images_of
 from loraplex.server.api.chat_prompts import as_turns
-from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
+from loraplex.server.api.engine_requests import (
+    EncodedPrompt,
+    Truncation,
+    allowed_tokens,
+    check_length,
+    engine_request,
+    sampling_params,
+)
 from loraplex.server.api.json_route import JsonRoute
-from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, envelope, usage
+from loraplex.server.api.response_parts import (
+    Extras,
+    News,
+    auto_json,
+    chosen_model,
+    envelope,
+    prompt_logprobs_json,
+    usage,
+)
+from loraplex.server.api.routes.completions import check_num_prompt_logprobs, check_prompt_logprobs
 from loraplex.server.api.streaming import Choice
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
@@ -43,6 +59,7 @@ class ChatCall:
         self.extras = Extras.of_body(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(BAD_REQUEST, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        check_prompt_logprobs(body)
         if body.max_tokens == 0:
             raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
         config, principal = state.config, context.principal
@@ -57,17 +74,37 @@ class ChatCall:
             body,
             principal,
             config.limits,
+            state.sampling_defaults,
             max_tokens=allowed_tokens(principal, config.limits) if max_tokens is None else max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=None if body.stream else body.prompt_logprobs,
         )
-        encoded = self.row_tokenizer.chats.encode(turns, most=state.engine.max_length - 1)
+        encoded = self._encode(turns, state.engine.max_length)
         self.requests = [
             engine_request(
                 body, encoded, sampling, adapters=adapters, principal=principal, config=config, images=images
             )
         ]
+        check_num_prompt_logprobs(body, self.requests)
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
         self._begun: set[int] = set()
+        self._has_told_prompt = False
+
+    def _encode(self, turns: Sequence[dict[str, str]], max_length: int) -> EncodedPrompt:
+        body, most = self.body, max_length - 1
+        cut = Truncation.of_body(body, max_length)
+        encoded = self.row_tokenizer.chats.encode(
+            turns,
+            most=most if cut is None else cut.most(most),
+            add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=bool(body.add_special_tokens),
+            variables=body.chat_template_kwargs or {},
+        )
+        if cut is None:
+            return encoded
+        encoded = cut.of_prompt(encoded, self.row_tokenizer.tokenizer)
+        check_length(len(encoded.ids), most, "messages")
+        return encoded
 
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
@@ -75,7 +112,19 @@ class ChatCall:
         chosen = auto_json(result.auto, self._base_name)
         choices = [Choice(self._choice(completion) | chosen) for completion in result.completions]
         model = chosen_model([result.auto], self._base_name)
-        return self.envelope | model | {"choices": choices, "usage": usage(results)}
+        told: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            told["prompt_token_ids"] = list(result.prompt_token_ids)
+        if self.body.prompt_logprobs is not None:
+            wanted, texts = self.body.prompt_logprobs, self.row_tokenizer.texts
+            told["prompt_logprobs"] = prompt_logprobs_json(result.prompt_logprobs, wanted, texts)
+        return self.envelope | model | {"choices": choices, "usage": usage(results)} | told
+
+    def chunk_fields(self, news: News) -> dict[str, Any]:
+        if not self.body.return_token_ids or self._has_told_prompt:
+            return {}
+        self._has_told_prompt = True
+        return {"prompt_token_ids": list(self.requests[0].prompt)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
         delta: dict[str, Any] = {}
@@ -89,7 +138,7 @@ class ChatCall:
             "delta": delta,
             "logprobs": self._logprobs(news.logprobs),
             "finish_reason": news.finish_reason,
-        }
+        } | ({"token_ids": news.token_ids} if self.body.return_token_ids else {})
 
     def _choice(self, completion: Completion) -> dict[str, Any]:
         return {
@@ -97,6 +146,7 @@ class ChatCall:
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": self._logprobs(completion.logprobs),
             "finish_reason": completion.finish_reason,
+            **({"token_ids": list(completion.token_ids)} if self.body.return_token_ids else {}),
         } | self.extras.of(completion, self.row_tokenizer.texts)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:

@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex.adapters.names import AUTO
 from loraplex.routing.adapter_spec import is_auto
+from loraplex.server.api.engine_requests import allowed_tokens
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
-from loraplex.server.auth.access import Entry, Principal
+from loraplex.server.auth.access import Entry, Principal, adapter_names
 from loraplex.server.state import ServerState, context_of, state_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -19,17 +20,19 @@ async def models(http: Request) -> Response:
     state, principal = state_of(http), context_of(http).principal
     base = [Entry(name=state.catalog.base_name, kind="base")] if principal.may_use_base else []
     entries = [*base, *_auto(state, principal), *state.catalog.visible(principal)]
-    return json_response({"object": "list", "data": [_as_json(entry, state) for entry in entries]})
+    return json_response({"object": "list", "data": [_as_json(entry, state, principal) for entry in entries]})
 
 
 @router.get("/v1/models/{name:path}", responses=documented("The model.", 400, 401, 404, 429, required=("id",)))
 async def model(name: str, http: Request) -> Response:
-    """One of them."""
+    """One of them, or a link of them."""
     state, principal = state_of(http), context_of(http).principal
-    if name == state.catalog.base_name and principal.may_use_base:
-        return json_response(_as_json(Entry(name=name, kind="base"), state))
     own = _auto(state, principal) if is_auto(name) else []
-    return json_response(_as_json(own[0] if own else state.catalog.find(name, principal), state))
+    if is_auto(name) or state.catalog.entry(name) is not None:
+        return json_response(_as_json(own[0] if own else state.catalog.find(name, principal), state, principal))
+    link = state.catalog.choice(name, principal)
+    entry = Entry(name=name, kind="base") if link is None else Entry(name=name, kind="link", parts=adapter_names(link))
+    return json_response(_as_json(entry, state, principal))
 
 
 def _auto(state: ServerState, principal: Principal) -> list[Entry]:
@@ -37,8 +40,9 @@ def _auto(state: ServerState, principal: Principal) -> list[Entry]:
     return [Entry(name=AUTO, kind="auto")] if state.catalog.offers_auto(principal) else []
 
 
-def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:
+def _as_json(entry: Entry, state: ServerState, principal: Principal) -> dict[str, Any]:
     base = state.catalog.base_name
+    most = min(allowed_tokens(principal, state.config.limits), state.engine.max_length - 1)
     return {
         "id": entry.name,
         "object": "model",
@@ -47,6 +51,8 @@ def _as_json(entry: Entry, state: ServerState) -> dict[str, Any]:
         "root": entry.name,
         "parent": None if entry.kind == "base" else base,
         "max_model_len": state.engine.max_length,
+        "max_new_tokens": most,  # more max_tokens are as many
+        "default_sampling": dict(state.sampling_defaults),
         "kind": entry.kind,
         "experts": list(entry.experts),
-    }
+    } | ({"adapters": list(entry.parts)} if entry.kind == "link" else {})
