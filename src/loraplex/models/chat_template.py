@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,11 @@ _LOOKS_SPECIAL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # <|im_end|>, <end_of
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),  # {"type": "function", "function": {"name", "description", "parameters"}}
+    add_generation_prompt: bool = True,
 ) -> str:
     """The text of a chat, up to where its answer starts. Raises RequestError without a template, or if it refuses."""
     if tokenizer.chat_template is None:
@@ -24,8 +29,13 @@ def render_chat(
             "the command line --raw, over HTTP /v1/completions) to continue the prompt as it is."
         )
     turns = [dict(message) for message in messages]  # templates may change them
+    offered: Any = [dict(tool) for tool in tools] or None
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
     except Exception as error:  # a template is a program, which may fail in any way
         raise RequestError(f"the chat template refuses these messages: {error}.") from error
 

@@ -10,6 +10,7 @@ from loraplex.adapters.store.store import StoreConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
 from loraplex.models.smollm2 import ALIAS
+from loraplex.server.api.tools.forms import AUTO, PARSERS
 from loraplex.validation import check_least
 
 
@@ -34,6 +35,11 @@ class ModelSettings:
         default_factory=dict, metadata={"help": "NAME=FOLDER of a mixture to load; repeat."}
     )
     watch: str = option("", "A folder whose subfolders are loaded, replaced and unloaded as they change.")
+    tool_call_parser: str = option(AUTO, f"How the model writes calls of tools: {', '.join(PARSERS)}.")
+
+    def __post_init__(self) -> None:
+        if self.tool_call_parser not in PARSERS:
+            raise ConfigError(f"tool_call_parser is {self.tool_call_parser!r}; it must be one of {[*PARSERS]}.")
 
     @property
     def base_name(self) -> str:

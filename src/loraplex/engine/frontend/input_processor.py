@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.adapters.vocabulary import Vocabulary
-from loraplex.engine.frontend.structured_output import make_constraint
+from loraplex.engine.frontend.structured_output import make_constraint, make_tool_constraint
 from loraplex.engine.request import Prompt, Request
 from loraplex.engine.sampling.detokenizer import Detokenizer
 from loraplex.engine.sampling.params import SamplingParams
@@ -116,9 +116,16 @@ class InputProcessor:
         if schema is not None:
             constraint = make_constraint(schema, self._known_tokenizer(vocabulary), self._num_tokens(vocabulary))
         ends = self.end_tokens(state)
+        if sampling.tool_grammar is not None:
+            num_tokens = self._num_tokens(vocabulary)
+            constraint = make_tool_constraint(
+                sampling.tool_grammar, self._known_tokenizer(vocabulary), num_tokens, end_tokens=ends
+            )
         sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint)
         tokenizer = self._tokenizer(vocabulary, needed=bool(sampling.stop_strings))
-        text = Detokenizer(tokenizer, state.prompt, sampling.stop_strings)
+        text = Detokenizer(
+            tokenizer, state.prompt, sampling.stop_strings, skip_special_tokens=sampling.skip_special_tokens
+        )
         wants_scalings = state.request.return_scalings
         captures = None
         if buffer is not None or wants_scalings:

@@ -76,7 +76,8 @@ class OutputProcessor:
         if num_top is not None:
             logprobs = (token_logprobs(logits, token, num_top),)
             sequence.logprobs += logprobs
-        text = sequence.text.add(token)
+        is_hidden = not sampler.sampling.skip_special_tokens and self._ends(sequence, token)
+        text = "" if is_hidden else sequence.text.add(token)
         scalings = () if sequence.captures is None else sequence.captures.step_scalings()
         reason = self._finish_reason(sequence, token)
         if reason is not None:
@@ -103,11 +104,15 @@ class OutputProcessor:
         sampler = sequence.sampler
         if sampler.constraint is not None and sampler.constraint.is_complete:
             return "stop"  # whatever min_tokens is: nothing can follow
-        if sequence.num_new >= sampler.sampling.min_tokens:
-            is_end = token in sampler.end_tokens
-            if is_end or sequence.text.is_stopped:
-                return "stop"
+        if self._ends(sequence, token):
+            return "stop"
+        if sequence.num_new >= sampler.sampling.min_tokens and sequence.text.is_stopped:
+            return "stop"
         return "length" if sequence.num_new >= sequence.state.max_new_tokens else None
+
+    def _ends(self, sequence: SequenceState, token: int) -> bool:
+        sampler = sequence.sampler
+        return token in sampler.end_tokens and sequence.num_new >= sampler.sampling.min_tokens
 
 
 class _Step(NamedTuple):

@@ -1,9 +1,9 @@
-"""Answers that follow a JSON schema, through llguidance."""
+"""Answers that follow a JSON schema, or the grammar of calls of tools, through llguidance."""
 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from loraplex.errors import RequestError
 from loraplex.extras import require_extra
 
 MAX_SCHEMA_BYTES = 2**16
+MAX_TOOL_GRAMMAR_BYTES = 2**18  # with the schemas of all tools
 MAX_SCHEMA_DEPTH = 32  # objects and lists in one another
 _MAX_LEXER_STATES = 50_000  # of some 2 kB each
 _MAX_COMPILED = 32  # grammars that are kept
@@ -29,11 +30,35 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
     """Raises MissingExtraError without llguidance, and RequestError for a schema that it can't follow."""
     require_extra("json", "json_schema")
     text = _checked_text(schema)
+    return _JsonSchema(_grammars_of(tokenizer, vocab_size).matcher(text))
+
+
+def make_tool_constraint(
+    grammar: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, end_tokens: Collection[int]
+) -> Constraint:
+    """What a grammar in llguidance's form of Lark allows; where it may end, so may the answer, by any end token.
+
+    Raises MissingExtraError without llguidance, and RequestError for a grammar that it can't follow.
+    """
+    require_extra("json", "tools that are called by a schema")
+    if len(grammar) > MAX_TOOL_GRAMMAR_BYTES:
+        raise RequestError(
+            f"the tools make a grammar of {len(grammar)} characters; {MAX_TOOL_GRAMMAR_BYTES} are possible. Give fewer "
+            "or smaller ones."
+        )
+    try:
+        matcher = _grammars_of(tokenizer, vocab_size).matcher(grammar, is_lark=True)
+    except RequestError as error:
+        raise RequestError(str(error).replace("json_schema", "the grammar of the tools", 1)) from error
+    return _ToolGrammar(matcher, sorted(end_tokens))
+
+
+def _grammars_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> "_Grammars":
     with _lock:
         grammars = _grammars.get(tokenizer)
         if grammars is None:
             grammars = _grammars[tokenizer] = _Grammars(tokenizer, vocab_size)
-    return _JsonSchema(grammars.matcher(text))
+    return grammars
 
 
 def _checked_text(schema: Mapping[str, Any] | str) -> str:
@@ -68,7 +93,7 @@ class _Grammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, bool], Any] = OrderedDict()
         self._tokenizer: Any = None
         self._fault = ""
         try:
@@ -82,25 +107,27 @@ class _Grammars:
                 f"json_schema can't be followed with this model's {type(tokenizer).__name__}: {error}. Ask without."
             )
 
-    def matcher(self, text: str) -> Any:
-        """Raises RequestError."""
+    def matcher(self, text: str, *, is_lark: bool = False) -> Any:
+        """Of a JSON schema, or of a grammar. Raises RequestError."""
+        key = (text, is_lark)
         if self._fault:
             raise RequestError(self._fault)
         with self._lock:
-            known = self._compiled.get(text)
+            known = self._compiled.get(key)
             if known is None:
-                known = self._compiled[text] = self._compile(text)
-            self._compiled.move_to_end(text)
+                known = self._compiled[key] = self._compile(text, is_lark)
+            self._compiled.move_to_end(key)
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return known.deep_copy()
 
-    def _compile(self, text: str) -> Any:
+    def _compile(self, text: str, is_lark: bool) -> Any:
         import llguidance
 
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+            spaces: Any = {"whitespace_pattern": _WHITESPACE}
+            grammar = text if is_lark else llguidance.LLMatcher.grammar_from_json_schema(text, overrides=spaces)
             matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         except ValueError as error:
             raise RequestError(f"json_schema can't be followed: {error}. Give a valid JSON schema.") from error
@@ -134,6 +161,31 @@ class _JsonSchema:
     @property
     def is_complete(self) -> bool:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+
+class _ToolGrammar(_JsonSchema):
+    """The same of a grammar whose answers may be over before nothing can follow: then by any of the end tokens."""
+
+    def __init__(self, matcher: Any, end_tokens: list[int]) -> None:
+        super().__init__(matcher)
+        self._ends = end_tokens
+        self._has_ended = False
+
+    def allow(self, logits: Tensor) -> None:
+        ends = [token for token in self._ends if token < len(logits)] if self._matcher.is_accepting() else []
+        kept = logits[ends]
+        super().allow(logits)
+        logits[ends] = kept
+
+    def take(self, token: int) -> None:
+        if token in self._ends and self._matcher.is_accepting():
+            self._has_ended = True
+        else:
+            super().take(token)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._has_ended or super().is_complete
 
 
 def _check(matcher: Any) -> None:

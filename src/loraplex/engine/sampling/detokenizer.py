@@ -12,9 +12,15 @@ class Detokenizer:
     """The text of one answer. A part that may belong to a stop string or to half a character is held back."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[int], stop_strings: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids = list(prompt[-_CONTEXT:])
         self._first, self._read = 0, len(self._ids)  # decoded together; told already
         self._stops = tuple(stop_strings)
@@ -46,7 +52,7 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         assert self._tokenizer is not None, "there is no tokenizer"
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
 
     def _release(self, text: str) -> str:
         text = self._held + text

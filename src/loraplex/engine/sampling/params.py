@@ -39,6 +39,8 @@ class SamplingParams:
     # the same of each token of the prompt but the first; its keys and values are then computed, not reused
     prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
+    tool_grammar: str | None = None  # of answers that call tools, in llguidance's form of Lark
+    skip_special_tokens: bool = True  # in the text
 
     def __post_init__(self) -> None:
         _check_count("max_tokens", self.max_tokens, 1)
@@ -76,6 +78,7 @@ class SamplingParams:
             or self.logit_bias
             or self.min_tokens
             or self.json_schema is not None
+            or self.tool_grammar is not None
         )
 
     def _check_lists(self) -> None:
@@ -96,6 +99,12 @@ class SamplingParams:
                 )
         if self.json_schema is not None and not isinstance(self.json_schema, str | Mapping):
             raise RequestError(f"json_schema is {self.json_schema!r}; give a JSON schema as a mapping or a text.")
+        if self.tool_grammar is not None and not isinstance(self.tool_grammar, str):
+            raise RequestError(f"tool_grammar is {self.tool_grammar!r}; give a text, or None.")
+        if self.tool_grammar is not None and self.json_schema is not None:
+            raise RequestError("json_schema and tool_grammar can't both hold for one answer. Give one of them.")
+        if not isinstance(self.skip_special_tokens, bool):
+            raise RequestError(f"skip_special_tokens is {self.skip_special_tokens!r}; give True or False.")
 
 
 def _check_count(option: str, value: object, least: int) -> None:

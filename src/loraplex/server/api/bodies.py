@@ -1,48 +1,19 @@
 """The bodies of requests, as clients send them: unknown fields are errors, and numbers are finite."""
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator, model_validator
+from pydantic import Field, PlainValidator
 
-_MAX_FIELDS = 128
+from loraplex.server.api.body import Body, one_of
+from loraplex.server.api.messages import Message
+from loraplex.server.api.tools.definitions import ToolChoice, ToolList
+
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_BIASES = 1024
 _MAX_STOPS = 16
 _LONGEST_STOP = 1024
 _MAX_STEERINGS = 64
 _MAX_PROMPTS = 4096  # whatever `max_prompts` allows
-_MAX_PARTS = 1024  # of a message's content
-
-
-class Body(BaseModel):
-    """A JSON object whose fields all mean something here."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    # Fields of OpenAI's API that do nothing with these values, and so may be there; other values are refused.
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > _MAX_FIELDS:  # each unknown one would be an error of its own
-            raise ValueError(f"an object has {len(data)} fields, and no object has more than {_MAX_FIELDS}")
-        return {name: value for name, value in data.items() if not _is_among(value, cls.neutral.get(name, ()))}
-
-
-def one_of(kinds: Any, description: str, **constraints: Any) -> Any:
-    """A field of several types, whose error is one sentence instead of one for each type."""
-
-    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
-        try:
-            return handler(value)
-        except ValueError:
-            raise ValueError(f"must be {description}") from None
-
-    return Annotated[kinds, Field(**constraints), WrapValidator(check)]
 
 
 def is_token_ids(value: Any) -> bool:
@@ -57,10 +28,6 @@ def _token_ids(value: Any) -> list[int]:
         raise ValueError(f"must be a list of token ids, whole numbers from 0 to {_MAX_TOKEN_ID}")
     ids: list[int] = value
     return ids
-
-
-def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
-    return any(type(value) is type(other) and value == other for other in values)
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -153,39 +120,11 @@ class GenerationBody(Body):
     steer: Annotated[list[Steer], Field(max_length=_MAX_STEERINGS)] | None = None
 
 
-def _parts_as_text(content: Any) -> Any:
-    """OpenAI's content parts, all of type text, as the one text that they are."""
-    if not isinstance(content, list):
-        return content
-    if len(content) > _MAX_PARTS:
-        raise ValueError(f"has {len(content)} parts; {_MAX_PARTS} are possible")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
-            raise ValueError('must be a text or parts of type "text"; other parts are not supported')
-        if not isinstance(part["text"], str):
-            raise ValueError("a part's text must be a text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-class Message(Body):
-    """A turn of a chat."""
-
-    neutral: ClassVar = dict.fromkeys(("tool_calls", "function_call", "refusal", "audio", "annotations"), (None, []))
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_parts_as_text, json_schema_input_type=str | list[dict[str, str]])]
-    name: str | None = Field(None, max_length=256)
-
-
 class ChatBody(GenerationBody):
     neutral: ClassVar = GenerationBody.neutral | {
         "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "parallel_tool_calls": (None, True, False),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
@@ -195,6 +134,9 @@ class ChatBody(GenerationBody):
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    tools: ToolList | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

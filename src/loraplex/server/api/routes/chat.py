@@ -13,11 +13,13 @@ from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
-from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
 from loraplex.server.api.json_route import JsonRoute
+from loraplex.server.api.messages import as_turns
 from loraplex.server.api.response_parts import Extras, News, envelope, usage
 from loraplex.server.api.streaming import Choice
+from loraplex.server.api.tools.answers import ChatAnswers
+from loraplex.server.api.tools.use import ToolUse
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
 
@@ -43,7 +45,9 @@ class ChatCall:
         if body.max_tokens == 0:
             raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
         config, principal = state.config, context.principal
-        turns = as_turns(body.messages)
+        functions = [tool.function for tool in body.tools or ()]
+        use = ToolUse.of(functions, body.tool_choice, parallel=body.parallel_tool_calls)
+        turns, tools = use.prepared(as_turns(body.messages), self.row_tokenizer.tools)
         self.prompts = [turns]
         max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = sampling_params(
@@ -53,10 +57,11 @@ class ChatCall:
             max_tokens=allowed_tokens(principal, config.limits) if max_tokens is None else max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        encoded = self.row_tokenizer.chats.encode(turns, most=state.engine.max_length - 1)
+        sampling = use.sampling(sampling, self.row_tokenizer.tools)
+        encoded = self.row_tokenizer.chats.encode(turns, tools=tools, most=state.engine.max_length - 1)
         self.requests = [engine_request(body, encoded, sampling, adapters=adapters, principal=principal, config=config)]
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
-        self._begun: set[int] = set()
+        self._answers = ChatAnswers(use, self.row_tokenizer.tools)
 
     def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]:
         """The whole answer."""
@@ -65,25 +70,21 @@ class ChatCall:
         return self.envelope | {"choices": choices, "usage": usage(results)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        if news.index not in self._begun:
-            self._begun.add(news.index)
-            delta = {"role": "assistant", "content": ""}
-        if news.text:
-            delta["content"] = news.text
+        delta, finish_reason = self._answers.delta(news.index, news.text, news.finish_reason)
         return {
             "index": news.index,
             "delta": delta,
             "logprobs": self._logprobs(news.logprobs),
-            "finish_reason": news.finish_reason,
+            "finish_reason": finish_reason,
         }
 
     def _choice(self, completion: Completion) -> dict[str, Any]:
+        message, finish_reason = self._answers.message(completion.text, completion.finish_reason)
         return {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": finish_reason,
         } | self.extras.of(completion, self.row_tokenizer.texts)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
