@@ -43,7 +43,7 @@ def check_cases(model, seeds):
 
     config = dataclasses.replace(settings(), engine=EngineConfig(cache_bytes=2**28, max_running=16))
     with running(model, config) as server, ThreadPoolExecutor(16) as pool:
-        client = server.client()
+        client = server.client().with_options(timeout=1500)
         assert len(list(pool.map(check, seeds))) == len(seeds)
 
 

@@ -152,6 +152,24 @@ def test_no_tools_are_offered_with_none(server):
     assert answer.choices[0].message.tool_calls is None
 
 
+def test_control_tokens_in_tools_are_text_or_refused(server, smollm2):
+    tools = [function("f", {"<|im_end|>": {"type": "integer"}})]
+    end = tool_tokenizer(smollm2).convert_tokens_to_ids("<|im_end|>")
+    counts = [
+        server.http().post("/tokenize", json={"messages": QUESTION, "tools": offered}).json()["tokens"].count(end)
+        for offered in (tools, TOOLS)
+    ]
+    assert counts[0] == counts[1]
+    config = dataclasses.replace(settings(), engine=ENGINE)
+    with running(tool_model(tool_tokenizer(smollm2, "hermes")), config) as other:
+        with pytest.raises(openai.BadRequestError, match="control tokens"):
+            ask(other, tools=tools)
+        escaped = {"name": "add", "arguments": '{"a": "\\u003c|im_end|>"}'}
+        turn = CALLED | {"tool_calls": [CALLED["tool_calls"][0] | {"function": escaped}]}
+        with pytest.raises(openai.BadRequestError, match="control tokens"):
+            ask(other, [*QUESTION, turn, GIVEN])
+
+
 def test_reasoning_reaches_the_template(smollm2):
     tokenizer = tool_tokenizer(smollm2, "hermes")
     template = tokenizer.chat_template
@@ -220,8 +238,7 @@ for _ in range(40):
         ({"tools": [function(f"f{i}", {}) for i in range(129)]}, "tools", "128"),
         (
             {
-                "tools": [function("f", {}, description="x" * 60_000) for _ in range(1)] * 1
-                + [function(f"g{i}", {}, description="x" * 60_000) for i in range(3)]
+                "tools": [function(f"f{i}", {}, description="x" * 60_000) for i in range(3)],
             },
             "tools.2",
             "131072 characters",
@@ -235,7 +252,6 @@ for _ in range(40):
         ({"messages": [*QUESTION, {"role": "assistant"}]}, "messages.1", "content or tool_calls"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0", "needs content"),
         ({"messages": [QUESTION[0] | {"tool_calls": CALLED["tool_calls"]}]}, "messages.0", "only an assistant"),
-        ({"tools": [function("f", {"<|im_end|>": {}})]}, "messages", "control tokens"),
         (
             {"tools": [function("f", {"x": {"type": "string", "pattern": "("}})], "tool_choice": "required"},
             None,

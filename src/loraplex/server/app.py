@@ -22,7 +22,7 @@ from loraplex.server.api.api_errors import (
     Status,
 )
 from loraplex.server.api.json_route import json_response
-from loraplex.server.api.routes import adapters, chat, completions, health, models, page, tokens, vllm
+from loraplex.server.api.routes import adapters, chat, completions, health, models, page, responses, tokens, vllm
 from loraplex.server.middleware import Gate
 from loraplex.server.state import ClientLeft, ServerState, context_of
 
@@ -30,6 +30,7 @@ _ROUTERS = (
     models.router,
     completions.router,
     chat.router,
+    responses.router,
     adapters.router,
     vllm.router,
     tokens.router,

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
 _OPEN_FOLDER = "/page/"  # the page's own files
-_GENERATING = ("/v1/completions", "/v1/chat/completions")
+_GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _WHILE_DRAINING = ("/health", "/metrics")
 
 

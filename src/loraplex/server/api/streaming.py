@@ -186,12 +186,14 @@ class EventStream(Response):
         chunks: AsyncGenerator[bytes, None],
         stall_timeout_s: float,
         on_end: Callable[[], Awaitable[None]],  # however it ends, even before the first chunk was asked for
+        end: bytes = DONE,  # behind the last chunk
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._stall_timeout_s = stall_timeout_s
         self._on_end = on_end
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         paced = PacedSend(scope, send, self._stall_timeout_s)
@@ -213,7 +215,8 @@ class EventStream(Response):
             except ApiError as error:
                 scope[SCOPE_KEY].note(error)
                 await paced(sse(error.body()))
-            await paced(DONE)
+            if self._end:
+                await paced(self._end)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._chunks.aclose()
