@@ -190,7 +190,6 @@ def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
     ("fields", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"store": True}, "store"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"input": []}, "input"),

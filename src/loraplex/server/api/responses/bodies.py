@@ -138,7 +138,7 @@ class ResponsesBody(Body):
     """A request that has all that it needs with it: this server keeps no responses."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (None, False),
+        "store": (None, False, True),  # clients ask for it unasked; the response says that it is not kept
         "previous_response_id": (None,),
         "conversation": (None,),
         "background": (None, False),
