@@ -34,6 +34,8 @@ def _parts_as_text(content: Any) -> Any:
 
 
 class CalledFunction(Body):
+    ignored: ClassVar = frozenset({"provider_specific_fields"})
+
     name: str = Field(min_length=1, max_length=256)
     arguments: str  # JSON
 
@@ -41,7 +43,7 @@ class CalledFunction(Body):
 class ToolCall(Body):
     """A call that an assistant made."""
 
-    ignored: ClassVar = frozenset({"index"})  # that clients keep of a stream
+    ignored: ClassVar = frozenset({"index", "provider_specific_fields"})  # that clients keep of answers
 
     id: str | None = Field(None, max_length=256)
     type: Literal["function"] = "function"
@@ -51,6 +53,7 @@ class ToolCall(Body):
 class Message(Body):
     """A turn of a chat."""
 
+    ignored: ClassVar = frozenset({"provider_specific_fields"})  # that LiteLLM adds to answers
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "function_call": (None, []),
         "refusal": (None, []),

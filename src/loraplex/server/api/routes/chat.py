@@ -18,7 +18,7 @@ from loraplex.server.api.json_route import JsonRoute
 from loraplex.server.api.messages import as_turns
 from loraplex.server.api.response_parts import Extras, News, envelope, usage
 from loraplex.server.api.streaming import Choice
-from loraplex.server.api.tools.answers import ChatAnswers
+from loraplex.server.api.tools.chat_output import ChatAnswers
 from loraplex.server.api.tools.use import ToolUse
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
