@@ -29,12 +29,10 @@ def render_chat(
             "the command line --raw, over HTTP /v1/completions) to continue the prompt as it is."
         )
     turns = [dict(message) for message in messages]  # templates may change them
-    offered: Any = [dict(tool) for tool in tools] or None
+    offered: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
     try:
         return str(
-            tokenizer.apply_chat_template(
-                turns, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **offered)
         )
     except Exception as error:  # a template is a program, which may fail in any way
         raise RequestError(f"the chat template refuses these messages: {error}.") from error

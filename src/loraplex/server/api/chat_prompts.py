@@ -191,7 +191,8 @@ def _parts(turns: Sequence[Turn]) -> list[str]:
 
 def _structured_texts(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The texts, keys too, of tools, calls and ids."""
-    level: list[Any] = [*tools, *(value for turn in turns for field, value in turn.items() if field not in _TEXTS)]
+    others = (value for turn in turns for field, value in turn.items() if field not in (*_TEXTS, "role"))
+    level: list[Any] = [*tools, *others]
     while level:
         value = level.pop()
         if isinstance(value, str):
