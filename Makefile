@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # vLLM wants other versions of some packages, so it has an environment of its own
 VLLM_VENV ?= .venv-vllm
+# and so do the clients of other projects
+CLIENTS_VENV ?= .venv-clients
 # which of the tests inside vLLM: MARK="" for all of them
 MARK ?= not slow and not gpu
 # test workers, one torch thread each
@@ -16,9 +18,10 @@ QUANTIZED := $(VENV)/quantized
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
+CLIENTS_SETUP := $(CLIENTS_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-quantized setup-all demo docs dist check kernels test test-extras test-quantized test-sanitize test-full setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-quantized setup-all demo docs dist check kernels test test-extras test-quantized test-sanitize test-full setup-clients test-clients setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,7 +54,19 @@ $(QUANTIZED)/.setup-done: $(SETUP)
 
 setup-quantized: $(QUANTIZED)/.setup-done ## Add torchao and HQQ beside it, for the tests of base models that they quantize
 
-setup-all: setup-extras setup-quantized setup-vllm ## Both environments, with all that the tests need; Chromium comes with .ci/run
+# None of them brings torch. Those in JavaScript come where there is npm.
+$(CLIENTS_SETUP): tests/clients/requirements.txt tests/clients/node/package-lock.json
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile -r tests/clients/requirements.txt
+	if command -v npm >/dev/null; then npm ci --prefix tests/clients/node --no-audit --no-fund; fi
+	@touch $@
+
+setup-clients: $(CLIENTS_SETUP) ## Make the environment of the clients of other projects
+
+test-clients: setup $(CLIENTS_SETUP) ## Those clients against the server, with SmolLM2
+	LORAPLEX_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest --confcutdir=tests/clients -m "" tests/clients
+
+setup-all: setup-extras setup-quantized setup-clients setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run
 
 demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
 	@$(BIN)/loraplex demo --no-hints
@@ -121,5 +136,5 @@ bench: setup ## Every benchmark, into benchmarks/results
 	$(BIN)/python benchmarks/run_all.py
 
 clean: ## Remove what the targets above made, but not what lies in ~/.cache/loraplex
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) tests/clients/node/node_modules build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

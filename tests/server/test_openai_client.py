@@ -152,7 +152,7 @@ def test_a_schema_beside_a_tokenizer_that_the_grammars_cant_read_is_a_400(server
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of"),
         ({"temperature": -1}, "temperature"),
@@ -160,7 +160,7 @@ def test_a_schema_beside_a_tokenizer_that_the_grammars_cant_read_is_a_400(server
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",

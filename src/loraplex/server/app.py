@@ -33,6 +33,7 @@ from loraplex.server.api.routes import (
     health,
     models,
     page,
+    responses,
     tokens,
     vllm,
 )
@@ -43,6 +44,7 @@ _ROUTERS = (
     models.router,
     completions.router,
     chat.router,
+    responses.router,
     adapters.router,
     vllm.router,
     tokens.router,

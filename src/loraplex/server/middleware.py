@@ -33,7 +33,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/", "/health", "/ping", "/version", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_FOLDER = "/page/"  # the page's own files
 _GENERATING = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/score"),
     *("/generate", "/generate_stream", "/"),
 )
 _WHILE_DRAINING = ("/health", "/ping", "/metrics")

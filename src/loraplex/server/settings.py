@@ -12,6 +12,8 @@ from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
 from loraplex.models.sampling_defaults import SOURCES
 from loraplex.models.smollm2 import ALIAS
+from loraplex.server.api.tools.forms import AUTO as ANY_PARSER
+from loraplex.server.api.tools.forms import PARSERS
 from loraplex.validation import check_least
 
 
@@ -39,10 +41,13 @@ class ModelSettings:
     generation_config: str = option(
         "auto", "Sampling of requests that don't say: auto: the model's generation_config; none: temperature 1."
     )
+    tool_call_parser: str = option(ANY_PARSER, f"How the model writes calls of tools: {', '.join(PARSERS)}.")
 
     def __post_init__(self) -> None:
         if self.generation_config not in SOURCES:
             raise ConfigError(f"generation_config is {self.generation_config!r}; it must be one of {list(SOURCES)}.")
+        if self.tool_call_parser not in PARSERS:
+            raise ConfigError(f"tool_call_parser is {self.tool_call_parser!r}; it must be one of {[*PARSERS]}.")
 
     @property
     def base_name(self) -> str:

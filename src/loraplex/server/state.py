@@ -27,6 +27,7 @@ from loraplex.models.sampling_defaults import sampling_defaults
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
+from loraplex.server.api.tools.templates import ToolTemplate
 from loraplex.server.auth.access import Principal, VisibleModels
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.path_sandbox import AdapterRoots
@@ -110,15 +111,22 @@ class ServerState:
         return known
 
     def _row_tokenizer_with(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> "RowTokenizer":
-        return RowTokenizer(tokenizer, allow_special_tokens=self.config.access.allow_special_tokens_in_content)
+        return RowTokenizer(
+            tokenizer,
+            allow_special_tokens=self.config.access.allow_special_tokens_in_content,
+            tool_call_parser=self.config.model.tool_call_parser,
+        )
 
 
 class RowTokenizer:
     """How the text of some rows becomes tokens and back: a tokenizer and what is made of it, when it is asked for."""
 
-    def __init__(self, tokenizer: Callable[[], PreTrainedTokenizerBase], *, allow_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Callable[[], PreTrainedTokenizerBase], *, allow_special_tokens: bool, tool_call_parser: str
+    ) -> None:
         self._tokenizer = tokenizer
         self._allow_special_tokens = allow_special_tokens
+        self._tool_call_parser = tool_call_parser
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -127,6 +135,10 @@ class RowTokenizer:
     @cached_property
     def chats(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, allow_special_tokens=self._allow_special_tokens)
+
+    @cached_property
+    def tools(self) -> ToolTemplate:
+        return ToolTemplate(self.tokenizer, self._tool_call_parser)
 
     @cached_property
     def texts(self) -> "TokenTexts":

@@ -204,10 +204,10 @@ class InputProcessor:
     ) -> SequenceState:
         sampling = state.request.sampling
         vocabulary = state.vocabulary
-        constraint = None
+        constraint, ends = None, self.end_tokens(state)
         if sampling.has_structure:
-            constraint = constraint_of(sampling, self._known_tokenizer(vocabulary), self._num_tokens(vocabulary))
-        ends = self.end_tokens(state)
+            num_tokens = self._num_tokens(vocabulary)
+            constraint = constraint_of(sampling, self._known_tokenizer(vocabulary), num_tokens, end_tokens=ends)
         sampler = Sampler(sampling, state.prompt, ends, seed % 2**63, constraint, restrictions)
         tokenizer = self._tokenizer(vocabulary, needed=bool(sampling.stop_strings))
         text = Detokenizer(

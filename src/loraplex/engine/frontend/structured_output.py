@@ -1,9 +1,9 @@
-"""Answers that follow a JSON schema, an expression, choices or a grammar, through llguidance."""
+"""Answers that follow a JSON schema, an expression, choices, a grammar or one of tools' calls, through llguidance."""
 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,17 +17,20 @@ from loraplex.errors import RequestError
 from loraplex.extras import require_extra
 
 MAX_SCHEMA_BYTES = 2**16
+MAX_TOOL_GRAMMAR_BYTES = 2**18  # with the schemas of all tools
 MAX_SCHEMA_DEPTH = 32  # objects and lists in one another
 MAX_GRAMMAR_BYTES = 2**14  # of a grammar, whose reading in GBNF's form takes a second for each 2**15
 _EXPRESSION_FUEL = 100_000  # for the first look at expressions, of which 500,000 take a second
 _MAX_LEXER_STATES = 50_000  # of some 2 kB each
 _MAX_COMPILED = 32  # grammars that are kept
 _LONGEST_ERROR = 300  # characters of llguidance's own words
+_NAMES = {"tool_grammar": "the grammar of the tools"}  # of options that requests don't name
 _FIXES = {
     "json_schema": "Give a valid, simpler JSON schema.",
     "regex": "Give a valid, simpler regular expression (Rust's syntax, without look-around).",
     "choice": "Give fewer or shorter choices.",
     "grammar": "Give a valid, simpler grammar in Lark's or GBNF's form.",
+    "tool_grammar": "Give fewer or simpler tools.",
 }
 # Between JSON's parts: nothing, a space, or a new line with its indentation. The format allows whitespace without an
 # end, and small models write it until they run out of tokens.
@@ -39,7 +42,13 @@ def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokeni
     return constraint_of(SamplingParams(json_schema=schema), tokenizer, vocab_size)
 
 
-def constraint_of(sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
+def constraint_of(
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    end_tokens: Collection[int] = (),  # that end an answer where a grammar of tools may end
+) -> Constraint:
     """What sampling parameters ask for, of which `has_structure`; raises as `make_constraint`."""
     option = next(option for option in STRUCTURES if getattr(sampling, option) is not None)
     require_extra("json", option)
@@ -48,7 +57,10 @@ def constraint_of(sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase, 
         grammars = _grammars.get(tokenizer)
         if grammars is None:
             grammars = _grammars[tokenizer] = _Grammars(tokenizer, vocab_size)
-    return _Structured(grammars.matcher(structure), structure.option)
+    matcher = grammars.matcher(structure)
+    if structure.option == "tool_grammar":
+        return _ToolGrammar(matcher, sorted(end_tokens))
+    return _Structured(matcher, structure.option)
 
 
 class _Structure(NamedTuple):
@@ -67,11 +79,15 @@ def _structure(sampling: SamplingParams) -> _Structure:
         option, text = "regex", sampling.regex
     elif sampling.choice is not None:
         option, text = "choice", json.dumps(list(sampling.choice), ensure_ascii=False)
+    elif sampling.tool_grammar is not None:
+        option, text = "tool_grammar", sampling.tool_grammar
     else:
         option, text = "grammar", sampling.grammar or ""
-    most = MAX_GRAMMAR_BYTES if option == "grammar" else MAX_SCHEMA_BYTES
+    most = {"grammar": MAX_GRAMMAR_BYTES, "tool_grammar": MAX_TOOL_GRAMMAR_BYTES}.get(option, MAX_SCHEMA_BYTES)
     if len(text) > most:
-        raise RequestError(f"{option} has {len(text)} characters; {most} are possible. Give a smaller one.")
+        raise RequestError(
+            f"{_NAMES.get(option, option)} has {len(text)} characters; {most} are possible. {_FIXES[option]}"
+        )
     return _Structure(option, text)
 
 
@@ -122,7 +138,7 @@ class _Grammars:
     def matcher(self, structure: _Structure) -> Any:
         """Raises RequestError."""
         if self._fault:
-            raise RequestError(f"{structure.option} {self._fault}")
+            raise RequestError(f"{_NAMES.get(structure.option, structure.option)} {self._fault}")
         with self._lock:
             known = self._compiled.get(structure)
             if known is None:
@@ -135,7 +151,7 @@ class _Grammars:
     def _compile(self, structure: _Structure) -> Any:
         import llguidance
 
-        fuel = None if structure.option == "json_schema" else _EXPRESSION_FUEL
+        fuel = None if structure.option in ("json_schema", "tool_grammar") else _EXPRESSION_FUEL
         limits = llguidance.LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES, initial_lexer_fuel=fuel, verbose_errors=False
         )
@@ -143,7 +159,8 @@ class _Grammars:
             matcher = llguidance.LLMatcher(self._tokenizer, _grammar(structure), log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:
             told = str(error).partition("<state>")[0].strip()[:_LONGEST_ERROR]
-            raise RequestError(f"{structure.option} can't be followed: {told}. {_FIXES[structure.option]}") from error
+            name = _NAMES.get(structure.option, structure.option)
+            raise RequestError(f"{name} can't be followed: {told}. {_FIXES[structure.option]}") from error
         _check(matcher, structure.option)
         first = matcher.deep_copy()
         first.compute_bitmask()  # a $ref that leads to itself is found here: no token begins it
@@ -155,6 +172,8 @@ def _grammar(structure: _Structure) -> str:
     """In llguidance's own form. Raises ValueError."""
     import llguidance
 
+    if structure.option == "tool_grammar":
+        return structure.text
     if structure.option != "json_schema":
         form: Any = structure.option  # its names are llguidance's
         return str(llguidance.grammar_from(form, structure.text))
@@ -188,11 +207,36 @@ class _Structured:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
 
+class _ToolGrammar(_Structured):
+    """The same of a grammar whose answers may be over before nothing can follow: then by any of the end tokens."""
+
+    def __init__(self, matcher: Any, end_tokens: list[int]) -> None:
+        super().__init__(matcher, "tool_grammar")
+        self._ends = end_tokens
+        self._has_ended = False
+
+    def allow(self, logits: Tensor) -> None:
+        ends = [token for token in self._ends if token < len(logits)] if self._matcher.is_accepting() else []
+        kept = logits[ends]
+        super().allow(logits)
+        logits[ends] = kept
+
+    def take(self, token: int) -> None:
+        if token in self._ends and self._matcher.is_accepting():
+            self._has_ended = True
+        else:
+            super().take(token)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._has_ended or super().is_complete
+
+
 def _check(matcher: Any, option: str) -> None:
     """Raise RequestError for a matcher in its error state, in which it would seem to have stopped."""
     if matcher.is_error():
         told = matcher.get_error().partition("<state>")[0].strip()[:_LONGEST_ERROR]
-        raise RequestError(f"{option} can't be followed: {told}. {_FIXES[option]}")
+        raise RequestError(f"{_NAMES.get(option, option)} can't be followed: {told}. {_FIXES[option]}")
 
 
 # Reading a tokenizer takes a second.

@@ -9,7 +9,7 @@ from loraplex.errors import RequestError
 
 _LARGEST = 3.4028234663852886e38  # that float32 can hold
 MAX_ANSWERS = 4096  # each holds memory before its first token
-STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+STRUCTURES = ("json_schema", "regex", "choice", "grammar", "tool_grammar")
 _LISTS = {
     "stop": "a text or several",
     "stop_token_ids": "a tuple of token ids",
@@ -47,6 +47,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None  # no others
     bad_words: tuple[str, ...] = ()  # a word's last token never follows its others
     include_stop: bool = False  # the text ends with the stop string or stop token that ended it
+    tool_grammar: str | None = None  # of answers that call tools, in llguidance's form of Lark
     skip_special_tokens: bool = True  # in the text
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class SamplingParams:
         given = [option for option in STRUCTURES if getattr(self, option) is not None]
         if len(given) > 1:
             raise RequestError(f"{' and '.join(given)} can't all hold for one answer. Give one of them.")
-        for option in ("regex", "grammar"):
+        for option in ("regex", "grammar", "tool_grammar"):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, str) and value):
                 raise RequestError(f"{option} is {value!r}; give a text of at least one character.")

@@ -1,75 +1,24 @@
 """The bodies of requests, as clients send them: unknown fields are errors, and numbers are finite."""
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WrapValidator, model_validator
+from pydantic import Field, PlainValidator
 
+from loraplex.server.api.body import Body, NullableBody, one_of
+from loraplex.server.api.messages import Message
 from loraplex.server.api.refused_fields import NEUTRAL
+from loraplex.server.api.tools.definitions import ToolChoice, ToolList
 
-_MAX_FIELDS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_BIASES = 1024
 _MAX_STOPS = 16
 _LONGEST_STOP = 1024
 _MAX_STEERINGS = 64
 _MAX_PROMPTS = 4096  # whatever `max_prompts` allows
-_MAX_PARTS = 1024  # of a message's content
 _MAX_BAD_WORDS = 256
 _MAX_METADATA = 16  # pairs, as OpenAI's
 _LONGEST_GRAMMAR = 2**16  # the engine's limits are tighter
 _MAX_TEMPLATE_VARIABLES = 32
-
-
-class Body(BaseModel):
-    """A JSON object whose fields all mean something here."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    # Fields of OpenAI's API that do nothing with these values, and so may be there; other values are refused.
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    null_is_absent: ClassVar[bool] = False  # null, of any field, is the same as leaving it out
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > _MAX_FIELDS:  # each unknown one would be an error of its own
-            raise ValueError(f"an object has {len(data)} fields, and no object has more than {_MAX_FIELDS}")
-        return {
-            name: value
-            for name, value in data.items()
-            if not ((value is None and cls.null_is_absent) or _is_among(value, cls.neutral.get(name, ())))
-        }
-
-
-def _describe_neutral(schema: dict[str, Any], kind: type[Any]) -> None:
-    """Let the description tell what `drop_neutral` lets pass."""
-    if not kind.null_is_absent:
-        return
-    schema["additionalProperties"] = {"type": "null"}
-    known = {name: {"enum": [*values, None]} for name, values in kind.neutral.items()}
-    schema["properties"] = known | schema.get("properties", {})
-
-
-class NullableBody(Body):
-    """A body for which null is the same as leaving a field out, as clients send it for all that they don't use."""
-
-    model_config = ConfigDict(json_schema_extra=_describe_neutral)
-    null_is_absent: ClassVar = True
-
-
-def one_of(kinds: Any, description: str, **constraints: Any) -> Any:
-    """A field of several types, whose error is one sentence instead of one for each type."""
-
-    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
-        try:
-            return handler(value)
-        except ValueError:
-            raise ValueError(f"must be {description}") from None
-
-    return Annotated[kinds, Field(**constraints), WrapValidator(check)]
 
 
 def is_token_ids(value: Any) -> bool:
@@ -84,10 +33,6 @@ def _token_ids(value: Any) -> list[int]:
         raise ValueError(f"must be a list of token ids, whole numbers from 0 to {_MAX_TOKEN_ID}")
     ids: list[int] = value
     return ids
-
-
-def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
-    return any(type(value) is type(other) and value == other for other in values)
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -218,58 +163,18 @@ class GenerationBody(NullableBody):
     steer: Annotated[list[Steer], Field(max_length=_MAX_STEERINGS)] | None = None
 
 
-def _content(content: Any) -> Any:
-    """OpenAI's content parts: all of type text as the one text that they are, else the checked parts."""
-    if not isinstance(content, list):
-        return content
-    if len(content) > _MAX_PARTS:
-        raise ValueError(f"has {len(content)} parts; {_MAX_PARTS} are possible")
-    parts = [_part(part) for part in content]
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
-
-
-def _part(part: Any) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "image_url") or set(part) != {"type", kind}:
-        raise ValueError('must be a text or parts of type "text" or "image_url"; other parts are not supported')
-    if kind == "text":
-        if not isinstance(part["text"], str):
-            raise ValueError("a part's text must be a text")
-        return {"type": "text", "text": part["text"]}
-    image = part["image_url"]
-    if not isinstance(image, dict) or not isinstance(image.get("url"), str) or set(image) - {"url", "detail"}:
-        raise ValueError('image_url must be {"url": "data:image/...;base64,..."}')
-    if image.get("detail") not in (None, "auto", "high"):
-        raise ValueError('detail must be "auto" or "high": images are read in the size that the model was made for')
-    return {"type": "image_url", "url": image["url"]}
-
-
-class Message(Body):
-    """A turn of a chat."""
-
-    neutral: ClassVar = dict.fromkeys(("tool_calls", "function_call", "refusal", "audio", "annotations"), (None, []))
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str | list[dict[str, str]], BeforeValidator(_content, json_schema_input_type=str | list[dict[str, Any]])
-    ]
-    name: str | None = Field(None, max_length=256)
-
-
 class ChatBody(GenerationBody):
     neutral: ClassVar = GenerationBody.neutral | {
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
         "functions": (None, []),
         "function_call": (None, "none", "auto"),
-        "parallel_tool_calls": (None, True, False),
         "echo": (False,),
         "best_of": (1,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    tools: ToolList | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

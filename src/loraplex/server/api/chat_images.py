@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import Message
+from loraplex.server.api.messages import Message
 
 _START = re.compile(r"data:image/[a-z.+-]{1,32};base64,", re.IGNORECASE)
 
@@ -16,7 +16,7 @@ def images_of(messages: Sequence[Message], most: int) -> list[bytes]:
     found = [
         (f"messages.{number}.content", part["url"])
         for number, message in enumerate(messages)
-        if not isinstance(message.content, str)
+        if isinstance(message.content, list)
         for part in message.content
         if part["type"] == "image_url"
     ]

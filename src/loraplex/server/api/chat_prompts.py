@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from loraplex.errors import RequestError
 from loraplex.models.chat_template import render_chat
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import Message
 from loraplex.server.api.engine_requests import EncodedPrompt, encode_text, encode_with
+from loraplex.server.api.messages import Turn
 
 _FIRST_ALIAS, _NUM_ALIASES = 0xF0000, 0xFFFE  # a plane of private use: no text means anything by it
 
@@ -75,7 +75,7 @@ def _alias(length: int) -> str:
     return "".join(chr(_FIRST_ALIAS + secrets.randbelow(_NUM_ALIASES)) for _ in range(length))
 
 
-Turn = Mapping[str, Any]  # content: a text, or parts as chat templates take them
+_TEXTS = ("content", "name", "reasoning_content")  # of a turn, which templates write as they are
 # Around a placeholder: what `trim` takes away and nothing else does, so that it shows on which sides a template trims.
 _LEFT, _RIGHT = "\u2003\x0b", "\x0b\u2003"
 
@@ -107,25 +107,33 @@ class ChatEncoder:
         turns: Sequence[Turn],
         *,
         most: int,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),  # of the template
     ) -> EncodedPrompt:
         """Raises ApiError for messages that the template refuses, or whose control tokens can't be told apart.
 
-        And for more than `most` tokens, before they are looked at.
+        And for more than `most` tokens, before they are looked at. Tools and calls of them, which templates write in
+        ways of their own, may spell no control token.
         """
         known = () if self._allows_special or not variables else self._special_tokens
         variables = {**_checked(variables, known), "add_generation_prompt": add_generation_prompt}
+        if tools:
+            variables["tools"] = [dict(tool) for tool in tools]
         text = self._render(turns, variables)
         options: _Options = {"add_special_tokens": add_special_tokens, "most": most, "param": "messages"}
         encoded = encode_text(self._tokenizer, text, **options)
         if self._allows_special:
             return encoded
+        structured = list(_structured_texts(turns, tools))
         if not self._tokenizer.is_fast:
-            if any(token in part for part in _parts(turns) for token in self._tokenizer.all_special_tokens):
+            parts = [*_parts(turns), *structured]
+            if any(token in part for part in parts for token in self._tokenizer.all_special_tokens):
                 raise _refusal()
             return encoded
+        if any(map(self._control.is_spelt_in, structured)):
+            raise _refusal()
         empty = _Skeleton(turns)
         skeleton = self._render(empty.turns, variables)
         expected = encode_text(self._tokenizer, skeleton, **_unlimited(options))
@@ -203,7 +211,7 @@ class _Skeleton:
         self._mark = f"x{secrets.token_hex(8)}x"
         self._texts: list[str] = []
         self.turns = [
-            {field: value if field == "role" else self._emptied(value) for field, value in turn.items()}
+            {field: self._emptied(value) if field in _TEXTS else value for field, value in turn.items()}
             for turn in turns
         ]
 
@@ -230,11 +238,25 @@ class _Skeleton:
 
 
 def _parts(turns: Sequence[Turn]) -> list[str]:
-    contents = [value for turn in turns for field, value in turn.items() if field != "role"]
+    contents = [value for turn in turns for field, value in turn.items() if field in _TEXTS]
     of_lists = [
         part["text"] for content in contents if not isinstance(content, str) for part in content if "text" in part
     ]
     return [content for content in contents if isinstance(content, str)] + of_lists
+
+
+def _structured_texts(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts, keys too, of tools, calls and ids."""
+    others = (value for turn in turns for field, value in turn.items() if field not in (*_TEXTS, "role"))
+    level: list[Any] = [*tools, *others]
+    while level:
+        value = level.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            level += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            level += value
 
 
 def _refusal() -> ApiError:
@@ -244,15 +266,3 @@ def _refusal() -> ApiError:
         "that doesn't let it be told from the template's own. Leave it out (allow_special_tokens_in_content).",
         param="messages",
     )
-
-
-def as_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """What a chat template takes; "developer" is OpenAI's newer word for "system"."""
-    turns = []
-    for message in messages:
-        content: Any = message.content
-        if not isinstance(content, str):
-            content = [part if part["type"] == "text" else {"type": "image"} for part in content]
-        turn = {"role": "system" if message.role == "developer" else message.role, "content": content}
-        turns.append(turn if message.name is None else turn | {"name": message.name})
-    return turns

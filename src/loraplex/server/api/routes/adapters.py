@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from loraplex.server.adapter_admin import AdapterLibrary
-from loraplex.server.api.bodies import Body
+from loraplex.server.api.body import Body
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
 
 router = APIRouter(route_class=JsonRoute)

@@ -1,6 +1,6 @@
 """/v1/chat/completions: from its body to a request, and from its result to the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
 from loraplex.server.api.chat_images import images_of
-from loraplex.server.api.chat_prompts import as_turns
 from loraplex.server.api.engine_requests import (
     EncodedPrompt,
     Truncation,
@@ -25,6 +24,7 @@ from loraplex.server.api.engine_requests import (
     sampling_params,
 )
 from loraplex.server.api.json_route import JsonRoute
+from loraplex.server.api.messages import Turn, as_turns
 from loraplex.server.api.response_parts import (
     Extras,
     News,
@@ -36,6 +36,8 @@ from loraplex.server.api.response_parts import (
 )
 from loraplex.server.api.routes.completions import check_num_prompt_logprobs, check_prompt_logprobs
 from loraplex.server.api.streaming import Choice
+from loraplex.server.api.tools.chat_output import ChatAnswers
+from loraplex.server.api.tools.use import ToolUse
 from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
 
@@ -67,7 +69,9 @@ class ChatCall:
         if images and image_token_of(state.model.base.config) is None:
             kind = state.model.base.config.model_type
             raise ApiError(BAD_REQUEST, f"the messages have images, but {kind!r} takes none.", param="messages")
-        turns = as_turns(body.messages)
+        functions = [tool.function for tool in body.tools or ()]
+        use = ToolUse.of(functions, body.tool_choice, parallel=body.parallel_tool_calls)
+        turns, tools = use.prepared(as_turns(body.messages), self.row_tokenizer.tools)
         self.prompts = [turns]
         max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = sampling_params(
@@ -79,7 +83,8 @@ class ChatCall:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=None if body.stream else body.prompt_logprobs,
         )
-        encoded = self._encode(turns, state.engine.max_length)
+        sampling = use.sampling(sampling, self.row_tokenizer.tools)
+        encoded = self._encode(turns, tools, state.engine.max_length)
         self.requests = [
             engine_request(
                 body, encoded, sampling, adapters=adapters, principal=principal, config=config, images=images
@@ -87,15 +92,16 @@ class ChatCall:
         ]
         check_num_prompt_logprobs(body, self.requests)
         self.envelope = envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
-        self._begun: set[int] = set()
+        self._answers = ChatAnswers(use, self.row_tokenizer.tools)
         self._has_told_prompt = False
 
-    def _encode(self, turns: Sequence[dict[str, str]], max_length: int) -> EncodedPrompt:
+    def _encode(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], max_length: int) -> EncodedPrompt:
         body, most = self.body, max_length - 1
         cut = Truncation.of_body(body, max_length)
         encoded = self.row_tokenizer.chats.encode(
             turns,
             most=most if cut is None else cut.most(most),
+            tools=tools,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
             variables=body.chat_template_kwargs or {},
@@ -127,25 +133,21 @@ class ChatCall:
         return {"prompt_token_ids": list(self.requests[0].prompt)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        if news.index not in self._begun:
-            self._begun.add(news.index)
-            delta = {"role": "assistant", "content": ""}
-        if news.text:
-            delta["content"] = news.text
+        delta, finish_reason = self._answers.delta(news.index, news.text, news.finish_reason)
         return {
             "index": news.index,
             "delta": delta,
             "logprobs": self._logprobs(news.logprobs),
-            "finish_reason": news.finish_reason,
+            "finish_reason": finish_reason,
         } | ({"token_ids": news.token_ids} if self.body.return_token_ids else {})
 
     def _choice(self, completion: Completion) -> dict[str, Any]:
+        message, finish_reason = self._answers.message(completion.text, completion.finish_reason)
         return {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": finish_reason,
             **({"token_ids": list(completion.token_ids)} if self.body.return_token_ids else {}),
         } | self.extras.of(completion, self.row_tokenizer.texts)
 

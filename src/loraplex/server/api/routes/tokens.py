@@ -10,10 +10,13 @@ from pydantic import Field
 from loraplex.errors import LoraplexError
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.bodies import Body, Message, TokenIds
-from loraplex.server.api.chat_prompts import as_turns
+from loraplex.server.api.bodies import TokenIds
+from loraplex.server.api.body import Body
 from loraplex.server.api.engine_requests import encode_text
 from loraplex.server.api.json_route import JsonRoute, documented
+from loraplex.server.api.messages import Message, as_turns
+from loraplex.server.api.tools.definitions import ToolList
+from loraplex.server.api.tools.use import ToolUse
 from loraplex.server.state import RequestContext, RowTokenizer, ServerState, context_of, in_thread, state_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -25,6 +28,7 @@ class Tokenize(Body):
     model: str | None = Field(None, max_length=8192)
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    tools: ToolList | None = None  # of a chat
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -75,10 +79,13 @@ def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, contex
     own, most = _row_tokenizer(adapters, state, context), state.config.limits.max_body_values
     tokenizer = own.tokenizer
     if body.messages is not None:
-        if not all(isinstance(message.content, str) for message in body.messages):
+        if any(isinstance(message.content, list) for message in body.messages):
             raise ApiError(BAD_REQUEST, "the tokens of images aren't counted here. Leave them out.", param="messages")
+        tool_use = ToolUse.of([tool.function for tool in body.tools or ()], None, parallel=None)
+        turns, tools = tool_use.prepared(as_turns(body.messages), own.tools)
         ids = own.chats.encode(
-            as_turns(body.messages),
+            turns,
+            tools=tools,
             most=most,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loraplex.server.adapter_admin import AdapterLibrary
 from loraplex.server.api.api_errors import BAD_REQUEST, NOT_FOUND, ApiError
-from loraplex.server.api.bodies import Body
+from loraplex.server.api.body import Body
 from loraplex.server.api.json_route import JsonRoute, documented
 from loraplex.server.state import state_of
 

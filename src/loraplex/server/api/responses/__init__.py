@@ -1,0 +1,1 @@
+"""/v1/responses: its items as a chat's turns, and an answer as items and events."""

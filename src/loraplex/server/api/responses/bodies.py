@@ -1,0 +1,181 @@
+"""The body of /v1/responses, without what needs a server that keeps responses."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from loraplex.server.api.bodies import Count, JsonSchema, ResponseFormat
+from loraplex.server.api.body import Body, one_of
+from loraplex.server.api.tools.definitions import MAX_TOOLS, FunctionDefinition, FunctionName
+
+_MAX_ITEMS = 4096
+_MAX_PARTS = 1024
+_OF_OUTPUTS = frozenset({"id", "status"})  # that items have which a server gave
+
+
+class TextPart(Body):
+    """A text that a client wrote, or that an answer had."""
+
+    ignored: ClassVar = frozenset({"annotations", "logprobs", "cache_control"})
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ReasoningPart(Body):
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+Parts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(max_length=_MAX_PARTS)]
+Content = one_of(str | Parts, 'a text or parts of type "input_text" or "output_text"; other parts are not supported')
+
+
+class MessageItem(Body):
+    """A turn."""
+
+    ignored: ClassVar = _OF_OUTPUTS | {"phase"}
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content  # type: ignore[valid-type]
+
+
+class FunctionCallItem(Body):
+    """A call that an answer made."""
+
+    ignored: ClassVar = _OF_OUTPUTS
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "namespace": (None,),
+        "caller": (None,),
+        "created_by": (None,),
+        "async": (None, False),
+    }
+
+    type: Literal["function_call"]
+    call_id: str = Field(max_length=256)
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str
+
+
+class FunctionOutputItem(Body):
+    """What a function gave."""
+
+    ignored: ClassVar = _OF_OUTPUTS
+
+    type: Literal["function_call_output"]
+    call_id: str = Field(max_length=256)
+    output: Content  # type: ignore[valid-type]
+
+
+class ReasoningItem(Body):
+    """What an answer's reasoning was; the next turn of the assistant has it as `reasoning_content`."""
+
+    ignored: ClassVar = _OF_OUTPUTS | {"encrypted_content"}
+
+    type: Literal["reasoning"]
+    summary: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] = Field(default_factory=list)
+    content: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] | None = None
+
+
+def _kind(item: Any) -> Any:
+    """A message may leave its type out."""
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+def _as_items(given: Any) -> Any:
+    """A text alone is a user's turn."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class ResponseTool(FunctionDefinition):
+    """A function, which this API has without an object around it."""
+
+    type: Literal["function"]
+
+
+class ResponseToolChoice(Body):
+    type: Literal["function"]
+    name: FunctionName
+
+
+class TextFormat(Body):
+    """The form of an answer's text."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    def as_response_format(self) -> ResponseFormat:
+        """The same of /v1/chat/completions."""
+        schema = None if self.schema_ is None else JsonSchema.model_validate({"schema": self.schema_})
+        return ResponseFormat(type=self.type, json_schema=schema)
+
+
+class TextOptions(Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": (None, "medium")}
+
+    format: TextFormat | None = None
+
+
+class ResponsesBody(Body):
+    """A request that has all that it needs with it: this server keeps no responses."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "store": (None, False, True),  # clients ask for it unasked; the response says that it is not kept
+        "previous_response_id": (None,),
+        "conversation": (None,),
+        "background": (None, False),
+        "include": (None, [], ["reasoning.encrypted_content"]),
+        "truncation": (None, "disabled"),
+        "service_tier": (None, "auto", "default"),
+        "reasoning": (None, {}),
+        "top_logprobs": (None, 0),
+        "max_tool_calls": (None,),
+        "prompt": (None,),
+        "prompt_cache_retention": (None,),
+        "stream_options": (None, {}, {"include_obfuscation": False}),
+    }
+
+    model: str = Field(min_length=1, max_length=8192)
+    input: Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=_MAX_ITEMS),
+        BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
+    ]
+    instructions: str | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: one_of(  # type: ignore[valid-type]
+        Literal["none", "auto", "required"] | ResponseToolChoice | None,
+        '"none", "auto", "required" or {"type": "function", "name": ...}',
+    ) = None
+    parallel_tool_calls: bool | None = None
+    max_output_tokens: Count | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    text: TextOptions | None = None
+    stream: bool | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    user: str | None = Field(None, max_length=1024)
+    safety_identifier: str | None = Field(None, max_length=1024)
+    prompt_cache_key: str | None = Field(None, max_length=1024)
+    # Not OpenAI's, as in /v1/chat/completions.
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    priority: int | None = Field(None, ge=-1000, le=1000)
+    cache_salt: str | None = Field(None, max_length=1024)
