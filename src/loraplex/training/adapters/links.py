@@ -16,15 +16,14 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
+from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
 from loraplex.residual.format import is_residual_folder, read_residual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import (
-    BaseFingerprint,
     FunctionResidual,
     LinkedResidual,
     SteeringVector,
     check_residual_fits,
-    check_same_base,
 )
 from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.config import AdapterJob, LinkMember

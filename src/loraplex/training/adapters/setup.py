@@ -14,9 +14,10 @@ from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.models.end_tokens import training_ends
+from loraplex.residual.fingerprint import check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits, check_same_base
+from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.job_state import JobState
