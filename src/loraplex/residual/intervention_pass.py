@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraplex.residual.operations import Active, ChainOperations, Operation, SiteKey
-from loraplex.residual.reft import Site
+from loraplex.residual.reft import SITES, Site
 from loraplex.residual.scope import use_attention
 
 
@@ -62,6 +62,7 @@ class InterventionPass:
         self.groups = tuple(groups)
         self.done: set[int] = set()  # blocks that a compiled call has run, or will, with all that is done there
         self._plans: dict[SiteKey, _SitePlan | None] = {}
+        self._addresses: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor] | None] = {}
 
     @cached_property
@@ -90,6 +91,24 @@ class InterventionPass:
     def gate_output(self, path: str, y: Tensor) -> Tensor | None:
         """As in `Interventions`."""
         return self._gated("outputs", path, y)
+
+    def addresses(self, blocks: tuple[int, ...], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """For a compiled call, where nothing but vectors is added: where the sums of each group's vectors lie.
+
+        int64 [groups, blocks, 3] addresses at the sites in the order of SITES, 0 for none; and each token's group
+        [tokens], -1 for none.
+        """
+        key = (blocks, num_tokens)
+        if key not in self._addresses:
+            found = [group.operations.vectors(group.active) for group in self.groups]
+            table = [
+                [[_address(vectors.get((site, block))) for site in SITES] for block in blocks] for vectors in found
+            ]
+            of_tokens = torch.full((num_tokens,), -1, dtype=torch.int64)
+            for number, group in enumerate(self.groups):
+                of_tokens[group.tokens] = number
+            self._addresses[key] = (torch.tensor(table, dtype=torch.int64), of_tokens)
+        return self._addresses[key]
 
     def _plan(self, key: SiteKey) -> _SitePlan | None:
         index: list[Tensor] = []
@@ -133,6 +152,14 @@ class InterventionPass:
             return None
         which = [torch.full_like(tokens, number) for number, (tokens, _) in enumerate(found)]
         return torch.cat([tokens for tokens, _ in found]), torch.stack([gate for _, gate in found]), torch.cat(which)
+
+
+def _address(vector: Tensor | None) -> int:
+    if vector is None:
+        return 0
+    assert vector.is_contiguous(), "sums of vectors lie as they were made"
+    assert vector.dtype == torch.float32, "vectors are summed in float32"
+    return vector.data_ptr()
 
 
 def _run(plan: _SitePlan, hidden: Tensor) -> Tensor:

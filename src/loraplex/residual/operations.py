@@ -111,6 +111,15 @@ def is_intervention(residual: Residual) -> bool:
     return isinstance(residual, ReftResidual | GateResidual)
 
 
+def positions_of(residual: Residual) -> frozenset[Positions]:
+    """The tokens that a residual acts on."""
+    if isinstance(residual, SteeringVector):
+        return frozenset({residual.positions})
+    if isinstance(residual, ReftResidual):
+        return frozenset(own.positions for own in residual.interventions)
+    return frozenset({ALL})
+
+
 def interventions_of(chain: Sequence[ChainLink], *, with_vectors: bool) -> tuple[ChainLink, ...]:
     """The links of a chain that are interventions.
 

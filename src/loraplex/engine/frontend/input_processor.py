@@ -72,7 +72,9 @@ class InputProcessor:
             self._model.mixtures.check_told([others])
         mixtures = [mixture for name, _ in others if isinstance(mixture := found.get(name), Mixture)]
         self._capacity.check_mixtures([mixture.name for mixture in mixtures], len(prompt) + state.max_new_tokens)
-        buffer = check_attention(state, bool(chain), self._model.registry.linked)
+        linked = self._model.registry.linked
+        attention_chain, _ = linked.split_chain(chain, captured=request.capture is not None)
+        buffer = check_attention(state, bool(attention_chain), linked)
         check_scalings(state, mixtures)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         state.sequences = [self._sequence(state, index, seed + index, buffer) for index in range(sampling.n)]

@@ -6,6 +6,7 @@ from loraplex.engine.kv.sequence_kv import SequenceKV
 from loraplex.engine.sched.captures import SequenceAttention
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
+from loraplex.residual.operations import ChainOperations
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,6 +31,11 @@ class ScheduledChunk:
     def asked(self) -> SequenceAttention | None:
         """What it asks of attention: main passes alone can."""
         return None if self.owner is None or self.scaling is not None else self.owner.asked
+
+    @property
+    def interventions(self) -> ChainOperations | None:
+        """What its tokens go through besides adapters: main passes alone can."""
+        return None if self.owner is None or self.scaling is not None else self.owner.interventions
 
     @property
     def stop(self) -> int:

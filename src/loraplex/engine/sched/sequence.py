@@ -15,6 +15,7 @@ from loraplex.engine.sched.captures import Captures, SequenceAttention
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
+from loraplex.residual.operations import ChainOperations
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link
 
@@ -67,6 +68,7 @@ class SequenceState:
         self.text = text
         self.captures = captures  # None: it is asked for tokens alone
         self.asked: SequenceAttention | None = None  # of its main pass, once it runs
+        self.interventions: ChainOperations | None = None  # the same
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
         # Of the prompt's tokens, as far as they are known; None: they aren't wanted, or another answer has them.
@@ -103,9 +105,10 @@ class SequenceState:
         """What its passes go through: the main one, then the scaling passes. Takes nothing yet."""
         prompt, request = self.state.prompt, self.state.request
         if self.asked is None:
-            row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
+            row = RowAttention(chain=binding.attention_chain, capture=request.capture, steering=request.steering)
             buffer = None if self.captures is None else self.captures.buffer
             self.asked = SequenceAttention(row=row, buffer=buffer) if row.asks else None
+        self.interventions = binding.interventions
         self.first_length = self.state.lengths.first_length(len(prompt), len(self.tokens))
         salt = [*_salt_keys(request), *self.state.lengths.keys(self.first_length)]
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
@@ -152,7 +155,7 @@ class SequenceState:
     def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
         """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
-        observed, self.captures, self.asked = self.captures, None, None
+        observed, self.captures, self.asked, self.interventions = self.captures, None, None, None
         mixtures = () if self.state.binding is None else self.state.binding.mixtures
         return Completion(
             index=self.index,
