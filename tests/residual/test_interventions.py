@@ -89,7 +89,10 @@ def test_forward_gives_each_row_what_it_gets_alone(served, side):
     prompts = [prompt_of(length, i) for i, length in enumerate(lengths)]
     width = max(lengths)
     others = [None, "0", "science", "0:0.5+2"]
-    ids, mask = torch.zeros(len(CHAINS) + 4, width, dtype=torch.long), torch.zeros(len(CHAINS) + 4, width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(CHAINS) + 4, width, dtype=torch.long),
+        torch.zeros(len(CHAINS) + 4, width, dtype=torch.long),
+    )
     for row, prompt in enumerate([*prompts, *(prompt_of(width, 90 + i) for i in range(4))]):
         where = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
         ids[row, where], mask[row, where] = torch.tensor(prompt), 1
@@ -212,7 +215,11 @@ def test_the_base_model_is_given_back(served):
         before = model(ids, adapters=["block-all"]).logits
         model.registry.linked.detach()
         assert model.base(ids).logits.equal(base(ids).logits)
-        assert not any(type(hook).__module__.endswith("residual.sites") for m in model.base.modules() for hook in m._forward_hooks.values())
+        assert not any(
+            type(hook).__module__.endswith("residual.sites")
+            for m in model.base.modules()
+            for hook in m._forward_hooks.values()
+        )
         assert model(ids, adapters=["block-all"]).logits.equal(before)
 
 

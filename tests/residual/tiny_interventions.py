@@ -86,9 +86,7 @@ def _change(residual: Residual, weight: float, site: Site, block: int, num_promp
 
 
 @contextmanager
-def intervened(
-    base: PreTrainedModel, chain: Sequence[tuple[Residual, float]], num_prompt: int
-) -> Iterator[None]:
+def intervened(base: PreTrainedModel, chain: Sequence[tuple[Residual, float]], num_prompt: int) -> Iterator[None]:
     """The base model with hooks that compute the formulas for all its rows."""
     handles = []
     for number, block in enumerate(block_list(base)):
@@ -97,9 +95,7 @@ def intervened(
             if site != "block":
                 module = next(getattr(block, name) for name in SITE_NAMES[site] if hasattr(block, name))
             changes = [
-                change
-                for residual, weight in chain
-                for change in _change(residual, weight, site, number, num_prompt)
+                change for residual, weight in chain for change in _change(residual, weight, site, number, num_prompt)
             ]
 
             def hook(module: nn.Module, args: object, output: object, changes: list[Callable] = changes) -> object:
