@@ -1,4 +1,4 @@
-"""Requests with interventions in their links: the answers of the formulas, in the compiled layer call where it can be."""
+"""Requests with interventions in their links: the answers of the formulas, in the compiled layer call if it can."""
 
 import gc
 import weakref

@@ -108,7 +108,7 @@ def test_forward_gives_each_row_what_it_gets_alone(served, side):
 
 @torch.no_grad()
 def test_every_residual_changes_the_logits(served):
-    model, made, base = served
+    _, made, base = served
     prompt = prompt_of(11, 3)
     plain = expected_logits(base, prompt, [], 11)
     for name in made:
@@ -139,7 +139,7 @@ def test_generate_without_a_cache_is_the_same(served):
 
 
 def test_rows_of_loras_and_mixtures_link_with_interventions(served):
-    model, made, _ = served
+    model, _, _ = served
     ids = torch.tensor([prompt_of(10, 4)] * 4)
     adapters = ["0", "0+block-all", "science+reft-prompt", "science"]
     with torch.no_grad():

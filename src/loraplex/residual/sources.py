@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from loraplex.residual.format import FolderResidual, is_residual_folder, read_residual
 from loraplex.residual.format_settings import ResidualSettings
-from loraplex.residual.other_formats.control_vector import is_control_vector, read_control_vector
+from loraplex.residual.other_formats.control_vector import is_control_vector, is_gguf, read_control_vector
 from loraplex.residual.other_formats.ia3 import is_ia3_folder, read_ia3
 from loraplex.residual.other_formats.pyreft import is_pyreft_folder, read_pyreft
 from loraplex.residual.positions import Positions
@@ -30,7 +30,7 @@ def read_any_residual(
 
     Raises AdapterFormatError, UnsupportedAdapterError or ConfigError.
     """
-    if is_control_vector(source):
+    if is_gguf(source):
         return read_control_vector(source, config.model_type)
     if is_pyreft_folder(source):
         return read_pyreft(source, positions)

@@ -25,6 +25,7 @@ from loraplex.validation import listed, quoted
 ARCHITECTURE = "controlvector"
 SUFFIX = ".gguf"
 MAX_BYTES = 1 << 30  # a vector for each of 1000 blocks of a hidden size of 65536, four times over
+_HEAD_BYTES = 4096
 _HINT = f"{ARCHITECTURE}.model_hint"
 _COUNT = f"{ARCHITECTURE}.layer_count"
 _DIRECTION = re.compile(r"direction\.(\d{1,6})")
@@ -32,10 +33,22 @@ _DIRECTION = re.compile(r"direction\.(\d{1,6})")
 logger = logging.getLogger(__name__)
 
 
-def is_control_vector(source: str | Path) -> bool:
-    """Whether it is a GGUF file, which as an adapter of a loaded model can only be a control vector."""
+def is_gguf(source: str | Path) -> bool:
+    """Whether it is called as a GGUF file is."""
     path = Path(source)
     return path.suffix == SUFFIX and path.is_file()
+
+
+def is_control_vector(source: str | Path) -> bool:
+    """Whether it is a GGUF file that says at its beginning, where writers put it, that it is a control vector."""
+    if not is_gguf(source):
+        return False
+    try:
+        with open_regular(Path(source)) as opened:
+            head = opened.read(_HEAD_BYTES)
+    except OSError:
+        return False  # whoever reads it says what is wrong
+    return head.startswith(b"GGUF") and ARCHITECTURE.encode() in head
 
 
 def read_control_vector(file: str | Path, model_type: str | None = None) -> SteeringVector:

@@ -33,6 +33,7 @@ _FORMULAS = {
     "DireftIntervention": (False, True),
     "NodireftIntervention": (False, True),
 }
+_SIZES = ("embed_dim", "interchange_dim")  # whole numbers that pyvene keeps beside the weights
 _SITES: dict[str, Site] = {
     **{"block_output": "block", "mlp_output": "mlp", "attention_output": "attention"},
     **{"": "block", "mlp": "mlp", "self_attn": "attention", "attention": "attention", "attn": "attention"},
@@ -127,11 +128,11 @@ def _own_positions(folder: Path, places: list[_Place], positions: Positions) -> 
 
 def _intervention(file: Path, kind: str, place: _Place, positions: Positions) -> Intervention:
     subtracts, has_w = _FORMULAS[kind]
-    tensors = {name: tensor.detach() for name, tensor in read_pickled(file).items()}
+    tensors = {name: tensor.detach() for name, tensor in read_pickled(file, left_out=_SIZES).items()}
     for name, tensor in tensors.items():
         require_finite(tensor, f"{file}: {name!r}")
     try:
-        r, w, b = _factors(tensors, has_w)
+        r, w, b = _factors(tensors, has_w=has_w, subtracts=subtracts)
     except KeyError as error:
         raise AdapterFormatError(f"{file} holds {listed(tensors)}; a {kind} has {error} too.") from None
     if r.ndim != 2 or w.shape != r.shape or b.shape != r.shape[:1]:
@@ -139,10 +140,10 @@ def _intervention(file: Path, kind: str, place: _Place, positions: Positions) ->
     return Intervention(block=place.block, site=place.site, positions=positions, r=r, w=w, b=b, subtracts=subtracts)
 
 
-def _factors(tensors: dict[str, Tensor], has_w: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(tensors: dict[str, Tensor], *, has_w: bool, subtracts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """R, W and b. LoReFT's own state dict has "rotate_layer", "weight" and "bias"; the others' have torch's names.
 
-    A projection with a bias p (NoReFT) subtracts it too: b - p. An orthogonal parametrization stores what R is made of.
+    What NoReFT subtracts has a bias p too: b - p. An orthogonal parametrization stores what R is made of.
     """
     tensors = {name.removeprefix("learned_source."): tensor for name, tensor in tensors.items()}
     if "proj_layer.weight" in tensors:
@@ -154,9 +155,10 @@ def _factors(tensors: dict[str, Tensor], has_w: bool) -> tuple[Tensor, Tensor, T
     else:
         r = _orthogonal(tensors).t()
     if not has_w:
-        return r.contiguous(), torch.zeros_like(r), tensors["learned_source"]
+        r = r.contiguous()
+        return r, torch.zeros_like(r), tensors["learned_source"]
     b = tensors["bias"]
-    if "proj_layer.bias" in tensors:
+    if subtracts and "proj_layer.bias" in tensors:
         b = b.double() - tensors["proj_layer.bias"].double()
     return r.contiguous(), tensors["weight"].contiguous(), b.to(tensors["weight"].dtype)
 
