@@ -139,7 +139,7 @@ class InterventionPass:
         plan = self._gates[key]
         if plan is None:
             return None
-        index, gates, which = plan
+        index, gates, which = (tensor.to(states.device) for tensor in plan)
         flat = states.reshape(-1, states.shape[-1])
         chosen = flat[index]
         scaled = chosen.to(torch.promote_types(chosen.dtype, torch.float32)) * gates[which]
@@ -166,9 +166,11 @@ def _run(plan: _SitePlan, hidden: Tensor) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(flat.dtype, torch.float32)
     if plan.index is not None:
-        added = flat[plan.index].to(dtype) + plan.vectors[plan.which]
-        flat = flat.index_copy(0, plan.index, added.to(flat.dtype))
-    for operations, tokens in plan.others:
+        index, vectors, which = (tensor.to(flat.device) for tensor in (plan.index, plan.vectors, plan.which))
+        added = flat[index].to(dtype) + vectors[which]
+        flat = flat.index_copy(0, index, added.to(flat.dtype))
+    for operations, own in plan.others:
+        tokens = own.to(flat.device)
         states = flat[tokens].to(dtype)
         for operation in operations:
             states = operation.run(states)
