@@ -14,7 +14,7 @@ from loraplex.residual import (
     SteeringVector,
     parse_positions,
 )
-from loraplex.residual.positions import Segment, segments
+from loraplex.residual.positions import PositionSegment, segments
 from tests.engine.engines import make_model, write_adapters
 from tests.residual.tiny_interventions import (
     expected_answer,
@@ -250,8 +250,8 @@ def test_segments_are_the_positions_of_pyreft(text, num_prompt):
 def test_segments_tell_what_is_active():
     first, generated = parse_positions("f2"), parse_positions("generated")
     assert segments([first, generated], 0, 9, 7) == [
-        Segment(0, 2, frozenset({first})),
-        Segment(7, 9, frozenset({generated})),
+        PositionSegment(0, 2, frozenset({first})),
+        PositionSegment(7, 9, frozenset({generated})),
     ]
 
 

@@ -16,7 +16,7 @@ from loraplex.residual.scope import use_attention
 
 
 @dataclass(frozen=True, eq=False)
-class TokenGroup:
+class InterventionGroup:
     """Tokens of a pass that go through the same operations: of one row, with the same positions active."""
 
     operations: ChainOperations
@@ -58,7 +58,7 @@ class Interventions(Protocol):
 class InterventionPass:
     """The groups of a pass. Tokens are counted through all sequences, one after the other."""
 
-    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+    def __init__(self, groups: Sequence[InterventionGroup]) -> None:
         self.groups = tuple(groups)
         self.done: set[int] = set()  # blocks that a compiled call has run, or will, with all that is done there
         self._plans: dict[SiteKey, _SitePlan | None] = {}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from loraplex.errors import BatchError, RequestError
 from loraplex.layers.passes import cached_length
 from loraplex.residual.calls import generation_config_of
-from loraplex.residual.intervention_pass import InterventionPass, TokenGroup
+from loraplex.residual.intervention_pass import InterventionPass, InterventionGroup
 from loraplex.residual.operations import ChainOperations, SiteKey
 from loraplex.residual.positions import segments
 from loraplex.residual.reft import Site
@@ -74,14 +74,14 @@ class InterventionScope:
         key = (num_tokens,)
         if key not in self._passes:
             groups = [
-                TokenGroup(row, frozenset(), torch.arange(r * share, (r + 1) * share, device=states.device))
+                InterventionGroup(row, frozenset(), torch.arange(r * share, (r + 1) * share, device=states.device))
                 for r, row in enumerate(self.rows)
                 if row is not None and row.has_gates
             ]
             self._passes[key] = InterventionPass(groups)
         return self._passes[key]
 
-    def _groups(self, first: int, num_tokens: int, num_sequences: int, device: torch.device) -> list[TokenGroup]:
+    def _groups(self, first: int, num_tokens: int, num_sequences: int, device: torch.device) -> list[InterventionGroup]:
         copies, rest = divmod(num_sequences, len(self.rows))
         if rest:
             raise BatchError(
@@ -96,7 +96,7 @@ class InterventionScope:
             for segment in segments(operations.positions, start, start + len(columns), self.num_prompt[r]):
                 own = columns[segment.start - start : segment.stop - start]
                 tokens = [s * num_tokens + own for s in range(r * copies, (r + 1) * copies)]
-                groups.append(TokenGroup(operations, segment.active, torch.cat(tokens).to(device)))
+                groups.append(InterventionGroup(operations, segment.active, torch.cat(tokens).to(device)))
         return groups
 
     def _columns(self, row: int, first: int, num_tokens: int) -> tuple[int, Tensor]:

@@ -77,7 +77,7 @@ def parse_positions(text: object) -> Positions:
 
 
 @dataclass(frozen=True)
-class Segment:
+class PositionSegment:
     """Tokens [start, stop) of a row on which the same positions are active."""
 
     start: int
@@ -85,7 +85,7 @@ class Segment:
     active: frozenset[Positions]
 
 
-def segments(positions: Sequence[Positions], start: int, stop: int, num_prompt: int) -> list[Segment]:
+def segments(positions: Sequence[Positions], start: int, stop: int, num_prompt: int) -> list[PositionSegment]:
     """The tokens [start, stop) of a row, cut where other positions become active; without those that none is on."""
     meant = {one: one.intervals(num_prompt) for one in positions}
     edges = {edge for all_ in meant.values() for pair in all_ for edge in pair if edge is not None}
@@ -94,7 +94,7 @@ def segments(positions: Sequence[Positions], start: int, stop: int, num_prompt: 
     for first, last in pairwise(cuts):
         active = frozenset(one for one, all_ in meant.items() if any(_holds(pair, first) for pair in all_))
         if active and first < last:
-            found.append(Segment(first, last, active))
+            found.append(PositionSegment(first, last, active))
     return found
 
 

@@ -4,12 +4,12 @@ import torch
 
 from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.errors import EngineError
-from loraplex.residual.intervention_pass import InterventionPass, TokenGroup
+from loraplex.residual.intervention_pass import InterventionPass, InterventionGroup
 from loraplex.residual.operations import ChainOperations
-from loraplex.residual.positions import Segment, segments
+from loraplex.residual.positions import PositionSegment, segments
 from loraplex.residual.registry import LinkedAttention
 
-RowSegment = tuple[ChainOperations, int, Segment]  # a row's, and where token 0 of its sequence would stand in the pass
+RowSegment = tuple[ChainOperations, int, PositionSegment]  # a row's, and where token 0 of its sequence would stand in the pass
 
 
 class InterventionRows:
@@ -36,7 +36,7 @@ class InterventionRows:
                 self._linked.attach(operations)
             device = batch.positions.device
             groups = [
-                TokenGroup(row, own.active, torch.arange(first + own.start, first + own.stop, device=device))
+                InterventionGroup(row, own.active, torch.arange(first + own.start, first + own.stop, device=device))
                 for row, first, own in found
             ]
             self._made = (key, InterventionPass(groups))

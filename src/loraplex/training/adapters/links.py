@@ -100,8 +100,8 @@ def _residual(name: str, member: LinkMember, base: BaseFingerprint) -> LinkedRes
     assert not isinstance(residual, Adapter | FunctionResidual), "AdapterJob takes no such member"
     if isinstance(residual, ReftResidual | GateResidual) or is_intervention(residual):
         raise UnsupportedAdapterError(
-            f"{name} acts on blocks or modules, not on attention, which can't stand in a link in training. Use a linked "
-            "residual, or a vector on attention at all tokens."
+            f"{name} acts on blocks or modules, not on attention, which can't stand in a link in training. Use a "
+            "linked residual, or a vector on attention at all tokens."
         )
     return residual
 
