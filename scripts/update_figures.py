@@ -375,6 +375,11 @@ FILES = (
         render=linked,
     ),
     ResultFile(
+        name="residuals",
+        question="What vectors, ReFT and linked residuals cost the engine",
+        render=linked,
+    ),
+    ResultFile(
         name="engine_decode",
         question="The engine, every row through another adapter",
         render=engine_decode,

@@ -69,6 +69,13 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         },
         "| 1 row captures | 190 | 0.95x |",
     ),
+    "residuals": (
+        {
+            "tokens_per_s": {"nothing": 200.4, "8 rows with 8 control vectors": 198.0},
+            "ratio": {"nothing": 1.0, "8 rows with 8 control vectors": 0.99},
+        },
+        "| 8 rows with 8 control vectors | 198 | 0.99x |",
+    ),
     "xlora": (
         [
             {"question": "peft", "dtype": "float32", "tokens_per_s": {"peft": 2.0, "loraplex": 30.0}},

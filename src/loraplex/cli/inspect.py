@@ -12,8 +12,8 @@ from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
 from loraplex.cli.options import IgnoreUnknown, summary_table
-from loraplex.residual.format import is_residual_folder
 from loraplex.residual.report import ResidualLayerReport, ResidualReport, describe_residual
+from loraplex.residual.sources import is_residual_source
 from loraplex.validation import listed
 
 
@@ -23,7 +23,7 @@ def inspect(
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates."""
-    is_residual = is_residual_folder(folder)
+    is_residual = is_residual_source(folder)
     report = describe_residual(folder) if is_residual else describe(folder, ignore_unknown=ignore_unknown)
     if json:
         typer.echo(json_format.dumps(report.as_json(), indent=2))
@@ -103,22 +103,26 @@ def render_residual(report: ResidualReport) -> Group:
     """The report as a headed table for a terminal."""
     rows = {
         "adapter": report.name,
-        "base model": f"{report.base_architecture} ({report.base_model or 'name not recorded'})",
+        "base model": f"{report.base_architecture or 'not recorded'} ({report.base_model or 'name not recorded'})",
         "kind": report.kind,
         "size": f"{report.num_parameters:,} parameters, {report.num_bytes:,} bytes in {', '.join(report.dtypes)}",
         "layers": str(len(report.layers)),
     }
     if report.r is not None:
-        rows |= {"rank": str(report.r), "alpha": f"{report.alpha:g}"}
+        rows |= {"rank": str(report.r)}
+    if report.alpha is not None:
+        rows |= {"alpha": f"{report.alpha:g}"}
     return Group(summary_table(rows), Text(), _layers(report))
 
 
 def _layers(report: ResidualReport) -> Table:
+    is_linked = report.alpha is not None
     caption = "|update|: Frobenius norm of alpha/r * B A. Evenness of heads: 1 is all alike, 0 is one alone."
-    table = Table(box=SIMPLE_HEAD, caption=caption if report.r is not None else None, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, caption=caption if is_linked else None, caption_justify="left")
     table.add_column("layer", justify="right")
-    if report.r is None:
-        table.add_column("length", justify="right")
+    if not is_linked:
+        for heading in ("length", "acts on", "positions"):
+            table.add_column(heading, justify="right")
     else:
         for heading in ("|update|", "top head", "its weight", "evenness of heads"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -129,6 +133,8 @@ def _layers(report: ResidualReport) -> Table:
 
 def _layer_cells(layer: ResidualLayerReport) -> list[str]:
     cells = [str(layer.layer), f"{layer.norm:.3g}"]
-    if layer.top_head is not None:
+    if layer.top_head is None:
+        cells += [layer.site, layer.positions]
+    else:
         cells += [str(layer.top_head), f"{layer.top_head_weight:.2f}", f"{layer.head_entropy:.2f}"]
     return cells

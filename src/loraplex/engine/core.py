@@ -81,6 +81,7 @@ class EngineCore:
         deltas = self._output_processor.take(results)
         if not self.scheduler.running:
             self.runner.attention.forget_rows()
+            self.runner.interventions.forget()
         return deltas
 
     def _run_apart(self, chunks: list[ScheduledChunk], error: Exception) -> list[Delta]:

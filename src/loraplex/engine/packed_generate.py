@@ -140,7 +140,8 @@ class PackedCall:
         self.num_blocks = 0
         model = generator.model
         with ExitStack() as leases:
-            _, names = model.mixtures.expand(call.links)
+            others, _ = model.registry.linked.split(call.links)
+            _, names = model.mixtures.expand(others)
             leases.enter_context(model.store.lease(names))  # all at once: an error names all of them
             self._bindings = [self._bind(link, leases) for link in call.links]
             self._leases = leases.pop_all()
@@ -312,8 +313,9 @@ def _unknown_option(call: Call, config: GenerationConfig) -> str | None:
 def _unknown_row(call: Call, model: MultiLoraModel) -> str | None:
     if call.attention is not None or call.options.collect:
         return "captured attention, steering or scalings are asked for"
-    if any(model.registry.linked.split(call.links)[1]):
-        return "a row has a residual"
+    linked = model.registry.linked
+    if any(linked.split_chain(chain)[0] for chain in linked.split(call.links)[1]):
+        return "a row has a residual on attention"
     if call.input_ids is None or call.input_ids.ndim != 2 or call.input_ids.numel() == 0:
         return "there are no input_ids [rows, tokens]"
     if call.input_ids.device.type != "cpu":

@@ -92,6 +92,11 @@ def model_without_weights(path_or_id: str | Path) -> PreTrainedModel:
     return model
 
 
+def read_model_type(path_or_id: str | Path) -> str:
+    """What kind of model a base model is, from its config alone: "llama". Raises BaseModelError."""
+    return str(model_without_weights(path_or_id).config.model_type)
+
+
 def _read(
     source: Path, model: PreTrainedModel | None, base: str | Path | None, scale: float | None, ignore_unknown: bool
 ) -> Adapter:

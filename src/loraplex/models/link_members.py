@@ -6,7 +6,7 @@ from pathlib import Path
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, RequestError, UnsupportedAdapterError
 from loraplex.json_files import damaged_as
-from loraplex.residual.format import is_residual_folder
+from loraplex.residual.sources import is_residual_source
 from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_spec
 from loraplex.validation import listed
 from loraplex.xlora.formats.folders import is_mixture_folder
@@ -47,7 +47,7 @@ def find_lora(name: str, path_or_id: str | Path, what: str) -> Path:
         folder = resolve_adapter_folder(path_or_id).absolute()
         if is_mixture_folder(folder):
             raise _no_weights(name, "a mixture", "weighs its experts anew for every token", what)
-        if is_residual_folder(folder):
+        if is_residual_source(folder):
             raise _no_weights(name, "a residual", "adds to hidden states what depends on attention", what)
     return folder
 

@@ -1,7 +1,7 @@
 """MultiLoraModel: a frozen transformers model whose batch rows each go through their own adapters."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from loraplex.models.prompt_states import MAX_PROMPTS, background_tokens, fit_ce
 from loraplex.models.quantized_base import check_quantized_base
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
+from loraplex.residual.positions import Positions
 from loraplex.residual.registry import AttentionRequest
 from loraplex.routers.config import RouterConfig
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
@@ -195,9 +196,22 @@ class MultiLoraModel:
         """
         self.registry.load_adapter(name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown)
 
-    def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
-        """Load a residual under `name`: a folder, or a LinkedResidual, SteeringVector or FunctionResidual."""
-        self.registry.load_residual(name, source, replace=replace)
+    def load_residual(
+        self,
+        name: str,
+        source: str | Path | Residual,
+        *,
+        replace: bool = False,
+        layers: Iterable[int] | None = None,
+        positions: str | Positions | None = None,
+    ) -> None:
+        """Load a residual under `name`: a folder, a control vector (.gguf), or one from memory.
+
+        A folder is one of loraplex's own, of PEFT's IA3, or of pyreft's interventions. `layers` keeps those of a vector
+        or of interventions alone (`range(10, 20)`); `positions` puts them on other tokens: "all", "prompt",
+        "generated", or the first and last of the prompt, such as "f7+l7".
+        """
+        self.registry.load_residual(name, source, replace=replace, layers=layers, positions=positions)
 
     def create_mixture(
         self, name: str, experts: Sequence[str], config: XLoraConfig | RouterConfig | None = None, *, seed: int = 0

@@ -37,10 +37,11 @@ from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sour
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.quantized_base import tell_other_precision
 from loraplex.models.scope import CachedIds
-from loraplex.residual.format import is_residual_folder
 from loraplex.residual.modules import Residual
+from loraplex.residual.positions import Positions
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
+from loraplex.residual.sources import is_residual_source
 from loraplex.routers.config import ArrowConfig, RouterConfig
 from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_folder
 from loraplex.routers.general_knowledge import without_general
@@ -65,7 +66,7 @@ class Registry:
         self.bank = SlotWeightProvider(slots)
         self.store = AdapterStore(slots, self._read_again, self._prepare, config)
         self.mixtures = Mixtures(base, self.adaptable, self.store)
-        self.linked = LinkedAttention(base)
+        self.linked = LinkedAttention(base, self.adaptable)
         self.auto = AutoIndex()
         self.cached_ids = CachedIds()
 
@@ -88,7 +89,7 @@ class Registry:
             self.mixtures.check_new(name)
         if isinstance(source, str | Path):
             with damaged_as(AdapterFormatError, source):
-                is_residual = is_residual_folder(source)
+                is_residual = is_residual_source(source)
             if is_residual:
                 self.load_residual(name, source, replace=replace)
                 return
@@ -176,12 +177,20 @@ class Registry:
         self.mixtures.check_replaceable(name, adapter.layers.keys(), changed, is_dora=adapter.config.use_dora)
         tell_other_precision(adapter.config.base_model_name_or_path, self._base)
 
-    def load_residual(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
-        """Register a residual from a folder or from memory."""
+    def load_residual(
+        self,
+        name: str,
+        source: str | Path | Residual,
+        *,
+        replace: bool = False,
+        layers: Iterable[int] | None = None,
+        positions: str | Positions | None = None,
+    ) -> None:
+        """Register a residual from a folder or file or from memory."""
         check_name(name)
         if name in self.mixtures or name in self.store:
             self.mixtures.check_new(name)
-        self.linked.add(name, source, replace=replace)
+        self.linked.add(name, source, replace=replace, layers=layers, positions=positions)
 
     def create_mixture(
         self, name: str, experts: Sequence[str], config: XLoraConfig | RouterConfig, *, seed: int

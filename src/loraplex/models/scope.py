@@ -15,7 +15,7 @@ from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import RequestError
 from loraplex.layers.passes import cached_length
 from loraplex.models.mixtures import AnyMixture, Mixtures
-from loraplex.residual.scope import use_attention
+from loraplex.residual.intervention_pass import without_residuals
 from loraplex.routers.mixture import RoutedMixture
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.gate_record import GateLog
@@ -64,7 +64,7 @@ def adapter_scope(
             cache_use=mixtures.cache_use,
             fast_decode=fast_decode,
             gate_log=gate_log,
-            around_scaling=lambda: use_attention(None),  # the scaling pass has no residuals, captures or steering
+            around_scaling=without_residuals,  # the scaling pass has no residuals, captures or steering
         )
         with use_routing(two_pass.routing), use_two_pass(two_pass):
             yield RanMixtures(two_pass=two_pass, routed=routed, gate_log=gate_log)

@@ -10,9 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from loraplex.errors import RequestError
 from loraplex.residual.cache import FollowedCache, ResidualState, state_of
 from loraplex.residual.capture import AttentionCapture, CaptureBuffer
+from loraplex.residual.gates import GateResidual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import check_residual_fits
 from loraplex.residual.plan import RowPlans
+from loraplex.residual.reft import ReftResidual
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.scope import AttentionScope
 from loraplex.residual.steering import check_steering
@@ -35,6 +37,7 @@ def make_scope(
     buffers = {}
     for number, row in enumerate(rows):
         for link in row.chain:
+            assert not isinstance(link.residual, ReftResidual | GateResidual), "interventions are no part of attention"
             check_residual_fits(link.name, link.residual, layers.identity, layers.num_heads)
         for steering in row.steering:
             check_steering(steering, number, num_tokens - paddings[number], layers.num_heads)
@@ -100,7 +103,7 @@ def generation_scope(
     new_cache: Callable[[], Any] | None = None,
 ) -> AttentionScope:
     """The scope of one generation, which begins with the whole prompt."""
-    config = _generation_config(base, generation)
+    config = generation_config_of(base, generation)
     _check_generation(rows, config, generation)
     _keep_all_tokens(layers, generation, default=1)
     cache = _cache(rows, layers, generation, base, uses_cache=config.use_cache is not False, new_cache=new_cache)
@@ -196,7 +199,7 @@ def _max_new_tokens(config: GenerationConfig, num_tokens: int) -> int:
     return max(1, int(config.max_length or 20) - num_tokens)
 
 
-def _generation_config(base: PreTrainedModel, generation: dict[str, Any]) -> GenerationConfig:
+def generation_config_of(base: PreTrainedModel, generation: dict[str, Any]) -> GenerationConfig:
     """transformers' defaults, the model's and the call's, as `generate` combines them."""
     given = generation.get("generation_config") or base.generation_config or GenerationConfig()
     set_values = {name: value for name, value in given.to_dict().items() if value is not None}

@@ -1,11 +1,9 @@
 """Residual adapters as folders: residual_config.json and residual_model.safetensors (docs/linked-adapters.md)."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -15,11 +13,12 @@ from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.finite import require_finite
 from loraplex.adapters.peft.record import RECORD_FILE, read_record, write_record
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
-from loraplex.errors import AdapterFormatError, ConfigError, UnsupportedAdapterError
-from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, read_json
+from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
+from loraplex.json_files import damaged_as
 from loraplex.output_files import resolved
+from loraplex.residual.format_settings import CONFIG_FILE, InterventionSettings, ResidualSettings, read_settings
+from loraplex.residual.gates import GateResidual
 from loraplex.residual.modules import (
-    BaseFingerprint,
     FunctionResidual,
     LinkedLayer,
     LinkedResidual,
@@ -27,28 +26,14 @@ from loraplex.residual.modules import (
     ResidualConfig,
     SteeringVector,
 )
-from loraplex.validation import is_whole, listed, quoted
+from loraplex.residual.reft import Intervention, ReftResidual
+from loraplex.validation import listed
 
-CONFIG_FILE = "residual_config.json"
 WEIGHTS_FILE = "residual_model.safetensors"
-FORMAT = "loraplex-residual"
-VERSION = 1
 
-Kind = Literal["linked", "vector"]
+FolderResidual = LinkedResidual | SteeringVector | ReftResidual | GateResidual  # what a folder may hold
 
-_COMMON = {"format", "format_version", "kind", "layers", "base"}
-_OF_KIND: Mapping[Kind, set[str]] = {"linked": {"r", "alpha"}, "vector": set()}
-_BASE = {"architecture": str, "hidden_size": int, "vocab_size": int, "num_heads": list}
 _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
-
-
-class ResidualSettings(NamedTuple):
-    """The content of a residual_config.json."""
-
-    kind: Kind
-    layers: tuple[int, ...]
-    base: BaseFingerprint
-    config: ResidualConfig | None  # of kind "linked"
 
 
 def is_residual_folder(folder: str | Path) -> bool:
@@ -56,9 +41,7 @@ def is_residual_folder(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def read_residual(
-    folder: str | Path, *, check: Callable[[ResidualSettings], None] | None = None
-) -> LinkedResidual | SteeringVector:
+def read_residual(folder: str | Path, *, check: Callable[[ResidualSettings], None] | None = None) -> FolderResidual:
     """Read a residual adapter, everything checked: settings, names, shapes and numbers.
 
     `check` sees the settings before a tensor is read, and may raise: a few bytes can ask for more memory than there is.
@@ -70,7 +53,7 @@ def read_residual(
         return _read(folder, check)
 
 
-def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> LinkedResidual | SteeringVector:
+def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> FolderResidual:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             found = listed(path.name for path in folder.iterdir()) if folder.is_dir() else "nothing"
@@ -82,14 +65,28 @@ def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> Lin
     if check is not None:
         check(settings)
     with open_tensor_file(folder / WEIGHTS_FILE) as file:
-        shapes = _expected_shapes(settings)
+        shapes = settings.shapes
         _check_entries(file, shapes)
         tensors = {name: file.read(name) for name in shapes}
     for name, tensor in tensors.items():
         require_finite(tensor, f"{folder / WEIGHTS_FILE}: {name!r}")
-    if settings.config is None:
+    return _made_of(settings, tensors, read_record(folder) if settings.kind == "linked" else ())
+
+
+def _made_of(settings: ResidualSettings, tensors: Mapping[str, Tensor], end_tokens: tuple[int, ...]) -> FolderResidual:
+    base = settings.base
+    if settings.kind == "vector":
         vectors = {layer: tensors[f"layers.{layer}.vector"] for layer in settings.layers}
-        return SteeringVector(vectors=vectors, base=settings.base)
+        return SteeringVector(vectors=vectors, base=base, site=settings.site, positions=settings.positions)
+    if settings.kind == "reft":
+        own = tuple(_intervention(n, one, tensors) for n, one in enumerate(settings.interventions))
+        return ReftResidual(interventions=own, base=base)
+    if settings.kind == "gate":
+        inputs = {path: tensors[f"inputs.{path}"] for path in settings.inputs}
+        outputs = {path: tensors[f"outputs.{path}"] for path in settings.outputs}
+        return GateResidual(inputs=inputs, outputs=outputs, base=base)
+    assert settings.config is not None, "a linked residual has a rank"
+    assert base is not None, "a linked residual has a base model"
     layers = {
         layer: LinkedLayer(
             a=tensors[f"layers.{layer}.a"],
@@ -98,7 +95,19 @@ def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> Lin
         )
         for layer in settings.layers
     }
-    return LinkedResidual(config=settings.config, layers=layers, base=settings.base, end_tokens=read_record(folder))
+    return LinkedResidual(config=settings.config, layers=layers, base=base, end_tokens=end_tokens)
+
+
+def _intervention(n: int, own: InterventionSettings, tensors: Mapping[str, Tensor]) -> Intervention:
+    return Intervention(
+        block=own.layer,
+        site=own.site,
+        positions=own.positions,
+        subtracts=own.subtracts,
+        r=tensors[f"interventions.{n}.r"],
+        w=tensors[f"interventions.{n}.w"],
+        b=tensors[f"interventions.{n}.b"],
+    )
 
 
 def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -109,14 +118,14 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
     """
     folder = resolved(folder)
     settings, tensors = _content(residual)
-    expected = _expected_shapes(settings)
+    expected = settings.shapes
     for name, tensor in tensors.items():
         require_finite(tensor, repr(name))
         if tuple(tensor.shape) != expected[name]:
             raise AdapterFormatError(f"{name!r} has shape {list(tensor.shape)}; expected {list(expected[name])}.")
     check = partial(check_destination, folder, "a residual adapter", _REPLACEABLE, overwrite=overwrite)
     with atomic_folder(folder, check) as temporary:
-        (temporary / CONFIG_FILE).write_text(settings_as_json(settings), encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(settings.as_json(), encoding="utf-8")
         write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual) else ())
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors' own is for the owner only
@@ -128,9 +137,19 @@ def _content(residual: Residual) -> tuple[ResidualSettings, dict[str, Tensor]]:
             "a function residual is Python code, which is not written to a folder. Register it under its name in the "
             "program that uses it."
         )
+    base = residual.base
     if isinstance(residual, SteeringVector):
         tensors = {f"layers.{layer}.vector": _copy(vector) for layer, vector in residual.vectors.items()}
-        return ResidualSettings("vector", tuple(residual.vectors), residual.base, None), tensors
+        size = base.hidden_size if base else len(next(iter(tensors.values())))
+        place = {"site": residual.site, "positions": residual.positions}
+        return ResidualSettings("vector", tuple(residual.vectors), base, hidden_size=size, **place), tensors  # type: ignore[arg-type]
+    if isinstance(residual, ReftResidual):
+        return _reft_content(residual)
+    if isinstance(residual, GateResidual):
+        gates = (("inputs", residual.inputs), ("outputs", residual.outputs))
+        tensors = {f"{kind}.{path}": _copy(gate) for kind, own in gates for path, gate in own.items()}
+        sizes = {kind: {path: gate.numel() for path, gate in own.items()} for kind, own in gates}
+        return ResidualSettings("gate", (), base, inputs=sizes["inputs"], outputs=sizes["outputs"]), tensors
     tensors = {}
     for layer, weights in residual.layers.items():
         tensors[f"layers.{layer}.a"] = _copy(weights.a)
@@ -138,27 +157,24 @@ def _content(residual: Residual) -> tuple[ResidualSettings, dict[str, Tensor]]:
         tensors[f"layers.{layer}.head_logits"] = _copy(weights.head_logits)
     layers = tuple(residual.layers)
     config = ResidualConfig(r=residual.config.r, alpha=residual.config.alpha, layers=layers)
-    return ResidualSettings("linked", layers, residual.base, config), tensors
+    return ResidualSettings("linked", layers, base, config, hidden_size=residual.base.hidden_size), tensors
+
+
+def _reft_content(residual: ReftResidual) -> tuple[ResidualSettings, dict[str, Tensor]]:
+    own = residual.interventions
+    entries = tuple(InterventionSettings(o.block, o.site, o.positions, o.rank, o.subtracts) for o in own)
+    tensors = {
+        f"interventions.{n}.{part}": _copy(tensor)
+        for n, one in enumerate(own)
+        for part, tensor in (("r", one.r), ("w", one.w), ("b", one.b))
+    }
+    layers = tuple(sorted(residual.layers))
+    settings = ResidualSettings("reft", layers, residual.base, hidden_size=own[0].r.shape[1], interventions=entries)
+    return settings, tensors
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-
-
-def _expected_shapes(settings: ResidualSettings) -> dict[str, tuple[int, ...]]:
-    base: BaseFingerprint = settings.base
-    if settings.config is None:
-        return {f"layers.{layer}.vector": (base.hidden_size,) for layer in settings.layers}
-    rank = settings.config.r
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in settings.layers:
-        if layer >= len(base.num_heads):
-            raise AdapterFormatError(
-                f"the settings name layer {layer} of a base model with {len(base.num_heads)} attention layers."
-            )
-        shapes[f"layers.{layer}.a"] = shapes[f"layers.{layer}.b"] = (rank, base.hidden_size)
-        shapes[f"layers.{layer}.head_logits"] = (rank, base.num_heads[layer])
-    return shapes
 
 
 def _check_entries(file: TensorFile, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -175,79 +191,3 @@ def _check_entries(file: TensorFile, shapes: dict[str, tuple[int, ...]]) -> None
             f"{file.path}: {name!r} has shape {list(wrong[name])}; expected {list(shapes[name])} ({len(wrong)} tensors "
             "have wrong shapes)."
         )
-
-
-# The settings
-
-
-def settings_as_json(settings: ResidualSettings) -> str:
-    """The file's content."""
-    content: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, "kind": settings.kind}
-    if settings.config is not None:
-        content |= {"r": settings.config.r, "alpha": settings.config.alpha}
-    content |= {"layers": list(settings.layers), "base": settings.base.as_json()}
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def read_settings(folder: Path) -> ResidualSettings:
-    """Read and check `folder`/residual_config.json. Raises AdapterFormatError or UnsupportedAdapterError."""
-    file = folder / CONFIG_FILE
-    try:
-        content = read_json(file, max_bytes=MAX_SETTINGS_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} can't be read as JSON: {error}. Restore or write it again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise AdapterFormatError(f"{file} has the format {quoted(found)}; expected {FORMAT!r}.")
-    if content.get("format_version") != VERSION:
-        raise UnsupportedAdapterError(
-            f"{file} has format_version {quoted(content.get('format_version'))}; this loraplex reads version "
-            f"{VERSION}. Use the loraplex that wrote it, or a newer one."
-        )
-    kind = _kind(file, content.get("kind"))
-    _check_keys(file, content, _COMMON | _OF_KIND[kind])
-    try:
-        layers = _layers(content["layers"])
-        config = ResidualConfig(r=content["r"], alpha=content["alpha"], layers=layers) if kind == "linked" else None
-        return ResidualSettings(kind, layers, _base(content["base"]), config)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise AdapterFormatError(f"{file}: {error}") from error
-
-
-def _kind(file: Path, kind: object) -> Kind:
-    if kind == "linked" or kind == "vector":
-        return kind
-    raise UnsupportedAdapterError(f"{file} has the kind {quoted(kind)}; known: {sorted(_OF_KIND)}.")
-
-
-def _check_keys(file: Path, content: Mapping[str, Any], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - content.keys()), sorted(content.keys() - expected)
-    if missing or unknown:
-        raise AdapterFormatError(f"{file} lacks {missing} and has the unknown {unknown}; expected {sorted(expected)}.")
-
-
-def _layers(layers: object) -> tuple[int, ...]:
-    if not isinstance(layers, list):
-        raise TypeError(f"layers is {quoted(layers)}; it must be a list of layer numbers.")
-    return ResidualConfig(layers=tuple(layers)).layers or ()
-
-
-def _base(base: object) -> BaseFingerprint:
-    if not isinstance(base, dict) or not base.keys() >= _BASE.keys() or base.keys() - _BASE.keys() - {"name"}:
-        raise ValueError(f"base is {quoted(base)}; it must be an object with {sorted(_BASE)} and, if known, name.")
-    for key, kind in _BASE.items():
-        if type(base[key]) is not kind:
-            raise TypeError(f"base.{key} is {quoted(base[key])}; it must be a JSON {kind.__name__}.")
-    num_heads = tuple(base["num_heads"])
-    sizes = (base["hidden_size"], base["vocab_size"], *num_heads)
-    if not num_heads or not all(is_whole(size) and 0 <= size < 2**31 for size in sizes):
-        raise ValueError(f"base is {quoted(base)}; its sizes must be whole numbers.")
-    if base.get("name") is not None and not isinstance(base["name"], str):
-        raise ValueError(f"base.name is {quoted(base['name'])}; it must be a text or null.")
-    return BaseFingerprint(
-        architecture=base["architecture"],
-        hidden_size=base["hidden_size"],
-        vocab_size=base["vocab_size"],
-        num_heads=num_heads,
-        name=base.get("name"),
-    )

@@ -21,6 +21,7 @@ from loraplex.layers.attention_check import (
 )
 from loraplex.layers.attention_interface import AttentionCall, AttentionHandle, attention_functions
 from loraplex.residual.cache import FollowedCache
+from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.residual.hooks import (
     RESIDUALS,
     add_residuals,
@@ -30,7 +31,6 @@ from loraplex.residual.hooks import (
     take_number,
     weights_of,
 )
-from loraplex.residual.modules import BaseFingerprint
 
 # Implementations whose weights are those that are computed here.
 _KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -68,14 +68,7 @@ class AttentionLayers:
             self.detach()
             raise
         self.num_heads = {number: layer.num_heads for number, layer in self.layers.items()}
-        text_config = base.config.get_text_config(decoder=True)
-        self.identity = BaseFingerprint(
-            architecture=type(base).__name__,
-            hidden_size=text_config.hidden_size,
-            vocab_size=text_config.vocab_size,
-            num_heads=tuple(self.num_heads.values()),
-            name=_public_name(base.config.name_or_path),
-        )
+        self.identity = base_fingerprint(base, tuple(self.num_heads.values()))
 
     def detach(self) -> None:
         """Give the base model back as it was; what others have joined stays."""
@@ -102,7 +95,7 @@ class AttentionLayers:
             layers[number] = AttentionLayer(number=number, path=paths[module], num_heads=call.query.shape[1])
             give_number(module, number)
             self._modules.append(module)
-            self._handles.append(module.register_forward_hook(add_residuals, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(add_residuals, with_kwargs=True, prepend=True))
         if len(layers) != len(watched.calls):
             raise BaseModelError(
                 f"{type(self._base).__name__} has attention layers that can't be told apart by number: "
@@ -126,6 +119,18 @@ class AttentionLayers:
         except BaseModelError:
             return False
         return int(cache.get_seq_length()) == NUM_TOKENS
+
+
+def base_fingerprint(base: PreTrainedModel, num_heads: tuple[int, ...] = ()) -> BaseFingerprint:
+    """What residuals find in a base model; without heads where its attention wasn't looked at."""
+    text_config = base.config.get_text_config(decoder=True)
+    return BaseFingerprint(
+        architecture=type(base).__name__,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        num_heads=num_heads,
+        name=_public_name(base.config.name_or_path),
+    )
 
 
 def _check_kind(base: PreTrainedModel) -> None:

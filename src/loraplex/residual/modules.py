@@ -1,31 +1,21 @@
 """The kinds of residual that a link may name: trained, constant, or a user's function; and the base they belong to."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from loraplex.errors import BaseModelMismatchError, ConfigError
+from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
+from loraplex.residual.gates import GateResidual
+from loraplex.residual.positions import ALL, Positions
+from loraplex.residual.reft import ReftResidual, Site
 from loraplex.validation import is_finite, is_whole, listed, quoted
 
 MAX_RANK = 1 << 20
 SMALL_RANK = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseFingerprint:
-    """What a residual adapter must find in a base model: the same class with the same sizes."""
-
-    architecture: str  # "LlamaForCausalLM"
-    hidden_size: int
-    vocab_size: int
-    num_heads: tuple[int, ...]  # of each attention layer
-    name: str | None = None  # informative: the same model may lie in any folder
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"num_heads": list(self.num_heads)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +102,17 @@ class LinkedResidual:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SteeringVector:
-    """A constant residual: residual[t] = weight * vectors[layer] for every token t."""
+    """A constant residual: weight * vectors[layer] is added to what the layer's site puts out, at the tokens meant.
 
-    no_lora_because: ClassVar[str] = "it adds a constant to attention blocks, which is no low-rank factor of a weight"
+    The sites are the attention block, the feed-forward block, and the whole decoder block, whose output is the
+    residual stream: there control vectors act.
+    """
+
+    no_lora_because: ClassVar[str] = "it adds a constant to hidden states, which is no low-rank factor of a weight"
     vectors: Mapping[int, Tensor]  # by layer, [hidden]
-    base: BaseFingerprint
+    base: BaseFingerprint | None  # None: not known, only the sizes are checked
+    site: Site = "attention"
+    positions: Positions = ALL
 
     @property
     def layers(self) -> Mapping[int, Tensor]:
@@ -167,7 +163,8 @@ class FunctionResidual:
         return self
 
 
-Residual = LinkedResidual | SteeringVector | FunctionResidual
+AttentionResidual = LinkedResidual | SteeringVector | FunctionResidual
+Residual = AttentionResidual | ReftResidual | GateResidual
 
 
 def fresh_linked_layer(hidden_size: int, num_heads: int, rank: int, draw: torch.Generator) -> LinkedLayer:
@@ -199,21 +196,9 @@ def check_layer_numbers(option: str, layers: object) -> None:
     )
 
 
-def check_same_base(name: str, made_for: BaseFingerprint, identity: BaseFingerprint) -> None:
-    """Raise BaseModelMismatchError unless a residual was made for such a base."""
-    differences = [
-        f"{what} {quoted(getattr(made_for, what))} (here {getattr(identity, what)!r})"
-        for what in ("architecture", "hidden_size", "vocab_size", "num_heads")
-        if getattr(made_for, what) != getattr(identity, what)
-    ]
-    if differences:
-        raise BaseModelMismatchError(
-            f"residual {name!r} was made for another base model ({quoted(made_for.name)}), with "
-            f"{'; '.join(differences)}. Load that one."
-        )
-
-
-def check_residual_fits(name: str, residual: Residual, identity: BaseFingerprint, num_heads: Mapping[int, int]) -> None:
+def check_residual_fits(
+    name: str, residual: AttentionResidual, identity: BaseFingerprint, num_heads: Mapping[int, int]
+) -> None:
     """Raise BaseModelMismatchError unless the residual was made for such a base and its layers are there."""
     missing = [layer for layer in residual.layers or () if layer not in num_heads]
     if missing:
@@ -223,7 +208,8 @@ def check_residual_fits(name: str, residual: Residual, identity: BaseFingerprint
         )
     if isinstance(residual, FunctionResidual):
         return
-    check_same_base(name, residual.base, identity)
+    if residual.base is not None:
+        check_same_base(name, residual.base, identity)
     wrong = []
     for layer, weights in residual.layers.items():
         if isinstance(residual, LinkedResidual):

@@ -1,9 +1,10 @@
 """What a model with residuals keeps: the named residuals, and its attention layers once something needs them."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.names import check_name
-from loraplex.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, RequestError
+from loraplex.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, BaseModelError, RequestError
+from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.calls import captures, forward_scope, generation_scope
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
-from loraplex.residual.format import ResidualSettings, read_residual
-from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import Residual, check_rank, check_residual_fits, check_same_base
+from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
+from loraplex.residual.format_settings import ResidualSettings
+from loraplex.residual.gates import GateResidual
+from loraplex.residual.intervention_fit import check_intervention_fits, restricted
+from loraplex.residual.intervention_pass import use_interventions
+from loraplex.residual.intervention_scope import intervention_scope
+from loraplex.residual.layers import AttentionLayers, base_fingerprint
+from loraplex.residual.modules import FunctionResidual, LinkedResidual, Residual, check_rank, check_residual_fits
+from loraplex.residual.operations import ChainOperations, interventions_of, is_intervention
+from loraplex.residual.other_formats.pyreft import is_pyreft_folder
+from loraplex.residual.positions import Positions, parse_positions
+from loraplex.residual.reft import ReftResidual
 from loraplex.residual.rows import ChainLink, rows_of
 from loraplex.residual.scope import AttentionScope, use_attention
+from loraplex.residual.sites import BlockSites
+from loraplex.residual.sources import read_any_residual
 from loraplex.residual.steering import Steering
 from loraplex.routing.adapter_spec import Link
 
@@ -29,6 +42,8 @@ class AttentionRequest:
 
     capture: CaptureRequest | Sequence[CaptureRequest | None] | None = None  # one for all rows, or one for each
     steering: Sequence[Steering | Sequence[Steering] | None] | None = None  # one entry for each row
+    # By row, how many tokens its prompt has, for residuals on chosen tokens; None: all that a call begins with.
+    prompt_lengths: Sequence[int] | None = None
     record_failures: bool = False  # a row whose function fails goes on without it, instead of ending the call
     captures: list[AttentionCapture | None] = field(default_factory=list, init=False)
     failures: dict[int, AdapterError] = field(default_factory=dict, init=False)  # by row
@@ -37,8 +52,12 @@ class AttentionRequest:
 class LinkedAttention:
     """The residuals of one base model, by name. Safe to use from many threads."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, adaptable: AdaptableModel | None = None) -> None:
+        """`adaptable` are the linear modules of the same base model, for gates."""
         self._base = base
+        self._adaptable = adaptable
+        self._sites: BlockSites | None = None
+        self.num_detached = 0  # how often hooks were taken away
         self._residuals: dict[str, Residual] = {}
         self._layers: AttentionLayers | None = None
         self._lock = threading.RLock()
@@ -51,17 +70,46 @@ class LinkedAttention:
                 self._layers = AttentionLayers(self._base)
             return self._layers
 
-    def detach(self) -> None:
-        """Give the base model its attention back."""
+    @property
+    def sites(self) -> BlockSites:
+        """The base's blocks, where interventions act; hooks come with the first one that is used."""
         with self._lock:
+            if self._sites is None:
+                self._sites = BlockSites(self._base)
+            return self._sites
+
+    def attach(self, operations: ChainOperations) -> None:
+        """Let the base model's modules go through interventions; those that do already stay as they are."""
+        if operations.sites:
+            self.sites.hook_sites(operations.sites)
+        if operations.has_gates:
+            self.sites.hook_gates(operations.inputs, operations.outputs)
+
+    def detach(self) -> None:
+        """Give the base model its attention, and its blocks, back."""
+        with self._lock:
+            self.num_detached += 1
+            if self._sites is not None:
+                self._sites.detach()
+                self._sites = None
             if self._layers is not None:
                 self._layers.detach()
                 self._layers = None
 
     # Residuals by name
 
-    def add(self, name: str, source: str | Path | Residual, *, replace: bool = False) -> None:
-        """Register a residual, from a folder or from memory. What runs goes on with the one it started with.
+    def add(
+        self,
+        name: str,
+        source: str | Path | Residual,
+        *,
+        replace: bool = False,
+        layers: Iterable[int] | None = None,
+        positions: str | Positions | None = None,
+    ) -> None:
+        """Register a residual, from a folder or file or from memory. What runs goes on with the one it started with.
+
+        `layers` and `positions` restrict a vector or ReFT interventions, or move them to other tokens.
 
         Raises NameFormatError, AdapterExistsError, AdapterFormatError, UnsupportedAdapterError, BaseModelError or
         BaseModelMismatchError, and then what is registered stays as it was.
@@ -71,18 +119,47 @@ class LinkedAttention:
             raise AdapterExistsError(
                 f"residual {name!r} is loaded already. Pass replace=True to load a new version, or choose another name."
             )
-        residual = self._read(name, source) if isinstance(source, str | Path) else source
-        check_residual_fits(name, residual, self.layers.identity, self.layers.num_heads)
+        chosen = None if positions is None else parse_positions(positions)
+        if isinstance(source, str | Path):
+            residual = self._read(name, source, chosen)
+            chosen = None if is_pyreft_folder(source) else chosen  # whose interventions share the positions
+        else:
+            residual = source
+        residual = restricted(residual, layers, chosen)
+        self._check(name, residual)
         with self._lock:
             self._residuals[name] = residual.to(self._base.device)
 
-    def _read(self, name: str, folder: str | Path) -> Residual:
-        def check(settings: ResidualSettings) -> None:
-            check_same_base(name, settings.base, self.layers.identity)
-            rank = 1 if settings.config is None else settings.config.r
-            check_rank(rank, self.layers.identity.hidden_size)
+    def _check(self, name: str, residual: Residual) -> None:
+        """Raise unless a residual fits the base model."""
+        if isinstance(residual, LinkedResidual | FunctionResidual) or not is_intervention(residual):
+            assert not isinstance(residual, ReftResidual | GateResidual), "these are interventions"
+            check_residual_fits(name, residual, self.layers.identity, self.layers.num_heads)
+        else:
+            check_intervention_fits(name, residual, self.identity, lambda: self.sites, lambda: self.adaptable)
 
-        return read_residual(folder, check=check)
+    @property
+    def identity(self) -> BaseFingerprint:
+        """The base model's; without its heads as long as its attention isn't joined."""
+        with self._lock:
+            return base_fingerprint(self._base) if self._layers is None else self._layers.identity
+
+    @property
+    def adaptable(self) -> AdaptableModel:
+        """The base model's linear modules."""
+        with self._lock:
+            if self._adaptable is None:
+                self._adaptable = AdaptableModel(self._base)
+            return self._adaptable
+
+    def _read(self, name: str, source: str | Path, positions: Positions | None) -> Residual:
+        def check(settings: ResidualSettings) -> None:
+            identity = self.layers.identity if settings.version == 1 else self.identity
+            if settings.base is not None:
+                check_same_base(name, settings.base, identity)
+            check_rank(settings.rank, identity.hidden_size)
+
+        return read_any_residual(source, self._base.config, check=check, positions=positions)
 
     def check_free(self, name: str) -> None:
         """Raise AdapterExistsError if `name` is a residual's."""
@@ -122,6 +199,31 @@ class LinkedAttention:
         ]
         return others, chains
 
+    def split_chain(
+        self, chain: tuple[ChainLink, ...], *, captured: bool = False
+    ) -> tuple[tuple[ChainLink, ...], tuple[ChainLink, ...]]:
+        """A row's residuals on attention, and its interventions; both in the link's order."""
+        if all(is_intervention(link.residual) for link in chain):
+            return (), chain
+        interventions = interventions_of(chain, with_vectors=not captured and self._blocks_hold_attention)
+        kept = {id(link) for link in interventions}
+        return tuple(link for link in chain if id(link) not in kept), interventions
+
+    @cached_property
+    def _blocks_hold_attention(self) -> bool:
+        """Whether attention layer N is what puts out the states of block N's attention."""
+        try:
+            sites, layers = self.sites, self.layers
+        except BaseModelError:
+            return False
+        paths = {number: layer.path for number, layer in layers.layers.items()}
+        return all(
+            number < sites.num_blocks
+            and sites.has("attention", number)
+            and sites.module("attention", number) is self._base.get_submodule(path)
+            for number, path in paths.items()
+        )
+
     # Running
 
     @contextmanager
@@ -138,9 +240,24 @@ class LinkedAttention:
     ) -> Iterator[AttentionScope | None]:
         """Run the block with the rows' residuals, captures and steerings; yields None if no row asks for any."""
         request = request or AttentionRequest()
-        rows = rows_of(chains, request.capture, request.steering)
+        captured = [row.capture is not None for row in rows_of(chains, request.capture)]
+        pairs = [self.split_chain(chain, captured=own) for chain, own in zip(chains, captured, strict=True)]
+        rows = rows_of([attention for attention, _ in pairs], request.capture, request.steering)
+        interventions = intervention_scope(
+            [own for _, own in pairs],
+            num_tokens,
+            attention_mask,
+            inputs,
+            self._base,
+            generates=generates,
+            prompt_lengths=request.prompt_lengths,
+        )
+        for operations in () if interventions is None else interventions.rows:
+            if operations is not None:
+                self.attach(operations)
         if not any(row.asks for row in rows):
-            yield None
+            with use_interventions(interventions):
+                yield None
             return
         make = generation_scope if generates else forward_scope
         scope = make(
@@ -153,7 +270,7 @@ class LinkedAttention:
             record_failures=request.record_failures,
             new_cache=new_cache,
         )
-        with use_attention(scope):
+        with use_attention(scope), use_interventions(interventions):
             yield scope
         request.failures = dict(scope.plans.failures or {})
 

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from loraplex.adapters.store.version import AdapterState
 from loraplex.errors import LoraplexError
-from loraplex.residual.format import is_residual_folder
+from loraplex.residual.sources import is_residual_source
 from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, NOT_FOUND, ApiError, Status
 from loraplex.server.auth.access import Entry, Kind
@@ -185,6 +185,6 @@ class AdapterLibrary:
 
 def _kind_of(folder: Path) -> Kind:
     """What a folder holds."""
-    if is_residual_folder(folder):
+    if is_residual_source(folder):
         return "residual"
     return "mixture" if is_router_folder(folder) or is_mixture_folder(folder) else "adapter"

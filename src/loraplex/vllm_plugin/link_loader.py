@@ -14,7 +14,7 @@ from loraplex.adapters.fit import check_fits
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CapacityError, MixtureError, UnsupportedAdapterError
-from loraplex.residual.format import is_residual_folder
+from loraplex.residual.sources import is_residual_source
 from loraplex.routers.config import StaticRouterConfig
 from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
@@ -126,7 +126,7 @@ class LinkLoader:
         return [self._read(self._catalog.check_expert(mixture, path), mixture) for path in experts.values()]
 
     def _read(self, folder: Path, named: Path) -> Adapter:
-        if is_residual_folder(folder):
+        if is_residual_source(folder):
             raise UnsupportedAdapterError(
                 f"{str(folder)!r} holds a residual adapter, which vLLM has no place for. Use loraplex's own engine."
             )

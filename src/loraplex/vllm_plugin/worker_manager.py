@@ -13,7 +13,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from loraplex.adapters.peft.hub import may_be_hub_id
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
 from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
-from loraplex.residual.format import is_residual_folder
+from loraplex.residual.sources import is_residual_source
 from loraplex.routers.folder import is_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
@@ -74,7 +74,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
         (folder, weight), *others = wanted
         if others or weight != 1 or is_mixture_folder(folder) or is_router_folder(folder):
             return self._loader.load(lora_request.lora_int_id, wanted)
-        if is_residual_folder(folder):
+        if is_residual_source(folder):
             raise UnsupportedAdapterError(
                 f"{str(folder)!r} holds a residual adapter, which vLLM has no place for. Use loraplex's own engine."
             )

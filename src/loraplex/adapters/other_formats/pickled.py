@@ -6,6 +6,7 @@ bounded before: its parts are stored uncompressed, and its tensors may not be la
 
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ MAX_PICKLE_BYTES = 64 << 20  # of the file's list of tensors
 MAX_TENSORS = 1 << 20
 
 
-def read_pickled(file: Path) -> dict[str, Tensor]:
-    """The state dict in `file`, as PEFT wrote it before it had safetensors.
+def read_pickled(file: Path, *, left_out: Collection[str] = ()) -> dict[str, Tensor]:
+    """The state dict in `file`, as PEFT wrote it before it had safetensors, without what is `left_out`.
 
     Raises AdapterFormatError (damaged, or no state dict) and UnsupportedAdapterError (too large, older than torch 1.6,
     or with anything but tensors).
@@ -42,7 +43,7 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
             f"{file} holds more than tensors, which could run code: {reason}. Save the state dict alone, with "
             "torch.save(state_dict, file), where you trust it."
         ) from error
-    return _checked(file, content, num_bytes)
+    return _checked(file, content, num_bytes, left_out)
 
 
 def _check_size(file: Path, num_bytes: int) -> int:
@@ -66,7 +67,7 @@ def _check_size(file: Path, num_bytes: int) -> int:
     return num_bytes
 
 
-def _checked(file: Path, content: object, num_bytes: int) -> dict[str, Tensor]:
+def _checked(file: Path, content: object, num_bytes: int, left_out: Collection[str]) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise AdapterFormatError(
             f"{file} holds a {type(content).__name__}; an adapter's weights are a dict of tensors."
@@ -77,7 +78,8 @@ def _checked(file: Path, content: object, num_bytes: int) -> dict[str, Tensor]:
             f"{file} holds values that are no tensors: {', '.join(others[:5])}. An adapter's weights are a dict of "
             "tensors."
         )
-    wrong = [name for name, tensor in content.items() if tensor.dtype not in FLOAT_DTYPES.values() or tensor.is_sparse]
+    kept = {name: tensor for name, tensor in content.items() if name not in left_out}
+    wrong = [name for name, tensor in kept.items() if tensor.dtype not in FLOAT_DTYPES.values() or tensor.is_sparse]
     if wrong:
         raise UnsupportedAdapterError(
             f"{file}: {listed(wrong)} are not of floating point. Supported: {', '.join(FLOAT_DTYPES)}."
@@ -85,4 +87,4 @@ def _checked(file: Path, content: object, num_bytes: int) -> dict[str, Tensor]:
     # A tensor may show one number many times.
     if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > 2 * num_bytes:
         raise AdapterFormatError(f"{file} holds tensors that are larger than the file. Save them as they are.")
-    return content
+    return kept

@@ -77,7 +77,9 @@ class InputProcessor:
         )
         state.names = self._needed(state, link)
         _, (chain,) = self._model.registry.linked.split([link])
-        buffer = check_attention(state, bool(chain), self._model.registry.linked)
+        linked = self._model.registry.linked
+        attention_chain, _ = linked.split_chain(chain, captured=request.capture is not None)
+        buffer = check_attention(state, bool(attention_chain), linked)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         restrictions = self._restrictions(state)
         state.sequences = [

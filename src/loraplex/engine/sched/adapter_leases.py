@@ -30,7 +30,9 @@ class AdapterLeases:
                 state.loads = list(self._model.store.prefetch(state.names))
             if not all(load.done() for load in state.loads) or self._must_let_pass(state):
                 return False
-            binding = RequestAdapters(self._model.store, self._model.mixtures, self._model.registry.linked, state.link)
+            model, captured = self._model, state.request.capture is not None
+            linked = model.registry.linked
+            binding = RequestAdapters(model.store, model.mixtures, linked, state.link, captured=captured)
             try:
                 binding.check_vocabulary(state.vocabulary)
             except AdapterChangedError:

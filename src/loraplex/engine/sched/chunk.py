@@ -7,6 +7,7 @@ from loraplex.engine.sched.captures import SequenceAttention
 from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.engine.sched.sequence import SequenceState
+from loraplex.residual.operations import ChainOperations
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,6 +50,11 @@ class ScheduledChunk:
     def images(self) -> RequestImages | None:
         """Those of its sequence."""
         return None if self.owner is None else self.owner.state.images
+
+    @property
+    def interventions(self) -> ChainOperations | None:
+        """What its tokens go through besides adapters: main passes alone can."""
+        return None if self.owner is None or self.scaling is not None else self.owner.interventions
 
     @property
     def stop(self) -> int:

@@ -15,6 +15,7 @@ from loraplex.engine.kv.sequence_kv import ExtraKey, SequenceRoute
 from loraplex.errors import AdapterChangedError
 from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.modules import FunctionResidual
+from loraplex.residual.operations import ChainOperations, positions_of
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.rows import ChainLink
 from loraplex.routers.mixture import RoutedMixture
@@ -68,9 +69,16 @@ class BoundRouter:
 class RequestAdapters:
     """A request's leases; `close` ends them."""
 
-    def __init__(self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link) -> None:
-        """Raises AdapterNotFoundError, CapacityError (no slot is free now), AdapterChangedError or RequestError."""
+    def __init__(
+        self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link, *, captured: bool = False
+    ) -> None:
+        """`captured`: the request captures attention.
+
+        Raises AdapterNotFoundError, CapacityError (no slot is free now), AdapterChangedError or RequestError.
+        """
         (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
+        self.attention_chain, own = linked.split_chain(self.chain, captured=captured)
+        self.interventions = ChainOperations(own) if own else None
         found, names = mixtures.expand([link])
         self.scaling_routes: list[tuple[SequenceRoute, ...]] = []  # of each scaling pass
         self.scaling_keys: list[tuple[ExtraKey, ...]] = []
@@ -150,7 +158,17 @@ class RequestAdapters:
                 parts.append(ExtraKey(identity=("adapter", serial(version), weight), active_from=active_from))
         parts += [ExtraKey(identity=bound.identity) for bound in self.mixtures]
         parts += [ExtraKey(identity=bound.identity) for bound in self.routed]
-        return parts + [ExtraKey(identity=self._residual_identity(residual)) for residual in self.chain]
+        return parts + [self._residual_key(residual, len(prompt)) for residual in self.chain]
+
+    def _residual_key(self, link: ChainLink, num_prompt: int) -> ExtraKey:
+        """What a residual changes: of one on generated tokens, nothing before them."""
+        identity = self._residual_identity(link)
+        positions = positions_of(link.residual)
+        if all(one.which == "generated" for one in positions):
+            return ExtraKey(identity=identity, active_from=num_prompt)
+        if any(one.depends_on_prompt for one in positions):  # another prompt ends elsewhere
+            return ExtraKey(identity=(*identity, num_prompt))
+        return ExtraKey(identity=identity)
 
     def _residual_identity(self, link: ChainLink) -> tuple[object, ...]:
         """What keys and values depend on, and u beside them; a function may change, so it shares within its request."""

@@ -20,6 +20,7 @@ from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
 from loraplex.models.auto_choice import AutoChoice
+from loraplex.residual.operations import ChainOperations
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link
 
@@ -84,6 +85,7 @@ class SequenceState:
         pooling = state.request.pooling
         self.hidden = None if pooling is None else PooledPrompt(pooling)  # None: it is asked for tokens
         self.asked: SequenceAttention | None = None  # of its main pass, once it runs
+        self.interventions: ChainOperations | None = None  # the same
         self.tokens = list(state.prompt)
         self.logprobs: list[TokenLogprobs] = []
         # Of the prompt's tokens, as far as they are known; None: they aren't wanted, or another answer has them.
@@ -132,9 +134,10 @@ class SequenceState:
         if self.chooses:
             return [((), tuple(salt))]
         if self.asked is None:
-            row = RowAttention(chain=binding.chain, capture=request.capture, steering=request.steering)
+            row = RowAttention(chain=binding.attention_chain, capture=request.capture, steering=request.steering)
             buffer = None if self.captures is None else self.captures.buffer
             self.asked = SequenceAttention(row=row, buffer=buffer) if row.asks else None
+        self.interventions = binding.interventions
         keys = [*salt, *binding.main_keys(prompt), *_steering_keys(request)]
         scalings = zip(binding.scaling_routes, binding.scaling_keys, strict=True)
         return [
@@ -183,7 +186,7 @@ class SequenceState:
     def completion(self, reason: FinishReason, error: LoraplexError | None = None) -> Completion:
         """What its request's result has of it; what it observed is given away. Raises ScalingsError."""
         wants_logprobs = self.state.request.sampling.logprobs is not None
-        observed, self.captures, self.asked = self.captures, None, None
+        observed, self.captures, self.asked, self.interventions = self.captures, None, None, None
         mixtures = () if self.state.binding is None else self.state.binding.all_mixtures
         return Completion(
             index=self.index,

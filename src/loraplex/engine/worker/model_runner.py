@@ -19,6 +19,7 @@ from loraplex.engine.worker.cuda_graphs import DecodeGraphs, Recorder
 from loraplex.engine.worker.fusion.cpu_fusion import CpuFusion, Trial, fuse
 from loraplex.engine.worker.images import ImageEncoder
 from loraplex.engine.worker.input_batch import InputBatch, forward_context
+from loraplex.engine.worker.interventions import InterventionRows
 from loraplex.engine.worker.mixture_gates import MixtureGates
 from loraplex.engine.worker.residuals import AttentionRows, ForwardContext
 from loraplex.engine.worker.routing import PackedRouting
@@ -27,6 +28,7 @@ from loraplex.engine.worker.state_pool import PassStates, make_states, without_r
 from loraplex.errors import AdapterError, ConfigError
 from loraplex.layers.output_layer import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.residual.intervention_pass import use_interventions
 from loraplex.residual.scope import use_attention
 from loraplex.routing.routing import use_routing
 from loraplex.routing.weight_provider import SlotWeightProvider
@@ -77,6 +79,7 @@ class ModelRunner:
         self.table = BlockTable(num_rows, row_blocks, device, grows=self._states is None)
         self.cache = KeyValueCache(self.shapes, num_blocks, config.block_tokens, device)
         self.attention = AttentionRows(model.registry.linked, ResidualCache(num_blocks, config.block_tokens, device))
+        self.interventions = InterventionRows(model.registry.linked)
         self._fused: CpuFusion | None = None
         self.graphs: DecodeGraphs | None = None
         self._images = ImageEncoder(model.base, model.adaptable, self._bank)
@@ -158,6 +161,7 @@ class ModelRunner:
         scope = self.attention.scope(batch)
         logits = self.forward(batch, scope)
         failed = {} if scope is None else scope.finish()
+        self.interventions.check_ran()
         best_tokens = largest(logits).tolist()
         results, place = [], 0
         own_sizes = self._own_sizes(batch.chunks)
@@ -208,6 +212,7 @@ class ModelRunner:
         """The logits of the chunks that want some, in the batch's order; `base`: of a part of the model's layers."""
         batch.attention = scope
         self._images.embed(batch)
+        interventions = self.interventions.of(batch)
         batch.states = None if self._states is None else PassStates(self._states, batch)
         gates = MixtureGates(batch)  # the scaling heads, on what the scaling passes of these tokens left
         routing = PackedRouting(
@@ -217,13 +222,20 @@ class ModelRunner:
             fast_decode=self.model.decodes_fast,
             batch_invariant=self.config.batch_invariant,
         )
-        if self.graphs is not None and scope is None and batch.position_ids.ndim == 1:
+        is_plain = scope is None and interventions is None and batch.position_ids.ndim == 1
+        if self.graphs is not None and is_plain:
             with choosing_tokens():
                 recorded = self.graphs.run(batch, routing.plan)
             if recorded is not None:
                 logits, batch.last_hidden = recorded
                 return logits if batch.selected is None else logits[batch.selected]
-        with use_routing(routing), forward_context(batch), use_attention(scope), choosing_tokens():
+        with (
+            use_routing(routing),
+            forward_context(batch),
+            use_attention(scope),
+            use_interventions(interventions),
+            choosing_tokens(),
+        ):
             output = (base or self.model.base)(
                 input_ids=batch.token_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(-2), use_cache=False
             )

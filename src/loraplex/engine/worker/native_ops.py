@@ -104,9 +104,10 @@ def decode_layers(
     segments: Tensor,
     gates: Tensor,  # [1 or modules, ..]
     routing: Sequence[Tensor],
+    vectors: Sequence[Tensor] = (),  # InterventionPass.addresses
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; layers and constants come from layer_record.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates, routing)
     described = (layers, constants, *cache_sizes, rotary, rotary_kinds)
-    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters)
+    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters, vectors)

@@ -138,6 +138,24 @@ void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& 
   }
 }
 
+// Which vectors are added to which tokens. Empty, or int64 [groups, layers, kVectorSites], addresses of float32 [hidden],
+// and [tokens], each token's group or -1.
+template <typename T>
+void add_vectors(loraplex::Decoder<T>& decoder, at::TensorList vectors, int64_t num_layers) {
+  if (vectors.empty()) return;
+  TORCH_CHECK(vectors.size() == 2 && vectors[0].dim() == 3 && vectors[0].size(1) == num_layers &&
+                  vectors[0].size(2) == loraplex::kVectorSites && vectors[1].numel() == decoder.tokens,
+              "vectors don't describe these layers and tokens");
+  TORCH_CHECK(vectors[0].is_contiguous() && vectors[1].is_contiguous() && vectors[0].scalar_type() == at::kLong &&
+                  vectors[1].scalar_type() == at::kLong,
+              "vectors must be int64, contiguous");
+  decoder.vectors = vectors[0].const_data_ptr<int64_t>();
+  decoder.groups = vectors[1].const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < decoder.tokens; ++t) {
+    TORCH_CHECK(decoder.groups[t] >= -1 && decoder.groups[t] < vectors[0].size(0), "token ", t, " is of no group");
+  }
+}
+
 // Layers of a decoder for x [tokens, hidden], one token of each track. `layers` and `constants` have a row for each
 // layer, which layer_record.h reads. rotary: cosines and sines [tokens, dim] of all kinds in turn; kinds: by layer which
 // of them are its own. gates [1 or modules, ..]: the same for all modules, or of each.
@@ -145,7 +163,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                          int64_t block_tokens, at::TensorList rotary, at::IntArrayRef kinds, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
                          const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
-                         at::TensorList routing) {
+                         at::TensorList routing, at::TensorList vectors) {
   check_input(x, x);
   for (const at::Tensor& values : rotary) {
     TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
@@ -192,6 +210,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
       add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens, routing);
       decoder.layers.push_back(layer);
     }
+    add_vectors(decoder, vectors, num_layers);
     find_prompts(decoder);
     decode<scalar>(decoder, out);
   })
@@ -204,7 +223,7 @@ TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int num_blocks, int block_tokens, Tensor[] rotary, "
       "int[] kinds, Tensor table, Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, "
-      "Tensor segments, Tensor gates, Tensor[] routing) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing, Tensor[] vectors) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

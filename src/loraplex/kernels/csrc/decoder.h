@@ -20,6 +20,10 @@ struct PromptPart {
   int64_t first, count;
 };
 
+// Where vectors are added: to what the attention's last module makes, to what the feed-forward modules make, to x
+// behind the layer.
+enum VectorSite { kAttentionSite, kMlpSite, kBlockSite, kVectorSites };
+
 template <typename T>
 struct Decoder {
   int64_t tokens, hidden, block_tokens, row_blocks;
@@ -32,6 +36,8 @@ struct Decoder {
   std::vector<PromptPart> prompts;
   std::vector<int64_t> singles;     // the other tokens
   Half* packed_keys;                // of a part of a prompt, and its values
+  const int64_t* vectors;    // [groups, layers, kVectorSites]  addresses of float32 [hidden], 0: none; or null
+  const int64_t* groups;     // [tokens]  of vectors; -1: none
   T* x;              // [tokens, hidden]  in and out
   T* normed;         // [tokens, hidden]
   T* made[kRoles];   // what each module gives [tokens, out]
@@ -56,14 +62,16 @@ struct Decoder {
         put(kOut, i, n);
         continue;
       }
+      add_vectors(l, kAttentionSite, made[kOut], i, n);
       if (!layer.is_parallel) add(layer, kOut, layer.behind_attention, i, n);
       if (!layer.shares_norm) input = norm(layer.before_mlp, i, n);
       linear(l, {kGate, kUp}, input, i, n);
       const T* inner = activate(layer, i, n);
       wait();
       linear(l, {kDown}, inner, i, n);
+      add_vectors(l, kMlpSite, made[kDown], i, n);
       if (layer.is_parallel) add(layer, kOut, layer.behind_attention, i, n);
-      add(layer, kDown, layer.behind_mlp, i, n);
+      add(layer, kDown, layer.behind_mlp, i, n, l);
     }
   }
 
@@ -247,19 +255,48 @@ struct Decoder {
     wait();
   }
 
-  // x += what a module made, or its norm.
-  void add(const Layer<T>& layer, Role role, const Norm<T>& behind, int64_t i, int64_t n) const {
+  // The vector of a token at a site; null: none.
+  const float* vector_of(int64_t token, size_t l, VectorSite site) const {
+    if (vectors == nullptr || groups[token] < 0) return nullptr;
+    const int64_t number = (groups[token] * layers.size() + l) * kVectorSites + site;
+    return reinterpret_cast<const float*>(vectors[number]);
+  }
+
+  // states [tokens, hidden] += the tokens' vectors, on the thread's own columns.
+  void add_vectors(size_t l, VectorSite site, T* states, int64_t i, int64_t n) const {
+    if (vectors == nullptr) return;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* vector = vector_of(t, l, site);
+      if (vector != nullptr) add_vector(vector, states + t * hidden, share(hidden, i, n), share(hidden, i + 1, n));
+    }
+  }
+
+  static void add_vector(const float* vector, T* target, int64_t begin, int64_t end) {
+    int64_t c = begin;
+    for (; c + kLanes <= end; c += kLanes) store(target + c, load(target + c) + load(vector + c));
+    for (; c < end; ++c) target[c] = static_cast<T>(float(target[c]) + vector[c]);
+  }
+
+  static constexpr size_t kInside = -1;  // of a layer: more is added behind
+
+  // x += what a module made, or its norm; behind the last one of layer `last` its vectors.
+  void add(const Layer<T>& layer, Role role, const Norm<T>& behind, int64_t i, int64_t n, size_t last = kInside) const {
+    const auto vector_of_block = [&](int64_t t) {
+      return last == kInside ? nullptr : vector_of(t, last, kBlockSite);
+    };
     if (behind.exists()) {
       wait();
       for (int64_t t = first(i, n); t < first(i + 1, n); ++t) {
         T* vector = made[role] + t * hidden;
         behind.run(vector, vector);
         add_columns(vector, x + t * hidden, 0, hidden, layer.multiplier);
+        if (const float* own = vector_of_block(t)) add_vector(own, x + t * hidden, 0, hidden);
       }
     } else {
       const int64_t begin = share(hidden, i, n), end = share(hidden, i + 1, n);
       for (int64_t t = 0; t < tokens; ++t) {
         add_columns(made[role] + t * hidden, x + t * hidden, begin, end, layer.multiplier);
+        if (const float* own = vector_of_block(t)) add_vector(own, x + t * hidden, begin, end);
       }
     }
     wait();

@@ -16,16 +16,19 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
+from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
 from loraplex.residual.format import is_residual_folder, read_residual
+from loraplex.residual.format_settings import ResidualSettings
+from loraplex.residual.gates import GateResidual
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import (
-    BaseFingerprint,
     FunctionResidual,
     LinkedResidual,
     SteeringVector,
     check_residual_fits,
-    check_same_base,
 )
+from loraplex.residual.operations import is_intervention
+from loraplex.residual.reft import ReftResidual
 from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.config import AdapterJob, LinkMember
 from loraplex.training.core.parameters import factors_of, slot_weights
@@ -88,12 +91,18 @@ def _is_residual(member: LinkMember) -> bool:
 
 
 def _residual(name: str, member: LinkMember, base: BaseFingerprint) -> LinkedResidual | SteeringVector:
-    residual = (
-        read_residual(member, check=lambda settings: check_same_base(name, settings.base, base))
-        if isinstance(member, str | Path)
-        else member
-    )
+
+    def check(settings: ResidualSettings) -> None:
+        if settings.base is not None:
+            check_same_base(name, settings.base, base)
+
+    residual = read_residual(member, check=check) if isinstance(member, str | Path) else member
     assert not isinstance(residual, Adapter | FunctionResidual), "AdapterJob takes no such member"
+    if isinstance(residual, ReftResidual | GateResidual) or is_intervention(residual):
+        raise UnsupportedAdapterError(
+            f"{name} acts on blocks or modules, not on attention, which can't stand in a link in training. Use a "
+            "linked residual, or a vector on attention at all tokens."
+        )
     return residual
 
 

@@ -14,8 +14,9 @@ from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.layers.attach import AdaptableModel
+from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.residual.format import write_residual
-from loraplex.residual.modules import BaseFingerprint, LinkedLayer, LinkedResidual, ResidualConfig, fresh_linked_layer
+from loraplex.residual.modules import LinkedLayer, LinkedResidual, ResidualConfig, fresh_linked_layer
 from loraplex.training.core.parameters import FlatTensors, copied_layers, factors_of, slot_weights
 from loraplex.training.core.rng import Purpose, generator
 

@@ -14,9 +14,11 @@ from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.models.end_tokens import training_ends
+from loraplex.residual.fingerprint import check_same_base
 from loraplex.residual.format import read_residual
+from loraplex.residual.format_settings import ResidualSettings
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits, check_same_base
+from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.job_state import JobState
@@ -149,13 +151,12 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
     check_rank(config.r, attention.identity.hidden_size)
     if job.init_from is None:
         return fresh_residual(config, attention.identity, layers, job.seed)
-    start = (
-        read_residual(
-            job.init_from, check=lambda settings: check_same_base(job.name, settings.base, attention.identity)
-        )
-        if isinstance(job.init_from, str | Path)
-        else job.init_from
-    )
+
+    def check(settings: ResidualSettings) -> None:
+        if settings.base is not None:
+            check_same_base(job.name, settings.base, attention.identity)
+
+    start = read_residual(job.init_from, check=check) if isinstance(job.init_from, str | Path) else job.init_from
     if not isinstance(start, LinkedResidual):
         raise ConfigError(f"job {job.name!r}: init_from is no linked residual. Give a folder that one was written to.")
     check_residual_fits(job.name, start, attention.identity, attention.num_heads)

@@ -19,6 +19,8 @@ from loraplex.engine.worker.fusion.layer_record import layer_record
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.layers.changed_output import ChangedOutput
+from loraplex.residual.intervention_pass import InterventionPass, current_interventions
+from loraplex.residual.sites import block_number
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
@@ -45,6 +47,8 @@ class LayerStack:
         self._needs_rotary = [parts.attention.rotary is not Rotary.NONE for _, parts in layers]
         linears = [layer.get_submodule(path) for layer, parts in layers for path in parts.linears if path is not None]
         self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears)
+        self._is_attention = len(layers) == 1 and layers[0][1].mlp is None
+        self._numbers = (-1,)
         self._records: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
@@ -52,8 +56,24 @@ class LayerStack:
 
     def begin(self, batch: InputBatch, hidden: Tensor) -> "StackedPass | None":
         """A pass through the layers for hidden [1, tokens, hidden]; None if they have to run one by one this time."""
-        plan = self._plan(batch, hidden)
-        return None if plan is None else StackedPass(self, batch, plan)
+        plan, interventions = self._plan(batch, hidden), current_interventions()
+        if not isinstance(interventions, InterventionPass):
+            return None if plan is None else StackedPass(self, batch, plan)
+        if self._is_attention:  # what is done to its output is done behind it
+            return None if plan is None or interventions.has_gates else StackedPass(self, batch, plan)
+        blocks = self._blocks()
+        interventions.done.difference_update(blocks)
+        if plan is None or -1 in blocks or not interventions.adds_only:
+            return None
+        interventions.done.update(blocks)
+        return StackedPass(self, batch, plan, interventions.addresses(blocks, batch.num_tokens))
+
+    def _blocks(self) -> tuple[int, ...]:
+        """The layers' numbers among the base model's blocks; -1 where one is none."""
+        if -1 in self._numbers:
+            numbers = (block_number(layer) for layer, _ in self._layers)
+            self._numbers = tuple(-1 if number is None else number for number in numbers)
+        return self._numbers
 
     def _plan(self, batch: InputBatch, hidden: Tensor) -> RoutingPlan | None:
         """The routing plan of a pass that the compiled call can run."""
@@ -72,9 +92,14 @@ class LayerStack:
         return plan if plan.decodes_fast(hidden, self._max_compiled) and not plan.has_dora_scales else None
 
     def run(
-        self, batch: InputBatch, plan: RoutingPlan, hidden: Tensor, rotary: Sequence[RotaryTable | None]
+        self,
+        batch: InputBatch,
+        plan: RoutingPlan,
+        hidden: Tensor,
+        rotary: Sequence[RotaryTable | None],
+        vectors: Sequence[Tensor] = (),
     ) -> Tensor:  # [1, tokens, hidden]
-        """What the layers make of hidden; `rotary` are the positions that each was given."""
+        """What the layers make of hidden; `rotary` are the positions that each was given, `vectors` are added."""
         if batch.cache not in self._records:
             self._records[batch.cache] = self._record(batch.cache)
         layers, constants, _ = self._records[batch.cache]
@@ -93,7 +118,7 @@ class LayerStack:
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
         made = native_ops.decode_layers(
-            hidden[0], layers, constants, sizes, values, kinds, *where, *adapters, plan.routing
+            hidden[0], layers, constants, sizes, values, kinds, *where, *adapters, plan.routing, vectors
         )
         return made.unsqueeze(0)
 
@@ -113,8 +138,9 @@ class LayerStack:
 class StackedPass:
     """A packed pass on its way through a stack."""
 
-    def __init__(self, stack: LayerStack, batch: InputBatch, plan: RoutingPlan) -> None:
+    def __init__(self, stack: LayerStack, batch: InputBatch, plan: RoutingPlan, vectors: Sequence[Tensor] = ()) -> None:
         self.stack = stack
+        self._vectors = vectors
         self._batch = batch
         self._plan = plan
         self._rotary: list[RotaryTable | None] = []
@@ -124,7 +150,7 @@ class StackedPass:
         self._rotary.append(rotary_table(args, kwargs))
         if len(self._rotary) < len(self.stack):
             return hidden
-        return self.stack.run(self._batch, self._plan, hidden, self._rotary)
+        return self.stack.run(self._batch, self._plan, hidden, self._rotary, self._vectors)
 
 
 def rotary_table(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RotaryTable | None:

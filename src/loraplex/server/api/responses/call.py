@@ -94,28 +94,32 @@ class ResponsesCall:
         """The response as it is now."""
         body = self._body
         model = {} if result is None else chosen_model([result.auto], self._base_name)
-        return self._head | model | {
-            "status": status,
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions,
-            "metadata": body.metadata or {},
-            "output": self._items.items,
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
-            "tools": [tool.model_dump() for tool in body.tools or ()],
-            "tool_choice": _dumped(body.tool_choice) or "auto",
-            "text": {"format": _dumped(body.text and body.text.format) or {"type": "text"}},
-            "max_output_tokens": body.max_output_tokens,
-            "previous_response_id": None,
-            "background": False,
-            "truncation": "disabled",
-            "reasoning": {"effort": None, "summary": None},
-            "store": False,
-            "user": body.user,
-            "usage": None if result is None else _usage(result),
-        }
+        return (
+            self._head
+            | model
+            | {
+                "status": status,
+                "error": None,
+                "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+                "instructions": body.instructions,
+                "metadata": body.metadata or {},
+                "output": self._items.items,
+                "parallel_tool_calls": body.parallel_tool_calls is not False,
+                "temperature": 1.0 if body.temperature is None else body.temperature,
+                "top_p": 1.0 if body.top_p is None else body.top_p,
+                "tools": [tool.model_dump() for tool in body.tools or ()],
+                "tool_choice": _dumped(body.tool_choice) or "auto",
+                "text": {"format": _dumped(body.text and body.text.format) or {"type": "text"}},
+                "max_output_tokens": body.max_output_tokens,
+                "previous_response_id": None,
+                "background": False,
+                "truncation": "disabled",
+                "reasoning": {"effort": None, "summary": None},
+                "store": False,
+                "user": body.user,
+                "usage": None if result is None else _usage(result),
+            }
+        )
 
     def _events(self, text: str) -> list[ToolEvent]:
         if self._parser is not None:

@@ -1,0 +1,112 @@
+"""What vectors, linked residuals and ReFT in some rows cost the engine's whole batch, decoding.
+
+    python benchmarks/residuals.py
+
+One batch of 8 requests generates 48 tokens each in the engine, in turn: nothing asked for; each row with a control
+vector of its own on all blocks; 4 rows through a chain of 2 linked residuals (rank 8, 8 layers); each row with ReFT
+(rank 4, all blocks, first and last 7 tokens of its prompt). Figures are new tokens a second of the whole batch, prefill
+included, medians over the rounds; ratios are taken within a round, and then their median.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from common import alternate, medians, print_table, save
+from linked import RESIDUAL_LAYERS, random_residual
+
+from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
+from loraplex.residual import Intervention, ReftResidual, SteeringVector, parse_positions
+
+ROWS = 8
+
+
+def random_vector(model: MultiLoraModel, seed: int) -> SteeringVector:
+    """On the outputs of all blocks but the first, as control vectors are, weak enough to leave the text sensible."""
+    draw = torch.Generator().manual_seed(seed)
+    sites = model.registry.linked.sites
+    vectors = {n: torch.randn(sites.hidden_size, generator=draw) * 0.01 for n in range(1, sites.num_blocks)}
+    return SteeringVector(vectors=vectors, base=None, site="block")
+
+
+def random_reft(model: MultiLoraModel, seed: int) -> ReftResidual:
+    """Rank 4 on all blocks, at the first and last 7 tokens of the prompt."""
+    draw = torch.Generator().manual_seed(seed)
+    sites, positions = model.registry.linked.sites, parse_positions("f7+l7")
+    size = sites.hidden_size
+
+    def one(block: int) -> Intervention:
+        rotation = torch.linalg.qr(torch.randn(size, 4, generator=draw))[0].t().contiguous()
+        return Intervention(block=block, positions=positions, r=rotation, w=rotation.clone(), b=torch.zeros(4))
+
+    return ReftResidual(interventions=tuple(map(one, range(sites.num_blocks))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of one thread, where others work"
+    )
+    options = parser.parse_args()
+
+    clock = time.perf_counter
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
+        clock = time.process_time
+    model = MultiLoraModel.from_pretrained("smollm2-135m", dtype=options.dtype)
+    for row in range(ROWS):
+        model.load_residual(f"vector{row}", random_vector(model, row))
+        model.load_residual(f"reft{row}", random_reft(model, 20 + row))
+    model.load_residual("a", random_residual(model, 1))
+    model.load_residual("b", random_residual(model, 2))
+    prompts = [f"Tell me in a few words what the number {row} is good for, and why." for row in range(ROWS)]
+    sampling = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
+    with Engine(model, EngineConfig(prefix_cache=False)) as engine:
+
+        def timed(adapters: Sequence[str | None]) -> Callable[[], float]:
+            asked = [Request(p, adapters=one, sampling=sampling) for p, one in zip(prompts, adapters, strict=True)]
+
+            def run() -> float:
+                start = clock()
+                engine.generate(asked)
+                return ROWS * options.tokens / (clock() - start)
+
+            return run
+
+        kinds = {
+            "nothing": timed([None] * ROWS),
+            "8 rows with 8 control vectors": timed([f"vector{row}" for row in range(ROWS)]),
+            "8 rows with 8 ReFTs on prompts": timed([f"reft{row}" for row in range(ROWS)]),
+            "4 rows through 2 linked residuals": timed(["a+b"] * 4 + [None] * 4),
+        }
+        for run in kinds.values():  # warms up
+            run()
+        figures = alternate(kinds, options.rounds)
+    speeds = medians(figures)
+    ratios = {
+        name: statistics.median(own / none for own, none in zip(values, figures["nothing"], strict=True))
+        for name, values in figures.items()
+    }
+    print_table(
+        f"{ROWS} rows x {options.tokens} tokens in the engine, {options.dtype}",
+        ["asked for", "tokens/s", "of nothing"],
+        [[name, f"{speeds[name]:.1f}", f"{ratios[name]:.2f}"] for name in speeds],
+    )
+    workload = {
+        "rows": ROWS,
+        "new_tokens": options.tokens,
+        "dtype": options.dtype,
+        "rounds": options.rounds,
+        "clock": options.clock,
+        "linked_layers": RESIDUAL_LAYERS,
+    }
+    save("residuals", workload, {"tokens_per_s": speeds, "ratio": ratios, "all_rounds": figures})
+
+
+if __name__ == "__main__":
+    main()
