@@ -1,7 +1,7 @@
 // What will be read once the present computation is done, in the order in which it will be. The base product of many
-// tokens keeps the processor busy and the memory idle; the adapters after it are read once each, and the processor
-// would wait for them. They are many short, scattered rows: the hardware sees no stream in them. So the product asks for
-// them, a few with each of its tiles, and what is left is asked for while they themselves are read.
+// tokens keeps the processor busy and the memory idle, unless it is made by tiles; the adapters after it are read once
+// each, and the processor would wait for them. They are many short, scattered rows: the hardware sees no stream in them.
+// So the product asks for them, a few in each of its turns, and what is left is asked for while they themselves are read.
 #pragma once
 
 #include <algorithm>

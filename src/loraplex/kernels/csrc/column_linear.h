@@ -17,7 +17,7 @@ struct ColumnLinear {
   static constexpr int64_t kWide = 4;    // vectors of columns that a token's sums take
   static constexpr int64_t kAhead = 16;  // rows of the weight
 
-  int64_t num_tiles(int64_t begin, int64_t end) const {
+  int64_t num_turns(int64_t begin, int64_t end) const {
     return (end - begin) / (kWide * kLanes) * std::max<int64_t>(1, num_tokens / 4);
   }
 

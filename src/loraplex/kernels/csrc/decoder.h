@@ -102,18 +102,18 @@ struct Decoder {
             share(module.out, i + 1, n));
       }
     };
-    int64_t num_tiles = 0, num_units = 0;
+    int64_t num_turns = 0, num_units = 0;
     each_module([&](Role role, const auto& module, const Adapters& own, int64_t first, int64_t last, int64_t begin,
                     int64_t end) {
       own.add_shrink_to<T>(ahead, first, last, module.in);
       module.with_product(input, made[role], tokens, tiling,
-                          [&](const auto& product) { num_tiles += product.num_tiles(begin, end); });
+                          [&](const auto& product) { num_turns += product.num_turns(begin, end); });
       num_units += own.num_units;
     });
     each_module([&](Role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
       own.add_expand_to<T>(ahead, begin, end, module.out);
     });
-    const int64_t portions = ahead.share(num_tiles);
+    const int64_t portions = ahead.share(num_turns);
     each_module([&](Role role, const auto& module, const Adapters&, int64_t, int64_t, int64_t begin, int64_t end) {
       module.with_product(input, made[role], tokens, tiling,
                           [&](const auto& product) { product.columns(begin, end, ahead, portions); });

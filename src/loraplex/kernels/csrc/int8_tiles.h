@@ -258,10 +258,11 @@ struct Int8Linear {
   Tiling tiling;
 
   void product(int64_t begin, int64_t end, Ahead& ahead) const {
-    columns(begin, end, ahead, ahead.share(num_tiles(begin, end)));
+    columns(begin, end, ahead, ahead.share(num_turns(begin, end)));
   }
 
-  int64_t num_tiles(int64_t begin, int64_t end) const {
+  int64_t num_turns(int64_t begin, int64_t end) const {
+    if (uses_tiles(tiling)) return 0;  // tiles.h says why
     const int64_t parts = group == 0 ? tiles_of(in, kPartDepth) : tiles_of(in, group);
     return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
            (num_tokens <= kBlockTokens && group == 0 ? 1 : parts);
@@ -326,7 +327,7 @@ struct Int8Linear {
               const int64_t index = (slice + step) / group_steps;
               add_group(whole.data() + sums, group_scales(column, index), block, width, index == 0, scaled.data() + sums);
             }
-            ahead.ask(portions);
+            if (!uses_tiles(tiling)) ahead.ask(portions);
           }
         }
         if (slice + steps < num_steps) continue;

@@ -180,12 +180,12 @@ struct Linear {
 
   int64_t num_parts() const { return std::max<int64_t>(1, (in + kDepth - 1) / kDepth); }
 
-  // Of the columns [begin, end): N tokens take N tiles of a block, whatever N is.
-  int64_t num_tiles(int64_t begin, int64_t end) const { return (end - begin) / kBlock * num_parts() * num_tokens; }
+  // That ask for what lies ahead, over the columns [begin, end): N tokens take N tiles of a block, whatever N is.
+  int64_t num_turns(int64_t begin, int64_t end) const { return (end - begin) / kBlock * num_parts() * num_tokens; }
 
   // The output columns [begin, end) of all tokens, while `ahead` is asked for.
   void product(int64_t begin, int64_t end, Ahead& ahead) const {
-    columns(begin, end, ahead, ahead.share(num_tiles(begin, end)));
+    columns(begin, end, ahead, ahead.share(num_turns(begin, end)));
   }
 
   // The output columns [begin, end) of all tokens. Each tile asks for `portions` of what lies ahead.

@@ -188,6 +188,8 @@ inline void configure(Tiling tiling, int num_tokens) {
 #endif
 }
 
+inline bool uses_tiles(Tiling tiling) { return tiling == Tiling::kTiles || tiling == Tiling::kEmulated; }
+
 inline void release(Tiling tiling) {
 #ifdef LORAPLEX_AMX
   if (tiling == Tiling::kTiles) ProcessorTiles::release();
@@ -204,10 +206,13 @@ struct TiledLinear {
   Tiling tiling;
 
   void product(int64_t begin, int64_t end, Ahead& ahead) const {
-    columns(begin, end, ahead, ahead.share(num_tiles(begin, end)));
+    columns(begin, end, ahead, ahead.share(num_turns(begin, end)));
   }
 
-  int64_t num_tiles(int64_t begin, int64_t end) const {
+  // In which something is asked for. Tiles of few tokens wait for their own weights, and take longer with every line
+  // that is asked for beside them.
+  int64_t num_turns(int64_t begin, int64_t end) const {
+    if (uses_tiles(tiling)) return 0;
     return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
            (num_tokens <= kBlockTokens ? 1 : tiles_of(tiles_of(in, kTileDepth), kPartSteps));
   }
@@ -251,7 +256,7 @@ struct TiledLinear {
                       w + step * width * kTileValues, width, std::min(part, steps - step), block,
                       sums + t / kBlockTokens * 4 * kTileTokens * kTileColumns, slice + step == 0, t == 0},
                      tiling);
-            ahead.ask(portions);
+            if (!uses_tiles(tiling)) ahead.ask(portions);
           }
         }
         if (slice + steps < num_steps) continue;
