@@ -213,7 +213,7 @@ def test_models_and_engines_route_in_the_launches_of_q_k_and_v(tmp_path: Any, mo
     for i in range(3):
         model.load_adapter(str(i), random_peft_adapter(base, tmp_path / str(i), targets=targets, seed=i, r=2 + i))
     model.create_mixture("spectr", ["0", "1", "2"], SpectrConfig(top_k=2))
-    ids = torch.randint(7, 60, (4, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(7, 60, (4, 4), generator=torch.Generator().manual_seed(0))
     choices = ["spectr", None, "1", "spectr:0.5+0"]
     from loraplex.kernels.triton import gated
 
@@ -228,7 +228,7 @@ def test_models_and_engines_route_in_the_launches_of_q_k_and_v(tmp_path: Any, mo
         launched.clear()
         logits = model(ids, adapters=choices).logits
     assert {1, 2, 3} <= set(launched)
-    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
     requests = [
         Request(row, adapters=choice, sampling=sampling) for row, choice in zip(ids.tolist(), choices, strict=True)
     ]
@@ -240,7 +240,7 @@ def test_models_and_engines_route_in_the_launches_of_q_k_and_v(tmp_path: Any, mo
     wanted = model(ids, adapters=choices).logits
     assert not launched
     assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None}
     for row, choice in enumerate(choices):
         found = model.generate(ids[row : row + 1], adapters=[choice], **options)
-        assert found[0, 6:].tolist() == answers[row]
+        assert found[0, 4:].tolist() == answers[row]
