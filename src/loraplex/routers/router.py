@@ -220,7 +220,8 @@ class NativeKept:
             for module, weights in layers.items():
                 if weights.scaling == 0:
                     return None
-                found[module, place] = self._parameters(module, weights, place).float().flatten()
+                parameters = self._parameters(module, weights, place)
+                found[module, place] = parameters.to(weights.lora_a.device, torch.float32).flatten()
         if not found:
             return NativeRouter(*self._settings, addresses, None)
         kept = torch.cat([found[key] for key in sorted(found)])
