@@ -62,6 +62,18 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         },
         "| base, batch 8 | 64 | 68 | 1.06x |",
     ),
+    "routers": (
+        [
+            {
+                "dtype": "bfloat16",
+                "rows": 8,
+                "step_ms": {"arrow": 12.3},
+                "of_base": {"arrow": 0.9},
+                "of_one": {"arrow": 1},
+            }
+        ],
+        "| bfloat16, 8 rows, arrow | 12.30 | 0.90x | 1.00x |",
+    ),
     "linked": (
         {
             "tokens_per_s": {"nothing": 200.4, "1 row captures": 190.0},

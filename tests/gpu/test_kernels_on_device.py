@@ -8,6 +8,9 @@ import torch
 from loraplex.kernels.segmented import gated_lora_segmented
 from loraplex.kernels.triton.work import LARGE_TILE_TOKENS, SMALL_TILE_TOKENS, SlotFactors, make_work
 from tests.kernels.rounding import gradient_sizes, worst_excess
+from tests.kernels.test_native_router import RULES
+from tests.kernels.triton.test_router import OUTS, TOKENS, Bank, assert_near, inputs, make_plan
+from tests.kernels.triton.test_router import run as run_routed
 from tests.kernels.triton_cases import DTYPES, Case, make_case
 
 pytestmark = pytest.mark.gpu
@@ -110,3 +113,20 @@ def test_gradients_equal_float64(dtype, seed):
 
     (ours, _), (expected, sizes) = gradients(dtype, gated_lora_triton_grad), gradients(torch.float64, torch_kernel)
     assert worst_excess(ours, expected, sizes) <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", RULES)
+def test_routers_between_the_products_give_what_torch_gives(rule):
+    """Gates by torch on the same device, products in float64."""
+    bank, x = Bank(torch.float32, device="cuda"), inputs(TOKENS, torch.float32).cuda()
+    plan = make_plan(bank, RULES[rule])
+    for module, found in enumerate(run_routed(plan, x, range(3))):
+        plan.route(module, x)
+        expected = torch.zeros(len(x), OUTS[module], dtype=torch.float64, device="cuda")
+        for segment, weights in plan.weights_of(module):
+            part = slice(segment.start, segment.stop)
+            gates = torch.as_tensor(plan.gates.of_segment(segment, module)).double().cuda()
+            u = x[part].double() @ weights.lora_a.double().t()
+            expected[part] += gates.expand(len(u))[:, None] * weights.scaling * (u @ weights.lora_b.double())
+        assert_near(found, expected)

@@ -226,7 +226,7 @@ class MultiLoraModel:
         self.registry.create_mixture(name, experts, config or XLoraConfig(), seed=seed)
 
     def load_mixture(self, name: str, folder: str | Path, *, experts: Experts = None) -> None:
-        """Load an X-LoRA folder, PEFT's or the original package's, under `name`.
+        """Load an X-LoRA folder, PEFT's or the original package's, or one with a router, ours or PEFT's Arrow.
 
         Its experts come from the folder, as the adapters "NAME/EXPERT"; or `experts` gives them in head order: a folder
         or hub id to load each from, or None for an adapter that is loaded already. A list of names is for early folders

@@ -99,7 +99,11 @@ class LinearRouter(nn.Module):
         return len(self.biases[0])
 
     def native(self, experts: Layers, num_modules: int) -> NativeRouter | None:
-        return self._native.of(experts, num_modules, version=tuple(p._version for p in self.parameters()))
+        own = (
+            *self.weights._parameters.values(),
+            *self.biases._parameters.values(),
+        )  # parameters() takes a millisecond
+        return self._native.of(experts, num_modules, version=tuple(p._version for p in own if p is not None))
 
     def _row(self, module: int, expert: SlotWeights, place: int) -> Tensor:  # [in + 1]
         layer = self.place[module]
@@ -229,14 +233,22 @@ class NativeKept:
         return known[2]
 
     def _make(self, experts: Layers, num_modules: int) -> NativeRouter | None:
-        addresses, kept = torch.zeros(len(experts), num_modules, dtype=torch.int64), []
+        """All parameters beside each other, those of a module's experts first: a step reads them in this order."""
+        addresses = torch.zeros(len(experts), num_modules, dtype=torch.int64)
+        found: dict[tuple[int, int], Tensor] = {}
         for place, layers in enumerate(experts):
             for module, weights in layers.items():
                 if weights.scaling == 0:
                     return None
-                parameters = self._parameters(module, weights, place).float().contiguous()
-                addresses[place, module] = parameters.data_ptr()
-                kept.append(parameters)
+                parameters = self._parameters(module, weights, place)
+                found[module, place] = parameters.to(weights.lora_a.device, torch.float32).flatten()
+        if not found:
+            return NativeRouter(*self._settings, addresses, None)
+        kept = torch.cat([found[key] for key in sorted(found)])
+        first = kept.data_ptr()
+        for module, place in sorted(found):
+            addresses[place, module] = first
+            first += found[module, place].numel() * kept.element_size()
         return NativeRouter(*self._settings, addresses, kept)
 
 

@@ -15,7 +15,7 @@ class LayerView:
     def __init__(self, wrapper: Any, first_module: int, sum_ranks: SumRanks | None = None) -> None:
         """`sum_ranks` of a layer whose workers each have a part of the values in rank space."""
         self._wrapper = wrapper
-        self._layer = {"loraplex_first_module": first_module}
+        self._layer: dict[str, Any] = {"loraplex_first_module": first_module}
         if sum_ranks is not None:
             self._layer["loraplex_sum_ranks"] = sum_ranks
 

@@ -56,20 +56,19 @@ class RouterBuffers:
         device: torch.device,
     ) -> None:
         columns, slots = 1 + max_experts, num_slots + 1  # the last slot is that of tokens without an adapter
-        whole = {"dtype": torch.int64, "device": device}
         self.coefficients = torch.zeros(num_modules, slots, max_rank, device=device)
         self.offsets = torch.zeros(num_modules, slots, columns, device=device)
         self._of_slots = (
-            torch.zeros(slots, max_rank, **whole),
-            torch.zeros(slots, max_rank, **whole),
+            torch.zeros(slots, max_rank, dtype=torch.int64, device=device),
+            torch.zeros(slots, max_rank, dtype=torch.int64, device=device),
             torch.zeros(slots, max_rank, device=device),
-            torch.zeros(slots, columns, **whole),
+            torch.zeros(slots, columns, dtype=torch.int64, device=device),
             torch.zeros(slots, columns, columns, device=device),
             _no_settings(columns, device).repeat(slots, 1, 1),
         )
         self._of_tokens = tuple(of_slot.new_zeros(max_tokens, *of_slot.shape[1:]) for of_slot in self._of_slots)
         self.tables = [self.coefficients, self.offsets, *self._of_tokens]
-        self.slots = torch.full((max_tokens,), num_slots, **whole)
+        self.slots = torch.full((max_tokens,), num_slots, dtype=torch.int64, device=device)
         self.no_slot = num_slots
         self._tokens: Sequence[int] = ()
         self._num_tokens = 0

@@ -59,21 +59,52 @@ struct RouteGroup {
   }
 
  private:
+  static constexpr int64_t kColumns = 16;
+  static constexpr int kInserted = 32;  // experts up to which the order comes by insertion
+
+  // In four sums, in an order that the count alone decides.
+  static float dot_of(const float* a, const float* b, int64_t count) {
+    float sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int k = 0; k < 4; ++k) sums[k] += a[i + k] * b[i + k];
+    }
+    for (; i < count; ++i) sums[0] += a[i] * b[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  // The largest first, of equal ones the first.
+  static void sort_by(const std::vector<float>& values, std::vector<int>& order) {
+    const auto is_before = [&](int a, int b) { return values[a] > values[b]; };
+    const int num = static_cast<int>(order.size());
+    if (num > kInserted) return std::stable_sort(order.begin(), order.end(), is_before);
+    for (int i = 1; i < num; ++i) {
+      const int moved = order[i];
+      int j = i;
+      for (; j > 0 && is_before(moved, order[j - 1]); --j) order[j] = order[j - 1];
+      order[j] = moved;
+    }
+  }
+
   template <typename T>
   float score(const RoutedExpert& expert, const float* h, const T* x, int64_t in) const {
     const float* p = expert.parameters;
     float total = 0;
     switch (kind) {
       case RouterKind::kArrow:
-        for (int64_t r = 0; r < expert.rank; ++r) total += p[r] * h[r];
-        return std::fabs(total);
-      case RouterKind::kSpectr:
-        for (int64_t r = 0; r < expert.rank; ++r, p += expert.rank) {
-          float row = 0;
-          for (int64_t q = 0; q < expert.rank; ++q) row += p[q] * h[q];
-          total += row * h[r];
+        return std::fabs(dot_of(p, h, expert.rank));
+      case RouterKind::kSpectr: {  // by columns of G: sums that don't wait for each other
+        for (int64_t first = 0; first < expert.rank; first += kColumns) {
+          const int64_t count = std::min<int64_t>(kColumns, expert.rank - first);
+          float sums[kColumns] = {};
+          for (int64_t r = 0; r < expert.rank; ++r) {
+            const float* row = p + r * expert.rank + first;
+            for (int64_t q = 0; q < count; ++q) sums[q] += row[q] * h[r];
+          }
+          total += dot_of(sums, h + first, count);
         }
         return std::sqrt(std::max(total, 0.0f));
+      }
       case RouterKind::kStatic:
         return p[0];
       default: {
@@ -93,9 +124,7 @@ struct RouteGroup {
     int kept = top_k > 0 ? static_cast<int>(std::min<int64_t>(top_k, num)) : num;
     order.resize(num);
     std::iota(order.begin(), order.end(), 0);
-    if (kept < num || top_p > 0) {
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return values[a] > values[b]; });
-    }
+    if (kept < num || top_p > 0) sort_by(values, order);
     if (kind == RouterKind::kSigmoid) {
       for (int i = 0; i < num; ++i) {
         float& value = values[order[i]];
