@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraplex import MultiLoraModel, StoreConfig
+from loraplex import MultiLoraModel, SpectrConfig, StoreConfig, XLoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.prompt_centroid import CENTROID_FILE, PromptCentroid, read_centroid, write_centroid
@@ -99,3 +99,18 @@ def test_an_adapter_that_is_written_anew_loses_it(tmp_path: Path) -> None:
     write_centroid(centroid(), tmp_path / "a")
     write_adapter(adapter, tmp_path / "a", overwrite=True)
     assert read_centroid(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("config", [XLoraConfig(), SpectrConfig()], ids=["xlora", "spectr"])
+def test_a_mixture_has_one_in_its_folder_and_can_be_saved_over_it(
+    config: XLoraConfig | SpectrConfig, folder: Path, tmp_path: Path
+) -> None:
+    model = MultiLoraModel(tiny_model("llama"))
+    model.load_adapter("a", folder)
+    model.create_mixture("mix", ["a"], config)
+    model.save_mixture("mix", tmp_path / "mix")
+    write_centroid(centroid(), tmp_path / "mix")
+    model.load_mixture("again", tmp_path / "mix", experts={"a": None})
+    assert model.registry.auto.names() == ["again"]
+    model.save_mixture("mix", tmp_path / "mix", overwrite=True)
+    assert read_centroid(tmp_path / "mix") is None
