@@ -198,7 +198,8 @@ def _note(seen: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Tensor, ..
 
 
 def _sums(adapters: Sequence[Adapter], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:  # [adapters] each
-    sums = {way: torch.zeros(len(adapters)) for way in ("as it is", "over the length of x", "over that of B A", "over both")}
+    ways = ("as it is", "over the length of x", "over that of B A", "over both")
+    sums = {way: torch.zeros(len(adapters)) for way in ways}
     for path, x in seen.items():
         length = x.norm(dim=-1)
         for i, adapter in enumerate(adapters):
