@@ -13,7 +13,7 @@ from loraplex.adapters.prompt_centroid import CENTROID_FILE, PromptCentroid, rea
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, OutputError
 from tests.tiny_models import HIDDEN_SIZE, linear_targets, random_peft_adapter, tiny_model
 
-METADATA = {"loraplex_prompt_centroid": "1", "num_prompts": "7"}
+METADATA = {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": 7}'}
 
 
 def centroid(size: int = HIDDEN_SIZE) -> PromptCentroid:
@@ -45,7 +45,11 @@ def test_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ({"mean": torch.ones(4, 1), "background": torch.zeros(4, 1)}, METADATA, "float32 vectors"),
         ({"mean": torch.ones(4).half(), "background": torch.zeros(4).half()}, METADATA, "float32 vectors"),
         ({"mean": torch.ones(4), "background": torch.zeros(4)}, {}, "metadata"),
-        ({"mean": torch.ones(4), "background": torch.zeros(4)}, METADATA | {"num_prompts": "-1"}, "metadata"),
+        (
+            {"mean": torch.ones(4), "background": torch.zeros(4)},
+            {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": -1}'},
+            "metadata",
+        ),
         ({"mean": torch.full((4,), float("nan")), "background": torch.zeros(4)}, METADATA, "not finite"),
         ({"mean": torch.ones(4), "background": torch.ones(4)}, METADATA, "same vector"),
         ({"mean": torch.ones(2**20 + 1), "background": torch.zeros(2**20 + 1)}, METADATA, "at most 1048576"),
