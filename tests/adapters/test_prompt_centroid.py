@@ -13,6 +13,7 @@ from loraplex.adapters.prompt_centroid import CENTROID_FILE, PromptCentroid, rea
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, OutputError
 from tests.tiny_models import HIDDEN_SIZE, linear_targets, random_peft_adapter, tiny_model
 
+NO_PROMPTS = {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": 0}'}
 METADATA = {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": 7}'}
 
 
@@ -47,7 +48,7 @@ def test_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ({"mean": torch.ones(4), "background": torch.zeros(4)}, {}, "metadata"),
         (
             {"mean": torch.ones(4), "background": torch.zeros(4)},
-            {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": -1}'},
+            NO_PROMPTS,
             "metadata",
         ),
         ({"mean": torch.full((4,), float("nan")), "background": torch.zeros(4)}, METADATA, "not finite"),

@@ -83,7 +83,7 @@ def _num_prompts(file: TensorFile) -> int:
     num_prompts = found.get("num_prompts")
     if found.get("version") != _VERSION or type(num_prompts) is not int or num_prompts < 1:
         raise AdapterFormatError(
-            f"{file.path} has the metadata {str(metadata)[:200]}, not those of a prompt centroid of version {_VERSION}. "
+            f"{file.path} has the metadata {str(metadata)[:200]}, not those of a prompt centroid, version {_VERSION}. "
             "Make it again with `loraplex auto fit`, or remove it."
         )
     return int(num_prompts)
