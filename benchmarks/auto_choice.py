@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import console, save
+from common import RESULTS, console, save
 from torch import Tensor
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
@@ -33,6 +33,7 @@ from loraplex.models.prompt_states import background_tokens, fit_centroids, last
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("quantum", "materials", "protein", "peptides", "chemistry")
 REAL = DOMAINS[:4]  # with an adapter in examples/adapters
+PARTS = ("choice", "methods", "ways")
 FLOORS = (0.3, 0.4, 0.5, DEFAULT_FLOOR, 0.6, 0.7, 0.8, 0.9)
 ELSEWHERE = """What is the tallest mountain in Africa?|How do I tie a bow tie?|Write a haiku about winter.
 Translate 'thank you very much' into French.|Who painted the Mona Lisa?|What is 256 divided by 8?
@@ -197,7 +198,8 @@ def _note(seen: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Tensor, ..
 
 
 def _sums(adapters: Sequence[Adapter], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:  # [adapters] each
-    sums = {way: torch.zeros(len(adapters)) for way in ("as it is", "by |x|", "by |B A|", "by |x| and |B A|")}
+    ways = ("as it is", "over the length of x", "over that of B A", "over both")
+    sums = {way: torch.zeros(len(adapters)) for way in ways}
     for path, x in seen.items():
         length = x.norm(dim=-1)
         for i, adapter in enumerate(adapters):
@@ -208,6 +210,67 @@ def _sums(adapters: Sequence[Adapter], seen: Mapping[str, Tensor]) -> dict[str, 
             for way, value in zip(sums, (score, score / length, score / size, score / length / size), strict=True):
                 sums[way][i] += value.sum()
     return sums
+
+
+# The other way that is right about the domains: the mean of the input embeddings, which needs no pass
+
+
+TASKS = (
+    "Translate into French: {}",
+    "Summarize in one sentence: {}",
+    "Is the tone of this text positive, neutral or negative? {}",
+    "{} Give this text a title.",
+)
+
+
+def measure_ways(model: MultiLoraModel, count: int) -> dict[str, dict[str, float]]:
+    """The share of right choices by the last state and by the mean of embeddings.
+
+    Among the domains by their questions, in other words, and among tasks that are asked about texts of one kind.
+    """
+    embedding = model.base.get_input_embeddings().weight.detach().float()
+
+    def by_embeddings(rows: Rows) -> Tensor:
+        return torch.stack([embedding[torch.tensor(row)].mean(dim=0) for row in rows])
+
+    def by_state(rows: Rows) -> Tensor:
+        return last_states(model.base, rows)
+
+    def tokens(prompts: Sequence[str]) -> list[list[int]]:
+        return [prompt_tokens(model.tokenizer, prompt) for prompt in prompts]
+
+    asked = [questions(name, "test", count) for name in DOMAINS]
+    domains = [tokens(questions(name, "train", count)) for name in DOMAINS]
+    texts = paragraphs()
+    parts = [texts[i * 2 * count : (i + 1) * 2 * count] for i in range(len(TASKS))]
+    assert len(parts[-1]) == 2 * count, f"the documentation has {len(texts)} paragraphs; lower --ways"
+    by_task = [tokens([task.format(text) for text in part]) for task, part in zip(TASKS, parts, strict=True)]
+    background = background_tokens(model.tokenizer)
+    found = {}
+    for way, read in (("mean of embeddings", by_embeddings), ("last token of last layer", by_state)):
+        center = read(background).mean(dim=0)
+        units = [torch.nn.functional.normalize(read(rows).mean(dim=0) - center, dim=0) for rows in domains]
+        tasks = [torch.nn.functional.normalize(read(r[:count]).mean(dim=0) - center, dim=0) for r in by_task]
+        found[way] = {
+            "questions": right_share([read(tokens(rows)) - center for rows in asked], units),
+            "other wording": right_share([read(tokens([neutral(q) for q in rows])) - center for rows in asked], units),
+            "other tasks": right_share([read(rows[count:]) - center for rows in by_task], tasks),
+        }
+    return found
+
+
+def right_share(asked: Sequence[Tensor], units: Sequence[Tensor]) -> float:
+    right = [((rows @ torch.stack(list(units)).t()).argmax(dim=-1) == i).float().mean() for i, rows in enumerate(asked)]
+    return float(sum(right)) / len(right)
+
+
+def paragraphs() -> list[str]:
+    """Of prose in the documentation."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    parts = [" ".join(part.split()) for page in pages for part in page.read_text().split("\n\n")]
+    texts = [part for part in parts if 30 < len(part.split()) < 90 and not set("|#{}<>") & set(part)]
+    random.Random(1).shuffle(texts)
+    return texts
 
 
 # What it costs
@@ -254,11 +317,29 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=90, help="of each domain")
     parser.add_argument("--neutral", type=int, default=25, help="of each domain, in other words")
     parser.add_argument("--methods", type=int, default=25, help="questions of each domain for what else was tried")
+    parser.add_argument("--ways", type=int, default=14, help="questions of each domain, and texts of each task")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rest is kept as it was measured")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     model = MultiLoraModel.from_pretrained(options.model, dtype=options.dtype)
+    file = RESULTS / "auto_choice.json"
+    kept = json.loads(file.read_text())["results"] if file.exists() and set(options.parts) != set(PARTS) else {}
+    results: dict[str, Any] = kept
+    if "ways" in options.parts:
+        results["ways"] = measure_ways(model, options.ways)
+    if "methods" in options.parts:
+        results["methods"] = measure_methods(model, options.methods)
+    if "choice" in options.parts:
+        results |= measure_thousand(model, options)
+    console.print(results)
+    if not options.no_save:
+        save("auto_choice", {name: value for name, value in vars(options).items() if name != "parts"}, results)
+
+
+def measure_thousand(model: MultiLoraModel, options: argparse.Namespace) -> dict[str, Any]:
+    """What is chosen among all adapters, and what it costs."""
 
     def tokens(prompts: Sequence[str]) -> list[list[int]]:
         return [prompt_tokens(model.tokenizer, prompt) for prompt in prompts]
@@ -266,22 +347,20 @@ def main() -> None:
     def states(prompts: Sequence[str]) -> Tensor:
         return last_states(model.base, tokens(prompts))
 
-    results: dict[str, Any] = {"methods": measure_methods(model, options.methods)}
-    console.print(results["methods"])
     train = {name: tokens(questions(name, "train", 64)) for name in DOMAINS}
     load(model, fit_centroids(model.base, train, background_tokens(model.tokenizer)), options.adapters)
-    results["cost"] = measure_cost(model, options.lengths, options.rounds)
-    console.print(results["cost"])
+    cost = measure_cost(model, options.lengths, options.rounds)
+    console.print(cost)
     index = model.registry.auto
     asked = {name: questions(name, "test", options.questions) for name in DOMAINS}
     own = {name: states(prompts) for name, prompts in asked.items()}
-    results["choice"] = measure_choice(index, own)
     others = {name: states([neutral(q) for q in asked[name][: options.neutral]]) for name in DOMAINS}
-    results["other wording"] = measure_choice(index, others)
-    results["floors"] = measure_floors(index, torch.cat(list(own.values())), states(ELSEWHERE))
-    console.print(results)
-    if not options.no_save:
-        save("auto_choice", vars(options), results)
+    return {
+        "cost": cost,
+        "choice": measure_choice(index, own),
+        "other wording": measure_choice(index, others),
+        "floors": measure_floors(index, torch.cat(list(own.values())), states(ELSEWHERE)),
+    }
 
 
 if __name__ == "__main__":

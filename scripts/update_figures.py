@@ -333,6 +333,38 @@ def vllm_plugin(content: Results) -> str:
     return "\n\n".join(parts)
 
 
+def auto_choice(content: Results) -> str:
+    """How many questions choose the right adapter, what else was tried, where the floor is, and what choosing costs."""
+    found = content["results"]
+    rows = []
+    for domain, own in found["choice"].items():
+        other = found["other wording"][domain]
+        cells = [f"{own['questions']}", f"{own['right']:.3f}", f"{own['least_score']:.2f}", f"{other['right']:.2f}"]
+        rows.append([domain, *cells])
+    total = sum(own["questions"] for own in found["choice"].values())
+    right = sum(own["questions"] * own["right"] for own in found["choice"].values()) / total
+    rows.append(["all", f"{total}", f"{right:.3f}", "", ""])
+    columns = [f"questions among {content['workload']['adapters']} adapters", "asked", "right", "least score"]
+    choices = table([*columns, "right in other wording"], rows)
+    floors = table(
+        ["floor", "own questions above it", "other prompts above it"],
+        [[f"{at['floor']:.2f}", f"{at['own']:.3f}", f"{at['elsewhere']:.3f}"] for at in found["floors"]],
+    )
+    kinds = ("questions", "other wording", "other tasks")
+    ways = table(
+        ["right by", *(kind if kind == "questions" else f"in {kind}" for kind in kinds)],
+        [[way, *(f"{shares[kind]:.2f}" for kind in kinds)] for way, shares in found["ways"].items()],
+    )
+    methods = table(["right of four, without others", "share"], [[w, f"{s:.2f}"] for w, s in found["methods"].items()])
+    times = []
+    for at in found["cost"]:
+        cells = [f"{at[name]:.0f}" for name in ("base", "choosing", "named", "auto")]
+        times.append([f"{at['prompt_tokens']} tokens", *cells, f"{at['ratio']:.2f}x"])
+    columns = ["prompt, ms", "base model's pass", "pass that chooses", "first token by name", "first token by auto"]
+    costs = table([*columns, "choosing / base"], times)
+    return "\n\n".join((choices, floors, ways, methods, costs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResultFile:
     """One file of benchmarks/results: the question that it answers and how it becomes a table."""
@@ -424,6 +456,7 @@ FILES = (
         question="What the plugin costs inside vLLM (CPU), and its answers beside PEFT's",
         render=vllm_plugin,
     ),
+    ResultFile(name="auto_choice", question="A prompt that chooses its adapter", render=auto_choice),
     ResultFile(name="int8_quality", question="What 8-bit weights change", render=int8_quality),
     ResultFile(name="int8_speed", question="Products with 8-bit weights", render=int8_speed),
     ResultFile(name="quantized_training", question="Training on a base model in 4 bits", render=quantized_training),

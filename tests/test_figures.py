@@ -144,6 +144,22 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         ],
         "| vllm 0.32.0, float32 | 60.0 | 120.0 | 2.00x |",
     ),
+    "auto_choice": (
+        {
+            "choice": {
+                name: {"questions": 90, "right": right, "right_above_floor": right, "least_score": 0.91}
+                for name, right in (("quantum", 1.0), ("protein", 0.9))
+            },
+            "other wording": {name: {"right": 0.5} for name in ("quantum", "protein")},
+            "floors": [{"floor": 0.55, "own": 1.0, "elsewhere": 0.05}],
+            "methods": {"SpectR, as it is": 0.5},
+            "ways": {"mean of embeddings": {"questions": 1.0, "other wording": 0.9, "other tasks": 0.5}},
+            "cost": [
+                {"prompt_tokens": 64, "base": 50.0, "choosing": 51.0, "named": 60.0, "auto": 111.0, "ratio": 1.02}
+            ],
+        },
+        "| all | 180 | 0.950 |  |  |",
+    ),
     "int8_quality": (
         {"int8": {"divergence": 0.00123, "same_token": 0.975}},
         "| int8 | 1.23e-03 | 97.5% |",

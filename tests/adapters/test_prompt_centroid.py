@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraplex import MultiLoraModel, StoreConfig
+from loraplex import MultiLoraModel, SpectrConfig, StoreConfig, XLoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.prompt_centroid import CENTROID_FILE, PromptCentroid, read_centroid, write_centroid
 from loraplex.errors import AdapterFormatError, BaseModelMismatchError, OutputError
 from tests.tiny_models import HIDDEN_SIZE, linear_targets, random_peft_adapter, tiny_model
 
-METADATA = {"loraplex_prompt_centroid": "1", "num_prompts": "7"}
+NO_PROMPTS = {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": 0}'}
+METADATA = {"loraplex_prompt_centroid": '{"version": 1, "num_prompts": 7}'}
 
 
 def centroid(size: int = HIDDEN_SIZE) -> PromptCentroid:
@@ -45,7 +46,11 @@ def test_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ({"mean": torch.ones(4, 1), "background": torch.zeros(4, 1)}, METADATA, "float32 vectors"),
         ({"mean": torch.ones(4).half(), "background": torch.zeros(4).half()}, METADATA, "float32 vectors"),
         ({"mean": torch.ones(4), "background": torch.zeros(4)}, {}, "metadata"),
-        ({"mean": torch.ones(4), "background": torch.zeros(4)}, METADATA | {"num_prompts": "-1"}, "metadata"),
+        (
+            {"mean": torch.ones(4), "background": torch.zeros(4)},
+            NO_PROMPTS,
+            "metadata",
+        ),
         ({"mean": torch.full((4,), float("nan")), "background": torch.zeros(4)}, METADATA, "not finite"),
         ({"mean": torch.ones(4), "background": torch.ones(4)}, METADATA, "same vector"),
         ({"mean": torch.ones(2**20 + 1), "background": torch.zeros(2**20 + 1)}, METADATA, "at most 1048576"),
@@ -99,3 +104,18 @@ def test_an_adapter_that_is_written_anew_loses_it(tmp_path: Path) -> None:
     write_centroid(centroid(), tmp_path / "a")
     write_adapter(adapter, tmp_path / "a", overwrite=True)
     assert read_centroid(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("config", [XLoraConfig(), SpectrConfig()], ids=["xlora", "spectr"])
+def test_a_mixture_has_one_in_its_folder_and_can_be_saved_over_it(
+    config: XLoraConfig | SpectrConfig, folder: Path, tmp_path: Path
+) -> None:
+    model = MultiLoraModel(tiny_model("llama"))
+    model.load_adapter("a", folder)
+    model.create_mixture("mix", ["a"], config)
+    model.save_mixture("mix", tmp_path / "mix")
+    write_centroid(centroid(), tmp_path / "mix")
+    model.load_mixture("again", tmp_path / "mix", experts={"a": None})
+    assert model.registry.auto.names() == ["again"]
+    model.save_mixture("mix", tmp_path / "mix", overwrite=True)
+    assert read_centroid(tmp_path / "mix") is None

@@ -1,6 +1,7 @@
 """Generations without a model, and a scheduler over few blocks: who runs, with how many tokens, and what is held."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -12,7 +13,7 @@ from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sched.chunk import ScheduledChunk
 from loraplex.engine.sched.scheduler import Scheduler
-from loraplex.engine.sched.sequence import SequenceState
+from loraplex.engine.sched.sequence import RequestState, SequenceState
 
 BLOCK = 4  # tokens
 
@@ -21,7 +22,7 @@ class Passes:
     """What a binding tells of a link: the identity of its main pass, and of each scaling pass."""
 
     chain = ()
-    mixtures = ()
+    all_mixtures = ()
 
     def __init__(self, identity: str, scalings: Sequence[str]) -> None:
         self._identity = identity
@@ -70,7 +71,10 @@ class Bench:
             binding=Passes(share, scalings),
             num_cached_tokens=0,
             lengths=LengthRule(),
+            choosing=None,
+            auto=None,
         )
+        state.note_cached = partial(RequestState.note_cached, state)
         self._arrivals += 1
         sequence = SequenceState(state, 0, SimpleNamespace(sampling=sampling), SimpleNamespace())
         self.scheduler.add(sequence)

@@ -1,5 +1,6 @@
 """What an adapter's prompts look like to the base model: a small file beside its weights, for `adapters="auto"`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.errors import AdapterFormatError
+from loraplex.json_files import parse_json
 from loraplex.output_files import whole_file
 
 CENTROID_FILE = "prompt_centroid.safetensors"
 MAX_HIDDEN_SIZE = 1 << 20
 
 _FORMAT = "loraplex_prompt_centroid"
-_VERSION = "1"
+_VERSION = 1
 _TENSORS = ("background", "mean")
 
 
@@ -54,7 +56,8 @@ class PromptCentroid:
 def write_centroid(centroid: PromptCentroid, folder: str | Path) -> None:
     """Write the file into an adapter's or mixture's folder, as a whole. Raises OutputError."""
     tensors = {name: getattr(centroid, name).cpu().contiguous().clone() for name in _TENSORS}
-    metadata = {_FORMAT: _VERSION, "num_prompts": str(centroid.num_prompts)}
+    content = {"version": _VERSION, "num_prompts": centroid.num_prompts}
+    metadata = {_FORMAT: json.dumps(content)}  # one entry: safetensors writes several in any order
     with whole_file(Path(folder) / CENTROID_FILE, _is_centroid) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -66,16 +69,24 @@ def read_centroid(folder: Path) -> PromptCentroid | None:
         return None
     with open_tensor_file(path) as file:
         _check_entries(file)
-        metadata = file.metadata or {}
-        num_prompts = metadata.get("num_prompts", "")
-        if metadata.get(_FORMAT) != _VERSION or not (num_prompts.isascii() and num_prompts.isdigit()):
-            raise AdapterFormatError(
-                f"{path} has the metadata {str(metadata)[:200]}, not those of a prompt centroid of version {_VERSION}. "
-                "Make it again with `loraplex auto fit`, or remove it."
-            )
-        return PromptCentroid(
-            mean=file.read("mean"), background=file.read("background"), num_prompts=int(num_prompts[:9])
+        num_prompts = _num_prompts(file)
+        return PromptCentroid(mean=file.read("mean"), background=file.read("background"), num_prompts=num_prompts)
+
+
+def _num_prompts(file: TensorFile) -> int:
+    metadata = file.metadata or {}
+    try:
+        content = parse_json(metadata.get(_FORMAT, ""))
+    except ValueError:
+        content = None
+    found = content if isinstance(content, dict) else {}
+    num_prompts = found.get("num_prompts")
+    if found.get("version") != _VERSION or type(num_prompts) is not int or num_prompts < 1:
+        raise AdapterFormatError(
+            f"{file.path} has the metadata {str(metadata)[:200]}, not those of a prompt centroid, version {_VERSION}. "
+            "Make it again with `loraplex auto fit`, or remove it."
         )
+    return int(num_prompts)
 
 
 def _check_entries(file: TensorFile) -> None:

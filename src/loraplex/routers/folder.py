@@ -20,6 +20,7 @@ from loraplex.adapters.atomic_dir import atomic_folder, check_destination
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.weight_files import ARROW_ROUTER, check_files
 from loraplex.adapters.peft.writer import adapter_files, write_or_copy
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.adapters.tensor_file import TensorFile, open_tensor_file
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, NameFormatError
@@ -162,7 +163,7 @@ def write_router_folder(
 def _check_destination(folder: Path, overwrite: bool) -> None:
     """Raise unless nothing is at `folder`, or `overwrite` is set and nothing but a mixture in this format is there."""
     if folder.is_dir() and overwrite:
-        own = {folder / SETTINGS_FILE, folder / ROUTER_FILE}
+        own = {folder / SETTINGS_FILE, folder / ROUTER_FILE, folder / CENTROID_FILE}
         if (folder / SETTINGS_FILE).is_file():
             experts = read_router_folder(folder, find_experts=False).experts.values()
             own |= {file for path in experts if path.is_dir() for file in adapter_files(path)}

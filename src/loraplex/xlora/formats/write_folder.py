@@ -14,6 +14,7 @@ from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.record import RECORD_FILE
 from loraplex.adapters.peft.weight_files import WEIGHTS_FILE
 from loraplex.adapters.peft.writer import write_or_copy
+from loraplex.adapters.prompt_centroid import CENTROID_FILE
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import AdapterExistsError, AdapterFormatError, ConfigError, LoraplexError
 from loraplex.output_files import resolved
@@ -26,7 +27,7 @@ from loraplex.xlora.formats.original_layout import HEAD_FILE, SETTINGS_FILE, wri
 from loraplex.xlora.formats.peft_experts import NAMES_FILE
 from loraplex.xlora.formats.peft_layout import check_peft_can_hold, write_peft_layout
 
-_EXPERT_FILES = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
+_EXPERT_FILES = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE, "README.md"}
 _MIXTURE_FILES = _EXPERT_FILES | {NAMES_FILE, SETTINGS_FILE, HEAD_FILE}
 
 
