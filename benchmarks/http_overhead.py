@@ -67,7 +67,8 @@ async def read_streams(port: int, streams: int, tokens: int) -> dict[str, Any]:
         body = {"model": "base", "prompt": PROMPT.format(number), "max_tokens": tokens, "temperature": 0}
         options = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         content = json.dumps(body | options).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        head += "content-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         text = await reader.read(-1)
         writer.close()

@@ -11,13 +11,16 @@ from loraplex.engine.sampling.restrictions import MAX_BAD_WORD_TOKENS, Restricti
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.errors import RequestError
 from loraplex.models.loading import load_tokenizer
+from tests.parts import require
+
+require("llguidance")
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
 def engine(smollm2):
-    with Engine(MultiLoraModel.from_pretrained(smollm2), EngineConfig(cache_bytes=2**26)) as engine:
+    with Engine(MultiLoraModel.from_pretrained(smollm2, dtype="float32"), EngineConfig(cache_bytes=2**26)) as engine:
         yield engine
 
 

@@ -139,7 +139,18 @@ def test_answers_follow_a_json_schema(smollm2):
         answer = server.client().chat.completions.create(
             model="tiny", messages=MESSAGES, max_tokens=100, temperature=0, response_format=wanted
         )
+        forms = (
+            {"guided_choice": ["red", "green"]},
+            {"guided_regex": "red|green"},
+            {"guided_json": {"enum": ["red", "green"]}},
+            {"structured_outputs": {"grammar": 'root ::= "red" | "green"'}},
+        )
+        bound = [
+            server.client().chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=20, extra_body=form)
+            for form in forms
+        ]
     assert json.loads(answer.choices[0].message.content)["x"] in (1, 2)
+    assert {one.choices[0].message.content.strip('"') for one in bound} <= {"red", "green"}
 
 
 @pytest.mark.needs("llguidance")

@@ -157,7 +157,7 @@ class Gate:
     def _tell(self, scope: Scope, context: RequestContext, answer: "_Answer", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._state.metrics.count_request(route, answer.status)
-        if self._state.tracing is not None:
+        if self._state.tracing is not None and context.span is not None:
             self._state.tracing.end(context.span, scope["method"], route, answer.status, context.log)
         if self._state.config.logs.log_requests:
             fields = {

@@ -18,6 +18,7 @@ from loraplex.server.replicas.loopback import bind_replica_to_loopback
 from loraplex.server.replicas.router import HELD
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
+from loraplex.server.tracing import tracing_from_environment
 
 HELD_HEADER, REPLICA_HEADER = b"x-adapters-held", b"x-replica"
 
@@ -39,6 +40,7 @@ class EngineReplica:
         self._id = secrets.token_hex(4)
         self._engine = await AsyncEngine(model, config.engine).__aenter__()
         self._state = ServerState(self._engine, config, watched)
+        self._state.tracing = tracing_from_environment()
         await asyncio.to_thread(self._state.prepare)
         self._app = create_app(self._state, is_first=False)
 
