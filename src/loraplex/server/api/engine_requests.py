@@ -16,6 +16,7 @@ from loraplex.residual.steering import Range, Span, Steering, TokenOffsets, rang
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CaptureAttention, GenerationBody, ResponseFormat, Steer
+from loraplex.server.api.closed_schemas import closed
 from loraplex.server.auth.access import Principal
 from loraplex.server.settings import RequestLimits, ServeConfig
 from loraplex.validation import check_text
@@ -183,7 +184,7 @@ def _json_schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     if wanted.json_schema is None:
         message = 'response_format of type "json_schema" needs json_schema: {"schema": ...}.'
         raise ApiError(BAD_REQUEST, message, param="response_format.json_schema")
-    return wanted.json_schema.schema_
+    return closed(wanted.json_schema.schema_)
 
 
 def _capture(body: CaptureAttention | None, budget_bytes: int) -> CaptureRequest | None:
