@@ -15,7 +15,7 @@ def test_answers_are_models(url, mode):
         response_model=Weather,
         messages=[{"role": "user", "content": QUESTION}],
         temperature=0,
-        max_tokens=60,
+        max_tokens=150,
         max_retries=0,
     )
     assert isinstance(found, Weather)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from loraplex.engine.frontend.structured_output import make_tool_constraint
 from loraplex.errors import RequestError
@@ -127,3 +128,25 @@ def test_schemas_that_allow_nothing_or_are_too_large_are_refused(smollm2):
         Grammar(tokenizer, [loop])
     with pytest.raises(RequestError, match="grammar of 300000 characters"):
         make_tool_constraint("x" * 300_000, tokenizer, len(tokenizer), end_tokens=[])
+
+
+def test_an_answer_ends_by_any_of_its_end_tokens_where_the_grammar_may_end(smollm2):
+    tokenizer = tool_tokenizer(smollm2)
+    (first,), (more,) = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
+    ends = [tokenizer.eos_token_id, 7]
+    grammar = '%llguidance {}\nstart: "a" "b"*\n'
+    constraint = make_tool_constraint(grammar, tokenizer, len(tokenizer), end_tokens=ends)
+
+    def allowed():
+        logits = torch.zeros(len(tokenizer))
+        constraint.allow(logits)
+        return set(logits.isfinite().nonzero().flatten().tolist())
+
+    assert first in allowed()
+    assert not allowed() & {*ends, more}
+    constraint.take(first)
+    assert {*ends, more} <= allowed()
+    assert first not in allowed()
+    assert not constraint.is_complete
+    constraint.take(7)
+    assert constraint.is_complete

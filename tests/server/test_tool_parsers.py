@@ -23,7 +23,9 @@ def read(form, text):
     for length in (1, 2, 3, 5, 7, 11):
         parser = make_parser(form, FUNCTIONS)
         events = [e for start in range(0, len(text), length) for e in parser.feed(text[start : start + length])]
-        assert ReadAnswer.of_events([*events, *parser.end()]) == whole, f"in pieces of {length}"
+        found = ReadAnswer.of_events([*events, *parser.end()])
+        found.is_cut = parser.is_in_call
+        assert found == whole, f"in pieces of {length}"
     return whole.content, [(call.name, call.arguments) for call in whole.calls]
 
 
@@ -97,6 +99,17 @@ def test_a_call_is_told_before_its_arguments_are_complete():
     assert piece.text == '{"city": "Ro'
     assert [event.text for event in parser.feed('me"}}\n</tool')] == ['me"}']
     assert parser.feed("_call>") + parser.end() == []
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_call_is_cut_until_its_arguments_are_complete(form):
+    text = "<tool_call>\n<function=add>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>"
+    text = form.calls([("add", {"n": 1})]) if form.kind == "json" else text
+    end = "</function>" if form.kind == "xml" else "}"
+    place = text.index(end)
+    for length, is_cut in ((place - 1, True), (place + len(end), False), (len(text), False)):
+        answer = read_answer(make_parser(form, FUNCTIONS), text[:length])
+        assert (len(answer.calls), answer.is_cut) == (1, is_cut)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

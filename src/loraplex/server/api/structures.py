@@ -1,9 +1,11 @@
 """What a body's answers must follow, as sampling parameters: OpenAI's response_format and vLLM's two forms."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import GenerationBody, ResponseFormat, StructuredOutputs
+from loraplex.server.api.closed_schemas import closed
 
 
 def structure_of(body: GenerationBody) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[Found]:
     if wanted.json_schema is None:
         message = 'response_format of type "json_schema" needs json_schema: {"schema": ...}.'
         raise ApiError(BAD_REQUEST, message, param="response_format.json_schema")
-    return [("response_format", {"json_schema": wanted.json_schema.schema_})]
+    return [("response_format", {"json_schema": closed(wanted.json_schema.schema_)})]
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[Found]:
@@ -50,7 +52,7 @@ def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[Found]:
 
 def _given(prefix: str, json: Any, regex: str | None, choice: list[str] | None, grammar: str | None) -> list[Found]:
     asked = {
-        "json": ("json_schema", json),
+        "json": ("json_schema", closed(json) if isinstance(json, Mapping) else json),
         "regex": ("regex", regex),
         "choice": ("choice", None if choice is None else tuple(choice)),
         "grammar": ("grammar", grammar),

@@ -32,7 +32,7 @@ class ChatAnswers:
                 }
                 for call in answer.calls
             ]
-        return message, _reason(finish_reason, called=bool(answer.calls))
+        return message, _reason(finish_reason, called=bool(answer.calls) and not answer.is_cut)
 
     def delta(self, index: int, text: str, finish_reason: str | None) -> tuple[dict[str, Any], str | None]:
         """What is new of one answer, and why it ended if it has."""
@@ -42,7 +42,7 @@ class ChatAnswers:
             stream = self._streams[index] = _Stream(self._use.parser(self._template), self._template)
             delta = {"role": "assistant", "content": ""}
         delta |= stream.delta(text, is_end=finish_reason is not None)
-        return delta, None if finish_reason is None else _reason(finish_reason, called=stream.has_called)
+        return delta, None if finish_reason is None else _reason(finish_reason, called=stream.has_whole_calls)
 
 
 class _Stream:
@@ -52,6 +52,10 @@ class _Stream:
         self._parser = parser
         self._template = template
         self.has_called = False
+
+    @property
+    def has_whole_calls(self) -> bool:
+        return self.has_called and self._parser is not None and not self._parser.is_in_call
 
     def delta(self, text: str, *, is_end: bool) -> dict[str, Any]:
         if self._parser is None:

@@ -34,6 +34,8 @@ ToolEvent = ContentPiece | CallBegin | ArgumentsPiece
 class ToolParser(Protocol):
     """Reads one answer; what its text says doesn't depend on the pieces in which it comes."""
 
+    is_in_call: bool  # the arguments of the last call are not complete
+
     def feed(self, text: str) -> list[ToolEvent]: ...
 
     def end(self) -> list[ToolEvent]: ...
@@ -53,6 +55,7 @@ class ReadAnswer:
 
     content: str = ""
     calls: list[ReadCall] = field(default_factory=list)
+    is_cut: bool = False  # in the last call
 
     @classmethod
     def of_events(cls, events: Iterable[ToolEvent]) -> "ReadAnswer":
@@ -69,7 +72,9 @@ class ReadAnswer:
 
 
 def read_answer(parser: ToolParser, text: str) -> ReadAnswer:
-    return ReadAnswer.of_events([*parser.feed(text), *parser.end()])
+    answer = ReadAnswer.of_events([*parser.feed(text), *parser.end()])
+    answer.is_cut = parser.is_in_call
+    return answer
 
 
 def joined(events: Iterable[ToolEvent]) -> list[ToolEvent]:

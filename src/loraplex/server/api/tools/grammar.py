@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplex.server.api.closed_schemas import closed
 from loraplex.server.api.tools.definitions import FunctionDefinition
 from loraplex.server.api.tools.forms import CallForm
 
@@ -73,7 +74,9 @@ class _Writer:
     def call(self, number: int, function: FunctionDefinition) -> tuple[str, str]:
         """The name and text of the rule for calls of a function."""
         form = self._form
-        schema = closed(function.parameters or {})
+        schema = closed(
+            {"type": "object"} | ({"properties": {}} if function.parameters is None else function.parameters)
+        )
         if form.kind == "xml":
             arguments = self._xml_arguments(number, schema)
         else:
@@ -120,15 +123,6 @@ class _Writer:
             return f'{begin} "\\n" ({" | ".join(json.dumps(str(value)) for value in values)}) {end}'
         self.rules.append(f"{name}_text[lazy]: /(.|\\n)*/ {end}")
         return f'{begin} "\\n" {name}_text'
-
-
-def closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of an object; with no more than its properties, where it doesn't say that there may be more."""
-    schema = {"type": "object", **parameters}
-    composed = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties", "unevaluatedProperties")
-    if "additionalProperties" not in schema and not any(key in schema for key in composed):
-        schema["additionalProperties"] = False
-    return schema
 
 
 def _json(schema: Any) -> str:

@@ -46,8 +46,8 @@ class _Calls(ABC):
         self._events: list[ToolEvent] = []
         self._space = ""  # blanks at the end of content, which are none before a call
         self._skipped = ""  # what was read of a call that may turn out to be none
-        self._has_content = False
         self._num_calls = 0
+        self.is_in_call = False
         self._read = self._read_content
 
     def feed(self, text: str) -> list[ToolEvent]:
@@ -107,6 +107,7 @@ class _Calls(ABC):
     def _start_call(self, name: str) -> None:
         self._skipped = self._space = ""
         self._events.append(CallBegin(self._num_calls, name))
+        self.is_in_call = True
         self._num_calls += 1
 
     def _add_arguments(self, text: str) -> None:
@@ -182,6 +183,7 @@ class _JsonCalls(_Calls):
         self._take(stop)
         self._start_call(call[0])
         self._add_arguments(call[1])
+        self.is_in_call = False
         self._read = self._read_after
         return True
 
@@ -189,6 +191,7 @@ class _JsonCalls(_Calls):
         stop = self._scanner.scan(self._buffer)
         self._add_arguments(self._take(len(self._buffer) if stop is None else stop))
         if stop is not None:
+            self.is_in_call = False
             self._scanner = JsonScanner(depth=1)
             self._read = self._read_after if self._is_plain else self._read_rest_of_object
         return stop is not None
@@ -247,6 +250,7 @@ class _XmlCalls(_Calls):
         if (end := _XML_END.match(self._buffer)) is not None:
             self._take(end.end())
             self._add_arguments("}" if self._num_arguments else "{}")
+            self.is_in_call = False
             self._read = self._read_after
             return True
         if "</parameter>" not in self._buffer:
