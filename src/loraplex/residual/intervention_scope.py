@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from loraplex.errors import BatchError, RequestError
 from loraplex.layers.passes import cached_length
 from loraplex.residual.calls import generation_config_of
-from loraplex.residual.intervention_pass import InterventionPass, InterventionGroup
+from loraplex.residual.intervention_pass import InterventionGroup, InterventionPass
 from loraplex.residual.operations import ChainOperations, SiteKey
 from loraplex.residual.positions import segments
 from loraplex.residual.reft import Site

@@ -27,6 +27,10 @@ class AttentionCalls(Protocol):
         """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
         ...
 
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether some chunk asks for anything of an attention module."""
+        ...
+
 
 class InputBatch:
     """The chunks of one pass, single tokens first, and where their keys and values lie."""

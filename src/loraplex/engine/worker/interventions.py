@@ -4,12 +4,13 @@ import torch
 
 from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.errors import EngineError
-from loraplex.residual.intervention_pass import InterventionPass, InterventionGroup
+from loraplex.residual.intervention_pass import InterventionGroup, InterventionPass
 from loraplex.residual.operations import ChainOperations
 from loraplex.residual.positions import PositionSegment, segments
 from loraplex.residual.registry import LinkedAttention
 
-RowSegment = tuple[ChainOperations, int, PositionSegment]  # a row's, and where token 0 of its sequence would stand in the pass
+# A row's, and where token 0 of its sequence would stand in the pass.
+RowSegment = tuple[ChainOperations, int, PositionSegment]
 
 
 class InterventionRows:
