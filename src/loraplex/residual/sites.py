@@ -78,9 +78,11 @@ class BlockSites:
                     module = self._base.get_submodule(path)
                     self._handles["in", path] = module.register_forward_pre_hook(InputGateHook(path))
             for path in outputs:
+                module = self._base.get_submodule(path)
                 if ("out", path) not in self._handles:
-                    module = self._base.get_submodule(path)
                     self._handles["out", path] = module.register_forward_hook(OutputGateHook(path))
+                # Behind the hooks of adapters, whichever came first: a gate acts on what they all make.
+                module._forward_hooks.move_to_end(self._handles["out", path].id)
 
     def detach(self) -> None:
         """Give the base model back as it was."""
