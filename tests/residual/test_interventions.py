@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraplex import MultiLoraModel
@@ -176,6 +177,10 @@ def test_a_gate_acts_behind_an_adapter_that_changes_the_modules_own_weights(tmp_
     options = {"modules_to_save": ["layers.0.self_attn.q_proj"]}
     base = tiny_model("llama")
     folder = random_peft_adapter(base, tmp_path / "own", targets=("v_proj",), seed=1, options=options)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    own = {name: tensor * 1.7 if "q_proj" in name else tensor for name, tensor in tensors.items()}
+    assert any(not own[name].equal(tensors[name]) for name in own)
+    save_file(own, folder / "adapter_model.safetensors")
     model.load_adapter("own", folder)
     ours = model(ids, adapters=["own+gate"]).logits
     handle = model.base.get_submodule(path).register_forward_hook(lambda module, args, y: y * gate)
