@@ -82,7 +82,9 @@ class BlockSites:
                 if ("out", path) not in self._handles:
                     self._handles["out", path] = module.register_forward_hook(OutputGateHook(path))
                 # Behind the hooks of adapters, whichever came first: a gate acts on what they all make.
-                module._forward_hooks.move_to_end(self._handles["out", path].id)
+                hooks, own = module._forward_hooks, self._handles["out", path].id
+                if list(hooks)[-1] != own:
+                    hooks[own] = hooks.pop(own)
 
     def detach(self) -> None:
         """Give the base model back as it was."""

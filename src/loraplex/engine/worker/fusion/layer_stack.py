@@ -49,7 +49,7 @@ class LayerStack:
         self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears)
         self._attentions = [layer.get_submodule(parts.attention.path) for layer, parts in layers]
         self._is_attention = len(layers) == 1 and layers[0][1].mlp is None
-        self._numbers = (-1,)
+        self._numbers: tuple[int, ...] = (-1,)
         self._records: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
