@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of one thread, where others work"
-    )
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of one thread")
     options = parser.parse_args()
 
     clock = time.perf_counter

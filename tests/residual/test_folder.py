@@ -89,7 +89,7 @@ def change_tensors(name: str, change: Callable[[torch.Tensor], torch.Tensor | No
         (lambda folder: (folder / WEIGHTS_FILE).unlink(), AdapterFormatError, WEIGHTS_FILE),
         (lambda folder: (folder / CONFIG_FILE).write_text("{"), AdapterFormatError, "JSON"),
         (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"12345678"), AdapterFormatError, "safetensors"),
-        (change_settings(format_version=2), UnsupportedAdapterError, "format_version 2"),
+        (change_settings(format_version=3), UnsupportedAdapterError, "format_version 3"),
         (change_settings(format="other"), AdapterFormatError, "'other'"),
         (change_settings(kind="other"), UnsupportedAdapterError, "'other'"),
         (change_settings(dropout=0.1), AdapterFormatError, "dropout"),

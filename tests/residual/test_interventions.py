@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraplex import MultiLoraModel
@@ -23,7 +24,7 @@ from tests.residual.tiny_interventions import (
     random_block_vector,
     random_reft,
 )
-from tests.tiny_models import tiny_model
+from tests.tiny_models import random_peft_adapter, tiny_model
 
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "gpt_neox")
 TOLERANCE = 1e-4  # of the logits' range
@@ -160,6 +161,30 @@ def test_a_gate_acts_on_what_the_module_and_a_lora_make_together(tmp_path):
     ours = model(ids, adapters=["0+gate"]).logits
     handle = model.base.get_submodule(path).register_forward_hook(lambda module, args, y: y * gate)
     theirs = model(ids, adapters=["0"]).logits
+    handle.remove()
+    assert close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_gate_acts_behind_an_adapter_that_changes_the_modules_own_weights(tmp_path):
+    """Also if that adapter came later."""
+    model = MultiLoraModel(tiny_model("llama"))
+    path = "model.layers.0.self_attn.q_proj"
+    gate = torch.rand(64) + 0.5
+    model.load_residual("gate", GateResidual(outputs={path: gate}))
+    ids = torch.tensor([prompt_of(6, 1)])
+    model(ids, adapters=["gate"])
+    options = {"modules_to_save": ["layers.0.self_attn.q_proj"]}
+    base = tiny_model("llama")
+    folder = random_peft_adapter(base, tmp_path / "own", targets=("v_proj",), seed=1, options=options)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    own = {name: tensor * 1.7 if "q_proj" in name else tensor for name, tensor in tensors.items()}
+    assert any(not own[name].equal(tensors[name]) for name in own)
+    save_file(own, folder / "adapter_model.safetensors")
+    model.load_adapter("own", folder)
+    ours = model(ids, adapters=["own+gate"]).logits
+    handle = model.base.get_submodule(path).register_forward_hook(lambda module, args, y: y * gate)
+    theirs = model(ids, adapters=["own"]).logits
     handle.remove()
     assert close(ours, theirs)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
-from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from loraplex.errors import BaseModelMismatchError, CheckpointError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.format import read_residual
 from loraplex.residual.layers import AttentionLayers
-from loraplex.residual.modules import LinkedResidual, ResidualConfig
-from loraplex.training import AdapterJob, TrainConfig, train_adapters
+from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
+from loraplex.training import AdapterJob, StepsConfig, TrainConfig, train_adapters
+from loraplex.training.adapters.links import frozen_link
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import residual_rows
 from loraplex.training.core.trainer import Trainer
@@ -143,3 +145,13 @@ def test_residual_jobs_that_can_not_start_are_refused(tmp_path: Path) -> None:
         train_adapters(base, tiny_tokenizer(), jobs=[residual_job(tmp_path, "a", init_from=other)], config=config)
     assert not (tmp_path / "out").exists()
     assert base.config._attn_implementation == "sdpa"
+
+
+def test_interventions_on_blocks_are_refused_before_an_adapter_in_training() -> None:
+    model = MultiLoraModel(tiny_model("llama"))
+    vector = SteeringVector(vectors={1: torch.zeros(64)}, base=None, site="block")
+    job = AdapterJob(
+        name="late", data="none", residual=ResidualConfig(r=2), steps=StepsConfig(max_steps=1), after=[(vector, 1.0)]
+    )
+    with pytest.raises(UnsupportedAdapterError, match="acts on blocks"):
+        frozen_link(job, model.registry.adaptable, model.registry.linked.layers, torch.device("cpu"))

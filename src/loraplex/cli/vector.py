@@ -84,7 +84,7 @@ def _vector(
         linked.identity,
         multi.tokenizer,
         texts,
-        site=site.value,
+        site="mlp" if site is SiteOption.MLP else "block",
         at=at,
         method=method.value,
         batch_size=batch_size,

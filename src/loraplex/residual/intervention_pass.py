@@ -23,11 +23,6 @@ class InterventionGroup:
     active: Active
     tokens: Tensor  # [n]  among all tokens of the pass
 
-    @property
-    def adds_only(self) -> bool:
-        """Whether all that is done to the tokens is to add vectors."""
-        return not self.operations.has_gates and self.operations.adds_only(self.active)
-
 
 @dataclass(frozen=True, eq=False)
 class _SitePlan:
@@ -60,15 +55,10 @@ class InterventionPass:
 
     def __init__(self, groups: Sequence[InterventionGroup]) -> None:
         self.groups = tuple(groups)
-        self.done: set[int] = set()  # blocks that a compiled call has run, or will, with all that is done there
+        self.done: set[int] = set()  # blocks that a compiled call runs with the vectors there
         self._plans: dict[SiteKey, _SitePlan | None] = {}
         self._addresses: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor] | None] = {}
-
-    @cached_property
-    def adds_only(self) -> bool:
-        """Whether all that is done is to add vectors."""
-        return all(group.adds_only for group in self.groups)
 
     @cached_property
     def has_gates(self) -> bool:
@@ -76,13 +66,30 @@ class InterventionPass:
 
     def at_site(self, site: Site, number: int, hidden: Tensor) -> Tensor | None:
         """As in `Interventions`."""
-        if number in self.done:
-            return None
         key = (site, number)
         if key not in self._plans:
             self._plans[key] = self._plan(key)
         plan = self._plans[key]
-        return None if plan is None else _run(plan, hidden)
+        is_done = number in self.done
+        if plan is None or (is_done and not plan.others):
+            return None
+        return _run(plan, hidden, adds=not is_done)
+
+    def acts_inside(self, block: int) -> bool:
+        """Whether something else than adding vectors is done inside of a block."""
+        return self.has_gates or any(self._changes((site, block)) for site in SITES if site != "block")
+
+    def acts_behind(self, block: int) -> bool:
+        """Whether something else than adding vectors is done to what a block puts out."""
+        return self._changes(("block", block))
+
+    def _changes(self, key: SiteKey) -> bool:
+        return any(
+            operation.positions in group.active
+            for group in self.groups
+            if not group.operations.adds_only(group.active)
+            for operation in group.operations.sites.get(key, ())
+        )
 
     def gate_input(self, path: str, x: Tensor) -> Tensor | None:
         """As in `Interventions`."""
@@ -93,14 +100,17 @@ class InterventionPass:
         return self._gated("outputs", path, y)
 
     def addresses(self, blocks: tuple[int, ...], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """For a compiled call, where nothing but vectors is added: where the sums of each group's vectors lie.
+        """For a compiled call: where the sums of each group's vectors lie, of groups that only add such.
 
         int64 [groups, blocks, 3] addresses at the sites in the order of SITES, 0 for none; and each token's group
         [tokens], -1 for none.
         """
         key = (blocks, num_tokens)
         if key not in self._addresses:
-            found = [group.operations.vectors(group.active) for group in self.groups]
+            found = [
+                group.operations.vectors(group.active) if group.operations.adds_only(group.active) else {}
+                for group in self.groups
+            ]
             table = [
                 [[_address(vectors.get((site, block))) for site in SITES] for block in blocks] for vectors in found
             ]
@@ -162,10 +172,10 @@ def _address(vector: Tensor | None) -> int:
     return vector.data_ptr()
 
 
-def _run(plan: _SitePlan, hidden: Tensor) -> Tensor:
+def _run(plan: _SitePlan, hidden: Tensor, *, adds: bool) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(flat.dtype, torch.float32)
-    if plan.index is not None:
+    if adds and plan.index is not None:
         index, vectors, which = (tensor.to(flat.device) for tensor in (plan.index, plan.vectors, plan.which))
         added = flat[index].to(dtype) + vectors[which]
         flat = flat.index_copy(0, index, added.to(flat.dtype))

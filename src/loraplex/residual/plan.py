@@ -119,6 +119,15 @@ class RowPlans:
             self._plans[key] = planner.build(self._sequences_a_row(num_sequences), num_sequences)
         return self._plans[key]
 
+    def concerns(self, layer: int) -> bool:
+        """Whether some row asks for anything at a layer."""
+        return any(
+            row.chain_at(layer)
+            or row.steering_at(layer)
+            or (number in self.buffers and layer in self.buffers[number].layers)
+            for number, row in enumerate(self.rows)
+        )
+
     def ranks(self, key: Key, device: torch.device) -> Tensor:  # [rows]
         """The rank of each row's residual at a layer and place in the link; 0 where there is none or it has no rank."""
         if key not in self._ranks:

@@ -99,9 +99,10 @@ def _layers(residual: FolderResidual) -> tuple[str, tuple[ResidualLayerReport, .
         scaling = residual.config.scaling
         return "linked residual", tuple(_linked_layer(n, own, scaling) for n, own in residual.layers.items())
     if isinstance(residual, SteeringVector):
-        place = {"site": residual.site, "positions": str(residual.positions)}
+        site, positions = residual.site, str(residual.positions)
         layers = [
-            ResidualLayerReport(layer=n, norm=float(vector.norm()), **place) for n, vector in residual.vectors.items()
+            ResidualLayerReport(layer=n, norm=float(vector.norm()), site=site, positions=positions)
+            for n, vector in residual.vectors.items()
         ]
         return "steering vector", tuple(layers)
     if isinstance(residual, GateResidual):

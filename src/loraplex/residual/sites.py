@@ -78,9 +78,13 @@ class BlockSites:
                     module = self._base.get_submodule(path)
                     self._handles["in", path] = module.register_forward_pre_hook(InputGateHook(path))
             for path in outputs:
+                module = self._base.get_submodule(path)
                 if ("out", path) not in self._handles:
-                    module = self._base.get_submodule(path)
                     self._handles["out", path] = module.register_forward_hook(OutputGateHook(path))
+                # Behind the hooks of adapters, whichever came first: a gate acts on what they all make.
+                hooks, own = module._forward_hooks, self._handles["out", path].id
+                if list(hooks)[-1] != own:
+                    hooks[own] = hooks.pop(own)
 
     def detach(self) -> None:
         """Give the base model back as it was."""

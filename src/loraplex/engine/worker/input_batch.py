@@ -29,6 +29,10 @@ class AttentionCalls(Protocol):
         """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
         ...
 
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether some chunk asks for anything of an attention module."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchImages:

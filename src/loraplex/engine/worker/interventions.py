@@ -9,9 +9,8 @@ from loraplex.residual.operations import ChainOperations
 from loraplex.residual.positions import PositionSegment, segments
 from loraplex.residual.registry import LinkedAttention
 
-RowSegment = tuple[
-    ChainOperations, int, PositionSegment
-]  # a row's, and where token 0 of its sequence would stand in the pass
+# A row's, and where token 0 of its sequence would stand in the pass.
+RowSegment = tuple[ChainOperations, int, PositionSegment]
 
 
 class InterventionRows:

@@ -131,7 +131,7 @@ class ForwardContext:
         self._groups, self._layers = groups, layers
         # By layer, between attention and its block's output.
         self.pending: dict[int, list[tuple[RowGroup, LayerPlan, AttentionWeights]]] = {}
-        self._num_attended = 0
+        self._attended: set[int] = set()
 
     def attend(
         self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
@@ -140,7 +140,7 @@ class ForwardContext:
         layer = layer_number(module)
         if layer is None:
             return
-        self._num_attended += 1
+        self._attended.add(layer)
         for group in self._groups:
             plan = group.plan(layer, query)
             if plan is None:
@@ -163,9 +163,15 @@ class ForwardContext:
             output = output.index_add(1, tokens, residual.flatten(0, 1).unsqueeze(0).to(output.dtype))
         return output
 
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether some chunk asks for anything of an attention module; also of one that isn't known."""
+        layer = layer_number(module)
+        return layer is None or any(group.plans.concerns(layer) for group in self._groups)
+
     def finish(self) -> dict[int, AdapterError]:
         """The chunks that failed, by place in the batch, once the pass has run. Raises EngineError."""
-        if self.pending or self._num_attended != len(self._layers.layers):
+        asked = {layer for layer in self._layers.layers if any(group.plans.concerns(layer) for group in self._groups)}
+        if self.pending or not asked <= self._attended:
             raise EngineError(
                 "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "
                 "when no request is running; this one can be asked again."

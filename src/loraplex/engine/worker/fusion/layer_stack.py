@@ -47,8 +47,9 @@ class LayerStack:
         self._needs_rotary = [parts.attention.rotary is not Rotary.NONE for _, parts in layers]
         linears = [layer.get_submodule(path) for layer, parts in layers for path in parts.linears if path is not None]
         self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears)
+        self._attentions = [layer.get_submodule(parts.attention.path) for layer, parts in layers]
         self._is_attention = len(layers) == 1 and layers[0][1].mlp is None
-        self._numbers = (-1,)
+        self._numbers: tuple[int, ...] = (-1,)
         self._records: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
@@ -56,17 +57,36 @@ class LayerStack:
 
     def begin(self, batch: InputBatch, hidden: Tensor) -> "StackedPass | None":
         """A pass through the layers for hidden [1, tokens, hidden]; None if they have to run one by one this time."""
-        plan, interventions = self._plan(batch, hidden), current_interventions()
-        if not isinstance(interventions, InterventionPass):
-            return None if plan is None else StackedPass(self, batch, plan)
-        if self._is_attention:  # what is done to its output is done behind it
-            return None if plan is None or interventions.has_gates else StackedPass(self, batch, plan)
-        blocks = self._blocks()
-        interventions.done.difference_update(blocks)
-        if plan is None or -1 in blocks or not interventions.adds_only:
+        plan = self._plan(batch, hidden)
+        apart, ends = self._interrupted(batch)
+        interventions = current_interventions()
+        blocks = self._blocks() if isinstance(interventions, InterventionPass) and not self._is_attention else ()
+        if isinstance(interventions, InterventionPass):
+            interventions.done.difference_update(blocks)
+        if plan is None or len(apart) == len(self) or -1 in blocks:
             return None
-        interventions.done.update(blocks)
-        return StackedPass(self, batch, plan, interventions.addresses(blocks, batch.num_tokens))
+        vectors: Sequence[Tensor] = ()
+        if isinstance(interventions, InterventionPass) and blocks:
+            interventions.done.update(block for place, block in enumerate(blocks) if place not in apart)
+            vectors = interventions.addresses(blocks, batch.num_tokens)
+        return StackedPass(self, batch, plan, vectors, apart, ends)
+
+    def _interrupted(self, batch: InputBatch) -> tuple[frozenset[int], frozenset[int]]:
+        """The layers by place that run module by module in a pass, and those behind which something is done."""
+        apart: set[int] = set()
+        ends: set[int] = set()
+        if batch.attention is not None:
+            apart.update(place for place, module in enumerate(self._attentions) if batch.attention.concerns(module))
+        interventions = current_interventions()
+        if isinstance(interventions, InterventionPass):
+            if self._is_attention:  # what is done to its output is done behind it
+                apart.update((0,) if interventions.has_gates else ())
+            else:
+                blocks = self._blocks()
+                apart.update(place for place, block in enumerate(blocks) if interventions.acts_inside(block))
+                ends.update(place for place, block in enumerate(blocks) if interventions.acts_behind(block))
+        ends.update(place - 1 for place in apart)
+        return frozenset(apart), frozenset(ends)
 
     def _blocks(self) -> tuple[int, ...]:
         """The layers' numbers among the base model's blocks; -1 where one is none."""
@@ -82,7 +102,7 @@ class LayerStack:
         if batch.num_chunk_keys > _CHUNK_KEYS and not native_ops.attends_prompts(hidden.dtype, batch.cache.dtype):
             return None
         routing = current_routing()
-        if batch.attention is not None or batch.stand_in is not None or routing is None:
+        if batch.stand_in is not None or routing is None:
             return None
         if any(map(_is_foreign, self._hooks)):
             return None
@@ -98,16 +118,19 @@ class LayerStack:
         hidden: Tensor,
         rotary: Sequence[RotaryTable | None],
         vectors: Sequence[Tensor] = (),
+        places: range | None = None,
     ) -> Tensor:  # [1, tokens, hidden]
-        """What the layers make of hidden; `rotary` are the positions that each was given, `vectors` are added."""
+        """What the layers at some places (None: all) make of hidden; `rotary` are the positions that each was given,
+        and `vectors` are added."""
         if batch.cache not in self._records:
             self._records[batch.cache] = self._record(batch.cache)
         layers, constants, _ = self._records[batch.cache]
+        some = slice(0, len(self)) if places is None else slice(places.start, places.stop)
         sizes = (batch.cache.num_blocks, batch.cache.block_tokens)
         tables: dict[int, int] = {}  # by the cosines' identity
         values: list[Tensor] = []
         kinds = []
-        for table, needs_one in zip(rotary, self._needs_rotary, strict=True):
+        for table, needs_one in zip(rotary[some], self._needs_rotary[some], strict=True):
             if not needs_one or table is None:
                 kinds.append(-1)
                 continue
@@ -115,10 +138,11 @@ class LayerStack:
             if 2 * kind == len(values):
                 values += [part[0].float().contiguous() for part in table]
             kinds.append(kind)
+        own = [vectors[0][:, some].contiguous(), vectors[1]] if vectors else ()
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
         made = native_ops.decode_layers(
-            hidden[0], layers, constants, sizes, values, kinds, *where, *adapters, plan.routing, vectors
+            hidden[0], layers[some], constants[some], sizes, values, kinds, *where, *adapters, plan.routing, own
         )
         return made.unsqueeze(0)
 
@@ -138,19 +162,40 @@ class LayerStack:
 class StackedPass:
     """A packed pass on its way through a stack."""
 
-    def __init__(self, stack: LayerStack, batch: InputBatch, plan: RoutingPlan, vectors: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        stack: LayerStack,
+        batch: InputBatch,
+        plan: RoutingPlan,
+        vectors: Sequence[Tensor] = (),
+        apart: frozenset[int] = frozenset(),  # places of layers that run module by module
+        ends: frozenset[int] = frozenset(),  # those behind which something is done
+    ) -> None:
         self.stack = stack
-        self._vectors = vectors
-        self._batch = batch
-        self._plan = plan
+        self._batch, self._plan, self._vectors = batch, plan, vectors
+        self._apart, self._ends = apart, ends
         self._rotary: list[RotaryTable | None] = []
+        self._first = 0  # place of the first layer that isn't computed yet
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the next layer runs module by module; all before it are computed then."""
+        return len(self._rotary) in self._apart
+
+    def pass_over(self) -> None:
+        """The next layer has run by itself."""
+        self._rotary.append(None)
+        self._first = len(self._rotary)
 
     def go_on(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """The next layer's turn, which was called with these arguments: its input, or at the end all layers' output."""
+        """The next layer's turn, which was called with these arguments: its input, or what all so far make of it."""
         self._rotary.append(rotary_table(args, kwargs))
-        if len(self._rotary) < len(self.stack):
+        place = len(self._rotary) - 1
+        if place + 1 < len(self.stack) and place not in self._ends:
             return hidden
-        return self.stack.run(self._batch, self._plan, hidden, self._rotary, self._vectors)
+        places = range(self._first, place + 1)
+        self._first = place + 1
+        return self.stack.run(self._batch, self._plan, hidden, self._rotary, self._vectors, places)
 
 
 def rotary_table(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RotaryTable | None:
@@ -209,6 +254,10 @@ def layer_forward(former: type[nn.Module], attribute: str) -> Callable[..., Any]
         stacked = batch.stacked
         if stacked is None or stacked.stack is not stack:
             return former.forward(self, hidden_states, *args, **kwargs)
+        if stacked.is_apart:
+            output = former.forward(self, hidden_states, *args, **kwargs)
+            stacked.pass_over()
+            return output
         made = stacked.go_on(hidden_states, args, kwargs)
         return stack.as_output(made, place)
 
