@@ -5,7 +5,8 @@
 // Adapters keep their own ranks: a table holds a pointer to each slot's factors, so nothing is padded, stacked or
 // copied, and each active adapter's bytes are read once. Two phases, each split over threads:
 //   shrink  h = gate * scaling * lora_a x      over (segment, block of rank rows, chunk of tokens)
-//   expand  y += h lora_b                      over output columns, so that no two threads write one value
+//   expand  y += h lora_b                      over output columns, so that no two threads write one value; or over
+//                                              segments, where they are many and have no token in common
 // Where a mixture's router gates its experts (router.h), a step between them does so, over tokens.
 // Sums are float32 whatever the weights are, in an order that depends on a token's own values only: it has the same
 // bits whether it runs beside other tokens or alone.
@@ -149,6 +150,9 @@ struct Adapters {
   std::vector<RouteGroup> routes;  // of experts among the segments, whose own gates are 1
   int64_t num_units = 0;   // blocks of rank rows for chunks of tokens
   int64_t cost = 0;        // of all units
+  int64_t largest_cost = 0;  // of one segment's
+  int64_t last_stop = 0;
+  bool are_disjoint = true;  // each token is in one segment at most
   int64_t num_hidden = 0;  // floats of h
 
   static int64_t num_chunks(const Segment& s) { return (s.stop - s.start + kChunk - 1) / kChunk; }
@@ -158,7 +162,11 @@ struct Adapters {
     segment.first_cost = cost;
     segment.first_hidden = num_hidden;
     num_units += (segment.rank + kRows - 1) / kRows * num_chunks(segment);
-    cost += segment.rank * (segment.stop - segment.start + kReading);
+    const int64_t own = segment.rank * (segment.stop - segment.start + kReading);
+    cost += own;
+    largest_cost = std::max(largest_cost, own);
+    are_disjoint = are_disjoint && segment.start >= last_stop;
+    last_stop = segment.stop;
     num_hidden += segment.rank * (segment.stop - segment.start);
     segments.push_back(segment);
   }
@@ -218,20 +226,35 @@ struct Adapters {
     }
   }
 
-  template <typename T, typename O>
-  void expand(int64_t begin, int64_t end, const float* hidden, O* y, int64_t out, Ahead& ahead) const {
+  // Whether n threads share out segments in `expand`: then one reads all of a lora_b, which is a stream. Parts of its
+  // rows are none, and reading them takes longer.
+  bool splits_segments(int64_t n) const { return n > 1 && are_disjoint && 2 * n * largest_cost <= cost; }
+
+  // run(segment, first column, last) for what thread i of n expands of a module with `out` columns.
+  template <typename F>
+  void each_expanded(int64_t i, int64_t n, int64_t out, const F& run) const {
+    const bool splits = splits_segments(n);
+    const int64_t begin = splits ? 0 : share(out, i, n), end = splits ? out : share(out, i + 1, n);
     for (const Segment& s : segments) {
-      ahead.ask_bytes(s.rank * (end - begin) * sizeof(T));
-      expand_columns<T>(s, begin, end, hidden, y, out);
+      if (!splits || (s.first_cost >= cost * i / n && s.first_cost < cost * (i + 1) / n)) run(s, begin, end);
     }
   }
 
-  // What `expand` will read for the same columns.
+  // Thread i of n; others may write the same tokens' values, so all wait before those are used.
+  template <typename T, typename O>
+  void expand(int64_t i, int64_t n, const float* hidden, O* y, int64_t out, Ahead& ahead) const {
+    each_expanded(i, n, out, [&](const Segment& s, int64_t begin, int64_t end) {
+      ahead.ask_bytes(s.rank * (end - begin) * sizeof(T));
+      expand_columns<T>(s, begin, end, hidden, y, out);
+    });
+  }
+
+  // What `expand` will read for the same thread.
   template <typename T>
-  void add_expand_to(Ahead& ahead, int64_t begin, int64_t end, int64_t out) const {
-    for (const Segment& s : segments) {
+  void add_expand_to(Ahead& ahead, int64_t i, int64_t n, int64_t out) const {
+    each_expanded(i, n, out, [&](const Segment& s, int64_t begin, int64_t end) {
       ahead.add(static_cast<const T*>(s.lora_b) + begin, s.rank, (end - begin) * sizeof(T), out * sizeof(T));
-    }
+    });
   }
 };
 

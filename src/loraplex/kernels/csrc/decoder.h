@@ -89,7 +89,7 @@ struct Decoder {
     return normed;
   }
 
-  // Modules of one input, those which exist; each thread leaves with its own columns made.
+  // Modules of one input, those which exist; each thread leaves with its own columns made, at least.
   void linear(size_t l, std::initializer_list<Role> roles, const T* input, int64_t i, int64_t n) const {
     thread_local Ahead ahead;
     ahead.clear();
@@ -110,8 +110,8 @@ struct Decoder {
                           [&](const auto& product) { num_turns += product.num_turns(begin, end); });
       num_units += own.num_units;
     });
-    each_module([&](Role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
-      own.add_expand_to<T>(ahead, begin, end, module.out);
+    each_module([&](Role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t, int64_t) {
+      own.add_expand_to<T>(ahead, i, n, module.out);
     });
     const int64_t portions = ahead.share(num_turns);
     each_module([&](Role role, const auto& module, const Adapters&, int64_t, int64_t, int64_t begin, int64_t end) {
@@ -134,10 +134,13 @@ struct Decoder {
     });
     if (is_routed) wait();
     space = rank_space;
-    each_module([&](Role role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t begin, int64_t end) {
-      own.expand<T>(begin, end, space, made[role], module.out, ahead);
+    bool splits = false;
+    each_module([&](Role role, const auto& module, const Adapters& own, int64_t, int64_t, int64_t, int64_t) {
+      own.expand<T>(i, n, space, made[role], module.out, ahead);
       space += own.num_hidden;
+      splits = splits || own.splits_segments(n);
     });
+    if (splits) wait();
   }
 
   // Head `head` of what was made for a token.

@@ -21,13 +21,13 @@ void run(const Base& base, const Adapters& adapters) {
     const int64_t begin = share(base.out, i, n), end = share(base.out, i + 1, n);
     ahead.clear();
     adapters.add_shrink_to<T>(ahead, first, last, base.in);
-    adapters.add_expand_to<T>(ahead, begin, end, base.out);
+    adapters.add_expand_to<T>(ahead, i, n, base.out);
     if (base.weight != nullptr) base.product(begin, end, ahead);
     adapters.shrink<T>(first, last, base.x, base.in, hidden, ahead);
   };
   const auto route = [&](int64_t i, int64_t n) { adapters.route<T>(i, n, base.x, base.in, hidden); };
   auto second_phase = [&](int64_t i, int64_t n, Ahead& ahead) {
-    adapters.expand<T>(share(base.out, i, n), share(base.out, i + 1, n), hidden, base.y, base.out, ahead);
+    adapters.expand<T>(i, n, hidden, base.y, base.out, ahead);
   };
   const int64_t work = adapters.num_hidden * base.in + (base.weight == nullptr ? 0 : base.out * base.in);
   const int num_threads = work < kSmallWork ? 1 : at::get_num_threads();
