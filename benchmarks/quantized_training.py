@@ -100,7 +100,11 @@ def measure_here(base: Path, options: argparse.Namespace) -> dict[str, float]:
             )
         start = time.perf_counter()
         run = TrainConfig(
-            output=Path(output) / "out", plots=False, progress=False, tokens_per_forward=options.tokens_per_forward, gradient_checkpointing=options.gradient_checkpointing
+            output=Path(output) / "out",
+            plots=False,
+            progress=False,
+            tokens_per_forward=options.tokens_per_forward,
+            gradient_checkpointing=options.gradient_checkpointing,
         )
         train_adapters(model, model.tokenizer, jobs=jobs, config=run)
         seconds = time.perf_counter() - start

@@ -112,7 +112,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
         return
     weight_map = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file, {"format": "pt"}
+        )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

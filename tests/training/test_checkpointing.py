@@ -29,7 +29,9 @@ ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen3_moe")
 
 def jobs_of(folder: Path, base: PreTrainedModel) -> list[AdapterJob]:
     """A LoRA with dropout, and two without, on all linear modules."""
-    linear = tuple({path.rsplit(".", 1)[-1] for path, shape in AdaptableModel(base).shapes.items() if shape.kind == "linear"})
+    linear = tuple(
+        {path.rsplit(".", 1)[-1] for path, shape in AdaptableModel(base).shapes.items() if shape.kind == "linear"}
+    )
     targets = tuple(name for name in linear if name not in ("lm_head", "gate"))
     options = {"target_modules": targets, "r": 4, "lora_alpha": 8}
     return [
@@ -46,7 +48,11 @@ def run(base: PreTrainedModel, jobs: list[AdapterJob], folder: Path, checkpointi
     states = make_states(jobs, base, adaptable, tiny_tokenizer())
     adaptable.attach([path for state in states for path in state.parameters.paths])
     config = TrainConfig(
-        output=folder, plots=False, gradient_checkpointing=checkpointing, share_prefixes=False, tokens_per_forward=10_000
+        output=folder,
+        plots=False,
+        gradient_checkpointing=checkpointing,
+        share_prefixes=False,
+        tokens_per_forward=10_000,
     )
     task = AdapterTask(base, states, config, ProcessGroup(base.device))
     kept: dict[int, int] = {}
