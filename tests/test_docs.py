@@ -193,7 +193,7 @@ def test_training_page_names_every_option_of_a_mixtures_training() -> None:
 
 def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> None:
     of_page = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|,]+) \|", read("docs/training.md"), flags=re.MULTILINE))
-    words = {"none": None, "on": True, "nothing": ()}
+    words = {"none": None, "on": True, "off": False, "nothing": ()}
     assert len(of_page) > 15
     for config in (AdapterJob, TrainConfig, *parts_of(AdapterJob).values()):
         for field in dataclasses.fields(config):

@@ -38,7 +38,7 @@ from tests.training.tiny_jobs import tiny_tokenizer
 
 MODELS = (
     *("llava", "smolvlm", "qwen2_5_vl", "qwen3_vl"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral3", "qwen3_5")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral3", "qwen3_5", "idefics3", "qwen2_vl")),
 )
 NUM_NEW = 6
 

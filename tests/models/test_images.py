@@ -8,7 +8,15 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
 from loraplex.errors import BatchError
 from loraplex.models.multi_lora import MultiLoraModel
@@ -25,14 +33,28 @@ Inputs = Mapping[str, Tensor]
 
 
 def make(name: str) -> PreTrainedModel:
-    if name != "smolvlm":
+    if name == "qwen2_vl":
+        return make_qwen2_vl()
+    if name not in ("smolvlm", "idefics3"):
         return make_model(f"vlm-{name}")
     text = {"model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "pad_token_id": 0}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
     vision = {**VISION_14, "image_size": 56}
-    config = SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, scale_factor=2)
+    kind = SmolVLMConfig if name == "smolvlm" else Idefics3Config
+    config = kind(text_config=text, vision_config=vision, image_token_id=IMAGE, scale_factor=2)
     torch.manual_seed(0)
-    return SmolVLMForConditionalGeneration(config).eval()
+    classes = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
+    return classes[name](config).eval()
+
+
+def make_qwen2_vl() -> PreTrainedModel:
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2}
+    tokens = {"image_token_id": IMAGE, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+    torch.manual_seed(0)
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
 
 
 def tokens_of(images: int, length: int, seed: int) -> Tensor:
@@ -44,7 +66,7 @@ def tokens_of(images: int, length: int, seed: int) -> Tensor:
 
 def pixels_of(name: str, rows: Sequence[int]) -> dict[str, Tensor]:
     """What the model is given for the images of these rows; an image's values depend on its row and its place."""
-    shapes = {"smolvlm": (3, 56, 56), "mistral3": (3, 56, 56)}
+    shapes = dict.fromkeys(("smolvlm", "idefics3", "mistral3"), (3, 56, 56))
     shape = (4 * 4, 3 * 2 * 14 * 14) if name.startswith("qwen") else shapes.get(name, (3, 28, 28))
     of_rows = [
         [torch.randn(shape, generator=torch.Generator().manual_seed(100 * row + i)) for i in range(NUM_IMAGES[row])]
@@ -55,7 +77,7 @@ def pixels_of(name: str, rows: Sequence[int]) -> dict[str, Tensor]:
         return {}
     if name.startswith("qwen"):  # patches of all images, one after the other
         return {"pixel_values": torch.cat(images), "image_grid_thw": torch.tensor([[1, 4, 4]] * len(images))}
-    if name == "smolvlm":  # [rows, images, ..], with empty images
+    if name in ("smolvlm", "idefics3"):  # [rows, images, ..], with empty images
         empty, most = torch.zeros(shape), max(map(len, of_rows))
         return {"pixel_values": torch.stack([torch.stack(own + [empty] * (most - len(own))) for own in of_rows])}
     pixels = {"pixel_values": torch.stack(images)}

@@ -50,9 +50,9 @@ def check_shapes_fit(
         size = _resized_to({path: shapes[path] for path in wrong}, modules, output_module)
         if size is not None:
             raise BaseModelMismatchError(
-                f"the adapter has factors for tables of {size} tokens, which this base model doesn't have: {few}. It was "
-                f"trained on a base model that was resized. Do the same: base.resize_token_embeddings({size}), with "
-                "transformers' model, then MultiLoraModel(base, source=...)."
+                f"the adapter has factors for tables of {size} tokens, which this base model doesn't have: {few}. It "
+                "was trained on a base model that was resized. Do the same with transformers' model: "
+                f"base.resize_token_embeddings({size}), then MultiLoraModel(base, source=...)."
             )
         raise BaseModelMismatchError(
             f"{len(wrong)} of the adapter's {len(shapes)} modules don't fit this base model: {few}. "

@@ -14,7 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 
 from loraplex.errors import BaseModelError
 from loraplex.extras import install_command, missing_modules
@@ -22,6 +29,7 @@ from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.packed_weight import hold
 from loraplex.large_memory import LargeMemory
 from loraplex.layers.modules import output_module
+from loraplex.models.gguf_settings import ROPE_FACTORS, complete_config, refuse_left_out
 from loraplex.models.int8_base import group_of, int8_modules, mark_as_int8
 from loraplex.validation import listed
 
@@ -58,9 +66,13 @@ def find_gguf_file(path_or_id: str | Path, name: str) -> str:
 def load_dequantized(file: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The model that a GGUF file holds, its values dequantized to `dtype`. Raises BaseModelError."""
     _require_reader(file)
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
+        config=_config(file, reader),
         dtype=torch.float32 if dtype == "auto" else dtype,
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
@@ -70,11 +82,18 @@ def load_dequantized(file: Path, dtype: torch.dtype | str, device: torch.device)
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise BaseModelError(f"{file} lacks {missing[:3]}, which {type(model).__name__} needs.")
+    refuse_left_out(file, [tensor.name for tensor in reader.tensors], _places(model, _architecture(reader))[0])
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):  # the weights are dense now
         if name in vars(owner):
             delattr(owner, name)
     moved: PreTrainedModel = loaded[0].to(device)
     return moved
+
+
+def _config(file: Path, reader: Any) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    complete_config(file, config, reader)
+    return config
 
 
 def _require_reader(file: Path) -> None:
@@ -90,7 +109,8 @@ def load_gguf(file: Path) -> PreTrainedModel:
     reader = GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check_types(file, tensors)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    config = _config(file, reader)
+    tensors.pop(ROPE_FACTORS, None)  # which the configuration has
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     _fill(file, model, tensors, _architecture(reader))

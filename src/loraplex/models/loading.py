@@ -79,20 +79,8 @@ def load_base_model(
         options = load_options(config, quantization_config, torch_device)
         if options and weights == "int8":
             raise ConfigError(f"{source!r} has quantized weights already. Leave weights='int8' out.")
-        if options.get("packed"):
-            model, loading = load_packed(
-                source, config, auto_class_for(config), torch_dtype, attn_implementation=attn_implementation
-            )
-            options = {}
-        else:
-            model, loading = auto_class_for(config).from_pretrained(
-                source,
-                config=config,
-                dtype=torch_dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                **options,
-            )
+        load = _load_packed if options.pop("packed", False) else _load_whole
+        model, loading = load(source, config, torch_dtype, attn_implementation=attn_implementation, **options)
     except LoraplexError:
         raise
     except Exception as error:  # transformers, tokenizers and the hub raise all kinds for files that are damaged
@@ -108,6 +96,21 @@ def load_base_model(
     if weights == "int8":
         quantize_base(model)
     return model, source
+
+
+def _load_whole(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype | str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    loaded: tuple[Any, dict[str, Any]] = auto_class_for(config).from_pretrained(
+        source, config=config, dtype=dtype, output_loading_info=True, **options
+    )
+    return loaded
+
+
+def _load_packed(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype | str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    return load_packed(source, config, auto_class_for(config), dtype, **options)
 
 
 def _load_gguf(source: str, weights: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:

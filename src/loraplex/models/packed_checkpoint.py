@@ -48,8 +48,8 @@ def load_packed(
     left = [name for name in loading["unexpected_keys"] if name.endswith((".scales", *PARTS))]
     if left:  # of activations that are scaled, for example
         raise BaseModelError(
-            f"the checkpoint has {sorted(left)[:3]}, which {type(model).__name__} without quantization doesn't take, so "
-            "that it would compute something else. Use a checkpoint without quantization."
+            f"the checkpoint has {sorted(left)[:3]}, which {type(model).__name__} without quantization doesn't take, "
+            "so that it would compute something else. Use a checkpoint without quantization."
         )
     model.config.name_or_path = model.name_or_path = source
     if model.can_generate():
@@ -88,8 +88,8 @@ class PackedTensor:
 
     def _damaged(self, what: str) -> BaseModelError:
         return BaseModelError(
-            f"the quantized weight {self._name!r} can't be read: {what}. Check the checkpoint's quantization_config, or "
-            "download it again."
+            f"the quantized weight {self._name!r} can't be read: {what}. Check the checkpoint's quantization_config, "
+            "or download it again."
         )
 
 

@@ -45,7 +45,10 @@ class PackedFormat:
         rows, columns = shapes["qweight"]
         num_in, num_out = (rows * self.per_word, columns) if self.method == "gptq" else (rows, columns * self.per_word)
         groups = -(-num_in // self.group_size) if self.group_size > 0 else 1
-        expected = {"qzeros": (groups, num_out // self.per_word), "scales": (groups, num_out)}
+        expected: dict[str, tuple[int, ...]] = {
+            "qzeros": (groups, num_out // self.per_word),
+            "scales": (groups, num_out),
+        }
         if "g_idx" in shapes:
             expected["g_idx"] = (num_in,)
         wrong = {name: shapes.get(name) for name, shape in expected.items() if shapes.get(name) != shape}
@@ -102,7 +105,7 @@ def packed_format(settings: Mapping[str, Any]) -> PackedFormat:
     allowed = _GPTQ_BITS if method == "gptq" else (4,)
     if kind not in known:
         raise _unknown(method, f"its format is {kind!r}, of which {', '.join(filter(None, known))} is read")
-    if bits not in allowed:
+    if not isinstance(bits, int) or bits not in allowed:
         raise _unknown(method, f"bits is {bits!r}, of which {allowed} are read")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size == 0 or group_size < -1:
         raise _unknown(method, f"group_size is {group_size!r}")

@@ -56,9 +56,9 @@ def method_of(config: PreTrainedConfig) -> str | None:
 def load_options(config: PreTrainedConfig, asked: Any, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is given for a quantized model; nothing for another one.
 
-    For one that is dequantized here, {"packed": True}. `asked` is the caller's quantization config, as transformers takes
-    it. Raises BaseModelError for a method that can't
-    be used, ConfigError for a config of another method than the checkpoint's, and where its package is missing.
+    For one that is dequantized here, {"packed": True}. `asked` is the caller's quantization config, as transformers
+    takes it. Raises BaseModelError for a method that can't be used, ConfigError for a config of another method than the
+    checkpoint's, and where its package is missing.
     """
     own, wanted = method_of(config), None if asked is None else _method(asked)
     method = own or wanted

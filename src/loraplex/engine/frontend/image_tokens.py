@@ -67,8 +67,6 @@ def _llava(images: ProcessedImages, index: int) -> list[int]:
     """One for each patch; the class token's state is cut off, or kept ("full")."""
     config = images.config
     kind = config.vision_config.model_type
-    if kind == "pixtral":
-        return _pixtral(images, index)
     if kind not in _WITH_CLASS_TOKEN:
         raise RequestError(
             f"the number of tokens of an image isn't known for the vision model {kind!r}. Give token ids and the "
@@ -89,11 +87,11 @@ def _pixtral(images: ProcessedImages, index: int) -> list[int]:
 
 
 def _pixtral_patch(config: PreTrainedConfig) -> int:
-    return int(config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1))
+    return int(config.vision_config.patch_size * config.spatial_merge_size)
 
 
 def _pixtral_options(config: PreTrainedConfig) -> dict[str, Any]:
-    return {"patch_size": _pixtral_patch(config)} if config.vision_config.model_type == "pixtral" else {}
+    return {"patch_size": _pixtral_patch(config)}
 
 
 def _idefics3(images: ProcessedImages, index: int) -> list[int]:
@@ -120,7 +118,7 @@ _GRID = ImageFamily(tokens=_grid, has_grid=True)
 _IDEFICS3 = ImageFamily(tokens=_idefics3, options=lambda config: {"return_row_col_info": True})
 _PIXTRAL = ImageFamily(tokens=_pixtral, options=_pixtral_options)
 _FAMILIES = {
-    "llava": ImageFamily(tokens=_llava, options=_pixtral_options),
+    "llava": ImageFamily(tokens=_llava),
     "mistral3": _PIXTRAL,
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,

@@ -114,8 +114,8 @@ class TrainConfig:
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"
     share_prefixes: bool = True  # compute once what all records of an adapter's micro-batch start with
-    # Layers keep only what they are given, and run again in the backward pass: less memory, a third more time. No prefixes
-    # are shared then. Of adapters alone.
+    # Layers keep only what they are given, and run again in the backward pass: less memory, a third more time. Of
+    # adapters alone, and no prefixes are shared then.
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
