@@ -1,6 +1,6 @@
 """One table of what mixtures are worth: every domain and every mixed task, beside all that is simpler.
 
-    python examples/mixture_table.py --limit 400 --mixed-limit 200 --write benchmarks/results/mixture_quality.json \
+    python examples/mixture_table.py --limit 400 --mixed-limit 200 --write examples/mixtures/quality.json \
         --router linear=runs/router/science --router distilled=runs/distilled/science
 
 Columns: the base model; each domain's expert alone; the experts' uniform average and best static weight; Arrow and

@@ -64,7 +64,7 @@ def main() -> None:
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
     figure.colorbar(image, label="mean gate")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, options.output)
+    save_figure(figure, options.output, dpi=150)
 
 
 if __name__ == "__main__":
