@@ -137,8 +137,8 @@ class InputProcessor:
             return prompt, None
         if is_auto(request.adapters):
             raise RequestError(
-                "adapters is 'auto', which reads prompts of text: the pictures' features may differ by adapter. Name the "
-                "adapter, or leave the images out."
+                "adapters is 'auto', which reads prompts of text: the pictures' features may differ by adapter. Name "
+                "the adapter, or leave the images out."
             )
         if request.steering and not isinstance(request.images, Mapping):
             raise RequestError(
