@@ -22,8 +22,7 @@ def place(tensor: Tensor) -> tuple[int, int]:
 
 def resident(path: Path) -> int:
     """Bytes of the file's mappings that are in memory."""
-    maps = Path("/proc/self/smaps").read_text()
-    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.MULTILINE)
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     found = [
         re.search(r"^Rss: +(\d+) kB", part, re.MULTILINE) for part in parts if str(path) in part.partition("\n")[0]
     ]

@@ -77,14 +77,13 @@ class AdaptableModel:
                 if bring_into_cpu_order(module):
                     unused.append(place)
                     self._reordered.append(module)
+                    trim_heap()
             elif kind is BNB_INT8:
                 warn_of_casts_once()
                 if has_outliers(module):
                     keep_tokens_apart(module)
                     self._apart.append(module)
-        if unused:
-            let_file_pages_go(unused)
-            trim_heap()
+        let_file_pages_go(unused)
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise UnsupportedAdapterError for modules that no adapter can be added to."""

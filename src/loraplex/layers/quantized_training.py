@@ -11,6 +11,7 @@ from torch import nn
 from loraplex.errors import BaseModelError
 from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, is_in_cpu_order, restore_first_weight
 from loraplex.layers.quantized import BNB_4BIT, dequantized_weight, quantized_modules
+from loraplex.mapped_files import trim_heap
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK = 2**22  # bytes: weights of models that need it are larger, what is kept of some hundred tokens is smaller
@@ -36,6 +37,7 @@ def quantized_modules_train(base: nn.Module) -> Iterator[None]:
     try:
         for module in in_cpu_order:
             restore_first_weight(module)
+            trim_heap()  # of the other order, as the next weight doesn't take its place
         for module, _ in modules:
             module.training = True
         yield
@@ -44,6 +46,7 @@ def quantized_modules_train(base: nn.Module) -> Iterator[None]:
             module.training = was_training
         for module in in_cpu_order:
             bring_into_cpu_order(module)
+            trim_heap()
         if modules:
             _map_blocks_from(_LARGEST_BLOCK)
 
