@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.names import check_name
-from loraplex.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, BaseModelError, RequestError
+from loraplex.errors import (
+    AdapterError,
+    AdapterExistsError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    BaseModelError,
+    RequestError,
+)
+from loraplex.json_files import damaged_as
 from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.calls import captures, forward_scope, generation_scope
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
@@ -121,8 +129,9 @@ class LinkedAttention:
             )
         chosen = None if positions is None else parse_positions(positions)
         if isinstance(source, str | Path):
-            residual = self._read(name, source, chosen)
-            chosen = None if is_pyreft_folder(source) else chosen  # whose interventions share the positions
+            with damaged_as(AdapterFormatError, source):
+                residual = self._read(name, source, chosen)
+                chosen = None if is_pyreft_folder(source) else chosen  # whose interventions share the positions
         else:
             residual = source
         residual = restricted(residual, layers, chosen)
