@@ -115,15 +115,16 @@ class _Grammars:
         with self._lock:
             known = self._compiled.get(key)
             if known is None:
-                known = self._compiled[key] = self._compile(text, is_lark)
+                known = self._compiled[key] = self._compile(key)
             self._compiled.move_to_end(key)
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return known.deep_copy()
 
-    def _compile(self, text: str, is_lark: bool) -> Any:
+    def _compile(self, key: tuple[str, bool]) -> Any:
         import llguidance
 
+        text, is_lark = key
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         try:
             spaces: Any = {"whitespace_pattern": _WHITESPACE}
