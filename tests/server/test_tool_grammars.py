@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from loraplex.engine.frontend.structured_output import make_tool_constraint
+from loraplex.engine.frontend.structured_output import constraint_of
+from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from loraplex.server.api.tools.definitions import FunctionDefinition
 from loraplex.server.api.tools.forms import FORMS
@@ -22,6 +23,10 @@ XML = (
 )
 
 
+def tool_constraint(grammar, tokenizer, vocab_size, *, end_tokens):
+    return constraint_of(SamplingParams(tool_grammar=grammar), tokenizer, vocab_size, end_tokens=end_tokens)
+
+
 class Grammar:
     """The grammar of a tokenizer's form, asked about texts."""
 
@@ -31,7 +36,7 @@ class Grammar:
         options = {"must_call": True, "max_calls": self.form.max_calls} | rules
         grammar = call_grammar(self.form, CallRules(functions=functions, **options), self.template.special_tokens)
         self._tokenizer = tokenizer
-        self._matcher = make_tool_constraint(
+        self._matcher = tool_constraint(
             grammar, tokenizer, len(tokenizer), end_tokens=[tokenizer.eos_token_id]
         )._matcher
 
@@ -127,7 +132,7 @@ def test_schemas_that_allow_nothing_or_are_too_large_are_refused(smollm2):
     with pytest.raises(RequestError, match="grammar of the tools"):
         Grammar(tokenizer, [loop])
     with pytest.raises(RequestError, match="grammar of 300000 characters"):
-        make_tool_constraint("x" * 300_000, tokenizer, len(tokenizer), end_tokens=[])
+        tool_constraint("x" * 300_000, tokenizer, len(tokenizer), end_tokens=[])
 
 
 def test_an_answer_ends_by_any_of_its_end_tokens_where_the_grammar_may_end(smollm2):
@@ -135,7 +140,7 @@ def test_an_answer_ends_by_any_of_its_end_tokens_where_the_grammar_may_end(smoll
     (first,), (more,) = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
     ends = [tokenizer.eos_token_id, 7]
     grammar = '%llguidance {}\nstart: "a" "b"*\n'
-    constraint = make_tool_constraint(grammar, tokenizer, len(tokenizer), end_tokens=ends)
+    constraint = tool_constraint(grammar, tokenizer, len(tokenizer), end_tokens=ends)
 
     def allowed():
         logits = torch.zeros(len(tokenizer))
