@@ -108,7 +108,7 @@ class BrokenConstraint:
 @pytest.mark.parametrize("place", ["allow", "take"])
 def test_a_constraint_that_fails_ends_its_request(model, monkeypatch, place):
     monkeypatch.setattr(
-        "loraplex.engine.frontend.input_processor.constraint_of", lambda *given: BrokenConstraint(place)
+        "loraplex.engine.frontend.input_processor.constraint_of", lambda *given, **options: BrokenConstraint(place)
     )
     bound = Request([9, 10], sampling=SamplingParams(max_tokens=4, json_schema={"type": "object"}))
     with Engine(model, CONFIG) as engine:

@@ -69,7 +69,8 @@ def test_modules_that_are_not_attached_pay_nothing(name, paths):
     before = snapshot(base)
     AdaptableModel(base).attach(paths)
     after = snapshot(base)
-    assert {path for path in before if before[path] != after[path]} == set(paths)
+    # The model itself tells each pass its length, and when it ends.
+    assert {path for path in before if before[path] != after[path]} == {*paths, ""}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

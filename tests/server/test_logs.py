@@ -132,7 +132,7 @@ def test_neither_secrets_nor_prompts_are_logged(logged: Logged) -> None:
         ("not there", "invalid_request", "steer.0", "quotes the request"),
         ("schema", "invalid_request", None, "quotes the request"),
         ("bias", "invalid_request", "logit_bias", "token ids"),
-        ("many answers", "too_large", "n", "n is 1000000"),
+        ("many answers", "too_large", "n", "n=1000000"),
         ("long", "invalid_request", "prompt", "tokens"),
         ("load", "not_allowed", "name", "may not load"),
         ("wrong key", "invalid_api_key", None, "valid API key"),

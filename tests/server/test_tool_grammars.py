@@ -131,7 +131,7 @@ def test_schemas_that_allow_nothing_or_are_too_large_are_refused(smollm2):
     loop = FunctionDefinition(name="f", parameters={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})
     with pytest.raises(RequestError, match="grammar of the tools"):
         Grammar(tokenizer, [loop])
-    with pytest.raises(RequestError, match="grammar of 300000 characters"):
+    with pytest.raises(RequestError, match="grammar of the tools has 300000 characters"):
         tool_constraint("x" * 300_000, tokenizer, len(tokenizer), end_tokens=[])
 
 

@@ -64,7 +64,7 @@ class Gate:
             await self._serve(scope, headers, receive, answer, context)
         except ApiError as error:
             context.note(error)
-            await answer.refuse(error, scope["path"])
+            await answer.refuse(error, scope["path"] if scope["method"] == "POST" else "")
         except Exception:
             logger.exception("request failed", extra={"request_id": context.id, "path": scope["path"]})
             await answer.refuse(ApiError(INTERNAL, f"internal error; the log has it under {context.id}."))
