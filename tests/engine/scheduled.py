@@ -21,7 +21,8 @@ BLOCK = 4  # tokens
 class Passes:
     """What a binding tells of a link: the identity of its main pass, and of each scaling pass."""
 
-    chain = ()
+    attention_chain = ()
+    interventions = None
     all_mixtures = ()
 
     def __init__(self, identity: str, scalings: Sequence[str]) -> None:
@@ -73,6 +74,9 @@ class Bench:
             lengths=LengthRule(),
             choosing=None,
             auto=None,
+            images=None,
+            arrived_s=0.0,
+            queue_s=None,
         )
         state.note_cached = partial(RequestState.note_cached, state)
         self._arrivals += 1
