@@ -15,22 +15,21 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-# Telemetry of the clients, before any of them is imported.
-os.environ |= {
-    "ANONYMIZED_TELEMETRY": "False",
-    "DO_NOT_TRACK": "1",
-    "LANGCHAIN_TRACING_V2": "false",
-    "LANGSMITH_TRACING": "false",
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "OPENAI_AGENTS_DISABLE_TRACING": "1",
-    "OTEL_SDK_DISABLED": "true",
-    "LOGFIRE_SEND_TO_LOGFIRE": "false",
-}
-
 import pytest
 
 if importlib.util.find_spec("litellm") is None:  # in loraplex's own environment
     collect_ignore_glob = ["test_*.py"]
+else:  # telemetry of the clients, before any of them is imported
+    os.environ |= {
+        "ANONYMIZED_TELEMETRY": "False",
+        "DO_NOT_TRACK": "1",
+        "LANGCHAIN_TRACING_V2": "false",
+        "LANGSMITH_TRACING": "false",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "OPENAI_AGENTS_DISABLE_TRACING": "1",
+        "OTEL_SDK_DISABLED": "true",
+        "LOGFIRE_SEND_TO_LOGFIRE": "false",
+    }
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = os.environ.get("LORAPLEX_PYTHON", str(ROOT / ".venv" / "bin" / "python"))

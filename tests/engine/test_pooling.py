@@ -59,10 +59,9 @@ def test_vectors_are_pefts_beside_answers_and_each_other(prepared, pooling):
     assert any(cached) if pooling == "last" else not any(cached)
 
 
+@pytest.mark.parametrize("prepared", ["llama"], indirect=True)
 def test_a_mixtures_row_is_that_of_generate(prepared):
     model, _ = prepared
-    if "science" not in model.names():
-        pytest.skip("this model has no mixture here")
     ids = torch.tensor([prompt_of(17)])
     with torch.no_grad():
         reference = model(ids, adapters=["science"], output_hidden_states=True).hidden_states[-1][0]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,11 @@ def test_logs_and_metrics_name_it(keyed: Keyed, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, logger="loraplex"):
         answer = client.post("/v1/completions", json=body(f"3 {ENDS['b']}"))
         wait_until_idle(keyed.server)
-    (line,) = [r for r in caplog.records if getattr(r, "request_id", "") == answer.headers["x-request-id"]]
+        stop, found = time.monotonic() + 10, list[logging.LogRecord]()
+        while not found and time.monotonic() < stop:  # the line is written behind the answer
+            time.sleep(0.01)
+            found = [r for r in caplog.records if getattr(r, "request_id", "") == answer.headers["x-request-id"]]
+    (line,) = found
     assert line.model == "b"  # type: ignore[attr-defined]
     assert line.auto_scores == [round(answer.json()["choices"][0]["auto"]["score"], 3)]  # type: ignore[attr-defined]
     assert counted() == before + 4

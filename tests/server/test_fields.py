@@ -182,7 +182,7 @@ def test_texts_too_long_for_the_model_can_be_cut(server):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("length", [2, 3, 7, 100])  # the special tokens alone are two
 def test_without_a_side_prompts_are_cut_as_transformers_does(smollm2, side, length):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(smollm2)
     from tokenizers.processors import TemplateProcessing
@@ -192,8 +192,6 @@ def test_without_a_side_prompts_are_cut_as_transformers_does(smollm2, side, leng
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.truncation_side = side
     text = "The protein of spider silk is strong."
-    if length < 2:
-        pytest.skip("the special tokens alone are longer")
     expected = tokenizer(text, truncation=True, max_length=length)["input_ids"]
     found = encode_truncated(tokenizer, text, Truncation(length), add_special_tokens=True, most=1000)
     assert list(found.ids) == list(expected)

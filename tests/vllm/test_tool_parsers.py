@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from vllm.tool_parsers import ToolParserManager
 
 from loraplex.server.api.tools.definitions import FunctionDefinition
 from loraplex.server.api.tools.events import read_answer
@@ -36,6 +35,8 @@ TEXTS = {
 
 @pytest.mark.parametrize("form", TEXTS)
 def test_calls_are_those_that_vllm_reads(form: str, smollm2: Path) -> None:
+    from vllm.tool_parsers import ToolParserManager
+
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     tokenizer.add_tokens(["<|python_tag|>"])
     for text in TEXTS[form]:
