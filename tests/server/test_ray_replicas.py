@@ -109,8 +109,10 @@ def test_links_and_errors_pass_through_unchanged(cluster: Cluster):
     refusal = cluster.complete("nobody")
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (404, "model_not_found")
     assert len(refusal.headers.get_list("x-request-id")) == 1
-    broken = httpx.post(f"{cluster.url}/v1/completions", content=b"{", timeout=60, trust_env=False)
-    assert broken.status_code == 400
+    for headers, status in (({"content-type": "application/json"}, 400), ({}, 415)):
+        url = f"{cluster.url}/v1/completions"
+        broken = httpx.post(url, content=b"{", headers=headers, timeout=60, trust_env=False)
+        assert broken.status_code == status
     refusal = httpx.delete(f"{cluster.url}/v1/adapters/adapter1", timeout=60, trust_env=False)
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (501, "not_with_replicas")
     assert len(cluster.client().models.list().data) == NUM_ADAPTERS + 1

@@ -103,6 +103,6 @@ def test_adapters_that_are_not_loaded_yet_may_be_gated():
     from loraplex.vllm_plugin.link_loader import LinkedLora
     from loraplex.vllm_plugin.model_manager import LinkModelManager
 
-    loaded = {1: object(), 2: LinkedLora(2, 4, {}, (), None), 3: LinkedLora(3, 4, {}, ("a mixture",), None)}
+    loaded = {1: object(), 2: LinkedLora(2, 4, {}, (), None, None), 3: LinkedLora(3, 4, {}, ("a mixture",), None, None)}
     slots = SimpleNamespace(_registered_adapters=SimpleNamespace(cache=loaded))
     assert [LinkModelManager.may_be_gated(slots, lora_id) for lora_id in (1, 2, 3, 4)] == [False, False, True, True]
