@@ -109,6 +109,26 @@ def test_chats_choose_too(keyed: Keyed) -> None:
     assert found["model"] in ("tiny", *ENDS)
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ENDS["c"]}]}),
+        ("/v1/responses", {"input": ENDS["c"]}),
+        ("/v1/embeddings", {"input": ENDS["c"]}),
+        ("/v1/score", {"text_1": ENDS["c"], "text_2": ENDS["c"]}),
+        ("/generate", {"inputs": ENDS["c"], "parameters": {"adapter_id": "auto"}}),
+        ("/generate_stream", {"inputs": ENDS["c"], "parameters": {"adapter_id": "auto"}}),
+    ],
+)
+def test_no_call_chooses_what_the_key_may_not_use(keyed: Keyed, path: str, content: dict[str, Any]) -> None:
+    content = content if path.startswith("/generate") else content | {"model": "auto"}
+    refused = keyed.client("nothing").post(path, json=content)
+    assert "nothing to choose from" in refused.text
+    assert refused.status_code in (400, 422)
+    assert keyed.client("all").post(path, json=content).status_code == 200
+    wait_until_idle(keyed.server)
+
+
 def test_only_what_the_key_may_use_is_chosen(keyed: Keyed) -> None:
     prompt = f"9 {ENDS['c']}"
     assert ask(keyed.client("all"), body(prompt))["model"] == "c"

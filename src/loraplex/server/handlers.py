@@ -63,7 +63,7 @@ async def respond(
     state, context = state_of(http), context_of(http)
     choice = state.catalog.choice(body.model, context.principal)
     try:
-        call = await in_thread(http, partial(_made, make, state, context, choice))
+        call = await in_thread(http, partial(make, state, context, choice))
     except LoraplexError as error:
         raise context.refusal(error) from error
     context.response = {"id": call.envelope["id"]}
@@ -73,19 +73,6 @@ async def respond(
         return await _stream(call, body, state, context)
     pieces = await until_client_leaves(http.receive, _whole(call, state, context))
     return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
-
-
-def _made(
-    make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall],
-    state: ServerState,
-    context: RequestContext,
-    choice: AdapterSpec,
-) -> ApiCall:
-    call = make(state, context, choice)
-    if is_auto(choice):
-        candidates = state.catalog.candidates(context.principal)
-        call.requests = [replace(request, candidates=candidates) for request in call.requests]
-    return call
 
 
 async def _whole(call: ApiCall, state: ServerState, context: RequestContext) -> list[bytes]:
@@ -289,7 +276,13 @@ class Run:
 async def running(
     state: ServerState, context: RequestContext, requests: Sequence[Request], *, wants_deltas: bool
 ) -> AsyncIterator[Run]:
-    """Give the requests to the engine; whatever isn't finished at the end of the block is cancelled."""
+    """Give the requests to the engine; whatever isn't finished at the end of the block is cancelled.
+
+    All calls come through here: `auto` chooses among what the caller may use, and nothing else.
+    """
+    if any(is_auto(request.adapters) for request in requests):
+        candidates = await state.workers.run(context.owner, lambda: state.catalog.candidates(context.principal))
+        requests = [replace(request, candidates=candidates) for request in requests]
     counts_tokens = context.usage is not None and context.usage.counts_tokens
     feed = state.engine.collector(wants_deltas=wants_deltas or counts_tokens)
     run = Run(state, context, requests, feed)
