@@ -19,7 +19,7 @@ from rich.console import Console
 from loraplex import MultiLoraModel
 from loraplex.cli.demo import DEMO_MODEL, NEXT, TIMED_TOKENS, DemoRow, demo_adapters, demo_rows, step
 from loraplex.cli.errors import quiet_transformers
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 from loraplex.routing.adapter_spec import parse_adapter_spec
 
 

@@ -22,7 +22,7 @@ from peers.sides import Side, same_share
 from peers.worker import Job
 
 from loraplex.bench.random_adapters import load_model, write_random_folders
-from loraplex.models.loading import resolve_base_model
+from loraplex.models.checkpoints.loading import resolve_base_model
 
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
 TEXT = "The history of science is the study of how people came to know what they know about nature. Long before"

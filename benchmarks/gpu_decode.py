@@ -16,7 +16,7 @@ from gpu_timing import Figure, Timer
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.bench.random_adapters import write_random_folders
-from loraplex.layers.modules import adaptable_modules
+from loraplex.layers.base.modules import adaptable_modules
 from loraplex.routing.adapter_spec import AdapterSpec
 
 MIXTURE = "mixture"

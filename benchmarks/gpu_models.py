@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import MultiLoraModel, StoreConfig
 from loraplex.bench.random_adapters import random_adapter
-from loraplex.layers.modules import adaptable_modules
+from loraplex.layers.base.modules import adaptable_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loraplex.kernels.int8_weight import Int8Weight
 from loraplex.kernels.native import native_available
-from loraplex.models.loading import load_base_model, load_tokenizer
+from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer
 
 WINDOW = 512  # tokens that are read together
 GROUP = 32  # of Q8_0

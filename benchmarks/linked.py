@@ -17,7 +17,7 @@ from common import alternate, medians, print_table, save
 from torch import Tensor
 
 from loraplex import MultiLoraModel
-from loraplex.models.prompts import encode_prompts
+from loraplex.models.text.prompts import encode_prompts
 from loraplex.residual import AttentionRequest, CaptureRequest, LinkedLayer, LinkedResidual, ResidualConfig, Steering
 
 ROWS = 8

@@ -24,7 +24,7 @@ from common import console, print_table, save
 from random_adapters import write_random_folders
 
 from loraplex import MultiLoraModel
-from loraplex.models.loading import DTYPES
+from loraplex.models.checkpoints.loading import DTYPES
 
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
 

@@ -13,7 +13,7 @@ from adapters import peft_with_adapters, write_random_adapters
 from common import alternate, console, medians, print_table, save
 
 from loraplex import MultiLoraModel
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 
 RANKS = (8, 16, 4, 32, 8, 8, 8, 8)
 PROMPT_TOKENS = 32

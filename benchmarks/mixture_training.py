@@ -22,7 +22,7 @@ from common import alternate, console, medians, print_table, save
 from torch import Tensor
 
 from loraplex import MultiLoraModel, XLoraConfig
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 from loraplex.training import DataSource, EvaluationConfig, MixtureTrainConfig, StepsConfig, TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.trainer import Trainer

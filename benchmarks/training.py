@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex import LoraConfig, MultiLoraModel
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 from loraplex.training import AdapterJob, EvaluationConfig, StepsConfig, TrainConfig
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.setup import make_states

@@ -45,7 +45,7 @@ WORKLOAD = {
 
 def settings(options: dict[str, Any] | None) -> dict[str, Any]:
     """Of an engine; `options` None is vLLM without the plugin."""
-    from loraplex.models.smollm2 import convert_smollm2
+    from loraplex.models.checkpoints.smollm2 import convert_smollm2
 
     chosen = {
         "model": str(convert_smollm2()),
@@ -70,8 +70,8 @@ def write_folders(folder: Path) -> dict[str, Path]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from loraplex.bench.random_adapters import random_adapter, write_random_folders
-    from loraplex.layers.modules import adaptable_modules
-    from loraplex.models.smollm2 import convert_smollm2
+    from loraplex.layers.base.modules import adaptable_modules
+    from loraplex.models.checkpoints.smollm2 import convert_smollm2
     from loraplex.xlora.config import XLoraConfig
     from loraplex.xlora.formats.write_folder import write_mixture_folder
     from loraplex.xlora.head import ScalingHead
@@ -188,7 +188,7 @@ def measure_parity(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """The grid in one batch with base, adapter and linked rows, and both negative controls."""
     import torch
 
-    from loraplex.models.loading import load_base_model
+    from loraplex.models.checkpoints.loading import load_base_model
     from tests.vllm.worlds import grid_world, make_base
 
     bases = {

@@ -27,8 +27,8 @@ from common import alternate, console, medians, print_table, save
 from torch import Tensor
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
-from loraplex.models.loading import load_base_model
-from loraplex.models.prompts import encode_prompts
+from loraplex.models.checkpoints.loading import load_base_model
+from loraplex.models.text.prompts import encode_prompts
 
 RANKS = (8, 16, 4, 32)
 QUESTIONS = ("peft", "long", "draft", "batch")

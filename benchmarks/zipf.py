@@ -26,7 +26,7 @@ from common import console, print_table, save
 from random_adapters import write_random_folders
 
 from loraplex import MultiLoraModel, StoreConfig
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 
 WARM_UP_BATCHES = 60  # adapters only, so that host memory holds what it would after a while
 LOADS_TIMED = 30

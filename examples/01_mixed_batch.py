@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.models.prompts import encode_prompts, generate_texts
+from loraplex.models.text.prompts import encode_prompts, generate_texts
 
 MOLECULE = "Molecule CN1CC1(C)CC(C)=O: is its HOMO-LUMO gap low, medium or high?"  # held out; the answer is low
 CRYSTAL = "Material Br4Mo4S4: is its bulk modulus low, medium or high?"  # held out; the answer is low

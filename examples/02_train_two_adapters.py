@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from loraplex import LoraConfig, MultiLoraModel
-from loraplex.models.prompts import generate_texts
+from loraplex.models.text.prompts import generate_texts
 from loraplex.training import AdapterJob, EvaluationConfig, OptimizerConfig, StepsConfig, TrainConfig, train_adapters
 
 DATA = Path(__file__).parent.parent / "data"

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from loraplex import MultiLoraModel
-from loraplex.models.prompts import encode_prompts
+from loraplex.models.text.prompts import encode_prompts
 from loraplex.training.adapters.evaluation import Question, exact_matches, read_questions
 
 MIXTURE = "science"

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loraplex
 from loraplex import Engine, LoraConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.bench.random_adapters import random_adapter
-from loraplex.models.loading import load_tokenizer, resolve_base_model
-from loraplex.models.smollm2 import ALIAS
+from loraplex.models.checkpoints.loading import load_tokenizer, resolve_base_model
+from loraplex.models.checkpoints.smollm2 import ALIAS
 from loraplex.server.lifecycle import Server, run_server
 from loraplex.server.settings import ModelSettings, NetworkSettings, ServeConfig
 from loraplex.training import AdapterJob, StepsConfig, TrainConfig, train_adapters

@@ -71,7 +71,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, converted into the user's cache at the first run on a machine."""
-    from loraplex.models.smollm2 import convert_smollm2
+    from loraplex.models.checkpoints.smollm2 import convert_smollm2
 
     require("smollm2")
     return convert_smollm2()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import Adapter
-from loraplex.layers.modules import embed_scale
+from loraplex.layers.base.modules import embed_scale
 from loraplex.residual.layers import AttentionLayer
 from loraplex.residual.modules import LinkedLayer, LinkedResidual, SteeringVector
 

@@ -36,7 +36,7 @@ def _has_compiled_kernels() -> bool:
 
 def _has_smollm2() -> bool:
     from loraplex.errors import BaseModelError
-    from loraplex.models.smollm2 import convert_smollm2
+    from loraplex.models.checkpoints.smollm2 import convert_smollm2
 
     try:
         return convert_smollm2().is_dir()

@@ -96,8 +96,11 @@ def test_every_module_of_the_base_install_is_imported_without_any_extra() -> Non
         ("import loraplex.server.lifecycle", "server"),
         ("import loraplex.viz.attention_pictures", "plots"),
         ("import loraplex.cli.scalings", "plots"),
-        ("from loraplex.models.smollm2 import find_gguf_file; find_gguf_file()", "smollm2"),
-        ("from loraplex.models.gguf_adapter import read_gguf_adapter as read; read(None, None, None)", "smollm2"),
+        ("from loraplex.models.checkpoints.smollm2 import find_gguf_file; find_gguf_file()", "smollm2"),
+        (
+            "from loraplex.models.convert.gguf_adapter import read_gguf_adapter as read; read(None, None, None)",
+            "smollm2",
+        ),
         ("from loraplex.engine.frontend.structured_output import make_constraint; make_constraint('', 0, 0)", "json"),
         ("from loraplex.vllm_plugin.compat import installed_version; installed_version()", "vllm"),
         ("from loraplex.cli.bench_serve import serve_load; serve_load()", "bench"),

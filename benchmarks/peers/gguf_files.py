@@ -7,8 +7,8 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import LlamaConfig
 
-from loraplex.models.gguf_names import interleaved
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.gguf_names import interleaved
+from loraplex.models.checkpoints.loading import load_base_model
 
 
 def write_gguf(model_folder: str, path: Path, kind: str) -> None:

@@ -11,8 +11,8 @@ from peers.gguf_files import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.bench.random_adapters import load_model, write_random_folders
-from loraplex.models.conversion import convert_to_gguf
-from loraplex.models.loading import load_tokenizer, resolve_base_model
+from loraplex.models.checkpoints.loading import load_tokenizer, resolve_base_model
+from loraplex.models.convert.conversion import convert_to_gguf
 
 RANDOM_LLAMA = "llama-1.1b"  # TinyLlama's shape with random weights
 RANK = 8

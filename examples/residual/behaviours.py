@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loraplex import LoraConfig, MultiLoraModel
-from loraplex.models.prompts import generate_texts
+from loraplex.models.text.prompts import generate_texts
 from loraplex.residual import ResidualConfig
 from loraplex.training import (
     AdapterJob,

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from loraplex import MultiLoraModel
-from loraplex.models.prompts import as_chat, encode_prompts
+from loraplex.models.text.prompts import as_chat, encode_prompts
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Steering, spans_of_text
 

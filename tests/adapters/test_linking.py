@@ -28,7 +28,7 @@ from loraplex.errors import (
     TooLargeError,
     UnsupportedAdapterError,
 )
-from loraplex.models.linking import save_linked
+from loraplex.models.convert.linking import save_linked
 from tests.adapters.folders import LAYER, lora_pair, two_modules, write_folder
 
 MAGNITUDES = {f"{LAYER}.{name}.lora_magnitude_vector": torch.rand(24) for name in ("q_proj", "v_proj")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loraplex.layers.row_positions import depends_on_length
+from loraplex.layers.rows.positions import depends_on_length
 from loraplex.residual.layers import AttentionLayer
 from loraplex.residual.modules import LinkedResidual, SteeringVector
 from loraplex.xlora.head import ScalingHead

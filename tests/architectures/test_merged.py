@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError, LoraplexError
-from loraplex.models.merged_folder import MergeRecord, write_merged_folder
-from loraplex.models.merging import merge_into, read_members
+from loraplex.models.convert.merged_folder import MergeRecord, write_merged_folder
+from loraplex.models.convert.merging import merge_into, read_members
 from loraplex.routing.adapter_spec import parse_adapter_spec
 from tests.architectures.checks import Case, assert_close, assert_far
 from tests.architectures.oracle import LINK, forget_lengths, inputs_of

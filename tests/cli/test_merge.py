@@ -19,7 +19,7 @@ from loraplex.errors import (
     LoraplexError,
     UnsupportedAdapterError,
 )
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 
 LINK = "a:0.7+b:-0.3"
 

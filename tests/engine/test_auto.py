@@ -30,7 +30,7 @@ from loraplex.errors import (
     RequestError,
     UnsupportedAdapterError,
 )
-from loraplex.models.prompt_states import fit_centroids
+from loraplex.models.auto.prompt_states import fit_centroids
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 NAMES = ("a", "b", "c")

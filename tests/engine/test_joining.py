@@ -9,8 +9,8 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.layers.attention_interface import attention_functions
-from loraplex.layers.fast_decode import FAST_DECODE
+from loraplex.layers.attention.fast_decode import FAST_DECODE
+from loraplex.layers.attention.interface import attention_functions
 from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.hooks import layer_number
 from loraplex.residual.registry import AttentionRequest

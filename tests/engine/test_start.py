@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
 from loraplex.engine.startup import start
 from loraplex.errors import BaseModelError
-from loraplex.layers.module_kinds import first_layers
+from loraplex.layers.base.module_kinds import first_layers
 from tests.architectures.variants import ARCHS, kind_of, make_deep_config, make_model
 
 NUM_LAYERS = 6

@@ -10,7 +10,7 @@ from loraplex.engine.frontend.structured_output import MAX_GRAMMAR_BYTES
 from loraplex.engine.sampling.restrictions import MAX_BAD_WORD_TOKENS, Restrictions, bad_word_tokens
 from loraplex.engine.sampling.sampler import Sampler
 from loraplex.errors import RequestError
-from loraplex.models.loading import load_tokenizer
+from loraplex.models.checkpoints.loading import load_tokenizer
 from tests.parts import require
 
 require("llguidance")

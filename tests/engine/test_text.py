@@ -3,7 +3,7 @@
 import pytest
 
 from loraplex.engine.sampling.detokenizer import Detokenizer
-from loraplex.models.loading import load_tokenizer
+from loraplex.models.checkpoints.loading import load_tokenizer
 
 TEXTS = ("The capital of France is Paris.", "naïve — 数学 🙂 done", "a\n\n  b\tc", "1234 567.89%")
 

@@ -14,7 +14,7 @@ import torch
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.adapters.inspect import describe
 from loraplex.adapters.peft.reader import read_adapter
-from loraplex.models.conversion import convert_to_gguf, convert_to_peft
+from loraplex.models.convert.conversion import convert_to_gguf, convert_to_peft
 from loraplex.residual.format import write_residual
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.settings_sources import load_config

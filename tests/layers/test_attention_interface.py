@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers import attention_interface
-from loraplex.layers.attention_check import install_checked
-from loraplex.layers.attention_interface import (
+from loraplex.layers.attention import interface as attention_interface
+from loraplex.layers.attention.check import install_checked
+from loraplex.layers.attention.interface import (
     TERMS,
     AttentionCall,
     AttentionFunction,

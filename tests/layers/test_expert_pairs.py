@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.layers.expert_pairs import ExpertPairs
+from loraplex.layers.experts.expert_pairs import ExpertPairs
 from loraplex.routing.segments import Segment
 from loraplex.routing.token_groups import NO_SLOT, group_tokens
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import loraplex.layers.fast_decode as fast_decode
+import loraplex.layers.attention.fast_decode as fast_decode
 from loraplex import MultiLoraModel
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from loraplex import MultiLoraModel
 from loraplex.errors import BatchError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.row_order import RowOrder, find_order
+from loraplex.layers.rows.order import RowOrder, find_order
 from tests.architectures.variants import make_model
 from tests.layers.other_layouts import VOCAB, layout_model
 from tests.parity.oracle import PeftOracle, assert_close
@@ -157,7 +157,7 @@ def test_model_that_can_not_be_tried_out_serves_one_adapter_at_a_time(monkeypatc
         raise RuntimeError("needs more than tokens")
 
     with monkeypatch.context() as patched:
-        patched.setattr("loraplex.layers.row_probe._inputs", fail)
+        patched.setattr("loraplex.layers.rows.probe._inputs", fail)
         model, oracle = make_pair(tiny_model("llama"), tmp_path, targets=["q_proj"])
     with pytest.raises(BatchError, match="q_proj"):
         model(**inputs(oracle.base, 2), adapters=["a", None])

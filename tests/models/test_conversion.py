@@ -28,8 +28,8 @@ from loraplex.errors import (
     OutputError,
     UnsupportedAdapterError,
 )
-from loraplex.models.conversion import convert_to_gguf, convert_to_peft
-from loraplex.models.gguf_names import gguf_names
+from loraplex.models.checkpoints.gguf_names import gguf_names
+from loraplex.models.convert.conversion import convert_to_gguf, convert_to_peft
 from tests.adapters.folders import as_pickle
 from tests.adapters.mlx_folders import write_mlx
 from tests.parity.oracle import assert_close

@@ -15,8 +15,8 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import AdapterFormatError, UnsupportedAdapterError
-from loraplex.models.end_tokens import TrainingEnds, end_token_ids, training_ends, turn_end
-from loraplex.models.prompts import generate_texts
+from loraplex.models.text.end_tokens import TrainingEnds, end_token_ids, training_ends, turn_end
+from loraplex.models.text.prompts import generate_texts
 from loraplex.training import (
     AdapterJob,
     EvaluationConfig,

@@ -216,7 +216,7 @@ def test_queries_of_gemma_27b_have_their_own_scale() -> None:
     """As llama.cpp tells that size by its number of layers: the file doesn't say."""
     from types import SimpleNamespace
 
-    from loraplex.models.gguf_settings import complete_config
+    from loraplex.models.checkpoints.gguf_settings import complete_config
 
     reader = SimpleNamespace(fields={"general.architecture": SimpleNamespace(contents=lambda: "gemma2")}, tensors=[])
     for layers, scalar in ((46, 144), (42, 256)):

@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused(folders, options, message):
 
 
 def test_a_machine_without_the_compiled_kernel_is_refused(folders, monkeypatch):
-    monkeypatch.setattr(loraplex.models.int8_base, "native_available", lambda: False)
+    monkeypatch.setattr(loraplex.models.checkpoints.int8_base, "native_available", lambda: False)
     with pytest.raises(ConfigError, match="compiler"):
         MultiLoraModel.from_pretrained(folders / "base", weights="int8")
 
@@ -211,7 +211,7 @@ def test_modules_that_are_not_plain_stay_in_bfloat16(tmp_path):
 
 
 def test_a_model_without_linear_modules_is_refused():
-    from loraplex.models.int8_base import int8_modules
+    from loraplex.models.checkpoints.int8_base import int8_modules
 
     model = tiny_model("llama")
     for path, module in list(model.named_modules()):

@@ -24,7 +24,7 @@ from transformers.models.auto import auto_factory
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.models.loading import auto_class_for, load_base_model, load_tokenizer, parse_device
+from loraplex.models.checkpoints.loading import auto_class_for, load_base_model, load_tokenizer, parse_device
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, train_adapters
 from tests.architectures.variants import make_model

@@ -25,11 +25,11 @@ from loraplex.errors import (
     RequestError,
     UnsupportedAdapterError,
 )
-from loraplex.models import merged_folder
-from loraplex.models.int8_base import quantize_base
-from loraplex.models.loading import load_base_model
-from loraplex.models.merged_folder import MergeRecord, write_merged_folder
-from loraplex.models.merging import merge_into, read_members, save_merged
+from loraplex.models.checkpoints.int8_base import quantize_base
+from loraplex.models.checkpoints.loading import load_base_model
+from loraplex.models.convert import merged_folder
+from loraplex.models.convert.merged_folder import MergeRecord, write_merged_folder
+from loraplex.models.convert.merging import merge_into, read_members, save_merged
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import BaseFingerprint, SteeringVector
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model

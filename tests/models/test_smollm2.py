@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from loraplex.errors import BaseModelError
-from loraplex.models.loading import load_base_model, load_tokenizer
-from loraplex.models.smollm2 import convert_smollm2, default_cache_folder, find_gguf_file, write_folder_once
+from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer
+from loraplex.models.checkpoints.smollm2 import convert_smollm2, default_cache_folder, find_gguf_file, write_folder_once
 
 KNOWN_ANSWER = "The capital of France is Paris."
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex import MultiLoraModel
 from loraplex.errors import BatchError, LinkSyntaxError, RequestError
-from loraplex.models.prompts import TextBatch, decode_batch, encode_prompts, first_token_logits, generate_texts
+from loraplex.models.text.prompts import TextBatch, decode_batch, encode_prompts, first_token_logits, generate_texts
 from tests.parity.oracle import assert_close
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
@@ -53,7 +53,7 @@ def test_raw_prompts_are_taken_as_they_are():
 
 
 def test_chat_template_alone_says_which_special_tokens_a_chat_starts_with(smollm2):
-    from loraplex.models.loading import load_tokenizer
+    from loraplex.models.checkpoints.loading import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
     (ids,) = encode_prompts(tokenizer, ["Hi"])["input_ids"].tolist()

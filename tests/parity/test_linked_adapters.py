@@ -15,7 +15,7 @@ from loraplex import MultiLoraModel
 from loraplex.adapters.linking.combination import METHODS, Combination
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
-from loraplex.models.linking import save_linked
+from loraplex.models.convert.linking import save_linked
 from tests.parity.oracle import PeftOracle, assert_close, padded_batch
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex import MultiLoraModel
-from loraplex.models.loading import load_base_model
-from loraplex.models.merging import save_merged
+from loraplex.models.checkpoints.loading import load_base_model
+from loraplex.models.convert.merging import save_merged
 from tests.adapters.folders import output_module
 from tests.parity.oracle import PeftOracle, assert_close, padded_batch
 from tests.tiny_models import VOCAB_SIZE, embedding_target, linear_targets, random_peft_adapter, tiny_model

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from loraplex import MultiLoraModel
-from loraplex.models.loading import load_base_model, load_tokenizer
-from loraplex.models.prompts import encode_prompts
+from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer
+from loraplex.models.text.prompts import encode_prompts
 from tests.parity.oracle import PeftOracle, assert_close
 from tests.tiny_models import LLAMA_TARGETS, random_peft_adapter
 

@@ -133,7 +133,7 @@ def test_greedy_tokens_equal_pefts_without_cache(name, draft, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [GRID[1], GRID[4], GRID[7]], ids=["layerwise", "top-k", "pass value"])
 def test_smollm2_equals_pefts(config, smollm2, tmp_path):
-    from loraplex.models.loading import load_base_model
+    from loraplex.models.checkpoints.loading import load_base_model
 
     base = load_base_model(smollm2, dtype="float32")[0]
     targets = linear_targets("llama")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loraplex.layers.quantized import quantized_modules
+from loraplex.layers.quantized.kinds import quantized_modules
 from tests.parts import require
 from tests.tiny_models import LLAMA_LIKE, linear_targets, random_peft_adapter
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from loraplex import Engine, EngineConfig, MultiLoraModel
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.layers.quantized import quantized_modules
+from loraplex.layers.quantized.kinds import quantized_modules
 from loraplex.training import TrainConfig, train_adapters
 from tests.quantized.bases import KINDS, kinds, load, write_plain
 from tests.tiny_models import VOCAB_SIZE
@@ -224,7 +224,7 @@ def test_a_config_that_needs_a_gpu_says_so(plain):
 
 
 def test_a_missing_package_is_named_with_its_extra(plain, monkeypatch):
-    monkeypatch.setattr("loraplex.models.quantized_base.find_spec", lambda name: None)
+    monkeypatch.setattr("loraplex.models.checkpoints.quantized_base.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes needs bitsandbytes.*loraplex\[quantized\]"):
         MultiLoraModel.from_pretrained(plain, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.models.packed_formats import packed_format
+from loraplex.models.checkpoints.packed_formats import packed_format
 from tests.tiny_models import VOCAB_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]

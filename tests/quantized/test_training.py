@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import BaseModelError
-from loraplex.layers.cpu_order_4bit import is_in_cpu_order
-from loraplex.layers.quantized import BNB_4BIT, quantized_modules
-from loraplex.layers.quantized_training import check_gradients, quantized_modules_train
+from loraplex.layers.quantized.cpu_order_4bit import is_in_cpu_order
+from loraplex.layers.quantized.kinds import BNB_4BIT, quantized_modules
+from loraplex.layers.quantized.training import check_gradients, quantized_modules_train
 from loraplex.training import TrainConfig, train_adapters
 from loraplex.training.adapters.data import load_job_data
 from tests.parity.oracle import padded_batch

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
-from loraplex.layers.quantized import dequantized_weight, num_weights, quantized_modules
+from loraplex.layers.quantized.kinds import dequantized_weight, num_weights, quantized_modules
 from tests.parity.oracle import PeftOracle, padded_batch
 from tests.quantized.bases import TARGETS, kinds, load, write_plain
 from tests.tiny_models import VOCAB_SIZE, random_peft_adapter

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.models.loading import load_tokenizer
+from loraplex.models.checkpoints.loading import load_tokenizer
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.steering import spans_of_ranges, spans_of_text, unmark
 from loraplex.residual.vectors import vector_from_pairs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.models.prompts import generate_texts
+from loraplex.models.text.prompts import generate_texts
 from loraplex.residual import LinkedResidual, read_residual
 from loraplex.residual.modules import BaseFingerprint, check_residual_fits
 

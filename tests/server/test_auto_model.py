@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from loraplex import MultiLoraModel, SpectrConfig
-from loraplex.models.prompt_states import fit_centroids
+from loraplex.models.auto.prompt_states import fit_centroids
 from loraplex.server.auth.keys import KeyFile
 from tests.server.tiny_server import Running, make_model, running, settings, wait_until_idle
 

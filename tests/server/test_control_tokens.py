@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loraplex.models.loading import load_tokenizer
+from loraplex.models.checkpoints.loading import load_tokenizer
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.chat_prompts import ChatEncoder
 from tests.server.tiny_server import Running

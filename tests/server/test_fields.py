@@ -305,7 +305,7 @@ def test_sampling_defaults_are_the_models(root):
     from transformers import GenerationConfig
 
     from loraplex.errors import ConfigError
-    from loraplex.models.sampling_defaults import sampling_defaults
+    from loraplex.models.text.sampling_defaults import sampling_defaults
     from tests.tiny_models import tiny_model
 
     base = tiny_model("llama")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.bench.random_adapters import random_adapter
 from loraplex.engine.worker.attention_hooks import AttentionHooks
-from loraplex.layers.modules import adaptable_modules
+from loraplex.layers.base.modules import adaptable_modules
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/serving.md").read_text(encoding="utf-8")
 COLUMNS = {

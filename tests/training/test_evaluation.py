@@ -6,7 +6,7 @@ import pytest
 
 from loraplex import MultiLoraModel
 from loraplex.errors import DatasetError
-from loraplex.models.prompts import generate_texts
+from loraplex.models.text.prompts import generate_texts
 from loraplex.training.adapters.evaluation import Question, evaluate, exact_matches, label_tokens, read_questions
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.layers.attention_interface import attention_functions
+from loraplex.layers.attention.interface import attention_functions
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from loraplex.adapters.prompt_centroid import read_centroid
-from loraplex.models.prompt_states import background_tokens, fit_centroids, prompt_tokens
+from loraplex.models.auto.prompt_states import background_tokens, fit_centroids, prompt_tokens
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.core import bars
 from loraplex.training.core.plots import running_mean

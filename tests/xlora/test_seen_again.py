@@ -9,7 +9,7 @@ from torch import Tensor
 from loraplex import MultiLoraModel, XLoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import RequestError
-from loraplex.layers.decoder import find_decoder
+from loraplex.layers.base.decoder import find_decoder
 from tests.architectures.variants import make_model
 from tests.hook_oracle import HookOracle
 from tests.parity.oracle import assert_close

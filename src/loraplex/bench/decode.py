@@ -14,7 +14,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import ConfigError
-from loraplex.models.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.validation import check_least

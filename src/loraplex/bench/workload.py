@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import ConfigError
-from loraplex.models.chat_template import render_chat
+from loraplex.models.text.chat_template import render_chat
 from loraplex.training.data.records import Record, read_records
 
 PromptSource = Callable[[random.Random], list[int]]  # draws a prompt's token ids

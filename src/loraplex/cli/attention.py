@@ -9,7 +9,7 @@ from rich.console import Console
 from loraplex.cli.options import Device, Dtype, Layers, Load, Model, Raw, load_adapters, numbers
 from loraplex.errors import RequestError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompts import as_chat
+from loraplex.models.text.prompts import as_chat
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.steering import Span, Steering, spans_of_ranges, unmark

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from loraplex.adapters.prompt_centroid import PromptCentroid, write_centroid
 from loraplex.cli.options import Device, Dtype, Model, Raw, Weights, named_values
+from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens
 from loraplex.training.data.records import read_records
 
 auto_app = typer.Typer(no_args_is_help=True, help="Let prompts choose their adapters: adapters=auto.")

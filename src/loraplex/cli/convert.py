@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from loraplex.cli.options import IgnoreUnknown
-from loraplex.models.conversion import convert_to_gguf, convert_to_peft, read_model_type
-from loraplex.models.loading import DTYPES
+from loraplex.models.checkpoints.loading import DTYPES
+from loraplex.models.convert.conversion import convert_to_gguf, convert_to_peft, read_model_type
 from loraplex.residual.conversion import convert_residual, is_convertible
 
 

@@ -20,7 +20,7 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import RequestError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.sampling_defaults import sampling_defaults
+from loraplex.models.text.sampling_defaults import sampling_defaults
 
 
 def generate(

@@ -9,8 +9,8 @@ from rich.console import Console
 from loraplex.adapters.linking.combination import MAJORITY_SIGNS, METHODS, Combination
 from loraplex.cli.options import LinkedAdapters, LinkName, Overwrite, named_values
 from loraplex.errors import ConfigError
-from loraplex.models.linking import save_linked
-from loraplex.models.loading import DTYPES
+from loraplex.models.checkpoints.loading import DTYPES
+from loraplex.models.convert.linking import save_linked
 
 
 def link(

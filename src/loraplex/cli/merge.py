@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from loraplex.cli.options import Dtype, LinkedAdapters, LinkName, Overwrite, named_values
-from loraplex.models.merging import save_merged
+from loraplex.models.convert.merging import save_merged
 
 
 def merge(

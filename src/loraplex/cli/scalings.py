@@ -10,7 +10,7 @@ from rich.table import Table
 
 from loraplex.cli.options import Device, Dtype, Model, Raw, named_values
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompts import encode_prompts
+from loraplex.models.text.prompts import encode_prompts
 from loraplex.viz.scalings_animation import animate_tokens
 from loraplex.viz.scalings_plots import plot_layer_means, plot_token_heatmap
 from loraplex.viz.scalings_text import plot_text_view

@@ -12,7 +12,7 @@ from typing import Any
 from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
 from loraplex.extras import require_extra
-from loraplex.models.smollm2 import ALIAS, convert_smollm2
+from loraplex.models.checkpoints.smollm2 import ALIAS, convert_smollm2
 from loraplex.routers.config import LinearRouterConfig
 from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.settings import ServeConfig

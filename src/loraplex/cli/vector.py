@@ -11,7 +11,7 @@ from loraplex.cli.options import Device, Dtype, Layers, Model, Raw, numbers
 from loraplex.errors import DatasetError
 from loraplex.json_files import parse_json, read_lines
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompts import as_chat
+from loraplex.models.text.prompts import as_chat
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import SteeringVector
 from loraplex.residual.other_formats.control_vector import SUFFIX, write_control_vector

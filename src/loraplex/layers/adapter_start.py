@@ -18,7 +18,7 @@ from loraplex.adapters.contents import Start
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import UnsupportedAdapterError
 from loraplex.kernels.int8_weight import Int8Weight
-from loraplex.layers.modules import weight_matrix
+from loraplex.layers.base.modules import weight_matrix
 
 MAX_OPERATIONS = 5e13  # of all decompositions: some ten minutes on a few cores
 _OPERATIONS = {"pissa": 20, "olora": 4}  # for each element, times the smaller side (Golub and Van Loan, 5.2, 8.6)

@@ -10,22 +10,22 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import RequestError, UnsupportedAdapterError
-from loraplex.layers.changed_output import ChangedEmbedding, ChangedOutput
-from loraplex.layers.cpu_order_4bit import bring_into_cpu_order, restore_first_weight
-from loraplex.layers.former_names import layout_of
-from loraplex.layers.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
+from loraplex.layers.base.former_names import layout_of
+from loraplex.layers.base.modules import adaptable_modules, output_module
+from loraplex.layers.base.output_layer import LoraOutput, rounds_logits
+from loraplex.layers.base.parameters import adaptable_parameters, parameter_names
+from loraplex.layers.experts.moe_experts import become_lora_experts, become_plain_experts
+from loraplex.layers.experts.moe_router import LoraRouter, become_lora_router, become_plain_router, multiplies_once
 from loraplex.layers.lora_layer import GatedEmbedding, GatedLinear
 from loraplex.layers.lora_linear import LoraLinear, become_linear, become_lora_linear, can_become_lora_linear
-from loraplex.layers.modules import adaptable_modules, output_module
-from loraplex.layers.moe_experts import become_lora_experts, become_plain_experts
-from loraplex.layers.moe_router import LoraRouter, become_lora_router, become_plain_router, multiplies_once
-from loraplex.layers.output_layer import LoraOutput, rounds_logits
-from loraplex.layers.parameters import adaptable_parameters, parameter_names
-from loraplex.layers.passes import attach_pass_length
-from loraplex.layers.quantized import BNB_4BIT, BNB_INT8, quantized_modules
-from loraplex.layers.repeated_warning import warn_of_casts_once
-from loraplex.layers.row_order import RowOrder
-from loraplex.layers.row_probe import RowProbe, probe_rows
+from loraplex.layers.own_weights.changed_output import ChangedEmbedding, ChangedOutput
+from loraplex.layers.quantized.cpu_order_4bit import bring_into_cpu_order, restore_first_weight
+from loraplex.layers.quantized.int8_outliers import has_outliers, join_tokens, keep_tokens_apart
+from loraplex.layers.quantized.kinds import BNB_4BIT, BNB_INT8, quantized_modules
+from loraplex.layers.quantized.repeated_warning import warn_of_casts_once
+from loraplex.layers.rows.order import RowOrder
+from loraplex.layers.rows.passes import attach_pass_length
+from loraplex.layers.rows.probe import RowProbe, probe_rows
 from loraplex.layers.shared_input import SharedInputs
 from loraplex.mapped_files import let_file_pages_go, trim_heap
 from loraplex.validation import listed

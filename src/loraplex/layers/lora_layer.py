@@ -13,7 +13,7 @@ from loraplex.errors import BatchError
 from loraplex.kernels.native import gated_lora_native
 from loraplex.kernels.segmented import gated_lora_embedding, gated_lora_segmented
 from loraplex.kernels.stacked import gated_lora_stacked
-from loraplex.layers.row_order import RowOrder
+from loraplex.layers.rows.order import RowOrder
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing, current_routing
 

@@ -15,8 +15,8 @@ from loraplex.layers.lora_layer import (
     gradients_flow,
     plan_for,
 )
-from loraplex.layers.quantized import has_plain_weight
-from loraplex.layers.row_order import RowOrder
+from loraplex.layers.quantized.kinds import has_plain_weight
+from loraplex.layers.rows.order import RowOrder
 from loraplex.layers.shared_input import SharedInputs
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import Routing, current_routing

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.weights import LoraWeights
 from loraplex.errors import BaseModelError, UnsupportedAdapterError
-from loraplex.layers.modules import embed_scale, weight_matrix
+from loraplex.layers.base.modules import embed_scale, weight_matrix
 
 _PART_VALUES = 2**22  # of a weight that are float64 at once: the whole weight never is
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

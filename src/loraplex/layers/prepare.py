@@ -10,7 +10,7 @@ from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.errors import UnsupportedAdapterError
-from loraplex.layers.modules import embed_scale, weight_matrix
+from loraplex.layers.base.modules import embed_scale, weight_matrix
 from loraplex.layers.reload import read_back_of
 
 

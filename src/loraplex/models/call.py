@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.layers.image_rows import use_image_rows
-from loraplex.layers.output_layer import choosing_tokens
-from loraplex.layers.passes import cached_length
-from loraplex.layers.row_positions import use_row_positions
-from loraplex.models.end_tokens import generation_ends, stop_rows
+from loraplex.layers.base.output_layer import choosing_tokens
+from loraplex.layers.rows.images import use_image_rows
+from loraplex.layers.rows.passes import cached_length
+from loraplex.layers.rows.positions import use_row_positions
 from loraplex.models.gate_report import collected_gates, in_link_order
 from loraplex.models.registry import Registry
-from loraplex.models.row_vocabularies import RowVocabularies
 from loraplex.models.scope import RanMixtures, RowTokens, adapter_scope
+from loraplex.models.text.end_tokens import generation_ends, stop_rows
+from loraplex.models.text.row_vocabularies import RowVocabularies
 from loraplex.residual.registry import AttentionRequest
 from loraplex.residual.scope import AttentionScope
 from loraplex.routing.adapter_spec import AdapterSpec, Link, parse_adapter_specs

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.adapters.peft.single_experts import SingleExpertNames
-from loraplex.layers.modules import output_module
+from loraplex.layers.base.modules import output_module
 
 # PEFT's `_MOE_TARGET_MODULE_MAPPING` and what transformers renames: gate, up, down, and a part of all paths.
 _FAMILIES: Mapping[str, tuple[str, str, str, tuple[str, str] | None]] = {

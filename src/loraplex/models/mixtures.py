@@ -24,8 +24,8 @@ from loraplex.errors import (
     UnsupportedAdapterError,
 )
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.decoder import find_decoder
-from loraplex.layers.quantized import num_weights
+from loraplex.layers.base.decoder import find_decoder
+from loraplex.layers.quantized.kinds import num_weights
 from loraplex.models.routed_mixtures import RouterReader, make_routed_mixture
 from loraplex.routers.config import RouterConfig
 from loraplex.routers.mixture import RoutedMixture

@@ -17,18 +17,18 @@ from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelError, RequestError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.attention_interface import AttentionHandle
-from loraplex.layers.fast_decode import FAST_DECODE
-from loraplex.layers.image_rows import join_image_rows
-from loraplex.layers.row_positions import join_positions
-from loraplex.models.auto_choice import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
+from loraplex.layers.attention.fast_decode import FAST_DECODE
+from loraplex.layers.attention.interface import AttentionHandle
+from loraplex.layers.rows.images import join_image_rows
+from loraplex.layers.rows.positions import join_positions
+from loraplex.models.auto.choice import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
+from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens, row_states
 from loraplex.models.call import Call
+from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer, refuse_injected_adapters
+from loraplex.models.checkpoints.quantized_base import check_quantized_base
 from loraplex.models.generate_checks import check_generates
-from loraplex.models.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.mixture_folders import Experts
 from loraplex.models.mixtures import Mixtures
-from loraplex.models.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens, row_states
-from loraplex.models.quantized_base import check_quantized_base
 from loraplex.models.registry import Registry
 from loraplex.residual.modules import Residual
 from loraplex.residual.positions import Positions
@@ -149,7 +149,7 @@ class MultiLoraModel:
         `generate` and a call of the model take. Raises BatchError for no prompts, and RequestError if the tokenizer has
         no chat template.
         """
-        from loraplex.models.prompts import encode_prompts  # which imports this module
+        from loraplex.models.text.prompts import encode_prompts  # which imports this module
 
         return encode_prompts(self.tokenizer, prompts).to(self.base.device)
 

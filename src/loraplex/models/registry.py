@@ -29,13 +29,13 @@ from loraplex.errors import AdapterExistsError, AdapterFormatError, RequestError
 from loraplex.json_files import damaged_as
 from loraplex.layers.adapter_start import check_start, without_start
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.own_weights import OwnWeights
+from loraplex.layers.own_weights.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
-from loraplex.models.auto_choice import AutoIndex, check_centroid
+from loraplex.models.auto.choice import AutoIndex, check_centroid
+from loraplex.models.checkpoints.quantized_base import tell_other_precision
 from loraplex.models.former_experts import former_experts
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
-from loraplex.models.quantized_base import tell_other_precision
 from loraplex.models.scope import CachedIds
 from loraplex.residual.modules import Residual
 from loraplex.residual.positions import Positions

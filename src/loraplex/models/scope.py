@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from loraplex.adapters.store.store import AdapterStore
 from loraplex.adapters.store.version import AdapterVersion
 from loraplex.errors import RequestError
-from loraplex.layers.passes import cached_length
+from loraplex.layers.rows.passes import cached_length
 from loraplex.models.mixtures import AnyMixture, Mixtures
 from loraplex.residual.intervention_pass import without_residuals
 from loraplex.routers.mixture import RoutedMixture

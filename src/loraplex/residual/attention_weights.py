@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loraplex.layers.attention_interface import causal_mask
+from loraplex.layers.attention.interface import causal_mask
 
 # Weights of more bytes are computed in parts, a range of queries at a time, and not kept.
 KEPT_BYTES = 64 * 2**20

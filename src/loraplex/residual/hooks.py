@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from loraplex.errors import RequestError
-from loraplex.layers.attention_interface import AttentionCall, AttentionFunction, AttentionOutput, AttentionOwner
+from loraplex.layers.attention.interface import AttentionCall, AttentionFunction, AttentionOutput, AttentionOwner
 from loraplex.residual.attention_weights import AttentionWeights
 from loraplex.residual.scope import AttentionScope, current_attention
 

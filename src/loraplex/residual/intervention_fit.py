@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.row_order import RowOrder
+from loraplex.layers.rows.order import RowOrder
 from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
 from loraplex.residual.gates import GateResidual
 from loraplex.residual.modules import Residual, SteeringVector, check_layer_numbers, check_rank

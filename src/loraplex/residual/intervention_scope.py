@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.errors import BatchError, RequestError
-from loraplex.layers.passes import cached_length
+from loraplex.layers.rows.passes import cached_length
 from loraplex.residual.calls import generation_config_of
 from loraplex.residual.intervention_pass import InterventionGroup, InterventionPass
 from loraplex.residual.operations import ChainOperations, SiteKey

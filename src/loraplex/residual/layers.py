@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.attention_check import (
+from loraplex.layers.attention.check import (
     NUM_TOKENS,
     Watched,
     attention_block,
@@ -19,7 +19,7 @@ from loraplex.layers.attention_check import (
     run_plain,
     watching,
 )
-from loraplex.layers.attention_interface import AttentionCall, AttentionHandle, attention_functions
+from loraplex.layers.attention.interface import AttentionCall, AttentionHandle, attention_functions
 from loraplex.residual.cache import FollowedCache
 from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.residual.hooks import (

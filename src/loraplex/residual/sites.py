@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from loraplex.errors import BaseModelError
-from loraplex.layers.attention_check import run_plain
+from loraplex.layers.attention.check import run_plain
 from loraplex.residual.intervention_pass import current_interventions
 from loraplex.residual.reft import Site
 

@@ -10,8 +10,8 @@ from loraplex.adapters.names import AUTO
 from loraplex.adapters.store.store import StoreConfig
 from loraplex.engine.config import EngineConfig
 from loraplex.errors import ConfigError
-from loraplex.models.sampling_defaults import SOURCES
-from loraplex.models.smollm2 import ALIAS
+from loraplex.models.checkpoints.smollm2 import ALIAS
+from loraplex.models.text.sampling_defaults import SOURCES
 from loraplex.server.api.tools.forms import AUTO as ANY_PARSER
 from loraplex.server.api.tools.forms import PARSERS
 from loraplex.validation import check_least

@@ -23,7 +23,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.frontend.structured_output import make_constraint
 from loraplex.errors import BaseModelError, ConfigError, LoraplexError, RequestError
 from loraplex.models.adapter_watcher import AdapterWatcher
-from loraplex.models.sampling_defaults import sampling_defaults
+from loraplex.models.text.sampling_defaults import sampling_defaults
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder

@@ -10,8 +10,8 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from loraplex.adapters.weights import ModuleShape
 from loraplex.errors import UnsupportedAdapterError
-from loraplex.layers.former_names import layout_of
-from loraplex.layers.modules import adaptable_modules, output_module
+from loraplex.layers.base.former_names import layout_of
+from loraplex.layers.base.modules import adaptable_modules, output_module
 
 
 class BaseModules:

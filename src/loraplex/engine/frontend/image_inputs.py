@@ -17,7 +17,7 @@ from loraplex.engine.kv.sequence_kv import ExtraKey, LengthRule
 from loraplex.engine.sched.images import RequestImages
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
 from loraplex.extras import require_extra
-from loraplex.layers.image_rows import image_token_of, vision_owner
+from loraplex.layers.rows.images import image_token_of, vision_owner
 from loraplex.models.multi_lora import MultiLoraModel
 
 if TYPE_CHECKING:

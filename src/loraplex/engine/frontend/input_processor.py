@@ -24,11 +24,11 @@ from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
-from loraplex.models.auto_choice import AutoChoice, Candidates
-from loraplex.models.chat_template import render_chat
-from loraplex.models.end_tokens import end_token_ids
+from loraplex.models.auto.choice import AutoChoice, Candidates
 from loraplex.models.mixtures import AnyMixture
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text.chat_template import render_chat
+from loraplex.models.text.end_tokens import end_token_ids
 from loraplex.residual.capture import CaptureBuffer, CaptureRequest
 from loraplex.residual.registry import LinkedAttention
 from loraplex.residual.steering import Steering, check_steering

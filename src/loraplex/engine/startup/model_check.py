@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from loraplex.engine.startup.trial_passes import TrialPasses, TrialRow
 from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.errors import BaseModelError
-from loraplex.layers.quantized import rounds_inputs
+from loraplex.layers.quantized.kinds import rounds_inputs
 
 # A difference may be this many times what the last bit of an input makes, and this part of a result beside it: sums in
 # another order.

@@ -17,9 +17,9 @@ from loraplex.engine.worker.fusion.cpu_fusion import Trial
 from loraplex.engine.worker.model_runner import ModelRunner
 from loraplex.errors import ConfigError
 from loraplex.kernels.dispatch import native_runs
-from loraplex.layers.int8_outliers import has_outliers
-from loraplex.layers.module_kinds import first_layers
-from loraplex.layers.quantized import quantized_modules
+from loraplex.layers.base.module_kinds import first_layers
+from loraplex.layers.quantized.int8_outliers import has_outliers
+from loraplex.layers.quantized.kinds import quantized_modules
 from loraplex.models.multi_lora import MultiLoraModel
 
 logger = logging.getLogger(__name__)

@@ -13,15 +13,15 @@ from loraplex.engine.worker.attention_probe import check_cache, probe_attention
 from loraplex.engine.worker.input_batch import current_input_batch
 from loraplex.engine.worker.rotary import RotaryPositions
 from loraplex.errors import BaseModelError
-from loraplex.layers.attention_check import install_checked
-from loraplex.layers.attention_interface import (
+from loraplex.layers.attention.check import install_checked
+from loraplex.layers.attention.interface import (
     AttentionCall,
     AttentionFunction,
     AttentionHandle,
     AttentionOutput,
     AttentionOwner,
 )
-from loraplex.layers.decoder import find_decoder
+from loraplex.layers.base.decoder import find_decoder
 
 UNKNOWN_LENGTH = 8192  # tokens, for a model whose configuration doesn't say
 

@@ -11,8 +11,8 @@ from loraplex.engine.kv.kv_cache import AttentionTerms, LayerShape
 from loraplex.engine.kv.mask_rule import MaskRule, mask_rule_of
 from loraplex.engine.worker.rotary import Call, is_rotary
 from loraplex.errors import BaseModelError
-from loraplex.layers.attention_check import NUM_TOKENS, attention_block, run_plain, watching
-from loraplex.layers.attention_interface import AttentionCall
+from loraplex.layers.attention.check import NUM_TOKENS, attention_block, run_plain, watching
+from loraplex.layers.attention.interface import AttentionCall
 
 # Of transformers' cache. One that keeps nothing is new in 5.20.
 _KNOWN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))

@@ -18,7 +18,7 @@ from loraplex.engine.sched.images import ImageFeatures, RequestImages
 from loraplex.engine.worker.input_batch import BatchImages, InputBatch, current_input_batch
 from loraplex.errors import RequestError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.image_rows import vision_owner
+from loraplex.layers.rows.images import vision_owner
 from loraplex.routing.routing import use_routing
 from loraplex.routing.rows import Route, RowRouting
 from loraplex.routing.weight_provider import WeightProvider

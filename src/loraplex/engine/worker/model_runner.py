@@ -26,7 +26,7 @@ from loraplex.engine.worker.routing import PackedRouting
 from loraplex.engine.worker.state_mixers import join_mixers, leave_mixers
 from loraplex.engine.worker.state_pool import PassStates, make_states, without_rollback
 from loraplex.errors import AdapterError, ConfigError
-from loraplex.layers.output_layer import choosing_tokens
+from loraplex.layers.base.output_layer import choosing_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.residual.intervention_pass import use_interventions
 from loraplex.residual.scope import use_attention

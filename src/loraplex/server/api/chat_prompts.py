@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraplex.errors import RequestError
-from loraplex.models.chat_template import render_chat
+from loraplex.models.text.chat_template import render_chat
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.engine_requests import EncodedPrompt, encode_text, encode_with
 from loraplex.server.api.messages import Turn

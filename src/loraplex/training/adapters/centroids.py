@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.prompt_centroid import write_centroid
 from loraplex.errors import UnsupportedAdapterError
-from loraplex.models.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids
+from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.core.results import TrainResult
 from loraplex.training.data.examples import Example

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import DatasetError
-from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.models.text.end_tokens import TrainingEnds, training_ends
 from loraplex.routing.invocation import invocation_start
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.core.rng import Purpose, generator

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraplex.errors import DatasetError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.prompts import encode_prompts, first_token_logits
+from loraplex.models.text.prompts import encode_prompts, first_token_logits
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.training.data.records import read_records
 

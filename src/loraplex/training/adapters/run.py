@@ -7,10 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.errors import TrainingError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.quantized_training import quantized_modules_train
-from loraplex.models.loading import refuse_injected_adapters
+from loraplex.layers.quantized.training import quantized_modules_train
+from loraplex.models.checkpoints.loading import refuse_injected_adapters
+from loraplex.models.checkpoints.quantized_base import check_quantized_base
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.models.quantized_base import check_quantized_base
 from loraplex.residual.registry import LinkedAttention
 from loraplex.training.adapters.centroids import write_centroids
 from loraplex.training.adapters.config import AdapterJob, check_jobs

@@ -13,7 +13,7 @@ from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
 from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.models.end_tokens import training_ends
+from loraplex.models.text.end_tokens import training_ends
 from loraplex.residual.fingerprint import check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.format_settings import ResidualSettings

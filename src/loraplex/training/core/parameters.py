@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import LoraWeights
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.modules import embed_scale
+from loraplex.layers.base.modules import embed_scale
 
 
 class FlatTensors:

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import DatasetError, RequestError
-from loraplex.models.chat_template import render_chat
-from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.models.text.chat_template import render_chat
+from loraplex.models.text.end_tokens import TrainingEnds, training_ends
 from loraplex.training.data.first_user import BeforeFirstUser
 from loraplex.training.data.records import Record
 

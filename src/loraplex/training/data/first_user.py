@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.models.chat_template import render_chat
+from loraplex.models.text.chat_template import render_chat
 
 _PROBES = ("a7", "z7")  # contents that differ from their first character on
 

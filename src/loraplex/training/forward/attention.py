@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from loraplex.layers.attention_interface import (
+from loraplex.layers.attention.interface import (
     AttentionCall,
     AttentionFunction,
     AttentionHandle,

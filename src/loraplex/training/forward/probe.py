@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from loraplex.errors import BaseModelError, ConfigError
-from loraplex.layers.quantized_training import check_gradients
+from loraplex.layers.quantized.training import check_gradients
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
 from loraplex.training.forward.loss import token_losses

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraplex.models.end_tokens import TrainingEnds, training_ends
+from loraplex.models.text.end_tokens import TrainingEnds, training_ends
 from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.data.examples import Example, hold_out, load_examples, steps_per_epoch
 from loraplex.training.mixture.config import MixtureTrainConfig

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex.layers.decoder import find_decoder
+from loraplex.layers.base.decoder import find_decoder
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.routing import use_routing
 from loraplex.training.data.examples import Example

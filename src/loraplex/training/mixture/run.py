@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraplex.errors import ConfigError, MixtureError, UnsupportedAdapterError
-from loraplex.layers.quantized_training import quantized_modules_train
-from loraplex.models.end_tokens import training_ends
+from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.models.mixtures import AnyMixture
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.models.text.end_tokens import training_ends
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.results import TrainResult

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.decoder import find_decoder
-from loraplex.layers.row_probe import Recorder, different_ids
-from loraplex.layers.unchanged import left_unchanged
+from loraplex.layers.base.decoder import find_decoder
+from loraplex.layers.base.unchanged import left_unchanged
+from loraplex.layers.rows.probe import Recorder, different_ids
 from loraplex.xlora.two_pass.cache import PairedCache
 
 logger = logging.getLogger(__name__)

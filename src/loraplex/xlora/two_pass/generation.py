@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from loraplex.errors import RequestError
-from loraplex.layers.row_positions import changes_with_every_token
+from loraplex.layers.rows.positions import changes_with_every_token
 from loraplex.xlora.two_pass.two_pass import TwoPass
 
 # Ways of generating that call the base model for something else than the batch's next tokens.

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.errors import RequestError
-from loraplex.layers.decoder import find_decoder
+from loraplex.layers.base.decoder import find_decoder
 from loraplex.routing.gate_record import GateLog
 from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.rows import Route, RowRouting

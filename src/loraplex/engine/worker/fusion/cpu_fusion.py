@@ -24,8 +24,8 @@ from loraplex.engine.worker.fusion.layer_trial import LayerTrial, activations_in
 from loraplex.engine.worker.fusion.linear_products import LinearProducts
 from loraplex.engine.worker.fusion.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.engine.worker.input_batch import current_input_batch
-from loraplex.layers.module_kinds import module_kind
-from loraplex.layers.quantized import has_plain_weight
+from loraplex.layers.base.module_kinds import module_kind
+from loraplex.layers.quantized.kinds import has_plain_weight
 
 _NORM_TERMS = "loraplex_norm_terms"  # on a norm: how it is computed
 _ACTIVATION = "loraplex_activation"  # on a feed-forward module: the kind of its activation

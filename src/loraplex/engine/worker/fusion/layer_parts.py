@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraplex.layers.quantized import has_plain_weight
+from loraplex.layers.quantized.kinds import has_plain_weight
 
 # The enumerations are those of kernels/csrc/layer.h, in their order.
 

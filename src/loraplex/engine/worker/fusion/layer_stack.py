@@ -18,7 +18,7 @@ from loraplex.engine.worker.fusion.layer_parts import LayerParts, Rotary
 from loraplex.engine.worker.fusion.layer_record import layer_record
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.kernels.tuning import ALL_TOKENS
-from loraplex.layers.changed_output import ChangedOutput
+from loraplex.layers.own_weights.changed_output import ChangedOutput
 from loraplex.residual.intervention_pass import InterventionPass, current_interventions
 from loraplex.residual.sites import block_number
 from loraplex.routing.plan import RoutingPlan

@@ -10,9 +10,9 @@ from loraplex.kernels.packed_weight import PackedWeight, can_be_packed, pack, un
 from loraplex.kernels.product_times import LinearShape
 from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice, choices
 from loraplex.large_memory import LargeMemory
+from loraplex.layers.base.output_layer import PACKED_COPY, LoraOutput
 from loraplex.layers.lora_linear import LoraLinear
-from loraplex.layers.output_layer import PACKED_COPY, LoraOutput
-from loraplex.layers.quantized import quantized_kind
+from loraplex.layers.quantized.kinds import quantized_kind
 
 _MAX_COMPILED = "lora_max_compiled"
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from loraplex.engine.request import Completion, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
-from loraplex.layers.image_rows import image_token_of
+from loraplex.layers.rows.images import image_token_of
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody

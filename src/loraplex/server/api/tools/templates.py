@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
-from loraplex.models.chat_template import render_chat
+from loraplex.models.text.chat_template import render_chat
 from loraplex.server.api.messages import Turn
 from loraplex.server.api.tools.forms import (
     AUTO,

@@ -1,0 +1,1 @@
+"""Attention functions in front of transformers' own."""

@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers of the base model, adapted."""

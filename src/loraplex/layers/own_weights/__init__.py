@@ -1,0 +1,1 @@
+"""Modules' own weights that adapters bring or change."""

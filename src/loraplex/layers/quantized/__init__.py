@@ -1,0 +1,1 @@
+"""Modules whose weights another library quantized."""

@@ -1,0 +1,1 @@
+"""Which tokens of a call are which row's."""

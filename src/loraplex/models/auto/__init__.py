@@ -1,0 +1,1 @@
+"""The adapter that a prompt is for."""

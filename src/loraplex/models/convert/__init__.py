@@ -1,0 +1,1 @@
+"""Adapters and links in other formats, and merged into their base."""
