@@ -33,3 +33,14 @@ def test_import_brings_in_no_model_library(module: str) -> None:
     program = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_serving_and_answering_bring_in_no_package_that_only_training_needs() -> None:
+    """transformers' schedulers bring PEFT along, and that bitsandbytes: seconds, and a message about its kernels."""
+    program = (
+        "import sys, loraplex.cli.demo, loraplex.cli.generate, loraplex.engine.engine, loraplex.models.multi_lora;"
+        "print(sorted({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]", result.stdout
+    assert not result.stderr

@@ -1,5 +1,6 @@
 """How the command line shows errors and keeps libraries quiet."""
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -7,6 +8,8 @@ from rich.console import Console
 
 from loraplex.environment import ON, variable
 from loraplex.errors import LoraplexError
+
+_KERNELS_OF_BITSANDBYTES = "bitsandbytes.backends.cpu.ops"  # tells at import of a package for a faster 4-bit kernel
 
 
 def run(command: Callable[[], None]) -> None:
@@ -24,6 +27,7 @@ def run(command: Callable[[], None]) -> None:
 
 def quiet_transformers() -> None:
     """Turn off the warnings and bars of transformers, where it has been imported."""
+    logging.getLogger(_KERNELS_OF_BITSANDBYTES).setLevel(logging.ERROR)
     if "transformers" in sys.modules:
         from transformers.utils import logging
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from loraplex.errors import TrainingError
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig
@@ -30,6 +29,8 @@ class Optimizer:
         self.flat = flat
         self.config = config
         self.adamw = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        from transformers import get_scheduler  # with it come peft and bitsandbytes, where they are installed
+
         self._scheduler = get_scheduler(
             _SCHEDULERS[config.schedule], self.adamw, config.warmup_steps, num_training_steps=num_steps
         )
