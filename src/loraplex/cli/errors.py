@@ -29,7 +29,7 @@ def quiet_transformers() -> None:
     """Turn off the warnings and bars of transformers, where it has been imported."""
     logging.getLogger(_KERNELS_OF_BITSANDBYTES).setLevel(logging.ERROR)
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
