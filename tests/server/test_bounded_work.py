@@ -123,14 +123,14 @@ def test_one_owner_has_half_of_the_threads_and_cancelled_work_is_not_begun() -> 
 def test_requests_that_wait_for_the_engine_are_not_read_once_their_clients_left(server: Running, monkeypatch) -> None:
     go, begun = threading.Event(), []
     engine = server.server.state.engine._engine
-    add = engine.add_request
+    add = engine.take_request
 
     def slow(request, request_id):
         begun.append(request_id)
         go.wait(TIMEOUT_S)
         return add(request, request_id)
 
-    monkeypatch.setattr(engine, "add_request", slow)
+    monkeypatch.setattr(engine, "take_request", slow)
 
     def leave() -> None:
         with contextlib.suppress(httpx.TimeoutException):

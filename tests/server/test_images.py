@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from PIL import Image
 
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.server.auth.keys import KeyFile
 from tests.engine.test_images import encoded, make, picture_model, processed
-from tests.server.tiny_server import Running, running, settings
+from tests.server.tiny_server import Running, running, settings, wait_until_idle
 
 NAME = "llava"
 
@@ -73,6 +76,34 @@ def test_the_openai_client_sends_images(server: Running) -> None:
     answer = server.client().chat.completions.create(model="a", messages=messages, max_tokens=2)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len("<|im_start|>") - 11 + len("what?") + 4 + len("|")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_pays_for_the_tokens_of_images_and_is_told_of_them(
+    model: MultiLoraModel, tmp_path: Path, stream: bool
+) -> None:
+    """The prompt that a client sends has one token for each image."""
+    file = KeyFile(tmp_path / "keys.json")
+    key, record = file.create(tokens_per_minute=200)
+    content = [text_part("what?"), *[image_part(encoded(9, 9))] * 16]
+    num_prompt = len("<|im_start|>") - 11 + len("what?") + 4 * 16 + len("|")
+    body = {"model": "a", "messages": [{"role": "user", "content": content}], "max_tokens": 6, "ignore_eos": True}
+    body |= {"return_token_ids": True, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    with running(model, settings(keys=file)) as server, server.http(key) as http:
+        began = time.monotonic()
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        wait_until_idle(server)
+        paid = 200 - server.server.state.usages.of(record)._tokens._level
+        refilled = (time.monotonic() - began) * 200 / 60  # at most
+    assert num_prompt + 6 - 1 - refilled < paid <= num_prompt + 6
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line) for line in lines] if stream else [answer.json()]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {num_prompt}
+    (ids,) = [chunk["prompt_token_ids"] for chunk in chunks if "prompt_token_ids" in chunk]
+    assert len(ids) == num_prompt
 
 
 def test_an_image_token_that_a_message_spells_is_text(server: Running, model: MultiLoraModel, folder: Path) -> None:

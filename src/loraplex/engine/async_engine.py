@@ -99,10 +99,10 @@ class AsyncEngine:
         request_id = f"stream-{next(self._numbers)}"
         self._collectors[request_id] = collector
         adding = self._input_threads.submit(
-            self._engine.add_request, request, request_id
+            self._engine.take_request, request, request_id
         )  # reading a prompt takes a while
         try:
-            await asyncio.shield(asyncio.wrap_future(adding))
+            collector.prompts[request_id] = await asyncio.shield(asyncio.wrap_future(adding))
         except asyncio.CancelledError:
             self._collectors.pop(request_id, None)
             if not adding.cancel():  # it has begun
@@ -122,7 +122,7 @@ class AsyncEngine:
             self._engine.cancel(request_id)
             self._wake.set()
 
-    def _forget(self, request_id: str, added: "Future[str]") -> None:
+    def _forget(self, request_id: str, added: "Future[tuple[int, ...]]") -> None:
         """Cancel a request whose reader left while it was being taken."""
         if not added.cancelled() and added.exception() is None:
             self._engine.cancel(request_id)

@@ -117,9 +117,15 @@ class Engine:
 
     def add_request(self, request: Request, request_id: str | None = None) -> str:
         """Take a request; returns its id. Raises what `generate` raises; then nothing has changed."""
-        state = self._input_processor.prepare(request, self._new_id() if request_id is None else request_id)
+        request_id = self._new_id() if request_id is None else request_id
+        self.take_request(request, request_id)
+        return request_id
+
+    def take_request(self, request: Request, request_id: str) -> tuple[int, ...]:
+        """As `add_request`; returns the tokens of its prompt, with those that its images are."""
+        state = self._input_processor.prepare(request, request_id)
         self._tracker.enqueue([state])
-        return state.request_id
+        return state.prompt
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; unknown and finished ones are ignored."""

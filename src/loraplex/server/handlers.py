@@ -107,8 +107,7 @@ async def _chunks(
         whole |= {"choices": [choice]} | common
         if options.include_usage and options.continuous_usage_stats:
             told[news.place, news.index] += len(news.token_ids)
-            num_prompt = len(call.requests[news.place].prompt)
-            whole["usage"] = chunk_usage(num_prompt, told[news.place, news.index])
+            whole["usage"] = chunk_usage(len(news.prompt), told[news.place, news.index])
         if options.include_obfuscation:
             whole["obfuscation"] = obfuscation(news.text)
         return [sse(whole)] if news.completion is None else sse_pieces(whole)
@@ -138,7 +137,7 @@ class Run:
         self._feed = feed
         self._started = time.perf_counter()
         self._adapters = adapter_names(requests[0].adapters)
-        self._num_prompt = [len(request.prompt) for request in requests]
+        self.prompts: list[Sequence[int]] = []  # as they run, in the requests' order
         self._chosen: dict[str, AutoChoice] = {}  # by request, of `auto`
         self.places: dict[str, int] = {}  # of the requests, by their ids in the engine
         self.num_requests = len(requests)
@@ -205,7 +204,7 @@ class Run:
         names = {chosen.name or self._state.catalog.base_name for chosen in self._chosen.values()}
         scores = [None if c.score is None else round(c.score, 3) for c in self._chosen.values()]
         self._context.log |= {"model": ",".join(sorted(names)), "auto_scores": scores}
-        return 0 if choice.name is None else self._num_prompt[self.places[event.request_id]]
+        return 0 if choice.name is None else len(self.prompts[self.places[event.request_id]])
 
     def check(self, ended: Completion | Delta) -> None:
         """Raise what a client must be told of an answer that didn't end as it should."""
@@ -229,7 +228,7 @@ class Run:
                     self.check(event)
                 except ApiError as error:
                     return list(found.values()), error
-                news = found.setdefault((place, event.index), News(place, event.index))
+                news = found.setdefault((place, event.index), News(place, event.index, self.prompts[place]))
                 news.add(event)
                 if holds_end:
                     news.finish_reason = None
@@ -238,6 +237,7 @@ class Run:
                     News(
                         place,
                         completion.index,
+                        self.prompts[place],
                         finish_reason=completion.finish_reason,
                         completion=completion,
                         auto=event.auto,
@@ -301,7 +301,8 @@ async def _submitted(
         for place, request in enumerate(requests):
             request_id = await _submit(state, context, request, feed)
             run.places[request_id] = place
-            context.spend_tokens(len(request.prompt))
+            run.prompts.append(feed.prompts[request_id])
+            context.spend_tokens(len(run.prompts[place]))
         yield
     finally:
         for request_id in run.places:

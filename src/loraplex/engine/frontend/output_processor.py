@@ -182,6 +182,7 @@ class OutputCollector:
     def __init__(self, loop: asyncio.AbstractEventLoop, *, wants_deltas: bool = True) -> None:
         self.loop = loop
         self.wants_deltas = wants_deltas
+        self.prompts: dict[str, tuple[int, ...]] = {}  # of the requests, by id: as they run, with images' tokens
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._arrived = asyncio.Event()

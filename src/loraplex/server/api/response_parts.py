@@ -26,6 +26,7 @@ class News:
 
     place: int  # of the request among those of the HTTP request
     index: int  # of the answer among the request's
+    prompt: Sequence[int] = ()  # the request's, with its images' tokens
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -130,7 +130,7 @@ class ChatCall:
         if not self.body.return_token_ids or self._has_told_prompt:
             return {}
         self._has_told_prompt = True
-        return {"prompt_token_ids": list(self.requests[0].prompt)}
+        return {"prompt_token_ids": list(news.prompt)}
 
     def chunk_choice(self, news: News) -> dict[str, Any]:
         delta, finish_reason = self._answers.delta(news.index, news.text, news.finish_reason)

@@ -164,7 +164,7 @@ class CompletionCall:
             self._begun.add(key)
             text = self._prompt_text(news.place) + text if self._echo else text
             if self.body.return_token_ids:
-                ids["prompt_token_ids"] = list(self.requests[news.place].prompt)
+                ids["prompt_token_ids"] = list(news.prompt)
         logprobs = None
         if self.body.logprobs is not None and news.logprobs:
             logprobs = self._logprobs(news.logprobs, self._offsets.get(key, 0))

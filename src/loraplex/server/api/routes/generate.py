@@ -280,8 +280,8 @@ class GenerateCall:
             "finish_reason": self._reason(news.finish_reason, news.token_ids, text),
             "generated_tokens": number,
             "skipped_tokens": 0,
-            "prompt_tokens": len(self.requests[0].prompt),
-            "input_length": len(self.requests[0].prompt),
+            "prompt_tokens": len(news.prompt),
+            "input_length": len(news.prompt),
             "seed": self._seed,
         }
         return {"generated_text": self._text(text), "details": details}
