@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ NUM_JOBS = 4
 TARGETS = ("q_proj", "v_proj")
 
 
-def write_bases(folder: Path, layers: int) -> None:
+def write_bases(folder: Path, layers: int, kinds: Sequence[str] = ("bfloat16", "nf4")) -> None:
     """The same random model in bfloat16 and in 4 bits, all layers alike, and a tokenizer of some words."""
     one = folder / "one"
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).to(torch.bfloat16).save_pretrained(one)
     write_layers(one, folder / "bfloat16", layers)
+    if "nf4" not in kinds:
+        return
     quantized = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
     )
