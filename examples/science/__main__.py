@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.science.settings import Settings, SettingsError, read_settings
+from examples.science.settings import DOMAINS, Settings, SettingsError, read_settings
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,7 +73,7 @@ def _ship(settings: Settings, options: argparse.Namespace) -> None:
 def _speed(settings: Settings, options: argparse.Namespace) -> None:
     from examples.science.speed import measure
 
-    measure(settings, options.steps)
+    measure(settings, options.steps, options.domains or list(settings.experts))
 
 
 def _plan(settings: Settings, options: argparse.Namespace) -> None:
@@ -90,7 +90,7 @@ def _plan(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _run(settings: Settings, options: argparse.Namespace) -> None:
-    from examples.science.runner import run
+    from examples.science.runner import StepFailedError, run
     from examples.science.steps import steps_of, write_jobs
 
     write_jobs(settings)
@@ -100,7 +100,10 @@ def _run(settings: Settings, options: argparse.Namespace) -> None:
     if unknown:
         raise SystemExit(f"there is no step {unknown[0]!r}. The steps: {[step.name for step in steps]}.")
     by_name = {step.name: step for step in steps}
-    run(settings.output, [by_name[name] for name in (options.only or by_name)])
+    try:
+        run(settings.output, [by_name[name] for name in (options.only or by_name)])
+    except StepFailedError as error:
+        raise SystemExit(str(error)) from error
 
 
 COMMANDS: dict[str, tuple[Callable[[Settings, argparse.Namespace], None], str]] = {
@@ -131,6 +134,7 @@ def main() -> None:
             command.add_argument("--only", nargs="+", help="names of steps")
         if name == "speed":
             command.add_argument("--steps", type=int, default=4)
+            command.add_argument("--domains", nargs="+", choices=DOMAINS)
         if name == "ship":
             command.add_argument("--to", type=Path, required=True)
             command.add_argument("--joint", action="store_true", help="the experts as joint training left them")

@@ -6,6 +6,7 @@ each place.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -33,14 +34,15 @@ class NGrams:
 
 
 def field_features(domain: str, texts: Sequence[str]) -> sparse.csr_matrix:  # [texts, features]
-    """The features that the domain's own literature uses; texts that occur twice are computed once."""
+    """The features that the domain's own literature uses."""
+    places = domain == "protein" and len({len(text) for text in texts}) == 1
+    return sparse.vstack([_row(domain, text, places) for text in texts], format="csr", dtype=np.float32)
+
+
+@cache  # a domain's tasks ask about the same subjects
+def _row(domain: str, text: str, places: bool) -> sparse.csr_matrix:  # [1, features]
     compute = {"materials": _of_formula, "protein": _of_residues, "peptides": _of_residues}.get(domain, _of_molecule)
-    fixed = domain == "protein" and len({len(text) for text in texts}) == 1
-    known = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    rows = [
-        sparse.csr_matrix(np.concatenate([compute(text), _places(text)]) if fixed else compute(text)) for text in known
-    ]
-    return sparse.vstack(rows, format="csr", dtype=np.float32)[[known[text] for text in texts]]
+    return sparse.csr_matrix(np.concatenate([compute(text), _places(text)]) if places else compute(text))
 
 
 def _of_molecule(smiles: str) -> np.ndarray:

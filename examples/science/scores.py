@@ -53,7 +53,7 @@ def label_scores(guesses: Sequence[str], truths: Sequence[str]) -> Score:
 
 def _r2(guess: np.ndarray, truth: np.ndarray) -> float:
     spread = float(((truth - truth.mean()) ** 2).sum())
-    return 1 - float(((guess - truth) ** 2).sum()) / spread if spread else 0.0
+    return 1 - float(((guess - truth) ** 2).sum()) / spread if spread > 1e-12 else 0.0
 
 
 def _bootstrapped(guess: np.ndarray, truth: np.ndarray) -> float:

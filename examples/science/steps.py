@@ -188,7 +188,7 @@ def _mixture_step(
         "--name": "science",
         "--output": str(output),
         "--learning-rate": str(learning_rate),
-        "--warmup-steps": str(min(10, num_steps)),
+        "--warmup-steps": str(min(10, num_steps // 2)),
         "--steps": str(num_steps),
         "--batch-size": str(mixture.batch_size),
         "--eval-every": str(mixture.eval_every),
