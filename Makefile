@@ -15,13 +15,15 @@ SETUP := $(VENV)/.setup-done
 EXTRAS_SETUP := $(VENV)/.setup-extras-done
 # Packages that slow down every start where they are installed: a folder of their own, on the path of their tests only.
 QUANTIZED := $(VENV)/quantized
+# What the science examples' data and baselines need, beside it for the same reason.
+SCIENCE := $(VENV)/science
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 CLIENTS_SETUP := $(CLIENTS_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-quantized setup-all demo docs dist check kernels test test-extras test-quantized test-sanitize test-full setup-clients test-clients setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-quantized setup-science setup-all demo docs dist check kernels test test-extras test-quantized test-science science test-sanitize test-full setup-clients test-clients setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +56,16 @@ $(QUANTIZED)/.setup-done: $(SETUP)
 
 setup-quantized: $(QUANTIZED)/.setup-done ## Add torchao and HQQ beside it, for the tests of base models that they quantize
 
+$(SCIENCE)/.setup-done: examples/science/requirements.txt $(SETUP)
+	rm -rf $(SCIENCE)
+	$(PIP) install --no-deps --target $(SCIENCE) -r $<
+	@touch $@
+
+setup-science: $(SCIENCE)/.setup-done ## Add RDKit, LightGBM and scikit-learn beside it, for the science examples
+
+science: setup-science ## What is left of the science examples' steps (docs/science.md): hours, and it goes on where it was
+	PYTHONPATH=$(SCIENCE) $(BIN)/python -m examples.science run
+
 # None of them brings torch. Those in JavaScript come where there is npm.
 $(CLIENTS_SETUP): tests/clients/requirements.txt tests/clients/node/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS_VENV)
@@ -66,7 +78,7 @@ setup-clients: $(CLIENTS_SETUP) ## Make the environment of the clients of other 
 test-clients: setup $(CLIENTS_SETUP) ## Those clients against the server, with SmolLM2
 	LORAPLEX_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest --confcutdir=tests/clients -m "" tests/clients
 
-setup-all: setup-extras setup-quantized setup-clients setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run
+setup-all: setup-extras setup-quantized setup-science setup-clients setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run
 
 demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
 	@$(BIN)/loraplex demo --no-hints
@@ -96,6 +108,9 @@ test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
 
 test-quantized: setup-quantized ## The tests of quantized base models, with all packages
 	PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/quantized
+
+test-science: setup-science ## The tests of the science examples, all of their steps once with almost nothing
+	PYTHONPATH=$(SCIENCE) $(PYTEST) -m "" tests/science
 
 # The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
 SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \

@@ -1,0 +1,92 @@
+"""Run steps one after the other; what is done stays done, also after kill -9."""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples.science.steps import Step
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class StepFailedError(RuntimeError):
+    """A step's process ended with another status than 0."""
+
+
+def marker(output: Path, step: Step) -> Path:
+    return output / "done" / f"{step.name}.json"
+
+
+def fingerprint(step: Step) -> str:
+    return hashlib.sha256(json.dumps(step.arguments).encode()).hexdigest()[:16]
+
+
+def is_done(output: Path, step: Step) -> bool:
+    """Whether this step, with these arguments, has ended well."""
+    path = marker(output, step)
+    return path.exists() and json.loads(path.read_text())["arguments"] == fingerprint(step)
+
+
+def share_done(output: Path, step: Step) -> float:
+    """0 to 1; of a training that was stopped, by its log."""
+    if is_done(output, step):
+        return 1.0
+    if step.log is None or not step.log.exists():
+        return 0.0
+    lines = step.log.read_text("utf-8").splitlines()
+    numbers = [json.loads(line).get("step", 0) for line in lines if line.endswith("}")]
+    return min(1.0, max(numbers, default=0) / max(1, step.num_steps))
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Raise StepFailedError if another process runs steps there; its lock ends with it, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StepFailedError(
+                f"another process is at work in {output}. Wait for it, or give another output."
+            ) from None
+        yield
+
+
+def run(output: Path, steps: Sequence[Step]) -> None:
+    """Run the steps that aren't done. Raises StepFailedError at the first that fails; the next run begins with it."""
+    with alone(output):
+        for step in steps:
+            if is_done(output, step):
+                continue
+            print(f"== {step.name}, some {step.seconds / 60:.0f} min", flush=True)
+            began = time.monotonic()
+            status = subprocess.run([sys.executable, "-m", *step.arguments], env=_environment(), check=False).returncode
+            if status != 0:
+                raise StepFailedError(
+                    f"{step.name} ended with status {status}. What it said is above; run the same command to go on. "
+                    f"It ran: python -m {' '.join(step.arguments)}"
+                )
+            _mark(output, step, time.monotonic() - began)
+
+
+def _environment() -> dict[str, str]:
+    """The step finds this clone's examples from any folder."""
+    known = os.environ.get("PYTHONPATH", "")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), known)))}
+
+
+def _mark(output: Path, step: Step, seconds: float) -> None:
+    path = marker(output, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"arguments": fingerprint(step), "seconds": round(seconds, 1)}) + "\n")
+    with part.open() as file:
+        os.fsync(file.fileno())
+    part.replace(path)

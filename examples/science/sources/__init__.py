@@ -1,0 +1,1 @@
+"""Where the six domains' subjects come from: one module a domain."""
