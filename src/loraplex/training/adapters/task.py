@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.rows import ChainLink
+from loraplex.training.adapters.dora import TrainableDora
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
@@ -60,14 +61,19 @@ class AdapterTask:
         scales = torch.zeros(len(self.states))
         for index in active:
             scales[index] = 1 / sum(len(example.answer) for example in examples[index])
+        _refresh(self.states)
         sums = torch.zeros(len(self.states), device=self._base.device)
         for micro_batch in self._micro_batches(examples):
             rows, bank = self._rows(micro_batch, with_dropout=True)
             sums += self._losses.accumulate_gradients(rows, bank, scales.to(self._base.device))
+        for state in self.states:
+            if isinstance(state.parameters, TrainableDora):
+                state.parameters.pass_gradients_on()
         losses = (self._ranks.add_up(sums).cpu() * scales).tolist()
         return [Loss(losses[index], sum(len(example.ids) for example in examples[index]), {}) for index in active]
 
     def evaluate(self, due: Sequence[int]) -> list[Loss]:
+        _refresh(self.states)
         held_out = {index: self.states[index].data.held_out for index in due}
         numbered = [(index, 0, example) for index in due for example in held_out[index]]
         rows, bank = self._rows(self._ranks.share(numbered), with_dropout=False)
@@ -114,6 +120,13 @@ class AdapterTask:
             gate = state.gate_before_user(number) if with_dropout else state.evaluated_gate_before_user
             rows.append(TrainingRow(index, slot, example, bool(dropout), frozen[index], gate))
         return rows, TrainingWeightProvider(slots)
+
+
+def _refresh(states: Sequence[JobState]) -> None:
+    """Bring up to date what the kernels see of parameters that they don't read themselves."""
+    for state in states:
+        if isinstance(state.parameters, TrainableDora):
+            state.parameters.refresh()
 
 
 def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows | None:

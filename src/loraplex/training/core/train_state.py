@@ -26,8 +26,15 @@ _PREFIX = "optimizer."  # of its tensors in a checkpoint
 class Optimizer:
     """AdamW with a schedule on one flat parameter, whose gradient is zeroed after each step and never freed."""
 
-    def __init__(self, flat: nn.Parameter, config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(
+        self,
+        flat: nn.Parameter,
+        config: OptimizerConfig,
+        num_steps: int,
+        rate_ratios: Tensor | None = None,  # [parameters]  of learning rates; None: 1
+    ) -> None:
         self.flat = flat
+        self._rate_ratios = rate_ratios
         self.config = config
         self.adamw = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self._scheduler = get_scheduler(
@@ -50,7 +57,10 @@ class Optimizer:
 
     def step(self) -> None:
         """Take the step that the gradient asks for, and start the next one's from 0."""
+        before = None if self._rate_ratios is None else self.flat.detach().clone()
         self.adamw.step()
+        if before is not None:  # an update of AdamW, weight decay included, is its learning rate times something
+            self.flat.data.copy_(torch.lerp(before, self.flat.detach(), self._rate_ratios))
         self._scheduler.step()
         self.gradient.zero_()
 
