@@ -10,6 +10,7 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
+from loraplex.training.adapters.objectives import LossName
 from loraplex.training.adapters.starts import FirstWeights
 from loraplex.training.core.checks import check_number, check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
@@ -30,6 +31,9 @@ class AdapterJob:
     steps: StepsConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loss: LossName = "cross_entropy"  # or "reward": each record's times its "reward"; "dpo": of chosen and rejected
+    dpo_beta: float = 0.1  # how strongly DPO keeps to the first weights
+    turns: Literal["all", "last"] = "all"  # which assistant turns of a conversation count for the loss
     seed: int = 0  # of the first weights, the order of the data, the held-out split and the dropout
     # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
     # number from 0 to 1, or "dropout": 0 or 1, at random for each record, and 1 in evaluations.
@@ -64,6 +68,7 @@ class AdapterJob:
             _check_trainable(self.name, self.lora)
         self._check_gates_before_user()
         self._check_start()
+        self._check_loss()
 
     def _check_gates_before_user(self) -> None:
         gates = self.gates_before_user
@@ -74,6 +79,17 @@ class AdapterJob:
         if gates != 1 and (self.lora is None or self.invocation is not None):
             what = "a residual, which has no gates" if self.lora is None else "an aLoRA, off until its invocation"
             raise ConfigError(f"{self.label}: gates_before_user is {gates!r}, but it trains {what}. Leave it at 1.")
+
+    def _check_loss(self) -> None:
+        check_number(self.label, "dpo_beta", self.dpo_beta, above=0)
+        for option, possible in (("loss", get_args(LossName)), ("turns", ("all", "last"))):
+            value = getattr(self, option)
+            if value not in possible:
+                raise ConfigError(f"{self.label}: {option} is {quoted(value)}; choose one of {list(possible)}.")
+        if self.loss == "dpo" and self.evaluation.best_by != "loss":
+            raise ConfigError(
+                f"{self.label}: best_by is {self.evaluation.best_by!r}, which pairs don't have. Set best_by='loss'."
+            )
 
     def _check_start(self) -> None:
         check_number(self.label, "lora_plus_ratio", self.lora_plus_ratio, above=0)

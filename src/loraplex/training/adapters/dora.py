@@ -23,6 +23,7 @@ from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.modules import weight_matrix
 from loraplex.residual.modules import LinkedResidual
+from loraplex.training.adapters.job_state import JobState
 from loraplex.training.core.parameters import FlatTensors
 
 
@@ -61,7 +62,8 @@ class _DoraModule:
         grad_b, grad_c = self.scaled_b.grad, self.excess.grad
         if grad_b is None or grad_c is None:  # no row of this process went through it
             return
-        assert self.lora_b.grad is not None and self.magnitude.grad is not None, "flat gradients are never freed"
+        assert self.lora_b.grad is not None, "flat gradients are never freed"
+        assert self.magnitude.grad is not None, "flat gradients are never freed"
         norms = self.norms()
         self.lora_b.grad.add_(grad_b * (self.magnitude / norms))
         self.magnitude.grad.add_(((self.lora_b * grad_b).sum(0) + grad_c) / norms)
@@ -140,3 +142,17 @@ def _first_magnitude(layer: LoraWeights, module: nn.Module) -> Tensor:  # [out]
     update = layer.scaling * layer.lora_b.float().t() @ layer.lora_a.float()
     weight = weight_matrix(module).detach().float()
     return torch.linalg.norm(weight + update.to(weight.device), dim=1)
+
+
+def refresh_derived(states: Sequence[JobState]) -> None:
+    """Bring up to date what the kernels see of parameters that they don't read themselves."""
+    for state in states:
+        if isinstance(state.parameters, TrainableDora):
+            state.parameters.refresh()
+
+
+def pass_gradients_on(states: Sequence[JobState]) -> None:
+    """From what the kernels saw to the parameters."""
+    for state in states:
+        if isinstance(state.parameters, TrainableDora):
+            state.parameters.pass_gradients_on()

@@ -21,7 +21,7 @@ from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import JobData
 from loraplex.training.adapters.links import FrozenLink
 from loraplex.training.adapters.parameters import Trainable
-from loraplex.training.core.config import flat_options
+from loraplex.training.core.config import NEWER_EVALUATION, flat_options
 from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.core.train_state import Optimizer, TrainState
@@ -34,7 +34,10 @@ _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "
 
 
 # Options that checkpoints from before there were the options don't have, with the values that change nothing.
-_NEWER = {"gates_before_user": 1, "first_weights": "lora", "lora_plus_ratio": 1}
+_NEWER = {
+    **{"gates_before_user": 1, "first_weights": "lora", "lora_plus_ratio": 1},
+    **{"loss": "cross_entropy", "dpo_beta": 0.1, "turns": "all"},
+}
 
 
 class JobState(TrainState):
@@ -79,7 +82,7 @@ class JobState(TrainState):
 
     @property
     def num_truncated(self) -> int:
-        return sum(example.num_truncated > 0 for example in self.data.train)
+        return sum(any(one.num_truncated for one in example.both) for example in self.data.train)
 
     def check_replaceable(self, folder: Path) -> None:
         check_destination(folder, "an adapter", REPLACEABLE, overwrite=True)
@@ -91,7 +94,7 @@ class JobState(TrainState):
         """Everything that decides what the job learns, in JSON's types. Call it before the first step."""
         job = self.job
         options = {name: value for name, value in flat_options(job).items() if name not in _NOT_COMPARED}
-        for name, default in _NEWER.items():
+        for name, default in {**_NEWER, **NEWER_EVALUATION}.items():
             if options[name] == default:
                 del options[name]
         kind = {"residual": asdict(job.residual)} if job.residual is not None else {}

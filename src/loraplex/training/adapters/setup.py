@@ -21,8 +21,8 @@ from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
-from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.dora import TrainableDora
+from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.links import FrozenLink, frozen_link, with_subtracted
 from loraplex.training.adapters.parameters import (
     Trainable,

@@ -104,6 +104,7 @@ def _result(state: TrainState, output: Path) -> TrainResult:
         train_losses=tuple(progress.train_losses),
         eval_steps=tuple(progress.eval_steps),
         eval_losses=tuple(progress.eval_losses),
+        eval_exact=tuple(progress.eval_exact),
         best_step=progress.best_step,
         num_tokens=progress.num_tokens,
         num_truncated=state.num_truncated,

@@ -25,6 +25,7 @@ class Loss(NamedTuple):
     value: float  # the mean over all answer tokens, of all processes
     num_tokens: int  # of the records, without padding
     details: dict[str, Any]  # more for the log
+    exact_match: float | None = None  # of an evaluation: the share of records answered exactly
 
 
 class TrainingTask(Protocol):
@@ -156,7 +157,7 @@ class Trainer:
         for index, loss in zip(due, self._task.evaluate(due) if due else [], strict=True):
             state = self._states[index]
             try:
-                state.record_evaluation(loss.value)
+                state.record_evaluation(loss.value, loss.exact_match)
             except TrainingError as error:
                 self._stop(index, error)
                 continue
