@@ -15,6 +15,7 @@ from loraplex.training.core.checks import (
     check_number,
     check_whole,
 )
+from loraplex.training.core.trackers import check_trackers
 
 Schedule = Literal["constant", "linear", "cosine"]
 BestBy = Literal["loss", "exact_match"]
@@ -126,6 +127,7 @@ class TrainConfig:
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"
     share_prefixes: bool = True  # compute once what all records of an adapter's micro-batch start with
+    trackers: tuple[str, ...] = ()  # "tensorboard", "wandb", "mlflow": where the logs' numbers go besides
     # Layers keep only what they are given, and run again in the backward pass: less memory, a third more time. Of
     # adapters alone, and no prefixes are shared then.
     gradient_checkpointing: bool = False
@@ -135,6 +137,7 @@ class TrainConfig:
         check_flags(
             self, ("resume", "progress", "plots", "prompt_centroids", "share_prefixes", "gradient_checkpointing")
         )
+        check_trackers(self.trackers)
         output = Path(self.output)
         with writing(output):  # a name that is too long, for example
             is_file = output.exists() and not output.is_dir()
