@@ -43,11 +43,11 @@ $(SETUP): requirements.txt pyproject.toml
 
 # By the versions of requirements.txt, so that nothing here brings another torch.
 $(EXTRAS_SETUP): $(SETUP)
-	$(PIP) install --no-build-isolation -c requirements.txt -e ".[ray,eval]"
-	$(BIN)/python -c 'import lm_eval, ray.serve'
+	$(PIP) install --no-build-isolation -c requirements.txt -e ".[ray,eval,tensorboard,wandb,mlflow]"
+	$(BIN)/python -c 'import lm_eval, mlflow, ray.serve, tensorboard, wandb'
 	@touch $@
 
-setup-extras: $(EXTRAS_SETUP) ## Add Ray and lm-eval to it, which a part of the tests needs
+setup-extras: $(EXTRAS_SETUP) ## Add Ray, lm-eval and trackers to it, which a part of the tests needs
 
 $(QUANTIZED)/.setup-done: $(SETUP)
 	rm -rf $(QUANTIZED)
@@ -103,8 +103,8 @@ kernels: setup
 test: check kernels ## check, and the tests that are neither slow nor need a GPU; the same random examples each time
 	$(PYTEST) -n $(JOBS) --dist loadfile
 
-test-extras: setup-extras ## The slow tests of Ray, of lm-eval and of the page
-	$(PYTEST) -m slow tests/server/test_ray_replicas.py tests/server/test_lm_eval.py tests/server/page
+test-extras: setup-extras ## The slow tests of Ray, of lm-eval, of trackers and of the page
+	$(PYTEST) -m slow tests/server/test_ray_replicas.py tests/server/test_lm_eval.py tests/training/test_real_trackers.py tests/server/page
 
 test-quantized: setup-quantized ## The tests of quantized base models, with all packages
 	PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/quantized

@@ -56,12 +56,15 @@ PARTS = {
     "hqq": _package("hqq", "make test-quantized"),
     "llguidance": _package("llguidance", "make setup"),
     "lm_eval": _package("lm_eval", "make setup-extras"),
+    "mlflow": _package("mlflow", "make setup-extras"),
     "mkdocs": _package("mkdocs", "make setup"),
     "openssl": Part(lambda: shutil.which("openssl") is not None, "apt-get install openssl"),
     "ray": _package("ray", "make setup-extras"),
     "smollm2": Part(_has_smollm2, "make setup"),
+    "tensorboard": _package("tensorboard", "make setup-extras"),
     "torchao": _package("torchao", "make test-quantized"),
     "triton": _package("triton", "make setup"),
+    "wandb": _package("wandb", "make setup-extras"),
 }
 _is_here = cache(lambda part: PARTS[part].is_here())
 

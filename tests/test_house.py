@@ -9,7 +9,17 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NOT_INSTALLED = ("ray", "eval", "torchao", "hqq", "vllm", "all")  # by `make setup`: `make setup-all` has them
+NOT_INSTALLED = (
+    "ray",
+    "eval",
+    "torchao",
+    "hqq",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "vllm",
+    "all",
+)  # by `make setup`: `make setup-all` has them
 EXTRAS = [needs for extra, needs in PROJECT["optional-dependencies"].items() if extra not in NOT_INSTALLED]
 DEPENDENCIES = {line for line in (*PROJECT["dependencies"], *chain(*EXTRAS)) if not line.startswith("loraplex[")}
 

@@ -19,6 +19,9 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "ray": ("ray",),
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "vllm": ("vllm",),
     "bench": ("httpx",),
 }

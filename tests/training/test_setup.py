@@ -8,7 +8,7 @@ import torch
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.reader import read_adapter
-from loraplex.errors import AdapterExistsError, BaseModelError, ConfigError, DatasetError, UnsupportedAdapterError
+from loraplex.errors import AdapterExistsError, BaseModelError, ConfigError, DatasetError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
@@ -97,7 +97,7 @@ def test_refuses_to_start_from_an_adapter_that_differs_from_the_job(tmp_path: Pa
         with pytest.raises(ConfigError, match=message):
             refuse(replace(job, lora=lora), tmp_path)
     dora = random_peft_adapter(BASE, tmp_path / "dora", targets=("q_proj", "v_proj"), options={"use_dora": True})
-    with pytest.raises(UnsupportedAdapterError, match="init_from is a DoRA adapter"):
+    with pytest.raises(ConfigError, match="use_dora is False, but init_from has use_dora=True"):
         refuse(replace(job, init_from=dora), tmp_path)
 
 

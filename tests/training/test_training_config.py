@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loraplex.adapters.config import LoraConfig
-from loraplex.errors import ConfigError, NameFormatError, UnsupportedAdapterError
+from loraplex.errors import ConfigError, NameFormatError
 from loraplex.training import AdapterJob, EvaluationConfig, TrainConfig
 from loraplex.training.adapters.config import check_jobs
 from loraplex.training.core.config import compose, flat_options
@@ -65,11 +65,6 @@ def test_flat_options_go_to_the_parts_that_have_them() -> None:
 def test_refuses_a_name_that_no_adapter_may_have() -> None:
     with pytest.raises(NameFormatError, match="'a:b'"):
         job(name="a:b")
-
-
-def test_refuses_dora_and_says_why() -> None:
-    with pytest.raises(UnsupportedAdapterError, match=r"use_dora is True.*norm of the full merged weight"):
-        job(lora=LoraConfig(target_modules=("q_proj",), use_dora=True))
 
 
 def test_refuses_jobs_that_would_write_to_the_same_place() -> None:

@@ -28,6 +28,12 @@ def _gates(text: str) -> float | str:
     return text if text == "dropout" else float(text)
 
 
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"{text[:100]!r} is neither true nor false")
+    return text == "true"
+
+
 def _members(text: str) -> list[tuple[str, float]]:
     """ "a+b:0.5" is the link of the folders a, with weight 1, and b."""
     pairs = [part.rpartition(":") if ":" in part else (part, "", "1") for part in text.split("+")]
@@ -62,8 +68,20 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "init_from": str,
     "after": _members,
     "gates_before_user": _gates,
+    "dora": _flag,
+    "rslora": _flag,
+    "first_weights": str,
+    "lora_plus_ratio": float,
+    "loss": str,
+    "dpo_beta": float,
+    "turns": str,
+    "keep_best": _flag,
+    "best_by": str,
 }
-_KINDS = {
+LISTS = ("layers", "targets", "after")  # settings that files may give as lists
+_KINDS: Mapping[Callable[[str], Any], str] = {
+    str: "a text",
+    _flag: "true or false",
     int: "a whole number",
     read_numbers: "layer numbers such as 0,8-10",
     _members: "folders such as a+b:0.5",
@@ -71,8 +89,20 @@ _KINDS = {
 }
 DEFAULTS: Settings = {"kind": "lora", "rank": 16}
 _TARGETS = "q_proj,k_proj,v_proj,o_proj"
-_ADAPTER = ("kind", "rank", "alpha", "targets", "dropout", "layers")  # settings of the adapter, not of the job
-_ONLY: Mapping[str, tuple[str, ...]] = {"lora": ("targets", "dropout"), "residual": ("layers",)}
+_ADAPTER = (
+    "kind",
+    "rank",
+    "alpha",
+    "targets",
+    "dropout",
+    "layers",
+    "dora",
+    "rslora",
+)  # settings of the adapter, not of the job
+_ONLY: Mapping[str, tuple[str, ...]] = {
+    "lora": ("targets", "dropout", "dora", "rslora"),
+    "residual": ("layers",),
+}
 
 
 def read_job_file(path: Path) -> dict[str, Settings]:
@@ -145,6 +175,8 @@ def _adapter(name: str, settings: Settings, base_model: str) -> Settings:
         lora_alpha=alpha,
         target_modules=_targets(targets) if isinstance(targets, str) else _as_tuple(targets),
         lora_dropout=settings.get("dropout", 0.0),
+        use_dora=settings.get("dora", False),
+        use_rslora=settings.get("rslora", False),
         base_model_name_or_path=base_model,
     )
     return {"lora": lora}
@@ -171,8 +203,13 @@ def _read(option: str, setting: str, text: str) -> Any:
     try:
         return READERS[setting](text)
     except ValueError:
-        kind = _KINDS.get(READERS[setting], "a number")
+        kind = kind_of(setting)
         raise ConfigError(f"{option} is {text!r}; it must be {kind}, or NAME={kind}.") from None
+
+
+def kind_of(setting: str) -> str:
+    """What a setting must be."""
+    return _KINDS.get(READERS[setting], "a number")
 
 
 def _known(settings: Settings, where: str) -> Settings:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from loraplex.cli.errors import run
-from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
+from loraplex.cli.job_options import READERS, Settings, make_job, merge_options, read_job_file
 from loraplex.cli.options import Model, Weights, results_table
 from loraplex.cli.train_mixture import mixture
+from loraplex.cli.yaml_jobs import read_yaml_jobs
 from loraplex.errors import TrainingError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, TrainResult, train_adapters
@@ -42,7 +43,7 @@ def adapters(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for adapters, logs, plots and the checkpoint.")],
     data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a table for each job.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML or YAML file with a table for each job.")] = None,
     eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = None,
     kind: Annotated[Setting, _setting("lora (default) or residual: a linked residual.")] = None,
     layers: Annotated[Setting, _setting("Of residuals: attention layers such as 0,8-10; default all.")] = None,
@@ -50,6 +51,13 @@ def adapters(
     alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = None,
     targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = None,
     dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = None,
+    dora: Annotated[Setting, _setting("true: DoRA, a magnitude for each output besides.")] = None,
+    rslora: Annotated[Setting, _setting("true: rsLoRA, the LoRA scaling alpha/sqrt(rank).")] = None,
+    first_weights: Annotated[Setting, _setting("lora (default), pissa or olora: of the base model's own.")] = None,
+    lora_plus_ratio: Annotated[Setting, _setting("LoRA+: learning rate of B over that of A; default 1.")] = None,
+    loss: Annotated[Setting, _setting("cross_entropy (default), reward, or dpo: of chosen and rejected.")] = None,
+    dpo_beta: Annotated[Setting, _setting("How strongly DPO keeps to the first weights; default 0.1.")] = None,
+    turns: Annotated[Setting, _setting("Assistant turns that count: all (default) or last.")] = None,
     learning_rate: Annotated[Setting, _setting("Default 0.001.")] = None,
     schedule: Annotated[Setting, _setting("constant, linear or cosine (default).")] = None,
     warmup_steps: Annotated[Setting, _setting("Default 0.")] = None,
@@ -65,6 +73,8 @@ def adapters(
     eval_every: Annotated[Setting, _setting("Steps between evaluations; default 50.")] = None,
     eval_fraction: Annotated[Setting, _setting("Held out without eval data; default 0.1.")] = None,
     eval_records: Annotated[Setting, _setting("At most so many are evaluated; default 256.")] = None,
+    keep_best: Annotated[Setting, _setting("true: write the weights of the best evaluation.")] = None,
+    best_by: Annotated[Setting, _setting("What is best: loss (default) or exact_match.")] = None,
     init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = None,
     after: Annotated[
         Setting, _setting("Train as the last of a link: folders of adapters that stay as they are, such as a+b:0.5.")
@@ -81,6 +91,9 @@ def adapters(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or mlflow gets the log's numbers; may be repeated.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
     plots: Annotated[bool, typer.Option(help="Draw each job's losses.")] = True,
     prompt_centroids: Annotated[
@@ -88,7 +101,7 @@ def adapters(
     ] = True,
 ) -> None:
     """Train many adapters at once, LoRAs and linked residuals: one job for each --data, all in the same batches."""
-    from_file = read_job_file(config) if config is not None else {}
+    from_file = _read_jobs(config) if config is not None else {}
     # Settings of jobs are handled alike, by their names.
     settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})
     jobs = [make_job(name, of_job, model) for name, of_job in settings.items()]
@@ -100,6 +113,7 @@ def adapters(
         prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
         gradient_checkpointing=gradient_checkpointing,
+        trackers=tuple(tracker or ()),
     )
     place = str(PartialState().device) if device == "auto" else device
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place, weights=weights)
@@ -109,6 +123,10 @@ def adapters(
         _print(error.results)
         raise
     _print(results)
+
+
+def _read_jobs(path: Path) -> dict[str, Settings]:
+    return read_yaml_jobs(path) if path.suffix in (".yaml", ".yml") else read_job_file(path)
 
 
 def _print(results: Sequence[TrainResult]) -> None:

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
-from loraplex.training.core.checks import check_whole
+from loraplex.training.adapters.objectives import LossName
+from loraplex.training.adapters.starts import FirstWeights
+from loraplex.training.core.checks import check_number, check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
 from loraplex.validation import is_finite, quoted
 
@@ -29,11 +31,16 @@ class AdapterJob:
     steps: StepsConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loss: LossName = "cross_entropy"  # or "reward": each record's times its "reward"; "dpo": of chosen and rejected
+    dpo_beta: float = 0.1  # how strongly DPO keeps to the first weights
+    turns: Literal["all", "last"] = "all"  # which assistant turns of a conversation count for the loss
     seed: int = 0  # of the first weights, the order of the data, the held-out split and the dropout
     # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
     # number from 0 to 1, or "dropout": 0 or 1, at random for each record, and 1 in evaluations.
     gates_before_user: float | Literal["dropout"] = 1.0
     init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
+    first_weights: FirstWeights = "lora"  # or of the base model's own: "pissa", "olora"; written as plain LoRAs
+    lora_plus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B, and of DoRA's m, over that of A
     after: Sequence[
         tuple[LinkMember, float]
     ] = ()  # adapters with weights that all rows go through; they stay as they are
@@ -60,6 +67,8 @@ class AdapterJob:
         if self.lora is not None:
             _check_trainable(self.name, self.lora)
         self._check_gates_before_user()
+        self._check_start()
+        self._check_loss()
 
     def _check_gates_before_user(self) -> None:
         gates = self.gates_before_user
@@ -70,6 +79,40 @@ class AdapterJob:
         if gates != 1 and (self.lora is None or self.invocation is not None):
             what = "a residual, which has no gates" if self.lora is None else "an aLoRA, off until its invocation"
             raise ConfigError(f"{self.label}: gates_before_user is {gates!r}, but it trains {what}. Leave it at 1.")
+
+    def _check_loss(self) -> None:
+        check_number(self.label, "dpo_beta", self.dpo_beta, above=0)
+        for option, possible in (("loss", get_args(LossName)), ("turns", ("all", "last"))):
+            value = getattr(self, option)
+            if value not in possible:
+                raise ConfigError(f"{self.label}: {option} is {quoted(value)}; choose one of {list(possible)}.")
+        if self.loss == "dpo" and self.evaluation.best_by != "loss":
+            raise ConfigError(
+                f"{self.label}: best_by is {self.evaluation.best_by!r}, which pairs don't have. Set best_by='loss'."
+            )
+
+    def _check_start(self) -> None:
+        check_number(self.label, "lora_plus_ratio", self.lora_plus_ratio, above=0)
+        if self.lora_plus_ratio != 1 and self.lora is None:
+            raise ConfigError(f"{self.label}: lora_plus_ratio is {self.lora_plus_ratio}, but it trains no LoRA.")
+        if self.first_weights not in get_args(FirstWeights):
+            raise ConfigError(
+                f"{self.label}: first_weights is {quoted(self.first_weights)}; choose one of "
+                f"{list(get_args(FirstWeights))}."
+            )
+        if self.first_weights == "lora":
+            return
+        for reason, holds in {
+            "it trains no LoRA": self.lora is None,
+            "init_from has the first weights": self.init_from is not None,
+            "use_dora is True": self.lora is not None and self.lora.use_dora,
+            "an aLoRA is off until its invocation": self.invocation is not None,
+            "gates_before_user is not 1": self.gates_before_user != 1,
+        }.items():
+            if holds:
+                raise ConfigError(
+                    f"{self.label}: first_weights is {self.first_weights!r}, but {reason}. Set first_weights='lora'."
+                )
 
     @property
     def label(self) -> str:
@@ -115,11 +158,10 @@ def _check_trainable(name: str, lora: LoraConfig) -> None:
         raise UnsupportedAdapterError(
             f"job {name!r}: lora.contents is {lora.contents}; factors alone are trained. Leave it out."
         )
-    if lora.use_dora:
+    if lora.use_dora and lora.lora_dropout > 0:
         raise UnsupportedAdapterError(
-            f"job {name!r}: use_dora is True, and DoRA can't be trained here: its gradient needs the norm of "
-            "the full merged weight of every module at every step, which shares nothing between the rows' "
-            "adapters. Set use_dora=False, or train it with PEFT; trained DoRA adapters can be loaded."
+            f"job {name!r}: use_dora is True and lora_dropout is {lora.lora_dropout}; PEFT drops what the base weight "
+            "reads then too, which rows of other adapters share. Set lora_dropout=0."
         )
     if lora.lora_dropout == 1:
         raise ConfigError(f"job {name!r}: lora_dropout is 1, which drops everything; use a value below 1.")

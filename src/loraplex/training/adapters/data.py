@@ -15,7 +15,8 @@ from loraplex.routing.invocation import invocation_start
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.data.examples import Example, hold_out, load_examples, steps_per_epoch
-from loraplex.training.data.records import add_content, read_records
+from loraplex.training.data.preferences import read_pairs, read_rewarded
+from loraplex.training.data.records import Record, add_content, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,12 @@ class JobData:
         first = index * self.records_per_step
         order = _order(self.seed, epoch, len(self.train))
         return [self.train[number] for number in order[first : first + self.records_per_step]]
+
+    def met_in_training(self) -> Sequence[Example]:
+        """The examples that some step takes."""
+        if self.num_steps >= self.steps_per_epoch:
+            return self.train
+        return [example for step in range(self.num_steps) for example in self.examples_of_step(step)]
 
 
 @lru_cache(maxsize=64)
@@ -79,8 +86,7 @@ def load_job_data(
 def _load(
     job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds
 ) -> list[Example]:
-    records, longest = read_records(path), job.steps.max_length
-    examples = load_examples(job.label, records, str(path), tokenizer, vocab_size, max_length=longest, ends=ends)
+    examples = _examples(job, path, tokenizer, vocab_size, ends)
     if job.gates_before_user != 1 and not any(example.num_before_user for example in examples):
         raise DatasetError(
             f"{job.label}: gates_before_user is {job.gates_before_user!r}, but no record of {path} has tokens before a "
@@ -89,12 +95,33 @@ def _load(
     return [_with_invocation(job, example) for example in examples] if job.invocation is not None else examples
 
 
+def _examples(
+    job: AdapterJob, path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: TrainingEnds
+) -> list[Example]:
+    """The records that the job's loss takes; of pairs the chosen answers, which have the rejected ones."""
+
+    def load(records: Sequence[Record]) -> list[Example]:
+        longest = job.steps.max_length
+        counted = [record.last_turn_alone() for record in records] if job.turns == "last" else records
+        return load_examples(job.label, counted, str(path), tokenizer, vocab_size, max_length=longest, ends=ends)
+
+    if job.loss == "cross_entropy":
+        return load(read_records(path))
+    if job.loss == "reward":
+        rewarded = read_rewarded(path)
+        examples = load([record for record, _ in rewarded])
+        return [replace(e, weight=reward) for e, (_, reward) in zip(examples, rewarded, strict=True)]
+    pairs = load([record for pair in read_pairs(path) for record in pair])
+    return [replace(e, rejected=other) for e, other in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
 def _with_invocation(job: AdapterJob, example: Example) -> Example:
     """The example of an aLoRA's job, which is adapted from the last occurrence of its invocation on."""
     tokens = job.invocation or ()
     start = invocation_start(example.ids, tokens)
+    rejected = None if example.rejected is None else _with_invocation(job, example.rejected)
     if start is not None:
-        return replace(example, first_adapted=start)
+        return replace(example, first_adapted=start, rejected=rejected)
     raise DatasetError(
         f"{example.place} lacks the invocation tokens {list(tokens)} of the aLoRA job {job.name!r}, so "
         "the adapter would stay off. End the prompt with them, or raise max_length if they are cut off."

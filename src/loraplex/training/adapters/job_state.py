@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.adapters.atomic_dir import check_destination
@@ -20,7 +21,7 @@ from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import JobData
 from loraplex.training.adapters.links import FrozenLink
 from loraplex.training.adapters.parameters import Trainable
-from loraplex.training.core.config import flat_options
+from loraplex.training.core.config import NEWER_EVALUATION, flat_options
 from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.core.run_fingerprint import base_fingerprint
 from loraplex.training.core.train_state import Optimizer, TrainState
@@ -30,6 +31,13 @@ REPLACEABLE = {
     "README.md",
 }
 _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
+
+
+# Options that checkpoints from before there were the options don't have, with the values that change nothing.
+_NEWER = {
+    **{"gates_before_user": 1, "first_weights": "lora", "lora_plus_ratio": 1},
+    **{"loss": "cross_entropy", "dpo_beta": 0.1, "turns": "all"},
+}
 
 
 class JobState(TrainState):
@@ -50,7 +58,7 @@ class JobState(TrainState):
         super().__init__(
             "job",
             job.name,
-            Optimizer(parameters.flat, job.optimizer, data.num_steps),
+            Optimizer(parameters.flat, job.optimizer, data.num_steps, learning_rate_ratios(parameters, job)),
             job.evaluation,
             data.num_steps,
             has_held_out=bool(data.held_out),
@@ -74,7 +82,7 @@ class JobState(TrainState):
 
     @property
     def num_truncated(self) -> int:
-        return sum(example.num_truncated > 0 for example in self.data.train)
+        return sum(any(one.num_truncated for one in example.both) for example in self.data.train)
 
     def check_replaceable(self, folder: Path) -> None:
         check_destination(folder, "an adapter", REPLACEABLE, overwrite=True)
@@ -86,8 +94,9 @@ class JobState(TrainState):
         """Everything that decides what the job learns, in JSON's types. Call it before the first step."""
         job = self.job
         options = {name: value for name, value in flat_options(job).items() if name not in _NOT_COMPARED}
-        if options["gates_before_user"] == 1:  # checkpoints from before there was the option
-            del options["gates_before_user"]
+        for name, default in {**_NEWER, **NEWER_EVALUATION}.items():
+            if options[name] == default:
+                del options[name]
         kind = {"residual": asdict(job.residual)} if job.residual is not None else {}
         if job.lora is not None:  # which brings factors alone
             kind["lora"] = {name: value for name, value in asdict(job.lora).items() if name != "contents"}
@@ -99,6 +108,18 @@ class JobState(TrainState):
             "num_steps": self.data.num_steps,
             "first weights": hashlib.sha256(weights.tobytes()).hexdigest(),
         }
+
+
+def learning_rate_ratios(parameters: Trainable, job: AdapterJob) -> Tensor | None:  # [parameters]
+    """LoRA+: what the learning rate of each number is multiplied by; None: all by 1."""
+    if job.lora_plus_ratio == 1:
+        return None
+    ratios = []
+    for weights in parameters.slot_weights.values():
+        ratios.append(torch.ones(weights.lora_a.numel()))
+        others = weights.lora_b.numel() + (0 if weights.dora_scale is None else weights.dora_scale.numel())
+        ratios.append(torch.full((others,), job.lora_plus_ratio))
+    return torch.cat(ratios).to(parameters.flat.device)
 
 
 def run_fingerprint(states: Sequence[JobState], base: PreTrainedModel) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,16 @@ class FrozenLink:
     @property
     def paths(self) -> list[str]:
         return [path for lora in self.loras for path in lora.paths]
+
+
+def with_subtracted(link: FrozenLink, slot_weights: Mapping[int, SlotWeights], paths: Sequence[str]) -> FrozenLink:
+    """The link and a copy of a LoRA as it is now, with weight -1."""
+    copies = {
+        index: replace(own, lora_a=own.lora_a.detach().clone(), lora_b=own.lora_b.detach().clone())
+        for index, own in slot_weights.items()
+    }
+    first = FrozenLora(slot_weights=copies, paths=paths, weight=-1.0)
+    return replace(link, loras=(*link.loras, first))
 
 
 def needs_attention(job: AdapterJob) -> bool:

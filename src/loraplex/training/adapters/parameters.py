@@ -17,6 +17,7 @@ from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import LinkedLayer, LinkedResidual, ResidualConfig, fresh_linked_layer
+from loraplex.training.adapters.starts import change_since, doubled
 from loraplex.training.core.parameters import FlatTensors, copied_layers, factors_of, slot_weights
 from loraplex.training.core.rng import Purpose, generator
 
@@ -41,12 +42,19 @@ class TrainableLora:
     residual: LinkedResidual | None = None
 
     def __init__(
-        self, config: LoraConfig, layers: Mapping[str, LoraWeights], adaptable: AdaptableModel, device: torch.device
+        self,
+        config: LoraConfig,
+        layers: Mapping[str, LoraWeights],
+        adaptable: AdaptableModel,
+        device: torch.device,
+        *,
+        writes_change: bool = False,  # since the first weights (starts.py)
     ) -> None:
         self.rank = config.r
         self.paths: Sequence[str] = list(layers)
         self._config = config
         self._first = layers
+        self._writes_change = writes_change
         tensors = FlatTensors(factors_of(layers), device)
         self.flat, self._factors = tensors.flat, tensors.views
         self.slot_weights: Mapping[int, SlotWeights] = slot_weights(layers, self._factors, adaptable)
@@ -56,7 +64,13 @@ class TrainableLora:
         return copied_layers(self._first, self._factors)
 
     def write(self, folder: Path, end_tokens: tuple[int, ...]) -> None:
-        adapter = Adapter(config=self._config, layers=self.layers(), end_tokens=end_tokens)
+        config, layers = self._config, self.layers()
+        if self._writes_change:
+            config = doubled(config)
+            scalings = config.scalings_of(tuple(layers))  # the square root of rsLoRA rounds
+            changes = {path: change_since(self._first[path], layer) for path, layer in layers.items()}
+            layers = {path: replace(change, scaling=scalings[path]) for path, change in changes.items()}
+        adapter = Adapter(config=config, layers=layers, end_tokens=end_tokens)
         write_adapter(adapter, folder, overwrite=True)
 
 

@@ -11,7 +11,7 @@ from loraplex.adapters.fit import check_ranks
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.targets import expected_targets
 from loraplex.adapters.weights import Adapter, LoraWeights, ModuleShape
-from loraplex.errors import BaseModelMismatchError, ConfigError, UnsupportedAdapterError
+from loraplex.errors import BaseModelMismatchError, ConfigError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.models.text.end_tokens import training_ends
 from loraplex.residual.fingerprint import check_same_base
@@ -21,8 +21,9 @@ from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
+from loraplex.training.adapters.dora import TrainableDora
 from loraplex.training.adapters.job_state import JobState
-from loraplex.training.adapters.links import frozen_link
+from loraplex.training.adapters.links import FrozenLink, frozen_link, with_subtracted
 from loraplex.training.adapters.parameters import (
     Trainable,
     TrainableLora,
@@ -30,6 +31,7 @@ from loraplex.training.adapters.parameters import (
     fresh_residual,
     fresh_weights,
 )
+from loraplex.training.adapters.starts import decomposed_weights
 from loraplex.training.forward.probe import check_length
 
 
@@ -49,7 +51,10 @@ def make_states(
         check_length(job.label, job.steps.max_length, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
     parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
-    links = [frozen_link(job, adaptable, attention, base.device) for job in jobs]
+    links = [
+        _link(job, own, frozen_link(job, adaptable, attention, base.device))
+        for job, own in zip(jobs, parameters, strict=True)
+    ]
     ends = training_ends(base, tokenizer)
     return [
         JobState(job, load_job_data(job, tokenizer, vocab_size, ends), own, link)
@@ -64,7 +69,15 @@ def _parameters(
     if job.lora is None:
         assert attention is not None, "a residual is trained, but the attention layers were not joined"
         return TrainableResidual(first_residual(job, attention), base.device)
-    return TrainableLora(job.lora, first_weights(job, adaptable), adaptable, base.device)
+    first = first_weights(job, adaptable)
+    if job.lora.use_dora:
+        return TrainableDora(job.lora, first, adaptable, base.device)
+    return TrainableLora(job.lora, first, adaptable, base.device, writes_change=job.first_weights != "lora")
+
+
+def _link(job: AdapterJob, own: Trainable, link: FrozenLink) -> FrozenLink:
+    """What the job's rows go through besides its parameters: first weights of the base's own, subtracted, too."""
+    return link if job.first_weights == "lora" else with_subtracted(link, own.slot_weights, own.paths)
 
 
 def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -86,13 +99,29 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     paths = targeted_paths(job, adaptable)
     ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
     check_ranks(ranks, adaptable.shapes)
+    _check_linear_only(job, paths, adaptable)
+    if job.first_weights != "lora":
+        check_ranks({path: 2 * rank for path, rank in ranks.items()}, adaptable.shapes)  # as it is written
+        return decomposed_weights(job.first_weights, job.label, adaptable.modules, ranks, scalings)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual):
         raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
     adapter = job.init_from if isinstance(job.init_from, Adapter) else _read_start(job, adaptable)
-    _check_start(job.name, adapter, adaptable, ranks, scalings)
+    _check_start(job.name, adapter, adaptable, ranks, scalings, use_dora=lora.use_dora)
     return {path: adapter.layers[path] for path in paths}
+
+
+def _check_linear_only(job: AdapterJob, paths: Sequence[str], adaptable: AdaptableModel) -> None:
+    """Raise ConfigError where the job would train an embedding in a way that embeddings don't have."""
+    assert job.lora is not None, f"job {job.name!r} trains no LoRA"
+    embeddings = [path for path in paths if adaptable.shapes[path].kind == "embedding"]
+    what = "use_dora" if job.lora.use_dora else "lora_plus_ratio" if job.lora_plus_ratio != 1 else None
+    if embeddings and what is not None:
+        raise ConfigError(
+            f"{job.label}: {what} is set, and it adapts the embedding {embeddings[0]!r}, which is trained without it "
+            f"only. Leave it out of target_modules, or leave {what} out."
+        )
 
 
 def _read_start(job: AdapterJob, adaptable: AdaptableModel) -> Adapter:
@@ -169,11 +198,20 @@ def first_residual(job: AdapterJob, attention: AttentionLayers) -> LinkedResidua
 
 
 def _check_start(
-    name: str, adapter: Adapter, adaptable: AdaptableModel, ranks: dict[str, int], scalings: dict[str, float]
+    name: str,
+    adapter: Adapter,
+    adaptable: AdaptableModel,
+    ranks: dict[str, int],
+    scalings: dict[str, float],
+    *,
+    use_dora: bool,
 ) -> None:
     """Raise unless the adapter to start from has what the job trains: modules, shapes, ranks and LoRA scalings."""
-    if adapter.config.use_dora:
-        raise UnsupportedAdapterError(f"job {name!r}: init_from is a DoRA adapter, which can't be trained here.")
+    if adapter.config.use_dora != use_dora:
+        raise ConfigError(
+            f"job {name!r}: use_dora is {use_dora}, but init_from has use_dora={adapter.config.use_dora}. Use the "
+            "adapter's own LoraConfig: read_adapter(folder).config."
+        )
     if adapter.layers.keys() != ranks.keys():
         different = sorted(adapter.layers.keys() ^ ranks.keys())
         raise ConfigError(

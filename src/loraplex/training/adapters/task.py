@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.rows import ChainLink
+from loraplex.training.adapters.dora import pass_gradients_on, refresh_derived
 from loraplex.training.adapters.job_state import JobState
+from loraplex.training.adapters.objectives import PairSums, References, pair_losses, perplexity
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.rng import Purpose, generator
@@ -45,12 +48,17 @@ class AdapterTask:
             residuals=residual_rows(states, attention),
             checkpointing=config.gradient_checkpointing,
         )
+        self._references = self._score_references()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        longest = max(len(e.ids) for state in self.states for e in (*state.data.train, *state.data.held_out))
-        with fast_attention(self._base, longest):
+        with fast_attention(self._base, self._longest):
             yield
+
+    @property
+    def _longest(self) -> int:
+        examples = (e for state in self.states for e in (*state.data.train, *state.data.held_out))
+        return max(len(one.ids) for example in examples for one in example.both)
 
     def accumulate_gradients(self, active: Sequence[int]) -> list[Loss]:
         examples = {}
@@ -59,27 +67,96 @@ class AdapterTask:
             examples[index] = state.data.examples_of_step(state.progress.step)
         scales = torch.zeros(len(self.states))
         for index in active:
-            scales[index] = 1 / sum(len(example.answer) for example in examples[index])
+            is_dpo = self.states[index].job.loss == "dpo"
+            scales[index] = 1 / (
+                len(examples[index]) if is_dpo else sum(len(example.answer) for example in examples[index])
+            )
+        refresh_derived(self.states)
         sums = torch.zeros(len(self.states), device=self._base.device)
+        pairs = PairSums(len(self.states))
         for micro_batch in self._micro_batches(examples):
-            rows, bank = self._rows(micro_batch, with_dropout=True)
+            weights = self._pair_weights(micro_batch, pairs)
+            rows, bank = self._rows(micro_batch, with_dropout=True, weights=weights)
             sums += self._losses.accumulate_gradients(rows, bank, scales.to(self._base.device))
+        pass_gradients_on(self.states)
         losses = (self._ranks.add_up(sums).cpu() * scales).tolist()
-        return [Loss(losses[index], sum(len(example.ids) for example in examples[index]), {}) for index in active]
+        pairs = pairs.added_up(self._ranks, self._base.device)
+        return [self._step_loss(index, losses[index], examples[index], pairs) for index in active]
+
+    def _step_loss(self, index: int, loss: float, examples: Sequence[Example], pairs: PairSums) -> Loss:
+        num_tokens = sum(example.num_tokens for example in examples)
+        if self.states[index].job.loss != "dpo":
+            return Loss(loss, num_tokens, {})
+        return Loss(pairs.loss(index, len(examples)), num_tokens, pairs.details(index, len(examples)))
 
     def evaluate(self, due: Sequence[int]) -> list[Loss]:
-        held_out = {index: self.states[index].data.held_out for index in due}
-        numbered = [(index, 0, example) for index in due for example in held_out[index]]
-        rows, bank = self._rows(self._ranks.share(numbered), with_dropout=False)
-        sums = self._ranks.add_up(self._losses.evaluate(rows, bank)).cpu()
-        return [
-            Loss(
-                float(sums[index]) / sum(len(example.answer) for example in held_out[index]),
-                sum(len(example.ids) for example in held_out[index]),
-                {},
-            )
-            for index in due
+        refresh_derived(self.states)
+        numbered = [(index, 0, example) for index in due for example in self.states[index].data.held_out]
+        own = self._ranks.share(numbered)
+        rows, bank = self._rows(own, with_dropout=False)
+        scores = self._losses.score(rows, bank)
+        pairs = PairSums(len(self.states))
+        self._pairs_of(own, scores.losses, pairs)
+        sums = torch.zeros(len(self.states), 3)  # weighted loss, loss, records answered exactly
+        for row, loss, num_right in zip(rows, scores.losses.tolist(), scores.num_right.tolist(), strict=True):
+            is_exact = num_right == len(row.example.answer)
+            sums[row.job] += torch.tensor([row.weight * loss, loss, float(is_exact)])
+        sums = self._ranks.add_up(sums.to(self._base.device)).cpu()
+        pairs = pairs.added_up(self._ranks, self._base.device)
+        return [self._evaluated(index, sums[index].tolist(), pairs) for index in due]
+
+    def _evaluated(self, index: int, sums: Sequence[float], pairs: PairSums) -> Loss:
+        held_out = self.states[index].data.held_out
+        num_tokens = sum(example.num_tokens for example in held_out)
+        if self.states[index].job.loss == "dpo":
+            return Loss(pairs.loss(index, len(held_out)), num_tokens, pairs.details(index, len(held_out)))
+        weighted, plain, num_exact = sums
+        num_answers = sum(len(example.answer) for example in held_out)
+        exact = num_exact / len(held_out)
+        details = {"perplexity": perplexity(plain / num_answers), "exact_match": exact}
+        return Loss(weighted / num_answers, num_tokens, details, exact)
+
+    def _score_references(self) -> References:
+        """The pairs that the run meets under the first weights: before a checkpoint replaces them."""
+        needed = [
+            (index, 0, pair)
+            for index, state in enumerate(self.states)
+            if state.job.loss == "dpo"
+            for pair in (*state.data.met_in_training(), *state.data.held_out)
         ]
+        if not needed:
+            return References({})
+        refresh_derived(self.states)
+        sums = torch.zeros(len(needed), 2, device=self._base.device)
+        own = self._ranks.share(range(len(needed)))
+        with fast_attention(self._base, self._longest):
+            rows, bank = self._rows([needed[number] for number in own], with_dropout=False)
+            sums[own] = self._losses.score(rows, bank).losses.view(-1, 2)
+        sums = self._ranks.add_up(sums)
+        return References({id(pair): sums[number] for number, (_, _, pair) in enumerate(needed)})
+
+    def _pair_weights(self, micro_batch: Sequence[Numbered], sums: PairSums) -> dict[tuple[int, int], list[float]]:
+        """By job and number in the step, the weights of a pair's answers; losses are added to `sums`."""
+        pairs = [numbered for numbered in micro_batch if numbered[2].rejected is not None]
+        if not pairs:
+            return {}
+        rows, bank = self._rows(pairs, with_dropout=True)
+        return self._pairs_of(pairs, self._losses.score(rows, bank).losses, sums)
+
+    def _pairs_of(
+        self, batch: Sequence[Numbered], losses: Tensor, sums: PairSums
+    ) -> dict[tuple[int, int], list[float]]:
+        """The same from the summed losses of the batch's rows; those of no pairs are passed over."""
+        weights, first = {}, 0
+        for index, number, example in batch:
+            own = losses[first : first + len(example.both)]
+            first += len(example.both)
+            if example.rejected is not None:
+                beta = self.states[index].job.dpo_beta
+                found = pair_losses(own.unsqueeze(0), self._references.of([example]), beta)
+                sums.add(index, found)
+                weights[index, number] = found.weights[0].tolist()
+        return weights
 
     def _micro_batches(self, examples: Mapping[int, Sequence[Example]]) -> list[list[Numbered]]:
         """This process's share of each micro-batch: the n-th of every job together."""
@@ -93,9 +170,16 @@ class AdapterTask:
         return [self._ranks.share(batch) for batch in batches]
 
     def _rows(
-        self, batch: Sequence[Numbered], *, with_dropout: bool
+        self,
+        batch: Sequence[Numbered],
+        *,
+        with_dropout: bool,
+        weights: Mapping[tuple[int, int], Sequence[float]] | None = None,  # of a pair's losses, by job and number
     ) -> tuple[list[TrainingRow], TrainingWeightProvider]:
-        """Rows with the slots that they go through; with dropout every row has its own, which draws for it alone."""
+        """Rows with the slots that they go through; with dropout every row has its own, which draws for it alone.
+
+        A pair is two rows, one after the other.
+        """
         slots = [TrainingSlot(state.parameters.slot_weights) for state in self.states]
         frozen: list[list[FrozenSlot]] = []
         for state in self.states:
@@ -104,15 +188,19 @@ class AdapterTask:
             slots += [TrainingSlot(lora.slot_weights) for lora in state.frozen.loras]
         rows = []
         for index, number, example in batch:
-            state, slot = self.states[index], index
+            state = self.states[index]
             dropout = state.dropout if with_dropout else 0.0
-            if dropout:
-                counters = (state.progress.step, number)
-                draw = generator(state.job.seed, Purpose.DROPOUT, *counters, device=self._base.device)
-                slot = len(slots)
-                slots.append(TrainingSlot(state.parameters.slot_weights, dropout, draw))
             gate = state.gate_before_user(number) if with_dropout else state.evaluated_gate_before_user
-            rows.append(TrainingRow(index, slot, example, bool(dropout), frozen[index], gate))
+            of_pair = (weights or {}).get((index, number))
+            for place, one in enumerate(example.both):
+                slot = index
+                if dropout:
+                    counters = (state.progress.step, number, place)[: 3 if place else 2]
+                    draw = generator(state.job.seed, Purpose.DROPOUT, *counters, device=self._base.device)
+                    slot = len(slots)
+                    slots.append(TrainingSlot(state.parameters.slot_weights, dropout, draw))
+                weight = example.weight if of_pair is None else of_pair[place]
+                rows.append(TrainingRow(index, slot, one, bool(dropout), frozen[index], gate, weight))
         return rows, TrainingWeightProvider(slots)
 
 

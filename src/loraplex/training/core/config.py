@@ -15,8 +15,12 @@ from loraplex.training.core.checks import (
     check_number,
     check_whole,
 )
+from loraplex.training.core.trackers import check_trackers
 
 Schedule = Literal["constant", "linear", "cosine"]
+BestBy = Literal["loss", "exact_match"]
+# Options that checkpoints from before there were the options don't have, with the values that change nothing.
+NEWER_EVALUATION: Mapping[str, Any] = {"keep_best": False, "best_by": "loss"}
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Config = TypeVar("Config")
 
@@ -87,18 +91,27 @@ class EvaluationConfig:
     eval_fraction: float = 0.1  # held out where no eval_data is given; 0 holds nothing out
     eval_records: int | None = 256  # at most so many (of each source) are evaluated; None is all
     patience: int | None = None  # evaluations without a better loss before training stops
+    keep_best: bool = False  # write the weights of the best evaluation, as with patience, not the last
+    best_by: BestBy = "loss"  # or "exact_match": of records whose every answer token is the most likely one
 
     def __post_init__(self) -> None:
         check_whole(self, ("eval_every",), minimum=1)
         check_whole(self, ("patience", "eval_records"), minimum=1, optional=True)
+        check_flags(self, ("keep_best",))
+        if self.best_by not in get_args(BestBy):
+            raise ConfigError(f"best_by is {self.best_by!r}; choose one of {list(get_args(BestBy))}.")
         check_number("evaluation", "eval_fraction", self.eval_fraction, minimum=0, below=1)
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.patience is not None
 
     def check_data(self, label: str, eval_data: object) -> None:
         """Raise ConfigError, which starts with `label`, where patience waits for losses that are never computed."""
-        if self.patience is not None and eval_data is None and self.eval_fraction == 0:
+        waits = f"patience is {self.patience}" if self.patience is not None else "keep_best is True"
+        if self.keeps_best and eval_data is None and self.eval_fraction == 0:
             raise ConfigError(
-                f"{label}: patience is {self.patience}, but there is nothing to evaluate. Set eval_data, or an "
-                "eval_fraction above 0."
+                f"{label}: {waits}, but there is nothing to evaluate. Set eval_data, or an eval_fraction above 0."
             )
 
 
@@ -114,6 +127,7 @@ class TrainConfig:
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"
     share_prefixes: bool = True  # compute once what all records of an adapter's micro-batch start with
+    trackers: tuple[str, ...] = ()  # "tensorboard", "wandb", "mlflow": where the logs' numbers go besides
     # Layers keep only what they are given, and run again in the backward pass: less memory, a third more time. Of
     # adapters alone, and no prefixes are shared then.
     gradient_checkpointing: bool = False
@@ -123,6 +137,7 @@ class TrainConfig:
         check_flags(
             self, ("resume", "progress", "plots", "prompt_centroids", "share_prefixes", "gradient_checkpointing")
         )
+        check_trackers(self.trackers)
         output = Path(self.output)
         with writing(output):  # a name that is too long, for example
             is_file = output.exists() and not output.is_dir()

@@ -39,9 +39,11 @@ class Progress:
     train_losses: list[float] = field(default_factory=list)
     eval_steps: list[int] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
+    eval_exact: list[float] = field(default_factory=list)  # shares of records answered exactly; adapters alone
     evals_without_gain: int = 0
     best_step: int | None = None
     best_loss: float = math.inf
+    best_exact: float = 0.0
     finished: Finish | None = None
     divergence: Divergence | None = None
     zero_gradients: int = 0  # of how many steps, up to the last, the gradient was exactly 0
@@ -64,9 +66,10 @@ class TrainResult:
     train_losses: tuple[float, ...]  # one for each step; a mixture's without load balance and sparsity
     eval_steps: tuple[int, ...]
     eval_losses: tuple[float, ...]
-    best_step: int | None  # of the lowest held-out loss; with patience, the step whose weights were written
+    best_step: int | None  # of the best evaluation; with patience or keep_best, the step whose weights were written
     num_tokens: int  # of all records trained on, without padding
     num_truncated: int  # records that lost tokens on the left
     seconds: float  # of steps, evaluations excluded; shared with other jobs in the same batches
     divergence: Divergence | None = None  # in which step, and what was no longer finite
+    eval_exact: tuple[float, ...] = ()  # shares of held-out records whose every answer token is the most likely one
     zero_gradient_since: int | None = None  # from this step to the last the gradient was exactly 0

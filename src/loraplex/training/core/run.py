@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import job_paths
 from loraplex.training.core.plots import plot_losses
 from loraplex.training.core.results import TrainResult
+from loraplex.training.core.trackers import Trackers, tracking
 from loraplex.training.core.train_state import TrainState
 from loraplex.training.core.trainer import Trainer, TrainingTask
 
@@ -31,15 +33,23 @@ def run_task(
     output = Path(config.output)
     states = task.states
     log_bytes = _resume_or_start(output, states, identity, config, ranks)
-    every = config.checkpoint_every
-    trainer = Trainer(task, log_bytes, ranks, output=output, checkpoint_every=every, identity=identity)
     finished = [index for index, state in enumerate(states) if state.is_finished]
-    for index in finished:  # before the run was interrupted
-        trainer.write(index)
-    if len(finished) < len(states):
-        show = config.progress and ranks.is_first
-        with task.running(), training_progress(states, enabled=show) as on_step:
-            trainer.run(on_step)
+    with _tracking(states, output, identity, config, ranks) as trackers:
+        trainer = Trainer(
+            task,
+            log_bytes,
+            ranks,
+            output=output,
+            checkpoint_every=config.checkpoint_every,
+            identity=identity,
+            trackers=trackers,
+        )
+        for index in finished:  # before the run was interrupted
+            trainer.write(index)
+        if len(finished) < len(states):
+            show = config.progress and ranks.is_first
+            with task.running(), training_progress(states, enabled=show) as on_step:
+                trainer.run(on_step)
     if config.plots and ranks.is_first:
         for state in (state for state in states if state.progress.train_losses):
             plot_losses(state, job_paths(output, state.name).plot)
@@ -48,6 +58,16 @@ def run_task(
     if any(state.has_diverged for state in states):
         raise TrainingError(f"{_divergences(states, output)} {after_divergence}", results)
     return results
+
+
+def _tracking(
+    states: Sequence[TrainState], output: Path, identity: Mapping[str, Any], config: TrainConfig, ranks: ProcessGroup
+) -> AbstractContextManager[Trackers]:
+    going_on = [state.progress.step for state in states if not state.is_finished]
+    enabled = ranks.is_first and bool(going_on)
+    first = min(going_on, default=0) + 1
+    names = [state.name for state in states]
+    return tracking(config.trackers, output, names, identity, enabled=enabled, first_step=first)
 
 
 def _resume_or_start(
@@ -104,6 +124,7 @@ def _result(state: TrainState, output: Path) -> TrainResult:
         train_losses=tuple(progress.train_losses),
         eval_steps=tuple(progress.eval_steps),
         eval_losses=tuple(progress.eval_losses),
+        eval_exact=tuple(progress.eval_exact),
         best_step=progress.best_step,
         num_tokens=progress.num_tokens,
         num_truncated=state.num_truncated,

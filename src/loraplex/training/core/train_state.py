@@ -25,8 +25,15 @@ _PREFIX = "optimizer."  # of its tensors in a checkpoint
 class Optimizer:
     """AdamW with a schedule on one flat parameter, whose gradient is zeroed after each step and never freed."""
 
-    def __init__(self, flat: nn.Parameter, config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(
+        self,
+        flat: nn.Parameter,
+        config: OptimizerConfig,
+        num_steps: int,
+        rate_ratios: Tensor | None = None,  # [parameters]  of learning rates; None: 1
+    ) -> None:
         self.flat = flat
+        self._rate_ratios = rate_ratios
         self.config = config
         self.adamw = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay, fused=True)
         from transformers import get_scheduler  # with it come peft and bitsandbytes, where they are installed
@@ -51,7 +58,13 @@ class Optimizer:
 
     def step(self) -> None:
         """Take the step that the gradient asks for, and start the next one's from 0."""
+        ratios = self._rate_ratios
+        before = None if ratios is None else self.flat.detach().clone()
         self.adamw.step()
+        if (
+            before is not None and ratios is not None
+        ):  # an update of AdamW, weight decay included, is its learning rate times something
+            self.flat.data.copy_(torch.lerp(before, self.flat.detach(), ratios))
         self._scheduler.step()
         self.gradient.zero_()
 
@@ -94,7 +107,7 @@ class TrainState(ABC):
         self._evaluation = evaluation
         self.num_steps = num_steps
         self._has_held_out = has_held_out
-        self.best: Tensor | None = None  # kept only with patience
+        self.best: Tensor | None = None  # kept only with patience or keep_best
         self._good: Tensor | None = None  # the last parameters whose loss and gradients were finite
         self.progress = Progress()
 
@@ -157,7 +170,7 @@ class TrainState(ABC):
         return norm
 
     def _diverged(self, what: Quantity, loss: float, norm: float | None, good_step: int) -> TrainingError:
-        """Finish with the last good weights, with patience the best; return what to raise."""
+        """Finish with the last good weights, where the best are kept with those; return what to raise."""
         progress, good = self.progress, self._good
         if self.best is not None:
             good, good_step = self.best, progress.best_step or 0
@@ -192,27 +205,32 @@ class TrainState(ABC):
                 *(self._kind, self.name, progress.zero_gradient_since, reason),
             )
 
-    def record_evaluation(self, loss: float) -> None:
-        """Note a held-out loss; stop after `patience` evaluations without a better one.
+    def record_evaluation(self, loss: float, exact_match: float | None = None) -> None:
+        """Note a held-out loss and share of exact answers; stop after `patience` evaluations without a better one.
 
         Raises TrainingError where it is not finite, as `update` does.
         """
-        progress, patience = self.progress, self._evaluation.patience
+        progress, evaluation = self.progress, self._evaluation
         if not math.isfinite(loss):
             raise self._diverged("held-out loss", loss, None, progress.step - 1)
         progress.eval_steps.append(progress.step)
         progress.eval_losses.append(loss)
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
-            if patience is not None:
+        exact = 0.0
+        if exact_match is not None:
+            progress.eval_exact.append(exact_match)
+            exact = exact_match if evaluation.best_by == "exact_match" else 0.0  # of equal ones the loss decides
+        if (-exact, loss) < (-progress.best_exact, progress.best_loss):
+            progress.best_exact, progress.best_loss, progress.best_step = exact, loss, progress.step
+            progress.evals_without_gain = 0
+            if evaluation.keeps_best:
                 self.best = self.flat.detach().clone()
             return
         progress.evals_without_gain += 1
-        if patience is not None and progress.evals_without_gain >= patience:
+        if evaluation.patience is not None and progress.evals_without_gain >= evaluation.patience:
             progress.finished = "patience"
 
     def restore_best(self) -> None:
-        """With patience, go back to the weights of the best held-out loss."""
+        """Where they are kept, go back to the weights of the best held-out loss."""
         if self.best is not None:
             self.flat.data.copy_(self.best)
 

@@ -14,6 +14,7 @@ from loraplex.output_files import writing
 from loraplex.training.core.checkpoint import save_checkpoint
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import job_paths
+from loraplex.training.core.trackers import Trackers
 from loraplex.training.core.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Loss(NamedTuple):
     value: float  # the mean over all answer tokens, of all processes
     num_tokens: int  # of the records, without padding
     details: dict[str, Any]  # more for the log
+    exact_match: float | None = None  # of an evaluation: the share of records answered exactly
 
 
 class TrainingTask(Protocol):
@@ -96,6 +98,7 @@ class Trainer:
         output: Path,
         checkpoint_every: int,
         identity: Mapping[str, Any],  # of the run: what its checkpoint belongs to
+        trackers: Trackers | None = None,
     ) -> None:
         self._task = task
         self._states = task.states
@@ -103,6 +106,7 @@ class Trainer:
         self._output = output
         self._checkpoint_every = checkpoint_every
         self._identity = identity
+        self._trackers = trackers or Trackers()
         self._logs = [JobLog(job_paths(output, state.name).log, enabled=ranks.is_first) for state in self._states]
         for log, num_bytes in zip(self._logs, log_bytes, strict=True):
             log.start(num_bytes)
@@ -150,17 +154,21 @@ class Trainer:
             self._stop(index, error)
             return
         entry = {"step": state.progress.step, "loss": loss.value, "learning_rate": rate, "grad_norm": norm}
-        self._logs[index].write(entry | {"tokens": loss.num_tokens} | loss.details)
+        self._log(index, entry | {"tokens": loss.num_tokens} | loss.details)
 
     def _evaluate(self, due: Sequence[int]) -> None:
         for index, loss in zip(due, self._task.evaluate(due) if due else [], strict=True):
             state = self._states[index]
             try:
-                state.record_evaluation(loss.value)
+                state.record_evaluation(loss.value, loss.exact_match)
             except TrainingError as error:
                 self._stop(index, error)
                 continue
-            self._logs[index].write({"step": state.progress.step, "eval_loss": loss.value} | loss.details)
+            self._log(index, {"step": state.progress.step, "eval_loss": loss.value} | loss.details)
+
+    def _log(self, index: int, entry: Mapping[str, Any]) -> None:
+        self._logs[index].write(entry)
+        self._trackers.log(self._states[index].name, entry)
 
     def _stop(self, index: int, error: TrainingError) -> None:
         """Tell of a state that diverged; it is finished, and the others go on."""

@@ -13,6 +13,7 @@ from loraplex.errors import DatasetError, RequestError
 from loraplex.models.text.chat_template import render_chat
 from loraplex.models.text.end_tokens import TrainingEnds, training_ends
 from loraplex.training.data.first_user import BeforeFirstUser
+from loraplex.training.data.generation_mask import generation_spans, marks_generations
 from loraplex.training.data.records import Record
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,22 @@ class Example:
     num_truncated: int = 0  # tokens cut off on the left
     first_adapted: int = 0  # aLoRA: where the invocation starts
     num_before_user: int = 0  # tokens before the content of the first user turn: the template's, and a system prompt
+    weight: float = 1.0  # of its tokens' losses: a reward
+    rejected: "Example | None" = None  # of a pair, whose chosen answer this is
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
         """What goes through the model: all but the last token, after which nothing is predicted."""
         return self.ids[:-1]
+
+    @property
+    def both(self) -> "tuple[Example, ...]":
+        """The example, and the rejected answer of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example.ids) for example in self.both)
 
     @cached_property
     def targets(self) -> tuple[int, ...]:
@@ -48,21 +60,27 @@ def make_examples(
 ) -> list[Example]:
     """Tokenize records and mark their answers.
 
-    Conversations go through the tokenizer's chat template; every assistant turn counts, with its end-of-turn
-    token; the last one gets the end of a completion where the template writes none. A completion counts with an
-    end token after it, and is tokenized apart from its prompt, as when the model is asked. Of a text all tokens
-    count, the end token included. Records of more than
+    Conversations go through the tokenizer's chat template; the assistant turns from the record's first that counts
+    on count, with their end-of-turn tokens. Which they are the template's `{% generation %}` blocks tell, else
+    renderings of the conversation up to each. The last one gets the end of a completion where the template writes
+    none. A completion counts with an end token after it, and is tokenized apart from its prompt, as when the model is
+    asked. Of a text all tokens count, the end token included. Records of more than
     `max_length` tokens lose tokens on the left: the answer and what precedes it closely stay. Raises
     DatasetError.
     """
     ends = ends or training_ends(None, tokenizer)
-    parts_of = [_record_parts(record, tokenizer) for record in records]
+    by_template = marks_generations(tokenizer)
+    parts_of = [
+        [] if by_template and record.messages is not None else _record_parts(record, tokenizer) for record in records
+    ]
     texts = [text for parts in parts_of for text, _ in parts]
-    all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     examples, before = [], BeforeFirstUser(tokenizer)
     for record, parts in zip(records, parts_of, strict=True):
         ids = [next(all_ids) for _ in parts]
-        if record.messages is not None:
+        if record.messages is not None and by_template:
+            tokens, answer = _marked_conversation(record, tokenizer, ends)
+        elif record.messages is not None:
             tokens, answer = _conversation(ids, record, ends)
         else:
             tokens, answer = _plain(ids, [is_answer for _, is_answer in parts], tokenizer, ends)
@@ -87,7 +105,7 @@ def _record_parts(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tu
         )
     parts = []
     for index, message in enumerate(record.messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and index >= record.first_counted:
             parts.append((_render(record, index, tokenizer, ask=True), False))
             parts.append((_render(record, index + 1, tokenizer, ask=False), True))
     return parts
@@ -115,12 +133,45 @@ def _conversation(prefixes: Sequence[Sequence[int]], record: Record, ends: Train
             raise DatasetError(
                 f"{record.place}: assistant turn {turn // 2} can't be told from the prompt, because the "
                 "tokenizer's chat template renders the conversation up to it in another way than as a part "
-                "of the whole (thinking removed from earlier turns, for example). Train on conversations of "
-                "one turn, or write the record as "
+                "of the whole (thinking removed from earlier turns, for example). Train on the last turns alone "
+                "(turns='last'), or write the record as "
                 '{"prompt": "...", "completion": "..."}.'
             )
         answer += range(len(before), _turn_end(through, len(before), end))
-    tokens = list(prefixes[-1][: answer[-1] + 1])
+    return _ended(prefixes[-1], answer, end)
+
+
+def _marked_conversation(
+    record: Record, tokenizer: PreTrainedTokenizerBase, ends: TrainingEnds
+) -> tuple[list[int], list[int]]:
+    """The same by a template that marks what the assistant generates."""
+    assert record.messages is not None, f"{record.place} has no messages"
+    try:
+        ids, spans = generation_spans(tokenizer, record.messages)
+    except RequestError as error:
+        raise DatasetError(
+            f"{record.place}: {error} Write the roles in the order that the template asks for."
+        ) from error
+    turns = [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+    if len(spans) != len(turns):
+        raise DatasetError(
+            f"{record.place}: the chat template marks {len(spans)} stretches of text as generated, but the "
+            f"conversation has {len(turns)} assistant turns, so which tokens to train on can't be told. Mend its "
+            'generation blocks, or write the record as {"prompt": "...", "completion": "..."}.'
+        )
+    end = ends.plain if ends.turn is None else ends.turn
+    answer: list[int] = []
+    for turn, span in zip(turns, spans, strict=True):
+        if turn >= record.first_counted:
+            # Answers are trained to end, where a template leaves the end-of-turn token outside of its block too.
+            is_open = ids[span.stop - 1] != end and ids[span.stop : span.stop + 1] == [end]
+            answer += range(span.start, _turn_end(ids[: span.stop + is_open], span.start, end))
+    return _ended(ids, answer, end)
+
+
+def _ended(ids: Sequence[int], answer: list[int], end: int | None) -> tuple[list[int], list[int]]:
+    """The tokens up to the last of the answers, and an end token where the template writes none."""
+    tokens = list(ids[: answer[-1] + 1])
     if end is not None and tokens[-1] != end:  # the template ends its turns with nothing that serving could stop at
         answer.append(len(tokens))
         tokens.append(end)

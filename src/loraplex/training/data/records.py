@@ -1,9 +1,10 @@
 """Training files: JSON lines, each a conversation, a prompt with its completion, or a text."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loraplex.errors import DatasetError
 from loraplex.json_files import open_regular, parse_json, read_lines
@@ -11,6 +12,7 @@ from loraplex.validation import listed, quoted
 
 FORMS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
 _PART_BYTES = 1 << 20
+Parsed = TypeVar("Parsed")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -23,21 +25,42 @@ class Record:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    first_counted: int = 0  # of a conversation: the first message whose turns may count for the loss
+
+    def counted_from(self, first: int) -> "Record":
+        """The record, of whose conversation the assistant turns from message `first` on count.
+
+        Raises DatasetError if there is none.
+        """
+        if self.messages is not None and not any(m["role"] == "assistant" for m in self.messages[first:]):
+            raise DatasetError(f"{self.place}: none of the answer's messages is the assistant's.")
+        return replace(self, first_counted=first)
+
+    def last_turn_alone(self) -> "Record":
+        """The record, of whose conversation only the last assistant turn counts."""
+        roles = [message["role"] for message in self.messages or ()]
+        last = max((number for number, role in enumerate(roles) if role == "assistant"), default=0)
+        return replace(self, first_counted=max(last, self.first_counted))
 
 
 def read_records(path: str | Path) -> list[Record]:
     """Read a JSONL file; blank lines are allowed. Raises DatasetError, which names file and line."""
+    return read_lines_of(path, parse_record, FORMS)
+
+
+def read_lines_of(path: str | Path, parse: Callable[[str, str], Parsed], forms: str) -> list[Parsed]:
+    """What `parse` makes of every line and its place. Raises DatasetError."""
     path = Path(path)
     try:
-        records = [parse_record(line, f"{path}:{number}") for number, line in read_lines(path)]
+        records = [parse(line, f"{path}:{number}") for number, line in read_lines(path)]
     except FileNotFoundError:
         raise DatasetError(
-            f"the data file {str(path)!r} does not exist. Give the path of a JSONL file with records {FORMS}."
+            f"the data file {str(path)!r} does not exist. Give the path of a JSONL file with records {forms}."
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"the data file {str(path)!r} can't be read: {error}. It must be UTF-8 text.") from error
     if not records:
-        raise DatasetError(f"the data file {str(path)!r} has no records. Write one a line: {FORMS}.")
+        raise DatasetError(f"the data file {str(path)!r} has no records. Write one a line: {forms}.")
     return records
 
 

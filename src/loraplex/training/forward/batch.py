@@ -51,6 +51,7 @@ class TrainingRow(NamedTuple):
     has_dropout: bool = False
     frozen: Sequence[FrozenSlot] = ()  # what the row goes through besides
     gate_before_user: float = 1.0  # of the tokens before the first user turn's content
+    weight: float = 1.0  # of the row's losses in the gradient
 
 
 class RowBatch(NamedTuple):
@@ -65,6 +66,7 @@ class RowBatch(NamedTuple):
     output_positions: Tensor  # [outputs]
     targets: Tensor  # [outputs]
     jobs: Tensor  # [outputs]
+    weights: Tensor | None = None  # [outputs]  of losses in the gradient; None: 1
 
     @property
     def padded_length(self) -> int:
@@ -165,7 +167,12 @@ def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], d
         output_positions=torch.tensor([position for at in outputs for position in at], device=device),
         targets=torch.tensor([token for row in rows for token in row.example.targets], device=device),
         jobs=torch.tensor([row.job for row in rows for _ in row.example.answer], device=device),
+        weights=_weights(rows).to(device) if any(row.weight != 1 for row in rows) else None,
     )
+
+
+def _weights(rows: Sequence[TrainingRow]) -> Tensor:  # [outputs]
+    return torch.tensor([row.weight for row in rows for _ in row.example.answer])
 
 
 def _span(row: TrainingRow, prefix: int, num_tokens: int, outputs: Sequence[int]) -> RowSpan:

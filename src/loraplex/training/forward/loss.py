@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,13 @@ from loraplex.training.forward.batch import (
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
 from loraplex.training.forward.prefix import SharedPrefixes
 from loraplex.training.forward.residual_rows import ResidualRows
+
+
+class RowScores(NamedTuple):
+    """What rows have come to, each by itself."""
+
+    losses: Tensor  # [rows]  summed over the tokens that count
+    num_right: Tensor  # [rows]  of those tokens
 
 
 class LossComputer:
@@ -48,12 +56,14 @@ class LossComputer:
     def accumulate_gradients(
         self, rows: Sequence[TrainingRow], bank: WeightProvider, loss_scales: Tensor
     ) -> Tensor:  # [jobs]
-        """Add the gradients of every job's summed loss times its scale [jobs]; return the summed losses."""
+        """Add the gradients of every job's summed weighted loss times its scale [jobs]; return the summed losses."""
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
             with checkpointed(self._checkpointed, generators_of(batch, bank) if self._checkpointed else []):
                 losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
+            if batch.weights is not None:
+                losses = losses * batch.weights
             (losses * loss_scales[batch.jobs]).sum().backward()
             sums.index_add_(0, batch.jobs, losses.detach())
         if prefixes is not None:
@@ -61,13 +71,19 @@ class LossComputer:
         return sums
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[TrainingRow], bank: WeightProvider) -> Tensor:  # [jobs]
-        """Every job's summed loss."""
-        sums = torch.zeros(self._num_jobs, device=self._base.device)
+    def score(self, rows: Sequence[TrainingRow], bank: WeightProvider) -> RowScores:
+        """Every row's summed loss, and how many of its tokens that count are the most likely ones."""
+        number = {id(row): index for index, row in enumerate(rows)}
+        device = self._base.device
+        scores = RowScores(torch.zeros(len(rows), device=device), torch.zeros(len(rows), device=device))
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes, self._residuals))
-        return sums
+            logits = token_logits(self._base, batch, bank, prefixes, self._residuals)
+            index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_rows]
+            losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+            scores.losses.index_add_(0, index, losses)
+            scores.num_right.index_add_(0, index, (logits.argmax(dim=-1) == batch.targets).float())
+        return scores
 
     def _prepare(
         self, rows: Sequence[TrainingRow], bank: WeightProvider
@@ -94,12 +110,24 @@ def token_losses(
     residuals: ResidualRows | None = None,
 ) -> Tensor:  # [outputs]  float32
     """The cross-entropy of every token that counts, each row through its own slot or residual."""
+    logits = token_logits(base, batch, bank, prefixes, residuals)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def token_logits(
+    base: PreTrainedModel,
+    batch: RowBatch,
+    bank: WeightProvider,
+    prefixes: SharedPrefixes | None,
+    residuals: ResidualRows | None = None,
+) -> Tensor:  # [outputs, vocabulary]
+    """The logits before every token that counts, each row through its own slot or residual."""
     routing = TrainingRouting(batch.spans, batch.padded_length, bank)
     if residuals is None:
-        return routed_losses(base, batch, routing, prefixes)
+        return answer_logits(base, batch, routing, prefixes)
     state = None if prefixes is None else prefixes.responses_for(batch)
     with residuals.use([row.job for row in batch.rows], state):
-        return routed_losses(base, batch, routing, prefixes)
+        return answer_logits(base, batch, routing, prefixes)
 
 
 def routed_losses(

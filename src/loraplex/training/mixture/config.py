@@ -6,7 +6,14 @@ from typing import Any
 
 from loraplex.errors import ConfigError
 from loraplex.training.core.checks import check_number, check_whole
-from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig, TrainConfig, flat_options
+from loraplex.training.core.config import (
+    NEWER_EVALUATION,
+    EvaluationConfig,
+    OptimizerConfig,
+    StepsConfig,
+    TrainConfig,
+    flat_options,
+)
 from loraplex.training.mixture.sources import Data, DataSource, as_sources
 from loraplex.training.routers.config import RouterTrainConfig
 from loraplex.xlora.formats.mixture_folder import LAYOUTS, Layout
@@ -44,6 +51,8 @@ class MixtureTrainConfig:
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout is {self.layout!r}; choose one of {list(LAYOUTS)}.")
         self.evaluation.check_data(_LABEL, self.eval_data)
+        if self.evaluation.best_by != "loss":
+            raise ConfigError(f"{_LABEL}: best_by is {self.evaluation.best_by!r}, which is for adapters alone.")
 
     @property
     def eval_sources(self) -> list[DataSource] | None:
@@ -52,4 +61,6 @@ class MixtureTrainConfig:
     def identity(self) -> dict[str, Any]:
         """The options that decide what is learnt, without those of routers."""
         left_out = _NOT_LEARNT | flat_options(self.run).keys() | flat_options(self.router).keys()
-        return {name: value for name, value in flat_options(self).items() if name not in left_out}
+        options = {name: value for name, value in flat_options(self).items() if name not in left_out}
+        unset = {name for name, default in NEWER_EVALUATION.items() if options[name] == default}
+        return {name: value for name, value in options.items() if name not in unset}
