@@ -150,7 +150,7 @@ def test_vectors_in_compiled_layers_of_other_kinds(tmp_path: Path, calls: list[i
 @pytest.mark.needs("compiler")
 def test_interventions_on_the_prompt_alone_leave_decoding_to_the_compiled_call(model, calls):
     with Engine(model, EngineConfig(cache_bytes=2**22, prefix_cache=False)) as engine:
-        for choice, is_compiled in (("reft", True), ("calm", True), ("gate", False), ("ra+calm", False)):
+        for choice, is_compiled in (("reft", True), ("calm", True), ("gate", False), ("ra+calm", True), ("f+calm", False)):
             calls.clear()
             prompted = Prompted(tuple(range(20, 50)), choice)
             result = engine.generate([prompted.request(max_tokens=6)])[0]
