@@ -1,7 +1,7 @@
 """The loss of every answer token in one forward pass, and the gradients of all jobs' adapters."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from loraplex.training.forward.batch import (
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
 from loraplex.training.forward.prefix import SharedPrefixes
+from loraplex.training.forward.reft_rows import ReftRows
 from loraplex.training.forward.residual_rows import ResidualRows
 
 
@@ -35,12 +36,13 @@ class LossComputer:
         tokens_per_forward: int,
         share_prefixes: bool,
         residuals: ResidualRows | None = None,
+        interventions: ReftRows | None = None,
         checkpointing: bool = False,
     ) -> None:
         """Raises ConfigError for `checkpointing` of a model that can't."""
         self._base = base
         self._checkpointed = checkpointable_layers(base) if checkpointing else []
-        self._residuals = residuals
+        self._residuals, self._interventions = residuals, interventions
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
         self._share_prefixes = share_prefixes and not checkpointing  # a cache would grow again in the backward pass
@@ -53,7 +55,7 @@ class LossComputer:
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
             with checkpointed(self._checkpointed, generators_of(batch, bank) if self._checkpointed else []):
-                losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
+                losses = self._token_losses(batch, bank, prefixes)
             (losses * loss_scales[batch.jobs]).sum().backward()
             sums.index_add_(0, batch.jobs, losses.detach())
         if prefixes is not None:
@@ -66,8 +68,12 @@ class LossComputer:
         sums = torch.zeros(self._num_jobs, device=self._base.device)
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            sums.index_add_(0, batch.jobs, token_losses(self._base, batch, bank, prefixes, self._residuals))
+            sums.index_add_(0, batch.jobs, self._token_losses(batch, bank, prefixes))
         return sums
+
+    def _token_losses(self, batch: RowBatch, bank: WeightProvider, prefixes: SharedPrefixes | None) -> Tensor:
+        with nullcontext() if self._interventions is None else self._interventions.use(batch):
+            return token_losses(self._base, batch, bank, prefixes, self._residuals)
 
     def _prepare(
         self, rows: Sequence[TrainingRow], bank: WeightProvider
