@@ -6,8 +6,8 @@
 One batch of 8 requests generates 48 tokens each in the engine, in turn: nothing asked for; each row with a control
 vector of its own on all blocks; 4 rows through a chain of 2 linked residuals (rank 8, 8 layers); each row with ReFT
 (rank 4, all blocks, first and last 7 tokens of its prompt); each row with attention steered in all layers. With
---shape 1.1b the model is one of TinyLlama's shape and random weights. Figures are new tokens a second of the whole batch, prefill
-included, medians over the rounds; ratios are taken within a round, and then their median.
+--shape 1.1b the model is one of TinyLlama's shape and random weights. Figures are new tokens a second of the whole
+batch, prefill included, medians over the rounds; ratios are taken within a round, and then their median.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 import torch
 from common import alternate, medians, print_table, save
 from linked import RESIDUAL_LAYERS, random_residual
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
@@ -139,7 +138,11 @@ def main() -> None:
         "linked_layers": RESIDUAL_LAYERS,
         "shape": options.shape,
     }
-    save("residuals" if options.shape == "135m" else f"residuals_{options.shape}", workload, {"tokens_per_s": speeds, "ratio": ratios, "all_rounds": figures})
+    save(
+        "residuals" if options.shape == "135m" else f"residuals_{options.shape}",
+        workload,
+        {"tokens_per_s": speeds, "ratio": ratios, "all_rounds": figures},
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Linked residuals and steering in the compiled layer call: the formulas' answers, and bits that neighbours don't change."""
-
-from pathlib import Path
+"""Linked residuals and steering in the compiled layer call: the formulas' answers, and bits that stay the same."""
 
 import pytest
 import torch
@@ -83,7 +81,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_log_probabilities_are_those_of_the_formulas_in_float64(name: str, config: EngineConfig, calls: list[int]) -> None:
+def test_log_probabilities_are_those_of_the_formulas_in_float64(
+    name: str, config: EngineConfig, calls: list[int]
+) -> None:
     """At positions far from the spans and from the sequence's begin, also when the prefix cache has the prompt."""
     exact, model = load(name, torch.float64), load(name)
     requests = asked(130)
@@ -112,7 +112,9 @@ def exact_logprobs(exact: MultiLoraModel, request: Request, tokens: tuple[int, .
 def test_what_is_asked_changes_the_answers() -> None:
     with Engine(load("llama"), CONFIGS["together"]) as engine:
         requests = asked(60)
-        same = [Request(requests[0].prompt, adapters=r.adapters, steering=r.steering, sampling=r.sampling) for r in requests]
+        same = [
+            Request(requests[0].prompt, adapters=r.adapters, steering=r.steering, sampling=r.sampling) for r in requests
+        ]
         first = [result.logprobs[0].top for result in engine.generate(same)]
     assert len(set(first)) == len(ASKED)
 

@@ -29,9 +29,7 @@ from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 
 def reft_job(folder: Path, name: str, *, positions: str = "f2+l3", **options: Any) -> AdapterJob:
-    config = ReftConfig(
-        r=options.pop("r", 3), layers=options.pop("layers", None), positions=parse_positions(positions)
-    )
+    config = ReftConfig(r=options.pop("r", 3), layers=options.pop("layers", None), positions=parse_positions(positions))
     return tiny_job(folder, name, "prompt", **{"lora": None, "reft": config, **options})
 
 
@@ -66,7 +64,11 @@ class PyreftIntervention(nn.Module):
         return base + (self.source(base) - base @ rotation) @ rotation.t()
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rotate.parametrizations.weight.original.grad.tril(-1), self.source.weight.grad, self.source.bias.grad
+        return (
+            self.rotate.parametrizations.weight.original.grad.tril(-1),
+            self.source.weight.grad,
+            self.source.bias.grad,
+        )
 
 
 def pyreft_gradient(
@@ -105,7 +107,8 @@ def first_and_last(num_prompt: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("positions", "places"), [("f2+l3", first_and_last), ("prompt", lambda n: list(range(n))), ("l1", lambda n: [n - 1])]
+    ("positions", "places"),
+    [("f2+l3", first_and_last), ("prompt", lambda n: list(range(n))), ("l1", lambda n: [n - 1])],
 )
 def test_gradients_are_those_of_pyrefts_formula(
     tmp_path: Path, positions: str, places: Callable[[int], list[int]]

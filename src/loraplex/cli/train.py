@@ -88,7 +88,7 @@ def adapters(
         bool, typer.Option(help="Write beside each LoRA what its prompts look like, for adapters=auto.")
     ] = True,
 ) -> None:
-    """Train many adapters at once, LoRAs, linked residuals and LoReFT: one job for each --data, all in the same batches."""
+    """Train many adapters at once, LoRAs, linked residuals and LoReFT: a job for each --data, all in one batch."""
     from_file = read_job_file(config) if config is not None else {}
     # Settings of jobs are handled alike, by their names.
     settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})

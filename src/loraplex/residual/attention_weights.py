@@ -15,7 +15,9 @@ KEPT_BYTES = 64 * 2**20
 class AttentionWeights:
     """softmax(cap(q k^T * scaling) + log strength) over the keys that the mask shows, in float32 at least.
 
-    Where keys are to get a share, weights are then multiplied so that they do. Nothing is computed before it is asked for. A query that sees no key (padding) has weights 0, as in torch's fused
+    Where keys are to get a share, weights are then multiplied so that they do.
+
+    Nothing is computed before it is asked for. A query that sees no key (padding) has weights 0, as in torch's fused
     attention.
     """
 

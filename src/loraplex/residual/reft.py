@@ -17,13 +17,16 @@ Site = Literal["attention", "mlp", "block"]
 SITES: tuple[Site, ...] = ("attention", "mlp", "block")
 
 
+EDGES = Positions("edges", 7, 7)  # where pyreft's examples act
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReftConfig:
     """What LoReFT trains: interventions of one rank behind some blocks, at chosen tokens."""
 
     r: int = 4
     layers: tuple[int, ...] | None = None  # numbers of blocks; None is all of them
-    positions: Positions = Positions("edges", 7, 7)
+    positions: Positions = EDGES
 
     def __post_init__(self) -> None:
         if not (is_whole(self.r) and self.r >= 1):
@@ -32,7 +35,9 @@ class ReftConfig:
         if layers is not None and not (layers and len(set(layers)) == len(layers) and all(map(is_whole, layers))):
             raise ConfigError(f"layers is {quoted(layers)}; give different numbers of blocks, such as (10, 11).")
         if not isinstance(self.positions, Positions):
-            raise ConfigError(f"positions are {quoted(self.positions)}; give Positions, such as parse_positions('f7+l7').")
+            raise ConfigError(
+                f"positions are {quoted(self.positions)}; give Positions, such as parse_positions('f7+l7')."
+            )
         if self.positions.which == "generated":
             raise ConfigError("positions are 'generated', which training has none of. Use 'all', 'prompt' or 'f7+l7'.")
 

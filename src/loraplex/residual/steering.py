@@ -22,7 +22,7 @@ OPEN, CLOSE = "<<", ">>"
 
 @dataclass(frozen=True, kw_only=True)
 class Steering:
-    """Multiply the attention that each token pays to `spans` by `strength`, or see to it that they get a `share` of it.
+    """Multiply the attention that each token pays to `spans` by `strength`, or see that they get a `share` of it.
 
     log(strength) is added to the attention logits of the spans' keys, after any soft-capping and before the softmax.
     Strength 1 changes nothing, 0 masks the keys. Where spans of several steerings overlap, strengths multiply.
@@ -48,8 +48,8 @@ class Steering:
             )
         if self.share is not None and not (is_finite(self.share) and 0 < self.share < 1):
             raise RequestError(
-                f"steering share {self.share!r} can't be used. Give a number between 0 and 1: 0.3 gives the spans three "
-                "tenths of each head's attention, where they get less."
+                f"steering share {self.share!r} can't be used. Give a number between 0 and 1: 0.3 gives the spans "
+                "three tenths of each head's attention, where they get less."
             )
         if self.share is not None and self.strength != 1:
             raise RequestError(

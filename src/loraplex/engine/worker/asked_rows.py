@@ -12,7 +12,9 @@ from loraplex.engine.worker.asked_records import RECORD_INTS, RowRecords, Weight
 from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.residual.rows import RowAttention
 
-AskedTensors = tuple[Tensor, Tensor]  # int64 [groups, layers, 3] as csrc/asked.h has it; [tokens] each one's group or -1
+AskedTensors = tuple[
+    Tensor, Tensor
+]  # int64 [groups, layers, 3] as csrc/asked.h has it; [tokens] each one's group or -1
 _Place = tuple[SequenceAttention, int, int]  # and its tokens' first and number
 
 

@@ -146,8 +146,8 @@ class PendingLayer:
 class ForwardContext:
     """What the attention layers do in one packed pass besides attending.
 
-    The compiled kernel computes the rows that ask for residuals and steering alone, inside of decoder layers, or here in
-    layers that run module by module, with the same bits; groups of rows run through torch.
+    The compiled kernel computes the rows that ask for residuals and steering alone, inside of decoder layers, or here
+    in layers that run module by module, with the same bits; groups of rows run through torch.
     """
 
     def __init__(

@@ -35,7 +35,9 @@ class AdapterJob:
     # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
     # number from 0 to 1, or "dropout": 0 or 1, at random for each record, and 1 in evaluations.
     gates_before_user: float | Literal["dropout"] = 1.0
-    init_from: str | Path | Adapter | LinkedResidual | ReftResidual | None = None  # start from this adapter instead of fresh weights
+    init_from: str | Path | Adapter | LinkedResidual | ReftResidual | None = (
+        None  # start from this adapter instead of fresh weights
+    )
     after: Sequence[
         tuple[LinkMember, float]
     ] = ()  # adapters with weights that all rows go through; they stay as they are

@@ -39,7 +39,9 @@ class TrainableReft:
         columns = torch.stack([one.r for one in own]).float().mT  # [blocks, hidden, rank]
         factors, signs = reflections_of(columns.contiguous())
         self._signs = signs.to(device)
-        tensors = FlatTensors([factors, torch.stack([one.w for one in own]), torch.stack([one.b for one in own])], device)
+        tensors = FlatTensors(
+            [factors, torch.stack([one.w for one in own]), torch.stack([one.b for one in own])], device
+        )
         self.flat = tensors.flat
         self._factors, self._w, self._b = tensors.views
 
@@ -72,12 +74,14 @@ def first_reft(job: AdapterJob, sites: BlockSites, identity: BaseFingerprint) ->
     unknown = [block for block in blocks if not 0 <= block < sites.num_blocks]
     if unknown:
         raise ConfigError(
-            f"job {job.name!r}: reft.layers has {unknown}, but the base model has the blocks 0 to {sites.num_blocks - 1}."
+            f"job {job.name!r}: reft.layers has {unknown}, but the base model has the blocks 0 to "
+            f"{sites.num_blocks - 1}."
         )
     check_rank(config.r, sites.hidden_size)
     if config.r > sites.hidden_size:
         raise ConfigError(
-            f"job {job.name!r}: reft.r is {config.r}; of hidden size {sites.hidden_size} there are no more orthogonal rows."
+            f"job {job.name!r}: reft.r is {config.r}; orthogonal rows of hidden size {sites.hidden_size} are no more "
+            "than that."
         )
     if job.init_from is None:
         return _fresh(config, sites.hidden_size, blocks, identity, job.seed)

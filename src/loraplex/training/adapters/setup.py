@@ -25,7 +25,6 @@ from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.links import frozen_link
-from loraplex.training.adapters.reft import TrainableReft, first_reft
 from loraplex.training.adapters.parameters import (
     Trainable,
     TrainableLora,
@@ -33,6 +32,7 @@ from loraplex.training.adapters.parameters import (
     fresh_residual,
     fresh_weights,
 )
+from loraplex.training.adapters.reft import TrainableReft, first_reft
 from loraplex.training.forward.probe import check_length
 
 

@@ -140,13 +140,21 @@ class LayerStack:
             if 2 * kind == len(values):
                 values += [part[0].float().contiguous() for part in table]
             kinds.append(kind)
-        own, own_asked = (
-            [table[0][:, some].contiguous(), table[1]] if table else [] for table in (vectors, asked)
-        )
+        own, own_asked = ([table[0][:, some].contiguous(), table[1]] if table else [] for table in (vectors, asked))
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
         made = native_ops.decode_layers(
-            hidden[0], layers[some], constants[some], sizes, values, kinds, *where, *adapters, plan.routing, own, own_asked
+            hidden[0],
+            layers[some],
+            constants[some],
+            sizes,
+            values,
+            kinds,
+            *where,
+            *adapters,
+            plan.routing,
+            own,
+            own_asked,
         )
         return made.unsqueeze(0)
 
