@@ -21,7 +21,7 @@ from loraplex.models.text.prompts import encode_prompts
 from loraplex.residual import AttentionRequest, CaptureRequest, LinkedLayer, LinkedResidual, ResidualConfig, Steering
 
 ROWS = 8
-RESIDUAL_LAYERS = tuple(range(8, 24, 2))
+RESIDUAL_LAYERS = tuple(range(6, 22, 2))
 CAPTURED_LAYERS = (10, 20)
 
 

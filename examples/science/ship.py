@@ -11,7 +11,7 @@ from examples.science.settings import Settings
 from loraplex.adapters.linking.combination import Combination
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
-from loraplex.models.linking import save_linked
+from loraplex.models.convert.linking import save_linked
 
 LIMIT_BYTES = 40 * 10**6
 SCORES = ("scores.json", "baselines.json", "table.md", "data/facts.json")

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.fusion import layer_stack
-from loraplex.errors import EngineError
+from loraplex.errors import EngineError, RequestError
 from loraplex.residual import GateResidual, parse_positions
 from tests.engine.engines import Prompted, add_residuals, answer, assert_same, make_model, prompts, write_adapters
 from tests.residual.tiny_interventions import random_block_vector, random_reft
@@ -150,7 +151,13 @@ def test_vectors_in_compiled_layers_of_other_kinds(tmp_path: Path, calls: list[i
 @pytest.mark.needs("compiler")
 def test_interventions_on_the_prompt_alone_leave_decoding_to_the_compiled_call(model, calls):
     with Engine(model, EngineConfig(cache_bytes=2**22, prefix_cache=False)) as engine:
-        for choice, is_compiled in (("reft", True), ("calm", True), ("gate", False), ("ra+calm", False)):
+        for choice, is_compiled in (
+            ("reft", True),
+            ("calm", True),
+            ("gate", False),
+            ("ra+calm", True),
+            ("f+calm", False),
+        ):
             calls.clear()
             prompted = Prompted(tuple(range(20, 50)), choice)
             result = engine.generate([prompted.request(max_tokens=6)])[0]
@@ -223,3 +230,22 @@ def test_hooks_taken_away_inside_of_a_pass_end_it(model):
         result = engine.generate([prompted.request(max_tokens=6)])[0]
         handle.remove()
     assert isinstance(result.error, EngineError)
+
+
+def test_a_requests_layers_are_those_of_a_vector_with_these_layers_alone(model):
+    """Beside rows that have the same vector everywhere; prefixes are shared between equal layers only."""
+    whole = model.registry.linked.get("calm")
+    model.load_residual("at1", replace(whole, vectors={1: whole.vectors[1]}))
+    prompt = tuple(range(20, 60))
+    expected = {name: answer(model, Prompted(prompt, f"{name}:0.5"), 5) for name in ("calm", "at1")}
+    assert expected["calm"] != expected["at1"], "the layers make no difference"
+    restricted = Prompted(prompt, "calm:0.5").asking(5, residual_layers={"calm": (1,)})
+    with Engine(model, CONFIG) as engine:
+        first, second = engine.generate([restricted, Prompted(prompt, "calm:0.5").request(max_tokens=5)])
+        assert (first.token_ids, second.token_ids) == (expected["at1"], expected["calm"])
+        again = engine.generate([restricted])[0]
+        assert (again.token_ids, again.num_cached_tokens) == (expected["at1"], 32)
+        for layers, names in (({"loud": (1,)}, "loud"), ({"calm": (7,)}, "has none"), ({"calm": ()}, "tuple")):
+            with pytest.raises(RequestError, match=names):
+                engine.add_request(Prompted(prompt, "calm").asking(5, residual_layers=layers))
+    model.unload("at1")

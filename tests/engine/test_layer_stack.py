@@ -93,14 +93,14 @@ def test_a_hook_of_the_user_sees_its_module_run(tmp_path: Path, calls: list[int]
     assert len(seen) == 4
 
 
-def test_dora_and_residuals_run_module_by_module(tmp_path: Path, calls: list[int]) -> None:
+def test_dora_and_functions_run_module_by_module(tmp_path: Path, calls: list[int]) -> None:
     model = add_residuals(make_model("llama", write_adapters("llama", tmp_path)))
     dora = {"use_dora": True}
     folder = random_peft_adapter(
         tiny_model("llama"), tmp_path / "d", targets=linear_targets("llama"), seed=4, options=dora
     )
     model.load_adapter("dora", folder)
-    for choice in ("dora", "0+ra"):
+    for choice in ("dora", "0+f"):
         prompted = prompts((9,), [choice])[0]
         with Engine(model, CONFIG) as engine:
             calls.clear()

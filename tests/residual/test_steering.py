@@ -78,6 +78,58 @@ def test_strength_multiplies_the_attention_before_it_is_normalised() -> None:
     assert torch.allclose(two, plain * factors / (plain * factors).sum(dim=-1, keepdim=True), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_spans_get_their_share_where_they_had_less(name: str) -> None:
+    """Against the definition, by head and query; and the output is attention by those weights."""
+    base = tiny_model(name)
+    layers = AttentionLayers(base)
+    ids = prompt()[0][:1].expand(3, -1)
+    capture = CaptureRequest(layers=(0,))
+    steerings = [(), (Steering(spans=SPANS, share=0.45),), (Steering(spans=SPANS, share=0.45, heads=(1, 2)),)]
+    rows = [row(capture=capture, steering=steering) for steering in steerings]
+    output, scope = forward(base, layers, rows, ids)
+    plain, shared, some = (torch.from_numpy(c.weights[0]).double() for c in captures(scope, ids, None) if c)
+    meant = torch.zeros(LENGTH, dtype=torch.bool)
+    for start, stop in SPANS:
+        meant[start:stop] = True
+    before, after = plain[..., meant].sum(dim=-1), shared[..., meant].sum(dim=-1)
+    is_raised = (before > 1e-6) & (before < 0.45)
+    assert is_raised.any()
+    assert (~is_raised & (before > 0.45)).any()
+    assert torch.allclose(after, torch.where(is_raised, 0.45, before), atol=1e-5)
+    assert torch.allclose(shared.sum(dim=-1), plain.sum(dim=-1), atol=1e-5)
+    for part in (meant, ~meant):  # in their proportions
+        own, former = shared[..., part], plain[..., part]
+        factor = own.sum(dim=-1, keepdim=True) / former.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        assert torch.allclose(own, former * factor, atol=1e-5)
+    assert torch.allclose(some[[1, 2]], shared[[1, 2]], atol=1e-6)
+    assert some[[0, 3]].equal(plain[[0, 3]])
+    assert not torch.allclose(output.logits[0], output.logits[1], atol=1e-3)
+
+
+def test_attention_to_a_share_is_the_sum_of_the_values_by_its_weights() -> None:
+    """The block's output, by hand, from the captured weights."""
+    base = tiny_model("llama")
+    layers = AttentionLayers(base)
+    ids = prompt()[0][:1]
+    seen: list[Tensor] = []
+    attention = base.model.layers[0].self_attn
+    handles = [
+        attention.v_proj.register_forward_hook(lambda module, args, out: seen.append(out)),
+        attention.o_proj.register_forward_hook(lambda module, args, out: seen.append(args[0])),
+    ]
+    steered = row(capture=CaptureRequest(layers=(0,)), steering=(Steering(spans=SPANS, share=0.6),))
+    _, scope = forward(base, layers, [steered], ids)
+    for handle in handles:
+        handle.remove()
+    weights = torch.from_numpy(captures(scope, ids, None)[0].weights[0])  # type: ignore[union-attr]
+    heads = weights.shape[0]
+    values = seen[0][0].view(LENGTH, -1, attention.head_dim).transpose(0, 1)
+    values = values.repeat_interleave(heads // len(values), dim=0)
+    expected = (weights @ values).transpose(0, 1).reshape(LENGTH, -1)
+    assert torch.allclose(seen[1][0], expected, atol=1e-5)
+
+
 def test_captured_and_steered_rows_of_a_bfloat16_model() -> None:
     base = tiny_model("llama", dtype=torch.bfloat16)
     layers = AttentionLayers(base)

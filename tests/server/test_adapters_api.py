@@ -8,6 +8,7 @@ import torch
 
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import SteeringVector
+from loraplex.residual.other_formats.control_vector import write_control_vector
 from tests.tiny_models import HIDDEN_SIZE, linear_targets, random_peft_adapter, tiny_model
 
 
@@ -66,6 +67,35 @@ def test_a_residuals_life(server, root):
             assert http.delete("/v1/adapters/v").status_code == 200
     finally:
         shutil.rmtree(root / "vector")
+
+
+def test_a_control_vector_in_gguf(server, root, tmp_path):
+    """Loaded by the file, with layers and strength of each request; what is no GGUF stays out of reach."""
+    pytest.importorskip("gguf")
+    vectors = {1: torch.full((HIDDEN_SIZE,), 3.0)}
+    vector = SteeringVector(vectors=vectors, base=None, site="block")
+    write_control_vector(vector, root / "calm.gguf", "llama")
+    outside = tmp_path / "calm.gguf"
+    shutil.copy(root / "calm.gguf", outside)
+    (root / "note.txt").write_text("no vector")
+    try:
+        with server.http() as http:
+            assert http.post("/v1/adapters", json={"name": "g", "path": "calm.gguf"}).json()["kind"] == "residual"
+            for path, status in ((str(outside), 403), ("note.txt", 404), ("../calm.gguf", 403), ("none.gguf", 404)):
+                assert http.post("/v1/adapters", json={"name": "h", "path": path}).status_code == status, path
+            body = {"model": "g:2", "prompt": "The protein", "max_tokens": 8, "temperature": 0}
+            plain = answer(http, "tiny")
+            assert answer(http, "g:2") != plain
+            assert answer(http, "g:0") == plain
+            whole = http.post("/v1/completions", json=body | {"residual_layers": {"g": [1]}}).json()
+            assert whole["choices"][0]["text"] == answer(http, "g:2")
+            for layers in ({"g": [0]}, {"a": [1]}, {"g": []}, {"g": "1"}):
+                assert http.post("/v1/completions", json=body | {"residual_layers": layers}).status_code == 400, layers
+            assert http.put("/v1/adapters/g", json={"path": "calm.gguf"}).status_code == 200
+            assert http.delete("/v1/adapters/g").status_code == 200
+    finally:
+        (root / "calm.gguf").unlink()
+        (root / "note.txt").unlink()
 
 
 def test_vllms_calls(server):

@@ -108,9 +108,19 @@ def test_steering_by_text_and_by_tokens(server):
     assert ask(server)["text"] != expected
 
 
+def test_steering_to_a_share(server):
+    expected = ask_engine(server, steering=(Steering(spans=((4, 11),), share=0.9),)).text
+    assert ask(server, steer=[{"text": "protein", "share": 0.9}])["text"] == expected
+    assert ask(server)["text"] != expected
+
+
 @pytest.mark.parametrize(
     "steer",
     [
+        {"text": "protein"},
+        {"text": "protein", "share": 0.5, "strength": 2},
+        {"text": "protein", "share": 1},
+        {"text": "protein", "share": 0},
         {"strength": 2},
         {"start": 3, "strength": 2},
         {"start": 0, "end": 1, "text": "x", "strength": 2},

@@ -10,6 +10,8 @@ from loraplex.cli.options import read_numbers
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, read_text
 from loraplex.residual.modules import ResidualConfig
+from loraplex.residual.positions import parse_positions
+from loraplex.residual.reft import ReftConfig
 from loraplex.training import AdapterJob
 from loraplex.training.core.config import compose
 
@@ -46,6 +48,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "eval_data": str,
     "kind": str,
     "layers": read_numbers,
+    "positions": str,
     "rank": int,
     "alpha": float,
     "targets": _targets,
@@ -87,21 +90,15 @@ _KINDS: Mapping[Callable[[str], Any], str] = {
     _members: "folders such as a+b:0.5",
     _gates: "a number from 0 to 1 or dropout",
 }
-DEFAULTS: Settings = {"kind": "lora", "rank": 16}
+DEFAULTS: Settings = {"kind": "lora"}
+_RANKS = {"lora": 16, "residual": 16, "loreft": 4}
 _TARGETS = "q_proj,k_proj,v_proj,o_proj"
-_ADAPTER = (
-    "kind",
-    "rank",
-    "alpha",
-    "targets",
-    "dropout",
-    "layers",
-    "dora",
-    "rslora",
-)  # settings of the adapter, not of the job
-_ONLY: Mapping[str, tuple[str, ...]] = {
-    "lora": ("targets", "dropout", "dora", "rslora"),
-    "residual": ("layers",),
+# Settings of the adapter, not of the job; by kind, those that it has.
+_ADAPTER = ("kind", "rank", "alpha", "targets", "dropout", "layers", "positions", "dora", "rslora")
+_HAS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("kind", "rank", "alpha", "targets", "dropout", "dora", "rslora"),
+    "residual": ("kind", "rank", "alpha", "layers"),
+    "loreft": ("kind", "rank", "layers", "positions"),
 }
 
 
@@ -158,14 +155,17 @@ def make_job(name: str, settings: Settings, base_model: str) -> AdapterJob:
 
 
 def _adapter(name: str, settings: Settings, base_model: str) -> Settings:
-    """The job's LoraConfig or ResidualConfig. Raises ConfigError for settings of the other kind."""
+    """The job's LoraConfig, ResidualConfig or ReftConfig. Raises ConfigError for settings of another kind."""
     kind = settings["kind"]
-    if kind not in _ONLY:
-        raise ConfigError(f"job {name!r}: kind is {kind!r}; choose one of {sorted(_ONLY)}.")
-    others = [setting for other in _ONLY if other != kind for setting in _ONLY[other] if setting in settings]
+    if kind not in _HAS:
+        raise ConfigError(f"job {name!r}: kind is {kind!r}; choose one of {sorted(_HAS)}.")
+    others = [setting for setting in _ADAPTER if setting in settings and setting not in _HAS[kind]]
     if others:
         raise ConfigError(f"job {name!r} trains a {kind}, which has no {others}. Leave them out, or set another kind.")
-    rank = settings["rank"]
+    rank = settings.get("rank", _RANKS[kind])
+    if kind == "loreft":
+        positions = parse_positions(settings.get("positions", "f7+l7"))
+        return {"reft": ReftConfig(r=rank, layers=_as_tuple(settings.get("layers")), positions=positions)}
     alpha = settings.get("alpha", 2 * rank)
     if kind == "residual":
         return {"residual": ResidualConfig(r=rank, alpha=alpha, layers=_as_tuple(settings.get("layers")))}

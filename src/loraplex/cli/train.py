@@ -45,9 +45,10 @@ def adapters(
     data: Annotated[Setting, typer.Option(help="NAME=FILE of JSON lines; once for each adapter.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or YAML file with a table for each job.")] = None,
     eval_data: Annotated[Setting, typer.Option(help="NAME=FILE of held-out records.")] = None,
-    kind: Annotated[Setting, _setting("lora (default) or residual: a linked residual.")] = None,
-    layers: Annotated[Setting, _setting("Of residuals: attention layers such as 0,8-10; default all.")] = None,
-    rank: Annotated[Setting, _setting("Rank; default 16.")] = None,
+    kind: Annotated[Setting, _setting("lora (default), residual: a linked residual, or loreft.")] = None,
+    layers: Annotated[Setting, _setting("Of residuals and LoReFT: layers such as 0,8-10; default all.")] = None,
+    positions: Annotated[Setting, _setting("Of LoReFT: tokens of the prompt such as l1 or f7+l7 (default).")] = None,
+    rank: Annotated[Setting, _setting("Rank; default 16, of LoReFT 4.")] = None,
     alpha: Annotated[Setting, _setting("Alpha; default twice the rank.")] = None,
     targets: Annotated[Setting, _setting("Modules, joined by commas; default q,k,v,o_proj.")] = None,
     dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = None,
@@ -100,7 +101,7 @@ def adapters(
         bool, typer.Option(help="Write beside each LoRA what its prompts look like, for adapters=auto.")
     ] = True,
 ) -> None:
-    """Train many adapters at once, LoRAs and linked residuals: one job for each --data, all in the same batches."""
+    """Train many adapters at once, LoRAs, linked residuals and LoReFT: a job for each --data, all in one batch."""
     from_file = _read_jobs(config) if config is not None else {}
     # Settings of jobs are handled alike, by their names.
     settings = merge_options(from_file, {name: context.params[name] or () for name in READERS})

@@ -37,6 +37,8 @@ class Request:
     priority: int = 0  # higher goes first
     capture: CaptureRequest | None = None  # which attention weights to keep; n must be 1
     steering: tuple[Steering, ...] = ()  # spans of the prompt's tokens, for all answers
+    # Of vectors and ReFT interventions of the link, by name: the layers at which they act; others act at all they have.
+    residual_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     return_scalings: bool = False  # of the link's mixtures, for every token that is run
     scalings_budget_bytes: int | None = None  # what an answer's scalings may take; None: no limit
     cache_salt: str = ""  # requests share keys and values only with those of the same salt

@@ -1,11 +1,12 @@
 """Attention weights of chosen rows, computed beside the fast attention that serves all rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from loraplex.layers.attention.interface import causal_mask
+from loraplex.residual.steering import KeyShare
 
 # Weights of more bytes are computed in parts, a range of queries at a time, and not kept.
 KEPT_BYTES = 64 * 2**20
@@ -13,6 +14,8 @@ KEPT_BYTES = 64 * 2**20
 
 class AttentionWeights:
     """softmax(cap(q k^T * scaling) + log strength) over the keys that the mask shows, in float32 at least.
+
+    Where keys are to get a share, weights are then multiplied so that they do.
 
     Nothing is computed before it is asked for. A query that sees no key (padding) has weights 0, as in torch's fused
     attention.
@@ -30,6 +33,7 @@ class AttentionWeights:
         is_causal: bool,
         position_bias: Tensor | None = None,  # [sequences or 1, heads, queries, keys]
         log_strength: Tensor | None = None,  # [rows, heads, keys]; -inf masks
+        shares: Sequence[KeyShare] = (),
         first_key: int = 0,  # place of the first key among all tokens that were fed; a window forgets the earlier ones
     ) -> None:
         self.first_key = first_key
@@ -39,6 +43,7 @@ class AttentionWeights:
         self.num_rows = sequences.numel()
         self._mask = causal_mask(query, key) if mask is None and is_causal and self.num_queries > 1 else mask
         self._position_bias, self._log_strength = position_bias, log_strength
+        self._shares = shares
         self._kept: Tensor | None = None
         self._selected = False
 
@@ -97,6 +102,15 @@ class AttentionWeights:
         return tensor if tensor.shape[0] in (1, self.num_rows) else tensor[self.sequences]
 
     def _compute(self, start: int, stop: int, row: int | None = None) -> Tensor:  # [rows, heads, queries, keys]
+        weights = self._without_shares(start, stop, row)
+        first = 0 if row is None else row
+        for share in self._shares:
+            if first <= share.place < first + len(weights):
+                own = weights[share.place - first]
+                own *= share.factors(own)
+        return weights
+
+    def _without_shares(self, start: int, stop: int, row: int | None = None) -> Tensor:  # [rows, heads, queries, keys]
         self._select()
         rows = slice(None) if row is None else slice(row, row + 1)
         query, key = self._query[rows, :, start:stop], self._key[rows]
@@ -127,6 +141,13 @@ class AttentionWeights:
         shown, added = self._terms(slice(None), slice(None))
         assert shown is not None, "a steered row has strengths"
         assert added is not None, "a steered row has strengths"
+        if self._shares:
+            added = added.expand(self.num_rows, self._query.shape[1], self.num_queries, self.num_keys).clone()
+            weights = self._without_shares(0, self.num_queries)
+            for share in self._shares:
+                factors = share.factors(weights[share.place])
+                weights[share.place] *= factors
+                added[share.place] += factors.log()
         shape = (self.num_rows, added.shape[1], self.num_queries, self.num_keys)
         shown, added = shown.expand(shape)[places], added.expand(shape)[places]
         if boolean and not bool(added.any()):

@@ -24,9 +24,10 @@ class BaseFingerprint:
 def check_same_base(name: str, made_for: BaseFingerprint, identity: BaseFingerprint) -> None:
     """Raise BaseModelMismatchError unless a residual was made for such a base.
 
-    An `identity` without heads says nothing about them: of a base model whose attention wasn't looked at.
+    One without heads says nothing about them: of a base model whose attention wasn't looked at.
     """
-    compared = ("architecture", "hidden_size", "vocab_size", *(("num_heads",) if identity.num_heads else ()))
+    knows_heads = made_for.num_heads and identity.num_heads
+    compared = ("architecture", "hidden_size", "vocab_size", *(("num_heads",) if knows_heads else ()))
     differences = [
         f"{what} {quoted(getattr(made_for, what))} (here {getattr(identity, what)!r})"
         for what in compared

@@ -70,7 +70,7 @@ def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> Fol
         tensors = {name: file.read(name) for name in shapes}
     for name, tensor in tensors.items():
         require_finite(tensor, f"{folder / WEIGHTS_FILE}: {name!r}")
-    return _made_of(settings, tensors, read_record(folder) if settings.kind == "linked" else ())
+    return _made_of(settings, tensors, read_record(folder) if settings.kind in ("linked", "reft") else ())
 
 
 def _made_of(settings: ResidualSettings, tensors: Mapping[str, Tensor], end_tokens: tuple[int, ...]) -> FolderResidual:
@@ -80,7 +80,7 @@ def _made_of(settings: ResidualSettings, tensors: Mapping[str, Tensor], end_toke
         return SteeringVector(vectors=vectors, base=base, site=settings.site, positions=settings.positions)
     if settings.kind == "reft":
         own = tuple(_intervention(n, one, tensors) for n, one in enumerate(settings.interventions))
-        return ReftResidual(interventions=own, base=base)
+        return ReftResidual(interventions=own, base=base, end_tokens=end_tokens)
     if settings.kind == "gate":
         inputs = {path: tensors[f"inputs.{path}"] for path in settings.inputs}
         outputs = {path: tensors[f"outputs.{path}"] for path in settings.outputs}
@@ -126,7 +126,7 @@ def write_residual(residual: Residual, folder: str | Path, *, overwrite: bool = 
     check = partial(check_destination, folder, "a residual adapter", _REPLACEABLE, overwrite=overwrite)
     with atomic_folder(folder, check) as temporary:
         (temporary / CONFIG_FILE).write_text(settings.as_json(), encoding="utf-8")
-        write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual) else ())
+        write_record(temporary, residual.end_tokens if isinstance(residual, LinkedResidual | ReftResidual) else ())
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors' own is for the owner only
 

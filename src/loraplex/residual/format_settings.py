@@ -150,7 +150,7 @@ def read_settings(folder: Path) -> ResidualSettings:
 
 
 def _settings(kind: str, version: int, content: Mapping[str, Any]) -> ResidualSettings:
-    base = None if content["base"] is None and version > 1 else _base(content["base"])
+    base = None if content["base"] is None and version > 1 else _base(content["base"], needs_heads=version == 1)
     if kind == "linked":
         layers = _layers(content["layers"])
         config = ResidualConfig(r=content["r"], alpha=content["alpha"], layers=layers)
@@ -215,7 +215,7 @@ def _layers(layers: object) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _base(base: object) -> BaseFingerprint:
+def _base(base: object, *, needs_heads: bool) -> BaseFingerprint:
     if not isinstance(base, dict) or not base.keys() >= _BASE.keys() or base.keys() - _BASE.keys() - {"name"}:
         raise ValueError(f"base is {quoted(base)}; it must be an object with {sorted(_BASE)} and, if known, name.")
     for key, kind in _BASE.items():
@@ -223,7 +223,7 @@ def _base(base: object) -> BaseFingerprint:
             raise TypeError(f"base.{key} is {quoted(base[key])}; it must be a JSON {kind.__name__}.")
     num_heads = tuple(base["num_heads"])
     sizes = (base["hidden_size"], base["vocab_size"], *num_heads)
-    if not num_heads or not all(is_whole(size) and 0 <= size < 2**31 for size in sizes):
+    if (needs_heads and not num_heads) or not all(is_whole(size) and 0 <= size < 2**31 for size in sizes):
         raise ValueError(f"base is {quoted(base)}; its sizes must be whole numbers.")
     if base.get("name") is not None and not isinstance(base["name"], str):
         raise ValueError(f"base.name is {quoted(base['name'])}; it must be a text or null.")

@@ -58,8 +58,14 @@ def _run(call: AttentionCall) -> AttentionOutput:
     if unknown:
         raise RequestError(RESIDUALS.refusal(type(call.module).__name__, unknown))
     scope.check_whole(layer)
-    log_strength = plan.log_strength(scope.num_heads[layer], first_key, call.key.shape[2])
-    weights = weights_of(call, plan.sequences, log_strength=log_strength, first_key=first_key)
+    num_keys = call.key.shape[2]
+    weights = weights_of(
+        call,
+        plan.sequences,
+        log_strength=plan.log_strength(scope.num_heads[layer], first_key, num_keys),
+        shares=plan.shares(first_key, num_keys),
+        first_key=first_key,
+    )
     plan.capture(weights)
     if plan.links:
         scope.pending[layer] = weights

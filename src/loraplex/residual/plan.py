@@ -13,7 +13,7 @@ from loraplex.residual.capture import CaptureBuffer
 from loraplex.residual.compute import Extend, FunctionTerm, LinkedTerm, ResidualTerm, VectorTerm, stack_linked
 from loraplex.residual.modules import FunctionResidual, LinkedResidual, SteeringVector
 from loraplex.residual.rows import ChainLink, RowAttention
-from loraplex.residual.steering import Steering, log_strengths
+from loraplex.residual.steering import KeyShare, Steering, key_shares, log_strengths
 
 RouteSpan = list[tuple[int, ChainLink]]  # places among the rows concerned, in order
 
@@ -35,6 +35,10 @@ class LayerPlan:
             return None
         num_rows, device = self.sequences.numel(), self.sequences.device
         return log_strengths(self.steered, num_rows, num_heads, first_key, num_keys, device)
+
+    def shares(self, first_key: int, num_keys: int) -> list[KeyShare]:
+        """The shares that keys get of the attention, of the keys from one on."""
+        return key_shares(self.steered, first_key, num_keys, self.sequences.device)
 
     @property
     def steered_places(self) -> Tensor:  # [rows]  among those concerned

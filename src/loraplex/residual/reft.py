@@ -8,11 +8,38 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from loraplex.errors import ConfigError
 from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.residual.positions import ALL, Positions
+from loraplex.validation import is_whole, quoted
 
 Site = Literal["attention", "mlp", "block"]
 SITES: tuple[Site, ...] = ("attention", "mlp", "block")
+
+
+EDGES = Positions("edges", 7, 7)  # where pyreft's examples act
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReftConfig:
+    """What LoReFT trains: interventions of one rank behind some blocks, at chosen tokens."""
+
+    r: int = 4
+    layers: tuple[int, ...] | None = None  # numbers of blocks; None is all of them
+    positions: Positions = EDGES
+
+    def __post_init__(self) -> None:
+        if not (is_whole(self.r) and self.r >= 1):
+            raise ConfigError(f"r is {quoted(self.r)}; a rank must be a whole number of at least 1.")
+        layers = self.layers
+        if layers is not None and not (layers and len(set(layers)) == len(layers) and all(map(is_whole, layers))):
+            raise ConfigError(f"layers is {quoted(layers)}; give different numbers of blocks, such as (10, 11).")
+        if not isinstance(self.positions, Positions):
+            raise ConfigError(
+                f"positions are {quoted(self.positions)}; give Positions, such as parse_positions('f7+l7')."
+            )
+        if self.positions.which == "generated":
+            raise ConfigError("positions are 'generated', which training has none of. Use 'all', 'prompt' or 'f7+l7'.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +85,7 @@ class ReftResidual:
     no_lora_because: ClassVar[str] = "it changes hidden states at chosen tokens, which is no change of a weight"
     interventions: Sequence[Intervention]
     base: BaseFingerprint | None = None  # None: not known, only the sizes are checked
+    end_tokens: tuple[int, ...] = ()  # that end its answers, besides the base model's; none: not known
 
     @property
     def layers(self) -> frozenset[int]:

@@ -1,12 +1,13 @@
 """What a model with residuals keeps: the named residuals, and its attention layers once something needs them."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from loraplex.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
     BaseModelError,
+    ConfigError,
     RequestError,
 )
 from loraplex.json_files import damaged_as
@@ -42,6 +44,9 @@ from loraplex.residual.sites import BlockSites
 from loraplex.residual.sources import read_any_residual
 from loraplex.residual.steering import Steering
 from loraplex.routing.adapter_spec import Link
+from loraplex.validation import listed
+
+_MAX_RESTRICTED = 64  # sets of layers that are kept of one residual
 
 
 @dataclass(kw_only=True)
@@ -67,6 +72,7 @@ class LinkedAttention:
         self._sites: BlockSites | None = None
         self.num_detached = 0  # how often hooks were taken away
         self._residuals: dict[str, Residual] = {}
+        self._restricted: WeakKeyDictionary[Residual, dict[tuple[int, ...], Residual]] = WeakKeyDictionary()
         self._layers: AttentionLayers | None = None
         self._lock = threading.RLock()
 
@@ -207,6 +213,33 @@ class LinkedAttention:
             for link in links
         ]
         return others, chains
+
+    def at_layers(self, chain: tuple[ChainLink, ...], layers: Mapping[str, tuple[int, ...]]) -> tuple[ChainLink, ...]:
+        """A row's residuals, of which the named ones act at some of their layers. Raises RequestError."""
+        unknown = layers.keys() - {link.name for link in chain}
+        if unknown:
+            raise RequestError(
+                f"residual_layers names {listed(unknown)}, which the link doesn't have as residuals. It has "
+                f"{listed(link.name for link in chain) or 'none'}."
+            )
+        return tuple(
+            replace(link, residual=self._at_layers(link, tuple(layers[link.name]))) if link.name in layers else link
+            for link in chain
+        )
+
+    def _at_layers(self, link: ChainLink, layers: tuple[int, ...]) -> Residual:
+        """The same object for the same layers: rows that have it share keys and values."""
+        with self._lock:
+            known = self._restricted.setdefault(link.residual, {})
+            if layers not in known:
+                try:
+                    made = restricted(link.residual, layers)
+                except ConfigError as error:
+                    raise RequestError(f"residual_layers of {link.name!r}: {error}") from None
+                while len(known) >= _MAX_RESTRICTED:
+                    known.pop(next(iter(known)))
+                known[layers] = made
+            return known[layers]
 
     def split_chain(
         self, chain: tuple[ChainLink, ...], *, captured: bool = False

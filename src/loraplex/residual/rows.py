@@ -33,7 +33,7 @@ class RowAttention:
 
     @property
     def asks(self) -> bool:
-        return bool(self.chain or self.capture or any(steering.strength != 1 for steering in self.steering))
+        return bool(self.chain or self.capture or any(steering.changes for steering in self.steering))
 
     def chain_at(self, layer: int) -> list[ChainLink]:
         """The residuals that reach a layer, in the order of the link."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.errors import RequestError
+from loraplex.validation import is_finite
 
 Span = tuple[int, int]  # tokens [start, stop) of the prompt, padding not counted
 Range = tuple[int, int]  # characters [start, stop)
@@ -21,16 +22,22 @@ OPEN, CLOSE = "<<", ">>"
 
 @dataclass(frozen=True, kw_only=True)
 class Steering:
-    """Multiply the attention that each token pays to `spans` by `strength`, before it is normalised.
+    """Multiply the attention that each token pays to `spans` by `strength`, or see that they get a `share` of it.
 
     log(strength) is added to the attention logits of the spans' keys, after any soft-capping and before the softmax.
     Strength 1 changes nothing, 0 masks the keys. Where spans of several steerings overlap, strengths multiply.
+
+    With a share in its place, heads that pay the spans less of their attention than that pay exactly so much, and the
+    rest to the other keys in their proportions; heads that pay them more stay as they are, and so do tokens that see
+    none of them. That is SpotLight (arXiv 2505.12025), whose bias log(share / attention) falls short of the share by
+    what normalising takes. Shares come after strengths, in their order.
     """
 
     spans: tuple[Span, ...]
-    strength: float
+    strength: float = 1.0
     layers: tuple[int, ...] | None = None  # None is every attention layer
     heads: tuple[int, ...] | None = None  # None is every head
+    share: float | None = None
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
@@ -38,6 +45,16 @@ class Steering:
             raise RequestError(
                 f"steering strength {self.strength!r} can't be used. Give a finite number of at least 0: 1 changes "
                 "nothing, 0 masks, 5 multiplies the attention by five before it is normalised."
+            )
+        if self.share is not None and not (is_finite(self.share) and 0 < self.share < 1):
+            raise RequestError(
+                f"steering share {self.share!r} can't be used. Give a number between 0 and 1: 0.3 gives the spans "
+                "three tenths of each head's attention, where they get less."
+            )
+        if self.share is not None and self.strength != 1:
+            raise RequestError(
+                f"a steering has the strength {self.strength!r} and the share {self.share!r}. Give one of them, or two "
+                "steerings."
             )
         if not self.spans:
             raise RequestError("a steering has no spans. Give at least one (start, stop) range of prompt tokens.")
@@ -48,7 +65,16 @@ class Steering:
 
     def reaches(self, layer: int) -> bool:
         """Whether the steering changes anything at the layer."""
-        return self.strength != 1 and (self.layers is None or layer in self.layers)
+        return self.changes and (self.layers is None or layer in self.layers)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes anything."""
+        return self.strength != 1 or self.share is not None
+
+    def meant(self, shift: int, num_keys: int) -> Tensor:  # [keys]  bool
+        """Which of a layer's keys are in a span; the prompt begins at the key `shift`."""
+        return _times_spanned(self, shift, num_keys) > 0
 
 
 def check_steering(steering: Steering, row: int, prompt_tokens: int, num_heads: dict[int, int]) -> None:
@@ -106,6 +132,38 @@ def log_strengths(
             times = _times_spanned(steering, padding - first_key, num_keys).to(device)
             added[place, heads] += torch.where(times > 0, times * steering.log_strength, 0)  # 0 * -inf is no number
     return added
+
+
+class KeyShare(NamedTuple):
+    """Some keys of one row, and the share that they get."""
+
+    place: int  # among the rows
+    keys: Tensor  # [keys]  bool
+    heads: tuple[int, ...] | None
+    share: float
+
+    def factors(self, weights: Tensor) -> Tensor:  # [heads, queries, keys]
+        """What weights [heads, queries, keys] of the row are multiplied by."""
+        paid = (weights * self.keys).sum(dim=-1, keepdim=True)
+        is_less = (paid > 0) & (paid < self.share)
+        if self.heads is not None:
+            own = torch.zeros(len(weights), 1, 1, dtype=torch.bool, device=weights.device)
+            own[list(self.heads)] = True
+            is_less &= own
+        paid = torch.where(is_less, paid, self.share)
+        return torch.where(self.keys, self.share / paid, (1 - self.share) / (1 - paid))
+
+
+def key_shares(
+    steered: Sequence[tuple[int, Sequence[Steering], int]], first_key: int, num_keys: int, device: torch.device
+) -> list[KeyShare]:
+    """The shares of a layer's keys [first_key, first_key + num_keys), in their order."""
+    return [
+        KeyShare(place, steering.meant(padding - first_key, num_keys).to(device), steering.heads, steering.share)
+        for place, steerings, padding in steered
+        for steering in steerings
+        if steering.share is not None
+    ]
 
 
 def _times_spanned(steering: Steering, shift: int, num_keys: int) -> Tensor:  # [keys]  float32

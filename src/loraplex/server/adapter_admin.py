@@ -66,9 +66,9 @@ class AdapterLibrary:
     async def load(
         self, name: str, path: str, *, kind: Kind | None = None, experts: Mapping[str, str | None] | None = None
     ) -> None:
-        """Load what is in a folder below the roots."""
+        """Load what is in a folder, or a file in GGUF, below the roots."""
         self.check_load(name)
-        folder = await self._run(lambda: self._roots.folder(path))
+        folder = await self._run(lambda: self._roots.source(path))
         kind = kind or await self._run(partial(_kind_of, folder))
         if experts is not None and kind != "mixture":
             raise ApiError(BAD_REQUEST, f"experts are a mixture's, but this folder holds: {kind}.", param="experts")
@@ -87,7 +87,7 @@ class AdapterLibrary:
         entry = self._loaded(name)
         if entry.kind == "mixture":
             raise ApiError(BAD_REQUEST, "a mixture can't be replaced. Unload it, and load the new one.", param="name")
-        folder = await self._run(lambda: self._roots.folder(path))
+        folder = await self._run(lambda: self._roots.source(path))
         load = self._model.load_residual if entry.kind == "residual" else self._model.load_adapter
         await self._run(partial(load, name, folder, replace=True))
         self._log("replaced", name, folder=str(folder))

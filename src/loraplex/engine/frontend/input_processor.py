@@ -78,6 +78,7 @@ class InputProcessor:
         state.names = self._needed(state, link)
         _, (chain,) = self._model.registry.linked.split([link])
         linked = self._model.registry.linked
+        chain = linked.at_layers(chain, request.residual_layers)
         attention_chain, _ = linked.split_chain(chain, captured=request.capture is not None)
         buffer = check_attention(state, bool(attention_chain), linked)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -343,6 +344,9 @@ def check_kinds(request: Request) -> None:
     is_tuple = isinstance(request.steering, tuple)
     if not is_tuple or not all(isinstance(steering, Steering) for steering in request.steering):
         raise RequestError(f"steering is {request.steering!r}; give a tuple of loraplex.residual.Steering.")
+    layers = request.residual_layers
+    if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
+        raise RequestError(f"residual_layers is {layers!r}; give tuples of layers by the names of residuals.")
     if not isinstance(request.return_scalings, bool):
         raise RequestError(f"return_scalings is {request.return_scalings!r}; give True or False.")
     budget = request.scalings_budget_bytes

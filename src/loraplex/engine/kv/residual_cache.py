@@ -21,14 +21,20 @@ class ResidualCache:
         self._shape = (num_blocks, block_tokens, _WIDTH)
         self._device = device
         self._tensors: dict[Key, list[Tensor]] = {}
+        self.num_cleared = 0  # how often memory was given back: what was told of it is worth nothing then
+
+    def parts(self, key: Key, rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The tensors that hold u of a rank."""
+        tensors = self._tensors.setdefault(key, [])
+        while len(tensors) * _WIDTH < rank:  # not zeroed, as keys and values: memory is given to what is written
+            tensors.append(torch.empty(self._shape, dtype=dtype, device=self._device))
+        return tensors[: -(-rank // _WIDTH)]
 
     def write(self, key: Key, blocks: Tensor, places: Tensor, u: Tensor) -> None:
         """Keep u [rows, tokens, rank] of the tokens at `places` of `blocks` [rows, tokens]."""
-        tensors = self._tensors.setdefault(key, [])
-        for number, part in enumerate(u.split(_WIDTH, dim=2)):
-            if number == len(tensors):  # not zeroed, as keys and values: memory is given to what is written
-                tensors.append(torch.empty(self._shape, dtype=u.dtype, device=self._device))
-            tensors[number][blocks, places, : part.shape[2]] = part.to(tensors[number].dtype)
+        tensors = self.parts(key, u.shape[2], u.dtype)
+        for tensor, part in zip(tensors, u.split(_WIDTH, dim=2), strict=True):
+            tensor[blocks, places, : part.shape[2]] = part.to(tensor.dtype)
 
     def read(self, key: Key, blocks: Tensor, rank: int) -> Tensor:  # [rows, tokens, rank]
         """u in whole blocks [rows, blocks]; what was never written may be anything."""
@@ -38,6 +44,7 @@ class ResidualCache:
     def clear(self) -> None:
         """Give the memory back; nothing that was kept is needed any more."""
         self._tensors.clear()
+        self.num_cleared += 1
 
     @property
     def num_bytes(self) -> int:

@@ -32,7 +32,14 @@ class AdapterLeases:
                 return False
             model, captured = self._model, state.request.capture is not None
             linked = model.registry.linked
-            binding = RequestAdapters(model.store, model.mixtures, linked, state.link, captured=captured)
+            binding = RequestAdapters(
+                model.store,
+                model.mixtures,
+                linked,
+                state.link,
+                captured=captured,
+                residual_layers=state.request.residual_layers,
+            )
             try:
                 binding.check_vocabulary(state.vocabulary)
             except AdapterChangedError:

@@ -70,13 +70,21 @@ class RequestAdapters:
     """A request's leases; `close` ends them."""
 
     def __init__(
-        self, store: AdapterStore, mixtures: Mixtures, linked: LinkedAttention, link: Link, *, captured: bool = False
+        self,
+        store: AdapterStore,
+        mixtures: Mixtures,
+        linked: LinkedAttention,
+        link: Link,
+        *,
+        captured: bool = False,
+        residual_layers: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """`captured`: the request captures attention.
+        """`captured`: the request captures attention; `residual_layers`: those of residuals that act at some.
 
         Raises AdapterNotFoundError, CapacityError (no slot is free now), AdapterChangedError or RequestError.
         """
-        (link,), (self.chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
+        (link,), (chain,) = linked.split([link])  # residuals have no slots: the objects themselves are kept
+        self.chain = linked.at_layers(chain, residual_layers or {})
         self.attention_chain, own = linked.split_chain(self.chain, captured=captured)
         self.interventions = ChainOperations(own) if own else None
         found, names = mixtures.expand([link])

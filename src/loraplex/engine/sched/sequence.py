@@ -207,7 +207,7 @@ def _salt_keys(request: Request) -> list[ExtraKey]:
 
 def _steering_keys(request: Request) -> list[ExtraKey]:
     """Tokens before the first span see nothing of the steering."""
-    steerings = tuple(steering for steering in request.steering if steering.strength != 1)
+    steerings = tuple(steering for steering in request.steering if steering.changes)
     if not steerings:
         return []
     first = min(start for steering in steerings for start, _ in steering.spans)

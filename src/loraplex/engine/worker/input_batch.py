@@ -1,6 +1,6 @@
 """One forward pass over chunks of many sequences, side by side in one row of tokens without padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,8 +29,12 @@ class AttentionCalls(Protocol):
         """`query` and `out` [tokens, heads, dim]; `keys` and `values` are all blocks of the module."""
         ...
 
-    def concerns(self, module: nn.Module) -> bool:
-        """Whether some chunk asks for anything of an attention module."""
+    def interrupts(self, module: nn.Module) -> bool:
+        """Whether some chunk asks for something of an attention module that its layer's compiled call can't do."""
+        ...
+
+    def compiled(self, modules: Sequence[nn.Module], apart: Container[int]) -> Sequence[Tensor]:
+        """What the compiled call of layers with these attention modules does besides, but for those `apart`."""
         ...
 
 

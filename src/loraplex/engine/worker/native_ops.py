@@ -105,9 +105,44 @@ def decode_layers(
     gates: Tensor,  # [1 or modules, ..]
     routing: Sequence[Tensor],
     vectors: Sequence[Tensor] = (),  # InterventionPass.addresses
+    asked: Sequence[Tensor] = (),  # AskedRows.tensors
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; layers and constants come from layer_record.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates, routing)
     described = (layers, constants, *cache_sizes, rotary, rotary_kinds)
-    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters, vectors)
+    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters, vectors, asked)
+
+
+def attend_steered(
+    query: Tensor,  # [tokens, heads, dim]
+    out: Tensor,  # [tokens, heads, dim], of steered rows filled
+    keys: Tensor,
+    values: Tensor,
+    where: tuple[Tensor, Tensor, Tensor],  # table, rows and positions
+    terms: AttentionTerms,
+    asked: tuple[Tensor, Tensor],  # AskedRows.tensors of one layer
+) -> None:
+    """Attention of the tokens whose rows steer it."""
+    table, groups = asked
+    _operator("attend_steered_")(query, out, keys, values, *where, *_shown(terms), table[:, 0].contiguous(), groups)
+
+
+def add_links(
+    x: Tensor,  # [tokens, hidden]  what the attention block reads
+    out: Tensor,  # [tokens, hidden]  its output, changed
+    query: Tensor,  # [tokens, heads, dim]  as it attended
+    keys: Tensor,
+    where: tuple[Tensor, Tensor, Tensor],  # table, rows and positions
+    terms: AttentionTerms,
+    asked: tuple[Tensor, Tensor],  # AskedRows.tensors of one layer
+) -> None:
+    """Add the linked residuals of the tokens' rows; what later tokens need is kept."""
+    table, groups = asked
+    _operator("add_links_")(x, out, query, keys, *where, *_shown(terms), table[:, 0].contiguous(), groups)
+
+
+def _shown(terms: AttentionTerms) -> tuple[float, int, int, float]:
+    """Scale, window, chunk and soft cap as operators take them; 0 is none."""
+    assert terms.sinks is None, "residuals and steering are refused where an attention has sinks"
+    return terms.scale, terms.mask_rule.window or 0, terms.mask_rule.chunk or 0, terms.softcap or 0.0

@@ -1,6 +1,6 @@
 """Residuals, captures and steering inside packed passes: only chunks that ask for them are looked at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import AttentionTerms
 from loraplex.engine.kv.residual_cache import BlockStates, ResidualCache
 from loraplex.engine.sched.captures import SequenceAttention
+from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.asked_rows import AskedRowCache, AskedRows
 from loraplex.engine.worker.input_batch import InputBatch
 from loraplex.errors import AdapterError, EngineError
 from loraplex.residual.attention_weights import AttentionWeights
@@ -71,6 +73,7 @@ class RowGroup:
             softcap=terms.softcap,
             is_causal=True,
             log_strength=plan.log_strength(num_heads, first_key, self.num_keys - first_key),
+            shares=plan.shares(first_key, self.num_keys - first_key),
             first_key=first_key,
         )
 
@@ -100,6 +103,7 @@ class AttentionRows:
     def __init__(self, linked: LinkedAttention, pool: ResidualCache) -> None:
         self.responses = pool
         self._linked = linked
+        self._asked = AskedRowCache(pool)
         self._together: RowPlans | None = None  # of several rows
 
     def scope(self, batch: InputBatch) -> "ForwardContext | None":
@@ -107,16 +111,22 @@ class AttentionRows:
         if not batch.asking:
             self._together = None
             return None
-        together, alone = _side_by_side(batch.asking, batch.num_single)
+        asked = None
+        asking: Mapping[int, SequenceAttention] = batch.asking
+        if batch.is_native:
+            asked = self._asked.of(batch, self._linked.layers.num_heads)
+            asking = {chunk: own for chunk, own in asking.items() if own.stands_alone}
+        together, alone = _side_by_side(asking, batch.num_single)
         self._together = self._plans_together([batch.asking[chunk].row for chunk in together])
         chosen = [] if self._together is None else [(self._together, together)]
-        chosen += [(batch.asking[chunk].plans, [chunk]) for chunk in alone]
+        chosen += [(asking[chunk].plans, [chunk]) for chunk in alone]
         groups = [RowGroup(plans, chunks, batch, self.responses) for plans, chunks in chosen]
-        return ForwardContext(groups, self._linked.layers)
+        return ForwardContext(groups, self._linked.layers, asked, batch)
 
     def forget_rows(self) -> None:
         """No request runs: keep nothing of the last ones."""
         self._together = None
+        self._asked.forget()
 
     def _plans_together(self, rows: Sequence[RowAttention]) -> RowPlans | None:
         if self._together is not None and self._together.rows == tuple(rows):
@@ -124,13 +134,27 @@ class AttentionRows:
         return RowPlans(rows, failures={}) if rows else None
 
 
-class ForwardContext:
-    """What the attention layers do in one packed pass besides attending."""
+class PendingLayer:
+    """What a layer's residuals need, between attention and its block's output."""
 
-    def __init__(self, groups: list[RowGroup], layers: AttentionLayers) -> None:
-        self._groups, self._layers = groups, layers
-        # By layer, between attention and its block's output.
-        self.pending: dict[int, list[tuple[RowGroup, LayerPlan, AttentionWeights]]] = {}
+    def __init__(self) -> None:
+        self.groups: list[tuple[RowGroup, LayerPlan, AttentionWeights]] = []
+        # Of rows that the compiled kernel computes: the query [tokens, heads, dim], all keys, and the terms.
+        self.compiled: tuple[Tensor, Tensor, AttentionTerms] | None = None
+
+
+class ForwardContext:
+    """What the attention layers do in one packed pass besides attending.
+
+    The compiled kernel computes the rows that ask for residuals and steering alone, inside of decoder layers, or here
+    in layers that run module by module, with the same bits; groups of rows run through torch.
+    """
+
+    def __init__(
+        self, groups: list[RowGroup], layers: AttentionLayers, asked: AskedRows | None, batch: InputBatch
+    ) -> None:
+        self._groups, self._layers, self._asked, self._batch = groups, layers, asked, batch
+        self.pending: dict[int, PendingLayer] = {}  # by layer
         self._attended: set[int] = set()
 
     def attend(
@@ -141,6 +165,8 @@ class ForwardContext:
         if layer is None:
             return
         self._attended.add(layer)
+        if self._asked is not None:
+            self._attend_compiled(layer, query, keys, values, out, terms)
         for group in self._groups:
             plan = group.plan(layer, query)
             if plan is None:
@@ -148,29 +174,62 @@ class ForwardContext:
             weights = group.weights(plan, self._layers.num_heads[layer], query, keys, terms)
             plan.capture(weights)
             if plan.links:
-                self.pending.setdefault(layer, []).append((group, plan, weights))
+                self.pending.setdefault(layer, PendingLayer()).groups.append((group, plan, weights))
             if plan.steered:
                 places = plan.steered_places
                 rows = plan.sequences[places]
                 heard = weights.apply(group.values(rows, values, terms), places)  # [rows, heads, count, dim]
                 out[group.tokens[rows]] = heard.transpose(1, 2).to(out.dtype)
 
+    def _attend_compiled(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, terms: AttentionTerms
+    ) -> None:
+        assert self._asked is not None, "no row is computed by the compiled kernel"
+        if layer in self._asked.layers_with_steering:
+            tensors = self._asked.tensors((layer,))
+            native_ops.attend_steered(query.contiguous(), out, keys, values, self._where, terms, tensors)
+        if layer in self._asked.layers_with_links:
+            self.pending.setdefault(layer, PendingLayer()).compiled = (query.contiguous(), keys, terms)
+
+    @property
+    def _where(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (self._batch.table.values, self._batch.rows, self._batch.positions)
+
     def add_residuals(self, layer: int, x: Tensor, output: Tensor) -> Tensor:
         """A block's output [1, tokens, hidden] with the residuals of the chunks that have some."""
-        for group, plan, weights in self.pending.pop(layer):
+        pending = self.pending.pop(layer)
+        for group, plan, weights in pending.groups:
             residual = plan.residual(x[0][group.tokens], weights, group.states)  # [rows, count, hidden]
             tokens = group.tokens[plan.sequences].flatten()
             output = output.index_add(1, tokens, residual.flatten(0, 1).unsqueeze(0).to(output.dtype))
+        if pending.compiled is not None:
+            assert self._asked is not None, "no row is computed by the compiled kernel"
+            query, keys, terms = pending.compiled
+            output = output.clone(memory_format=torch.contiguous_format)
+            tensors = self._asked.tensors((layer,))
+            native_ops.add_links(x[0].contiguous(), output[0], query, keys, self._where, terms, tensors)
         return output
 
-    def concerns(self, module: nn.Module) -> bool:
-        """Whether some chunk asks for anything of an attention module; also of one that isn't known."""
+    def interrupts(self, module: nn.Module) -> bool:
+        """Whether a layer with this attention module must run module by module; also with one that isn't known."""
         layer = layer_number(module)
         return layer is None or any(group.plans.concerns(layer) for group in self._groups)
+
+    def compiled(self, modules: Sequence[nn.Module], apart: Container[int]) -> Sequence[Tensor]:
+        """What the compiled call of layers with these attention modules does for rows, but for those at places `apart`.
+
+        Nothing where no row asks for anything there.
+        """
+        numbers = tuple(layer_number(module) for module in modules)
+        self._attended.update(n for place, n in enumerate(numbers) if n is not None and place not in apart)
+        if self._asked is None or self._asked.layers.isdisjoint(numbers):
+            return ()
+        return self._asked.tensors(numbers)
 
     def finish(self) -> dict[int, AdapterError]:
         """The chunks that failed, by place in the batch, once the pass has run. Raises EngineError."""
         asked = {layer for layer in self._layers.layers if any(group.plans.concerns(layer) for group in self._groups)}
+        asked |= frozenset() if self._asked is None else self._asked.layers
         if self.pending or not asked <= self._attended:
             raise EngineError(
                 "the base model's attention was given back (registry.linked.detach) while a pass needed it. Detach "

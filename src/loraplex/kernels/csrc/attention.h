@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "asked.h"
 #include "linear.h"
 
 namespace loraplex {
@@ -79,6 +80,7 @@ struct Attention {
   int64_t mask_stride;
   int64_t chunk = 0;             // 0: none; else a token sees those of its own chunk
   const float* sinks = nullptr;  // [heads] or null
+  AskedLayer asked{};            // whose steering changes weights
 
   int64_t stop(int64_t token) const { return positions == nullptr ? keys.run(0) : positions[token] + 1; }
 
@@ -88,23 +90,36 @@ struct Attention {
     return chunk > 0 ? std::max(begin, last / chunk * chunk) : begin;
   }
 
-  void head_group(int64_t token, int64_t kv_head, std::vector<float>& buffer) const {
+  // Where a head's weights begin behind those of the one before it.
+  int64_t padded(int64_t token) const { return (stop(token) - first(token) + kLanes - 1) / kLanes * kLanes; }
+
+  // The weights of a group of heads for the keys from first(token) on.
+  void weigh(int64_t token, int64_t kv_head, std::vector<float>& buffer) const {
     const int64_t group = heads / kv_heads, begin = first(token), count = stop(token) - begin;
-    const int64_t key_dim = keys.dim, value_dim = values.dim;
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    if (static_cast<int64_t>(buffer.size()) < group * padded) buffer.resize(group * padded);
+    const int64_t key_dim = keys.dim, stride = padded(token);
+    if (static_cast<int64_t>(buffer.size()) < group * stride) buffer.resize(group * stride);
     const T* q = query + (token * heads + kv_head * group) * key_dim;
     for (int64_t i = 0; i < count;) {  // runs of keys that lie in one block
       const int64_t run = std::min(count - i, keys.run(begin + i));
       const T* k = keys.at(token, kv_head, begin + i);
-      for (int64_t g = 0; g < group; ++g) logits(k, q + g * key_dim, run, buffer.data() + g * padded + i);
+      for (int64_t g = 0; g < group; ++g) logits(k, q + g * key_dim, run, buffer.data() + g * stride + i);
       i += run;
     }
+    const SteeringRecord steering = asked.steering(token);
     for (int64_t g = 0; g < group; ++g) {
-      float* weights = buffer.data() + g * padded;
+      float* weights = buffer.data() + g * stride;
+      const int64_t head = kv_head * group + g;
       if (mask != nullptr) hide(mask + token * mask_stride + begin, count, weights);
-      softmax(weights, count, padded, sinks == nullptr ? -INFINITY : sinks[kv_head * group + g]);
+      if (steering.exists()) steering.add(head, begin, count, weights);
+      softmax(weights, count, stride, sinks == nullptr ? -INFINITY : sinks[head]);
+      if (steering.exists()) steering.raise(head, begin, count, weights);
     }
+  }
+
+  void head_group(int64_t token, int64_t kv_head, std::vector<float>& buffer) const {
+    weigh(token, kv_head, buffer);
+    const int64_t group = heads / kv_heads, begin = first(token), count = stop(token) - begin;
+    const int64_t value_dim = values.dim, padded = this->padded(token);
     const float* weights = buffer.data();
     T* result = out + (token * heads + kv_head * group) * value_dim;
     int64_t g = 0;

@@ -4,7 +4,10 @@
 #include <omp.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "arguments.h"
+#include "asked_arguments.h"
 #include "decoder.h"
 #include "layer_record.h"
 
@@ -67,14 +70,23 @@ template <typename T>
 at::Tensor room_for_prompts(const loraplex::Decoder<T>& decoder, const at::TensorOptions& options) {
   int64_t size = 0;
   if constexpr (std::is_same_v<T, loraplex::Half>) {
-    for (const Layer<T>& layer : decoder.layers) {
+    for (size_t l = 0; l < decoder.layers.size(); ++l) {
       for (const loraplex::PromptPart& part : decoder.prompts) {
-        const loraplex::PromptAttention attention = decoder.prompt_attention(layer, part);
+        const loraplex::PromptAttention attention = decoder.prompt_attention(l, part);
         size = std::max(size, attention.packed_keys() + attention.packed_values());
       }
     }
   }
   return at::empty({size}, options);
+}
+
+// Whether a token's row asks in some layer that keys get a share: tiles don't know a token's weights all at once.
+template <typename T>
+bool has_shares(const loraplex::Decoder<T>& decoder, int64_t token) {
+  return std::any_of(decoder.asked.begin(), decoder.asked.end(), [&](const loraplex::AskedLayer& layer) {
+    const loraplex::SteeringRecord steering = layer.steering(token);
+    return steering.exists() && steering.num_shares() > 0;
+  });
 }
 
 // Which tokens are attended to together, where that has tiles: those that follow each other in one row and fill some.
@@ -86,7 +98,7 @@ void find_prompts(loraplex::Decoder<T>& decoder) {
       return decoder.rows[token] == decoder.rows[t] && decoder.positions[token] == decoder.positions[t] + token - t;
     };
     for (stop = t + 1; stop < decoder.tokens && follows(stop);) ++stop;
-    if (has_tiles && stop - t >= loraplex::kTileTokens) {
+    if (has_tiles && stop - t >= loraplex::kTileTokens && !has_shares(decoder, t)) {
       decoder.prompts.push_back({t, stop - t});
     } else {
       for (int64_t token = t; token < stop; ++token) decoder.singles.push_back(token);
@@ -156,6 +168,20 @@ void add_vectors(loraplex::Decoder<T>& decoder, at::TensorList vectors, int64_t 
   }
 }
 
+// What rows ask of attention. Empty, or int64 [groups, layers, 3] as asked.h has it, and [tokens], each token's group or
+// -1.
+template <typename T>
+void add_asked(loraplex::Decoder<T>& decoder, at::TensorList asked, int64_t num_layers) {
+  if (asked.empty()) return;
+  TORCH_CHECK(asked.size() == 2 && asked[0].dim() == 3 && asked[0].size(1) == num_layers, "what is asked doesn't ",
+              "describe these layers");
+  const int64_t* groups = loraplex::read_groups(asked[0], asked[1], decoder.tokens);
+  for (int64_t l = 0; l < num_layers; ++l) {
+    decoder.asked.push_back({asked[0].const_data_ptr<int64_t>() + l * loraplex::AskedLayer::kInts,
+                             num_layers * loraplex::AskedLayer::kInts, groups});
+  }
+}
+
 // Layers of a decoder for x [tokens, hidden], one token of each track. `layers` and `constants` have a row for each
 // layer, which layer_record.h reads. rotary: cosines and sines [tokens, dim] of all kinds in turn; kinds: by layer which
 // of them are its own. gates [1 or modules, ..]: the same for all modules, or of each.
@@ -163,7 +189,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                          int64_t block_tokens, at::TensorList rotary, at::IntArrayRef kinds, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
                          const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
-                         at::TensorList routing, at::TensorList vectors) {
+                         at::TensorList routing, at::TensorList vectors, at::TensorList asked) {
   check_input(x, x);
   for (const at::Tensor& values : rotary) {
     TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
@@ -211,7 +237,16 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
       decoder.layers.push_back(layer);
     }
     add_vectors(decoder, vectors, num_layers);
+    add_asked(decoder, asked, num_layers);
     find_prompts(decoder);
+    std::optional<loraplex::Links<scalar>> links;
+    if (!decoder.asked.empty()) {
+      int64_t kv_heads = 0;
+      for (const Layer<scalar>& layer : decoder.layers) kv_heads = std::max(kv_heads, layer.kv_heads);
+      links.emplace(num_tokens, decoder.hidden, kv_heads, decoder.asked, decoder.table, decoder.row_blocks, block_tokens,
+                    decoder.rows, decoder.positions);
+      decoder.links = &*links;
+    }
     decode<scalar>(decoder, out);
   })
   return out;
@@ -223,7 +258,7 @@ TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int num_blocks, int block_tokens, Tensor[] rotary, "
       "int[] kinds, Tensor table, Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, "
-      "Tensor segments, Tensor gates, Tensor[] routing, Tensor[] vectors) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing, Tensor[] vectors, Tensor[] asked) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

@@ -11,6 +11,7 @@
 
 #include "adapters.h"
 #include "layer.h"
+#include "linked.h"
 #include "prompt_attention.h"
 
 namespace loraplex {
@@ -38,6 +39,8 @@ struct Decoder {
   Half* packed_keys;                // of a part of a prompt, and its values
   const int64_t* vectors;    // [groups, layers, kVectorSites]  addresses of float32 [hidden], 0: none; or null
   const int64_t* groups;     // [tokens]  of vectors; -1: none
+  std::vector<AskedLayer> asked;  // [layers]; empty: no token's row asks for anything
+  Links<T>* links;                // or null
   T* x;              // [tokens, hidden]  in and out
   T* normed;         // [tokens, hidden]
   T* made[kRoles];   // what each module gives [tokens, out]
@@ -52,12 +55,15 @@ struct Decoder {
       const Layer<T>& layer = layers[l];
       const T* input = layer.is_attention_only ? x : norm(layer.before_attention, i, n);
       linear(l, {kQuery, kKey, kValue}, input, i, n);
+      if (links != nullptr) links->shrink(l, input, i, n);
       wait();
       finish_heads(layer, i, n);
       wait();
-      attend(layer, i, n);
+      attend(l, i, n);
       wait();
+      if (links != nullptr) links->finish(l, attention(l), i, n, false);
       linear(l, {kOut}, attended, i, n);
+      if (links != nullptr) links->expand(l, made[kOut], share(hidden, i, n), share(hidden, i + 1, n));
       if (layer.is_attention_only) {
         put(kOut, i, n);
         continue;
@@ -179,38 +185,48 @@ struct Decoder {
     }
   }
 
-  void attend(const Layer<T>& layer, int64_t i, int64_t n) const {
-    attend_single(layer, i, n);
+  AskedLayer asked_of(size_t l) const { return asked.empty() ? AskedLayer{} : asked[l]; }
+
+  Pages<T> pages(const Layer<T>& layer, const T* data) const {
+    return {data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
+  }
+
+  void attend(size_t l, int64_t i, int64_t n) const {
+    attend_single(l, i, n);
     if constexpr (std::is_same_v<T, Half>) {
-      for (const PromptPart& part : prompts) prompt_attention(layer, part).run(i, n, packed_keys);
+      for (const PromptPart& part : prompts) prompt_attention(l, part).run(i, n, packed_keys);
     }
   }
 
-  PromptAttention prompt_attention(const Layer<T>& layer, const PromptPart& part) const {
-    const auto pages = [&](const T* data) {
-      return Pages<T>{data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
-    };
+  PromptAttention prompt_attention(size_t l, const PromptPart& part) const {
+    const Layer<T>& layer = layers[l];
     const int64_t offset = part.first * layer.heads * layer.head_dim;
-    return {queries_of(layer) + offset, attended + offset, pages(layer.keys),    pages(layer.values), layer.heads,
-            layer.kv_heads,             layer.scale,       layer.softcap,        layer.window,        layer.chunk,
-            layer.sinks,                part.first,        positions[part.first], part.count,          tiling};
+    return {queries_of(layer) + offset,      attended + offset, pages(layer, layer.keys), pages(layer, layer.values),
+            layer.heads,                     layer.kv_heads,    layer.scale,              layer.softcap,
+            layer.window,                    layer.chunk,       layer.sinks,              part.first,
+            positions[part.first],           part.count,        tiling,                   asked_of(l).steering(part.first)};
   }
 
   const T* queries_of(const Layer<T>& layer) const {
     return layer.projection == Projection::kSeparate ? made[kQuery] : queries;
   }
 
-  void attend_single(const Layer<T>& layer, int64_t i, int64_t n) const {
-    const auto pages = [&](const T* data) {
-      return Pages<T>{data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
-    };
-    const Attention<T, Pages<T>> attention{queries_of(layer), attended, pages(layer.keys), pages(layer.values), layer.heads,
-                                           layer.kv_heads, layer.scale, layer.softcap, layer.window, positions,
-                                           nullptr, 0, layer.chunk, layer.sinks};
+  Attention<T, Pages<T>> attention(size_t l) const {
+    const Layer<T>& layer = layers[l];
+    return {queries_of(layer), attended,     pages(layer, layer.keys), pages(layer, layer.values), layer.heads,
+            layer.kv_heads,    layer.scale,  layer.softcap,            layer.window,               positions,
+            nullptr,           0,            layer.chunk,              layer.sinks,                asked_of(l)};
+  }
+
+  void attend_single(size_t l, int64_t i, int64_t n) const {
+    const Layer<T>& layer = layers[l];
+    const Attention<T, Pages<T>> attention = this->attention(l);
     thread_local std::vector<float> buffer;
     const int64_t stop = first_group(layer, attention, i + 1, n);
     for (int64_t g = first_group(layer, attention, i, n); g < stop; ++g) {
-      attention.head_group(singles[g / layer.kv_heads], g % layer.kv_heads, buffer);
+      const int64_t token = singles[g / layer.kv_heads], kv_head = g % layer.kv_heads;
+      attention.head_group(token, kv_head, buffer);
+      if (links != nullptr && links->is_asked(l)) links->hear_alone(l, attention, token, kv_head, buffer);
     }
   }
 

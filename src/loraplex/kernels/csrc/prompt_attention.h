@@ -47,6 +47,7 @@ struct PromptAttention {
   int64_t token;         // the first one's place in the pass, by which Pages know its row
   int64_t start, count;  // its position in the sequence, and how many they are
   Tiling tiling;
+  SteeringRecord steering{};  // of the row, without shares
 
   static constexpr int64_t kSlab = 16;  // blocks of 32 keys whose weights are computed together
   static constexpr float kLog2E = 1.44269504f;
@@ -153,7 +154,7 @@ struct PromptAttention {
                  tiling);
       }
       for (int t = 0; t < num; ++t) {
-        const float factor = weigh(t, start + first + t, slab, blocks, logits, weights, rows);
+        const float factor = weigh(head, t, start + first + t, slab, blocks, logits, weights, rows);
         if (factor != 1.0f) shrink_sums(t, column_blocks, factor, sums);
       }
       for (int64_t c = 0; c < column_blocks; ++c) {
@@ -186,10 +187,12 @@ struct PromptAttention {
 
   // Weights of one token for the keys of a slab, not yet divided by their sum; returns by what former sums shrink.
   // Logits are counted in powers of two.
-  float weigh(int64_t t, int64_t position, int64_t slab, int64_t blocks, float* logits, Half* weights,
+  float weigh(int64_t head, int64_t t, int64_t position, int64_t slab, int64_t blocks, float* logits, Half* weights,
               Rows& rows) const {
     const int64_t first_key = (first_block() + slab) * kBlockColumns, seen = first_seen(position);
     const auto is_edge = [&](int64_t key) { return key < seen || key + kTileColumns > position + 1; };
+    const float* strengths = steering.exists() ? steering.strengths(head) : nullptr;
+    const int64_t stop_steering = strengths == nullptr ? 0 : steering.num_keys();
     const Floats nothing = Floats{} - INFINITY;
     const float unit = is_capped() ? kLog2E : scale * kLog2E;
     Floats top = nothing;
@@ -197,8 +200,9 @@ struct PromptAttention {
       float* at = place(logits + tile / 2 * kBlockSums, t, tile % 2);
       const int64_t key = first_key + tile * kTileColumns;
       Floats value = load(at);
-      if (is_capped() || is_edge(key)) {
+      if (is_capped() || is_edge(key) || key < stop_steering) {
         value = is_capped() ? capped(value) : value;
+        if (key < stop_steering) value = steered(value, strengths + key, stop_steering - key);
         value = is_seen(key, seen, position) ? value : nothing;
         store(at, value);
       }
@@ -212,7 +216,8 @@ struct PromptAttention {
     for (int64_t tile = 0; tile < 2 * blocks; ++tile) {
       const Floats value = load(place(logits + tile / 2 * kBlockSums, t, tile % 2));
       Floats weight = power_of_two(value * unit - base);
-      if (is_edge(first_key + tile * kTileColumns)) weight = value == nothing ? Floats{} : weight;
+      const int64_t key = first_key + tile * kTileColumns;
+      if (is_edge(key) || key < stop_steering) weight = value == nothing ? Floats{} : weight;
       total += weight;
       store_weights(weights + ((t / kTileTokens * kSlab + tile / 2) * kTileTokens + t % kTileTokens) * kTileDepth +
                         tile % 2 * kTileColumns,
@@ -230,6 +235,13 @@ struct PromptAttention {
     value *= scale;
     if (softcap <= 0) return value;
     for (int lane = 0; lane < kLanes; ++lane) value[lane] = softcap * std::tanh(value[lane] / softcap);
+    return value;
+  }
+
+  // Logits with the log strengths of the first `count` keys.
+  Floats steered(Floats value, const float* strengths, int64_t count) const {
+    const float factor = is_capped() ? 1.0f : 1.0f / scale;
+    for (int lane = 0; lane < std::min<int64_t>(kLanes, count); ++lane) value[lane] += strengths[lane] * factor;
     return value;
   }
 
@@ -269,7 +281,7 @@ struct PromptAttention {
   void put(int64_t head, int64_t row, int64_t t, float total, float* sums) const {
     Half* target = out + (row * heads + head) * values.dim;
     for (int64_t tile = 0; tile < value_tiles(); ++tile, target += kTileColumns) {
-      const Floats value = load(place(sums + tile / 2 * kBlockSums, t, tile % 2)) / total;
+      const Floats value = load(place(sums + tile / 2 * kBlockSums, t, tile % 2)) / (total == 0 ? 1.0f : total);
       Half rounded[kTileColumns];
       store(rounded, value);
       std::memcpy(target, rounded, std::min(kTileColumns, values.dim - tile * kTileColumns) * sizeof(Half));

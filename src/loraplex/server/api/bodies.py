@@ -95,12 +95,16 @@ class CaptureAttention(Body):
 
 
 class Steer(Body):
-    """Multiply the attention to tokens [start, end) of the prompt, or to every place of a text in it, by strength."""
+    """Multiply the attention to tokens [start, end) of the prompt, or to every place of a text in it, by strength.
+
+    Or let them get at least a share of it.
+    """
 
     start: int | None = Field(None, ge=0, le=2**31 - 1)
     end: int | None = Field(None, ge=1, le=2**31 - 1)
     text: str | None = Field(None, min_length=1, max_length=65_536)
-    strength: float = Field(ge=0, le=1e6)
+    strength: float | None = Field(None, ge=0, le=1e6)
+    share: float | None = Field(None, gt=0, lt=1)
     layers: Indices | None = None
     heads: Indices | None = None
 
@@ -161,6 +165,7 @@ class GenerationBody(NullableBody):
     return_scalings: bool | None = None
     capture_attention: CaptureAttention | None = None
     steer: Annotated[list[Steer], Field(max_length=_MAX_STEERINGS)] | None = None
+    residual_layers: Annotated[dict[Annotated[str, Field(max_length=128)], Indices], Field(max_length=64)] | None = None
 
 
 class ChatBody(GenerationBody):

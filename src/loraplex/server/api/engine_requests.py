@@ -167,6 +167,7 @@ def engine_request(
         priority=body.priority or 0,
         capture=_capture(body.capture_attention, most_bytes),
         steering=steerings(body.steer, prompt, config.limits.max_steered_spans),
+        residual_layers={name: tuple(layers) for name, layers in (body.residual_layers or {}).items()},
         return_scalings=bool(body.return_scalings),
         scalings_budget_bytes=most_bytes,
         cache_salt=cache_salt(body.cache_salt, principal, isolated=config.access.prefix_isolation),
@@ -276,13 +277,16 @@ def steerings(body: Sequence[Steer] | None, prompt: EncodedPrompt, most_spans: i
     for place, (steer, found) in enumerate(zip(body, ranges, strict=True)):
         spans = _spans(steer, found, prompt, offsets, f"steer.{place}")
         layers, heads = _distinct(steer.layers), _distinct(steer.heads)
-        made.append(Steering(spans=spans, strength=steer.strength, layers=layers, heads=heads))
+        strength = 1.0 if steer.strength is None else steer.strength
+        made.append(Steering(spans=spans, strength=strength, share=steer.share, layers=layers, heads=heads))
     return tuple(made)
 
 
 def _check_kinds(body: Sequence[Steer], prompt: EncodedPrompt) -> None:
     for place, steer in enumerate(body):
         param = f"steer.{place}"
+        if (steer.strength is None) == (steer.share is None):
+            raise ApiError(BAD_REQUEST, f"{param}: give either strength or share.", param=param)
         has_range = steer.start is not None and steer.end is not None
         if has_range == (steer.text is not None) or (steer.start is None) != (steer.end is None):
             raise ApiError(BAD_REQUEST, f"{param}: give either text, or start and end.", param=param)

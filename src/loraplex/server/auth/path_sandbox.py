@@ -16,7 +16,7 @@ def found_path(path: str, roots: Sequence[str | Path]) -> str:
     """Where a path of the settings leads: relative to a root, as over HTTP, else to the working directory."""
     if os.path.isabs(path):
         return path
-    return next((str(Path(root) / path) for root in roots if (Path(root) / path).is_dir()), path)
+    return next((str(Path(root) / path) for root in roots if (Path(root) / path).exists()), path)
 
 
 class AdapterRoots:
@@ -41,6 +41,13 @@ class AdapterRoots:
 
         Whatever leads out of the roots gets the same 403, whether it exists or not.
         """
+        return self._find(path, files=False)
+
+    def source(self, path: str) -> Path:
+        """The same, or a file in GGUF."""
+        return self._find(path, files=True)
+
+    def _find(self, path: str, *, files: bool) -> Path:
         if not self._roots:
             message = (
                 "no adapters are loaded over HTTP: the server has no adapter_roots, or this key no roots below them."
@@ -55,6 +62,8 @@ class AdapterRoots:
         for folder in inside:
             if folder.is_dir():
                 self._check_contents(folder)
+                return folder
+            if files and folder.suffix == ".gguf" and folder.is_file():
                 return folder
         raise ApiError(NOT_FOUND, f"there is no folder {path!r} below this server's adapter_roots.", param="path")
 

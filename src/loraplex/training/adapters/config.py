@@ -10,6 +10,7 @@ from loraplex.adapters.names import check_name
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
+from loraplex.residual.reft import ReftConfig, ReftResidual
 from loraplex.training.adapters.objectives import LossName
 from loraplex.training.adapters.starts import FirstWeights
 from loraplex.training.core.checks import check_number, check_whole
@@ -21,13 +22,14 @@ LinkMember = str | Path | Adapter | LinkedResidual | SteeringVector  # a folder 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterJob:
-    """One adapter to train: its data, the settings of its LoRA or linked residual, and its own optimisation."""
+    """One adapter to train: its data, the settings of its LoRA, linked residual or LoReFT, and its own optimisation."""
 
     name: str
     data: str | Path  # JSONL of conversations, prompts with completions, or texts (records.py)
     eval_data: str | Path | None = None  # held-out records; None holds out a fraction of the data
-    lora: LoraConfig | None = None  # exactly one of lora and residual
+    lora: LoraConfig | None = None  # exactly one of lora, residual and reft
     residual: ResidualConfig | None = None  # train a linked residual instead
+    reft: ReftConfig | None = None  # or LoReFT interventions
     steps: StepsConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -38,7 +40,8 @@ class AdapterJob:
     # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
     # number from 0 to 1, or "dropout": 0 or 1, at random for each record, and 1 in evaluations.
     gates_before_user: float | Literal["dropout"] = 1.0
-    init_from: str | Path | Adapter | LinkedResidual | None = None  # start from this adapter instead of fresh weights
+    # Start from this adapter instead of fresh weights.
+    init_from: str | Path | Adapter | LinkedResidual | ReftResidual | None = None
     first_weights: FirstWeights = "lora"  # or of the base model's own: "pissa", "olora"; written as plain LoRAs
     lora_plus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B, and of DoRA's m, over that of A
     after: Sequence[
@@ -54,9 +57,10 @@ class AdapterJob:
             )
         check_whole(self, ("seed",), minimum=0, maximum=2**63 - 1)
         self.evaluation.check_data(self.label, self.eval_data)
-        if (self.lora is None) == (self.residual is None):
+        if sum(kind is not None for kind in (self.lora, self.residual, self.reft)) != 1:
             raise ConfigError(
-                f"{self.label}: lora is {self.lora} and residual is {self.residual}; set exactly one of them."
+                f"{self.label}: lora is {self.lora}, residual is {self.residual} and reft is {self.reft}; set exactly "
+                "one of them."
             )
         for member, weight in self.after:
             if not isinstance(member, LinkMember) or not is_finite(weight):

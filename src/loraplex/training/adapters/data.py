@@ -92,6 +92,9 @@ def _load(
             f"{job.label}: gates_before_user is {job.gates_before_user!r}, but no record of {path} has tokens before a "
             'user\'s turn. Write conversations ({"messages": [...]}), or leave gates_before_user at 1.'
         )
+    if job.reft is not None and job.reft.positions.depends_on_prompt:
+        for example in examples:
+            _check_one_answer(job, example)
     return [_with_invocation(job, example) for example in examples] if job.invocation is not None else examples
 
 
@@ -113,6 +116,16 @@ def _examples(
         return [replace(e, weight=reward) for e, (_, reward) in zip(examples, rewarded, strict=True)]
     pairs = load([record for pair in read_pairs(path) for record in pair])
     return [replace(e, rejected=other) for e, other in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
+def _check_one_answer(job: AdapterJob, example: Example) -> None:
+    """Raise DatasetError where it isn't clear which of a record's tokens are the prompt."""
+    if example.answer[-1] - example.answer[0] >= len(example.answer):
+        assert job.reft is not None, "only interventions ask where a prompt ends"
+        raise DatasetError(
+            f"{example.place} has several answers, but job {job.name!r} trains interventions at {job.reft.positions}, "
+            "tokens of one prompt. Write a record for each answer, or choose positions='all'."
+        )
 
 
 def _with_invocation(job: AdapterJob, example: Example) -> Example:

@@ -21,7 +21,7 @@ from loraplex.adapters.peft.writer import write_adapter
 from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.adapters.weights import Adapter, LoraWeights
 from loraplex.layers.attach import AdaptableModel
-from loraplex.layers.modules import weight_matrix
+from loraplex.layers.base.modules import weight_matrix
 from loraplex.residual.modules import LinkedResidual
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.core.parameters import FlatTensors

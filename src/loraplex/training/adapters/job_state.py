@@ -30,7 +30,7 @@ REPLACEABLE = {
     *(CONFIG_FILE, WEIGHTS_FILE, RESIDUAL_CONFIG_FILE, RESIDUAL_WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE),
     "README.md",
 }
-_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "after")  # compared by content
+_NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "reft", "after")  # compared by content
 
 
 # Options that checkpoints from before there were the options don't have, with the values that change nothing.
@@ -98,6 +98,8 @@ class JobState(TrainState):
             if options[name] == default:
                 del options[name]
         kind = {"residual": asdict(job.residual)} if job.residual is not None else {}
+        if job.reft is not None:
+            kind["reft"] = asdict(job.reft) | {"positions": str(job.reft.positions)}
         if job.lora is not None:  # which brings factors alone
             kind["lora"] = {name: value for name, value in asdict(job.lora).items() if name != "contents"}
         weights = self.flat.detach().cpu().numpy()

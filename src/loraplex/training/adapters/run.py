@@ -16,6 +16,7 @@ from loraplex.training.adapters.centroids import write_centroids
 from loraplex.training.adapters.config import AdapterJob, check_jobs
 from loraplex.training.adapters.job_state import JobState, run_fingerprint
 from loraplex.training.adapters.links import needs_attention
+from loraplex.training.adapters.reft import TrainableReft
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import AdapterTask
 from loraplex.training.core.config import TrainConfig
@@ -38,7 +39,7 @@ def train_adapters(
     jobs: Sequence[AdapterJob],
     config: TrainConfig,
 ) -> list[TrainResult]:
-    """Train one adapter, LoRA or linked residual, for each job; the rows of all jobs share the forward passes.
+    """Train one adapter, LoRA, linked residual or LoReFT, for each job; the rows of all jobs share the forward passes.
 
     Each job trains as if alone: gradients reach only a row's own adapter. Job `name` leaves
     `<output>/<name>/` (the adapter in its format), `<output>/<name>.jsonl` (its log) and
@@ -76,7 +77,11 @@ def _train(
         check_trainable_base(base)
         ranks = ProcessGroup(base.device)
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
-        states = make_states(jobs, base, adaptable, tokenizer, attention)
+        sites = linked.sites if any(job.reft is not None for job in jobs) else None
+        states = make_states(jobs, base, adaptable, tokenizer, attention, sites)
+        if sites is not None:
+            parameters = [state.parameters for state in states]
+            sites.hook_sites(key for own in parameters if isinstance(own, TrainableReft) for key in own.sites)
         adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])
         identity = run_fingerprint(states, base)
         task = AdapterTask(base, states, config, ranks, attention)

@@ -17,8 +17,10 @@ from loraplex.models.text.end_tokens import training_ends
 from loraplex.residual.fingerprint import check_same_base
 from loraplex.residual.format import read_residual
 from loraplex.residual.format_settings import ResidualSettings
-from loraplex.residual.layers import AttentionLayers
+from loraplex.residual.layers import AttentionLayers, base_fingerprint
 from loraplex.residual.modules import LinkedResidual, check_rank, check_residual_fits
+from loraplex.residual.reft import ReftResidual
+from loraplex.residual.sites import BlockSites
 from loraplex.training.adapters.config import AdapterJob
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.dora import TrainableDora
@@ -31,6 +33,7 @@ from loraplex.training.adapters.parameters import (
     fresh_residual,
     fresh_weights,
 )
+from loraplex.training.adapters.reft import TrainableReft, first_reft
 from loraplex.training.adapters.starts import decomposed_weights
 from loraplex.training.forward.probe import check_length
 
@@ -41,6 +44,7 @@ def make_states(
     adaptable: AdaptableModel,
     tokenizer: PreTrainedTokenizerBase,
     attention: AttentionLayers | None = None,  # needed for residuals
+    sites: BlockSites | None = None,  # needed for interventions
 ) -> list[JobState]:
     """Check every job against the base model and its data, and give it its first weights.
 
@@ -50,7 +54,7 @@ def make_states(
     for job in jobs:
         check_length(job.label, job.steps.max_length, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
-    parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
+    parameters = [_parameters(job, base, adaptable, attention, sites) for job in jobs]
     links = [
         _link(job, own, frozen_link(job, adaptable, attention, base.device))
         for job, own in zip(jobs, parameters, strict=True)
@@ -63,9 +67,16 @@ def make_states(
 
 
 def _parameters(
-    job: AdapterJob, base: PreTrainedModel, adaptable: AdaptableModel, attention: AttentionLayers | None
+    job: AdapterJob,
+    base: PreTrainedModel,
+    adaptable: AdaptableModel,
+    attention: AttentionLayers | None,
+    sites: BlockSites | None,
 ) -> Trainable:
     """What the job trains, with its first weights."""
+    if job.reft is not None:
+        assert sites is not None, "interventions are trained, but the blocks are not known"
+        return TrainableReft(first_reft(job, sites, base_fingerprint(base)), base.device)
     if job.lora is None:
         assert attention is not None, "a residual is trained, but the attention layers were not joined"
         return TrainableResidual(first_residual(job, attention), base.device)
@@ -105,8 +116,8 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
         return decomposed_weights(job.first_weights, job.label, adaptable.modules, ranks, scalings)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
-    if isinstance(job.init_from, LinkedResidual):
-        raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a linked residual. Set `residual`.")
+    if isinstance(job.init_from, LinkedResidual | ReftResidual):
+        raise ConfigError(f"job {job.name!r}: it trains a LoRA, but init_from is a residual. Set `residual` or `reft`.")
     adapter = job.init_from if isinstance(job.init_from, Adapter) else _read_start(job, adaptable)
     _check_start(job.name, adapter, adaptable, ranks, scalings, use_dora=lora.use_dora)
     return {path: adapter.layers[path] for path in paths}

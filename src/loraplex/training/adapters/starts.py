@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.weights import LoraWeights
 from loraplex.errors import ConfigError
-from loraplex.layers.modules import weight_matrix
+from loraplex.layers.base.modules import weight_matrix
 
 FirstWeights = Literal["lora", "pissa", "olora"]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.dora import pass_gradients_on, refresh_derived
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.objectives import PairSums, References, pair_losses, perplexity
+from loraplex.training.adapters.reft import TrainableReft
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.rng import Purpose, generator
@@ -21,6 +23,7 @@ from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import FrozenSlot, TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes
+from loraplex.training.forward.reft_rows import ReftRows
 from loraplex.training.forward.residual_rows import ResidualRows
 
 Numbered = tuple[int, int, Example]  # job, number in the step, example
@@ -46,6 +49,7 @@ class AdapterTask:
             tokens_per_forward=config.tokens_per_forward,
             share_prefixes=config.share_prefixes and can_share_prefixes(base),
             residuals=residual_rows(states, attention),
+            interventions=reft_rows(states),
             checkpointing=config.gradient_checkpointing,
         )
         self._references = self._score_references()
@@ -191,6 +195,7 @@ class AdapterTask:
             state = self.states[index]
             dropout = state.dropout if with_dropout else 0.0
             gate = state.gate_before_user(number) if with_dropout else state.evaluated_gate_before_user
+            is_moved = isinstance(state.parameters, TrainableReft)
             of_pair = (weights or {}).get((index, number))
             for place, one in enumerate(example.both):
                 slot = index
@@ -200,8 +205,18 @@ class AdapterTask:
                     slot = len(slots)
                     slots.append(TrainingSlot(state.parameters.slot_weights, dropout, draw))
                 weight = example.weight if of_pair is None else of_pair[place]
-                rows.append(TrainingRow(index, slot, one, bool(dropout), frozen[index], gate, weight))
+                rows.append(TrainingRow(index, slot, one, bool(dropout), frozen[index], gate, weight, is_moved))
         return rows, TrainingWeightProvider(slots)
+
+
+def reft_rows(states: Sequence[JobState]) -> ReftRows | None:
+    """The interventions that jobs' rows go through; None: no job trains any."""
+    jobs = {
+        index: partial(state.parameters.operations, state.name)
+        for index, state in enumerate(states)
+        if isinstance(state.parameters, TrainableReft)
+    }
+    return ReftRows(jobs) if jobs else None
 
 
 def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows | None:

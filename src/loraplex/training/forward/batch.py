@@ -52,6 +52,7 @@ class TrainingRow(NamedTuple):
     frozen: Sequence[FrozenSlot] = ()  # what the row goes through besides
     gate_before_user: float = 1.0  # of the tokens before the first user turn's content
     weight: float = 1.0  # of the row's losses in the gradient
+    is_moved: bool = False  # its hidden states are, at tokens that the prompt's length tells: it shares no prefix
 
 
 class RowBatch(NamedTuple):
@@ -83,7 +84,7 @@ def shared_prefix_lengths(rows: Sequence[TrainingRow]) -> dict[int, int]:
     first_of: dict[int, TrainingRow] = {}
     for row in rows:
         first = first_of.setdefault(row.job, row)
-        most = 0 if row.has_dropout else row.example.answer[0] - 1
+        most = 0 if row.has_dropout or row.is_moved else row.example.answer[0] - 1
         if row.example.first_adapted:
             most = min(most, row.example.first_adapted)
         if row.gate_before_user != first.gate_before_user:

@@ -1,7 +1,7 @@
 """The loss of every answer token in one forward pass, and the gradients of all jobs' adapters."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from loraplex.training.forward.batch import (
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
 from loraplex.training.forward.prefix import SharedPrefixes
+from loraplex.training.forward.reft_rows import ReftRows
 from loraplex.training.forward.residual_rows import ResidualRows
 
 
@@ -43,12 +44,13 @@ class LossComputer:
         tokens_per_forward: int,
         share_prefixes: bool,
         residuals: ResidualRows | None = None,
+        interventions: ReftRows | None = None,
         checkpointing: bool = False,
     ) -> None:
         """Raises ConfigError for `checkpointing` of a model that can't."""
         self._base = base
         self._checkpointed = checkpointable_layers(base) if checkpointing else []
-        self._residuals = residuals
+        self._residuals, self._interventions = residuals, interventions
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
         self._share_prefixes = share_prefixes and not checkpointing  # a cache would grow again in the backward pass
@@ -61,7 +63,8 @@ class LossComputer:
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
             with checkpointed(self._checkpointed, generators_of(batch, bank) if self._checkpointed else []):
-                losses = token_losses(self._base, batch, bank, prefixes, self._residuals)
+                logits = self._token_logits(batch, bank, prefixes)
+                losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             if batch.weights is not None:
                 losses = losses * batch.weights
             (losses * loss_scales[batch.jobs]).sum().backward()
@@ -78,12 +81,16 @@ class LossComputer:
         scores = RowScores(torch.zeros(len(rows), device=device), torch.zeros(len(rows), device=device))
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
-            logits = token_logits(self._base, batch, bank, prefixes, self._residuals)
+            logits = self._token_logits(batch, bank, prefixes)
             index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_rows]
             losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             scores.losses.index_add_(0, index, losses)
             scores.num_right.index_add_(0, index, (logits.argmax(dim=-1) == batch.targets).float())
         return scores
+
+    def _token_logits(self, batch: RowBatch, bank: WeightProvider, prefixes: SharedPrefixes | None) -> Tensor:
+        with nullcontext() if self._interventions is None else self._interventions.use(batch):
+            return token_logits(self._base, batch, bank, prefixes, self._residuals)
 
     def _prepare(
         self, rows: Sequence[TrainingRow], bank: WeightProvider

@@ -69,14 +69,15 @@ class LayerStack:
         if isinstance(interventions, InterventionPass) and blocks:
             interventions.done.update(block for place, block in enumerate(blocks) if place not in apart)
             vectors = interventions.addresses(blocks, batch.num_tokens)
-        return StackedPass(self, batch, plan, vectors, apart, ends)
+        asked = () if batch.attention is None else batch.attention.compiled(self._attentions, apart)
+        return StackedPass(self, batch, plan, vectors, asked, apart, ends)
 
     def _interrupted(self, batch: InputBatch) -> tuple[frozenset[int], frozenset[int]]:
         """The layers by place that run module by module in a pass, and those behind which something is done."""
         apart: set[int] = set()
         ends: set[int] = set()
         if batch.attention is not None:
-            apart.update(place for place, module in enumerate(self._attentions) if batch.attention.concerns(module))
+            apart.update(place for place, module in enumerate(self._attentions) if batch.attention.interrupts(module))
         interventions = current_interventions()
         if isinstance(interventions, InterventionPass):
             if self._is_attention:  # what is done to its output is done behind it
@@ -118,10 +119,11 @@ class LayerStack:
         hidden: Tensor,
         rotary: Sequence[RotaryTable | None],
         vectors: Sequence[Tensor] = (),
+        asked: Sequence[Tensor] = (),
         places: range | None = None,
     ) -> Tensor:  # [1, tokens, hidden]
         """What the layers at some places (None: all) make of hidden; `rotary` are the positions that each was given,
-        and `vectors` are added."""
+        `vectors` are added, and `asked` is done beside attention."""
         if batch.cache not in self._records:
             self._records[batch.cache] = self._record(batch.cache)
         layers, constants, _ = self._records[batch.cache]
@@ -138,11 +140,21 @@ class LayerStack:
             if 2 * kind == len(values):
                 values += [part[0].float().contiguous() for part in table]
             kinds.append(kind)
-        own = [vectors[0][:, some].contiguous(), vectors[1]] if vectors else ()
+        own, own_asked = ([table[0][:, some].contiguous(), table[1]] if table else [] for table in (vectors, asked))
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
         made = native_ops.decode_layers(
-            hidden[0], layers[some], constants[some], sizes, values, kinds, *where, *adapters, plan.routing, own
+            hidden[0],
+            layers[some],
+            constants[some],
+            sizes,
+            values,
+            kinds,
+            *where,
+            *adapters,
+            plan.routing,
+            own,
+            own_asked,
         )
         return made.unsqueeze(0)
 
@@ -168,11 +180,12 @@ class StackedPass:
         batch: InputBatch,
         plan: RoutingPlan,
         vectors: Sequence[Tensor] = (),
+        asked: Sequence[Tensor] = (),
         apart: frozenset[int] = frozenset(),  # places of layers that run module by module
         ends: frozenset[int] = frozenset(),  # those behind which something is done
     ) -> None:
         self.stack = stack
-        self._batch, self._plan, self._vectors = batch, plan, vectors
+        self._batch, self._plan, self._vectors, self._asked = batch, plan, vectors, asked
         self._apart, self._ends = apart, ends
         self._rotary: list[RotaryTable | None] = []
         self._first = 0  # place of the first layer that isn't computed yet
@@ -195,7 +208,7 @@ class StackedPass:
             return hidden
         places = range(self._first, place + 1)
         self._first = place + 1
-        return self.stack.run(self._batch, self._plan, hidden, self._rotary, self._vectors, places)
+        return self.stack.run(self._batch, self._plan, hidden, self._rotary, self._vectors, self._asked, places)
 
 
 def rotary_table(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RotaryTable | None:
