@@ -40,6 +40,10 @@ def serve(
         if replicas > 1:
             raise ConfigError("--replicas doesn't go with --engine vllm: vLLM scales by itself (docs/vllm.md).")
         serve_with_vllm(settings, vllm_args)
+    if settings.training.training and (replicas > 1 or engine == "vllm"):
+        raise ConfigError(
+            "--training goes with one server and loraplex's own engine. Leave --replicas and --engine out."
+        )
     if replicas > 1:
         from loraplex.server.replicas.cluster import run_replicas
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 import shutil
 import time
@@ -36,7 +37,9 @@ _FOLDERS: Mapping[str, CheckpointKind] = {
 }
 _RECORD, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}:(train|copy):[0-9]{1,9}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # that a client may choose
+_MAX_CHECKPOINTS = 1000  # of a run, and of one kind
+_OWN_NAME = re.compile(r"_?[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # and the server's own
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 366 * 86400
 
 
@@ -64,7 +67,7 @@ class CheckpointPath:
         """Raises RequestError."""
         parts = text.removeprefix(SCHEME).split("/")
         is_path = text.startswith(SCHEME) and len(parts) == 3
-        if not (is_path and _RUN.fullmatch(parts[0]) and parts[1] in _FOLDERS and _NAME.fullmatch(parts[2])):
+        if not (is_path and _RUN.fullmatch(parts[0]) and parts[1] in _FOLDERS and _OWN_NAME.fullmatch(parts[2])):
             raise RequestError(
                 f"{quoted(text)} is no checkpoint. Give tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME, "
                 "as saving returned it."
@@ -94,6 +97,11 @@ class CheckpointRecord:
     @property
     def has_expired(self) -> bool:
         return self.expires is not None and self.expires <= time.time()
+
+
+def is_run_id(text: str) -> bool:
+    """Whether it can be a run's id, which names a folder."""
+    return _RUN.fullmatch(text) is not None
 
 
 def check_name(name: str) -> str:
@@ -137,6 +145,8 @@ class Checkpoints:
             return  # of the same request, which a server that was killed had carried out
         if existing is not None and not overwrite:
             raise RequestError(f"there is a checkpoint {path.name!r} already. Pass overwrite, or choose another name.")
+        if existing is None and folder.parent.is_dir() and len(os.listdir(folder.parent)) >= _MAX_CHECKPOINTS:
+            raise RequestError(f"the run has {_MAX_CHECKPOINTS} checkpoints in {path.folder!r}. Delete some.")
         files = {*REPLACEABLE, _RECORD, _OPTIMIZER}
         with atomic_folder(folder, partial(check_destination, folder, "a checkpoint", files, overwrite=True)) as new:
             write_adapter_files(adapter, new)

@@ -78,6 +78,10 @@ class Journal:
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.folder / _SETTINGS, error) from error
 
+    def last_changed(self) -> float:
+        """When the last request came, in seconds since 1970."""
+        return max(file.stat().st_mtime for file in (self._log, self.folder / _SETTINGS) if file.is_file())
+
     # Requests
 
     def append(self, record: JournalRecord) -> None:

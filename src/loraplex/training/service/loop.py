@@ -15,7 +15,7 @@ from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
-from loraplex.training.service.checkpoints import Checkpoints
+from loraplex.training.service.checkpoints import Checkpoints, is_run_id
 from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
 from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec, Result
 from loraplex.training.service.passes import TrainingPasses
@@ -85,20 +85,25 @@ class TrainingLoop:
             self._queues[settings.run_id] = queue
             self._changed.notify_all()
 
-    def submit(self, run_id: str, record: JournalRecord, operation: Callable[[], Operation]) -> None:
-        """Take a request, unless it was taken before. Raises RequestError, QueueFullError or OutputError."""
+    def submit(self, run_id: str, record: JournalRecord, operation: Callable[[], Operation]) -> int:
+        """Take a request, unless it was taken before; returns the tokens of its data.
+
+        Raises RequestError, QueueFullError or OutputError.
+        """
         with self._lock:
             queue = self.queue(run_id)
             queue.last_heard = time.monotonic()
             if queue.knows(record.seq):
-                return
+                return 0
             queue.check_room(len(record.body))
         made = operation()
         with self._lock:
             queue = self.queue(run_id)  # it may have left memory meanwhile
-            if not queue.knows(record.seq):
-                queue.add(record, made)
-                self._changed.notify_all()
+            if queue.knows(record.seq):
+                return 0
+            queue.add(record, made)
+            self._changed.notify_all()
+        return sum(len(datum.tokens) for datum in made.datums) if isinstance(made, ForwardBackward) else 0
 
     def result(self, run_id: str, seq: int) -> "Future[bytes] | None":
         """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
@@ -109,9 +114,26 @@ class TrainingLoop:
 
     def settings(self, run_id: str) -> RunSettings:
         """Raises RequestError for an unknown run."""
-        return self.queue(run_id).settings
+        with self._lock:
+            queue = self._queues.get(run_id)
+        if queue is not None:
+            return queue.settings
+        if not self.has_run(run_id):
+            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+        return Journal(self._folder(run_id)).settings()
+
+    def all_settings(self) -> list[RunSettings]:
+        """Of all runs on disk, newest first."""
+        folders = [folder for folder in self._root.glob("s-*") if Journal.exists(folder)]
+        return sorted((self.settings(folder.name) for folder in folders), key=lambda own: -own.created)
+
+    def last_heard(self, run_id: str) -> float:
+        """When a run had its last request, in seconds since 1970."""
+        return Journal(self._folder(run_id)).last_changed()
 
     def has_run(self, run_id: str) -> bool:
+        if not is_run_id(run_id):
+            return False
         return run_id in self._queues or Journal.exists(self._folder(run_id))
 
     def waits_for_place(self, run_id: str) -> bool:
@@ -125,12 +147,17 @@ class TrainingLoop:
         with self._lock:
             queue = self._queues.get(run_id)
             if queue is None:
-                folder = self._folder(run_id)
-                if not Journal.exists(folder):
+                if not self.has_run(run_id):
                     raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+                folder = self._folder(run_id)
                 queue = self._queues[run_id] = RunQueue.recover(folder, self._codec, self.limits)
                 self._changed.notify_all()
             return queue
+
+    def num_runs_of(self, owner: str) -> int:
+        """An owner's runs that have a place, or wait for one."""
+        with self._lock:
+            return sum(queue.settings.owner == owner for queue in self._queues.values())
 
     def num_runs(self) -> tuple[int, int]:
         """How many are in memory, and how many have requests that wait."""
@@ -337,9 +364,9 @@ class TrainingLoop:
         assert run is not None, "only a run in memory has something new"
         queue.snapshot_step, queue.journal.num_bytes = run.num_steps, 0
         tensors, last_seq, num_steps = run.tensors(), run.last_seq, run.num_steps
-        return self._writer.submit(self._write_snapshot, queue, Snapshot(
-            tensors=tensors, last_seq=last_seq, num_steps=num_steps
-        ))
+        return self._writer.submit(
+            self._write_snapshot, queue, Snapshot(tensors=tensors, last_seq=last_seq, num_steps=num_steps)
+        )
 
     def _write_snapshot(self, queue: RunQueue, snapshot: Snapshot) -> None:
         """Behind all checkpoints that were to be written before it, whose results it keeps."""

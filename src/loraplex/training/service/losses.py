@@ -83,7 +83,9 @@ def _dro(logprobs: Tensor, inputs: Inputs, options: Options) -> Tensor:
 def _gspo(logprobs: Tensor, inputs: Inputs, options: Options) -> Tensor:
     """One ratio for the whole sequence, the geometric mean over the masked tokens (arXiv 2507.18071, GSPO-token)."""
     masked = inputs["sequence_ratio_mask"] != 0
-    log_ratio = (logprobs.detach() - inputs["logprobs"])[masked].mean() if bool(masked.any()) else logprobs.new_zeros(())
+    log_ratio = (
+        (logprobs.detach() - inputs["logprobs"])[masked].mean() if bool(masked.any()) else logprobs.new_zeros(())
+    )
     ratio = torch.exp(log_ratio + logprobs - logprobs.detach())
     advantages = inputs["advantages"]
     return -torch.minimum(ratio * advantages, _clipped(ratio, inputs, options) * advantages)

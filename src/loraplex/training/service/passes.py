@@ -72,9 +72,7 @@ class TrainingPasses:
             yield sorted(order[first : first + size], key=lambda index: (rows[index].slot, index))
             first += size
 
-    def _run_group(
-        self, rows: Sequence[LossRow], bank: TrainingWeightProvider, *, backward: bool
-    ) -> list[RowResult]:
+    def _run_group(self, rows: Sequence[LossRow], bank: TrainingWeightProvider, *, backward: bool) -> list[RowResult]:
         logits = self._logits(rows, bank)
         results, losses = [], []
         for own, row in zip(logits, rows, strict=True):
@@ -88,7 +86,9 @@ class TrainingPasses:
         return results
 
     def _logits(self, rows: Sequence[LossRow], bank: TrainingWeightProvider) -> Tensor:  # [rows, padded, vocabulary]
-        batch = make_batch([TrainingRow(row.slot, row.slot, _example(row.datum)) for row in rows], {}, self._base.device)
+        batch = make_batch(
+            [TrainingRow(row.slot, row.slot, _example(row.datum)) for row in rows], {}, self._base.device
+        )
         with use_routing(TrainingRouting(batch.spans, batch.padded_length, bank)):
             logits: Tensor = self._base(input_ids=batch.input_ids, use_cache=False).logits
         return logits

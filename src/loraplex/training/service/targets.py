@@ -11,12 +11,12 @@ from loraplex.layers.attach import AdaptableModel
 
 # transformers' names of the blocks' parts, in the path of a module
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|attn\d*|mixer)([._]|$)", re.IGNORECASE)
-_FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|ff|feed_forward|fc\d|fc_in|fc_out|dense_\w+|block_sparse_moe)([._]|$)", re.I)
+_FEED_FORWARD = re.compile(
+    r"(^|[._])(mlp|ffn|ff|feed_forward|fc\d|fc_in|fc_out|dense_\w+|block_sparse_moe)([._]|$)", re.I
+)
 
 
-def target_modules(
-    adaptable: AdaptableModel, *, attention: bool, feed_forward: bool, output: bool
-) -> tuple[str, ...]:
+def target_modules(adaptable: AdaptableModel, *, attention: bool, feed_forward: bool, output: bool) -> tuple[str, ...]:
     """The targets of a LoRA: the modules' own names where these say which are meant, else their paths.
 
     Raises RequestError where the base model has no such modules.
