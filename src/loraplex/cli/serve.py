@@ -34,16 +34,14 @@ def serve(
         return
     if vllm_args and engine != "vllm":
         raise ConfigError("--vllm-args is for --engine vllm. Leave it out, or add --engine vllm.")
+    if settings.training.training and (replicas > 1 or engine == "vllm"):
+        raise ConfigError("--training needs one server with loraplex's own engine. Leave --replicas and --engine out.")
     if engine == "vllm":
         from loraplex.cli.serve_vllm import serve_with_vllm
 
         if replicas > 1:
             raise ConfigError("--replicas doesn't go with --engine vllm: vLLM scales by itself (docs/vllm.md).")
         serve_with_vllm(settings, vllm_args)
-    if settings.training.training and (replicas > 1 or engine == "vllm"):
-        raise ConfigError(
-            "--training goes with one server and loraplex's own engine. Leave --replicas and --engine out."
-        )
     if replicas > 1:
         from loraplex.server.replicas.cluster import run_replicas
 

@@ -1,4 +1,4 @@
-"""Checkpoints as adapters that requests can sample with: loaded when they are asked for, the longest unused ones let go."""
+"""Checkpoints as adapters to sample with: loaded when they are asked for, the longest unused ones let go."""
 
 import logging
 import threading

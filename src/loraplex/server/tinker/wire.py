@@ -24,7 +24,7 @@ _FLOAT32, _INT64, _INT32 = 1, 2, 3
 _DTYPES: Mapping[int, Any] = {_FLOAT32: np.float32, _INT64: np.int64, _INT32: np.int32}
 NO_TOKEN, NO_LOGPROB = 0, -99999.0  # of an empty cell of a top-k matrix
 
-# By message: its fields by number, each "name: type", repeated with "*", of a oneof or optional with "?"; a map's values.
+# By message: its fields by number, each "name: type", with "*" where it is repeated, with "?" where it may be missing.
 _MESSAGES: Mapping[str, Mapping[int, str]] = {
     "SparseCsr": {1: "values: bytes", 2: "crow_indices: bytes", 3: "col_indices: bytes"},
     "Tensor": {1: "dense: bytes ?", 2: "sparse_csr: SparseCsr", 3: "dtype: int32", 4: "shape: int64 *"},

@@ -69,8 +69,7 @@ class CheckpointPath:
         is_path = text.startswith(SCHEME) and len(parts) == 3
         if not (is_path and _RUN.fullmatch(parts[0]) and parts[1] in _FOLDERS and _OWN_NAME.fullmatch(parts[2])):
             raise RequestError(
-                f"{quoted(text)} is no checkpoint. Give tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME, "
-                "as saving returned it."
+                f"{quoted(text)} is no checkpoint. Give tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME."
             )
         return cls(*parts)
 
@@ -108,7 +107,7 @@ def check_name(name: str) -> str:
     """Raise RequestError for what can't name a checkpoint."""
     if not _NAME.fullmatch(name):
         raise RequestError(
-            f"{quoted(name)} can't name a checkpoint: use 1 to 64 letters, digits, '.', '_' and '-', the first a letter "
+            f"{quoted(name)} can't name a checkpoint: use 1 to 64 letters, digits, '.', '_' and '-', first a letter "
             "or a digit."
         )
     return name

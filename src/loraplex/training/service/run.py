@@ -54,8 +54,8 @@ class TrainingRun:
         if not math.isfinite(norm):
             self.gradient.zero_()
             raise RequestError(
-                "the gradient is not finite, so no step was taken, and it begins at 0 again. Look at the data since the "
-                "last step: log probabilities far from the policy's make ratios overflow."
+                "the gradient is not finite, so no step was taken, and it begins at 0 again. Look at the data since "
+                "the last step: logprobs that are far from the policy's let ratios overflow."
             )
         self.optimizer.configure(
             lr=params.learning_rate,

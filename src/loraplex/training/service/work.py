@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class PassWork:
-    """Requests of one run, all with gradients or all without; longest rows first, so that passes have little padding."""
+    """Requests of one run, all with gradients or all without; longest rows first, for little padding."""
 
     def __init__(self, run: TrainingRun, operations: Mapping[int, ForwardBackward]) -> None:
         self.run = run
@@ -113,6 +113,6 @@ def failed(error: Exception, what: str) -> FailedCall:
 
 def _not_finite(index: int) -> str:
     return (
-        f"the loss of data[{index}] is not finite, so the request left no gradient. Look at its logprobs and weights, or "
-        "lower the learning rate."
+        f"the loss of data[{index}] is not finite, so the request left no gradient. Look at its logprobs and weights, "
+        "or lower the learning rate."
     )

@@ -1,4 +1,4 @@
-"""Training runs: creating them, losses and gradients, optimizer steps, saving and loading, and the results of all these."""
+"""Training runs: losses and gradients, optimizer steps, saving and loading, and the results of all these."""
 
 import asyncio
 import secrets
