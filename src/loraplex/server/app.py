@@ -65,9 +65,14 @@ def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
     for router in _ROUTERS:
         app.include_router(router)
     if state.training is not None:
-        from loraplex.server.tinker.routes import runs, sampling, sessions, training  # which need the extra "tinker"
+        from loraplex.server.tinker.routes import (
+            sampling,
+            sessions,
+            training,
+            training_runs,
+        )  # which need the extra "tinker"
 
-        for module in (sessions, training, sampling, runs):
+        for module in (sessions, training, sampling, training_runs):
             app.include_router(module.router)
     for kind in (ApiError, LoraplexError, RequestValidationError, HTTPException, ClientLeft, Exception):
         app.add_exception_handler(kind, _on_error)

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.adapters.tensor_file import open_tensor_file
-from loraplex.errors import AdapterError, CheckpointError
+from loraplex.errors import CheckpointError
 from loraplex.json_files import parse_json, read_object
 from loraplex.output_files import unwritable, whole_file, writing
 from loraplex.training.service.settings import RunSettings
@@ -130,9 +129,9 @@ class Journal:
         if not path.is_file():
             return None
         try:
-            with open_tensor_file(path) as file:
-                told: Mapping[str, Any] = parse_json(file.metadata[_KEY])
-                tensors = {name: file.read(name) for name in file.entries}
+            with safe_open(path, framework="pt") as file:
+                told: Mapping[str, Any] = parse_json(file.metadata()[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             results = {
                 int(name.removeprefix(_RESULT)): bytes(tensors.pop(name).numpy().tobytes())
                 for name in [name for name in tensors if name.startswith(_RESULT)]
@@ -140,7 +139,7 @@ class Journal:
             return Snapshot(
                 tensors=tensors, last_seq=int(told["last_seq"]), num_steps=int(told["num_steps"]), results=results
             )
-        except (OSError, AdapterError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _ROUNDS = 2  # passes' worth of tokens between two looks at who waits
 _GATHERING = 0.1  # of the last round's time may be spent waiting for those who took part in it
-_MOST_GATHERING_S = 0.05
+_MAX_GATHERING_S = 0.05
 _TICK_S = 1.0
 _SETTLED_S = 5.0  # a run without requests for so long may leave its place to one that waits
 
@@ -227,7 +227,7 @@ class TrainingLoop:
         if not missing:
             return False
         self._last_round = (seconds, frozenset())  # once a round
-        stop = time.monotonic() + min(_MOST_GATHERING_S, _GATHERING * seconds)
+        stop = time.monotonic() + min(_MAX_GATHERING_S, _GATHERING * seconds)
         with self._changed:
             while (left := stop - time.monotonic()) > 0 and not self._is_closed:
                 if missing <= {queue.settings.run_id for queue in self._ready()}:

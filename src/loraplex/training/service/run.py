@@ -79,7 +79,8 @@ class TrainingRun:
                 f"the checkpoint is of another LoRA: this run has rank {self.settings.rank} on "
                 f"{list(self.settings.target_modules)}. Create a training client from the checkpoint instead."
             )
-        values = torch.cat([factor.detach().float().reshape(-1) for factor in factors_of(layers)])
+        ordered = {path: layers[path] for path in own}  # a file has an order of its own
+        values = torch.cat([factor.detach().float().reshape(-1) for factor in factors_of(ordered)])
         self.lora.flat.data.copy_(values)
         self.optimizer.forget()
         if optimizer is not None:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 PROMISE = documented("The id to ask for the result with.", 400, 401, 404, 429, required=("request_id",))
 
 
-class Call:
+class TinkerCall:
     """One request of the API."""
 
     def __init__(self, http: Request) -> None:

@@ -20,7 +20,7 @@ from loraplex.server.api.json_route import JsonRoute, documented, json_response
 from loraplex.server.handlers import Run, running
 from loraplex.server.tinker.bodies import CreateSamplingSession, JoinSamplingSession, SampleBody
 from loraplex.server.tinker.codec import INFLIGHT, JSON, PROTOBUF, failure, sampler_id
-from loraplex.server.tinker.routes.common import PROMISE, Call
+from loraplex.server.tinker.routes.common import PROMISE, TinkerCall
 from loraplex.server.tinker.sessions import ClientSession
 from loraplex.server.tinker.wire import TopTokens, model_input_error, sample_output
 from loraplex.training.service.checkpoints import CheckpointPath
@@ -32,7 +32,7 @@ _SAMPLER = documented("The sampling client.", 400, 401, 404, 429, required=("sam
 @router.post("/create_sampling_session", responses=_SAMPLER)
 async def create_sampling_session(body: CreateSamplingSession, http: HttpRequest) -> Response:
     """A client that samples from a checkpoint, or from the base model."""
-    call = Call(http)
+    call = TinkerCall(http)
     service, principal = call.service, call.principal
     session = service.open_session(body.session_id, principal)
     service.check_base(body.base_model)
@@ -54,7 +54,7 @@ async def create_sampling_session(body: CreateSamplingSession, http: HttpRequest
 @router.post("/join_sampling_session", responses=documented("The copy's number.", 400, 401, 404))
 async def join_sampling_session(body: JoinSamplingSession, http: HttpRequest) -> Response:
     """A copy of a sampling client, in another process, gets a number of its own."""
-    call = Call(http)
+    call = TinkerCall(http)
     session, _ = _sampler(call, body.sampling_session_id)
     session.num_joined += 1
     return json_response({"type": "join_sampling_session", "client_counter": session.num_joined})
@@ -63,12 +63,12 @@ async def join_sampling_session(body: JoinSamplingSession, http: HttpRequest) ->
 @router.get("/samplers/{sampler}", responses=documented("The sampling client.", 401, 404, required=("sampler_id",)))
 async def get_sampler(sampler: str, http: HttpRequest) -> Response:
     """What a sampling client samples from."""
-    call = Call(http)
+    call = TinkerCall(http)
     _, path = _sampler(call, sampler)
     return json_response({"sampler_id": sampler, "base_model": call.service.base_name, "model_path": path})
 
 
-def _sampler(call: Call, sampler: str) -> tuple[ClientSession, str | None]:
+def _sampler(call: TinkerCall, sampler: str) -> tuple[ClientSession, str | None]:
     """A sampling client's session, and the path that it samples from. Raises ApiError."""
     session = call.service.session(sampler.partition(":")[0], call.principal)
     if sampler not in session.samplers:
@@ -79,7 +79,7 @@ def _sampler(call: Call, sampler: str) -> tuple[ClientSession, str | None]:
 @router.post("/asample", responses=PROMISE)
 async def asample(body: SampleBody, http: HttpRequest) -> Response:
     """Samples of one prompt; the same sampling client and number are the same request."""
-    call = Call(http)
+    call = TinkerCall(http)
     service, owner = call.service, call.principal.id
     _check(call, body)
     asker = body.sampling_session_id or f"{secrets.token_hex(8)}:sample:0"
@@ -104,7 +104,7 @@ async def asample(body: SampleBody, http: HttpRequest) -> Response:
     return json_response(answer)
 
 
-def _check(call: Call, body: SampleBody) -> None:
+def _check(call: TinkerCall, body: SampleBody) -> None:
     """Raises ApiError for what isn't possible."""
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
         if getattr(body, name):
@@ -120,7 +120,7 @@ def _check(call: Call, body: SampleBody) -> None:
             raise ApiError(RATE_LIMITED, f"this key has {num_running} sampling requests running, its limit.")
 
 
-def _path(call: Call, body: SampleBody) -> CheckpointPath | None:
+def _path(call: TinkerCall, body: SampleBody) -> CheckpointPath | None:
     """The checkpoint to sample with; None for the base model. Raises ApiError."""
     if body.sampling_session_id is not None:
         _, text = _sampler(call, body.sampling_session_id)
@@ -137,7 +137,7 @@ def _path(call: Call, body: SampleBody) -> CheckpointPath | None:
     return path
 
 
-def _engine_request(call: Call, body: SampleBody, path: CheckpointPath | None, request_id: str) -> Request:
+def _engine_request(call: TinkerCall, body: SampleBody, path: CheckpointPath | None, request_id: str) -> Request:
     """Raises ApiError or LoraplexError."""
     prompt: list[int] = []
     for chunk in body.prompt.chunks:
@@ -156,7 +156,7 @@ def _engine_request(call: Call, body: SampleBody, path: CheckpointPath | None, r
     )
 
 
-def _sampling(call: Call, body: SampleBody) -> SamplingParams:
+def _sampling(call: TinkerCall, body: SampleBody) -> SamplingParams:
     """`stop` takes the place of the tokens that end an answer otherwise; none at all for an empty list."""
     wanted = body.sampling_params
     most = allowed_tokens(call.principal, call.state.config.limits)
@@ -177,7 +177,7 @@ def _sampling(call: Call, body: SampleBody) -> SamplingParams:
     )
 
 
-async def _finished(call: Call, run: Run, stack: AsyncExitStack, body: SampleBody) -> bytes:
+async def _finished(call: TinkerCall, run: Run, stack: AsyncExitStack, body: SampleBody) -> bytes:
     """The answer, encoded, whatever becomes of the request."""
     try:
         results = await run.results()

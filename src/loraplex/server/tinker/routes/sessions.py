@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
 from loraplex.server.tinker.bodies import ClientConfig, CreateSession, FinishSession, SessionHeartbeat
-from loraplex.server.tinker.routes.common import Call
+from loraplex.server.tinker.routes.common import TinkerCall
 from loraplex.server.tinker.service import GONE
 
 router = APIRouter(route_class=JsonRoute, prefix="/api/v1")
@@ -23,7 +23,7 @@ async def healthz() -> Response:
 @router.post("/client/config", responses=documented("How to speak to this server.", 401))
 async def client_config(body: ClientConfig, http: Request) -> Response:
     """How the SDK is to send its requests."""
-    limits = Call(http).state.config.limits
+    limits = TinkerCall(http).state.config.limits
     return json_response(
         {
             "pjwt_auth_enabled": False,
@@ -47,7 +47,7 @@ async def client_dynamic_config(body: ClientConfig) -> Response:
 @router.get("/get_server_capabilities", responses=documented("The base model.", 401, required=("supported_models",)))
 async def capabilities(http: Request) -> Response:
     """The models that can be trained: the server's one."""
-    service = Call(http).service
+    service = TinkerCall(http).service
     model = {
         "model_name": service.base_name,
         "max_context_length": service.max_length,
@@ -60,7 +60,7 @@ async def capabilities(http: Request) -> Response:
 @router.post("/create_session", responses=documented("The session.", 400, 401, 429, required=("session_id",)))
 async def create_session(body: CreateSession, http: Request) -> Response:
     """Begin: what a client makes belongs to its session and its key."""
-    call = Call(http)
+    call = TinkerCall(http)
     session = await call.in_thread(
         lambda: call.service.sessions.create(
             call.principal.id,
@@ -75,7 +75,7 @@ async def create_session(body: CreateSession, http: Request) -> Response:
 @router.post("/session_heartbeat", responses=documented("Heard.", 401, 404))
 async def session_heartbeat(body: SessionHeartbeat, http: Request) -> Response:
     """A client is still there."""
-    call = Call(http)
+    call = TinkerCall(http)
     session = call.service.session(body.session_id, call.principal)
     if session.finished is not None:
         raise ApiError(GONE, "the session has finished.")
@@ -85,7 +85,7 @@ async def session_heartbeat(body: SessionHeartbeat, http: Request) -> Response:
 @router.post("/sessions/{session_id}/finish", responses=documented("Finished.", 400, 401, 404))
 async def finish_session(session_id: str, body: FinishSession, http: Request) -> Response:
     """A client says that it is done; its checkpoints stay."""
-    call = Call(http)
+    call = TinkerCall(http)
     session = call.service.session(session_id, call.principal)
     await call.in_thread(lambda: call.service.sessions.finish(session, body.reason.type))
     return json_response({})
@@ -94,7 +94,7 @@ async def finish_session(session_id: str, body: FinishSession, http: Request) ->
 @router.get("/sessions", responses=documented("The key's sessions.", 401, required=("sessions",)))
 async def list_sessions(http: Request, limit: int = 20, offset: int = 0) -> Response:
     """Sessions, newest first."""
-    call = Call(http)
+    call = TinkerCall(http)
     owner = None if call.principal.may_manage else call.principal.id
     found = await call.in_thread(lambda: [session.id for session in call.service.sessions.all_of(owner)])
     return json_response({"sessions": found[max(0, offset) :][: min(max(0, limit), _MAX_LISTED)]})
@@ -103,7 +103,7 @@ async def list_sessions(http: Request, limit: int = 20, offset: int = 0) -> Resp
 @router.get("/sessions/{session_id}", responses=documented("The session.", 401, 404, required=("training_run_ids",)))
 async def get_session(session_id: str, http: Request) -> Response:
     """A session's training runs and sampling clients."""
-    call = Call(http)
+    call = TinkerCall(http)
     session = call.service.session(session_id, call.principal)
     metadata = {name: str(value) for name, value in session.user_metadata.items()}
     return json_response(

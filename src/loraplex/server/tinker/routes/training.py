@@ -24,7 +24,7 @@ from loraplex.server.tinker.bodies import (
     SaveWeights,
 )
 from loraplex.server.tinker.codec import PROTOBUF
-from loraplex.server.tinker.routes.common import PROMISE, Call, promise
+from loraplex.server.tinker.routes.common import PROMISE, TinkerCall, promise
 from loraplex.server.tinker.service import GONE, run_id_of, split_request_id
 from loraplex.server.tinker.wire import MEDIA, LossRequest
 from loraplex.training.service.checkpoints import CheckpointPath
@@ -41,7 +41,7 @@ _LOOK_S = 0.5  # between two looks at whether the server shuts down
 @router.post("/create_model", responses=PROMISE)
 async def create_model(body: CreateModel, http: Request) -> Response:
     """Begin a training run: a LoRA on the base model, with first weights from a seed."""
-    call = Call(http)
+    call = TinkerCall(http)
     raw = await http.body()
     run_id = run_id_of(body.session_id, body.model_seq_id)
     lora, service = body.lora_config, call.service
@@ -76,7 +76,7 @@ async def create_model(body: CreateModel, http: Request) -> Response:
     return promise(run_id, 0)
 
 
-def _begin(call: Call, settings: RunSettings, record: JournalRecord) -> None:
+def _begin(call: TinkerCall, settings: RunSettings, record: JournalRecord) -> None:
     """Raises ApiError where the key has as many runs as it may have."""
     loop, key = call.service.loop, call.principal.key
     most = None if key is None else key.max_training_runs
@@ -95,7 +95,7 @@ def _check_optimizer(choice: OptimizerChoice | None) -> None:
 @router.post("/forward_backward", responses=PROMISE)
 async def forward_backward(http: Request) -> Response:
     """Losses of data, in protobuf; without forward_only their gradients add up until the optimizer step."""
-    call = Call(http)
+    call = TinkerCall(http)
     body = await http.body()
     service = call.service
 
@@ -117,25 +117,25 @@ async def forward_backward(http: Request) -> Response:
 @router.post("/optim_step", responses=PROMISE)
 async def optim_step(body: OptimStepBody, http: Request) -> Response:
     """One step of AdamW with the settings of this call."""
-    return await Call(http).submit("optim", body.model_id, body.seq_id)
+    return await TinkerCall(http).submit("optim", body.model_id, body.seq_id)
 
 
 @router.post("/save_weights", responses=PROMISE)
 async def save_weights(body: SaveWeights, http: Request) -> Response:
     """A checkpoint to go on from: a PEFT folder with the optimizer's state beside it."""
-    return await Call(http).submit("save", body.model_id, body.seq_id)
+    return await TinkerCall(http).submit("save", body.model_id, body.seq_id)
 
 
 @router.post("/save_weights_external", responses=PROMISE)
 async def save_weights_external(body: SaveExternal, http: Request) -> Response:
     """A PEFT folder to download."""
-    return await Call(http).submit("save_external", body.model_id, body.seq_id)
+    return await TinkerCall(http).submit("save_external", body.model_id, body.seq_id)
 
 
 @router.post("/save_weights_for_sampler", responses=PROMISE)
 async def save_weights_for_sampler(body: SaveForSampler, http: Request) -> Response:
     """Weights to sample with: a checkpoint by name, or a sampling client's own."""
-    call = Call(http)
+    call = TinkerCall(http)
     raw, service = await http.body(), call.service
     response = await call.submit("save_sampler", body.model_id, body.seq_id)
     operation = service.codec.parse("save_sampler", raw, body.model_id)
@@ -149,7 +149,7 @@ async def save_weights_for_sampler(body: SaveForSampler, http: Request) -> Respo
 @router.post("/load_weights", responses=PROMISE)
 async def load_weights(body: LoadWeights, http: Request) -> Response:
     """Go on from a checkpoint, in a run or as a new one."""
-    call = Call(http)
+    call = TinkerCall(http)
     raw, service = await http.body(), call.service
     _check_optimizer(body.optimizer_config)
     service.check_base(body.base_model)
@@ -194,7 +194,7 @@ async def load_weights(body: LoadWeights, http: Request) -> Response:
 @router.post("/get_info", responses=documented("The run.", 400, 401, 404, required=("model_data", "model_id")))
 async def get_info(body: GetInfo, http: Request) -> Response:
     """A run's base model, tokenizer and LoRA."""
-    call = Call(http)
+    call = TinkerCall(http)
     settings = await call.in_thread(lambda: call.service.run(body.model_id, call.principal))
     base = call.service.model.base
     data = {
@@ -218,7 +218,7 @@ async def get_info(body: GetInfo, http: Request) -> Response:
 @router.post("/retrieve_future", responses=documented("The result, or an error.", 400, 401, 404))
 async def retrieve_future(body: RetrieveFuture, http: Request) -> Response:
     """The result of a request; 408 while it isn't there, 410 for one that is no longer known."""
-    call = Call(http)
+    call = TinkerCall(http)
     found = split_request_id(body.request_id)
     if found is None:
         return await _sample(call, body.request_id)
@@ -238,7 +238,7 @@ async def retrieve_future(body: RetrieveFuture, http: Request) -> Response:
     return _answer(content)
 
 
-async def _sample(call: Call, request_id: str) -> Response:
+async def _sample(call: TinkerCall, request_id: str) -> Response:
     future = call.service.futures.find(request_id)
     if future is None or not (call.principal.may_manage or future.owner == call.principal.id):
         raise ApiError(
@@ -251,7 +251,7 @@ async def _sample(call: Call, request_id: str) -> Response:
     return _answer(content)
 
 
-async def _wait(call: Call, result: "asyncio.Future[bytes]") -> bytes | None:
+async def _wait(call: TinkerCall, result: "asyncio.Future[bytes]") -> bytes | None:
     """The result, or None where it takes longer than a question may. Raises ClientLeft."""
 
     async def wait() -> None:
@@ -278,7 +278,7 @@ def _try_again(request_id: str, queue_state: str) -> Response:
 @router.post("/cancel_future", responses=documented("Cancelled.", 400, 401))
 async def cancel_future(body: CancelFuture, http: Request) -> Response:
     """Stop a sampling request; requests of training runs are carried out in any case."""
-    call = Call(http)
+    call = TinkerCall(http)
     future = call.service.futures.find(body.request_id)
     if future is not None and (call.principal.may_manage or future.owner == call.principal.id):
         call.service.futures.drop(body.request_id)

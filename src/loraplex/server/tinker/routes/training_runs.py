@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
 from loraplex.server.tinker.bodies import ChangeTtl, WeightsInfo
-from loraplex.server.tinker.routes.common import Call
+from loraplex.server.tinker.routes.common import TinkerCall
 from loraplex.server.tinker.service import TinkerService, checkpoint_json, iso_time
 from loraplex.training.service.checkpoints import SCHEME, CheckpointPath, check_ttl
 from loraplex.training.service.settings import RunSettings
@@ -24,7 +24,7 @@ _CHANGED = documented("Done.", 400, 401, 404)
 @router.get("/training_runs", responses=documented("The key's runs.", 401, required=("training_runs", "cursor")))
 async def list_runs(http: Request, limit: int = 20, offset: int = 0) -> Response:
     """Training runs, newest first."""
-    call = Call(http)
+    call = TinkerCall(http)
 
     def look() -> tuple[list[Mapping[str, Any]], int]:
         owned = [own for own in call.service.loop.all_settings() if _sees(call, own)]
@@ -38,7 +38,7 @@ async def list_runs(http: Request, limit: int = 20, offset: int = 0) -> Response
 @router.get("/training_runs/{run_id}", responses=documented("The run.", 401, 404, required=("training_run_id",)))
 async def get_run(run_id: str, http: Request) -> Response:
     """One training run."""
-    call = Call(http)
+    call = TinkerCall(http)
     return json_response(
         await call.in_thread(lambda: _run_json(call.service, call.service.run(run_id, call.principal)))
     )
@@ -47,7 +47,7 @@ async def get_run(run_id: str, http: Request) -> Response:
 @router.get("/training_runs/{run_id}/checkpoints", responses=documented("Its checkpoints.", 401, 404))
 async def run_checkpoints(run_id: str, http: Request) -> Response:
     """A run's checkpoints, newest first."""
-    call = Call(http)
+    call = TinkerCall(http)
 
     def look() -> list[Mapping[str, Any]]:
         call.service.run(run_id, call.principal)
@@ -59,7 +59,7 @@ async def run_checkpoints(run_id: str, http: Request) -> Response:
 @router.get("/checkpoints", responses=documented("The key's checkpoints.", 401, required=("checkpoints",)))
 async def list_checkpoints(http: Request, limit: int = 100, offset: int = 0) -> Response:
     """Checkpoints of all runs, newest first."""
-    call = Call(http)
+    call = TinkerCall(http)
 
     def look() -> tuple[list[Mapping[str, Any]], int]:
         runs = [own.run_id for own in call.service.loop.all_settings() if _sees(call, own)]
@@ -74,7 +74,7 @@ async def list_checkpoints(http: Request, limit: int = 100, offset: int = 0) -> 
 @router.post("/weights_info", responses=documented("The LoRA.", 400, 401, 404, required=("base_model", "is_lora")))
 async def weights_info(body: WeightsInfo, http: Request) -> Response:
     """What is needed to load a checkpoint."""
-    call = Call(http)
+    call = TinkerCall(http)
     path = CheckpointPath.parse(body.tinker_path)
     record = await call.in_thread(lambda: call.service.checkpoint(path, call.principal))
     return json_response(
@@ -94,7 +94,7 @@ async def weights_info(body: WeightsInfo, http: Request) -> Response:
 async def delete_checkpoint(run_id: str, folder: str, name: str, http: Request) -> Response:
     """Delete a checkpoint; samples that run with it finish."""
 
-    def delete(service: TinkerService, call: Call, path: CheckpointPath) -> None:
+    def delete(service: TinkerService, call: TinkerCall, path: CheckpointPath) -> None:
         service.checkpoint(path, call.principal, to_change=True)
         service.checkpoints.delete(path)
         service.samplers.forget(path)
@@ -131,7 +131,7 @@ async def unpublish(run_id: str, folder: str, name: str, http: Request) -> Respo
 @router.get(f"{_CHECKPOINT}/archive", responses=documented("A tar file.", 401, 404, media="application/x-tar"))
 async def archive(run_id: str, folder: str, name: str, http: Request) -> Response:
     """A checkpoint's folder, as a tar file: an adapter in PEFT's format."""
-    call = Call(http)
+    call = TinkerCall(http)
     path = _path(run_id, folder, name)
 
     def pack() -> bytes:
@@ -150,9 +150,9 @@ async def _change(
     run_id: str,
     folder: str,
     name: str,
-    change: Callable[[TinkerService, Call, CheckpointPath], None],
+    change: Callable[[TinkerService, TinkerCall, CheckpointPath], None],
 ) -> Response:
-    call = Call(http)
+    call = TinkerCall(http)
     path = _path(run_id, folder, name)
     await call.in_thread(lambda: change(call.service, call, path))
     return json_response({})
@@ -162,7 +162,7 @@ def _path(run_id: str, folder: str, name: str) -> CheckpointPath:
     return CheckpointPath.parse(f"{SCHEME}{run_id}/{folder}/{name}")
 
 
-def _sees(call: Call, settings: RunSettings) -> bool:
+def _sees(call: TinkerCall, settings: RunSettings) -> bool:
     return call.principal.may_manage or settings.owner == call.principal.id
 
 
