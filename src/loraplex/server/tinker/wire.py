@@ -94,7 +94,7 @@ def _descriptors() -> Mapping[str, Any]:
     return {name.rpartition(".")[2]: kind for name, kind in found.items()}
 
 
-_CLASSES = _descriptors()
+CLASSES = _descriptors()
 
 
 class LossRequest:
@@ -102,7 +102,7 @@ class LossRequest:
 
     def __init__(self, body: bytes) -> None:
         """Raises RequestError for what is no such message."""
-        self._message = _CLASSES["ForwardBackwardRequest"]()
+        self._message = CLASSES["ForwardBackwardRequest"]()
         try:
             self._message.ParseFromString(body)
         except DecodeError as error:
@@ -179,7 +179,7 @@ def _dense(csr: Any, dtype: int, shape: Sequence[int], what: str) -> _Array:
 
 def loss_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> bytes:
     """A ForwardBackwardOutput: each datum's log probabilities; neighbours of one width share a record."""
-    output = _CLASSES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord")
+    output = CLASSES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord")
     for name, value in metrics.items():
         output.metrics.add(key=name, value=value)
     first = 0
@@ -213,7 +213,7 @@ def sample_output(
     num_cached: int,
 ) -> bytes:
     """A SampleResponse; of each sequence whether it was cut off, its tokens, their logprobs and the likeliest."""
-    output = _CLASSES["SampleResponse"](prompt_cache_hit_tokens=num_cached)
+    output = CLASSES["SampleResponse"](prompt_cache_hit_tokens=num_cached)
     for was_cut, tokens, logprobs, top in sequences:
         own = output.sequences.add(stop_reason=int(was_cut))
         own.tokens = np.asarray(tokens, dtype=np.int32).tobytes()
