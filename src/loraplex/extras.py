@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         *("fastapi", "uvicorn", "httptools", "pydantic", "prometheus_client"),
         *("orjson", "filelock"),
     ),
+    "tinker": ("google.protobuf",),
     "plots": ("matplotlib", "PIL"),
     "images": ("PIL",),
     "smollm2": ("gguf",),

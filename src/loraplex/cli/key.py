@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loraplex.server.auth.keys import KeyFile
+from loraplex.server.auth.keys import TINKER_PREFIX, KeyFile
 
 key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys of `loraplex serve`.")
 
@@ -29,9 +29,13 @@ def create(
     tokens_per_minute: Limit = None,
     max_concurrent: Limit = None,
     max_new_tokens: Limit = None,
+    max_training_runs: Limit = None,
     max_priority: Annotated[int, typer.Option(help="Highest priority that it may ask for.")] = 0,
     shared_prefixes: Annotated[
         bool, typer.Option("--shared-prefixes", help="Share the prefix cache with other such keys.")
+    ] = False,
+    tml: Annotated[
+        bool, typer.Option("--tml", help="Print it as the Tinker SDK takes it: with 'tml-' before it.")
     ] = False,
 ) -> None:
     """Make a key and print it: it is not kept anywhere, and can't be shown again."""
@@ -46,10 +50,11 @@ def create(
         tokens_per_minute=tokens_per_minute,
         max_concurrent=max_concurrent,
         max_new_tokens=max_new_tokens,
+        max_training_runs=max_training_runs,
         max_priority=max_priority,
         shared_prefixes=shared_prefixes,
     )
-    typer.echo(key)
+    typer.echo(f"{TINKER_PREFIX}{key}" if tml else key)
     typer.echo(f"key {record.id} was added to {keys_file}", err=True)
 
 

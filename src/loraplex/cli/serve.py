@@ -34,6 +34,8 @@ def serve(
         return
     if vllm_args and engine != "vllm":
         raise ConfigError("--vllm-args is for --engine vllm. Leave it out, or add --engine vllm.")
+    if settings.training.training and (replicas > 1 or engine == "vllm"):
+        raise ConfigError("--training needs one server with loraplex's own engine. Leave --replicas and --engine out.")
     if engine == "vllm":
         from loraplex.cli.serve_vllm import serve_with_vllm
 

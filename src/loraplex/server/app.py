@@ -64,6 +64,16 @@ def create_app(state: ServerState, *, is_first: bool = True) -> ASGIApp:
     app.state.server = state
     for router in _ROUTERS:
         app.include_router(router)
+    if state.training is not None:
+        from loraplex.server.tinker.routes import (
+            sampling,
+            sessions,
+            training,
+            training_runs,
+        )  # which need the extra "tinker"
+
+        for module in (sessions, training, sampling, training_runs):
+            app.include_router(module.router)
     for kind in (ApiError, LoraplexError, RequestValidationError, HTTPException, ClientLeft, Exception):
         app.add_exception_handler(kind, _on_error)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

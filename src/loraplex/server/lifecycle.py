@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.extras import require_extra
 from loraplex.models.adapter_watcher import AdapterWatcher
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.server.app import create_app
@@ -121,6 +122,8 @@ async def serve(
         if state.keys is not None:
             state.keys.records()  # a file that can't be read is an error now, not at the first request
         await asyncio.to_thread(state.prepare)
+        if config.training.training:
+            await asyncio.to_thread(_begin_training, state)
         try:
             await Server(uvicorn_config(create_app(state), config), state, on_ready).serve()
         finally:
@@ -128,6 +131,19 @@ async def serve(
                 await asyncio.to_thread(watched.stop)
             if state.tracing is not None:
                 await asyncio.to_thread(state.tracing.close)
+            if state.training is not None:
+                await asyncio.to_thread(state.training.close)
+
+
+def _begin_training(state: ServerState) -> None:
+    """Raises MissingExtraError, and BaseModelError for a base model that can't be trained on."""
+    require_extra("tinker", "--training")
+    from loraplex.server.tinker.service import TinkerService  # which needs the extra
+
+    state.training = TinkerService(state.engine, state.config.training, state.config.model.base_name)
+    state.training.samplers.on_unload = state.metrics.forget
+    state.catalog.checkpoints = state.training
+    logger.info("training", extra={"folder": state.config.training.training_folder})
 
 
 def run(config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:

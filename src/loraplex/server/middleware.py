@@ -30,11 +30,20 @@ from loraplex.server.state import SCOPE_KEY, RequestContext, ServerState
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OPEN_PATHS = ("/", "/health", "/ping", "/version", "/docs", "/openapi.json", "/favicon.ico")
+_OPEN_PATHS = ("/", "/health", "/ping", "/version", "/docs", "/openapi.json", "/favicon.ico", "/api/v1/healthz")
 _OPEN_FOLDER = "/page/"  # the page's own files
 _GENERATING = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/score"),
-    *("/generate", "/generate_stream", "/"),
+    *("/generate", "/generate_stream", "/", "/api/v1/asample", "/api/v1/forward_backward"),
+)
+_TINKER = "/api/v1/"
+# Of the Tinker API, what is asked again and again and changes nothing.
+_ASKING = tuple(
+    _TINKER + call
+    for call in (
+        *("retrieve_future", "cancel_future", "session_heartbeat", "telemetry", "get_info", "weights_info"),
+        *("client/config", "client/dynamic_config"),
+    )
 )
 _WHILE_DRAINING = ("/health", "/ping", "/metrics")
 
@@ -108,6 +117,8 @@ class Gate:
             return
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         key = key.strip()
+        if not key and context.path.startswith(_TINKER):
+            scheme, key = "bearer", headers.get(b"x-api-key", b"").decode("latin-1").strip()
         try:
             record = (
                 await self._find(keys, key, context) if scheme.lower() == "bearer" and 0 < len(key) <= 256 else None
@@ -221,7 +232,7 @@ def _request_id(headers: MutableMapping[bytes, bytes]) -> str:
 
 
 def _cost(method: str, path: str) -> Cost:
-    if method in ("GET", "HEAD", "OPTIONS"):
+    if method in ("GET", "HEAD", "OPTIONS") or path in _ASKING:
         return Cost.READING
     return Cost.GENERATING if path in _GENERATING else Cost.CHANGING
 

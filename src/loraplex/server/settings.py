@@ -14,6 +14,7 @@ from loraplex.models.checkpoints.smollm2 import ALIAS
 from loraplex.models.text.sampling_defaults import SOURCES
 from loraplex.server.api.tools.forms import AUTO as ANY_PARSER
 from loraplex.server.api.tools.forms import PARSERS
+from loraplex.training.service.settings import ServiceLimits
 from loraplex.validation import check_least
 
 
@@ -150,6 +151,36 @@ class LogSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Training as a service, through the Tinker API."""
+
+    training: bool = option(False, "Let clients train adapters, through the Tinker API (docs/guides/tinker.md).")
+    training_folder: str = option("training-runs", "Where runs, checkpoints and sessions lie.")
+    training_runs: int = option(16, "Training runs in memory at once; further ones wait for a place.")
+    training_max_rank: int = option(128, "Highest LoRA rank of a run.")
+    training_tokens: int = option(1024, "Padded tokens of one training pass; larger batches are computed in parts.")
+    training_request_tokens: int = option(65536, "Tokens of the data of one forward_backward.")
+    training_idle_s: float = option(300.0, "A run without requests for so long leaves memory; its state stays on disk.")
+    training_snapshot_steps: int = option(10, "Optimizer steps of a run between two snapshots.")
+
+    def __post_init__(self) -> None:
+        self.limits()
+        if self.training and not self.training_folder:
+            raise ConfigError("training_folder is empty; name the folder that runs are written to.")
+
+    def limits(self) -> ServiceLimits:
+        """As the training loop takes them."""
+        return ServiceLimits(
+            max_runs=self.training_runs,
+            max_rank=self.training_max_rank,
+            tokens_per_forward=self.training_tokens,
+            max_request_tokens=self.training_request_tokens,
+            idle_s=self.training_idle_s,
+            snapshot_steps=self.training_snapshot_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """All settings of the server, one section for each table of the file."""
 
@@ -158,6 +189,7 @@ class ServeConfig:
     access: AccessSettings = field(default_factory=AccessSettings)
     limits: RequestLimits = field(default_factory=RequestLimits)
     logs: LogSettings = field(default_factory=LogSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_waiting=1024))
     store: StoreConfig = field(default_factory=StoreConfig)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from fastapi import Request as HttpRequest
@@ -35,6 +35,9 @@ from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
 from loraplex.server.settings import ServeConfig
 from loraplex.server.tracing import Tracing
+
+if TYPE_CHECKING:  # its messages need the extra "tinker"
+    from loraplex.server.tinker.service import TinkerService
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class ServerState:
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False
         self.tracing: Tracing | None = None
+        self.training: TinkerService | None = None
         self._row_tokenizers: WeakKeyDictionary[Vocabulary, RowTokenizer] = WeakKeyDictionary()
 
     def prepare(self) -> None:

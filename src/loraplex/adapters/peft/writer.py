@@ -25,7 +25,7 @@ from loraplex.output_files import resolved
 from loraplex.validation import listed
 
 # What PEFT and we write; anything else is somebody's work.
-_REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE, "README.md"}
+REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CENTROID_FILE, "README.md"}
 
 
 def write_adapter(
@@ -50,12 +50,12 @@ def write_adapter(
         raise ConfigError(f"dtype is {dtype}; supported: None and {list(FLOAT_DTYPES.values())}.")
     _check_writable(adapter)
     with atomic_folder(folder, partial(check_adapter_destination, folder, overwrite=overwrite)) as temporary:
-        _write_files(adapter, temporary, dtype)
+        write_adapter_files(adapter, temporary, dtype)
 
 
 def check_adapter_destination(folder: Path, *, overwrite: bool) -> None:
     """Raise AdapterExistsError where `write_adapter` would not write: for who asks before a long computation."""
-    check_destination(folder, "an adapter", _REPLACEABLE, overwrite=overwrite)
+    check_destination(folder, "an adapter", REPLACEABLE, overwrite=overwrite)
 
 
 def peft_tensors(adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -77,7 +77,8 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _write_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None) -> None:
+def write_adapter_files(adapter: Adapter, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checked adapter's files into an empty folder."""
     tensors = peft_tensors(adapter, dtype)
     for name, tensor in tensors.items():
         require_finite(tensor, repr(name))

@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
@@ -82,12 +82,25 @@ class Entry:
     parts: tuple[str, ...] = ()  # of a link
 
 
+class CheckpointAccess(Protocol):
+    """Who may use what clients have trained here."""
+
+    def may_use(self, name: str, principal: Principal) -> bool:
+        """Whether a principal may use an adapter; True for one that wasn't trained here."""
+        ...
+
+    def adapter_for(self, text: str, principal: Principal) -> str:
+        """The adapter of tinker://RUN/KIND/NAME, loaded. Raises ApiError."""
+        ...
+
+
 class VisibleModels:
     """The names of a server, as each principal sees them."""
 
     def __init__(self, model: MultiLoraModel, base_name: str, max_link_length: int) -> None:
         self._model = model
         self.base_name = base_name
+        self.checkpoints: CheckpointAccess | None = None  # where adapters are trained
         self._max_link_length = max_link_length
 
     def entry(self, name: str) -> Entry | None:
@@ -134,6 +147,8 @@ class VisibleModels:
             return None
         if is_auto(text):
             return text
+        if self.checkpoints is not None and text.startswith("tinker://"):
+            return ((self.checkpoints.adapter_for(text, principal), 1.0),)
         link = self._parse(text)
         for name, _ in link:
             entry = self.entry(name)
@@ -165,6 +180,8 @@ class VisibleModels:
         return link
 
     def _may_use(self, entry: Entry, principal: Principal) -> bool:
+        if self.checkpoints is not None and not self.checkpoints.may_use(entry.name, principal):
+            return False
         return all(principal.may_use(name) for name in (entry.name, *entry.experts))
 
     def _not_found(self, name: str) -> ApiError:

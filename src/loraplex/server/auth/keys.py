@@ -47,6 +47,7 @@ class KeyRecord(_Strict):
     tokens_per_minute: Limit | None = None  # prompt and answers
     max_concurrent: Limit | None = None  # requests at once
     max_new_tokens: Limit | None = None  # of an answer
+    max_training_runs: Limit | None = None  # at work at once
     max_priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     shared_prefixes: bool = False  # share the prefix cache with other keys that do
     created: Annotated[int, Field(ge=0)] = 0  # seconds since 1970
@@ -109,6 +110,7 @@ def _told(error: ValidationError) -> str:
 
 
 _PREFIX = "lpx"
+TINKER_PREFIX = "tml-"  # that the Tinker SDK asks of a key; with and without it, a key is the same
 _SCRYPT = {"n": 2**10, "r": 8, "p": 1}  # a key's secret is 256 random bits, which no hash has to slow down guessing of
 _RELOAD_S = 1.0  # how soon a changed file is seen
 _LOCK_TIMEOUT_S = 10.0
@@ -145,6 +147,7 @@ class KeyFile:
     def check(self, key: str) -> KeyRecord | None:
         """The record of any key, in milliseconds; as slow for an unknown id as for a wrong secret. From any thread."""
         records, seen = self._known
+        whole, key = key, key.removeprefix(TINKER_PREFIX)
         _, _, rest = key.partition(f"{_PREFIX}_")
         key_id, _, secret = rest.partition("_")
         record = records.get(key_id)
@@ -152,7 +155,7 @@ class KeyFile:
         matches = hmac.compare_digest(_hashed(secret, salt), expected)
         if record is None or not matches or not key.startswith(f"{_PREFIX}_"):
             return None
-        seen[self._digest(key)] = record
+        seen[self._digest(whole)] = record
         return record
 
     def records(self) -> list[KeyRecord]:

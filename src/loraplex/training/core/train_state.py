@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.errors import TrainingError
+from loraplex.training.core.adamw import STEP, FlatAdamW
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig
 from loraplex.training.core.results import Divergence, Progress, Quantity
 
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _ZEROS_TO_WARN = 3  # steps in a row whose gradient is exactly 0
-_PREFIX = "optimizer."  # of its tensors in a checkpoint
 
 
 class Optimizer:
@@ -35,9 +35,10 @@ class Optimizer:
         self.flat = flat
         self._rate_ratios = rate_ratios
         self.config = config
-        self.adamw = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay, fused=True)
         from transformers import get_scheduler  # with it come peft and bitsandbytes, where they are installed
 
+        self._flat_adamw = FlatAdamW(flat, config.learning_rate, config.weight_decay)
+        self.adamw = self._flat_adamw.adamw
         self._scheduler = get_scheduler(
             _SCHEDULERS[config.schedule], self.adamw, config.warmup_steps, num_training_steps=num_steps
         )
@@ -48,29 +49,24 @@ class Optimizer:
 
     @property
     def gradient(self) -> Tensor:
-        assert self.flat.grad is not None, "the flat gradient is never freed"
-        return self.flat.grad
+        return self._flat_adamw.gradient
 
     def clip(self) -> float:
         """Clip the gradient; return its norm before."""
-        max_norm = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_([self.flat], max_norm))
+        return self._flat_adamw.clip(self.config.max_grad_norm)
 
     def step(self) -> None:
         """Take the step that the gradient asks for, and start the next one's from 0."""
         ratios = self._rate_ratios
         before = None if ratios is None else self.flat.detach().clone()
-        self.adamw.step()
-        if (
-            before is not None and ratios is not None
-        ):  # an update of AdamW, weight decay included, is its learning rate times something
+        self._flat_adamw.step()
+        if before is not None and ratios is not None:  # an update, weight decay included, is a rate times something
             self.flat.data.copy_(torch.lerp(before, self.flat.detach(), ratios))
         self._scheduler.step()
-        self.gradient.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps as tensors."""
-        return {f"{_PREFIX}{name}": value for name, value in self.adamw.state[self.flat].items()}
+        return self._flat_adamw.tensors()
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
@@ -80,11 +76,7 @@ class Optimizer:
         """Become what `tensors` and `counters` were taken from."""
         self._scheduler.load_state_dict(counters["scheduler"])
         self.adamw.param_groups[0]["lr"] = self._scheduler.get_last_lr()[0]
-        self.adamw.state[self.flat] = {
-            name.removeprefix(_PREFIX): tensor.to(self.flat.device, copy=True)
-            for name, tensor in tensors.items()
-            if name.startswith(_PREFIX)
-        }
+        self._flat_adamw.restore(tensors)
 
 
 class TrainState(ABC):
@@ -249,7 +241,7 @@ class TrainState(ABC):
         """Become what `tensors` and `counters` were taken from."""
         flat = self.flat
         for name, tensor in tensors.items():
-            if tensor.shape != (torch.Size() if name == f"{_PREFIX}step" else flat.shape):
+            if tensor.shape != (torch.Size() if name == STEP else flat.shape):
                 raise ValueError(f"{name!r} of {self._kind} {self.name!r} has shape {list(tensor.shape)}")
         flat.data.copy_(tensors["parameters"])
         self.optimizer.restore(tensors, counters)

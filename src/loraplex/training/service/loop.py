@@ -1,0 +1,385 @@
+"""The thread that trains: requests of all runs that wait at the same time share passes."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from loraplex.errors import CheckpointError, LoraplexError, RequestError
+from loraplex.layers.attach import AdaptableModel
+from loraplex.layers.quantized.training import quantized_modules_train
+from loraplex.training.forward.probe import check_trainable_base
+from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
+from loraplex.training.service.checkpoints import Checkpoints, is_run_id
+from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
+from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec, Result
+from loraplex.training.service.passes import TrainingPasses
+from loraplex.training.service.run import TrainingRun
+from loraplex.training.service.run_queue import RunQueue
+from loraplex.training.service.settings import RunSettings, ServiceLimits
+from loraplex.training.service.work import PassWork, failed, run_alone, run_together
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 2  # passes' worth of tokens between two looks at who waits
+_GATHERING = 0.1  # of the last round's time may be spent waiting for those who took part in it
+_MAX_GATHERING_S = 0.05
+_TICK_S = 1.0
+_SETTLED_S = 5.0  # a run without requests for so long may leave its place to one that waits
+
+
+class TrainingLoop:
+    """Runs and their requests. Its methods may be called from any thread; passes run in one of its own."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adaptable: AdaptableModel,
+        *,
+        root: Path,
+        checkpoints: Checkpoints,
+        codec: OperationCodec,
+        publish: Publish,
+        limits: ServiceLimits,
+    ) -> None:
+        """Raises BaseModelError for a base model that can't be trained on."""
+        check_trainable_base(base)
+        self._base, self._adaptable = base, adaptable
+        self._root, self._checkpoints = root, checkpoints
+        self._codec, self._publish = codec, publish
+        self.limits = limits
+        self._passes = TrainingPasses(base, limits.tokens_per_forward)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._queues: dict[str, RunQueue] = {}
+        self._works: dict[str, PassWork] = {}
+        self._last_round: tuple[float, frozenset[str]] = (0.0, frozenset())  # its seconds, and whose requests it had
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training-writer")
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="loraplex-training", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; what was taken is on disk, and goes on when the runs are used again."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._writer.shutdown()
+
+    # Requests
+
+    def begin(self, settings: RunSettings, record: JournalRecord, operation: Operation) -> None:
+        """Take a run's first request, which creates the run; a second time changes nothing."""
+        folder = self._folder(settings.run_id)
+        with self._lock:
+            if settings.run_id in self._queues or Journal.exists(folder):
+                return
+            queue = RunQueue(Journal.create(folder, settings), settings, self.limits)
+            queue.add(record, operation)
+            self._queues[settings.run_id] = queue
+            self._changed.notify_all()
+
+    def submit(self, run_id: str, record: JournalRecord, operation: Callable[[], Operation]) -> int:
+        """Take a request, unless it was taken before; returns the tokens of its data.
+
+        Raises RequestError, QueueFullError or OutputError.
+        """
+        with self._lock:
+            queue = self.queue(run_id)
+            queue.last_heard = time.monotonic()
+            if queue.knows(record.seq):
+                return 0
+            queue.check_room(len(record.body))
+        made = operation()
+        with self._lock:
+            queue = self.queue(run_id)  # it may have left memory meanwhile
+            if queue.knows(record.seq):
+                return 0
+            queue.add(record, made)
+            self._changed.notify_all()
+        return sum(len(datum.tokens) for datum in made.datums) if isinstance(made, ForwardBackward) else 0
+
+    def result(self, run_id: str, seq: int) -> "Future[bytes] | None":
+        """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
+        with self._lock:
+            queue = self.queue(run_id)
+            queue.last_heard = time.monotonic()
+            return queue.result(seq)
+
+    def settings(self, run_id: str) -> RunSettings:
+        """Raises RequestError for an unknown run."""
+        with self._lock:
+            queue = self._queues.get(run_id)
+        if queue is not None:
+            return queue.settings
+        if not self.has_run(run_id):
+            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+        return Journal(self._folder(run_id)).settings()
+
+    def all_settings(self) -> list[RunSettings]:
+        """Of all runs on disk, newest first."""
+        folders = [folder for folder in self._root.glob("s-*") if Journal.exists(folder)]
+        return sorted((self.settings(folder.name) for folder in folders), key=lambda own: -own.created)
+
+    def last_heard(self, run_id: str) -> float:
+        """When a run had its last request, in seconds since 1970."""
+        return Journal(self._folder(run_id)).last_changed()
+
+    def has_run(self, run_id: str) -> bool:
+        if not is_run_id(run_id):
+            return False
+        return run_id in self._queues or Journal.exists(self._folder(run_id))
+
+    def waits_for_place(self, run_id: str) -> bool:
+        """Whether a run's requests wait until another run leaves memory."""
+        with self._lock:
+            queue = self._queues.get(run_id)
+            return queue is not None and queue.run is None and self._num_loaded() >= self.limits.max_runs
+
+    def queue(self, run_id: str) -> RunQueue:
+        """A run's queue, from disk where it isn't known. Raises RequestError or CheckpointError."""
+        with self._lock:
+            queue = self._queues.get(run_id)
+            if queue is None:
+                if not self.has_run(run_id):
+                    raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+                folder = self._folder(run_id)
+                queue = self._queues[run_id] = RunQueue.recover(folder, self._codec, self.limits)
+                self._changed.notify_all()
+            return queue
+
+    def num_runs_of(self, owner: str) -> int:
+        """An owner's runs that have a place, or wait for one."""
+        with self._lock:
+            return sum(queue.settings.owner == owner for queue in self._queues.values())
+
+    def num_runs(self) -> tuple[int, int]:
+        """How many are in memory, and how many have requests that wait."""
+        with self._lock:
+            return self._num_loaded(), sum(queue.has_waiting for queue in self._queues.values())
+
+    def _num_loaded(self) -> int:
+        return sum(queue.run is not None for queue in self._queues.values())
+
+    def _folder(self, run_id: str) -> Path:
+        return self._root / run_id
+
+    # The thread
+
+    def _run(self) -> None:
+        with quantized_modules_train(self._base):
+            while not self._is_closed:
+                try:
+                    self._turn()
+                except Exception:  # of the loop itself: requests have their own
+                    logger.exception("a turn of training failed")
+                    time.sleep(_TICK_S)
+
+    def _turn(self) -> None:
+        ready = self._ready()
+        if not ready:
+            self._rest()
+            return
+        loaded = [queue for queue in ready if queue.run is not None or self._load(queue)]
+        small = [queue for queue in loaded if not self._has_losses(queue)]
+        for queue in small:
+            self._carry_out(queue)
+        if small:
+            return  # those runs' next requests may share the pass
+        if not loaded:
+            with self._changed:
+                self._changed.wait(_TICK_S)
+        elif self._works or not self._gather(loaded):
+            self._round(loaded)
+
+    def _ready(self) -> list[RunQueue]:
+        with self._lock:
+            return [
+                queue
+                for run_id, queue in self._queues.items()
+                if run_id in self._works or queue.next_operation is not None
+            ]
+
+    def _has_losses(self, queue: RunQueue) -> bool:
+        return queue.settings.run_id in self._works or isinstance(queue.next_operation, ForwardBackward)
+
+    def _rest(self) -> None:
+        """Nothing to do: let go of runs whose clients have left, and wait."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [queue for queue in self._queues.values() if queue.is_idle(now)]
+        for queue in idle:
+            self._park(queue)
+        with self._changed:
+            if not self._is_closed and not self._ready():
+                self._changed.wait(_TICK_S)
+
+    def _gather(self, ready: Sequence[RunQueue]) -> bool:
+        """Wait a moment for runs that took part in the last round; whether something has come."""
+        seconds, peers = self._last_round
+        missing = peers - {queue.settings.run_id for queue in ready}
+        if not missing:
+            return False
+        self._last_round = (seconds, frozenset())  # once a round
+        stop = time.monotonic() + min(_MAX_GATHERING_S, _GATHERING * seconds)
+        with self._changed:
+            while (left := stop - time.monotonic()) > 0 and not self._is_closed:
+                if missing <= {queue.settings.run_id for queue in self._ready()}:
+                    break
+                self._changed.wait(left)
+        return True
+
+    def _round(self, queues: Sequence[RunQueue]) -> None:
+        """Some rows of each run that waits, in shared passes."""
+        for queue in queues:
+            run_id = queue.settings.run_id
+            if run_id not in self._works:
+                assert queue.run is not None, f"{run_id} has no place"
+                with self._lock:
+                    self._works[run_id] = PassWork(queue.run, queue.loss_requests())
+                    queue.is_running = True
+        first = next(iter(self._works.values()))
+        works = {run_id: work for run_id, work in self._works.items() if work.backward == first.backward}
+        started = time.perf_counter()
+        try:
+            run_together(list(works.values()), self._passes, _ROUNDS * self.limits.tokens_per_forward)
+        except Exception:
+            logger.exception("a shared pass failed; its requests are tried one by one")
+            for run_id, work in works.items():
+                work.undo()
+                self._end(run_id, run_alone(work, self._passes, self.limits.tokens_per_forward))
+        self._last_round = (time.perf_counter() - started, frozenset(works))
+        for run_id, work in works.items():
+            if run_id not in self._works:
+                continue
+            if work.bad_row() is not None:
+                work.undo()
+                self._end(run_id, run_alone(work, self._passes, self.limits.tokens_per_forward))
+            elif work.is_done:
+                self._end(run_id, work.results())
+
+    def _end(self, run_id: str, results: dict[int, Result]) -> None:
+        """A work is done: its results go to the client."""
+        queue = self._queues[run_id]
+        encoded = {seq: self._codec.encode(result) for seq, result in results.items()}
+        with self._lock:
+            del self._works[run_id]
+            queue.is_running = False
+            queue.finish(sorted(encoded))
+            for seq, content in encoded.items():
+                queue.settle(seq, content)
+
+    def _carry_out(self, queue: RunQueue) -> None:
+        """One request that needs no pass."""
+        seq, operation, run = queue.next_seq, queue.next_operation, queue.run
+        assert operation is not None and run is not None, "a queue without work was chosen"  # noqa: PT018
+        try:
+            done = carry_out(run, seq, operation, self._checkpoints, self._publish)
+        except Exception as error:
+            done = CarriedOut(failed(error, f"request {seq}"))
+        with self._lock:
+            queue.finish([seq])
+        if done.write is not None:
+            self._writer.submit(self._write, queue, seq, done)
+        if done.result is not None:
+            self._settle(queue, seq, done.result)
+        self._snapshot_if_due(queue)
+
+    def _write(self, queue: RunQueue, seq: int, done: CarriedOut) -> None:
+        assert done.write is not None, "there is nothing to write"
+        try:
+            result = done.write()
+        except Exception as error:
+            result = failed(error, f"request {seq}")
+        if done.result is None:
+            self._settle(queue, seq, result)
+
+    def _settle(self, queue: RunQueue, seq: int, result: Result) -> None:
+        content = self._codec.encode(result)
+        with self._lock:
+            queue.settle(seq, content)
+
+    # Memory and disk
+
+    def _load(self, queue: RunQueue) -> bool:
+        """Give a run a place; False if there is none now. A run that can't be brought back fails its requests."""
+        if not self._make_room():
+            return False
+        try:
+            run = TrainingRun(queue.settings, self._adaptable, self._base.device)
+            self._adaptable.attach(run.lora.paths)
+            if queue.snapshot is not None:
+                run.restore(queue.snapshot.tensors)
+                run.num_steps, run.last_seq = queue.snapshot.num_steps, queue.snapshot.last_seq
+        except Exception as error:
+            content = self._codec.encode(failed(error, "the begin"))
+            with self._lock:
+                seq = queue.next_seq
+                queue.finish([seq])
+                queue.settle(seq, content)
+            return False
+        queue.run, queue.snapshot = run, None
+        return True
+
+    def _make_room(self) -> bool:
+        """Whether there is a place, if need be after the run that was not heard of for longest has left."""
+        with self._lock:
+            if self._num_loaded() < self.limits.max_runs:
+                return True
+            silent = time.monotonic() - _SETTLED_S
+            idle = [
+                queue
+                for queue in self._queues.values()
+                if queue.run is not None and not queue.has_waiting and queue.last_heard < silent
+            ]
+        if idle:
+            self._park(min(idle, key=lambda queue: queue.last_heard))
+        return bool(idle)
+
+    def _park(self, queue: RunQueue) -> None:
+        """Write a run to disk and free its memory; its next request brings it back."""
+        if queue.run is not None:
+            with suppress(LoraplexError):  # then the journal has everything still
+                self._snapshot(queue).result()
+            logger.info("a training run left memory", extra={"run": queue.settings.run_id})
+        with self._lock:
+            if not queue.has_waiting:
+                queue.run = None
+                self._queues.pop(queue.settings.run_id, None)
+
+    def _snapshot_if_due(self, queue: RunQueue) -> None:
+        assert queue.run is not None, "only a run in memory has something new"
+        steps = queue.run.num_steps - queue.snapshot_step
+        if steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes:
+            self._snapshot(queue)
+
+    def _snapshot(self, queue: RunQueue) -> "Future[None]":
+        run = queue.run
+        assert run is not None, "only a run in memory has something new"
+        queue.snapshot_step, queue.journal.num_bytes = run.num_steps, 0
+        tensors, last_seq, num_steps = run.tensors(), run.last_seq, run.num_steps
+        return self._writer.submit(
+            self._write_snapshot, queue, Snapshot(tensors=tensors, last_seq=last_seq, num_steps=num_steps)
+        )
+
+    def _write_snapshot(self, queue: RunQueue, snapshot: Snapshot) -> None:
+        """Behind all checkpoints that were to be written before it, whose results it keeps."""
+        with self._lock:
+            results = {seq: content for seq, content in queue.kept().items() if seq <= snapshot.last_seq}
+        whole = Snapshot(
+            tensors=snapshot.tensors, last_seq=snapshot.last_seq, num_steps=snapshot.num_steps, results=results
+        )
+        try:
+            queue.journal.write_snapshot(whole)
+            with queue.file_lock:
+                left = [record for record in queue.journal.records() if record.seq > snapshot.last_seq]
+                queue.journal.keep_records(left)
+        except (LoraplexError, CheckpointError):
+            logger.exception("a snapshot could not be written; the run's requests are kept")
+            raise

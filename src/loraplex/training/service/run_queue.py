@@ -1,0 +1,134 @@
+"""The requests of one run: those that wait for their turn, and the results of those that are done."""
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+
+from loraplex.errors import QueueFullError, RequestError
+from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
+from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec
+from loraplex.training.service.run import TrainingRun
+from loraplex.training.service.settings import RunSettings, ServiceLimits
+
+
+class RunQueue:
+    """Requests come in any order and are carried out by their sequence numbers, from 0 on; each has one result.
+
+    A request that comes again is the same one. Used under the loop's lock, but for the run and the journal's files.
+    """
+
+    def __init__(self, journal: Journal, settings: RunSettings, limits: ServiceLimits) -> None:
+        self.journal = journal
+        self.settings = settings
+        self._limits = limits
+        self.run: TrainingRun | None = None  # None: on disk alone
+        self.snapshot: Snapshot | None = None  # that the run begins from when it is brought back
+        self.next_seq = 0
+        self.snapshot_step = 0  # steps at the last snapshot
+        self.last_heard = time.monotonic()
+        self.is_running = False  # some of its requests are in a pass
+        self._waiting: dict[int, tuple[Operation, int]] = {}  # and the bytes of the request
+        self._results: dict[int, Future[bytes]] = {}
+        self.file_lock = threading.Lock()
+
+    @classmethod
+    def recover(cls, folder: Path, codec: OperationCodec, limits: ServiceLimits) -> "RunQueue":
+        """A run as its folder has it. Raises CheckpointError."""
+        journal = Journal(folder)
+        queue = cls(journal, journal.settings(), limits)
+        snapshot = queue.snapshot = journal.snapshot()
+        if snapshot is not None:
+            queue.next_seq, queue.snapshot_step = snapshot.last_seq + 1, snapshot.num_steps
+            for seq, content in snapshot.results.items():
+                queue._results[seq] = Future()
+                queue._results[seq].set_result(content)
+        for record in journal.records():
+            if record.seq >= queue.next_seq and record.seq not in queue._waiting:
+                operation = codec.parse(record.kind, record.body, queue.settings.run_id)
+                queue._accept(record, operation)
+        return queue
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise QueueFullError where another request has to wait."""
+        held = sum(size for _, size in self._waiting.values())
+        if len(self._waiting) >= self._limits.max_queued or held + num_bytes > self._limits.max_queued_bytes:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests of this run are waiting ({held} bytes; max_queued, max_queued_bytes). "
+                "Wait for some of their results."
+            )
+
+    def knows(self, seq: int) -> bool:
+        return seq < self.next_seq or seq in self._waiting
+
+    def add(self, record: JournalRecord, operation: Operation) -> None:
+        """Take a request that isn't known yet; it is written down before. Raises QueueFullError or OutputError."""
+        if not 0 <= record.seq < self.next_seq + 10 * self._limits.max_queued:
+            raise RequestError(f"seq_id is {record.seq}, but the next of this run is {self.next_seq}.")
+        self.check_room(len(record.body))
+        with self.file_lock:
+            self.journal.append(record)
+        self._accept(record, operation)
+
+    def _accept(self, record: JournalRecord, operation: Operation) -> None:
+        self._waiting[record.seq] = (operation, len(record.body))
+        self._results[record.seq] = Future()
+
+    @property
+    def next_operation(self) -> Operation | None:
+        """What is to be carried out next, if it has come."""
+        if self.is_running:
+            return None
+        found = self._waiting.get(self.next_seq)
+        return None if found is None else found[0]
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def loss_requests(self) -> dict[int, ForwardBackward]:
+        """The next ones, as far as they are of one kind: their gradients add up, so that they can share passes."""
+        found: dict[int, ForwardBackward] = {}
+        seq = self.next_seq
+        while isinstance(operation := self._waiting.get(seq, (None, 0))[0], ForwardBackward):
+            if found and operation.backward != next(iter(found.values())).backward:
+                break
+            found[seq] = operation
+            seq += 1
+        return found
+
+    def finish(self, seqs: Iterable[int]) -> None:
+        """Requests that were carried out, in their order; their results may still be on their way to the disk."""
+        for seq in seqs:
+            self._waiting.pop(seq, None)
+            self.next_seq = max(self.next_seq, seq + 1)
+            if self.run is not None:
+                self.run.last_seq = seq
+
+    # Results
+
+    def result(self, seq: int) -> "Future[bytes] | None":
+        """What a request will give or has given; None for one that isn't known, or whose result is no longer kept."""
+        return self._results.get(seq)
+
+    def settle(self, seq: int, content: bytes) -> None:
+        """A request's result; the oldest ones go where too much is kept."""
+        future = self._results.get(seq)
+        if future is not None and not future.done():
+            future.set_result(content)
+        kept = self.kept()
+        size = sum(map(len, kept.values()))
+        for old, own in sorted(kept.items()):
+            if size <= self._limits.max_kept_bytes:
+                return
+            size -= len(own)
+            del self._results[old]
+
+    def kept(self) -> dict[int, bytes]:
+        """The results that are there."""
+        return {seq: future.result() for seq, future in self._results.items() if future.done()}
+
+    def is_idle(self, now: float) -> bool:
+        """Whether its client has left: nothing waits, and nothing was heard for a while."""
+        return not self._waiting and not self.is_running and now - self.last_heard > self._limits.idle_s
