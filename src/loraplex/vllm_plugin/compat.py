@@ -38,7 +38,7 @@ COMPAT_POINTS = (
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor.__init__", ("vllm_config",)),
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("lora_request",)),
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", ("params", "lora_request")),
-    CompatPoint("vllm.v1.engine", "EngineCoreRequest", ("lora_request", "sampling_params")),
+    CompatPoint("vllm.v1.engine", "EngineCoreRequest", ("lora_request", "sampling_params", "cache_salt")),
     CompatPoint("vllm.sampling_params", "SamplingParams.all_stop_token_ids"),
     CompatPoint("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("lora_request",)),
     CompatPoint("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("lora_request",)),
@@ -75,6 +75,8 @@ COMPAT_POINTS = (
     CompatPoint("vllm.forward_context", "is_forward_context_available"),
     CompatPoint("vllm.forward_context", "override_forward_context", ("forward_context",)),
     CompatPoint("vllm.model_executor.layers.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
+    CompatPoint("vllm.model_executor.layers.attention", "Attention.forward", ("query", "key", "value")),
+    CompatPoint("vllm.v1.worker.gpu_input_batch", "InputBatch"),
     CompatPoint("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
     CompatPoint(
         "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", ("num_tokens", "valid_modes", "invalid_modes")
