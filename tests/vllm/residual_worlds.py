@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.residual import AttentionRequest, Positions, parse_positions, write_control_vector, write_residual
+from loraplex.residual import (
+    AttentionRequest,
+    Positions,
+    Steering,
+    parse_positions,
+    write_control_vector,
+    write_residual,
+)
 from tests.residual.tiny_interventions import random_block_vector, random_reft
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.vllm.worlds import TOP, Answer, Difference
@@ -39,18 +46,23 @@ def add_residuals(world: Any) -> MultiLoraModel:
     for name, residual in made.items():
         write_residual(residual, world.named / name)
         model.load_residual(name, world.named / name)
-    write_control_vector(made["block"], world.named / "calm.gguf", model_type="llama")
+    write_control_vector(made["late"], world.named / "calm.gguf", model_type="llama")
     model.load_residual("calm", world.named / "calm.gguf")
     return model
 
 
 @torch.no_grad()
-def compared(model: MultiLoraModel, rows: Sequence[tuple[str | None, Sequence[int]]], answers: Any) -> Difference:
+def compared(
+    model: MultiLoraModel,
+    rows: Sequence[tuple[str | None, Sequence[int]]],
+    answers: Any,
+    steered: Sequence[Sequence[Steering]] | None = None,  # by row
+) -> Difference:
     """The answers against what loraplex's own model says to the same tokens, one row at a time."""
     found = Difference()
-    for (choice, prompt), answer in zip(rows, answers, strict=True):
+    for (choice, prompt), answer, steering in zip(rows, answers, steered or [()] * len(rows), strict=True):
         ids = torch.tensor([[*prompt, *answer.tokens]])
-        request = AttentionRequest(prompt_lengths=[len(prompt)])
+        request = AttentionRequest(prompt_lengths=[len(prompt)], steering=[steering])
         logits = model(ids, adapters=[choice], attention=request, use_cache=False).logits[0, len(prompt) - 1 : -1]
         best = torch.log_softmax(logits.float(), dim=-1).topk(TOP)
         tops = [dict(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

@@ -48,6 +48,7 @@ COMPAT_POINTS = (
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.set_adapter_mapping", ("mapping",)),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.remove_all_adapters"),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager._create_lora_modules"),
+    CompatPoint(_MANAGER, "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("lora_model",)),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.lora_slots"),
     CompatPoint("vllm.lora.lora_model", "LoRAModel.__init__", ("lora_model_id", "rank", "loras")),
     CompatPoint("vllm.lora.lora_weights", "LoRALayerWeights.__init__", ("module_name", "lora_a", "lora_b", "scaling")),

@@ -9,6 +9,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA, RowParallelLinearWithShardedLoRA
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from loraplex.errors import CompatibilityError, UnsupportedEngineError
@@ -63,6 +64,11 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._spare_slots = 0
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """Pack a LoRA's layers as vLLM's are packed; a link of residuals alone has none."""
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
 
     def activate_adapter(self, lora_id: int) -> bool:
         is_new = super().activate_adapter(lora_id)
