@@ -20,7 +20,7 @@ PREFIX = "loraplex_attention."  # of the copies' names
 
 
 @dataclass(frozen=True)
-class AskingRow:
+class AttentionRow:
     """A row of the batch that runs now, and what it asks of attention."""
 
     number: int  # of the row in the batch
@@ -47,7 +47,7 @@ class AttentionReader:
         self._cache = SecondCache(registry, chosen, PREFIX)
         self.layers = tuple(layers)
         self.num_heads = blocks.num_heads
-        self.rows: Sequence[AskingRow] = ()  # of the pass that runs now
+        self.rows: Sequence[AttentionRow] = ()  # of the pass that runs now
 
     def attach(self) -> None:
         for layer in self.layers:
@@ -55,7 +55,7 @@ class AttentionReader:
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Keep the rows' keys and values, compute their weights, and put steered rows' attention into the output."""
-        rows = [asking for asking in self.rows if layer in asking.layers]
+        rows = [wanted for wanted in self.rows if layer in wanted.layers]
         if not rows:
             return
         own = self._blocks.attention[layer]
@@ -66,17 +66,17 @@ class AttentionReader:
         block_size = kept.shape[2]
         query, output = (x.view(len(x), own.num_heads, own.head_size) for x in (query, output))
         key, value = (x.view(len(x), own.num_kv_heads, own.head_size) for x in (key, value))
-        for asking in rows:
-            tokens = asking.row.tokens
+        for wanted in rows:
+            tokens = wanted.row.tokens
             where = slots[tokens]
             kept[where // block_size, :, where % block_size] = torch.cat([key[tokens], value[tokens]], dim=-1)
-            num_keys = asking.row.first_position + tokens.stop - tokens.start
-            table = metadata.block_table[asking.number, : -(-num_keys // block_size)]
+            num_keys = wanted.row.first_position + tokens.stop - tokens.start
+            table = metadata.block_table[wanted.number, : -(-num_keys // block_size)]
             both = kept[table.long()].transpose(0, 1).flatten(1, 2)[:, :num_keys]  # [KV heads, keys, 2 * head size]
-            self._run_row(asking, layer, query[tokens], both, output[tokens])
+            self._run_row(wanted, layer, query[tokens], both, output[tokens])
 
-    def _run_row(self, asking: AskingRow, layer: int, query: Tensor, both: Tensor, output: Tensor) -> None:
-        own, steering = self._blocks.attention[layer], asking.steering_at(layer)
+    def _run_row(self, wanted: AttentionRow, layer: int, query: Tensor, both: Tensor, output: Tensor) -> None:
+        own, steering = self._blocks.attention[layer], wanted.steering_at(layer)
         num_queries, num_keys = len(query), both.shape[1]
         strength = None
         if steering:
@@ -96,9 +96,9 @@ class AttentionReader:
         if steering:
             heard = weights.apply(both[..., own.head_size :].unsqueeze(0).to(torch.float32))
             output.copy_(heard[0].transpose(0, 1).to(output.dtype))
-        if asking.buffer is not None and layer in asking.buffer.layers:
+        if wanted.buffer is not None and layer in wanted.buffer.layers:
             whole = _WholeHeads(weights, self._blocks.num_workers)
-            asking.buffer.keep(layer, cast(AttentionWeights, whole), 0)
+            wanted.buffer.keep(layer, cast(AttentionWeights, whole), 0)
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
 from loraplex.vllm_plugin.gates import PLAIN, SlotMixture
-from loraplex.vllm_plugin.link_residuals import ResidualRoom
+from loraplex.vllm_plugin.link_residuals import ResidualLimits
 from loraplex.vllm_plugin.link_routers import RoutedExperts, make_routing, needs_gates, routed_experts
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 from loraplex.vllm_plugin.routers import SlotRouting
@@ -85,10 +85,10 @@ class LinkLoader:
         base: BaseModules,
         places: LayerIndices,
         limits: EngineLimits,
-        room: ResidualRoom | None = None,
+        residuals: ResidualLimits | None = None,
     ) -> None:
-        """`room` is that for residuals; None where the engine serves none."""
-        self._room = room
+        """`residuals`: what the engine has for them; None where it serves none."""
+        self._residual_limits = residuals
         self._catalog = catalog
         self._options = options
         self._base = base
@@ -136,14 +136,16 @@ class LinkLoader:
     def _residuals(self, wanted: Wanted) -> tuple[Wanted, tuple[ChainLink, ...]]:
         """What a link holds besides residuals, and the residuals; both in the link's order."""
         chosen = [(path, weight) for path, weight in wanted if is_residual_source(path)]
-        if chosen and self._room is None:
+        if chosen and self._residual_limits is None:
             raise UnsupportedAdapterError(
                 f"{str(chosen[0][0])!r} is a residual, and this engine serves none. Start it with "
                 f'{{"{KEY}": {{"residuals": true}}}}, and for linked residuals with {{"{KEY}": {{"linked": 1}}}}.'
             )
-        chain = tuple(self._room.read(path, weight) for path, weight in chosen if self._room is not None)
-        if self._room is not None:
-            self._room.check_chain(chain)
+        chain = tuple(
+            self._residual_limits.read(path, weight) for path, weight in chosen if self._residual_limits is not None
+        )
+        if self._residual_limits is not None:
+            self._residual_limits.check_chain(chain)
         return tuple(pair for pair in wanted if pair not in chosen), chain
 
     def _experts(self, mixture: Path, experts: Mapping[str, Path | str]) -> list[Adapter]:

@@ -24,7 +24,7 @@ from loraplex.vllm_plugin.options import KEY
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualRoom:
+class ResidualLimits:
     """What residuals find in the base model that vLLM runs."""
 
     config: PreTrainedConfig

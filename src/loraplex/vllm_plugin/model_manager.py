@@ -21,7 +21,7 @@ from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.gates import BatchGates, GateBuffers
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
 from loraplex.vllm_plugin.link_loader import LinkedLora
-from loraplex.vllm_plugin.link_residuals import ResidualRoom
+from loraplex.vllm_plugin.link_residuals import ResidualLimits
 from loraplex.vllm_plugin.model_blocks import LinkedCaches, ModelBlocks
 from loraplex.vllm_plugin.options import PluginOptions
 from loraplex.vllm_plugin.routers import RouterBuffers, Routers
@@ -139,7 +139,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             self.reader = AttentionReader(registry, self._blocks, self._blocks.chosen(options.attention_layers))
             self.reader.attach()
 
-    def residual_room(self, config: PreTrainedConfig, architecture: str) -> ResidualRoom | None:
+    def residual_limits(self, config: PreTrainedConfig, architecture: str) -> ResidualLimits | None:
         """What residuals find here, on a base model of transformers' class; None where none are served."""
         if self._blocks is None or not self._options.has_residuals:
             return None
@@ -149,7 +149,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             vocab_size=config.get_text_config(decoder=True).vocab_size,
             num_heads=tuple(self._blocks.num_heads.values()),
         )
-        return ResidualRoom(
+        return ResidualLimits(
             config=config,
             identity=identity,
             num_heads=self._blocks.num_heads,

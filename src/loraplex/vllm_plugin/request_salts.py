@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from loraplex.errors import CapacityError, LoraplexError, RequestError
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.format_settings import read_settings
-from loraplex.vllm_plugin.attention_asks import CAPTURE, STEER, AttentionAsks, asks_of
+from loraplex.vllm_plugin.attention_args import CAPTURE, STEER, AttentionArgs, parse_attention_args
 from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 
@@ -47,11 +47,11 @@ class RequestSalts:
         if facts.depends_on_prompt:
             salts.append(f"loraplex prompt {len(request.prompt_token_ids or ())}")
         try:
-            asks = self._asks(request, facts)
+            args = self._attention_args(request, facts)
         except (RequestError, CapacityError) as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-        if asks is not None:
-            salts.append(f"loraplex capture {uuid.uuid4()}" if asks.capture else f"loraplex steer {asks.steering}")
+        if args is not None:
+            salts.append(f"loraplex capture {uuid.uuid4()}" if args.capture else f"loraplex steer {args.steering}")
         if salts:
             request.cache_salt = json.dumps(salts) if len(salts) > 1 else salts[0]
 
@@ -65,29 +65,29 @@ class RequestSalts:
                 return LinkFacts()
         return self._known[number]
 
-    def _asks(self, request: Any, facts: LinkFacts) -> AttentionAsks | None:
+    def _attention_args(self, request: Any, facts: LinkFacts) -> AttentionArgs | None:
         params = request.sampling_params
-        asks = None if params is None else asks_of(params.extra_args)
-        if asks is None:
+        args = None if params is None else parse_attention_args(params.extra_args)
+        if args is None:
             return None
         if not self._options.attention:
             raise RequestError(
                 f"{STEER} and {CAPTURE} need memory for keys and values that this engine doesn't have. Start it with "
                 f'{{"{KEY}": {{"attention": true}}}}.'
             )
-        if asks.steering and facts.has_linked:
+        if args.steering and facts.has_linked:
             raise RequestError(
                 f"{STEER} doesn't go with linked residuals inside vLLM: they would have to listen to the steered "
                 "attention. Use loraplex's own engine."
             )
-        if asks.capture is not None and params.n != 1:
+        if args.capture is not None and params.n != 1:
             raise RequestError(f"{CAPTURE} is for one answer, and n is {params.n}.")
         if request.prompt_token_ids is None:
             raise RequestError(f"{STEER} and {CAPTURE} need a prompt of tokens, not of embeddings.")
         known = self._options.attention_layers
         layers = tuple(self._num_heads) if known is None else tuple(known)
-        asks.check(len(request.prompt_token_ids), self._num_heads, layers, params.max_tokens)
-        return asks
+        args.check(len(request.prompt_token_ids), self._num_heads, layers, params.max_tokens)
+        return args
 
     def _read(self, path: str) -> LinkFacts:
         found = [read_settings(folder) for folder, _ in self._catalog.find(path) if is_residual_folder(folder)]

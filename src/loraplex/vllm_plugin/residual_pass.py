@@ -7,9 +7,9 @@ from torch import nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.vllm_plugin.attention_asks import AttentionAsks, asks_of
+from loraplex.vllm_plugin.attention_args import AttentionArgs, parse_attention_args
 from loraplex.vllm_plugin.attention_log import CaptureLog
-from loraplex.vllm_plugin.attention_reader import AskingRow, AttentionReader
+from loraplex.vllm_plugin.attention_reader import AttentionReader, AttentionRow
 from loraplex.vllm_plugin.batch_residuals import BatchResiduals
 from loraplex.vllm_plugin.batch_rows import BatchRow, batch_rows
 
@@ -23,7 +23,7 @@ class ResidualPass:
     def __init__(self, residuals: BatchResiduals, reader: AttentionReader | None, runner: Any) -> None:
         """`reader` where the engine serves steering and captures."""
         self._residuals, self._runner = residuals, runner
-        self._rows = None if reader is None else AskingRows(reader, runner)
+        self._rows = None if reader is None else AttentionRows(reader, runner)
 
     @property
     def log(self) -> CaptureLog:
@@ -53,12 +53,12 @@ class ResidualPass:
             self._rows.end_pass()
 
 
-class AskingRows:
+class AttentionRows:
     """Which rows of a batch ask something of attention, by what came with their requests."""
 
     def __init__(self, reader: AttentionReader, runner: Any) -> None:
         self._reader, self._runner = reader, runner
-        self._asks: dict[str, tuple[AttentionAsks, CaptureBuffer | None]] = {}  # by request id
+        self._args: dict[str, tuple[AttentionArgs, CaptureBuffer | None]] = {}  # by request id
         self.log = CaptureLog()
 
     def begin_pass(self, rows: Sequence[BatchRow]) -> None:
@@ -71,25 +71,25 @@ class AskingRows:
             own = self._known(row, params)
             if own is None:
                 continue
-            asks, buffer = own
-            layers = frozenset(asks.layers(self._reader.num_heads))
-            found.append(AskingRow(number, row, layers, asks.steering, buffer))
+            args, buffer = own
+            layers = frozenset(args.layers(self._reader.num_heads))
+            found.append(AttentionRow(number, row, layers, args.steering, buffer))
             self.log.feed(row.request_id, row.first_position + row.tokens.stop - row.tokens.start)
         self._reader.rows = found
 
     def end_pass(self) -> None:
         self._reader.rows = ()
-        for gone in [known for known in self._asks if known not in self._runner.requests]:
-            del self._asks[gone]
+        for gone in [known for known in self._args if known not in self._runner.requests]:
+            del self._args[gone]
 
-    def _known(self, row: BatchRow, params: Any) -> tuple[AttentionAsks, CaptureBuffer | None] | None:
-        if row.request_id not in self._asks:
-            asks = asks_of(params.extra_args)
-            if asks is None:
+    def _known(self, row: BatchRow, params: Any) -> tuple[AttentionArgs, CaptureBuffer | None] | None:
+        if row.request_id not in self._args:
+            args = parse_attention_args(params.extra_args)
+            if args is None:
                 return None
             buffer = None
-            if asks.capture is not None:
-                buffer = asks.buffer(row.num_prompt, self._reader.num_heads, params.max_tokens)
+            if args.capture is not None:
+                buffer = args.buffer(row.num_prompt, self._reader.num_heads, params.max_tokens)
                 self.log.add(row.request_id, buffer)
-            self._asks[row.request_id] = asks, buffer
-        return self._asks[row.request_id]
+            self._args[row.request_id] = args, buffer
+        return self._args[row.request_id]

@@ -50,8 +50,8 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
             hidden_size=config.get_hidden_size(),
         )
         base = BaseModules(config.hf_config, trust_remote_code=config.trust_remote_code)
-        room = self._adapter_manager.residual_room(config.hf_config, base.architecture)
-        return LinkLoader(self._catalog, self._options, base, self._adapter_manager.places, limits, room)
+        residuals = self._adapter_manager.residual_limits(config.hf_config, base.architecture)
+        return LinkLoader(self._catalog, self._options, base, self._adapter_manager.places, limits, residuals)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         try:

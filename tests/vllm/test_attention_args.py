@@ -6,7 +6,7 @@ import pytest
 
 from loraplex.errors import RequestError, TooLargeError
 from loraplex.residual import CaptureRequest, Steering
-from loraplex.vllm_plugin.attention_asks import MAX_CAPTURE_BYTES, MAX_SPANS, asks_of
+from loraplex.vllm_plugin.attention_args import MAX_CAPTURE_BYTES, MAX_SPANS, parse_attention_args
 from loraplex.vllm_plugin.attention_log import MAX_BYTES, CaptureLog
 
 NUM_HEADS = dict.fromkeys(range(4), 8)
@@ -16,22 +16,22 @@ SPAN = {"start": 2, "end": 5, "strength": 4.0}
 def test_steering_and_capture_are_read_as_objects_and_as_json():
     capture = {"layers": [1, 3], "queries": 4, "reduce": "mean"}
     given = {"loraplex_steer": [SPAN, SPAN | {"layers": [1], "heads": [0, 7]}], "loraplex_capture": capture}
-    asks = asks_of(given)
-    assert asks == asks_of({name: json.dumps(value) for name, value in given.items()})
-    assert asks.steering == (
+    args = parse_attention_args(given)
+    assert args == parse_attention_args({name: json.dumps(value) for name, value in given.items()})
+    assert args.steering == (
         Steering(spans=((2, 5),), strength=4.0),
         Steering(spans=((2, 5),), strength=4.0, layers=(1,), heads=(0, 7)),
     )
     expected = CaptureRequest(layers=(1, 3), queries=4, reduce="mean", budget_bytes=MAX_CAPTURE_BYTES)
-    assert asks.capture == expected
-    assert asks.layers(NUM_HEADS) == (0, 1, 2, 3)
-    assert asks_of({"loraplex_capture": capture}).layers(NUM_HEADS) == (1, 3)
-    asks.check(10, NUM_HEADS, range(4), 5)
+    assert args.capture == expected
+    assert args.layers(NUM_HEADS) == (0, 1, 2, 3)
+    assert parse_attention_args({"loraplex_capture": capture}).layers(NUM_HEADS) == (1, 3)
+    args.check(10, NUM_HEADS, range(4), 5)
 
 
 @pytest.mark.parametrize("given", [None, {}, {"loraplex_scalings": 1}])
 def test_others_ask_for_nothing(given):
-    assert asks_of(given) is None
+    assert parse_attention_args(given) is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_others_ask_for_nothing(given):
 )
 def test_what_isnt_understood_is_refused(name, value, words):
     with pytest.raises(RequestError, match=words):
-        asks_of({name: value})
+        parse_attention_args({name: value})
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,22 @@ def test_what_isnt_understood_is_refused(name, value, words):
 )
 def test_what_isnt_there_is_refused(given, known, words):
     with pytest.raises(RequestError, match=words):
-        asks_of(given).check(10, NUM_HEADS, known, 5)
+        parse_attention_args(given).check(10, NUM_HEADS, known, 5)
 
 
 def test_capture_beyond_its_budget_is_refused_before_it_takes_memory():
-    asks = asks_of({"loraplex_capture": {"layers": [0, 1], "queries": "all"}})
-    asks.check(400, NUM_HEADS, range(4), 1)
+    args = parse_attention_args({"loraplex_capture": {"layers": [0, 1], "queries": "all"}})
+    args.check(400, NUM_HEADS, range(4), 1)
     with pytest.raises(TooLargeError, match=str(MAX_CAPTURE_BYTES)):
-        asks.check(100_000, NUM_HEADS, range(4), 1)
+        args.check(100_000, NUM_HEADS, range(4), 1)
 
 
 def test_log_keeps_the_newest_and_gives_each_once():
-    asks, log = asks_of({"loraplex_capture": {"layers": [0, 1], "queries": "all"}}), CaptureLog()
-    size = asks.buffer(500, NUM_HEADS, 1).num_bytes
+    args, log = parse_attention_args({"loraplex_capture": {"layers": [0, 1], "queries": "all"}}), CaptureLog()
+    size = args.buffer(500, NUM_HEADS, 1).num_bytes
     num = MAX_BYTES // size + 1
     for i in range(num):
-        log.add(f"cmpl-{i}-0-abc", asks.buffer(500, NUM_HEADS, 1))
+        log.add(f"cmpl-{i}-0-abc", args.buffer(500, NUM_HEADS, 1))
     assert log.take("cmpl-0") == []
     log.feed("cmpl-1-0-abc", 3)
     (kept,) = log.take("cmpl-1")

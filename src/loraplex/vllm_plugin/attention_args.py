@@ -19,7 +19,7 @@ _CAPTURE_KEYS = {"layers", "heads", "queries", "reduce", "dtype"}
 
 
 @dataclass(frozen=True)
-class AttentionAsks:
+class AttentionArgs:
     """Of one request; at least one of both."""
 
     steering: tuple[Steering, ...]
@@ -58,13 +58,13 @@ class AttentionAsks:
         )
 
 
-def asks_of(extra_args: Mapping[str, Any] | None) -> AttentionAsks | None:
+def parse_attention_args(extra_args: Mapping[str, Any] | None) -> AttentionArgs | None:
     """What a request's extra arguments ask for; None: nothing. Raises RequestError for what isn't understood."""
     given = extra_args or {}
     steering, capture = given.get(STEER), given.get(CAPTURE)
     steerings = () if steering is None else _steerings(_read(STEER, steering))
     captured = None if capture is None else _capture(_read(CAPTURE, capture))
-    return AttentionAsks(steerings, captured) if steerings or captured is not None else None
+    return AttentionArgs(steerings, captured) if steerings or captured is not None else None
 
 
 def _read(name: str, value: Any) -> Any:
