@@ -4,7 +4,9 @@
     .venv-vllm/bin/python benchmarks/vllm_plugin.py --part speed
 
 Speed: tokens per second of decoding, SmolLM2-135M, float32, CPU, the same prompts for every side; vLLM without the
-plugin and with it, in turns in one process; X-LoRA, and mixtures in one pass, beside plain LoRA of the same total rank.
+plugin and with it, in turns in one process; X-LoRA, and mixtures in one pass, beside plain LoRA of the same total rank;
+residuals: what their option costs a batch without any, and a vector on all blocks and a chain of two linked residuals
+(rank 8, 8 layers) in every row.
 Parity: the grid of tests/vllm on a tiny random Llama and on SmolLM2, with its negative controls.
 """
 
@@ -28,9 +30,11 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 
 RESULT = ROOT / "benchmarks" / "results" / "vllm_plugin.json"
-PARTS = ("speed", "mixtures", "routers", "parity")
+PARTS = ("speed", "mixtures", "routers", "residuals", "parity")
 EXPERTS, RANK = 4, 8  # of the mixture; the plain LoRA has their product
-IDS = ("science", "plain", "arrow", "spectr", "adapter0")  # vLLM knows an adapter by its number
+RESIDUAL_LAYERS = (2, 6, 10, 14, 17, 20, 24, 28)  # of SmolLM2's 30 blocks
+# vLLM knows an adapter by its number
+IDS = ("science", "plain", "arrow", "spectr", "adapter0", "vector", "first", "second", "first+second")
 PARITY_TOKENS = 6  # of every answer that is compared
 PROMPT_TOKENS, NEW_TOKENS = 4, 12  # decoding: vLLM's CPU operators copy an adapter's weights for every token
 WORKLOAD = {
@@ -116,6 +120,37 @@ def write_routers(folder: Path, experts: dict[str, Any]) -> dict[str, Path]:
     return {name: folder / name for name in ("arrow", "spectr")}
 
 
+def write_residuals(folder: Path) -> None:
+    """A vector on the outputs of all blocks but the first, and two linked residuals; weak ones."""
+    import torch
+    from transformers import AutoConfig
+
+    from loraplex.models.checkpoints.smollm2 import convert_smollm2
+    from loraplex.residual import LinkedLayer, LinkedResidual, ResidualConfig, SteeringVector, write_residual
+    from loraplex.residual.fingerprint import BaseFingerprint
+
+    config = AutoConfig.from_pretrained(convert_smollm2())
+    hidden, heads, draw = config.hidden_size, config.num_attention_heads, torch.Generator().manual_seed(0)
+    vectors = {n: torch.randn(hidden, generator=draw) * 0.01 for n in range(1, config.num_hidden_layers)}
+    write_residual(SteeringVector(vectors=vectors, base=None, site="block"), folder / "vector")
+    base = BaseFingerprint(
+        architecture="LlamaForCausalLM",
+        hidden_size=hidden,
+        vocab_size=config.vocab_size,
+        num_heads=(heads,) * config.num_hidden_layers,
+    )
+    for name in ("first", "second"):
+        layers = {
+            layer: LinkedLayer(
+                a=torch.randn(RANK, hidden, generator=draw) * hidden**-0.5,
+                b=torch.randn(RANK, hidden, generator=draw) * 0.01,
+                head_logits=torch.randn(RANK, heads, generator=draw),
+            )
+            for layer in RESIDUAL_LAYERS
+        }
+        write_residual(LinkedResidual(config=ResidualConfig(r=RANK), layers=layers, base=base), folder / name)
+
+
 def tokens_per_s(llm: Any, path: Path | None, batch_size: int, times: int) -> float:
     """Of the median run."""
     from vllm import SamplingParams
@@ -125,6 +160,7 @@ def tokens_per_s(llm: Any, path: Path | None, batch_size: int, times: int) -> fl
         {"prompt_token_ids": [(7 * i + 13 * j) % 40000 + 10 for j in range(PROMPT_TOKENS)]} for i in range(batch_size)
     ]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    # a link of names is no path
     lora = None if path is None else LoRARequest(path.name, 1 + IDS.index(path.name), str(path))
     seconds = []
     for _ in range(times):
@@ -139,7 +175,13 @@ def measure_speed(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     from vllm import LLM
 
     sides = {"vllm": LLM(**settings(None)), "plugin": LLM(**settings({}))}
-    cases = [(kind, path, size) for size in (8, 1) for kind, path in (("base", None), ("plain", folders["plain"]))]
+    for results in side_by_side(sides, folders["plain"]):
+        yield {"without a mixture, tokens/s": results}
+
+
+def side_by_side(sides: dict[str, Any], plain: Path) -> Iterator[dict[str, Any]]:
+    """Base rows and plain LoRA in two engines, in turns; after each case what is known so far."""
+    cases = [(kind, path, size) for size in (8, 1) for kind, path in (("base", None), ("plain", plain))]
     results = {}
     for kind, path, size in cases:
         found: dict[str, list[float]] = {side: [] for side in sides}
@@ -149,7 +191,7 @@ def measure_speed(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
             for side in list(sides)[:: 1 if i % 2 else -1]:
                 found[side].append(tokens_per_s(sides[side], path, size, 1))
         results[f"{kind}, batch {size}"] = {side: round(median(speeds), 1) for side, speeds in found.items()}
-        yield {"without a mixture, tokens/s": results}
+        yield results
 
 
 def measure_mixtures(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
@@ -168,6 +210,24 @@ def measure_routers(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     kinds = {"base": None, "plain": folders["plain"], "arrow": folders["arrow"], "spectr": folders["spectr"]}
     for results in in_turns(LLM(**settings({"routers": True}) | {"max_loras": 3}), kinds, 5):
         yield {"with routers on, tokens/s": results}
+
+
+def measure_residuals(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Batches without residuals, without the plugin and with all its options; then rows with residuals in it."""
+    from vllm import LLM
+
+    folder = folders["plain"].parent
+    write_residuals(folder)
+    options = {"residuals": True, "linked": 2, "attention": True, "attention_layers": RESIDUAL_LAYERS}
+    sides = {
+        "vllm": LLM(**settings(None)),
+        "plugin": LLM(**settings(options | {"folder": str(folder), "any_path": True}) | {"max_loras": 3}),
+    }
+    for results in side_by_side(sides, folders["plain"]):
+        yield {"without a residual, tokens/s": results}
+    kinds = {"base": None, "vector": folder / "vector", "linked": folder / "first", "chain": Path("first+second")}
+    for results in in_turns(sides["plugin"], kinds, 5):
+        yield {"with residuals on, tokens/s": results}
 
 
 def in_turns(llm: Any, kinds: dict[str, Path | None], rounds: int) -> Iterator[dict[str, Any]]:
@@ -240,6 +300,7 @@ def run_part(part: str) -> None:
         "speed": measure_speed,
         "mixtures": measure_mixtures,
         "routers": measure_routers,
+        "residuals": measure_residuals,
         "parity": measure_parity,
     }[part]
     with tempfile.TemporaryDirectory() as folder:

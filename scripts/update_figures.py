@@ -325,6 +325,17 @@ def vllm_plugin(content: Results) -> str:
         ]
         columns = ["mixtures in one pass, tokens/s", "base", "plain LoRA", "Arrow", "SpectR"]
         parts.append(table([*columns, "Arrow / plain LoRA", "SpectR / plain LoRA"], rows))
+    if speeds := found.get("without a residual, tokens/s"):
+        rows = [[case, *(f"{of[side]:.0f}" for side in of), ratio(of, "plugin", "vllm")] for case, of in speeds.items()]
+        columns = ["engine with residuals, of which the batch has none, tokens/s", "vLLM", "with the plugin"]
+        parts.append(table([*columns, "plugin / vLLM"], rows))
+    if speeds := found.get("with residuals on, tokens/s"):
+        rows = [
+            [case, *(f"{of[kind]:.0f}" for kind in of), *(ratio(of, kind, "base") for kind in list(of)[1:])]
+            for case, of in speeds.items()
+        ]
+        columns = ["a residual in every row, tokens/s", "base", "vector", "linked", "chain of two", "vector / base"]
+        parts.append(table([*columns, "linked / base", "chain / base"], rows))
     if answers := found.get("parity with PEFT"):
         rows = [[case, *(f"{of[key]:g}" for key in of)] for case, of in answers.items()]
         parts.append(

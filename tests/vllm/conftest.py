@@ -9,7 +9,10 @@ import pytest
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 # These run without vLLM too: what they test doesn't import it.
-WITHOUT = ("test_concatenate", "test_gates", "test_route_ranks", "test_catalog", "test_serve_command")
+WITHOUT = (
+    *("test_concatenate", "test_gates", "test_route_ranks", "test_catalog", "test_serve_command"),
+    *("test_linked_pass", "test_attention_args"),
+)
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in the test's own process

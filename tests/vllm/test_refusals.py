@@ -177,7 +177,7 @@ def test_attention_of_other_kinds_is_refused():
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.attention.backend import AttentionType
 
-    from loraplex.vllm_plugin.second_cache import SecondCache
+    from loraplex.vllm_plugin.second_cache import attention_layers
 
     class Mamba(AttentionLayerBase):
         def get_attn_backend(self):
@@ -195,7 +195,7 @@ def test_attention_of_other_kinds_is_refused():
         return layer
 
     causal = {"attn_type": AttentionType.DECODER, "kv_sharing_target_layer_name": None}
-    SecondCache({"layers.0": made(Attention, **causal)})
+    attention_layers({"layers.0": made(Attention, **causal)}, "mixtures")
     for layer, words in (
         (Mamba(), "Mamba"),
         (made(Chunked, **causal), "Chunked"),
@@ -203,7 +203,7 @@ def test_attention_of_other_kinds_is_refused():
         (made(Attention, **{**causal, "kv_sharing_target_layer_name": "layers.7"}), "layers.7"),
     ):
         with pytest.raises(UnsupportedEngineError, match=words):
-            SecondCache({"layers.0": layer})
+            attention_layers({"layers.0": layer}, "mixtures")
 
 
 @pytest.mark.parametrize(("has", "words"), [("supports_mm", "reads more than text"), ("_is_moe", "mixture-of-experts")])

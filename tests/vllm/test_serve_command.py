@@ -60,6 +60,25 @@ def test_mixtures_with_routers_turn_their_option_on(kind, tmp_path):
     assert option(arguments, "--max-lora-rank") == ("16" if kind == "arrow" else "32")  # and a rank for each logit
 
 
+def test_residuals_turn_their_options_on(tmp_path):
+    from loraplex.residual import write_control_vector, write_residual
+    from loraplex.residual.layers import AttentionLayers
+    from tests.residual.tiny_interventions import random_block_vector
+    from tests.residual.tiny_residuals import random_linked
+    from tests.tiny_models import tiny_model
+
+    base = tiny_model("llama")
+    write_control_vector(random_block_vector(base, 1, at=(1,)), tmp_path / "calm.gguf", model_type="llama")
+    for linked in (0, 1):
+        if linked:
+            write_residual(random_linked(AttentionLayers(base), 2), tmp_path / "team" / "listening")
+        arguments = vllm_arguments(ServeConfig(model=ModelSettings(model="m", watch=str(tmp_path))))
+        options = json.loads(option(arguments, "--additional-config"))["loraplex"]
+        assert (options["residuals"], options["linked"]) == (True, linked)
+        assert "--enforce-eager" in arguments
+        assert option(arguments, "--max-lora-rank") == "8"
+
+
 def test_ranks_are_those_that_vllm_knows(tmp_path):
     assert rank_for([]) == 8
     with mock.patch.object(serve_vllm, "_rank", return_value=65):

@@ -1,8 +1,10 @@
-"""Two workers, gloo, CPU: sharded and fully sharded LoRA layers against PEFT."""
+"""Two workers, gloo, CPU: sharded and fully sharded LoRA layers against PEFT; residuals, steering and captures."""
 
 import pytest
 
-from tests.vllm.worlds import CHOICES, difference, engine, prompts
+from tests.vllm.residual_worlds import add_residuals
+from tests.vllm.test_steered_attention import asked, check
+from tests.vllm.worlds import CHOICES, difference, engine, make_world, prompts
 
 
 @pytest.mark.timeout(900)
@@ -14,3 +16,25 @@ def test_two_workers_equal_peft(world, fully_sharded, monkeypatch):
     with engine(world, {"mixtures": True}, **settings, max_loras=16, max_cpu_loras=16) as llm:
         found = difference(llm, world, rows, 6)
     assert found.is_none, found
+
+
+@pytest.mark.timeout(900)
+def test_residuals_of_two_workers_equal_loraplexs_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    world = make_world(tmp_path)
+    model = add_residuals(world)
+    choices = [
+        "linked:0.5+linked_late",
+        "linked+heard+protein",
+        "block",
+        "reft+protein",
+        "after",
+        None,
+        "protein",
+        None,
+    ]
+    rows = list(zip(choices, prompts(len(choices)), strict=True))
+    extras = [None] * 5 + [asked()[2], asked()[6], asked()[4]]
+    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_loras": 8}
+    with engine(world, {"linked": 2, "attention": True}, **settings) as llm:
+        check(model, llm, rows, extras)

@@ -13,6 +13,10 @@ from loraplex.adapters.peft.config import read_peft_config
 from loraplex.errors import ConfigError
 from loraplex.extras import require_extra
 from loraplex.models.checkpoints.smollm2 import ALIAS, convert_smollm2
+from loraplex.residual.format import is_residual_folder
+from loraplex.residual.format_settings import read_settings
+from loraplex.residual.other_formats.control_vector import is_control_vector
+from loraplex.residual.sources import is_residual_source
 from loraplex.routers.config import LinearRouterConfig
 from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.settings import ServeConfig
@@ -58,6 +62,9 @@ def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
     folders = [Path(folder) for folder in named.values()] + _subfolders(model.watch)
     options: dict[str, Any] = {"adapters": named, "mixtures": any(map(is_mixture_folder, folders))}
     options["routers"] = any(map(is_router_folder, folders))
+    residuals = [folder for folder in folders if is_residual_source(folder)]
+    if residuals:
+        options |= {"residuals": True, "linked": int(any(map(_is_linked, residuals)))}
     if model.watch:
         options["folder"] = model.watch
     base = str(convert_smollm2()) if model.model == ALIAS else model.model
@@ -65,6 +72,8 @@ def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
     arguments += ["--max-cpu-loras", "64", "--additional-config", json.dumps({"loraplex": options})]
     if model.model == ALIAS and not model.served_name:
         arguments += ["--served-model-name", ALIAS]
+    if residuals:
+        arguments += ["--enforce-eager"]  # hooks add them, which recorded passes leave out
     if model.generation_config == "none":
         arguments += ["--generation-config", "vllm"]
     for section, name in _changed(settings) | _ALWAYS:
@@ -82,7 +91,13 @@ def rank_for(folders: list[Path]) -> int:
     raise ConfigError(f"an adapter or a mixture's experts have rank {rank} together; vLLM's largest is {RANKS[-1]}.")
 
 
+def _is_linked(residual: Path) -> bool:
+    return is_residual_folder(residual) and read_settings(residual).kind == "linked"
+
+
 def _rank(folder: Path) -> int:
+    if is_residual_source(folder):
+        return 0
     if is_mixture_folder(folder):
         return sum(_rank(Path(expert)) for expert in read_mixture_folder(folder).experts.values())
     if is_router_folder(folder):
@@ -94,11 +109,13 @@ def _rank(folder: Path) -> int:
 
 
 def _subfolders(root: str) -> list[Path]:
-    """The adapters and mixtures below a folder; a mixture's experts are its own."""
+    """The adapters, mixtures and residuals below a folder; a mixture's experts are its own."""
     found: list[Path] = []
     for parent, names, files in os.walk(root) if root else ():
         names[:] = [name for name in names if not name.startswith(".")]
-        is_folder = {"adapter_config.json", "xlora_config.json"} & set(files) or is_router_folder(Path(parent))
+        found += [file for name in files if is_control_vector(file := Path(parent, name))]
+        kinds = {"adapter_config.json", "xlora_config.json", "residual_config.json"}
+        is_folder = kinds & set(files) or is_router_folder(Path(parent))
         if is_folder and parent != root:
             found.append(Path(parent))
             names.clear()

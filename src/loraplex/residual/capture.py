@@ -98,6 +98,11 @@ class CaptureBuffer:
         """The place of the first query that is kept among all tokens that are fed, padding counted."""
         return self._first
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, at most."""
+        return int(np.prod(self._shape, dtype=np.int64)) * getattr(torch, self.request.dtype).itemsize
+
     # Taken when the first weights come: a request may wait for long before that.
     @cached_property
     def _kept(self) -> Tensor:  # [layers, heads, queries, keys]

@@ -27,6 +27,7 @@ class BaseModules:
                 f"{type(config).__name__} has none that can be built: {error}. Use plain adapters with this model."
             ) from error
         self.shapes: Mapping[str, ModuleShape] = adaptable_modules(model)
+        self.architecture = type(model).__name__
         self.output_module = output_module(model)
         self.layout = layout_of(model, self.shapes)
 

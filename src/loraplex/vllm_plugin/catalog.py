@@ -5,10 +5,12 @@ from pathlib import Path
 
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.errors import AdapterFormatError, AdapterNotFoundError, LinkSyntaxError, RequestError
+from loraplex.residual.other_formats.control_vector import SUFFIX, is_gguf
 from loraplex.routing.adapter_spec import Link, parse_adapter_spec
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 
-Wanted = tuple[tuple[Path, float], ...]  # the folders of a link's adapters and mixtures, with their weights
+# The folders of a link's adapters, mixtures and residuals, and the files of its control vectors, with their weights.
+Wanted = tuple[tuple[Path, float], ...]
 
 
 class FolderCatalog:
@@ -20,7 +22,10 @@ class FolderCatalog:
         self._allows_any_path = options.allows_any_path
 
     def folder(self, name: str) -> Path:
-        """The folder of one name. Raises AdapterNotFoundError, and RequestError for a name that leads out."""
+        """The folder of one name, or the control vector NAME.gguf.
+
+        Raises AdapterNotFoundError, and RequestError for a name that leads out.
+        """
         if name in self._adapters:
             return self._adapters[name]
         if self._root is not None:
@@ -29,8 +34,11 @@ class FolderCatalog:
             if folder.is_dir() and self._is_inside(folder):
                 self._check_contents(folder)
                 return folder
+            vector = folder.with_name(folder.name + SUFFIX)
+            if is_gguf(vector) and self._is_inside(vector):
+                return vector
         places = f"{KEY}.folder ({self._root}) and " if self._root is not None else ""
-        raise AdapterNotFoundError(f"there is no adapter or mixture {name!r} in {places}{KEY}.adapters.")
+        raise AdapterNotFoundError(f"there is no adapter, mixture or residual {name!r} in {places}{KEY}.adapters.")
 
     def link(self, text: str) -> tuple[Link, Wanted]:
         """The link that a text writes, and its folders."""
@@ -38,10 +46,10 @@ class FolderCatalog:
         return link, tuple((self.folder(name), weight) for name, weight in link)
 
     def find(self, path: str) -> Wanted:
-        """What a LoRARequest's path stands for: a folder, or a link of names."""
+        """What a LoRARequest's path stands for: a folder, a control vector's file, or a link of names."""
         local = Path(path).expanduser()
         restore_replaced(local)
-        if local.is_dir():
+        if local.is_dir() or is_gguf(local):
             self._check_allowed(local)
             return ((local, 1.0),)
         try:

@@ -38,7 +38,7 @@ COMPAT_POINTS = (
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor.__init__", ("vllm_config",)),
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor._validate_lora", ("lora_request",)),
     CompatPoint("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", ("params", "lora_request")),
-    CompatPoint("vllm.v1.engine", "EngineCoreRequest", ("lora_request", "sampling_params")),
+    CompatPoint("vllm.v1.engine", "EngineCoreRequest", ("lora_request", "sampling_params", "cache_salt")),
     CompatPoint("vllm.sampling_params", "SamplingParams.all_stop_token_ids"),
     CompatPoint("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("lora_request",)),
     CompatPoint("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("lora_request",)),
@@ -48,6 +48,7 @@ COMPAT_POINTS = (
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.set_adapter_mapping", ("mapping",)),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.remove_all_adapters"),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager._create_lora_modules"),
+    CompatPoint(_MANAGER, "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("lora_model",)),
     CompatPoint(_MANAGER, "LRUCacheLoRAModelManager.lora_slots"),
     CompatPoint("vllm.lora.lora_model", "LoRAModel.__init__", ("lora_model_id", "rank", "loras")),
     CompatPoint("vllm.lora.lora_weights", "LoRALayerWeights.__init__", ("module_name", "lora_a", "lora_b", "scaling")),
@@ -75,6 +76,8 @@ COMPAT_POINTS = (
     CompatPoint("vllm.forward_context", "is_forward_context_available"),
     CompatPoint("vllm.forward_context", "override_forward_context", ("forward_context",)),
     CompatPoint("vllm.model_executor.layers.attention", "Attention.get_kv_cache_spec", ("vllm_config",)),
+    CompatPoint("vllm.model_executor.layers.attention", "Attention.forward", ("query", "key", "value")),
+    CompatPoint("vllm.v1.worker.gpu_input_batch", "InputBatch"),
     CompatPoint("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
     CompatPoint(
         "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", ("num_tokens", "valid_modes", "invalid_modes")

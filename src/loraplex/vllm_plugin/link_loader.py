@@ -14,6 +14,7 @@ from loraplex.adapters.fit import check_fits
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.weights import Adapter
 from loraplex.errors import BaseModelMismatchError, CapacityError, MixtureError, UnsupportedAdapterError
+from loraplex.residual.rows import ChainLink
 from loraplex.residual.sources import is_residual_source
 from loraplex.routers.config import StaticRouterConfig
 from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_folder
@@ -21,6 +22,7 @@ from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.catalog import FolderCatalog, Wanted
 from loraplex.vllm_plugin.concatenate import LinkMember, concatenate, index_members, total_rank
 from loraplex.vllm_plugin.gates import PLAIN, SlotMixture
+from loraplex.vllm_plugin.link_residuals import ResidualLimits
 from loraplex.vllm_plugin.link_routers import RoutedExperts, make_routing, needs_gates, routed_experts
 from loraplex.vllm_plugin.options import KEY, PluginOptions
 from loraplex.vllm_plugin.routers import SlotRouting
@@ -31,7 +33,10 @@ from loraplex.xlora.head import ScalingHead
 
 
 class LinkedLora(LoRAModel):
-    """A link as one LoRA of vLLM's: all factors side by side, and the mixtures that gate some of their columns."""
+    """A link as one LoRA of vLLM's: all factors side by side, the mixtures that gate some of their columns, residuals.
+
+    A link of residuals alone is a LoRA of rank 0, which adapts no module.
+    """
 
     def __init__(
         self,
@@ -41,11 +46,13 @@ class LinkedLora(LoRAModel):
         uses: tuple[SlotMixture, ...],
         columns: Tensor | None,
         routing: SlotRouting | None,
+        residuals: tuple[ChainLink, ...] = (),
     ) -> None:
         super().__init__(lora_id, rank, loras)
         self.uses = uses
         self.columns = columns  # [rank] int64: the gate column of each rank column; None: no X-LoRA mixture
         self.routing = routing  # None: no mixture with a router
+        self.residuals = residuals  # in the link's order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,10 @@ class LinkLoader:
         base: BaseModules,
         places: LayerIndices,
         limits: EngineLimits,
+        residuals: ResidualLimits | None = None,
     ) -> None:
+        """`residuals`: what the engine has for them; None where it serves none."""
+        self._residual_limits = residuals
         self._catalog = catalog
         self._options = options
         self._base = base
@@ -87,6 +97,7 @@ class LinkLoader:
 
     def load(self, lora_id: int, wanted: Wanted) -> LinkedLora:
         """One LoRA for all folders of a link. Raises what is wrong with them, before anything is changed."""
+        wanted, residuals = self._residuals(wanted)
         mixtures = {i: read_mixture_folder(folder) for i, (folder, _) in enumerate(wanted) if is_mixture_folder(folder)}
         routers = {i: read_router_folder(folder) for i, (folder, _) in enumerate(wanted) if is_router_folder(folder)}
         self._check_mixtures(list(mixtures.values()), list(routers.values()), wanted)
@@ -120,7 +131,22 @@ class LinkLoader:
         for path, (lora_a, lora_b) in concatenate(parts, self._limits.dtype).items():
             name = self._places.name(path)
             loras[name] = LoRALayerWeights(name, len(lora_a), len(lora_a), lora_a, lora_b, scaling=1.0)
-        return LinkedLora(lora_id, total_rank(parts), loras, uses, columns, routing)
+        return LinkedLora(lora_id, total_rank(parts), loras, uses, columns, routing, residuals)
+
+    def _residuals(self, wanted: Wanted) -> tuple[Wanted, tuple[ChainLink, ...]]:
+        """What a link holds besides residuals, and the residuals; both in the link's order."""
+        chosen = [(path, weight) for path, weight in wanted if is_residual_source(path)]
+        if chosen and self._residual_limits is None:
+            raise UnsupportedAdapterError(
+                f"{str(chosen[0][0])!r} is a residual, and this engine serves none. Start it with "
+                f'{{"{KEY}": {{"residuals": true}}}}, and for linked residuals with {{"{KEY}": {{"linked": 1}}}}.'
+            )
+        chain = tuple(
+            self._residual_limits.read(path, weight) for path, weight in chosen if self._residual_limits is not None
+        )
+        if self._residual_limits is not None:
+            self._residual_limits.check_chain(chain)
+        return tuple(pair for pair in wanted if pair not in chosen), chain
 
     def _experts(self, mixture: Path, experts: Mapping[str, Path | str]) -> list[Adapter]:
         return [self._read(self._catalog.check_expert(mixture, path), mixture) for path in experts.values()]
@@ -128,7 +154,7 @@ class LinkLoader:
     def _read(self, folder: Path, named: Path) -> Adapter:
         if is_residual_source(folder):
             raise UnsupportedAdapterError(
-                f"{str(folder)!r} holds a residual adapter, which vLLM has no place for. Use loraplex's own engine."
+                f"{str(folder)!r} is a residual; experts of a mixture are LoRAs. Link it with the mixture."
             )
         adapter = read_adapter(folder, layout=self._base.layout)
         where = f"{str(folder)!r}" if folder == named else f"{str(folder)!r} (an expert of {str(named)!r})"

@@ -12,6 +12,7 @@ from loraplex.errors import RequestError
 from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.end_tokens import AdapterEnds
 from loraplex.vllm_plugin.options import options_from
+from loraplex.vllm_plugin.request_salts import RequestSalts
 
 _ATTRIBUTE = "loraplex_ids"  # of an engine's InputProcessor
 _MARK = "_loraplex"  # on the functions that stand in for vLLM's: a second call changes nothing
@@ -43,7 +44,7 @@ class LoraIds:
 def check_requests() -> None:
     """Let every engine of this process refuse another adapter's number before it has the request: only that one fails.
 
-    And let requests stop at their adapters' end tokens.
+    And let requests stop at their adapters' end tokens, and share keys and values with those only that have the same.
 
     Requests come in through an engine's `InputProcessor`, adapters that are loaded beforehand through `add_lora`.
     Engines that don't ask for loraplex keep vLLM's behaviour.
@@ -63,19 +64,26 @@ def _with_ids(make: Any) -> Any:
         if options is None:
             return
         ids, validate = LoraIds(), self._validate_lora
-        ends, process = AdapterEnds(FolderCatalog(options)), self.process_inputs
+        catalog = FolderCatalog(options)
+        ends, salts = AdapterEnds(catalog), RequestSalts(vllm_config, options, catalog)
+        process, process_async = self.process_inputs, self.process_inputs_async
 
         def validate_lora(lora_request: LoRARequest | None) -> None:
             validate(lora_request)
             if lora_request is not None:
                 ids.check(lora_request)
 
-        def process_inputs(*args: Any, **kwargs: Any) -> Any:
-            request = process(*args, **kwargs)
+        def completed(request: Any) -> Any:
             ends.add(request.lora_request, request.sampling_params)
+            salts.add(request)
             return request
 
-        self._validate_lora, self.process_inputs = validate_lora, process_inputs
+        async def completed_async(*args: Any, **kwargs: Any) -> Any:
+            return completed(await process_async(*args, **kwargs))
+
+        self._validate_lora = validate_lora
+        self.process_inputs = lambda *args, **kwargs: completed(process(*args, **kwargs))
+        self.process_inputs_async = completed_async
         setattr(self, _ATTRIBUTE, ids)
 
     setattr(make_with_ids, _MARK, True)

@@ -1,19 +1,28 @@
-"""vLLM's manager of LoRA slots, with gates for mixtures, and right for base rows on a CPU."""
+"""vLLM's manager of LoRA slots, with gates for mixtures and residuals, and right for base rows on a CPU."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA, RowParallelLinearWithShardedLoRA
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from loraplex.errors import CompatibilityError, UnsupportedEngineError
+from loraplex.residual.fingerprint import BaseFingerprint
+from loraplex.vllm_plugin.attention_reader import AttentionReader
 from loraplex.vllm_plugin.base_modules import LayerIndices
+from loraplex.vllm_plugin.batch_residuals import BatchResiduals
 from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.gates import BatchGates, GateBuffers
 from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_keywords_on
 from loraplex.vllm_plugin.link_loader import LinkedLora
+from loraplex.vllm_plugin.link_residuals import ResidualLimits
+from loraplex.vllm_plugin.model_blocks import LinkedCaches, ModelBlocks
 from loraplex.vllm_plugin.options import PluginOptions
 from loraplex.vllm_plugin.routers import RouterBuffers, Routers
 from loraplex.vllm_plugin.slot_routers import SlotRouters
@@ -26,6 +35,11 @@ class LinkModelManager(LRUCacheLoRAModelManager):
         self._spare_slots = 0
         self.gates: BatchGates | None = None
         self.routers: Routers | None = None
+        self.residuals: BatchResiduals | None = None
+        self._blocks: ModelBlocks | None = None
+        self._linked: LinkedCaches | None = None
+        self.reader: AttentionReader | None = None
+        self._options = options
         super().__init__(**kwargs)
         require_attributes(self, ("lora_index_to_id", "packed_modules", "modules", "punica_wrapper_mapping"))
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
@@ -51,6 +65,11 @@ class LinkModelManager(LRUCacheLoRAModelManager):
         finally:
             self._spare_slots = 0
 
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """Pack a LoRA's layers as vLLM's are packed; a link of residuals alone has none."""
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
+
     def activate_adapter(self, lora_id: int) -> bool:
         is_new = super().activate_adapter(lora_id)
         if not is_new:
@@ -61,11 +80,13 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             self.gates.set_slot(slot, linked.uses if linked else (), linked.columns if linked else None)
         if self.routers is not None:
             self.routers.set_slot(slot, linked.routing if linked else None)
+        if self.residuals is not None:
+            self.residuals.set_slot(slot, linked.residuals if linked else ())
         return is_new
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        super().set_adapter_mapping(mapping)
-        if self.gates is None and self.routers is None:
+        super().set_adapter_mapping(self._without_empty(mapping))
+        if self.gates is None and self.routers is None and self.residuals is None:
             return
         slot_of_id = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
         slots = [slot_of_id[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping]
@@ -73,6 +94,24 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             self.gates.set_tokens(slots)
         if self.routers is not None:
             self.routers.set_tokens(slots)
+        if self.residuals is not None:
+            self.residuals.set_tokens(slots)
+
+    def _without_empty(self, mapping: LoRAMapping) -> LoRAMapping:
+        """Tokens of links of residuals alone have no LoRA to compute."""
+        registered = self._registered_adapters.cache
+        empty = {
+            lora_id
+            for lora_id in set(mapping.index_mapping)
+            if isinstance(lora := registered.get(lora_id), LinkedLora) and lora.rank == 0
+        }
+        if not empty:
+            return mapping
+        index, prompts = (
+            tuple(0 if lora_id in empty else lora_id for lora_id in ids)
+            for ids in (mapping.index_mapping, mapping.prompt_mapping)
+        )
+        return replace(mapping, index_mapping=index, prompt_mapping=prompts)
 
     def remove_all_adapters(self) -> None:
         super().remove_all_adapters()
@@ -80,11 +119,45 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             self.gates.forget_batch()
         if self.routers is not None:
             self.routers.forget_batch()
+        if self.residuals is not None:
+            self.residuals.forget_batch()
 
     def may_be_gated(self, lora_id: int) -> bool:
         """Whether tokens of this adapter may go through mixtures: known ones, and those that aren't loaded yet."""
         lora = self._registered_adapters.cache.get(lora_id)
         return lora is None or (isinstance(lora, LinkedLora) and bool(lora.uses))
+
+    def serve_residuals(self, registry: Any, attention: Mapping[str, Any]) -> None:
+        """Let blocks go through what is asked for; `attention` are the registry's layers, without copies."""
+        self._blocks = ModelBlocks(self.model, attention)
+        self.residuals = BatchResiduals(self._blocks.heads)
+        options = self._options
+        if options.linked:
+            self._linked = LinkedCaches(registry, self._blocks, options.linked, options.attention_layers)
+        self._blocks.attach(self.residuals, self._linked)
+        if options.attention:
+            self.reader = AttentionReader(registry, self._blocks, self._blocks.chosen(options.attention_layers))
+            self.reader.attach()
+
+    def residual_limits(self, config: PreTrainedConfig, architecture: str) -> ResidualLimits | None:
+        """What residuals find here, on a base model of transformers' class; None where none are served."""
+        if self._blocks is None or not self._options.has_residuals:
+            return None
+        identity = BaseFingerprint(
+            architecture=architecture,
+            hidden_size=config.get_text_config(decoder=True).hidden_size,
+            vocab_size=config.get_text_config(decoder=True).vocab_size,
+            num_heads=tuple(self._blocks.num_heads.values()),
+        )
+        return ResidualLimits(
+            config=config,
+            identity=identity,
+            num_heads=self._blocks.num_heads,
+            sites=self._blocks.sites,
+            num_linked=self._options.linked,
+            linked_layers={} if self._linked is None else self._linked.layers,
+            device=self.device,
+        )
 
     @property
     def wrapper(self) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 
 from loraplex.errors import UnsupportedEngineError
 from loraplex.vllm_plugin.options import PluginOptions
@@ -20,7 +21,7 @@ class Refusal:
     is_on: Callable[[VllmConfig], Any]
     why: str
     fix: str
-    with_routers: bool = False  # whether it goes with mixtures in one pass neither
+    with_routers: bool = False  # whether it goes with mixtures in one pass, and residuals without caches, neither
 
 
 _ALWAYS = (
@@ -137,6 +138,31 @@ _WITH_MIXTURES = (
         with_routers=True,
     ),
 )
+_WITH_RESIDUALS = (
+    Refusal(
+        "compiled or recorded forward passes",
+        lambda c: (
+            c.compilation_config.mode != CompilationMode.NONE
+            or (not current_platform.is_cpu() and c.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
+        ),
+        "residuals are added by hooks, which such passes leave out",
+        "Set enforce_eager=True (--enforce-eager)",
+    ),
+    Refusal(
+        "the second model runner",
+        lambda c: c.use_v2_model_runner,
+        "it keeps requests elsewhere, and residuals were not tested with it",
+        "Set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+)
+_WITH_ATTENTION = (
+    Refusal(
+        "another platform than a CPU",
+        lambda c: not current_platform.is_cpu(),
+        "the memory of its blocks is laid out in another way, in which keys were not kept and read yet",
+        "Leave loraplex.attention out",
+    ),
+)
 
 
 def check_config(config: VllmConfig, options: PluginOptions) -> None:
@@ -144,9 +170,17 @@ def check_config(config: VllmConfig, options: PluginOptions) -> None:
     for refusal in _ALWAYS:
         if refusal.is_on(config):
             raise UnsupportedEngineError(f"loraplex inside vLLM refuses {refusal.name}: {refusal.why}. {refusal.fix}.")
+    what = options.asked_for
     for refusal in _WITH_MIXTURES:
-        applies = options.mixtures or (options.routers and refusal.with_routers)
+        has_caches = options.mixtures or options.linked > 0 or options.attention
+        applies = has_caches or ((options.routers or options.has_residuals) and refusal.with_routers)
         if applies and refusal.is_on(config):
             raise UnsupportedEngineError(
-                f"mixtures inside vLLM don't go with {refusal.name}: {refusal.why}. {refusal.fix}, or do without."
+                f"{what} inside vLLM don't go with {refusal.name}: {refusal.why}. {refusal.fix}, or do without."
+            )
+    hooks = (*_WITH_RESIDUALS, *(_WITH_ATTENTION if options.attention else ()))
+    for refusal in hooks if options.has_residuals or options.attention else ():
+        if refusal.is_on(config):
+            raise UnsupportedEngineError(
+                f"{what} inside vLLM don't go with {refusal.name}: {refusal.why}. {refusal.fix}, or do without."
             )

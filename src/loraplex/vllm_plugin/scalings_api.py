@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.vllm_plugin.batch_rows import BatchRow, batch_rows
+
 ASKED = "loraplex_scalings"  # a request's extra argument (`vllm_xargs` in the OpenAI API)
 MAX_BYTES = 2**26  # kept; the requests that were asked longest ago go first
 
@@ -62,37 +64,9 @@ class RequestScalingsLog:
         return sum(request.num_bytes for request in self._requests.values())
 
 
-@dataclass(frozen=True)
-class ScalingsRequest:
-    """One request in the batch."""
-
-    request_id: str
-    tokens: slice  # in the batch
-    first_position: int  # of these tokens in the sequence
-
-
-def asked_rows(runner: Any) -> Iterator[ScalingsRequest]:
+def asked_rows(runner: Any) -> Iterator[BatchRow]:
     """The rows of vLLM's first model runner whose requests asked; the second one keeps them elsewhere."""
-    if not hasattr(runner, "input_batch"):
-        return
-    batch, starts = runner.input_batch, runner.query_start_loc.np
-    for row, request_id in enumerate(batch.req_ids):
-        params = runner.requests[request_id].sampling_params
-        if params is None or not (params.extra_args or {}).get(ASKED):
-            continue
-        tokens = slice(int(starts[row]), int(starts[row + 1]))
-        yield ScalingsRequest(request_id, tokens, int(batch.num_computed_tokens_cpu[row]))
-
-
-EXTENSION = "loraplex.vllm_plugin.scalings_api.ScalingsExtension"
-
-
-class ScalingsExtension:
-    """vLLM makes its worker class a subclass of this one (`worker_extension_cls`)."""
-
-    model_runner: Any
-
-    def loraplex_scalings(self, request_id: str) -> list[dict[str, Any]]:
-        """What mixtures predicted for a request that asked for it; empty if there is nothing. Each is given once."""
-        scaling_pass = getattr(self.model_runner, "loraplex_scaling_pass", None)
-        return [] if scaling_pass is None else scaling_pass.log.take(request_id)
+    for row in batch_rows(runner):
+        params = runner.requests[row.request_id].sampling_params
+        if params is not None and (params.extra_args or {}).get(ASKED):
+            yield row

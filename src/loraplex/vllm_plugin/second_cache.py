@@ -1,4 +1,4 @@
-"""The scaling pass's own keys and values: a copy of every attention layer, with a cache of its own."""
+"""More keys and values, for scaling passes and linked residuals: copies of attention layers, with their own caches."""
 
 import copy
 import dataclasses
@@ -12,7 +12,18 @@ from vllm.v1.attention.backend import AttentionType
 
 from loraplex.errors import UnsupportedEngineError
 
-PREFIX = "loraplex_scaling."  # of the copies' names
+SCALING = "loraplex_scaling."  # what the names of the scaling pass's copies begin with
+
+
+def attention_layers(registry: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The model's own attention layers in vLLM's registry, before there are copies.
+
+    Raises UnsupportedEngineError where one is of another kind than copies are known to be right for; `what` needs them.
+    """
+    layers = {name: layer for name, layer in registry.items() if isinstance(layer, AttentionLayerBase)}
+    for name, layer in layers.items():
+        _check_layer(name, layer, what)
+    return layers
 
 
 class SecondCache:
@@ -22,12 +33,9 @@ class SecondCache:
     the same blocks in memory of their own, so that chunks, preemption and the prefix cache hold for both passes.
     """
 
-    def __init__(self, registry: MutableMapping[str, Any]) -> None:
+    def __init__(self, registry: MutableMapping[str, Any], layers: Mapping[str, Any], prefix: str = SCALING) -> None:
         """Register the copies; before vLLM asks the layers for their caches."""
-        layers = {name: layer for name, layer in registry.items() if isinstance(layer, AttentionLayerBase)}
-        for name, layer in layers.items():
-            _check_layer(name, layer)
-        self.copies: Mapping[str, Any] = {name: _copy_layer(name, layer) for name, layer in layers.items()}
+        self.copies: Mapping[str, Any] = {name: _copy_layer(prefix + name, layer) for name, layer in layers.items()}
         registry.update({copied.layer_name: copied for copied in self.copies.values()})
         self.names = {name: copied.layer_name for name, copied in self.copies.items()}
 
@@ -52,20 +60,20 @@ class SecondCache:
 
 def _copy_layer(name: str, layer: Any) -> Any:
     copied = copy.copy(layer)
-    copied.layer_name = PREFIX + name
+    copied.layer_name = name
     return copied
 
 
-def _check_layer(name: str, layer: Any) -> None:
+def _check_layer(name: str, layer: Any, what: str) -> None:
     if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
         kind = type(layer).__name__
         raise UnsupportedEngineError(
-            f"{name!r} is a {kind}: mixtures need models whose attention layers are all causal ones of vLLM's class "
+            f"{name!r} is a {kind}: {what} need models whose attention layers are all causal ones of vLLM's class "
             "Attention (no state-space or hybrid models, no latent or cross attention). Serve this model without "
-            "mixtures."
+            f"{what}."
         )
     if layer.kv_sharing_target_layer_name is not None:
         raise UnsupportedEngineError(
-            f"{name!r} shares keys and values with {layer.kv_sharing_target_layer_name!r}, which mixtures don't "
-            "support. Serve this model without mixtures."
+            f"{name!r} shares keys and values with {layer.kv_sharing_target_layer_name!r}, which {what} "
+            f"don't support. Serve this model without {what}."
         )

@@ -10,7 +10,7 @@ from loraplex.vllm_plugin.lora_ids import check_requests
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
 from loraplex.vllm_plugin.resolver import LinkResolver
-from loraplex.vllm_plugin.scalings_api import EXTENSION
+from loraplex.vllm_plugin.worker_extension import EXTENSION
 
 RESOLVER = "loraplex"  # its name in vLLM's registry
 
@@ -25,8 +25,8 @@ def start_front(config: VllmConfig) -> None:
         raise ConfigError("start_front of loraplex was called, but additional_config doesn't ask for it.")
     check_compat()
     check_config(config, options)
-    if options.mixtures and not config.parallel_config.worker_extension_cls:
-        config.parallel_config.worker_extension_cls = EXTENSION  # so that scalings can be asked for
+    if (options.mixtures or options.attention) and not config.parallel_config.worker_extension_cls:
+        config.parallel_config.worker_extension_cls = EXTENSION  # so that scalings and captures can be asked for
     check_requests()
     LoRAResolverRegistry.resolvers.pop(RESOLVER, None)  # of an engine that was configured before in this process
     LoRAResolverRegistry.register_resolver(RESOLVER, LinkResolver(FolderCatalog(options)))

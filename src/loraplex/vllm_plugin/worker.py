@@ -13,8 +13,9 @@ from loraplex.vllm_plugin.compat import check_compat
 from loraplex.vllm_plugin.cuda_graphs import keep_mixtures_out_of_full_graphs
 from loraplex.vllm_plugin.options import options_from
 from loraplex.vllm_plugin.refusals import check_config
+from loraplex.vllm_plugin.residual_pass import ResidualPass
 from loraplex.vllm_plugin.scaling_pass import BatchScalingPass
-from loraplex.vllm_plugin.second_cache import SecondCache
+from loraplex.vllm_plugin.second_cache import SecondCache, attention_layers
 from loraplex.vllm_plugin.worker_manager import LinkWorkerManager
 
 logger = init_logger(__name__)
@@ -31,11 +32,21 @@ def load_lora_model(runner: Any, model: nn.Module, vllm_config: VllmConfig, devi
         raise UnsupportedEngineError(f"vLLM doesn't support LoRA on {type(model).__name__}. Serve another base model.")
     runner.lora_manager = LinkWorkerManager(vllm_config, device, model.embedding_modules, options)  # type: ignore[arg-type]
     wrapped: nn.Module = runner.lora_manager.create_lora_manager(model, vllm_config)
+    manager = runner.lora_manager._adapter_manager
+    registry = vllm_config.compilation_config.static_forward_context
+    what = " and ".join(
+        name for name, on in (("mixtures", options.mixtures), ("residuals", options.has_residuals)) if on
+    )
+    attention = attention_layers(registry, what) if what else {}
     if options.mixtures:
-        manager = runner.lora_manager._adapter_manager
-        cache = SecondCache(vllm_config.compilation_config.static_forward_context)
+        cache = SecondCache(registry, attention)
         runner.loraplex_scaling_pass = BatchScalingPass(manager.gates, cache, manager.wrapper, runner)
         runner.loraplex_scaling_pass.attach(wrapped)
         keep_mixtures_out_of_full_graphs(runner, manager)
         logger.info("loraplex: mixtures are on, with %d second caches.", len(cache.copies))
+    if options.has_residuals or options.attention:
+        manager.serve_residuals(registry, attention)
+        runner.loraplex_residual_pass = ResidualPass(manager.residuals, manager.reader, runner)
+        runner.loraplex_residual_pass.attach(wrapped)
+        logger.info("loraplex: residuals are on, with %d caches for linked ones in a layer.", options.linked)
     return wrapped

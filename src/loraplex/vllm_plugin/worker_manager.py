@@ -1,4 +1,4 @@
-"""vLLM's loader of adapters, with links and mixtures."""
+"""vLLM's loader of adapters, with links, mixtures and residuals."""
 
 import functools
 from pathlib import Path
@@ -12,7 +12,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from loraplex.adapters.peft.hub import may_be_hub_id
 from loraplex.adapters.store.version import Fingerprint, folder_fingerprint
-from loraplex.errors import AdapterChangedError, AdapterNotFoundError, UnsupportedAdapterError
+from loraplex.errors import AdapterChangedError, AdapterNotFoundError
 from loraplex.residual.sources import is_residual_source
 from loraplex.routers.folder import is_router_folder
 from loraplex.vllm_plugin.base_modules import BaseModules
@@ -50,7 +50,8 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
             hidden_size=config.get_hidden_size(),
         )
         base = BaseModules(config.hf_config, trust_remote_code=config.trust_remote_code)
-        return LinkLoader(self._catalog, self._options, base, self._adapter_manager.places, limits)
+        residuals = self._adapter_manager.residual_limits(config.hf_config, base.architecture)
+        return LinkLoader(self._catalog, self._options, base, self._adapter_manager.places, limits, residuals)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         try:
@@ -72,17 +73,17 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load(self, lora_request: LoRARequest, wanted: Wanted) -> LoRAModel:
         (folder, weight), *others = wanted
-        if others or weight != 1 or is_mixture_folder(folder) or is_router_folder(folder):
+        is_of_ours = is_mixture_folder(folder) or is_router_folder(folder) or is_residual_source(folder)
+        if others or weight != 1 or is_of_ours:
             return self._loader.load(lora_request.lora_int_id, wanted)
-        if is_residual_source(folder):
-            raise UnsupportedAdapterError(
-                f"{str(folder)!r} holds a residual adapter, which vLLM has no place for. Use loraplex's own engine."
-            )
         return super()._load_adapter(msgspec.structs.replace(lora_request, lora_path=str(folder)))
 
 
 def _fingerprint(folder: Path) -> tuple[Fingerprint, ...]:
-    """Of a folder and, if it holds a mixture, of its experts' folders in it."""
+    """Of a folder and, if it holds a mixture, of its experts' folders in it; or of a control vector's file."""
+    if folder.is_file():
+        status = folder.stat()
+        return (((folder.name, status.st_size, status.st_mtime_ns),),)
     return tuple(
         folder_fingerprint(path) for path in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir()))
     )

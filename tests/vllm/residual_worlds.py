@@ -1,0 +1,70 @@
+"""Residuals of every kind as folders beside the adapters of a tiny Llama, and loraplex's own model with all of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loraplex import MultiLoraModel
+from loraplex.residual import (
+    AttentionRequest,
+    Positions,
+    Steering,
+    parse_positions,
+    write_control_vector,
+    write_residual,
+)
+from tests.residual.tiny_interventions import random_block_vector, random_reft
+from tests.residual.tiny_residuals import random_linked, random_vector
+from tests.vllm.worlds import TOP, Answer, Difference
+
+VECTORS = {
+    "block": ("block", "all"),
+    "mlp": ("mlp", "all"),
+    "after": ("block", "generated"),
+    "first": ("attention", "f3+l2"),
+    "asked": ("mlp", "prompt"),
+}
+
+
+def add_residuals(world: Any) -> MultiLoraModel:
+    """Write every kind into the folder that the plugin serves; and loraplex's own model with all of them."""
+    model = MultiLoraModel.from_pretrained(world.model, dtype="float32")
+    for name, folder in world.adapters.items():
+        model.load_adapter(name, folder)
+    layers = model.registry.linked.layers
+    made = {
+        name: random_block_vector(model.base, seed, site, parse_positions(positions))
+        for seed, (name, (site, positions)) in enumerate(VECTORS.items())
+    }
+    made["late"] = random_block_vector(model.base, 8, "block", at=(1,))
+    made["reft"] = random_reft(model.base, 9, parse_positions("f3+l2"))
+    made["reft_mlp"] = random_reft(model.base, 10, Positions(), site="mlp", subtracts=False)
+    made["heard"] = random_vector(layers, 11)  # on attention, all tokens
+    made["linked"] = random_linked(layers, 12)
+    made["linked_late"] = random_linked(layers, 13, r=5, at=(1,))
+    for name, residual in made.items():
+        write_residual(residual, world.named / name)
+        model.load_residual(name, world.named / name)
+    write_control_vector(made["late"], world.named / "calm.gguf", model_type="llama")
+    model.load_residual("calm", world.named / "calm.gguf")
+    return model
+
+
+@torch.no_grad()
+def compared(
+    model: MultiLoraModel,
+    rows: Sequence[tuple[str | None, Sequence[int]]],
+    answers: Any,
+    steered: Sequence[Sequence[Steering]] | None = None,  # by row
+) -> Difference:
+    """The answers against what loraplex's own model says to the same tokens, one row at a time."""
+    found = Difference()
+    for (choice, prompt), answer, steering in zip(rows, answers, steered or [()] * len(rows), strict=True):
+        ids = torch.tensor([[*prompt, *answer.tokens]])
+        request = AttentionRequest(prompt_lengths=[len(prompt)], steering=[steering])
+        logits = model(ids, adapters=[choice], attention=request, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        best = torch.log_softmax(logits.float(), dim=-1).topk(TOP)
+        tops = [dict(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        found.add(answer, Answer(best.indices[:, 0].tolist(), tops))
+    return found
