@@ -199,7 +199,7 @@ export class Answer {
   #placed = 0;
 
   #weigh(index, values) {
-    if (index < 0) return; // the prompt's last token
+    if (index < 0 || !values.length) return; // the prompt's last token; no mixture
     this.tokens[index].means = values;
     this.body.paint(this.tokens[index]);
   }

@@ -2,7 +2,7 @@
 
 import { shortName } from "./answer.js";
 import { AttentionView } from "./attention.js";
-import { announce, byId, el, visible } from "./dom.js";
+import { announce, button, byId, el, visible } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
 import { leader, wear } from "./palette.js";
 import { ShareChart } from "./share.js";
@@ -146,7 +146,7 @@ export class Inspector {
   #showShare(isPrompt) {
     const isOld = this.#chart?.answer !== this.#answer || this.#answer.ended === null;
     if (isOld || !this.#chart.element.isConnected) {
-      const { answer } = { answer: this.#answer };
+      const answer = this.#answer;
       this.#chart = new ShareChart(answer, (index) => this.#choose(answer, answer.tokens, index, true));
       const hasAny = this.#chart.weighed.length > 0;
       this.#share.replaceChildren(hasAny ? this.#chart.element : note("Of an answer that a mixture gave."));
@@ -199,13 +199,16 @@ export class Inspector {
     if (attention && this.#index < attention.queries.length) {
       const view = new AttentionView(attention, this.#index, this.#keptView);
       requestAnimationFrame(() => view.overview.draw());
-      return [el("h3", { textContent: "What it looked at" }), view.element];
+      const again = attention.heads || ended === null ? null : this.#again("Answer again with each head");
+      return [el("h3", { textContent: "What it looked at" }), view.element, again].filter(Boolean);
     }
     if (!this.#isHeld) return [note("Click it, or press Enter, to hold it and to see what the model looked at.")];
     if (ended === null) return [note("Attention can be asked for when the answer is finished.")];
-    const button = el("button", { type: "button", textContent: "Answer again with attention" });
-    button.addEventListener("click", () => this.onCapture(this.#answer));
-    return [button];
+    return [this.#again("Answer again with attention")];
+  }
+
+  #again(text) {
+    return button(text, () => this.onCapture(this.#answer));
   }
 }
 

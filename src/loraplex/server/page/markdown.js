@@ -7,10 +7,17 @@ const LONGEST = 30_000; // characters; a longer text is shown as it is
 const SAFE = ["http:", "https:", "mailto:"];
 const INLINE = { strong: "strong", em: "em", del: "del", codespan: "code" };
 
-/** Elements for a text; `piece(start, stop)` gives the nodes of a range of it. */
+/** Elements for a text; `piece(start, stop)` gives the nodes of a range of it. What can't be read stays as it is. */
 export function markdown(text, piece) {
   if (text.length > LONGEST) return piece(0, text.length);
-  return new Builder(text, piece).blocks(lexer(text));
+  let tokens;
+  try {
+    tokens = lexer(text);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error; // thousands of levels are too deep for the stack
+    return piece(0, text.length);
+  }
+  return new Builder(text, piece).blocks(tokens);
 }
 
 class Builder {

@@ -22,7 +22,7 @@ export class Turn {
   /** `context`: a name of CONTEXTS; `numBefore`: how many turns it goes on from. */
   constructor(user, context, numBefore) {
     Object.assign(this, { user, context, numBefore });
-    this.element = el("section", { className: "turn", "aria-label": "Question" });
+    this.element = el("section", { className: "turn" });
     this.element.append(this.#question, this.#context, this.#grid);
     this.#showQuestion();
     this.showContext();
