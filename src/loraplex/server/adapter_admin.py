@@ -52,6 +52,13 @@ class AdapterLibrary:
             entry = self._state.catalog.find(name, self._principal)
         return self._describe(entry, self._states())
 
+    @property
+    def may_load(self) -> bool:
+        """Whether the principal may load anything: some name, from some folder."""
+        key = self._principal.key
+        may_name = self._principal.may_manage or (key is not None and bool(key.load))
+        return may_name and not self._roots.is_empty
+
     def is_loaded(self, name: str) -> bool:
         return self._state.catalog.entry(name) is not None
 
@@ -175,6 +182,7 @@ class AdapterLibrary:
             "num_bytes": sum(state.num_bytes for state in states),
             "pinned": bool(states) and all(state.pinned for state in states),
             "in_use": sum(state.num_leases for state in states),
+            "may_load": self._principal.may_load(entry.name),
         }
         if entry.kind == "adapter" and states:
             described |= {"version": states[0].version, "tier": states[0].tier}

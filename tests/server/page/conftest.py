@@ -1,6 +1,7 @@
 """A browser, and tabs of it that show the page of a server."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +21,14 @@ def context() -> Iterator[Any]:
 
 @pytest.fixture
 def page(context: Any, server: Running) -> Iterator[Any]:
-    """A tab of its own, which must not have complained about anything in the end."""
+    """A tab of its own, which must not have complained about anything in the end; texts are shown as they are."""
+    with tab(context, server) as opened:
+        yield opened
+
+
+@contextmanager
+def tab(context: Any, server: Running) -> Iterator[Any]:
+    """A tab with a server's page, greedy, with short answers."""
     opened = context.new_page()
     complaints: list[str] = []
     requests: list[str] = []
@@ -31,6 +39,7 @@ def page(context: Any, server: Running) -> Iterator[Any]:
     opened.wait_for_selector("#link-a option[value=mix-ab]", state="attached")
     opened.fill("#max-tokens", str(NUM_TOKENS))
     opened.fill("#temperature", "0")
+    opened.uncheck("#formatted")
     yield opened
     opened.close()
     assert not complaints

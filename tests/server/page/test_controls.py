@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from loraplex.server.auth.keys import KeyFile
-from tests.server.page.driver import NUM_TOKENS, api_answer, ask, choose, texts
+from tests.server.page.driver import NUM_TOKENS, add_column, api_answer, ask, choose, texts
 from tests.server.tiny_server import make_model, running, settings
 
 
@@ -15,11 +15,13 @@ def test_a_link_is_made_by_keyboard(page):
     page.focus("[aria-label='Weight of b']")
     page.keyboard.press("Home")
     page.press("[aria-label='Move up: c']", "Enter")
-    assert page.text_content("#link-a .model-text") == "a+c+b:-2"
+    assert page.text_content("#link-a .model-text") == "a+c+b:0"
     page.press("[aria-label='Remove a']", "Enter")
     page.fill("[aria-label='Weight of c, as a number']", "0.25")
+    page.fill("[aria-label='Weight of b, as a number']", "-2")  # more than the slider has
     assert page.text_content("#link-a .model-text") == "c:0.25+b:-2"
     assert page.input_value("[aria-label='Weight of c']") == "0.25"
+    assert page.input_value("[aria-label='Weight of b']") == "0"
 
 
 def test_an_error_is_told_in_the_apis_words_and_gives_the_prompt_back(page):
@@ -100,7 +102,7 @@ def test_everything_has_a_name_and_the_focus_is_seen(page):
     assert nameless == []
     page.focus("#key-button")
     seen = ["key-button"]
-    for _ in range(25):
+    for _ in range(34):
         page.keyboard.press("Tab")
         focused = page.evaluate(
             """() => { const one = document.activeElement; const style = getComputedStyle(one);
@@ -109,7 +111,7 @@ def test_everything_has_a_name_and_the_focus_is_seen(page):
         )
         seen.append(focused[0])
         assert focused[0] == "BODY" or (focused[1] != "none" and focused[2] >= 1), f"no outline around {focused[0]}"
-    order = ["key-button", "theme-button", "Weight of a", "compare", "temperature", "system", "prompt", "send"]
+    order = ["key-button", "theme-button", "Weight of a", "add-column", "temperature", "system", "prompt", "send"]
     assert [seen.index(name) for name in order] == sorted(seen.index(name) for name in order)
 
 
@@ -134,8 +136,8 @@ def test_nothing_is_wider_than_the_screen(page, width):
     page.set_viewport_size({"width": width, "height": 700})
     if width < 760:
         page.click(".panes [data-pane=setup]")
-    page.check("#compare")
     choose(page, "mix-ab", "a")
+    add_column(page, "b")
     if width < 760:
         page.click(".panes [data-pane=chat]")
     ask(page, "x" * 300)

@@ -9,6 +9,8 @@ from loraplex.server.auth.keys import KeyFile
 from tests.server.tiny_server import make_model, running, settings
 
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+TYPES["txt"] = "text/plain; charset=utf-8"
+VENDOR = "vendor/"  # others' files, as they are
 
 
 def test_the_page_is_served_under_a_strict_policy(server):
@@ -32,6 +34,8 @@ def test_every_file_of_the_page_is_served_with_its_type(server, name):
 
 def test_whatever_a_file_names_is_there_and_nothing_is_inline(server):
     for name, file in page_files().items():
+        if name.startswith(VENDOR):
+            continue
         text = file.content.decode()
         named = re.findall(r'(?:src|href)="/page/([^"]+)"|from "\./([^"]+)"', text)
         assert {first or second for first, second in named} <= set(page_files()), name
@@ -45,6 +49,14 @@ def test_an_unchanged_file_is_not_sent_again(server):
         etag = http.get("/page/app.js").headers["etag"]
         again = http.get("/page/app.js", headers={"if-none-match": etag})
     assert (again.status_code, again.content) == (304, b"")
+
+
+def test_files_of_others_come_with_their_licence(server):
+    scripts = [name for name in page_files() if name.startswith(VENDOR) and name.endswith(".js")]
+    assert scripts
+    for name in scripts:
+        licence = server.http().get(f"/page/{name.removesuffix('.js')}.LICENSE.txt")
+        assert "Permission is hereby granted" in licence.text
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "__init__.py", "..%2Fapp.py", "%2Fetc%2Fpasswd", "../app.py"])

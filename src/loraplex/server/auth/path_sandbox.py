@@ -27,6 +27,11 @@ class AdapterRoots:
         # What relative paths are relative to.
         self._bases = [*self._roots, *(Path(os.path.realpath(base)) for base in bases)]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no folder at all to load from."""
+        return not self._roots
+
     def within(self, folders: Sequence[str]) -> "AdapterRoots":
         """The part of the roots that is below these folders, each absolute or relative to a root."""
         named = [Path(folder) if os.path.isabs(folder) else root / folder for folder in folders for root in self._roots]

@@ -37,11 +37,15 @@ async function call(path, options = {}) {
 
 export const getJson = async (path, options) => (await call(path, options)).json();
 
+const adapterPath = (name) => `/v1/adapters/${name.split("/").map(encodeURIComponent).join("/")}`;
+
 export const setPinned = (name, pinned) =>
-  getJson(`/v1/adapters/${name.split("/").map(encodeURIComponent).join("/")}`, {
-    method: "PATCH",
-    body: JSON.stringify({ pinned }),
-  });
+  getJson(adapterPath(name), { method: "PATCH", body: JSON.stringify({ pinned }) });
+
+export const loadAdapter = (name, path) =>
+  getJson("/v1/adapters", { method: "POST", body: JSON.stringify({ name, path }) });
+
+export const unloadAdapter = (name) => getJson(adapterPath(name), { method: "DELETE" });
 
 /** The chunks of a streamed chat completion; an error inside the stream is thrown. */
 export async function* streamChat(body, signal) {

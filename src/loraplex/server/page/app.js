@@ -2,44 +2,56 @@
 
 import { apiKey, getJson } from "./api.js";
 import { Chat } from "./chat.js";
-import { announce, byId } from "./dom.js";
+import { Columns } from "./columns.js";
+import { announce, button, byId, copyButton, el } from "./dom.js";
 import { Inspector } from "./inspector.js";
-import { LinkEditor } from "./link.js";
 import { Load } from "./load.js";
-import { captureAsked, readSettings } from "./settings.js";
+import { mixturesOf, models } from "./models.js";
+import { asCurl } from "./request.js";
+import { exportChat, SavedChats } from "./saved.js";
+import { captureAsked, readSettings, writeSettings } from "./settings.js";
+import { readView, viewAddress } from "./view_link.js";
 
-const links = [new LinkEditor(byId("link-a"), "A"), new LinkEditor(byId("link-b"), "B")];
+const columns = new Columns();
 const chat = new Chat();
 const load = new Load();
+const saved = new SavedChats();
 const inspector = new Inspector(byId("turns"), (answer) => captureAgain(answer));
 const prompt = byId("prompt");
 
 // The prompt
 
-function send() {
-  const user = prompt.value.trim();
-  if (!user || chat.busy) return;
+/** What each column's request needs, or null after telling what is missing. */
+function askedNow() {
   let settings;
   try {
     settings = readSettings();
   } catch (error) {
     notice(error.message);
-    return;
+    return null;
   }
-  const sides = links.slice(0, byId("compare").checked ? 2 : 1);
-  if (sides.some((link) => !link.model)) {
+  const { choices } = columns;
+  if (choices.some(({ model }) => !model)) {
     notice("Choose an adapter first.");
-    return;
+    return null;
   }
   notice("");
+  return choices.map((choice) => ({ ...settings, ...choice }));
+}
+
+function send() {
+  const user = prompt.value.trim();
+  if (!user || chat.busy) return;
+  const asked = askedNow();
+  if (!asked) return;
   announce("Asking");
-  chat.send(user, sides.map((link) => ({ ...settings, model: link.model, mixtures: link.mixtures })));
+  chat.send(user, byId("context").value, asked);
   prompt.value = "";
 }
 
 function captureAgain(answer) {
   try {
-    chat.again(answer, { capture: captureAsked() });
+    chat.again(answer, { capture: { ...captureAsked(), reduce: undefined } });
   } catch (error) {
     notice(error.message);
   }
@@ -63,27 +75,100 @@ function stop() {
   prompt.focus();
 }
 byId("stop").addEventListener("click", stop);
-byId("new-chat").addEventListener("click", () => {
+
+function newChat() {
   chat.clear();
+  saved.begin();
   inspector.clear();
   notice("");
   prompt.focus();
+}
+byId("new-chat").addEventListener("click", newChat);
+byId("turns").addEventListener("reask", ({ detail: { turn, user } }) => {
+  const asked = askedNow();
+  if (asked) chat.rewrite(turn, user, asked);
+});
+byId("turns").addEventListener("curl", ({ detail: { answer } }) => {
+  const text = asCurl(answer.asked, { origin: location.origin, hasKey: Boolean(apiKey.get()) });
+  showText(`The answer of ${answer.asked.model} as curl`, text);
 });
 chat.onBusy = () => {
   byId("stop").hidden = !chat.busy;
   byId("send").hidden = chat.busy;
+  for (const id of ["copy-link", "export-markdown", "export-json"]) byId(id).disabled = chat.busy || !chat.turns.length;
   inspector.show();
   load.askAdaptersNow(); // what is in use has changed
+  if (!chat.busy) saved.keep(chat.record());
 };
 chat.onRefused = (text) => { prompt.value ||= text; };
 chat.onReplaced = (old, answer) => inspector.replace(old, answer);
+chat.onDrawn = () => inspector.show();
+
+/** A text to copy, in a dialog. */
+function showText(title, text) {
+  const close = button("Close", () => dialog.close());
+  const head = el("div", { className: "row between" }, el("h2", { textContent: title }), copyButton("Copy the text", () => text), close);
+  const dialog = el("dialog", {}, head, el("pre", { className: "text", textContent: text, tabIndex: 0 }));
+  dialog.setAttribute("aria-label", title);
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+// Chats that are kept, files, and links
+
+saved.onOpen = (turns) => {
+  chat.restore(turns);
+  inspector.clear();
+  chat.onBusy();
+};
+byId("export-markdown").addEventListener("click", () => exportChat(chat.record(), "markdown"));
+byId("export-json").addEventListener("click", () => exportChat(chat.record(), "json"));
+byId("copy-link").addEventListener("click", () => {
+  showText("A link that opens this view", viewAddress(chat.turns, inspector.focus));
+});
+
+/** Fill the setup with what a link asks for, and ask when the user says so: an address alone runs nothing. */
+function offerView() {
+  let view;
+  try {
+    view = readView(location.hash);
+  } catch (error) {
+    notice(error.message);
+  }
+  if (!view) return;
+  const last = view.turns.at(-1);
+  columns.use(last.answers.filter(({ steer }) => !steer.length).map(({ model }) => model));
+  writeSettings(last.answers[0]);
+  byId("context").value = last.context;
+  const count = view.turns.reduce((sum, { answers }) => sum + answers.length, 0);
+  const open = button(`Ask for ${count === 1 ? "the answer" : `the ${count} answers`}`, () => openView(view), { className: "primary" });
+  notice(`This link opens: “${last.user.slice(0, 200)}”`, open);
+}
+
+async function openView(view) {
+  history.replaceState(null, "", location.pathname);
+  newChat();
+  for (const { user, context, answers } of view.turns) {
+    await chat.send(user, context, answers.map((asked) => ({ ...asked, mixtures: mixturesOf(asked.model) })));
+  }
+  const { focus } = view;
+  const answer = focus && chat.turns[focus.turn]?.answers[focus.answer];
+  if (answer) inspector.look(answer, focus);
+}
+addEventListener("hashchange", offerView);
 
 // Models and keys
 
+let isFirstOffer = true;
+
 async function offerModels() {
   const { data } = await getJson("/v1/models");
-  byId("base-name").textContent = data.find((model) => model.kind === "base")?.id ?? "";
-  for (const link of links) link.offer(data);
+  models.set(data);
+  byId("base-name").textContent = models.base;
+  columns.refresh();
+  if (isFirstOffer) offerView();
+  isFirstOffer = false;
 }
 
 function askForKey(text) {
@@ -119,19 +204,23 @@ load.onUnauthorized = () => askForKey(apiKey.get() ? "The server refuses this AP
 load.onError = notice;
 chat.onUnauthorized = askForKey;
 
-function notice(text) {
+function notice(text, ...actions) {
   byId("notice").hidden = !text;
-  byId("notice").textContent = text;
+  byId("notice").replaceChildren(text, ...actions);
 }
 
 // Setup
 
-byId("compare").addEventListener("change", () => {
-  const isOn = byId("compare").checked;
-  byId("link-b").hidden = !isOn;
-  document.body.classList.toggle("compares", isOn);
-});
+columns.onChange = () => {
+  const chips = columns.choices.map(({ model }) => el("code", { textContent: model || "nothing chosen" }));
+  byId("chosen").replaceChildren(...chips);
+};
+columns.onChange();
 byId("capture").addEventListener("change", () => { byId("capture-fields").hidden = !byId("capture").checked; });
+byId("formatted").addEventListener("change", () => { chat.format = byId("formatted").checked ? "markdown" : "plain"; });
+byId("mark-differences").addEventListener("change", () => {
+  document.body.classList.toggle("marks", byId("mark-differences").checked);
+});
 
 const themes = ["auto", "light", "dark"];
 function showTheme() {
@@ -148,10 +237,21 @@ byId("theme-button").addEventListener("click", () => {
 showTheme();
 
 const panes = document.querySelectorAll(".panes button");
-for (const button of panes) {
-  button.addEventListener("click", () => {
-    document.body.dataset.pane = button.dataset.pane;
-    for (const other of panes) other.setAttribute("aria-pressed", String(other === button));
+function showPane(name) {
+  document.body.dataset.pane = name;
+  for (const other of panes) other.setAttribute("aria-pressed", String(other.dataset.pane === name));
+  inspector.show();
+}
+for (const pane of panes) pane.addEventListener("click", () => showPane(pane.dataset.pane));
+byId("chosen-button").addEventListener("click", () => showPane("setup"));
+byId("tapped").addEventListener("click", () => showPane("look"));
+
+// Wide screens have room for all three; more columns want the sides' room.
+for (const side of ["setup", "look"]) {
+  const toggle = byId(`${side}-toggle`);
+  toggle.addEventListener("click", () => {
+    const isHidden = document.body.classList.toggle(`without-${side}`);
+    toggle.setAttribute("aria-pressed", String(!isHidden));
     inspector.show();
   });
 }

@@ -1,6 +1,7 @@
 // What the model looked at when it chose a token: captured attention over prompt and answer.
 
-import { el, visible } from "./dom.js";
+import { button, el, visible } from "./dom.js";
+import { AttentionOverview } from "./overview.js";
 
 const MOST = 6; // of the list
 
@@ -8,19 +9,18 @@ export class AttentionView {
   #layer = el("select");
   #head = el("select");
   #skipFirst = el("input", { type: "checkbox", checked: true });
-  #text = el("p", { className: "looked" });
+  #text = el("p", { className: "looked", tabIndex: 0 });
   #list = el("ol", { className: "looked-list small" });
 
   /** `index`: of the answer's token. `kept`: the layer and head of the view before. */
   constructor(attention, index, kept) {
-    this.attention = attention;
-    this.index = index;
-    this.kept = kept;
+    Object.assign(this, { attention, index, kept });
     fill(this.#layer, "all layers", attention.layers.map((layer) => `layer ${layer}`), kept.layer);
     const heads = attention.heads?.map((head) => `head ${head}`) ?? [];
     fill(this.#head, "all heads", heads, kept.head);
     this.#layer.setAttribute("aria-label", "Layer");
     this.#head.setAttribute("aria-label", "Head");
+    this.#text.setAttribute("aria-label", "Tokens by their attention");
     this.#head.disabled = !heads.length;
     this.#skipFirst.checked = kept.skipFirst;
     for (const input of [this.#layer, this.#head, this.#skipFirst]) {
@@ -28,13 +28,38 @@ export class AttentionView {
     }
     const skip = el("label", { className: "check small" }, this.#skipFirst);
     skip.append(" Leave out the first token, where unused attention goes");
+    this.overview = this.#overview();
     this.element = el(
       "div", { className: "attention" },
       el("div", { className: "row" }, this.#layer, this.#head),
       skip,
       this.#list, this.#text,
+      el("div", { className: "row between" }, el("h3", { textContent: "All layers and heads" }),
+        button("Enlarge", () => this.#enlarge(), { className: "quiet", label: "Enlarge the overview of attention" })),
+      this.overview.element,
     );
     this.#show();
+  }
+
+  #overview() {
+    const chosen = { layer: this.#layer.value, head: this.#head.value };
+    return new AttentionOverview(this.attention, this.index, chosen, (layer, head) => {
+      this.#layer.value = layer;
+      this.#head.value = head;
+      this.#show();
+    });
+  }
+
+  #enlarge() {
+    const large = this.#overview();
+    const close = button("Close", () => dialog.close());
+    const head = el("div", { className: "row between" }, el("h2", { textContent: "Attention of all layers and heads" }), close);
+    const dialog = el("dialog", { className: "large" }, head, large.element);
+    dialog.setAttribute("aria-label", "Attention of all layers and heads");
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+    large.draw();
   }
 
   /** The weights of the chosen layers and heads, averaged: one for each earlier token. */
@@ -56,10 +81,12 @@ export class AttentionView {
 
   #show() {
     Object.assign(this.kept, { layer: this.#layer.value, head: this.#head.value, skipFirst: this.#skipFirst.checked });
+    this.overview.chosen = { layer: this.#layer.value, head: this.#head.value };
+    this.overview.draw();
     const weights = this.#weights();
     const { tokens } = this.attention;
     const first = this.#skipFirst.checked && weights.length > 1 ? 1 : 0;
-    const most = Math.max(1e-9, ...weights.subarray(first));
+    const most = weights.subarray(first).reduce((a, b) => Math.max(a, b), 1e-9);
     this.#text.replaceChildren(...[...weights].map((weight, key) => {
       const title = `${visible(tokens[key])} ${weight.toFixed(3)}`;
       const span = el("span", { className: "key", textContent: tokens[key], title });
@@ -75,9 +102,8 @@ export class AttentionView {
 }
 
 function fill(select, all, names, chosen) {
-  const options = names.length === 1 ? [] : [el("option", { value: "", textContent: all })];
+  const options = [el("option", { value: "", textContent: all })];
   names.forEach((name, place) => options.push(el("option", { value: String(place), textContent: name })));
-  if (!options.length) options.push(el("option", { value: "", textContent: all }));
   select.replaceChildren(...options);
   if (options.some((option) => option.value === chosen)) select.value = chosen;
 }

@@ -1,6 +1,7 @@
 // A token's scalings: layers down, experts across, each expert's modules side by side.
 
 import { el } from "./dom.js";
+import { canvasFill } from "./palette.js";
 
 const GAP = 6; // between experts
 const LABELS = 26; // for the numbers of blocks
@@ -29,8 +30,8 @@ export class HeatMap {
   #readout = el("p", { className: "small mono readout" });
   #cell = { row: 0, column: 0, expert: 0 };
 
-  constructor({ layers, values }, experts, colors) {
-    Object.assign(this, { layers, values, experts, colors, grid: layerGrid(layers) });
+  constructor({ layers, values }, experts, looks) {
+    Object.assign(this, { layers, values, experts, looks, grid: layerGrid(layers) });
     this.#canvas.setAttribute(
       "aria-label",
       `Scalings of ${layers.length} layers and ${experts.length} experts. Arrow keys read single cells.`,
@@ -63,13 +64,14 @@ export class HeatMap {
     const cell = this.band / columns.length;
     draw.fillStyle = getComputedStyle(this.element).color;
     this.#label(draw, rows);
-    const most = Math.max(1, ...this.values.map(Math.abs));
+    const most = this.values.reduce((found, value) => Math.max(found, Math.abs(value)), 1);
+    const fills = this.looks.map((look) => canvasFill(draw, look));
     places.forEach(({ row, column }, layer) => {
-      this.colors.forEach((color, expert) => {
+      fills.forEach((fill, expert) => {
         const value = this.values[layer * count + expert];
         const x = LABELS + expert * (this.band + GAP) + column * cell;
         draw.globalAlpha = 0.06 + 0.94 * Math.min(1, Math.abs(value) / most);
-        draw.fillStyle = value < 0 ? "#888888" : color; // a head without softmax may predict less than nothing
+        draw.fillStyle = value < 0 ? "#888888" : fill; // a head without softmax may predict less than nothing
         draw.fillRect(x, HEAD + row * HEIGHT, Math.max(1, cell - 0.5), HEIGHT - 0.5);
       });
     });

@@ -1,7 +1,8 @@
 // The server's load and the state of what it has loaded, asked while the page is seen.
 
-import { getJson, setPinned } from "./api.js";
-import { announce, byId, el, svg } from "./dom.js";
+import { getJson } from "./api.js";
+import { byId, el, svg } from "./dom.js";
+import { LoadedAdapters } from "./loaded.js";
 
 // A key's requests may be limited, so the page asks no more than it needs.
 const STATS_MS = 2000;
@@ -13,7 +14,7 @@ const HEIGHT = 36;
 
 export class Load {
   #panel = byId("load-panel");
-  #adapters = byId("adapters-panel");
+  #loaded = new LoadedAdapters();
   #last = null;
   #rates = [];
   #timer = 0;
@@ -22,8 +23,11 @@ export class Load {
   #adaptersAt = -Infinity;
   onModels = async () => {};
   onUnauthorized = () => {};
+  onError = () => {};
 
   constructor() {
+    this.#loaded.onChange = () => this.askAdaptersNow();
+    this.#loaded.onError = (text) => this.onError(text);
     document.addEventListener("visibilitychange", () => this.#begin());
   }
 
@@ -54,7 +58,7 @@ export class Load {
         this.onUnauthorized();
         return; // until there is another key
       }
-      this.#adapters.replaceChildren(el("p", { className: "problem small", textContent: error.message }));
+      this.#loaded.fail(error.message);
       wait = Math.max(PATIENCE_MS, 1000 * (error.retryAfter || 0));
     }
     clearTimeout(this.#timer);
@@ -62,12 +66,12 @@ export class Load {
   }
 
   async #askAdapters() {
-    const { data } = await getJson("/v1/adapters");
+    const { data, may_load: mayLoad } = await getJson("/v1/adapters");
     const names = JSON.stringify(data.map(({ name }) => name));
     if (names !== this.#names) await this.onModels();
     this.#names = names;
     this.#adaptersAt = performance.now();
-    if (!this.#adapters.contains(document.activeElement)) this.#showAdapters(data);
+    this.#loaded.show(data, mayLoad);
   }
 
   async #askStats() {
@@ -79,44 +83,6 @@ export class Load {
       const text = "This key may not see the server's load.";
       this.#panel.replaceChildren(el("p", { className: "muted small", textContent: text }));
     }
-  }
-
-  #showAdapters(data) {
-    if (!data.length) {
-      this.#adapters.replaceChildren(el("p", { className: "muted small", textContent: "No adapters are loaded." }));
-      return;
-    }
-    const head = ["name", "where", "in use", ""].map((text) => el("th", { scope: "col", textContent: text }));
-    const rows = data.map((one) => this.#row(one));
-    const parts = [el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)];
-    this.#adapters.replaceChildren(el("table", { className: "loaded" }, ...parts));
-  }
-
-  #row({ name, kind, tier, version, pinned, in_use: inUse }) {
-    const details = kind === "adapter" ? `version ${version}` : kind;
-    const where = tier ? el("span", { className: `tier ${tier}`, textContent: tier }) : "";
-    return el("tr", {},
-      el("th", { scope: "row" }, name, el("span", { className: "muted small block", textContent: details })),
-      el("td", {}, where),
-      el("td", { className: "number", textContent: inUse || "–" }),
-      el("td", {}, kind === "residual" ? "" : this.#pin(name, pinned)));
-  }
-
-  #pin(name, pinned) {
-    const button = el("button", { type: "button", className: "small", textContent: pinned ? "pinned" : "pin" });
-    button.setAttribute("aria-pressed", String(pinned));
-    button.setAttribute("aria-label", `Pin ${name}`);
-    button.addEventListener("click", async () => {
-      try {
-        await setPinned(name, !pinned);
-        announce(`${name} is ${pinned ? "no longer pinned" : "pinned"}`);
-      } catch (error) {
-        this.onError(error.message);
-      }
-      button.blur();
-      this.askAdaptersNow();
-    });
-    return button;
   }
 
   #showStats(now) {

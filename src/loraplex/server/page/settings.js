@@ -8,13 +8,28 @@ const LARGEST_SEED = 2 ** 31;
 export function readSettings() {
   return {
     // Nothing is the server's default, which is the model's.
-    temperature: byId("temperature").value === "" ? null : number("temperature", "Temperature"),
-    maxTokens: number("max-tokens", "Most tokens"),
-    // One seed for all sides, and told, so that an answer can be had again.
-    seed: byId("seed").value === "" ? Math.floor(Math.random() * LARGEST_SEED) : number("seed", "Seed"),
+    temperature: optional("temperature", "Temperature"),
+    topP: optional("top-p", "Top p"),
+    maxTokens: number("max-tokens", "Max tokens"),
+    // One seed for all columns, and told, so that an answer can be had again.
+    seed: optional("seed", "Seed") ?? Math.floor(Math.random() * LARGEST_SEED),
     system: byId("system").value.trim(),
+    stop: byId("stop-texts").value.split("\n").filter(Boolean).map(unescaped),
+    schema: schema(),
     capture: byId("capture").checked ? captureAsked() : null,
   };
+}
+
+/** Fill the fields with what an answer was asked with. */
+export function writeSettings(asked) {
+  const put = (id, value) => { byId(id).value = value ?? ""; };
+  put("temperature", asked.temperature);
+  put("top-p", asked.topP);
+  put("max-tokens", asked.maxTokens);
+  put("seed", asked.seed);
+  put("system", asked.system);
+  put("stop-texts", asked.stop.map(escaped).join("\n"));
+  put("schema", asked.schema ? JSON.stringify(asked.schema, null, 2) : "");
 }
 
 /** The API's capture_attention. */
@@ -40,6 +55,27 @@ export function parseLayers(text) {
   if (!layers.size) throw new Error(`Layers: “${text}” names no layer.`);
   return [...layers].sort((a, b) => a - b);
 }
+
+function schema() {
+  const text = byId("schema").value.trim();
+  if (!text) return null;
+  let found;
+  try {
+    found = JSON.parse(text);
+  } catch (error) {
+    throw new Error(`JSON schema: ${error.message}.`, { cause: error });
+  }
+  if (typeof found !== "object" || !found || Array.isArray(found)) {
+    throw new Error('JSON schema: give an object, such as {"type": "object"}.');
+  }
+  return found;
+}
+
+// A stop text stands in one line, so line breaks and tabs are written \n and \t.
+const unescaped = (text) => text.replace(/\\([nt\\])/g, (_, sign) => ({ n: "\n", t: "\t", "\\": "\\" })[sign]);
+const escaped = (text) => text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n").replaceAll("\t", "\\t");
+
+const optional = (id, name) => (byId(id).value === "" && byId(id).validity.valid ? null : number(id, name));
 
 function number(id, name) {
   const field = byId(id);

@@ -41,11 +41,12 @@ def _library(http: Request) -> AdapterLibrary:
     return AdapterLibrary(http)
 
 
-@router.get("/v1/adapters", responses=documented("What is loaded.", 401, 429, required=("object", "data")))
+@router.get("/v1/adapters", responses=documented("What is loaded.", 401, 429, required=("object", "data", "may_load")))
 async def list_adapters(http: Request) -> Response:
-    """Adapters, mixtures and residuals with their state, as far as this key may use them."""
-    data: list[dict[str, Any]] = _library(http).states()
-    return json_response({"object": "list", "data": data})
+    """Adapters, mixtures and residuals with their state, as far as this key may use them; whether it may load more."""
+    library = _library(http)
+    data: list[dict[str, Any]] = library.states()
+    return json_response({"object": "list", "data": data, "may_load": library.may_load})
 
 
 @router.post("/v1/adapters", responses=documented("Loaded.", 400, 401, 403, 404, 409, 429, required=_STATE))

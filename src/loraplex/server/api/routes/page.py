@@ -19,7 +19,9 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
 }
+_FOLDERS = ("", "vendor/")  # of others' files, with their licences
 # Only its own files; no script or style in the text of a page; no frames, no forms that go elsewhere.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -47,11 +49,13 @@ class PageFile:
 def page_files() -> dict[str, PageFile]:
     """All files by their names, read once: no path that a client sends is ever opened."""
     found = {}
-    for file in files("loraplex.server").joinpath("page").iterdir():
-        suffix = file.name[file.name.rfind(".") :]
-        if suffix in _TYPES:
-            content = file.read_bytes()
-            found[file.name] = PageFile(content, _TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    for folder in _FOLDERS:
+        for file in files("loraplex.server").joinpath(f"page/{folder}").iterdir():
+            suffix = file.name[file.name.rfind(".") :]
+            if suffix in _TYPES:
+                content = file.read_bytes()
+                etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+                found[folder + file.name] = PageFile(content, _TYPES[suffix], etag)
     return found
 
 
@@ -61,7 +65,7 @@ async def page(http: Request) -> Response:
     return _sent("index.html", http)
 
 
-@router.get("/page/{name}", include_in_schema=False)
+@router.get("/page/{name:path}", include_in_schema=False)
 async def page_file(name: str, http: Request) -> Response:
     """What the page is made of."""
     return _sent(name, http)
