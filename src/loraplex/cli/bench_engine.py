@@ -13,10 +13,12 @@ from loraplex.bench.decode import SIDES, DecodeBench, run_decode
 from loraplex.bench.load import LoadBench, run_load
 from loraplex.bench.prefix import PrefixBench, run_prefix
 from loraplex.bench.report import console, print_table, save_json
+from loraplex.cli.help import Command, make_group
 
-engine_app = typer.Typer(
+engine_app = make_group(
+    "Speeds of the engine, and its endurance. Without a command: all of them, as small as they are by default.",
     invoke_without_command=True,
-    help="Speeds of the engine, and its endurance. Without a command: all of them, as small as they are by default.",
+    no_args_is_help=False,
 )
 
 Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, a hub id, or tiny (random weights).")]
@@ -36,7 +38,7 @@ def engine(context: typer.Context) -> None:
         churn()
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def decode(
     model: Model = "smollm2-135m",
     case: Annotated[list[str] | None, typer.Option(help="DTYPE:ROWS; repeat.")] = None,
@@ -77,7 +79,7 @@ def decode(
     )
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def prefix(
     model: Model = "smollm2-135m",
     dtype: Dtype = "bfloat16",
@@ -106,7 +108,7 @@ def prefix(
     _save(output, "engine_prefix", asdict(bench), results)
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def load(
     model: Model = "smollm2-135m",
     dtype: Dtype = "bfloat16",
@@ -160,7 +162,7 @@ def load(
     _save(output, "engine_load", asdict(bench), results)
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def churn(
     model: Model = "tiny",
     requests: Annotated[int | None, typer.Option(help="Of random adapters, links and a mixture.")] = None,

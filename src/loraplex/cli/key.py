@@ -5,15 +5,16 @@ from typing import Annotated
 
 import typer
 
+from loraplex.cli.help import Command, make_group
 from loraplex.server.auth.keys import KeyFile
 
-key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys of `loraplex serve`.")
+key_app = make_group("Make, list and revoke API keys of `loraplex serve`.")
 
 KeysFile = Annotated[Path, typer.Option("--keys-file", help="The file of keys.")]
 Limit = Annotated[int | None, typer.Option(min=1, show_default=False)]
 
 
-@key_app.command()
+@key_app.command(cls=Command)
 def create(
     keys_file: KeysFile,
     note: Annotated[str, typer.Option(help="Whose key it is.")] = "",
@@ -53,14 +54,14 @@ def create(
     typer.echo(f"key {record.id} was added to {keys_file}", err=True)
 
 
-@key_app.command("list")
+@key_app.command("list", cls=Command)
 def list_keys(keys_file: KeysFile) -> None:
     """Print what every key may do, as JSON lines; never the keys or their hashes."""
     for record in KeyFile(keys_file).records():
         typer.echo(record.model_dump_json(exclude={"salt", "hash"}))
 
 
-@key_app.command()
+@key_app.command(cls=Command)
 def revoke(key_id: Annotated[str, typer.Argument(help="Its id, as `list` shows it.")], keys_file: KeysFile) -> None:
     """Make a key invalid; a running server sees it within a second."""
     record = KeyFile(keys_file).revoke(key_id)

@@ -11,15 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
-from loraplex.models.multi_lora import MultiLoraModel
 
-if TYPE_CHECKING:  # what it imports takes seconds, and only training shows results
+if TYPE_CHECKING:  # what these import takes seconds
+    from loraplex.models.multi_lora import MultiLoraModel
     from loraplex.training import TrainResult
 
 _MAX_NUMBERS = 10_000
 
 Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")]
-Load = Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")]
+Load = Annotated[
+    list[str],
+    typer.Option(help="NAME=FOLDER, or hub id, of an adapter, a residual or a mixture to load; repeat."),
+]
+LoadAll = Annotated[Path | None, typer.Option(help="Load every adapter folder below this one, by its name.")]
+LoadMixture = Annotated[list[str], typer.Option(help="NAME=FOLDER, or hub id, of a mixture to load; repeat.")]
 IgnoreUnknown = Annotated[
     bool,
     typer.Option("--ignore-unknown", help="Leave out settings of adapters that are not known; the default refuses."),
@@ -59,10 +64,38 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(found) if not is_leftover(path.parent)}
 
 
-def load_adapters(model: MultiLoraModel, load: Sequence[str]) -> None:
+def load_adapters(model: "MultiLoraModel", load: Sequence[str]) -> None:
     """What --load names."""
     for name, folder in named_values(load, "--load").items():
-        model.load_adapter(name, folder)
+        load_folder(model, name, folder)
+
+
+def load_named(
+    model: "MultiLoraModel",
+    load: Sequence[str],
+    load_all: Path | None,
+    load_mixture: Sequence[str],
+    *,
+    ignore_unknown: bool = False,
+) -> None:
+    """Load what the options name; one of `load` goes before a folder of the same name."""
+    folders = {} if load_all is None else {name: str(path) for name, path in adapters_in(load_all).items()}
+    for name, folder in {**folders, **named_values(load, "--load")}.items():
+        load_folder(model, name, folder, ignore_unknown=ignore_unknown)
+    for name, folder in named_values(load_mixture, "--load-mixture").items():
+        model.load_mixture(name, folder)
+
+
+def load_folder(model: "MultiLoraModel", name: str, source: str, *, ignore_unknown: bool = False) -> None:
+    """Load an adapter, a residual or a mixture, by what the folder holds; of the hub, an adapter."""
+    from loraplex.routers.folder import is_router_folder  # imports torch
+    from loraplex.xlora.formats.folders import is_mixture_folder
+
+    folder = Path(source).expanduser()
+    if is_router_folder(folder) or is_mixture_folder(folder):
+        model.load_mixture(name, folder)
+    else:
+        model.load_adapter(name, source, ignore_unknown=ignore_unknown)
 
 
 def read_numbers(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from loraplex.cli.errors import quiet_transformers
+from loraplex.cli.errors import quiet_libraries
 from loraplex.cli.options import named_values
 from loraplex.errors import ConfigError
 from loraplex.server.settings_sources import Option, as_toml, load_config, options
@@ -47,7 +47,7 @@ def serve(
         return
     from loraplex.server.lifecycle import run  # imports the web framework, and transformers
 
-    quiet_transformers()
+    quiet_libraries()
     run(settings)
 
 

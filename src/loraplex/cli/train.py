@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from loraplex.cli.errors import run
+from loraplex.cli.help import Command, make_group
 from loraplex.cli.job_options import READERS, make_job, merge_options, read_job_file
 from loraplex.cli.options import Model, Weights, results_table
 from loraplex.cli.train_mixture import mixture
@@ -18,7 +19,7 @@ from loraplex.errors import TrainingError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training import TrainConfig, TrainResult, train_adapters
 
-train_app = typer.Typer(no_args_is_help=True, help="Train adapters, or mixtures of them, on a frozen base model.")
+train_app = make_group("Train adapters, or mixtures of them, on a frozen base model.")
 
 Setting = list[str] | None
 
@@ -33,10 +34,10 @@ def train() -> None:
     _log_to_terminal()
 
 
-train_app.command()(mixture)
+train_app.command(cls=Command)(mixture)
 
 
-@train_app.command()
+@train_app.command(cls=Command)
 def adapters(
     context: typer.Context,
     model: Model,
