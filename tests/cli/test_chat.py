@@ -156,14 +156,18 @@ def test_an_interrupt_ends_the_answer_and_nothing_else(local: LocalChat, monkeyp
 
 def test_an_interrupt_waits_for_the_end_of_a_step_and_a_second_one_does_not() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
-        signal.raise_signal(signal.SIGINT)
-        done.append("first")
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        done.append("second")
-    assert done == ["first"]
+
+    def step(interrupts: int) -> None:
+        with deferred_interrupt():
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            done.append(interrupts)
+
+    for interrupts in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            step(interrupts)
+    step(0)
+    assert done == [1, 0]
 
 
 def test_several_lines_in_quotes_are_one_question(local: LocalChat, tmp_path: Path) -> None:
@@ -229,7 +233,7 @@ def test_a_server_that_is_not_there_or_refuses_is_an_error(server: Running) -> N
     with pytest.raises(RemoteError, match="can't be reached"):
         RemoteChat("http://127.0.0.1:9")
     remote = RemoteChat(server.url)
-    with pytest.raises(RemoteError, match="answers 404: .*nope"):
+    with pytest.raises(RemoteError, match=r"answers 404: .*nope"):
         list(remote.answer(Turn(messages=[{"role": "user", "content": "x"}], adapters="nope")))
     remote.close()
 
@@ -247,7 +251,7 @@ def test_leaving_a_servers_answer_ends_it_there(server: Running) -> None:
 
 
 def test_text_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[2J\tb\r\n\x9bc") == "a\N{REPLACEMENT CHARACTER}[2J\tb\N{REPLACEMENT CHARACTER}\n\N{REPLACEMENT CHARACTER}c"
+    assert printable("a\x1b[2J\tb\r\n\x9bc").replace("\N{REPLACEMENT CHARACTER}", "?") == "a?[2J\tb?\n?c"
 
 
 @pytest.fixture(scope="module")
@@ -305,5 +309,3 @@ def test_torch_is_not_imported_to_talk_to_a_server() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[:2] == ["RemoteError", "[]"], found.stderr
-
-

@@ -20,7 +20,7 @@ COMMANDS = {
     ),
     "generate": ("Answer prompts together, each through its own adapters.", "loraplex.cli.generate:generate"),
     "inspect": (
-        "Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates.",
+        "Describe an adapter, a residual, a mixture or a link: what it is made of, its size, and how strong it is.",
         "loraplex.cli.inspect:inspect",
     ),
     "convert": (

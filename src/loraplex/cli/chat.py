@@ -9,7 +9,7 @@ from loraplex.cli.chatting.session import Session
 from loraplex.cli.chatting.terminal import Terminal
 from loraplex.cli.chatting.turns import BASE, ChatModel
 from loraplex.cli.help import sections
-from loraplex.cli.options import Device, Dtype, Load, LoadAll, LoadMixture, Model, Weights
+from loraplex.cli.options import ApiKey, Device, Dtype, Load, LoadAll, LoadMixture, Model, Weights
 from loraplex.cli.sampling import MaxTokens, MinP, SamplingSeed, Stop, System, Temperature, TopK, TopP, given_sampling
 from loraplex.environment import cache_folder
 from loraplex.errors import ConfigError
@@ -31,9 +31,7 @@ def chat(
     url: Annotated[
         str | None, typer.Option(help="Address of a server with OpenAI's API, in the place of a model here.")
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="API key, if the server wants one.")
-    ] = None,
+    api_key: ApiKey = None,
     served_name: Annotated[
         str | None, typer.Option(help="What the server calls the base model; by default it is asked.")
     ] = None,
@@ -77,7 +75,9 @@ def _remote(context: typer.Context, url: str, api_key: str | None, served_name: 
     for name in _LOCAL:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(f"--{name.replace('_', '-')} is for a model here, but --url names a server. Leave it out.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for a model here, but --url names a server. Leave it out."
+            )
     return RemoteChat(url, api_key=api_key, model=served_name)
 
 

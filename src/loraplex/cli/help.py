@@ -12,7 +12,6 @@ from loraplex.cli.wording import errors_in_flags
 Function = TypeVar("Function", bound=Callable[..., Any])
 _KINDS = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 _KIND = re.compile(r"<(?:list\[)?(\w+)(?: range)?\]?>")
-_SWITCH = re.compile(r"\[default: (no-)?[a-z-]+\]")
 _ATTRIBUTE = "help_sections"
 
 
@@ -28,8 +27,8 @@ def sections(**titles: str) -> Callable[[Function], Function]:
 
 def make_group(help: str, **settings: Any) -> typer.Typer:
     """A group of commands; add them with `group.command(cls=Command)`."""
-    settings = {"no_args_is_help": True, "cls": Group} | settings
-    return typer.Typer(help=help, add_completion=False, rich_markup_mode=None, **settings)
+    chosen: dict[str, Any] = {"no_args_is_help": True, "cls": Group} | settings
+    return typer.Typer(help=help, add_completion=False, rich_markup_mode=None, **chosen)
 
 
 class Command(TyperCommand):
@@ -59,7 +58,9 @@ class Group(TyperGroup):
         """As the parent's, but with the whole line of each command."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (command.help or "").partition("\n")[0]) for name, command in commands if command])
+            formatter.write_dl(
+                [(name, (command.help or "").partition("\n")[0]) for name, command in commands if command]
+            )
 
 
 def _write_options(command: Any, context: Any, formatter: Any) -> None:
@@ -88,6 +89,7 @@ def _flag(parameter: Any, shown: str) -> str:
 
 def _told(parameter: Any, text: str) -> str:
     """What an option does; of a switch with two flags, whether it is on by default."""
-    if not getattr(parameter, "secondary_opts", None):
-        return text
-    return _SWITCH.sub(lambda match: f"[default: {'off' if match[1] else 'on'}]", text)
+    for flags, state in ((parameter.opts, "on"), (getattr(parameter, "secondary_opts", []), "off")):
+        for flag in flags:
+            text = text.replace(f"[default: {flag.lstrip('-')}]", f"[default: {state}]")
+    return text

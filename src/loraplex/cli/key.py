@@ -11,7 +11,22 @@ from loraplex.server.auth.keys import KeyFile
 key_app = make_group("Make, list and revoke API keys of `loraplex serve`.")
 
 KeysFile = Annotated[Path, typer.Option("--keys-file", help="The file of keys.")]
-Limit = Annotated[int | None, typer.Option(min=1, show_default=False)]
+
+RequestsPerMinute = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Requests that it may send in a minute. By default no limit."),
+]
+TokensPerMinute = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Tokens, read and written, in a minute. By default no limit."),
+]
+MaxConcurrent = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Requests of it that may be open at once. By default no limit."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, show_default=False, help="New tokens of an answer at most. By default no limit.")
+]
 
 
 @key_app.command(cls=Command)
@@ -26,10 +41,10 @@ def create(
     ] = None,
     manage: Annotated[bool, typer.Option("--manage", help="It may use, load and see everything.")] = False,
     base: Annotated[bool, typer.Option("--base/--no-base", help="It may use the base model.")] = True,
-    requests_per_minute: Limit = None,
-    tokens_per_minute: Limit = None,
-    max_concurrent: Limit = None,
-    max_new_tokens: Limit = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    max_concurrent: MaxConcurrent = None,
+    max_new_tokens: MaxNewTokens = None,
     max_priority: Annotated[int, typer.Option(help="Highest priority that it may ask for.")] = 0,
     shared_prefixes: Annotated[
         bool, typer.Option("--shared-prefixes", help="Share the prefix cache with other such keys.")

@@ -31,7 +31,7 @@ IgnoreUnknown = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base model: float32, bfloat16, float16 or auto: its own.")]
 Weights = Annotated[str, typer.Option(help="int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")]
 LinkName = Annotated[str, typer.Argument(help='Adapters and weights: "a", "a:0.7+b:0.3".')]
 LinkedAdapters = Annotated[
@@ -40,8 +40,11 @@ LinkedAdapters = Annotated[
         "--load", "--adapter", help="NAME=FOLDER, or hub id, of each LoRA adapter that the link names; repeat."
     ),
 ]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="API key, if the server wants one.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 
 
 def named_values(options: Sequence[str], flag: str) -> dict[str, str]:

@@ -12,8 +12,10 @@ Temperature = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        min=0.0, max=1.0, help="Sample among the likeliest tokens that have this probability together. By default the "
-        "model's, else 1: among all."
+        min=0.0,
+        max=1.0,
+        help="Sample among the likeliest tokens that have this probability together. By default the "
+        "model's, else 1: among all.",
     ),
 ]
 TopK = Annotated[
@@ -23,8 +25,9 @@ TopK = Annotated[
 MinP = Annotated[
     float | None,
     typer.Option(
-        min=0.0, max=1.0, help="Leave out tokens below this share of the likeliest one's probability. By default the "
-        "model's, else 0."
+        min=0.0,
+        max=1.0,
+        help="Leave out tokens below this share of the likeliest one's probability. By default the model's, else 0.",
     ),
 ]
 SamplingSeed = Annotated[

@@ -23,7 +23,7 @@ Event = tuple[int, Delta | RequestResult | LoraplexError]  # a row's number, and
 def answers_as_json(row: Row, result: RequestResult) -> list[dict[str, Any]]:
     """One object for each answer."""
     auto = result.auto
-    choice = {"adapters": None if row.adapters == BASE else row.adapters}
+    choice: dict[str, Any] = {"adapters": None if row.adapters == BASE else row.adapters}
     if auto is not None:
         choice = {"adapters": auto.name, "auto_score": auto.score}
     return [
@@ -56,9 +56,7 @@ def _shown_choice(row: Row, result: RequestResult) -> str:
     return row.adapters if result.auto is None else f"{row.adapters}: {result.auto.name or BASE}"
 
 
-def write_json_lines(
-    events: Iterable[Event], row_of: Callable[[int], Row | None], told: Callable[[str], str]
-) -> int:
+def write_json_lines(events: Iterable[Event], row_of: Callable[[int], Row | None], told: Callable[[str], str]) -> int:
     """A line for each answer, with all that its row's record holds; returns how many rows failed.
 
     A row that failed has a line with "error" in the place of its answers, its message as `told` has it.

@@ -39,7 +39,9 @@ class Row:
     def _prompt(self, system: str | None, raw: bool) -> str | list[Mapping[str, Any]]:
         if isinstance(self.prompt, str) and raw:
             return self.prompt
-        messages = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else [*self.prompt]
+        messages: list[Mapping[str, Any]] = (
+            [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else [*self.prompt]
+        )
         has_own = any(message.get("role") == "system" for message in messages)
         return messages if system is None or has_own else [{"role": "system", "content": system}, *messages]
 
