@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from loraplex.cli.chatting.terminal import Terminal, printable
 from loraplex.cli.chatting.turns import BASE, ChatModel, Turn
 from loraplex.environment import cache_folder
 from loraplex.errors import ConfigError, RemoteError
+from tests.cli.pseudo_terminal import Dialogue
 from tests.server.tiny_server import Running, character_tokenizer, make_model, running, settings, write_adapters
 from tests.tiny_models import tiny_model
 
@@ -232,6 +234,8 @@ def test_adapters_are_loaded_here_and_on_a_server(local: LocalChat, server: Runn
 def test_a_server_that_is_not_there_or_refuses_is_an_error(server: Running) -> None:
     with pytest.raises(RemoteError, match="can't be reached"):
         RemoteChat("http://127.0.0.1:9")
+    with pytest.raises(RemoteError, match="must begin with http"):
+        RemoteChat("file:///etc/passwd")
     remote = RemoteChat(server.url)
     with pytest.raises(RemoteError, match=r"answers 404: .*nope"):
         list(remote.answer(Turn(messages=[{"role": "user", "content": "x"}], adapters="nope")))
@@ -244,10 +248,10 @@ def test_leaving_a_servers_answer_ends_it_there(server: Running) -> None:
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     end = time.monotonic() + 20
-    while (answer := remote._http.get(f"{server.url}/load").json())["server_load"] and time.monotonic() < end:
-        time.sleep(0.05)
-    assert answer["server_load"] == 0
-    remote.close()
+    with server.http() as http:
+        while (load := http.get("/load").json()["server_load"]) and time.monotonic() < end:
+            time.sleep(0.05)
+    assert load == 0
 
 
 def test_text_cannot_steer_the_terminal() -> None:
@@ -279,8 +283,6 @@ def test_what_is_for_a_model_here_is_refused_beside_a_server() -> None:
 
 @pytest.mark.slow
 def test_a_real_terminal_shows_answers_and_takes_ctrl_c(folder: Path, tmp_path: Path) -> None:
-    from tests.cli.pseudo_terminal import Dialogue
-
     program = "from loraplex.cli.app import app; app()"
     command = [sys.executable, "-c", program, "chat", "--model", str(folder), "--max-tokens", "200000"]
     for folder_of_cache in ("kernels", "tuning"):
@@ -299,8 +301,6 @@ def test_a_real_terminal_shows_answers_and_takes_ctrl_c(folder: Path, tmp_path: 
 
 
 def test_torch_is_not_imported_to_talk_to_a_server() -> None:
-    import subprocess
-
     program = (
         "import sys\nfrom loraplex.cli.app import cli\n"
         "try:\n    cli(['chat', '--url', 'http://127.0.0.1:9'], standalone_mode=False)\n"

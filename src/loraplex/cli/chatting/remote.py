@@ -1,19 +1,28 @@
-"""A server with OpenAI's API: loraplex's, or another."""
+"""A server with OpenAI's API, loraplex's or another. By the standard library: the base install has no HTTP client."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import httpx
+from http.client import HTTPException, HTTPResponse
+from typing import Any, NoReturn
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from loraplex.cli.chatting.turns import BASE, Piece, Turn
 from loraplex.errors import RemoteError
-from loraplex.json_files import parse_json
+from loraplex.json_files import lines_of, parse_json
 
 _SHOWN = 500  # characters of an answer that isn't what it should be
-_CONNECT_S = 10.0
-_READ_S = 600.0  # without a token: a request may wait for its turn
+_WAIT_S = 600.0  # without a token: a request may wait for its turn
+_MAX_BYTES = 16 << 20  # of a list of models
 _MAX_ERROR_BYTES = 1 << 16
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The key is for the server that was named."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
 
 
 class RemoteChat:
@@ -22,8 +31,12 @@ class RemoteChat:
     def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
         """Raises RemoteError where the server can't be reached or lists no models."""
         self._url = url.rstrip("/").removesuffix("/v1")
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(headers=headers, timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S))
+        if not self._url.startswith(("http://", "https://")):
+            raise RemoteError(f"--url is {url!r}; it must begin with http:// or https://.")
+        self._headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._opener = build_opener(_NoRedirects())
         models = self._models()
         base = [entry["id"] for entry in models if entry.get("parent") is None and entry.get("kind") in (None, "base")]
         self._base = model or next(iter(base), None)  # None: this key may not use it
@@ -35,22 +48,22 @@ class RemoteChat:
             raise RemoteError(f"the base model of {self._url} may not be used. Name adapters: {_listed(self.names())}.")
         body = {"model": name, "messages": [*turn.messages], **turn.options}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with self._request("POST", "/v1/chat/completions", json=body) as response:
+        with self._request("/v1/chat/completions", body) as response:
             yield from _pieces(response, self._base)
 
     def names(self) -> Sequence[str]:
         return [str(entry["id"]) for entry in self._models() if entry["id"] != self._base]
 
     def load(self, name: str, folder: str) -> None:
-        with self._request("POST", "/v1/adapters", json={"name": name, "path": folder}) as response:
-            response.read()
+        with self._request("/v1/adapters", {"name": name, "path": folder}) as response:
+            response.read(_MAX_BYTES)
 
     def close(self) -> None:
-        self._http.close()
+        """Nothing is open between requests."""
 
     def _models(self) -> list[dict[str, Any]]:
-        with self._request("GET", "/v1/models") as response:
-            text = response.read().decode(errors="replace")
+        with self._request("/v1/models") as response:
+            text = response.read(_MAX_BYTES).decode(errors="replace")
         try:
             models = parse_json(text)["data"]
             if not all(isinstance(entry["id"], str) for entry in models):
@@ -60,21 +73,27 @@ class RemoteChat:
         return list(models)
 
     @contextmanager
-    def _request(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
-        """A response that is well. Raises RemoteError."""
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Iterator[HTTPResponse]:
+        """A response that is well; leaving the block closes its connection. Raises RemoteError."""
+        data = None if body is None else json.dumps(body).encode()
         try:
-            with self._http.stream(method, self._url + path, **content) as response:
-                if response.status_code != 200:
-                    raise RemoteError(f"{self._url}{path} answers {response.status_code}: {_reason(response)}")
+            request = Request(self._url + path, data=data, headers=self._headers)
+            with self._opener.open(request, timeout=_WAIT_S) as response:
                 yield response
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RemoteError(f"{self._url} can't be reached: {error or type(error).__name__}. Check --url.") from error
+        except HTTPError as error:
+            raise RemoteError(f"{self._url}{path} answers {error.code}: {_reason(error)}") from None
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: no address
+            self._unreachable(error)
+
+    def _unreachable(self, error: Exception) -> NoReturn:
+        why = getattr(error, "reason", None) or error or type(error).__name__
+        raise RemoteError(f"{self._url} can't be reached: {why}. Check --url.") from error
 
 
-def _pieces(response: httpx.Response, base: str | None) -> Iterator[Piece]:
+def _pieces(response: HTTPResponse, base: str | None) -> Iterator[Piece]:
     """Server-sent events up to `[DONE]`. Raises RemoteError."""
     finish_reason, num_tokens, chosen = None, None, None
-    for line in response.iter_lines():
+    for _, line in lines_of(response):
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or not data:
             continue
@@ -97,14 +116,9 @@ def _pieces(response: httpx.Response, base: str | None) -> Iterator[Piece]:
     yield Piece(num_tokens=num_tokens, finish_reason=finish_reason, chosen=chosen)
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(error: HTTPError) -> str:
     """What a refusal says, in the forms of OpenAI and FastAPI."""
-    content = b""
-    for part in response.iter_bytes():
-        content += part
-        if len(content) > _MAX_ERROR_BYTES:
-            break
-    text = content[:_MAX_ERROR_BYTES].decode(errors="replace")
+    text = error.read(_MAX_ERROR_BYTES).decode(errors="replace")
     try:
         body = parse_json(text)
         return _message(body.get("error") or body.get("detail") or body)
