@@ -27,7 +27,7 @@ def sections(**titles: str) -> Callable[[Function], Function]:
 
 def make_group(help: str, **settings: Any) -> typer.Typer:
     """A group of commands; add them with `group.command(cls=Command)`."""
-    chosen: dict[str, Any] = {"no_args_is_help": True, "cls": Group} | settings
+    chosen: dict[str, Any] = {"no_args_is_help": True, "cls": CommandGroup} | settings
     return typer.Typer(help=help, add_completion=False, rich_markup_mode=None, **chosen)
 
 
@@ -47,7 +47,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A group of commands, which is shown as they are."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

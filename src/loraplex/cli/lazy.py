@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from loraplex.cli.errors import quiet_libraries
-from loraplex.cli.help import Command, Group
+from loraplex.cli.help import Command, CommandGroup
 
 
 class LazyCommand(TyperCommand):
@@ -34,10 +34,10 @@ class LazyCommand(TyperCommand):
         return self.load().make_context(info_name, args, parent, **extra)
 
 
-def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[Group]:
+def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[CommandGroup]:
     """A group of commands by name, each with its line of help and its module:attribute."""
 
-    class LazyGroup(Group):
+    class LazyGroup(CommandGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             self.commands = {name: LazyCommand(name, *command) for name, command in commands.items()}

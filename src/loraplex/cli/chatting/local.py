@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from loraplex.cli.chatting.turns import BASE, Piece, Turn
+from loraplex.cli.chatting.turns import BASE, AnswerPiece, Turn
 from loraplex.cli.options import load_folder
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request
@@ -24,7 +24,7 @@ class LocalChat:
         self._engine = Engine(model)
         self._defaults: Mapping[str, Any] = sampling_defaults(model.base)
 
-    def answer(self, turn: Turn) -> Iterator[Piece]:
+    def answer(self, turn: Turn) -> Iterator[AnswerPiece]:
         adapters = None if turn.adapters == BASE else turn.adapters
         sampling = SamplingParams(**{**self._defaults, **turn.options})
         request_id = self._engine.add_request(Request(turn.messages, adapters=adapters, sampling=sampling))
@@ -39,7 +39,7 @@ class LocalChat:
                     num_tokens += len(delta.token_ids)
                     if delta.auto is not None:
                         chosen = delta.auto.name or BASE
-                    yield Piece(
+                    yield AnswerPiece(
                         text=delta.text,
                         chosen=chosen,
                         num_tokens=None if delta.finish_reason is None else num_tokens,

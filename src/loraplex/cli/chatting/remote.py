@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from loraplex.cli.chatting.turns import BASE, Piece, Turn
+from loraplex.cli.chatting.turns import BASE, AnswerPiece, Turn
 from loraplex.errors import RemoteError
 from loraplex.json_files import lines_of, parse_json
 
@@ -42,7 +42,7 @@ class RemoteChat:
         self._base = model or next(iter(base), None)  # None: this key may not use it
         self.title = f"{self._base or 'a server'} at {self._url}"
 
-    def answer(self, turn: Turn) -> Iterator[Piece]:
+    def answer(self, turn: Turn) -> Iterator[AnswerPiece]:
         name = self._base if turn.adapters == BASE else turn.adapters
         if name is None:
             raise RemoteError(f"the base model of {self._url} may not be used. Name adapters: {_listed(self.names())}.")
@@ -90,7 +90,7 @@ class RemoteChat:
         raise RemoteError(f"{self._url} can't be reached: {why}. Check --url.") from error
 
 
-def _pieces(response: HTTPResponse, base: str | None) -> Iterator[Piece]:
+def _pieces(response: HTTPResponse, base: str | None) -> Iterator[AnswerPiece]:
     """Server-sent events up to `[DONE]`. Raises RemoteError."""
     finish_reason, num_tokens, chosen = None, None, None
     for _, line in lines_of(response):
@@ -108,12 +108,12 @@ def _pieces(response: HTTPResponse, base: str | None) -> Iterator[Piece]:
                 auto = (choice.get("auto") or {}).get("model")
                 chosen = (BASE if auto == base else auto) or chosen
                 finish_reason = choice.get("finish_reason") or finish_reason
-                yield Piece(text=(choice.get("delta") or {}).get("content") or "", chosen=chosen)
+                yield AnswerPiece(text=(choice.get("delta") or {}).get("content") or "", chosen=chosen)
         except (ValueError, AttributeError, TypeError) as error:
             raise RemoteError(f"the server's stream can't be read: {data[:_SHOWN]}") from error
     if finish_reason is None:
         raise RemoteError("the server's answer was cut off.")
-    yield Piece(num_tokens=num_tokens, finish_reason=finish_reason, chosen=chosen)
+    yield AnswerPiece(num_tokens=num_tokens, finish_reason=finish_reason, chosen=chosen)
 
 
 def _reason(error: HTTPError) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.cli.chatting.terminal import QUOTES, Terminal
-from loraplex.cli.chatting.turns import BASE, ChatModel, Piece, Turn
+from loraplex.cli.chatting.turns import BASE, AnswerPiece, ChatModel, Turn
 from loraplex.errors import ConfigError, LoraplexError, OutputError, RequestError
 from loraplex.output_files import writing
 
@@ -97,7 +97,7 @@ class Session:
         """Answer the last question; one that can't be answered is taken back."""
         start = time.perf_counter()
         parts: list[str] = []
-        last = Piece()
+        last = AnswerPiece()
         try:
             with closing(self._model.answer(self._turn())) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
@@ -107,7 +107,7 @@ class Session:
                         self._terminal.show(text)
                     last = piece
         except KeyboardInterrupt:
-            last = Piece(finish_reason="stopped")
+            last = AnswerPiece(finish_reason="stopped")
         except LoraplexError:
             if parts:
                 self._terminal.show("\n")
@@ -189,7 +189,7 @@ def _names_of(choice: str) -> list[str]:
     return [part.partition(":")[0].strip() for part in choice.split("+")]
 
 
-def _told(last: Piece, seconds: float) -> str:
+def _told(last: AnswerPiece, seconds: float) -> str:
     """How an answer came about, in a line."""
     told = [] if last.chosen is None else [f"auto: {last.chosen}"]
     if last.num_tokens is not None:

@@ -17,7 +17,7 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class AnswerPiece:
     """What has been added to an answer."""
 
     text: str = ""
@@ -31,7 +31,7 @@ class ChatModel(Protocol):
 
     title: str
 
-    def answer(self, turn: Turn) -> Iterator[Piece]:
+    def answer(self, turn: Turn) -> Iterator[AnswerPiece]:
         """The answer as it is made; closing the iterator cancels it. Raises LoraplexError.
 
         An interrupt arrives as KeyboardInterrupt where it does no harm.

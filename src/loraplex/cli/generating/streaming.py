@@ -14,7 +14,7 @@ _PAUSE_S = 0.001  # while all requests wait for their adapters
 
 
 @dataclass(kw_only=True)
-class Progress:
+class RunningRow:
     """A row that was read, and what has come of it that nobody was told yet."""
 
     index: int
@@ -31,8 +31,8 @@ def run_in_order(
     refuses, or was an error before, is an error in its place.
     """
     source = enumerate(requests)
-    rows: deque[Progress] = deque()  # those that nobody was told the end of
-    running: dict[str, Progress] = {}
+    rows: deque[RunningRow] = deque()  # those that nobody was told the end of
+    running: dict[str, RunningRow] = {}
     has_more = True
     while has_more or rows:
         while has_more and len(running) < max_running and len(rows) < WAITING * max_running:
@@ -40,7 +40,7 @@ def run_in_order(
             if row is None:
                 has_more = False
                 break
-            rows.append(Progress(index=row[0]))
+            rows.append(RunningRow(index=row[0]))
             _start(engine, row[1], rows[-1], running)
         if running:
             _step(engine, running)
@@ -54,7 +54,7 @@ def run_in_order(
             rows.popleft()
 
 
-def _start(engine: Engine, request: Request | LoraplexError, row: Progress, running: dict[str, Progress]) -> None:
+def _start(engine: Engine, request: Request | LoraplexError, row: RunningRow, running: dict[str, RunningRow]) -> None:
     try:
         if isinstance(request, LoraplexError):
             raise request
@@ -63,7 +63,7 @@ def _start(engine: Engine, request: Request | LoraplexError, row: Progress, runn
         row.result = error
 
 
-def _step(engine: Engine, running: dict[str, Progress]) -> None:
+def _step(engine: Engine, running: dict[str, RunningRow]) -> None:
     deltas = engine.step()
     for delta in deltas:
         running[delta.request_id].deltas.append(delta)
