@@ -119,7 +119,7 @@ def test_command_line_says_which_extra_a_command_needs() -> None:
     result = run_without("server", program="sys.argv[1:] = ['serve']; from loraplex.cli.app import app; app()")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "MissingExtraError: the server needs fastapi, uvicorn" in result.stderr
+    assert "Error: the server needs fastapi, uvicorn" in result.stderr
     assert "pip install 'loraplex[server]'" in result.stderr
 
 

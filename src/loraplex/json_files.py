@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from loraplex.errors import LoraplexError
 from loraplex.validation import quoted
@@ -59,14 +59,19 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file that aren't blank, with their numbers from 1 on. Raises OSError or ValueError."""
     with open_regular(file) as opened:
-        number = 0
-        while line := opened.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"line {number} has more than the {MAX_LINE_BYTES} bytes that are read")
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield number, text
+        yield from lines_of(opened)
+
+
+def lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """The same of what is open already, a pipe perhaps, each line as it comes."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {number} has more than the {MAX_LINE_BYTES} bytes that are read")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
+            yield number, text
 
 
 def read_json(file: Path, *, finite: bool = True, max_bytes: int = MAX_BYTES) -> Any:

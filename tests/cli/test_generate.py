@@ -12,13 +12,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from loraplex import MultiLoraModel, XLoraConfig
+from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams, XLoraConfig
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.bench.random_adapters import random_adapter, tiny_llama
 from loraplex.cli.app import cli
 from loraplex.cli.errors import run
-from loraplex.cli.generate import pair_rows
+from loraplex.cli.generating.rows import Row, pair_rows, read_rows
+from loraplex.cli.generating.streaming import WAITING, run_in_order
 from loraplex.cli.options import named_values
+from loraplex.engine.request import RequestResult
 from loraplex.errors import AdapterNotFoundError, BaseModelError, RequestError
 from loraplex.residual.format import write_residual
 from loraplex.residual.modules import BaseFingerprint, SteeringVector
@@ -37,7 +39,7 @@ runner = CliRunner()
     ],
 )
 def test_prompts_and_adapters_become_rows(prompts, adapters, rows):
-    assert pair_rows(prompts, adapters) == rows
+    assert [(row.prompt, row.adapters) for row in pair_rows(prompts, adapters)] == rows
 
 
 def test_unequal_numbers_of_prompts_and_adapters_are_refused():
@@ -79,10 +81,10 @@ def invoke(folder, *arguments):
     return json.loads(result.stdout)
 
 
-def answer(model, prompt, adapters):
+def answer(model, prompt, adapters, max_tokens=8):
     """By transformers' generate, alone."""
     ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    options = {"do_sample": False, "max_new_tokens": 8}
+    options = {"do_sample": False, "max_new_tokens": max_tokens}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), adapters=[adapters], **options)
     return model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
@@ -130,6 +132,108 @@ def test_stop_texts_end_an_answer_before_them(folder):
     (stopped,) = invoke(folder, "--stop", stop, "w5 w6")
     assert stopped["text"] == whole["text"][: whole["text"].index(stop)].strip()
     assert stopped["finish_reason"] == "stop"
+
+
+def test_standard_input_is_a_prompt_and_its_answer_the_output(folder):
+    (whole,) = invoke(folder, "w5 w6 w7")
+    arguments = ["--model", str(folder / "model"), "--raw", "--max-tokens", "8", "--temperature", "0"]
+    for prompts in ([], ["-"]):
+        result = runner.invoke(cli, ["generate", *arguments, *prompts], input="w5 w6 w7\n")
+        assert (result.exit_code, result.stdout) == (0, whole["text"] + "\n"), result.output
+
+
+def test_streamed_rows_are_the_rows_in_their_order(folder):
+    choices = ["none", "a", "b", "a:0.7+b:0.3"]
+    arguments = [word for choice in choices for word in ("--adapters", choice)]
+    whole = invoke(folder, *arguments, "-n", "2", "w5 w6 w7")
+    model = ["--model", str(folder / "model"), "--load-all", str(folder / "adapters"), "--raw", "--max-tokens", "8"]
+    command = ["generate", *model, "--temperature", "0", "-n", "2", *arguments, "--stream", "w5 w6 w7"]
+    result = runner.invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    blocks = result.stdout.strip().split("\n\n")
+    assert blocks == [f"{found['adapters'] or 'none'}  w5 w6 w7\n{found['text']}" for found in whole]
+    lines = runner.invoke(cli, [*command, "--json"]).stdout.splitlines()
+    assert [json.loads(line) for line in lines] == whole
+
+
+def test_rows_of_json_lines_are_answered_in_order_with_all_that_they_have(folder, tmp_path):
+    choices = [None, "a", "b", "a:0.5+b"]
+    rows = [
+        {"prompt": f"w{5 + i % 9} w{6 + i}", "id": i, "max_tokens": 1 + i % 7, "adapters": choices[i % 4]}
+        for i in range(40)
+    ]
+    rows[7] = {"prompt": "w5", "adapters": "nope"}
+    rows[9] = {"prompt": "w5", "temperature": -1}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*map(json.dumps, rows), "no row"]) + "\n")
+    model = ["--model", str(folder / "model"), "--load-all", str(folder / "adapters"), "--raw", "--temperature", "0"]
+    for source, text in ((str(file), None), ("-", file.read_text())):
+        result = runner.invoke(cli, ["generate", *model, "--input", source], input=text)
+        assert result.exit_code == 1  # of the rows that failed
+        *lines, last = [json.loads(line) for line in result.stdout.splitlines()]
+        assert ":41 is not JSON" in last["error"]
+        assert {**lines[7], "error": ""} == {**rows[7], "error": ""}
+        assert lines[7]["error"].endswith("Load it first: --load nope=FOLDER.")
+        assert "temperature is -1" in lines[9]["error"]
+        good = [i for i in range(40) if i not in (7, 9)]
+        assert [{**lines[i], **rows[i]} for i in good] == [lines[i] for i in good]
+        assert [lines[i]["num_tokens"] <= 1 + i % 7 for i in good] == [True] * len(good)
+    multi = MultiLoraModel.from_pretrained(folder / "model")
+    for name in "ab":
+        multi.load_adapter(name, folder / "adapters" / name)
+    for i in (6, 13, 20, 27):  # the longest
+        assert lines[i]["text"] == answer(multi, rows[i]["prompt"], choices[i % 4], max_tokens=7)
+
+
+def test_rows_are_read_only_as_far_ahead_as_there_is_room(folder):
+    multi = MultiLoraModel.from_pretrained(folder / "model")
+    num_read = 0
+
+    def requests():
+        nonlocal num_read
+        for i in range(200):
+            num_read += 1
+            # The first row takes long; all others wait for it.
+            yield Request("w5 w6", sampling=SamplingParams(max_tokens=40 if i == 0 else 1, ignore_eos=True))
+
+    with Engine(multi, EngineConfig(max_running=2)) as engine:
+        events = run_in_order(engine, requests(), 2)
+        next(event for number, event in events if isinstance(event, RequestResult))
+        assert num_read <= 2 * WAITING + 2
+        rest = [number for number, event in events if isinstance(event, RequestResult)]
+    assert rest == list(range(1, 200))
+
+
+def test_a_conversation_is_answered_from_its_last_question(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}, {"messages": [*turns, turns[0]]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [row.prompt for row in read_rows(str(tmp_path / "rows.jsonl"), "none")]
+    assert found == [turns[:1], [*turns, turns[0]]]
+
+
+def test_a_system_message_stands_before_prompts_and_conversations_without_one():
+    options = {"max_tokens": 1}
+    system = {"role": "system", "content": "be brief"}
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "a"}]
+    asked = Row(prompt="a").request(options, system="be brief", raw=False)
+    assert asked.prompt == [system, {"role": "user", "content": "a"}]
+    assert Row(prompt=own).request(options, system="be brief", raw=False).prompt == own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--raw", "--system", "x", "w5"], "--system is a turn of a chat, but with --raw"),
+        (["--input", "nowhere.jsonl"], "--input 'nowhere.jsonl' is no file"),
+        (["--input", "-", "w5"], "leave out those of the command line"),
+        (["-", "-"], "one prompt only"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(arguments, message):
+    result = runner.invoke(cli, ["generate", "--model", "nowhere", *arguments], input="")
+    assert result.exit_code != 0
+    assert message in " ".join((result.output + str(result.exception)).split())
 
 
 def test_table_shows_every_answer(folder):
@@ -183,8 +287,7 @@ def test_error_is_shown_without_a_traceback(capsys):
         run(fail)
     assert stop.value.code == 1
     shown = capsys.readouterr().err
-    assert "AdapterNotFoundError" in shown
-    assert "adapter 'x' is not loaded" in shown
+    assert shown == "Error: adapter 'x' is not loaded\n"
     assert "Traceback" not in shown
 
 
@@ -196,12 +299,3 @@ def test_debug_variable_lets_the_traceback_through(monkeypatch):
 
     with pytest.raises(AdapterNotFoundError):
         run(fail)
-
-
-@pytest.mark.parametrize(
-    "command", [[], ["demo"], ["generate"], ["inspect"], ["train", "adapters"], ["bench", "engine", "churn"]]
-)
-def test_every_command_explains_itself(command):
-    result = runner.invoke(cli, [*command, "--help"])
-    assert result.exit_code == 0
-    assert "Usage" in result.output

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from loraplex.errors import CheckpointError
 from loraplex.training import TrainConfig, TrainResult, train_adapters
+from loraplex.training.core.checkpoint import FILE
+from loraplex.training.core.stopping import stop_requests
 from loraplex.training.core.train_state import TrainState
 from tests.tiny_models import tiny_model
 from tests.training.mixture.tiny_mixture import NAME
@@ -97,17 +100,9 @@ def test_interrupted_run_resumes_bit_for_bit(
 
 @pytest.mark.parametrize(("kind", "first"), [("adapters", "a"), ("mixture", NAME), ("router", ROUTER)])
 def test_killed_process_resumes_bit_for_bit(tmp_path: Path, kind: str, first: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.run_tiny", str(tmp_path), kind],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
-    )
+    process = start(tmp_path, kind)
     log = tmp_path / "out" / f"{first}.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_bytes().count(b"\n") > STEPS // 2):
-        assert process.poll() is None, "the process ended before it could be killed"
-        assert time.monotonic() < deadline, "the process has not come half way"
-        time.sleep(0.002)
+    wait_for_lines(process, log, STEPS // 2)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     lines = log.read_bytes().count(b"\n")
@@ -116,6 +111,57 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path, kind: str, first: st
     resumed = RUNS[kind](tmp_path, tmp_path / "out")
     assert log.read_bytes().count(b"\n") > lines
     assert_identical(resumed, RUNS[kind](tmp_path, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kind", ["adapters", pytest.param("mixture", marks=pytest.mark.slow)])
+def test_process_that_is_told_to_stop_saves_its_last_step_and_resumes_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    process = start(tmp_path, kind)
+    log = tmp_path / "out" / f"{NAME if kind == 'mixture' else 'a'}.jsonl"
+    wait_for_lines(process, log, STEPS // 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    # Nothing that was computed is lost: the checkpoint, written every 6 steps, knows of every line of the log.
+    kept, jobs = checkpoint_of(tmp_path / "out")
+    logs = [tmp_path / "out" / f"{name}.jsonl" for name in ("abc" if kind == "adapters" else [NAME])]
+    assert kept == [path.stat().st_size for path in logs]
+    assert jobs[0]["progress"]["step"] < STEPS, "stopped too late"
+    assert_identical(RUNS[kind](tmp_path, tmp_path / "out"), RUNS[kind](tmp_path, tmp_path / "whole"))
+
+
+def checkpoint_of(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
+    """The bytes of each log that the checkpoint counts, and the jobs' counters."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        found = json.loads(file.metadata()["loraplex_training"])
+    return found["log_bytes"], found["jobs"]
+
+
+def start(folder: Path, kind: str) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    command = [sys.executable, "-m", "tests.training.run_tiny", str(folder), kind]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def wait_for_lines(process: "subprocess.Popen[bytes]", log: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > count):
+        assert process.poll() is None, "the process ended before it could be stopped"
+        assert time.monotonic() < deadline, "the process has not come half way"
+        time.sleep(0.002)
+
+
+def test_a_program_that_takes_the_signals_itself_keeps_them() -> None:
+    mine = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        taken = signal.getsignal(signal.SIGTERM)
+        with stop_requests() as stop:
+            assert signal.getsignal(signal.SIGTERM) is taken
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("kind", ["adapters", "mixture"])

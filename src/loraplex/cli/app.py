@@ -1,18 +1,26 @@
 """The command `loraplex`."""
 
+from typing import Annotated
+
 import typer
 
+import loraplex as package
 from loraplex.cli.errors import run
+from loraplex.cli.help import make_group
 from loraplex.cli.lazy import lazy_group
 
 COMMANDS = {
+    "chat": (
+        "Talk to a model through adapters that you switch as you go, here or on a server.",
+        "loraplex.cli.chat:chat",
+    ),
     "demo": (
         "Show one batch of base, adapter, linked, residual and X-LoRA rows on a real model, with timings and quality.",
         "loraplex.cli.demo:demo",
     ),
     "generate": ("Answer prompts together, each through its own adapters.", "loraplex.cli.generate:generate"),
     "inspect": (
-        "Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates.",
+        "Describe an adapter, a residual, a mixture or a link: what it is made of, its size, and how strong it is.",
         "loraplex.cli.inspect:inspect",
     ),
     "convert": (
@@ -50,11 +58,25 @@ COMMANDS = {
     "bench": ("Measure on this machine.", "loraplex.cli.bench:bench_app"),
 }
 
-cli = typer.Typer(cls=lazy_group(COMMANDS), no_args_is_help=True, add_completion=False)
+cli = make_group(
+    "One frozen language model, any number of LoRA adapters, one forward pass.",
+    cls=lazy_group(COMMANDS),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loraplex {package.__version__}")
+        raise typer.Exit
 
 
 @cli.callback()
-def loraplex() -> None:
+def loraplex(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """One frozen language model, any number of LoRA adapters, one forward pass."""
 
 

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from loraplex.adapters.prompt_centroid import PromptCentroid, write_centroid
+from loraplex.cli.help import Command, make_group
 from loraplex.cli.options import Device, Dtype, Model, Raw, Weights, named_values
 from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.training.data.records import read_records
 
-auto_app = typer.Typer(no_args_is_help=True, help="Let prompts choose their adapters: adapters=auto.")
+auto_app = make_group("Let prompts choose their adapters: adapters=auto.")
 
 
 @auto_app.callback()
@@ -22,7 +23,7 @@ def auto() -> None:
     """Let prompts choose their adapters: adapters=auto."""
 
 
-@auto_app.command()
+@auto_app.command(cls=Command)
 def fit(
     data: Annotated[
         list[str],

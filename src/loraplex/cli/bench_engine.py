@@ -13,14 +13,16 @@ from loraplex.bench.decode import SIDES, DecodeBench, run_decode
 from loraplex.bench.load import LoadBench, run_load
 from loraplex.bench.prefix import PrefixBench, run_prefix
 from loraplex.bench.report import console, print_table, save_json
+from loraplex.cli.help import Command, make_group
 
-engine_app = typer.Typer(
+engine_app = make_group(
+    "Speeds of the engine, and its endurance. Without a command: all of them, as small as they are by default.",
     invoke_without_command=True,
-    help="Speeds of the engine, and its endurance. Without a command: all of them, as small as they are by default.",
+    no_args_is_help=False,
 )
 
 Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, a hub id, or tiny (random weights).")]
-Dtype = Annotated[str, typer.Option(help="Of the base model.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base model.")]
 Rounds = Annotated[int | None, typer.Option(help="Runs of each side, in turn; medians are given.")]
 Full = Annotated[bool, typer.Option("--full", help="The long workload that the documentation's figures come from.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file for results, workload, machine and versions.")]
@@ -36,13 +38,15 @@ def engine(context: typer.Context) -> None:
         churn()
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def decode(
     model: Model = "smollm2-135m",
-    case: Annotated[list[str] | None, typer.Option(help="DTYPE:ROWS; repeat.")] = None,
-    side: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIDES)}; repeat. Default: all.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Of every row.")] = 32,
-    new_tokens: Annotated[int | None, typer.Option(help="Of every row.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="DTYPE:ROWS to measure; repeat.")] = None,
+    side: Annotated[
+        list[str] | None, typer.Option(help=f"Sides to measure, of {', '.join(SIDES)}; repeat. Default: all.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of every row's prompt.")] = 32,
+    new_tokens: Annotated[int | None, typer.Option(help="New tokens of every row.")] = None,
     rounds: Rounds = None,
     full: Full = False,
     output: Output = None,
@@ -77,12 +81,12 @@ def decode(
     )
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def prefix(
     model: Model = "smollm2-135m",
     dtype: Dtype = "bfloat16",
-    prefix_tokens: Annotated[int | None, typer.Option(help="That all requests begin with.")] = None,
-    requests: Annotated[int | None, typer.Option(help="That share them.")] = None,
+    prefix_tokens: Annotated[int | None, typer.Option(help="Tokens that all requests begin with.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests that share them.")] = None,
     rounds: Rounds = None,
     full: Full = False,
     output: Output = None,
@@ -106,22 +110,22 @@ def prefix(
     _save(output, "engine_prefix", asdict(bench), results)
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def load(
     model: Model = "smollm2-135m",
     dtype: Dtype = "bfloat16",
-    adapters: Annotated[int | None, typer.Option(help="On disk, of ranks 4 to 32.")] = None,
-    host_adapters: Annotated[int | None, typer.Option(help="That fit into host memory.")] = None,
-    exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = 1.0,
-    seconds: Annotated[float | None, typer.Option(help="Of each stream, in all its turns.")] = None,
+    adapters: Annotated[int | None, typer.Option(help="Adapters on disk, of ranks 4 to 32.")] = None,
+    host_adapters: Annotated[int | None, typer.Option(help="Adapters that fit into host memory.")] = None,
+    exponent: Annotated[float, typer.Option(help="Exponent of Zipf's law.")] = 1.0,
+    seconds: Annotated[float | None, typer.Option(help="Seconds of each stream, in all its turns.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Turns of each stream; the capacity is measured before.")] = None,
-    share: Annotated[float, typer.Option(help="Of the capacity that arrives.")] = 0.7,
+    share: Annotated[float, typer.Option(help="Share of the capacity that arrives.")] = 0.7,
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Chat files whose questions are the prompts, data/quantum/test.jsonl.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Of random prompts, without --prompts.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Of every request.")] = 32,
-    seed: Annotated[int, typer.Option()] = 0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of random prompts, without --prompts.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="New tokens of every request.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of what is random.")] = 0,
     full: Full = False,
     output: Output = None,
 ) -> None:
@@ -160,11 +164,11 @@ def load(
     _save(output, "engine_load", asdict(bench), results)
 
 
-@engine_app.command()
+@engine_app.command(cls=Command)
 def churn(
     model: Model = "tiny",
-    requests: Annotated[int | None, typer.Option(help="Of random adapters, links and a mixture.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    requests: Annotated[int | None, typer.Option(help="Requests to random adapters, links and a mixture.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is random.")] = 0,
     full: Full = False,
     output: Output = None,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loraplex.bench.report import console, print_table, save_json
+from loraplex.cli.options import ApiKey
 from loraplex.extras import require_extra
 
 OUTPUT = Path("runs/bench/serve.json")
@@ -19,25 +20,27 @@ _TIMES = {
 
 
 def serve_load(
-    url: Annotated[str, typer.Option(help="Of the server: loraplex, vLLM, LoRAX, ...")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="If needed.")] = None,
+    url: Annotated[
+        str, typer.Option(help="Address of the server: loraplex, vLLM, LoRAX, ...")
+    ] = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
     rate: Annotated[float | None, typer.Option(help="Requests/s. Default: --share of the measured capacity.")] = None,
-    share: Annotated[float, typer.Option(help="Of the capacity that arrives, without --rate.")] = 0.7,
+    share: Annotated[float, typer.Option(help="Share of the capacity that arrives, without --rate.")] = 0.7,
     flood: Annotated[int, typer.Option(help="Requests at once that measure the capacity, without --rate.")] = 96,
     seconds: Annotated[float, typer.Option(help="How long requests arrive.")] = 30,
     adapters: Annotated[
         str | None, typer.Option(help="Names or links, separated by commas. Default: what /v1/models lists.")
     ] = None,
-    exponent: Annotated[float, typer.Option(help="Of Zipf's law; 0: all adapters alike.")] = 1.0,
+    exponent: Annotated[float, typer.Option(help="Exponent of Zipf's law; 0: all adapters alike.")] = 1.0,
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Chat files whose questions are the prompts, data/quantum/test.jsonl.")
     ] = None,
-    prompt_words: Annotated[int, typer.Option(help="Of random prompts, without --prompts.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 32,
+    prompt_words: Annotated[int, typer.Option(help="Words of random prompts, without --prompts.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of an answer.")] = 32,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers of --max-tokens (loraplex, vLLM).")] = False,
     concurrency: Annotated[int, typer.Option(help="Requests open at once; more wait, which counts.")] = 512,
-    timeout_s: Annotated[float, typer.Option(help="Of a request, in seconds.")] = 120,
-    seed: Annotated[int, typer.Option()] = 0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 120,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals, adapters and prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="JSON file for results, workload, machine and versions.")] = OUTPUT,
 ) -> None:
     """Requests that arrive at random at a server for many adapters, by Zipf's law: throughput and waiting times."""

@@ -34,11 +34,14 @@ def convert(
         typer.Option(help="Base model, a folder or a hub id, of which only the config is read. GGUF needs it."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the factors: float32, bfloat16 or float16; default as is.")
+        str | None, typer.Option(help="Dtype of the factors: float32, bfloat16 or float16; default as is.")
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Of an MLX adapter, where its settings leave it open.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Scale of an MLX adapter, where its settings leave it open.")
+    ] = None,
     positions: Annotated[
-        str | None, typer.Option(help="Of pyreft's interventions, which were trained there: f7+l7, l1, prompt or all.")
+        str | None,
+        typer.Option(help="Positions of pyreft's interventions, which were trained there: f7+l7, l1, prompt or all."),
     ] = None,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:

@@ -74,7 +74,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="Folder of the domains' held-out questions.")] = Path("data"),
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions to judge in each domain.")] = 24,
     output: Annotated[Path, typer.Option(help="Folder for the picture of the mixture's scalings.")] = Path("runs/demo"),
-    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the base model.")] = "bfloat16",
     hints: Annotated[bool, typer.Option(help="Say at the end what to try next.")] = True,
 ) -> None:
     """Show one batch of base, adapter, linked, residual and X-LoRA rows on a real model, with timings and quality."""

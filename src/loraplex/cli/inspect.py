@@ -1,6 +1,7 @@
-"""`loraplex inspect`: what is in the folder of a LoRA or residual adapter."""
+"""`loraplex inspect`: what is in the folder of an adapter, a residual or a mixture, and what a link comes to."""
 
 import json as json_format
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,24 +12,48 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.inspect import AdapterReport, ModuleGroup, describe
-from loraplex.cli.options import IgnoreUnknown, summary_table
+from loraplex.cli.inspect_composite import render_composite
+from loraplex.cli.options import IgnoreUnknown, LinkedAdapters, named_values, summary_table
+from loraplex.models.mixture_report import CompositeReport, describe_link, describe_mixture
 from loraplex.residual.report import ResidualLayerReport, ResidualReport, describe_residual
 from loraplex.residual.sources import is_residual_source
+from loraplex.routers.folder import is_router_folder
 from loraplex.validation import listed
+from loraplex.xlora.formats.folders import is_mixture_folder
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A LoRA adapter in PEFT's format, or a residual adapter.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help='Folder of an adapter, a residual (or its .gguf) or a mixture; with --load a link: "a+b:0.3".'
+        ),
+    ],
+    load: LinkedAdapters = [],  # noqa: B006
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
-    """Describe an adapter: method, ranks, adapted modules, size, and the norms of its updates."""
-    is_residual = is_residual_source(folder)
-    report = describe_residual(folder) if is_residual else describe(folder, ignore_unknown=ignore_unknown)
+    """Describe an adapter, a residual, a mixture or a link: what it is made of, its size, and how strong it is."""
+    report = _describe(folder, named_values(load, "--load"), ignore_unknown=ignore_unknown)
     if json:
         typer.echo(json_format.dumps(report.as_json(), indent=2))
+    elif isinstance(report, CompositeReport):
+        Console().print(render_composite(report))
     else:
         Console().print(render_residual(report) if isinstance(report, ResidualReport) else render(report))
+
+
+def _describe(
+    source: str, link_adapters: Mapping[str, str], *, ignore_unknown: bool
+) -> AdapterReport | ResidualReport | CompositeReport:
+    if link_adapters:
+        return describe_link(source, link_adapters)
+    folder = Path(source)
+    if is_residual_source(folder):
+        return describe_residual(folder)
+    if is_router_folder(folder) or is_mixture_folder(folder):
+        return describe_mixture(folder, ignore_unknown=ignore_unknown)
+    return describe(folder, ignore_unknown=ignore_unknown)
 
 
 def render(report: AdapterReport) -> Group:

@@ -5,15 +5,35 @@ from typing import Annotated
 
 import typer
 
+from loraplex.cli.help import Command, make_group
 from loraplex.server.auth.keys import TINKER_PREFIX, KeyFile
 
-key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys of `loraplex serve`.")
+key_app = make_group("Make, list and revoke API keys of `loraplex serve`.")
 
 KeysFile = Annotated[Path, typer.Option("--keys-file", help="The file of keys.")]
-Limit = Annotated[int | None, typer.Option(min=1, show_default=False)]
+
+RequestsPerMinute = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Requests that it may send in a minute. By default no limit."),
+]
+TokensPerMinute = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Tokens, read and written, in a minute. By default no limit."),
+]
+MaxConcurrent = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Requests of it that may be open at once. By default no limit."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, show_default=False, help="New tokens of an answer at most. By default no limit.")
+]
+MaxTrainingRuns = Annotated[
+    int | None,
+    typer.Option(min=1, show_default=False, help="Training runs of it that may be open at once. By default no limit."),
+]
 
 
-@key_app.command()
+@key_app.command(cls=Command)
 def create(
     keys_file: KeysFile,
     note: Annotated[str, typer.Option(help="Whose key it is.")] = "",
@@ -25,11 +45,11 @@ def create(
     ] = None,
     manage: Annotated[bool, typer.Option("--manage", help="It may use, load and see everything.")] = False,
     base: Annotated[bool, typer.Option("--base/--no-base", help="It may use the base model.")] = True,
-    requests_per_minute: Limit = None,
-    tokens_per_minute: Limit = None,
-    max_concurrent: Limit = None,
-    max_new_tokens: Limit = None,
-    max_training_runs: Limit = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    max_concurrent: MaxConcurrent = None,
+    max_new_tokens: MaxNewTokens = None,
+    max_training_runs: MaxTrainingRuns = None,
     max_priority: Annotated[int, typer.Option(help="Highest priority that it may ask for.")] = 0,
     shared_prefixes: Annotated[
         bool, typer.Option("--shared-prefixes", help="Share the prefix cache with other such keys.")
@@ -58,14 +78,14 @@ def create(
     typer.echo(f"key {record.id} was added to {keys_file}", err=True)
 
 
-@key_app.command("list")
+@key_app.command("list", cls=Command)
 def list_keys(keys_file: KeysFile) -> None:
     """Print what every key may do, as JSON lines; never the keys or their hashes."""
     for record in KeyFile(keys_file).records():
         typer.echo(record.model_dump_json(exclude={"salt", "hash"}))
 
 
-@key_app.command()
+@key_app.command(cls=Command)
 def revoke(key_id: Annotated[str, typer.Argument(help="Its id, as `list` shows it.")], keys_file: KeysFile) -> None:
     """Make a key invalid; a running server sees it within a second."""
     record = KeyFile(keys_file).revoke(key_id)

@@ -5,9 +5,10 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from loraplex.cli.errors import quiet_transformers
+from loraplex.cli.errors import quiet_libraries
+from loraplex.cli.help import Command, CommandGroup
 
 
 class LazyCommand(TyperCommand):
@@ -21,11 +22,11 @@ class LazyCommand(TyperCommand):
         """The command itself."""
         module, _, attribute = self._target.partition(":")
         found = getattr(import_module(module), attribute)
-        quiet_transformers()
+        quiet_libraries()
         if isinstance(found, typer.Typer):
             return typer.main.get_command(found)
-        alone = typer.Typer(add_completion=False)
-        alone.command(self.name)(found)
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(self.name, cls=Command)(found)
         return typer.main.get_command(alone)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -33,10 +34,10 @@ class LazyCommand(TyperCommand):
         return self.load().make_context(info_name, args, parent, **extra)
 
 
-def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[TyperGroup]:
+def lazy_group(commands: Mapping[str, tuple[str, str]]) -> type[CommandGroup]:
     """A group of commands by name, each with its line of help and its module:attribute."""
 
-    class LazyGroup(TyperGroup):
+    class LazyGroup(CommandGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             self.commands = {name: LazyCommand(name, *command) for name, command in commands.items()}

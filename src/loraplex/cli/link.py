@@ -18,10 +18,13 @@ def link(
     output: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     load: LinkedAdapters = [],  # noqa: B006
     combination: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}. Only cat computes exactly what the link does.")
+        str,
+        typer.Option(
+            help=f"How they are combined: {', '.join(METHODS)}. Only cat computes exactly what the link does."
+        ),
     ] = "cat",
     rank: Annotated[
-        int | None, typer.Option(help="Of the result, for combinations with svd; default: the largest.")
+        int | None, typer.Option(help="Rank of the result, for combinations with svd; default: the largest.")
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the values that are kept, for ties, dare and magnitude_prune.")
@@ -29,8 +32,8 @@ def link(
     majority_sign: Annotated[
         str | None, typer.Option(help=f"{' or '.join(MAJORITY_SIGNS)}, for ties; default {MAJORITY_SIGNS[0]}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare leaves out.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the file: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of what dare leaves out.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the file: float32, bfloat16 or float16.")] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Write several adapters with weights as one, by PEFT's combinations.

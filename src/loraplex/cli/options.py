@@ -11,22 +11,27 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.adapters.leftovers import is_leftover, restore_all_replaced
-from loraplex.models.multi_lora import MultiLoraModel
 
-if TYPE_CHECKING:  # what it imports takes seconds, and only training shows results
+if TYPE_CHECKING:  # what these import takes seconds
+    from loraplex.models.multi_lora import MultiLoraModel
     from loraplex.training import TrainResult
 
 _MAX_NUMBERS = 10_000
 
 Model = Annotated[str, typer.Option(help="Base model: smollm2-135m, a folder, or a hub id.")]
-Load = Annotated[list[str], typer.Option(help="NAME=FOLDER of a LoRA or residual adapter to load; repeat.")]
+Load = Annotated[
+    list[str],
+    typer.Option(help="NAME=FOLDER, or hub id, of an adapter, a residual or a mixture to load; repeat."),
+]
+LoadAll = Annotated[Path | None, typer.Option(help="Load every adapter folder below this one, by its name.")]
+LoadMixture = Annotated[list[str], typer.Option(help="NAME=FOLDER, or hub id, of a mixture to load; repeat.")]
 IgnoreUnknown = Annotated[
     bool,
     typer.Option("--ignore-unknown", help="Leave out settings of adapters that are not known; the default refuses."),
 ]
 Layers = Annotated[str | None, typer.Option(help='Attention layers, such as "10,11" or "8-15"; default all.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompts as they are, without chat template.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base model: float32, bfloat16, float16 or auto: its own.")]
 Weights = Annotated[str, typer.Option(help="int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")]
 LinkName = Annotated[str, typer.Argument(help='Adapters and weights: "a", "a:0.7+b:0.3".')]
 LinkedAdapters = Annotated[
@@ -35,8 +40,11 @@ LinkedAdapters = Annotated[
         "--load", "--adapter", help="NAME=FOLDER, or hub id, of each LoRA adapter that the link names; repeat."
     ),
 ]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="API key, if the server wants one.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 
 
 def named_values(options: Sequence[str], flag: str) -> dict[str, str]:
@@ -59,10 +67,38 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(found) if not is_leftover(path.parent)}
 
 
-def load_adapters(model: MultiLoraModel, load: Sequence[str]) -> None:
+def load_adapters(model: "MultiLoraModel", load: Sequence[str]) -> None:
     """What --load names."""
     for name, folder in named_values(load, "--load").items():
-        model.load_adapter(name, folder)
+        load_folder(model, name, folder)
+
+
+def load_named(
+    model: "MultiLoraModel",
+    load: Sequence[str],
+    load_all: Path | None,
+    load_mixture: Sequence[str],
+    *,
+    ignore_unknown: bool = False,
+) -> None:
+    """Load what the options name; one of `load` goes before a folder of the same name."""
+    folders = {} if load_all is None else {name: str(path) for name, path in adapters_in(load_all).items()}
+    for name, folder in {**folders, **named_values(load, "--load")}.items():
+        load_folder(model, name, folder, ignore_unknown=ignore_unknown)
+    for name, folder in named_values(load_mixture, "--load-mixture").items():
+        model.load_mixture(name, folder)
+
+
+def load_folder(model: "MultiLoraModel", name: str, source: str, *, ignore_unknown: bool = False) -> None:
+    """Load an adapter, a residual or a mixture, by what the folder holds; of the hub, an adapter."""
+    from loraplex.routers.folder import is_router_folder  # imports torch
+    from loraplex.xlora.formats.folders import is_mixture_folder
+
+    folder = Path(source).expanduser()
+    if is_router_folder(folder) or is_mixture_folder(folder):
+        model.load_mixture(name, folder)
+    else:
+        model.load_adapter(name, source, ignore_unknown=ignore_unknown)
 
 
 def read_numbers(text: str) -> tuple[int, ...]:

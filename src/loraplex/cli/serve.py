@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from loraplex.cli.errors import quiet_transformers
+from loraplex.cli.errors import quiet_libraries
+from loraplex.cli.help import sections
 from loraplex.cli.options import named_values
 from loraplex.errors import ConfigError
 from loraplex.server.settings_sources import Option, as_toml, load_config, options
@@ -49,7 +50,7 @@ def serve(
         return
     from loraplex.server.lifecycle import run  # imports the web framework, and transformers
 
-    quiet_transformers()
+    quiet_libraries()
     run(settings)
 
 
@@ -67,10 +68,9 @@ def _parameter(option: Option) -> inspect.Parameter:
     declared = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
     kind: Any = list[str] if option.kind in (tuple, Mapping) else option.kind
     default = option.default
-    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
     help_text = f"{option.help} [default: {shown}]" if default not in (None, "", (), {}) else option.help
-    # typer shows only what is escaped: a bracket would be read as markup
-    annotation = Annotated[kind | None, typer.Option(declared, help=help_text.replace("[", "\\["), show_default=False)]
+    annotation = Annotated[kind | None, typer.Option(declared, help=help_text, show_default=False)]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -91,6 +91,10 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
         *(_parameter(option) for option in options()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    firsts: dict[str, str] = {}
+    for option in options():
+        firsts.setdefault(option.section, option.name)
+    command = sections(**{name: section.capitalize() for section, name in firsts.items()})(command)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 

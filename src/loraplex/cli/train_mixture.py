@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from loraplex.adapters.peft.hub import resolve_mixture_folder
+from loraplex.cli.help import sections
 from loraplex.cli.options import Model, Weights, named_values, results_table
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
@@ -29,6 +30,17 @@ def _number_or_none(text: str) -> float | None:
     return None if text == "none" else _number(text)
 
 
+@sections(
+    model="Data and output",
+    router="Kind of mixture",
+    first_weights="Routers, with --router linear",
+    layout="Format and domains",
+    xlora_depth="X-LoRA's scaling head",
+    learning_rate="Optimization",
+    patience="Evaluation",
+    load_balance_weight="Regularization",
+    hidden_cache_bytes="How it is computed",
+)
 def mixture(
     context: typer.Context,
     model: Model,
@@ -54,13 +66,13 @@ def mixture(
     activation: Annotated[str, typer.Option(help="Of the router: softmax, or sigmoid for each expert.")] = "softmax",
     top_k: Annotated[int | None, typer.Option(help="Of the router: keep so many experts of each token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of the router: the fewest whose gates add up to it.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the router; below 1 is sharper.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Divides the router's logits; below 1 is sharper.")] = 1.0,
     shared: Annotated[bool, typer.Option(help="One router for all LoRA layers of one width.")] = False,
     train_experts: Annotated[bool, typer.Option(help="Train the experts with the router.")] = False,
-    answer_weight: Annotated[float, typer.Option(help="Of the answers in the router's loss.")] = 1.0,
-    gate_kl_weight: Annotated[float, typer.Option(help="Of the teacher's gates in it.")] = 1.0,
-    logit_kl_weight: Annotated[float, typer.Option(help="Of the teacher's logits in it.")] = 0.0,
-    z_loss_weight: Annotated[float, typer.Option(help="Of the router z-loss in it.")] = 0.0,
+    answer_weight: Annotated[float, typer.Option(help="Weight of the answers in the router's loss.")] = 1.0,
+    gate_kl_weight: Annotated[float, typer.Option(help="Weight of the teacher's gates in it.")] = 1.0,
+    logit_kl_weight: Annotated[float, typer.Option(help="Weight of the teacher's logits in it.")] = 0.0,
+    z_loss_weight: Annotated[float, typer.Option(help="Weight of the router z-loss in it.")] = 0.0,
     layout: Annotated[str, typer.Option(help="Folder format: peft or xlora (the original package's).")] = "peft",
     share: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER: a domain's part of an epoch.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="NAME=FILE, or FILE, of held-out records.")] = None,
@@ -69,7 +81,7 @@ def mixture(
     xlora_dropout_p: Annotated[float, typer.Option(help="Dropout after its hidden layers.")] = 0.2,
     layerwise_scalings: Annotated[bool, typer.Option(help="Other scalings in each LoRA layer.")] = False,
     enable_softmax: Annotated[bool, typer.Option(help="Softmax over the experts.")] = True,
-    softmax_temperature: Annotated[float, typer.Option(help="Below 1 is sharper.")] = 1.0,
+    softmax_temperature: Annotated[float, typer.Option(help="Divides the head's logits; below 1 is sharper.")] = 1.0,
     top_k_lora: Annotated[int | None, typer.Option(help="Keep so many experts of each token.")] = None,
     enable_softmax_topk: Annotated[bool, typer.Option(help="Softmax over the kept ones.")] = False,
     scaling_pass_value: Annotated[str, typer.Option(help="Scalings of the scaling pass; none: 1 / experts.")] = "0",
@@ -77,27 +89,31 @@ def mixture(
     use_trainable_adapters: Annotated[bool, typer.Option(help="Train the experts too.")] = False,
     use_bias: Annotated[bool, typer.Option(help="Biases in the scaling head.")] = True,
     enable_relu_and_dropout: Annotated[bool, typer.Option(help="ReLU and dropout in the scaling head.")] = True,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "cosine",
-    warmup_steps: Annotated[int, typer.Option()] = 0,
-    weight_decay: Annotated[float, typer.Option()] = 0.0,
-    max_grad_norm: Annotated[str, typer.Option(help="Clipping; none is off.")] = "1",
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="Learning rate over the steps: constant, linear or cosine.")] = "cosine",
+    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises from 0.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
+    max_grad_norm: Annotated[str, typer.Option(help="Clip gradients to this norm; none: don't.")] = "1",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default 300.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs instead of steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Records of one micro-batch.")] = 16,
     gradient_accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first weights, the data's order and dropout.")] = 0,
-    max_length: Annotated[int, typer.Option(help="Tokens of a record.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the first weights, the data's order and dropout.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a record at most; longer ones lose the first.")] = 512,
     patience: Annotated[int | None, typer.Option(help="Evaluations without gain before training stops.")] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 50,
-    eval_fraction: Annotated[float, typer.Option(help="Held out without eval data.")] = 0.1,
-    eval_records: Annotated[int, typer.Option(help="At most so many of each domain are evaluated.")] = 256,
-    load_balance_weight: Annotated[float, typer.Option(help="Of the load balance in the loss.")] = 0.0,
-    sparsity_weight: Annotated[float, typer.Option(help="Of the mean entropy of scalings or gates in it.")] = 0.0,
+    eval_fraction: Annotated[
+        float, typer.Option(help="Share of the records that is held out, without --eval-data.")
+    ] = 0.1,
+    eval_records: Annotated[int, typer.Option(help="Records of each domain that are evaluated at most.")] = 256,
+    load_balance_weight: Annotated[float, typer.Option(help="Weight of the load balance in the loss.")] = 0.0,
+    sparsity_weight: Annotated[
+        float, typer.Option(help="Weight of the mean entropy of scalings or gates in it.")
+    ] = 0.0,
     expert_dropout: Annotated[float, typer.Option(help="Dropout on what each expert reads.")] = 0.0,
     hidden_cache_bytes: Annotated[int, typer.Option(help="Memory for hidden states of the scaling pass.")] = 2 << 30,
-    dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Dtype of the base model: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     weights: Weights = "auto",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,

@@ -29,8 +29,8 @@ class ModelSettings:
 
     model: str = option(ALIAS, "Base model: smollm2-135m, a folder, or a hub id.")
     served_name: str = option("", "The base model's name in the API; empty: from the model.")
-    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
-    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "Dtype of the base model: float32, bfloat16, float16 or auto: its own.")
+    device: str = option("cpu", "Where to compute: cpu, cuda, cuda:1, ...")
     weights: str = option("auto", "int8: linear weights in 8 bits, on a CPU in bfloat16; auto: as the dtype.")
     adapters: Mapping[str, str] = field(
         default_factory=dict, metadata={"help": "NAME=FOLDER of an adapter or residual to load; repeat."}
@@ -67,10 +67,10 @@ class NetworkSettings:
     tls_client_ca: str = option("", "PEM file: only clients with a certificate of this authority.")
     max_connections: int = option(1024, "Connections and requests at once; more get 503.")
     max_connections_per_address: int = option(512, "Connections of one address at once; more get 429.")
-    headers_timeout_s: float = option(10.0, "For a request's headers to arrive.")
-    max_header_bytes: int = option(2**16, "Of a request's headers; more get 431.")
-    keep_alive_s: float = option(30.0, "How long an idle connection stays open.")
-    drain_s: float = option(30.0, "After SIGTERM, how long accepted requests may take.")
+    headers_timeout_s: float = option(10.0, "Seconds for a request's headers to arrive.")
+    max_header_bytes: int = option(2**16, "Bytes of a request's headers; more get 431.")
+    keep_alive_s: float = option(30.0, "Seconds that an idle connection stays open.")
+    drain_s: float = option(30.0, "Seconds that accepted requests may take after SIGTERM.")
     allowed_hosts: tuple[str, ...] = option((), "Without keys, more names by which the server may be called; repeat.")
     cors_origins: tuple[str, ...] = option((), "Origins whose pages may call the API; repeat.")
     replica_loopback: bool = option(True, "With --replicas on one machine, keep all ports of Ray on it.")
@@ -101,7 +101,7 @@ class AccessSettings:
     """Who may do what."""
 
     keys_file: str = option("", "File of API keys, made by `loraplex key create`; empty: no keys.")
-    max_wrong_keys_per_minute: int = option(60, "Of one address; more get 429.")
+    max_wrong_keys_per_minute: int = option(60, "Wrong keys of one address; more get 429.")
     allow_anonymous: bool = option(False, "Without keys, listen on addresses that others can reach.")
     open_metrics: bool = option(False, "Show /metrics, which names adapters, without a key.")
     adapter_roots: tuple[str, ...] = option((), "Folders below which the API may load adapters; repeat.")
@@ -119,18 +119,18 @@ class AccessSettings:
 class RequestLimits:
     """What one request may ask for."""
 
-    max_body_bytes: int = option(2**21, "Of a request's body; more gets 413.")
+    max_body_bytes: int = option(2**21, "Bytes of a request's body; more get 413.")
     max_body_values: int = option(2**18, "JSON values of a body, token ids too; more get 400.")
-    body_timeout_s: float = option(30.0, "For a body to arrive.")
-    stall_timeout_s: float = option(60.0, "A reader that takes nothing for so long is disconnected.")
-    max_new_tokens: int = option(4096, "Of an answer.")
-    max_choices: int = option(16, "n.")
+    body_timeout_s: float = option(30.0, "Seconds for a body to arrive.")
+    stall_timeout_s: float = option(60.0, "Seconds after which a reader that takes nothing is disconnected.")
+    max_new_tokens: int = option(4096, "New tokens of an answer at most.")
+    max_choices: int = option(16, "Answers to one prompt (n).")
     max_prompts: int = option(128, "Prompts of one completion request.")
     max_inputs: int = option(2048, "Texts of one embeddings or score request.")
     max_answers: int = option(256, "Answers of one request: its prompts times n.")
     max_steered_spans: int = option(256, "Spans of all steerings of a request.")
     max_link_length: int = option(8, "Adapters of one link.")
-    max_capture_bytes: int = option(2**24, "Of captured attention, and of scalings, that an answer may bring.")
+    max_capture_bytes: int = option(2**24, "Bytes of captured attention, and of scalings, that an answer may bring.")
 
     def __post_init__(self) -> None:
         counts = [name for name in vars(self) if name.startswith("max_")]
@@ -141,7 +141,7 @@ class RequestLimits:
 class LogSettings:
     """What is written to standard error, one JSON object a line."""
 
-    log_level: str = option("info", "debug, info, warning or error.")
+    log_level: str = option("info", "What is logged: debug, info, warning or error.")
     log_requests: bool = option(True, "A line for every request, without its content.")
     log_prompts: bool = option(False, "Prompts and answers too.")
 

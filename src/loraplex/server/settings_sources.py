@@ -17,6 +17,7 @@ from loraplex.environment import OFF, ON
 from loraplex.errors import ConfigError
 from loraplex.json_files import MAX_SETTINGS_BYTES, damaged_as, parse_json, read_text
 from loraplex.server.settings import ServeConfig
+from loraplex.server.settings_help import HELP
 
 PREFIX = "LORAPLEX_SERVE_"
 _EXACT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -58,7 +59,7 @@ def options() -> Iterator[Option]:
                 name=field.name,
                 type=hints[field.name],
                 default=getattr(instance, field.name),
-                help=field.metadata.get("help", f"{section.capitalize()}: docs/engine.md."),
+                help=field.metadata.get("help", HELP.get(field.name, f"{section.capitalize()}: docs/engine.md.")),
             )
 
 

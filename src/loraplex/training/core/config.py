@@ -122,7 +122,7 @@ class TrainConfig:
     output: str | Path
     checkpoint_every: int = 50  # steps
     resume: bool = True  # go on from the checkpoint in `output`, if there is one; False starts over
-    progress: bool = True  # bars, where standard error is a terminal
+    progress: bool = True  # bars where standard error is a terminal, else lines of the log
     plots: bool = True
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"

@@ -15,6 +15,7 @@ from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import job_paths
 from loraplex.training.core.plots import plot_losses
 from loraplex.training.core.results import TrainResult
+from loraplex.training.core.stopping import stop_requests
 from loraplex.training.core.trackers import Trackers, tracking
 from loraplex.training.core.train_state import TrainState
 from loraplex.training.core.trainer import Trainer, TrainingTask
@@ -48,8 +49,8 @@ def run_task(
             trainer.write(index)
         if len(finished) < len(states):
             show = config.progress and ranks.is_first
-            with task.running(), training_progress(states, enabled=show) as on_step:
-                trainer.run(on_step)
+            with task.running(), stop_requests() as stop, training_progress(states, enabled=show) as on_step:
+                trainer.run(on_step, stop)
     if config.plots and ranks.is_first:
         for state in (state for state in states if state.progress.train_losses):
             plot_losses(state, job_paths(output, state.name).plot)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from loraplex.errors import TrainingError
 from loraplex.output_files import writing
-from loraplex.training.core.checkpoint import save_checkpoint
+from loraplex.training.core.checkpoint import FILE, save_checkpoint
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import job_paths
+from loraplex.training.core.stopping import StopRequest
 from loraplex.training.core.trackers import Trackers
 from loraplex.training.core.train_state import TrainState
 
@@ -111,8 +112,11 @@ class Trainer:
         for log, num_bytes in zip(self._logs, log_bytes, strict=True):
             log.start(num_bytes)
 
-    def run(self, on_step: Callable[[Sequence[TrainState]], None]) -> None:
-        """Train until every state is finished; `on_step` sees the states after each step."""
+    def run(self, on_step: Callable[[Sequence[TrainState]], None], stop: StopRequest) -> None:
+        """Train until every state is finished; `on_step` sees the states after each step.
+
+        Once `stop` came on any process, the step is saved and the run ends with what the signal raises.
+        """
         while active := [index for index, state in enumerate(self._states) if not state.is_finished]:
             self.step(active)
             self._evaluate([index for index in active if self._states[index].evaluates_now])
@@ -121,11 +125,15 @@ class Trainer:
                 self._states[index].restore_best()
             step = max(self._states[index].progress.step for index in active)
             # The checkpoint comes before adapters: a folder with adapters can always be gone on with.
-            if finished or step % self._checkpoint_every == 0:
+            stops = self._ranks.any(stop.came)
+            if finished or stops or step % self._checkpoint_every == 0:
                 self._checkpoint()
             for index in finished:
                 self.write(index)
             on_step(self._states)
+            if stops and len(finished) < len(active):
+                logger.warning("stopped after step %d; the same command goes on from %s", step, self._output / FILE)
+                stop.end()
 
     def step(self, active: Sequence[int]) -> None:
         """One optimizer step of the states in `active`."""

@@ -1,0 +1,1 @@
+"""`loraplex chat`: a conversation in a terminal."""

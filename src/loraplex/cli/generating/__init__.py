@@ -1,0 +1,1 @@
+"""`loraplex generate`: rows in, answers out."""
