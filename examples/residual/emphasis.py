@@ -6,8 +6,7 @@ Each prompt has several passages about people with similar names, of which one h
 which passage it is looking for; here the case itself does. Nothing is trained: attention to the passage is multiplied
 before the softmax (a strength), or raised to a share in each head that pays it less (as SpotLight does, arXiv
 2505.12025). Every case runs as requests of one engine: without steering; with the right passage emphasised in each way;
-and two controls: strength 1, which must change nothing, and a wrong passage, emphasised as much. Standard errors are
-those of a share of that many cases.
+and as a control with a wrong passage, emphasised as much. Standard errors are those of a share of that many cases.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from loraplex.residual.steering import Span, Steering, spans_of_text
 FIRST = ("Ada", "Bela", "Carla", "Doris", "Edith", "Frieda", "Greta", "Hanna", "Irma", "Jana")
 LAST = ("Brown", "Green", "White", "Black", "Gray", "Rose", "Stone", "Wood", "Hill", "Field")
 PLACES = ("library", "harbour", "museum", "station", "hospital", "theatre", "school", "bakery", "bank", "airport")
-CASES_TOGETHER = 4
+CASES_TOGETHER = 10
 
 
 class Case(NamedTuple):
@@ -87,7 +86,7 @@ def make_case(draw: random.Random, num_passages: int) -> Case:
 def make_rows(strengths: list[float], shares: list[float]) -> list[Row]:
     """The prompt as it is, the right passage emphasised, and the controls: of each way the most of a wrong one."""
     rows = [Row("as it is")]
-    rows += [Row(f"right passage, strength {strength:g}", strength=strength) for strength in (1.0, *strengths)]
+    rows += [Row(f"right passage, strength {strength:g}", strength=strength) for strength in strengths]
     rows += [Row(f"right passage, share {share:g}", share=share) for share in shares]
     rows += [Row(f"wrong passage, strength {one:g}", strength=one, wrong=True) for one in strengths[-1:]]
     return rows + [Row(f"wrong passage, share {one:g}", share=one, wrong=True) for one in shares[-1:]]
@@ -135,8 +134,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--passages", type=int, default=5)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[2.0, 4.0, 8.0])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[4.0, 8.0])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, default=None, help="JSON file for the result")
     options = parser.parse_args()
@@ -151,14 +150,11 @@ def main() -> None:
     for name in found.right:
         table.add_row(name, *(with_error(counts[name], options.cases) for counts in (found.right, found.misled)))
     Console().print(table)
-    pairs = zip(found.texts["as it is"], found.texts["right passage, strength 1"], strict=True)
-    changed = sum(before != after for before, after in pairs)
-    Console().print(f"answers that strength 1 changed: {changed}")
     if options.write is not None:
         content = {name: getattr(options, name) for name in ("model", "dtype", "cases", "passages", "seed")}
         shares = {name: count / options.cases for name, count in found.right.items()}
         misled = {name: count / options.cases for name, count in found.misled.items()}
-        content |= {"right": shares, "says_wrong_passage": misled, "changed_by_strength_1": changed}
+        content |= {"right": shares, "says_wrong_passage": misled}
         options.write.write_text(json.dumps(content, indent=2) + "\n")
 
 
