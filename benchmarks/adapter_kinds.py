@@ -3,11 +3,11 @@
     python benchmarks/adapter_kinds.py
 
 One task (materials: is a compound's bulk modulus low, medium or high), SmolLM2-135M, the same records, steps and
-batches for all that is trained, each with the best of its learning rates by held-out loss. The vector is the mean difference
-between texts with the right answer and with a wrong one, on all blocks but the first, with the best of four strengths
-on validation questions; it can't tell one question from another. Quality is exact match on test questions, with its
-standard error. Minutes are of the processor, of one run of training. Cost is the engine's throughput of 8 rows that all
-go through the adapter, of that of 8 base rows; ratios are taken within a round, and then their median.
+batches for all that is trained, each with the best of its learning rates by held-out loss. The vector is the mean
+difference between texts with the right answer and with a wrong one, on all blocks but the first, with the best of four
+strengths on validation questions; it can't tell one question from another. Quality is exact match on test questions,
+with its standard error. Minutes are of the processor, of one run of training. Cost is the engine's throughput of 8 rows
+that all go through the adapter, of that of 8 base rows; ratios are taken within a round, and then their median.
 """
 
 import argparse
