@@ -152,6 +152,22 @@ def test_rows_have_the_same_bits_alone_beside_others_and_where_layers_run_module
             assert (found[0].token_ids, found[0].logprobs) == (other.token_ids, other.logprobs), (kind, request)
 
 
+def test_weights_that_are_changed_in_place_count_from_the_next_request_on() -> None:
+    model = load("llama")
+    request = asked(40)[1]
+    with Engine(model, CONFIGS["together"]) as engine:
+        before = engine.generate([request])[0]
+        with torch.no_grad():
+            for weights in model.registry.linked.get("small").layers.values():
+                weights.head_logits.mul_(-1)
+        after = engine.generate([request])[0]
+        assert after.num_cached_tokens == 0
+    expected = exact_logprobs(model, request, after.token_ids)
+    assert after.logprobs[0].top != before.logprobs[0].top
+    for step, own in enumerate(after.logprobs):
+        assert abs(own.logprob - float(expected[step, own.token_id])) < 2e-4
+
+
 @pytest.fixture
 def num_threads() -> Iterator[None]:
     before = torch.get_num_threads()
