@@ -305,17 +305,6 @@ def linked(content: Results) -> str:
     return table(["what rows of a batch of 8 ask for", "tokens/s of the batch", "of nothing"], rows)
 
 
-def adapter_kinds(content: Results) -> str:
-    rows = []
-    for kind, found in content["results"].items():
-        error = f" ± {found['error']:.3f}" if "error" in found else ""
-        costs = [f"{found['minutes']:.1f}", f"{found['bytes'] / 1000:.0f}"] if "bytes" in found else ["", ""]
-        throughput = f"{found['throughput']:.2f}x" if "throughput" in found else "1.00x"
-        rows.append([kind, f"{found['exact']:.3f}{error}", *costs, throughput])
-    columns = ["adapter", "exact match", "CPU minutes of training", "kB", "throughput of 8 rows, of 8 base rows"]
-    return table(columns, rows)
-
-
 def vllm_plugin(content: Results) -> str:
     found = content["results"]
     parts = []
@@ -421,11 +410,6 @@ FILES = (
         name="residuals",
         question="What vectors, ReFT and linked residuals cost the engine",
         render=linked,
-    ),
-    ResultFile(
-        name="adapter_kinds",
-        question="A LoRA beside a vector, a linked residual and LoReFT of about its size",
-        render=adapter_kinds,
     ),
     ResultFile(
         name="engine_decode",

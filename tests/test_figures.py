@@ -88,13 +88,6 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         },
         "| 8 rows with 8 control vectors | 198 | 0.99x |",
     ),
-    "adapter_kinds": (
-        {
-            "base": {"exact": 0.0, "among_labels": 0.34},
-            "LoRA": {"exact": 0.5, "error": 0.035, "minutes": 1.26, "bytes": 460_800, "throughput": 0.97},
-        },
-        "| LoRA | 0.500 ± 0.035 | 1.3 | 461 | 0.97x |",
-    ),
     "xlora": (
         [
             {"question": "peft", "dtype": "float32", "tokens_per_s": {"peft": 2.0, "loraplex": 30.0}},
