@@ -102,15 +102,17 @@ def test_notebook_shows_attention_and_steers_it(smollm2: Path) -> None:
     assert "Misty" in misty
 
 
-def test_emphasis_changes_answers_and_strength_one_does_not(smollm2: Path, tmp_path: Path) -> None:
-    arguments = ("--dtype", "float32", "--cases", "2", "--strengths", "4", "--write", str(tmp_path / "found.json"))
-    run_example("residual/emphasis.py", *arguments)
+def test_emphasis_changes_answers(smollm2: Path, tmp_path: Path) -> None:
+    arguments = ("--dtype", "float32", "--cases", "2", "--strengths", "4", "--shares", "0.2")
+    run_example("residual/emphasis.py", *arguments, "--write", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
-    rows = ["as it is", "right passage, strength 1", "right passage, strength 4", "wrong passage, strength 4"]
-    assert list(found["right"]) == rows
-    assert found["right"][rows[1]] == found["right"][rows[0]]
-    assert found["right"][rows[2]] > found["right"][rows[3]]
-    assert found["changed_by_strength_1"] == 0
+    ways = ("strength 4", "share 0.2")
+    assert list(found["right"]) == [
+        "as it is",
+        *(f"{kind} passage, {way}" for kind in ("right", "wrong") for way in ways),
+    ]
+    for way in ways:
+        assert found["right"][f"right passage, {way}"] > found["right"][f"wrong passage, {way}"]
 
 
 def test_behaviours_are_taught_linked_and_judged(smollm2: Path, tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def test_pairs_that_can_not_be_read_are_refused(lines: str, message: str, tmp_pa
         read_pairs(tmp_path / "pairs.jsonl")
 
 
-def test_strength_without_marks_is_refused(smollm2: Path) -> None:
-    result = runner.invoke(cli, ["attention", "--prompt", "no marks", "--strength", "2"])
+@pytest.mark.parametrize("how", ["--strength", "--share"])
+def test_steering_without_marks_is_refused(smollm2: Path, how: str) -> None:
+    result = runner.invoke(cli, ["attention", "--prompt", "no marks", how, "0.5"])
     assert isinstance(result.exception, RequestError)
 
 
@@ -58,15 +59,30 @@ def test_vector_is_written_and_its_effect_drawn(smollm2: Path, tmp_path: Path) -
     assert list(vector.vectors) == [10, 11, 12]
     assert all(values.norm() > 0 for values in vector.vectors.values())
     assert "SmolLM" in str(vector.base.name) or vector.base.name == smollm2.name
-    options = ["--layers", "11,12", "--strength", "4", "--max-tokens", "3", "--output", str(tmp_path / "out")]
+    options = [
+        "--layers",
+        "11,12",
+        "--strength",
+        "4",
+        "--share",
+        "0.5",
+        "--max-tokens",
+        "3",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     rows = ["--load", f"kind={tmp_path / 'kind'}", "--adapters", "none", "--adapters", "kind:0.5"]
     result = runner.invoke(cli, ["attention", "--prompt", "Is <<the sea>> deep?", *rows, *options])
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    heads = {f"heads_{row}.png" for row in range(3)}
-    assert written == {"attention.html", "text.png", "residual_1.png", "changed_1.png", "changed_2.png"} | heads
+    heads = {f"heads_{row}.png" for row in range(4)}
+    assert (
+        written
+        == {"attention.html", "text.png", "residual_1.png", *(f"changed_{row}.png" for row in (1, 2, 3))} | heads
+    )
     page = (tmp_path / "out" / "attention.html").read_text()
     assert "none, strength 4" in page
+    assert "none, share 0.5" in page
     assert "kind:0.5" in page
 
 

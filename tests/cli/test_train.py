@@ -54,16 +54,27 @@ def test_a_job_may_train_a_residual_and_stand_last_in_a_link() -> None:
     assert (list(jobs["a"].after), jobs["b"].after) == ([], [("one", 1.0), ("two", 0.5)])
 
 
+def test_a_job_may_train_loreft() -> None:
+    options = {"data": ["a=x", "b=y"], "kind": ["loreft"], "layers": ["a=0,8-10"], "positions": ["b=l1"]}
+    jobs = jobs_from(options)
+    assert (jobs["a"].lora, jobs["a"].residual, jobs["a"].reft.r) == (None, None, 4)
+    assert (jobs["a"].reft.layers, str(jobs["a"].reft.positions)) == ((0, 8, 9, 10), "f7+l7")
+    assert (jobs["b"].reft.layers, str(jobs["b"].reft.positions)) == (None, "l1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"data": ["a=x"], "kind": ["loreft"], "alpha": ["8"]}, "alpha"),
+        ({"data": ["a=x"], "kind": ["loreft"], "positions": ["last"]}, "positions are 'last'"),
+        ({"data": ["a=x"], "positions": ["l1"]}, "positions"),
         ({"data": []}, "nothing to train"),
         ({"data": ["a.jsonl"]}, "write NAME=FILE"),
         ({"data": ["a=x", "a=y"]}, "names the job 'a' twice"),
         ({"data": ["a=x"], "rank": ["b=3"]}, r"--rank 'b=3' names the job 'b', but the jobs are \['a'\]"),
         ({"data": ["a=x"], "batch_size": ["many"]}, "--batch-size is 'many'; it must be a whole number"),
         ({"data": ["a=x"], "steps": ["0"]}, "max_steps is 0"),
-        ({"data": ["a=x"], "kind": ["dora"]}, r"kind is 'dora'; choose one of \['lora', 'residual'\]"),
+        ({"data": ["a=x"], "kind": ["dora"]}, r"kind is 'dora'; choose one of \['lora', 'loreft', 'residual'\]"),
         ({"data": ["a=x"], "kind": ["residual"], "dropout": ["0.1"]}, r"a residual, which has no \['dropout'\]"),
         ({"data": ["a=x"], "kind": ["residual"], "layers": ["a-b"]}, "must be layer numbers such as 0,8-10"),
         ({"data": ["a=x"], "after": ["there:much"]}, "must be folders such as"),

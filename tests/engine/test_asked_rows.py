@@ -1,7 +1,10 @@
 """Linked residuals and steering in the compiled layer call: the formulas' answers, and bits that stay the same."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
@@ -39,8 +42,11 @@ pytestmark = pytest.mark.needs("compiler")
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> MultiLoraModel:
-    base = tiny_model(name)
-    model = MultiLoraModel(base.to(dtype))
+    return with_residuals(tiny_model(name).to(dtype))
+
+
+def with_residuals(base: PreTrainedModel) -> MultiLoraModel:
+    model = MultiLoraModel(base)
     layers = model.registry.linked.layers
     model.load_residual("small", random_linked(layers, 1, r=3))
     model.load_residual("large", random_linked(layers, 2, r=19))
@@ -144,6 +150,49 @@ def test_rows_have_the_same_bits_alone_beside_others_and_where_layers_run_module
         kinds = ("alone", "beside a capture", "module by module")
         for kind, other in zip(kinds, found[1:], strict=True):
             assert (found[0].token_ids, found[0].logprobs) == (other.token_ids, other.logprobs), (kind, request)
+
+
+def test_weights_that_are_changed_in_place_count_from_the_next_request_on() -> None:
+    model = load("llama")
+    request = asked(40)[1]
+    with Engine(model, CONFIGS["together"]) as engine:
+        before = engine.generate([request])[0]
+        with torch.no_grad():
+            for weights in model.registry.linked.get("small").layers.values():
+                weights.head_logits.mul_(-1)
+        after = engine.generate([request])[0]
+        assert after.num_cached_tokens == 0
+    expected = exact_logprobs(model, request, after.token_ids)
+    assert after.logprobs[0].top != before.logprobs[0].top
+    for step, own in enumerate(after.logprobs):
+        assert abs(own.logprob - float(expected[step, own.token_id])) < 2e-4
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(num_threads: None) -> None:
+    """In a model that is large enough for several."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE,
+    )
+    torch.manual_seed(0)
+    model = with_residuals(LlamaForCausalLM(config).eval().requires_grad_(False))
+    found = []
+    with Engine(model, EngineConfig(cache_bytes=2**24, prefix_cache=False, max_step_tokens=2048)) as engine:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append([(result.token_ids, result.logprobs) for result in engine.generate(asked(60))])
+    assert found[0] == found[1] == found[2]
 
 
 def test_bfloat16_prompts_on_tiles_are_near_the_formulas() -> None:

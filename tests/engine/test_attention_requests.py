@@ -36,6 +36,7 @@ STEERINGS = (
     (Steering(spans=((2, 5),), strength=8.0),),
     (Steering(spans=((1, 3), (4, 5)), strength=0, layers=(1,)),),
     (Steering(spans=((0, 4),), strength=0.2, heads=(1, 3)), Steering(spans=((3, 5),), strength=3.0)),
+    (Steering(spans=((2, 5),), share=0.6), Steering(spans=((1, 2), (6, 8)), share=0.3, heads=(0, 3), layers=(1,))),
 )
 CHOICES = ("ra", None, "0+rb:0.5", "science+ra", "science", "f", "1", "v+ra")
 PROMPT = tuple(range(20, 60))
@@ -99,8 +100,9 @@ def test_steering_changes_answers_and_lasts_through_generation(model):
     assert plain.capture is None
 
 
-def test_steered_rows_share_the_prefix_before_their_first_span_and_no_more(model):
-    steering = (Steering(spans=((20, 24),), strength=5.0),)
+@pytest.mark.parametrize("how", [{"strength": 5.0}, {"share": 0.5}])
+def test_steered_rows_share_the_prefix_before_their_first_span_and_no_more(model, how):
+    steering = (Steering(spans=((20, 24),), **how),)
     with Engine(model, CONFIG) as engine:
         plain = Prompted(PROMPT, None).asking(2)
         engine.generate([plain])

@@ -38,7 +38,7 @@ COMMANDS = {
         "loraplex.cli.scalings:scalings",
     ),
     "attention": (
-        "Run the prompt once for each --adapters and --strength, and draw what each row attends to.",
+        "Run the prompt once for each --adapters, --strength and --share, and draw what each row attends to.",
         "loraplex.cli.attention:attention",
     ),
     "vector": (

@@ -18,12 +18,15 @@ from loraplex.viz.attention_pictures import plot_compared, plot_heads, plot_resi
 
 
 def attention(
-    prompt: Annotated[str, typer.Option(help="The text; <<marks>> name the spans that --strength steers.")],
+    prompt: Annotated[str, typer.Option(help="The text; <<marks>> name the spans that are steered.")],
     model: Model = "smollm2-135m",
     load: Load = [],  # noqa: B006
     adapters: Annotated[list[str], typer.Option(help='A row\'s adapters: "none", "a", "a:0.7+b:0.3"; repeat.')] = [],  # noqa: B006
     strength: Annotated[
         list[float], typer.Option(help="One more row for each: the marked spans' attention times this; repeat.")
+    ] = [],  # noqa: B006
+    share: Annotated[
+        list[float], typer.Option(help="One more row for each: the marked spans get at least this share; repeat.")
     ] = [],  # noqa: B006
     layers: Layers = None,
     heads: Annotated[str | None, typer.Option(help="Heads, in the same way; default all.")] = None,
@@ -34,22 +37,22 @@ def attention(
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
-    """Run the prompt once for each --adapters and --strength, and draw what each row attends to."""
+    """Run the prompt once for each --adapters, --strength and --share, and draw what each row attends to."""
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device)
     load_adapters(multi, load)
     text, ranges = unmark(prompt)
-    if strength and not ranges:
-        raise RequestError("--strength needs spans to steer. Mark them in the prompt: 'Use only <<this passage>>'.")
+    if (strength or share) and not ranges:
+        needing = "--strength needs" if strength else "--share needs"
+        raise RequestError(f"{needing} spans to steer. Mark them in the prompt: 'Use only <<this passage>>'.")
     spans, tokens = encode(multi, text, ranges, raw=raw)
-    rows = [(choice, 1.0) for choice in adapters or ["none"]]
-    rows += [(rows[0][0], factor) for factor in strength]
+    rows: list[tuple[str, str, Steering | None]] = [(choice, choice, None) for choice in adapters or ["none"]]
+    first = rows[0][0]
+    rows += [(first, f"{first}, strength {own:g}", Steering(spans=spans, strength=own)) for own in strength]
+    rows += [(first, f"{first}, share {own:g}", Steering(spans=spans, share=own)) for own in share]
     capture = CaptureRequest(layers=numbers(layers), heads=numbers(heads), budget_bytes=budget_mib * 2**20)
-    request = AttentionRequest(
-        capture=capture,
-        steering=[Steering(spans=spans, strength=factor) if factor != 1 else None for _, factor in rows],
-    )
+    request = AttentionRequest(capture=capture, steering=[steering for _, _, steering in rows])
     batch = multi.tokenizer.pad({"input_ids": [tokens] * len(rows)}, return_tensors="pt").to(multi.base.device)
-    choices = [None if choice == "none" else choice for choice, _ in rows]
+    choices = [None if choice == "none" else choice for choice, _, _ in rows]
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if max_tokens:
         options = {"max_new_tokens": max_tokens, "do_sample": False}
@@ -57,7 +60,7 @@ def attention(
     else:
         multi(ids, mask, adapters=choices, attention=request, use_cache=False)
     captures = [found for found in request.captures if found is not None]
-    labels = [f"{choice}{'' if factor == 1 else f', strength {factor:g}'}" for choice, factor in rows]
+    labels = [label for _, label, _ in rows]
     for path in draw(captures, labels, output):
         Console(highlight=False).print(str(path), soft_wrap=True)
 

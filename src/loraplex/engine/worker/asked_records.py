@@ -24,16 +24,19 @@ class PreparedWeights:
 
 
 class WeightCache:
-    """PreparedWeights of the residuals that are loaded."""
+    """PreparedWeights of the residuals that are loaded, as they are now: tensors may be changed in place."""
 
     def __init__(self) -> None:
-        self._prepared: WeakKeyDictionary[LinkedLayer, PreparedWeights] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[LinkedLayer, tuple[tuple[int, ...], PreparedWeights]] = WeakKeyDictionary()
 
     def get(self, layer: LinkedLayer) -> PreparedWeights:
         """Those of one layer; made when they are first asked for."""
-        if layer not in self._prepared:
-            self._prepared[layer] = PreparedWeights(layer)
-        return self._prepared[layer]
+        tensors = (layer.a, layer.b, layer.head_logits)
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        known = self._prepared.get(layer)
+        if known is None or known[0] != versions:
+            known = self._prepared[layer] = (versions, PreparedWeights(layer))
+        return known[1]
 
 
 class RowRecords:

@@ -74,7 +74,7 @@ class AskedRowCache:
             if not asked.stands_alone
         ]
         if not places:
-            self._made = None
+            self.forget()
             return None
         spans = ((id(asked), first, count) for asked, first, count in places)
         key: tuple[object, ...] = (batch.num_tokens, self._cache.num_cleared, *spans)
@@ -83,7 +83,7 @@ class AskedRowCache:
         return self._made[2]
 
     def forget(self) -> None:
-        """No request runs: keep nothing of the last ones."""
+        """No row asks for anything: keep nothing of the last ones."""
         self._made = None
         self._records = {}
 

@@ -109,7 +109,7 @@ class AttentionRows:
     def scope(self, batch: InputBatch) -> "ForwardContext | None":
         """The scope of a pass; None if no part of it asks for anything."""
         if not batch.asking:
-            self._together = None
+            self.forget_rows()
             return None
         asked = None
         asking: Mapping[int, SequenceAttention] = batch.asking
