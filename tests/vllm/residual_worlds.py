@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from loraplex import MultiLoraModel
 from loraplex.residual import (
@@ -27,19 +28,22 @@ VECTORS = {
 }
 
 
-def add_residuals(world: Any) -> MultiLoraModel:
+def add_residuals(world: Any, *, has_mlp: bool = True) -> MultiLoraModel:
     """Write every kind into the folder that the plugin serves; and loraplex's own model with all of them."""
-    model = MultiLoraModel.from_pretrained(world.model, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32, attn_implementation="eager")
+    model = MultiLoraModel(base.eval())
     for name, folder in world.adapters.items():
         model.load_adapter(name, folder)
     layers = model.registry.linked.layers
     made = {
         name: random_block_vector(model.base, seed, site, parse_positions(positions))
         for seed, (name, (site, positions)) in enumerate(VECTORS.items())
+        if has_mlp or site != "mlp"
     }
     made["late"] = random_block_vector(model.base, 8, "block", at=(1,))
     made["reft"] = random_reft(model.base, 9, parse_positions("f3+l2"))
-    made["reft_mlp"] = random_reft(model.base, 10, Positions(), site="mlp", subtracts=False)
+    if has_mlp:
+        made["reft_mlp"] = random_reft(model.base, 10, Positions(), site="mlp", subtracts=False)
     made["heard"] = random_vector(layers, 11)  # on attention, all tokens
     made["linked"] = random_linked(layers, 12)
     made["linked_late"] = random_linked(layers, 13, r=5, at=(1,))

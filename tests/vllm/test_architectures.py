@@ -1,8 +1,10 @@
-"""Other architectures inside vLLM against PEFT: base, adapter, linked and mixture rows in one batch."""
+"""Other architectures inside vLLM: base, adapter, linked and mixture rows in one batch against PEFT; residuals."""
 
 import pytest
 
 from tests.tiny_models import linear_targets
+from tests.vllm.residual_worlds import add_residuals
+from tests.vllm.test_steered_attention import args_of_rows, check
 from tests.vllm.worlds import LINK, add_mixtures, difference, engine, make_base, make_world, prompts
 
 HEADS = (1, 4, 6, 7)  # of the grid: layerwise and deep; top-k; scaling_pass_value 0.5, and 1 / experts
@@ -36,3 +38,20 @@ def test_every_row_equals_pefts(name, tmp_path):
         warm = difference(llm, world, rows, 6)
     assert cold.is_none, cold
     assert warm.is_none, warm
+
+
+RESIDUALS = ["block", "linked:0.5+linked_late", "reft+protein", "linked+heard+protein", "first"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_residuals_and_steered_attention_equal_loraplexs_own(name, tmp_path):
+    """Prompts are longer than a chunk and, where there are sliding windows, than a window."""
+    world = make_world(tmp_path, make_base(name, **ARCHITECTURES[name]), targets(name))
+    model = add_residuals(world, has_mlp=name != "opt")
+    choices = [*RESIDUALS, None, "protein", "block", None]
+    rows = list(zip(choices, prompts(len(choices), length=100), strict=True))
+    extras = [*[None] * len(RESIDUALS), *(args_of_rows()[i] for i in (0, 2, 4, 6))]
+    with engine(world, {"linked": 2, "attention": True}, max_loras=8, max_num_batched_tokens=96) as llm:
+        check(model, llm, rows, extras)
+        check(model, llm, rows, extras)

@@ -12,6 +12,7 @@ from loraplex.errors import CapacityError, CompatibilityError, LoraplexError, Mi
 from tests.vllm.worlds import HIDDEN, engine_settings
 
 LINKS, MIXTURES, ROUTERS = {}, {"mixtures": True}, {"routers": True}
+RESIDUALS, LINKED, ATTENTION = {"residuals": True}, {"linked": 1}, {"attention": True}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,15 @@ REFUSED = [
     (ROUTERS, "asynchronous", setting("scheduler_config", "async_scheduling", True)),
     (ROUTERS, "sleep", in_model(enable_sleep_mode=True)),
     (ROUTERS, "STOCK_TORCH_COMPILE", setting("compilation_config", "mode", 1)),
+    (RESIDUALS, "compiled or recorded", setting("compilation_config", "mode", 3)),
+    (RESIDUALS, "speculative", setting("", "speculative_config", object())),
+    (RESIDUALS, "context parallelism", setting("parallel_config", "decode_context_parallel_size", 2)),
+    (RESIDUALS, "asynchronous", setting("scheduler_config", "async_scheduling", True)),
+    (LINKED, "compiled or recorded", setting("compilation_config", "mode", 3)),
+    (LINKED, "KV connector", setting("", "kv_transfer_config", object())),
+    (LINKED, "quantized KV", setting("cache_config", "cache_dtype", "fp8")),
+    (ATTENTION, "compiled or recorded", setting("compilation_config", "mode", 3)),
+    (ATTENTION, "KV offloading", setting("cache_config", "kv_offloading_size", 1.0)),
 ]
 # What concerns the second cache alone.
 TAKEN_WITH_ROUTERS = [
@@ -93,6 +103,29 @@ def test_setting_is_refused_by_name(config, options, name, change):
         object.__setattr__(changed.compilation_config, "mode", CompilationMode.STOCK_TORCH_COMPILE)
     with pytest.raises(UnsupportedEngineError, match=name):
         check_config(changed, PluginOptions(**options))
+
+
+def test_residuals_refuse_the_second_model_runner(config, monkeypatch):
+    from loraplex.vllm_plugin.options import PluginOptions
+    from loraplex.vllm_plugin.refusals import check_config
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    check_config(config, PluginOptions(routers=True))
+    with pytest.raises(UnsupportedEngineError, match="second model runner"):
+        check_config(config, PluginOptions(residuals=True))
+
+
+def test_attention_refuses_other_platforms(config, monkeypatch):
+    from vllm.platforms import current_platform
+
+    from loraplex.vllm_plugin.options import PluginOptions
+    from loraplex.vllm_plugin.refusals import check_config
+
+    check_config(config, PluginOptions(attention=True))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    check_config(config, PluginOptions(linked=1))
+    with pytest.raises(UnsupportedEngineError, match="another platform"):
+        check_config(config, PluginOptions(attention=True))
 
 
 @pytest.mark.parametrize(("name", "change"), TAKEN_WITH_ROUTERS, ids=[name for name, _ in TAKEN_WITH_ROUTERS])
@@ -323,11 +356,11 @@ def test_embeddings_in_a_mixture_are_refused(world):
         loader(world, mixtures=True)("mixwide")
 
 
-def test_residual_adapters_are_refused(world):
+def test_residuals_need_their_option(world):
     folder = world.named / "residual"
     folder.mkdir(exist_ok=True)
     (folder / "residual_config.json").write_text(json.dumps({}))
-    with pytest.raises(LoraplexError, match="residual"):
+    with pytest.raises(LoraplexError, match='"residuals": true'):
         loader(world)("residual:0.5")
 
 

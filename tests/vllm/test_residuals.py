@@ -62,6 +62,15 @@ def test_linked_residuals_equal_loraplexs_own(residual):
         assert wrong.largest > 10 * TOLERANCE, wrong
 
 
+def test_caches_of_some_layers_serve_residuals_of_those(residual):
+    """A vector before a linked residual acts on all its layers, with caches there or without."""
+    world, model = residual
+    rows = rows_of(["linked_late+heard", "heard+linked_late:0.5", "heard", None, "block:0.5+linked_late"])
+    with engine(world, {"linked": 1, "attention_layers": [1]}, **SIZES, enable_prefix_caching=False) as llm:
+        found = compared(model, rows, generate(llm, rows, NUM_TOKENS))
+    assert found.is_none, found
+
+
 def test_beside_mixtures_with_a_scaling_pass(residual):
     world, model = residual
     rows = rows_of(["mix1", "linked", "mix1:0.5+block:0.5", None, "mix1+linked:0.7", "after+mix1", "protein"])

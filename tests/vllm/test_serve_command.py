@@ -79,6 +79,21 @@ def test_residuals_turn_their_options_on(tmp_path):
         assert option(arguments, "--max-lora-rank") == "8"
 
 
+def test_options_in_vllms_own_arguments_are_put_over_those_that_were_found():
+    settings = ServeConfig(model=ModelSettings(model="m", adapters={"protein": ADAPTER}))
+    given = {"loraplex": {"attention": True, "routers": True}, "other": 1}
+    arguments = vllm_arguments(settings, f"--seed 3 --additional-config '{json.dumps(given)}' --max-num-seqs 4")
+    assert arguments.count("--additional-config") == 1
+    found = json.loads(option(arguments, "--additional-config"))
+    options = {"adapters": {"protein": ADAPTER}, "mixtures": False, "routers": True, "attention": True}
+    assert found == {"loraplex": options, "other": 1}
+    assert arguments[-4:] == ["--seed", "3", "--max-num-seqs", "4"]
+    assert "--enforce-eager" in arguments
+    for wrong in ("", "[1]", "{", '{"loraplex": 3}'):
+        with pytest.raises(ConfigError, match="additional-config"):
+            vllm_arguments(settings, f"--additional-config '{wrong}'")
+
+
 def test_ranks_are_those_that_vllm_knows(tmp_path):
     assert rank_for([]) == 8
     with mock.patch.object(serve_vllm, "_rank", return_value=65):

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.vllm.residual_worlds import add_residuals
 from tests.vllm.worlds import LINK, TOLERANCE, make_server_world, prompts
 
 NUM_TOKENS = 6
@@ -30,11 +31,13 @@ def free_port() -> int:
 def served(tmp_path_factory):
     """A world, and the address of a server for it: `loraplex serve --engine vllm`."""
     world = make_server_world(tmp_path_factory.mktemp("served"))
+    world.own = add_residuals(world)
     port = free_port()
     vllm_args = (
         "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 32 --num-gpu-blocks-override 256 "
         f"--block-size 32 --max-lora-rank 16 --max-logprobs 10 --lora-modules static={world.named / 'protein'} "
-        f"both=protein:0.5+chemistry:2 gated={world.named / 'mix6'}"
+        f"both=protein:0.5+chemistry:2 gated={world.named / 'mix6'} "
+        """--additional-config '{"loraplex": {"attention": true}}'"""
     )
     command = [sys.executable, "-c", "from loraplex.cli.app import app; app()", "serve", "--engine", "vllm"]
     command += ["--model", world.model]
@@ -152,6 +155,45 @@ def test_scalings_of_a_request_that_asks(served):
     expected = model.mixtures.get("mix1").head(hidden)[0]
     torch.testing.assert_close(torch.tensor(mixture["scalings"]), expected, atol=1e-3, rtol=0)
     assert httpx.get(f"{address}/v1/loraplex/scalings/{answer['id']}", timeout=60).status_code == 404  # given once
+
+
+def test_residuals_steering_and_captures_of_requests(served):
+    import numpy as np
+    import torch
+
+    from loraplex.residual import AttentionRequest, CaptureRequest, Steering
+
+    world, address = served
+    prompt = prompts(1, seed=4)[0]
+    steer = json.dumps([{"start": 1, "end": 4, "strength": 5, "layers": [1]}])
+    capture = json.dumps({"layers": [1], "queries": 2})
+    both = {"loraplex_steer": steer, "loraplex_capture": capture}
+    for choice, more in (("linked", {}), ("calm:0.5+protein", {}), ("block+protein", both)):
+        response = httpx.post(f"{address}/v1/completions", json=body(choice, prompt, vllm_xargs=more), timeout=300)
+        assert response.status_code == 200, response.text
+        found = response.json()["choices"][0]["logprobs"]
+        tokens = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
+        request = AttentionRequest(
+            steering=[Steering(spans=((1, 4),), strength=5, layers=(1,)) if more else None],
+            capture=CaptureRequest(layers=(1,)) if more else None,
+            prompt_lengths=[len(prompt)],
+        )
+        ids = torch.tensor([[*prompt, *tokens[:-1]]])
+        logits = world.own(ids, adapters=[choice], attention=request, use_cache=False).logits[0, len(prompt) - 1 :]
+        expected = torch.log_softmax(logits.float(), dim=-1)
+        assert expected.argmax(dim=-1).tolist() == tokens
+        assert (expected.max(dim=-1).values - torch.tensor(found["token_logprobs"])).abs().max() <= TOLERANCE
+        captured = httpx.get(f"{address}/v1/loraplex/attention/{response.json()['id']}", timeout=60)
+        assert captured.status_code == (200 if more else 404)
+        if more:
+            (own,) = captured.json()["requests"]
+            assert own["query_positions"] == [len(prompt) - 2, len(prompt) - 1]
+            weights = request.captures[0].weights[:, :, len(prompt) - 2 : len(prompt)]
+            np.testing.assert_allclose(np.array(own["weights"]), weights, atol=1e-4)
+    refused = {"loraplex_steer": '[{"start": 1, "end": 400, "strength": 5}]'}
+    response = httpx.post(f"{address}/v1/completions", json=body("protein", prompt, vllm_xargs=refused), timeout=300)
+    assert response.status_code == 400, response.text
+    assert "(1, 400)" in response.text
 
 
 def test_many_mixed_requests_at_once(served):

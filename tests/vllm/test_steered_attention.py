@@ -33,7 +33,7 @@ def residual(tmp_path_factory):
     return world, add_residuals(world)
 
 
-def asked():
+def args_of_rows():
     """What each of CHOICES' rows asks for: steering, a capture, both, nothing."""
     extras = [{"loraplex_steer": steer} for steer in STEERED]
     extras += [{"loraplex_capture": json.dumps(capture)} for capture in CAPTURED]
@@ -102,7 +102,7 @@ def check(model, llm, rows, extras, num_tokens=NUM_TOKENS):
 @pytest.mark.vllm_smoke
 def test_steered_and_captured_rows_equal_loraplexs_own(residual):
     world, model = residual
-    rows, extras = list(zip(CHOICES, prompts(len(CHOICES)), strict=True)), asked()
+    rows, extras = list(zip(CHOICES, prompts(len(CHOICES)), strict=True)), args_of_rows()
     with engine(world, OPTIONS, **SIZES) as llm:
         answers = check(model, llm, rows, extras)
         # the control: the same answers aren't those of rows that aren't steered
@@ -116,7 +116,7 @@ def test_preempted_rows_equal_loraplexs_own(residual):
     choices = [None, "protein", "block:0.5+protein", None]
     rows = [(choice, prompt + prompt) for choice, prompt in zip(choices, prompts(4, seed=6), strict=True)]
     settings = {"num_gpu_blocks_override": 7, "max_model_len": 96, "max_num_batched_tokens": 128}
-    extras = [asked()[0], asked()[6], asked()[4], None]
+    extras = [args_of_rows()[0], args_of_rows()[6], args_of_rows()[4], None]
     with engine(world, OPTIONS, **settings, **SIZES) as llm:
         preemptions = counted(engine_core(llm).scheduler, "_preempt_request")
         check(model, llm, rows, extras, 30)
@@ -131,14 +131,14 @@ def test_chunks_and_the_prefix_cache_equal_loraplexs_own(residual):
     ]
     settings = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True}
     with engine(world, OPTIONS, **settings, **SIZES) as llm:
-        check(model, llm, rows, asked())
+        check(model, llm, rows, args_of_rows())
         lookups = counted(engine_core(llm).scheduler.kv_cache_manager, "get_computed_blocks")
-        check(model, llm, rows, asked())
+        check(model, llm, rows, args_of_rows())
         reused = sorted(num_tokens for _, num_tokens, _ in lookups.results)
         assert reused[:4] == [0] * 4  # rows that capture compute everything themselves
         assert reused[4] >= 64
         # the same prompts, steered otherwise: none of the blocks above
-        check(model, llm, rows[:3], [asked()[1], asked()[2], None])
+        check(model, llm, rows[:3], [args_of_rows()[1], args_of_rows()[2], None])
 
 
 @pytest.mark.parametrize(

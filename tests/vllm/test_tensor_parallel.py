@@ -3,7 +3,7 @@
 import pytest
 
 from tests.vllm.residual_worlds import add_residuals
-from tests.vllm.test_steered_attention import asked, check
+from tests.vllm.test_steered_attention import args_of_rows, check
 from tests.vllm.worlds import CHOICES, difference, engine, make_world, prompts
 
 
@@ -34,7 +34,7 @@ def test_residuals_of_two_workers_equal_loraplexs_own(tmp_path, monkeypatch):
         None,
     ]
     rows = list(zip(choices, prompts(len(choices)), strict=True))
-    extras = [None] * 5 + [asked()[2], asked()[6], asked()[4]]
+    extras = [None] * 5 + [args_of_rows()[2], args_of_rows()[6], args_of_rows()[4]]
     settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_loras": 8}
     with engine(world, {"linked": 2, "attention": True}, **settings) as llm:
         check(model, llm, rows, extras)

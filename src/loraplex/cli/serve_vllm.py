@@ -22,6 +22,7 @@ from loraplex.routers.folder import is_router_folder, read_router_folder
 from loraplex.server.settings import ServeConfig
 from loraplex.xlora.formats.folders import is_mixture_folder, read_mixture_folder
 
+ADDITIONAL = "--additional-config"
 SERVER = "vllm.entrypoints.openai.api_server"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank is one of these
 
@@ -55,7 +56,10 @@ def serve_with_vllm(settings: ServeConfig, extra: str) -> None:
 
 
 def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
-    """The command line of vLLM's server; what is in `extra` comes last, so it counts."""
+    """The command line of vLLM's server; what is in `extra` comes last, so it counts.
+
+    The plugin's options in an --additional-config of `extra` are put over those that are found here.
+    """
     _refuse_others(settings)
     model = settings.model
     named = {**model.adapters, **model.mixtures}
@@ -67,19 +71,35 @@ def vllm_arguments(settings: ServeConfig, extra: str = "") -> list[str]:
         options |= {"residuals": True, "linked": int(any(map(_is_linked, residuals)))}
     if model.watch:
         options["folder"] = model.watch
+    additional, more = _additional_config(shlex.split(extra))
+    additional["loraplex"] = options | additional.get("loraplex", {})
     base = str(convert_smollm2()) if model.model == ALIAS else model.model
     arguments = ["--model", base, "--enable-lora", "--max-lora-rank", str(rank_for(folders)), "--max-loras", "8"]
-    arguments += ["--max-cpu-loras", "64", "--additional-config", json.dumps({"loraplex": options})]
+    arguments += ["--max-cpu-loras", "64", ADDITIONAL, json.dumps(additional)]
     if model.model == ALIAS and not model.served_name:
         arguments += ["--served-model-name", ALIAS]
-    if residuals:
+    if residuals or additional["loraplex"].get("attention"):
         arguments += ["--enforce-eager"]  # hooks add them, which recorded passes leave out
     if model.generation_config == "none":
         arguments += ["--generation-config", "vllm"]
     for section, name in _changed(settings) | _ALWAYS:
         if (section, name) in _FLAGS:
             arguments += [_FLAGS[section, name], str(getattr(getattr(settings, section), name))]
-    return arguments + shlex.split(extra)
+    return arguments + more
+
+
+def _additional_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The object that vLLM's --additional-config has among arguments, and the others. Raises ConfigError."""
+    if ADDITIONAL not in arguments:
+        return {}, arguments
+    place = arguments.index(ADDITIONAL)
+    try:
+        content = json.loads(arguments[place + 1])
+    except (IndexError, ValueError) as error:
+        raise ConfigError(f"{ADDITIONAL} in --vllm-args has no JSON behind it: {error}.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("loraplex", {}), dict):
+        raise ConfigError(f"{ADDITIONAL} in --vllm-args is {content!r}; it must be an object, and so its loraplex.")
+    return content, arguments[:place] + arguments[place + 2 :]
 
 
 def rank_for(folders: list[Path]) -> int:

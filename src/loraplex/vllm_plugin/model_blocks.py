@@ -77,7 +77,7 @@ class ModelBlocks:
     def attach(self, residuals: BatchResiduals, linked: "LinkedCaches | None") -> None:
         """Let the blocks go through what is current in `residuals`."""
         if linked is not None:
-            for number in linked.layers:
+            for number in self.attention:  # also where there is no cache: a link's vectors may act there
                 reader = _LinkedReader(residuals, linked, number, self._sum_heads)
                 self.attention[number].register_forward_pre_hook(reader.note_attention)
                 self._modules["attention", number].register_forward_hook(reader, with_kwargs=True)

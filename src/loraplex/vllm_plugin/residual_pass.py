@@ -23,7 +23,7 @@ class ResidualPass:
     def __init__(self, residuals: BatchResiduals, reader: AttentionReader | None, runner: Any) -> None:
         """`reader` where the engine serves steering and captures."""
         self._residuals, self._runner = residuals, runner
-        self._rows = None if reader is None else AttentionRows(reader, runner)
+        self._rows = None if reader is None else AttentionRequests(reader, runner)
 
     @property
     def log(self) -> CaptureLog:
@@ -53,7 +53,7 @@ class ResidualPass:
             self._rows.end_pass()
 
 
-class AttentionRows:
+class AttentionRequests:
     """Which rows of a batch ask something of attention, by what came with their requests."""
 
     def __init__(self, reader: AttentionReader, runner: Any) -> None:
