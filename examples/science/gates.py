@@ -138,7 +138,8 @@ def _right_without(
             right = [text == each.answer for text, each in zip(texts, asked, strict=True)]
             found[domain] = round(sum(right) / max(1, len(right)), 4)
     for name in (ABLATED, *experts):
-        model.unload(name)
+        if name in model.names():  # a mixture takes the experts with it that came with it
+            model.unload(name)
     return found
 
 
