@@ -101,14 +101,14 @@ def _run(settings: Settings, options: argparse.Namespace) -> None:
         raise SystemExit(f"there is no step {unknown[0]!r}. The steps: {[step.name for step in steps]}.")
     by_name = {step.name: step for step in steps}
     try:
-        run(settings.output, [by_name[name] for name in (options.only or by_name)])
+        run(settings.output, [by_name[name] for name in wanted], again=bool(options.only))
     except StepFailedError as error:
         raise SystemExit(str(error)) from error
 
 
 COMMANDS: dict[str, tuple[Callable[[Settings, argparse.Namespace], None], str]] = {
     "plan": (_plan, "the steps, what is done, and some minutes for each"),
-    "run": (_run, "run what is left, or the steps of --only in their order there"),
+    "run": (_run, "run what is left; or the steps of --only, in their order there, also if they are done"),
     "speed": (_speed, "measure seconds a step of each expert here, for the plan"),
     "subjects": (_subjects, "read the packages"),
     "questions": (_questions, "write training records and held-out questions"),

@@ -14,7 +14,7 @@ from examples.science.columns import load_column, load_model
 from examples.science.layout import answers_path, cells, question_path
 from examples.science.settings import Settings
 from examples.science.tasks import STRETCH, TASKS, Task
-from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingParams
+from loraplex import Engine, EngineConfig, Request, SamplingParams
 from loraplex.training.adapters.evaluation import Question, read_questions
 
 MAX_TOKENS = {"number": 12, "word": 6, "labels": 2 * STRETCH, "design": 130}
@@ -51,25 +51,19 @@ def fingerprint(path: Path) -> str:
 
 
 def ask_all(settings: Settings) -> None:
-    """Answer every cell that isn't answered yet, column by column."""
-    model: MultiLoraModel | None = None
-    for column in dict.fromkeys(column for column, _ in cells(settings)):
-        answers = Answers(answers_path(settings, column))
-        tasks = [task for of, task in cells(settings) if of == column]
-        open_tasks = [task for task in tasks if not answers.has(task, question_path(settings, task))]
-        if open_tasks:
-            model = model or load_model(settings)
-            _ask_column(settings, model, column, open_tasks, answers)
-
-
-def _ask_column(settings: Settings, model: MultiLoraModel, column: str, tasks: Sequence[str], answers: Answers) -> None:
-    wanted = {task: load_column(model, settings, column, _domain(settings, task)) for task in tasks}
+    """Answer every cell that isn't answered yet, column by column; adapters are loaded as they are needed."""
+    columns = {column: Answers(answers_path(settings, column)) for column, _ in cells(settings)}
+    left = [cell for cell in cells(settings) if not columns[cell[0]].has(cell[1], question_path(settings, cell[1]))]
+    if not left:
+        return
+    model = load_model(settings)
     with Engine(model, EngineConfig()) as engine:
-        for task in tasks:
+        for column, task in sorted(left, key=lambda cell: list(columns).index(cell[0])):
+            wanted = load_column(model, settings, column, _domain(settings, task))
             path = question_path(settings, task)
             questions = read_questions(path)
             sampling = sampling_of(settings, TASKS.get(task), len(questions))
-            answers.add(task, path, ask(engine, questions, wanted[task], sampling))
+            columns[column].add(task, path, ask(engine, questions, wanted, sampling))
             print(f"{column}, {task}: {len(questions)} questions", flush=True)
 
 

@@ -56,34 +56,34 @@ def _without_prefix(row: RowScalings) -> RowScalings:
 
 def draw_all(settings: Settings) -> None:
     model = load_model(settings)
-    for column in TRAINED:
-        draw(settings, model, column)
+    with Engine(model, EngineConfig(prefix_cache=False)) as engine:  # scalings are of tokens that are run
+        for column in TRAINED:
+            draw(settings, model, engine, column)
 
 
-def draw(settings: Settings, model: MultiLoraModel, column: str) -> None:
+def draw(settings: Settings, model: MultiLoraModel, engine: Engine, column: str) -> None:
     """Write <output>/gates/<column>: by-domain.png, layers.png, a conversation's tokens, and the means as JSON."""
     folder = settings.output / "gates" / TRAINED[column]
     folder.mkdir(parents=True, exist_ok=True)
     name = str(load_column(model, settings, column))
-    with Engine(model, EngineConfig()) as engine:
-        domains = {
-            domain: scalings_of(engine, name, [[{"role": "user", "content": asked.prompt}] for asked in questions])
-            for domain in settings.experts
-            if (questions := words_held_out(settings, domain, PICTURED))
-        }
-        conversation = _one_conversation(settings)
-        tokens_of = scalings_of(engine, name, [conversation.messages]) if conversation else []
+    domains = {
+        domain: scalings_of(engine, name, [[{"role": "user", "content": asked.prompt}] for asked in questions])
+        for domain in settings.experts
+        if (questions := words_held_out(settings, domain, PICTURED))
+    }
+    conversation = _one_conversation(settings)
+    tokens_of = scalings_of(engine, name, [conversation.messages]) if conversation else []
     plot_domain_means(domains, folder / "by-domain.png")
     for domain, rows in domains.items():
         plot_layer_means(rows, folder / f"layers-{domain}.png")
     for row in tokens_of:
         words = [str(model.tokenizer.decode([token])) for token in row.token_ids]
         plot_token_heatmap(row, words, folder / "conversation.png")
-    means = {domain: mean_of_question(model, rows) for domain, rows in domains.items()}
+    means = {domain: mean_of_question(rows) for domain, rows in domains.items()}
     _write(folder / "means.json", means)
 
 
-def mean_of_question(model: MultiLoraModel, rows: Sequence[RowScalings]) -> dict[str, float]:
+def mean_of_question(rows: Sequence[RowScalings]) -> dict[str, float]:
     """Each expert's mean from where the questions begin to differ, over layers: before it no gate can know."""
     texts = [row.token_ids for row in rows]
     start = next((i for i, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1), 0)
@@ -99,11 +99,12 @@ def _one_conversation(settings: Settings) -> Question | None:
 
 def ablate_all(settings: Settings) -> None:
     model = load_model(settings)
-    for column in TRAINED:
-        ablate(settings, model, column)
+    with Engine(model, EngineConfig()) as engine:
+        for column in TRAINED:
+            ablate(settings, model, engine, column)
 
 
-def ablate(settings: Settings, model: MultiLoraModel, column: str) -> None:
+def ablate(settings: Settings, model: MultiLoraModel, engine: Engine, column: str) -> None:
     """Write <output>/gates/<column>/ablation.json: right answers of each domain without one expert at a time."""
     folder = settings.output / "gates" / TRAINED[column]
     path = folder / "ablation.json"
@@ -112,13 +113,18 @@ def ablate(settings: Settings, model: MultiLoraModel, column: str) -> None:
     questions = {domain: words_held_out(settings, domain, settings.ask.ablation_questions) for domain in means}
     for without in ("nobody", *settings.experts):
         if without not in results:
-            results[without] = _right_without(settings, model, column, without, questions)
+            results[without] = _right_without(settings, model, engine, column, without, questions)
             _write(path, {"right": results, "summary": summary(results, means)})
             print(f"{column} without {without}: {results[without]}", flush=True)
 
 
 def _right_without(
-    settings: Settings, model: MultiLoraModel, column: str, without: str, questions: Mapping[str, Sequence[Asked]]
+    settings: Settings,
+    model: MultiLoraModel,
+    engine: Engine,
+    column: str,
+    without: str,
+    questions: Mapping[str, Sequence[Asked]],
 ) -> dict[str, float]:
     """By domain, the share of right answers of the mixture with one expert's update at 0."""
     source = mixture_folder(settings, column)
@@ -129,16 +135,16 @@ def _right_without(
         experts[f"{ABLATED}/{without}"] = empty
     model.load_mixture(ABLATED, source, experts=experts)
     found = {}
-    with Engine(model, EngineConfig()) as engine:
-        for domain, asked in questions.items():
-            how = SamplingParams(max_tokens=ANSWER_TOKENS)
-            prompts = [[{"role": "user", "content": each.prompt}] for each in asked]
-            requests = [Request(prompt, adapters=ABLATED, sampling=how) for prompt in prompts]
-            texts = [result.text.strip() for result in engine.generate(requests)]
-            right = [text == each.answer for text, each in zip(texts, asked, strict=True)]
-            found[domain] = round(sum(right) / max(1, len(right)), 4)
+    for domain, asked in questions.items():
+        how = SamplingParams(max_tokens=ANSWER_TOKENS)
+        prompts = [[{"role": "user", "content": each.prompt}] for each in asked]
+        requests = [Request(prompt, adapters=ABLATED, sampling=how) for prompt in prompts]
+        texts = [result.text.strip() for result in engine.generate(requests)]
+        right = [text == each.answer for text, each in zip(texts, asked, strict=True)]
+        found[domain] = round(sum(right) / max(1, len(right)), 4)
     for name in (ABLATED, *experts):
-        model.unload(name)
+        if name in model.names():  # a mixture takes the experts with it that came with it
+            model.unload(name)
     return found
 
 

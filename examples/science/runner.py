@@ -59,11 +59,14 @@ def alone(output: Path) -> Iterator[None]:
         yield
 
 
-def run(output: Path, steps: Sequence[Step]) -> None:
-    """Run the steps that aren't done. Raises StepFailedError at the first that fails; the next run begins with it."""
+def run(output: Path, steps: Sequence[Step], *, again: bool = False) -> None:
+    """Run the steps that aren't done; with `again` the others too.
+
+    Raises StepFailedError at the first that fails; the next run begins with it.
+    """
     with alone(output):
         for step in steps:
-            if is_done(output, step):
+            if is_done(output, step) and not again:
                 continue
             print(f"== {step.name}, some {step.seconds / 60:.0f} min", flush=True)
             began = time.monotonic()

@@ -36,6 +36,8 @@ def test_steps_run_once_and_again_with_other_arguments(log: Path, tmp_path: Path
     run(tmp_path, [step(log, "one"), step(log, "two")])
     run(tmp_path, [step(log, "one"), step(log, "two", sleep=0.01)])
     assert log.read_text().split() == ["one", "two", "two"]
+    run(tmp_path, [step(log, "one")], again=True)
+    assert log.read_text().split() == ["one", "two", "two", "one"]
 
 
 def test_a_failed_step_stops_the_run_and_is_the_first_of_the_next(log: Path, tmp_path: Path) -> None:
