@@ -92,7 +92,7 @@ def test_no_text_holds_the_page_up(page, text):
             return (performance.now() - began) / 1000; }""",
         text,
     )
-    assert seconds < 2
+    assert seconds < 20, "a tenth of a second on an idle machine"
 
 
 def test_code_and_answers_are_copied(page, context):
