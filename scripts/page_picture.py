@@ -17,7 +17,7 @@ from tests.server.page.browser import browsing
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "page.png"
-SIZE = {"width": 1280, "height": 860}
+SIZE = {"width": 1280, "height": 960}
 WEAK = "0.35"  # at full weight the experts answer in one word, as they were trained to
 MOLECULE = "Molecule CN1CC1(C)CC(C)=O: is its HOMO-LUMO gap low, medium or high?"
 QUESTION = "Why is ice lighter than water? Answer in two sentences."
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def take(output: Path, *, colors: Literal["light", "dark"] = "light") -> None:
-    """Serve, ask two questions, hold the pointer over a token, and save what is seen."""
+    """Serve, ask one question and two columns another, hold the pointer over a token, and save what is seen."""
     with _serving() as server, browsing(viewport=SIZE, color_scheme=colors) as context:
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{server.port}")
@@ -41,12 +41,13 @@ def take(output: Path, *, colors: Literal["light", "dark"] = "light") -> None:
         page.fill("#max-tokens", "80")
         page.fill("#temperature", "0")
         _ask(page, MOLECULE)
+        page.locator(".prompt-read").evaluate("(one) => { one.open = true; }")
         page.fill("#link-a input[type=number]", WEAK)
+        page.click("#add-column")
         _ask(page, QUESTION)
-        for prompt, is_open in zip(page.locator(".prompt-read").all(), (True, False), strict=True):
-            prompt.evaluate("(one, isOpen) => { one.open = isOpen; }", is_open)
         page.locator(".turns").evaluate("(one) => { one.scrollTop = 0; }")
-        page.locator(".turn").last.locator(".token").nth(2).hover()
+        page.locator("#setup").evaluate("(one) => { one.scrollTop = 0; }")
+        page.locator(".turn").last.locator(".answer").first.locator(".token").nth(2).hover()
         page.wait_for_selector("#token-panel canvas")
         page.wait_for_timeout(2500)  # for the load to be asked once more
         page.screenshot(path=str(output))

@@ -9,7 +9,12 @@ from playwright.sync_api import expect
 from tests.server.page.driver import add_column, ask, choose, finished, tokens
 
 Color = tuple[float, float, float]
-SCREENS = [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)]
+SCREENS = [
+    ("light", 1280),
+    ("dark", 390),
+    pytest.param("dark", 1280, marks=pytest.mark.slow),
+    pytest.param("light", 390, marks=pytest.mark.slow),
+]
 
 
 def serious(page: Any) -> list[str]:

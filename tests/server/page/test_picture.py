@@ -14,5 +14,5 @@ def test_the_picture_shows_a_coloured_answer(tmp_path, smollm2):
         assert picture.size == (SIZE["width"], SIZE["height"])
         colors = picture.convert("RGB").getcolors(2**20)
     assert (tmp_path / "page.png").stat().st_size < 300_000
-    quantum = sum(count for count, (red, green, blue) in colors if blue - red > 60)
+    quantum = sum(count for count, (red, green, blue) in colors if 140 < red < 200 and 25 < blue - red < 50)
     assert quantum > 5_000, "the molecule's tokens are the quantum expert's"

@@ -70,7 +70,7 @@ export class Inspector {
   #pointed(event, isClick) {
     const span = event.target.closest?.(".token");
     if (!span) {
-      if (isClick) this.#isHeld = false;
+      if (isClick && !event.target.closest("button, summary, input, textarea, select, a")) this.#isHeld = false;
       return;
     }
     if (this.#isHeld && !isClick) return;

@@ -4,6 +4,7 @@ import { lexer } from "./vendor/marked.js";
 import { copyButton, el } from "./dom.js";
 
 const LONGEST = 30_000; // characters; a longer text is shown as it is
+const DEEPEST = 40; // levels of lists, quotes and emphasis
 const SAFE = ["http:", "https:", "mailto:"];
 const INLINE = { strong: "strong", em: "em", del: "del", codespan: "code" };
 
@@ -22,13 +23,23 @@ export function markdown(text, piece) {
 
 class Builder {
   #at = 0; // all before it has been shown, or is a mark
+  #depth = 0;
 
   constructor(text, piece) {
     Object.assign(this, { text, piece });
   }
 
   blocks(tokens) {
-    return tokens.flatMap((token) => this.#within(token, () => this.#block(token)));
+    return this.#nested(tokens, (token) => this.#block(token));
+  }
+
+  /** What is nested too deep is shown as it is. */
+  #nested(tokens, build) {
+    if (this.#depth >= DEEPEST) return tokens.flatMap(({ raw }) => this.#leaf(raw));
+    this.#depth += 1;
+    const made = tokens.flatMap((token) => this.#within(token, () => build(token)));
+    this.#depth -= 1;
+    return made;
   }
 
   /** Go to where a token begins, and behind it afterwards; one whose text was indented differently is met on the way. */
@@ -89,7 +100,7 @@ class Builder {
 
   #inline({ tokens, text }) {
     if (!tokens?.length) return text ? this.#leaf(text) : [];
-    return tokens.flatMap((token) => this.#within(token, () => this.#inlineToken(token)));
+    return this.#nested(tokens, (token) => this.#inlineToken(token));
   }
 
   #inlineToken(token) {
