@@ -150,6 +150,7 @@ def wait_for_lines(process: "subprocess.Popen[bytes]", log: Path, count: int) ->
 
 
 def test_a_program_that_takes_the_signals_itself_keeps_them() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     mine = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         taken = signal.getsignal(signal.SIGTERM)
@@ -159,9 +160,10 @@ def test_a_program_that_takes_the_signals_itself_keeps_them() -> None:
             assert stop.signal == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, mine)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("kind", ["adapters", "mixture"])
