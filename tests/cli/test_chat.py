@@ -29,6 +29,14 @@ NUM_TOKENS = 12
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS}
 
 
+@pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """What runs in the background of a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapters(tmp_path_factory.mktemp("adapters"))

@@ -76,6 +76,23 @@ def test_long_records_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogC
     assert result.eval_losses == ()
 
 
+def test_without_a_terminal_lines_of_the_log_tell_how_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bars, "LOG_SECONDS", 0.0)
+    caplog.set_level("INFO", "loraplex")
+    jobs = [tiny_job(tmp_path, "protein", max_steps=22, eval_every=5), tiny_job(tmp_path, "b", max_steps=3)]
+    train(jobs, tmp_path / "out")
+    lines = [record.getMessage() for record in caplog.records if record.name == bars.logger.name]
+    steps = [int(line.split()[1]) for line in lines]
+    assert steps == [1, 3, 5, 10, 15, 20, 22]
+    losses = [json.loads(line) for line in (tmp_path / "out" / "protein.jsonl").read_text().splitlines()]
+    (tenth,) = [entry["loss"] for entry in losses if entry["step"] == 10 and "loss" in entry]
+    (held_out,) = [entry["eval_loss"] for entry in losses if entry["step"] == 10 and "eval_loss" in entry]
+    assert f"step 10 of 22: loss protein {tenth:.3f} (held out {held_out:.3f}); b " in lines[3]
+    assert lines[3].endswith("tokens/s")
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_bars_are_drawn_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
     screen = io.StringIO()

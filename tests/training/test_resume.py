@@ -31,6 +31,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """What runs in the background of a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -113,19 +121,50 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path, kind: str, first: st
     assert_identical(resumed, RUNS[kind](tmp_path, tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("kind", ["adapters", pytest.param("mixture", marks=pytest.mark.slow)])
-def test_process_that_is_told_to_stop_saves_its_last_step_and_resumes_bit_for_bit(tmp_path: Path, kind: str) -> None:
-    process = start(tmp_path, kind)
-    log = tmp_path / "out" / f"{NAME if kind == 'mixture' else 'a'}.jsonl"
-    wait_for_lines(process, log, STEPS // 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+@pytest.mark.parametrize(
+    ("kind", "number", "error"),
+    [
+        ("adapters", signal.SIGTERM, SystemExit),
+        ("mixture", signal.SIGINT, KeyboardInterrupt),
+        pytest.param("router", signal.SIGTERM, SystemExit, marks=pytest.mark.slow),
+    ],
+)
+def test_run_that_is_told_to_stop_saves_its_step_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: signal.Signals, error: type[BaseException]
+) -> None:
+    train = RUNS[kind]
+    with monkeypatch.context() as patched:
+        signal_in_step(patched, 20, number)
+        with pytest.raises(error) as stopped:
+            train(tmp_path, tmp_path / "out")
+    assert getattr(stopped.value, "code", 143) == 143
     # Nothing that was computed is lost: the checkpoint, written every 6 steps, knows of every line of the log.
     kept, jobs = checkpoint_of(tmp_path / "out")
-    logs = [tmp_path / "out" / f"{name}.jsonl" for name in ("abc" if kind == "adapters" else [NAME])]
-    assert kept == [path.stat().st_size for path in logs]
-    assert jobs[0]["progress"]["step"] < STEPS, "stopped too late"
-    assert_identical(RUNS[kind](tmp_path, tmp_path / "out"), RUNS[kind](tmp_path, tmp_path / "whole"))
+    names = {"adapters": "abc", "mixture": [NAME], "router": [ROUTER]}[kind]
+    assert kept == [(tmp_path / "out" / f"{name}.jsonl").stat().st_size for name in names]
+    assert jobs[0]["progress"]["step"] == 20
+    assert_identical(train(tmp_path, tmp_path / "out"), train(tmp_path, tmp_path / "whole"))
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Let the signal come while job "a", or the mixture, makes its step `step`."""
+    update = TrainState.update
+
+    def told(self: TrainState, *arguments: Any) -> float:
+        if self.name in ("a", NAME, ROUTER) and self.progress.step == step - 1:
+            signal.raise_signal(number)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(TrainState, "update", told)
+
+
+@pytest.mark.slow
+def test_process_that_gets_sigterm_ends_with_the_status_of_one(tmp_path: Path) -> None:
+    process = start(tmp_path, "adapters")
+    wait_for_lines(process, tmp_path / "out" / "a.jsonl", STEPS // 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert checkpoint_of(tmp_path / "out")[1][0]["progress"]["step"] > STEPS // 2
 
 
 def checkpoint_of(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
@@ -159,9 +198,9 @@ def test_a_program_that_takes_the_signals_itself_keeps_them() -> None:
             assert stop.signal == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, mine)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("kind", ["adapters", "mixture"])
