@@ -2,8 +2,8 @@
 
 python benchmarks/training_service.py       # 4 and 8 clients, 2 records each a step
 
-Each client sends its records' losses and an optimizer step, waits for both, and goes on, as a loop of the Tinker SDK does,
-but without HTTP. One round is one step of every client; sides alternate. `--clock cpu` counts processor time.
+Each client sends its records' losses and an optimizer step, waits for both, and goes on, as a loop of the Tinker SDK
+does, but without HTTP. One round is one step of every client; sides alternate. `--clock cpu` counts processor time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The SDK's clients: supervised and policy losses, losses of the client, checkpoints, sampling, a server that is killed."""
+"""The SDK's clients: all kinds of losses, checkpoints, sampling, and a server that is killed."""
 
 import threading
 import time
