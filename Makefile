@@ -4,6 +4,8 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 # and so do the clients of other projects
 CLIENTS_VENV ?= .venv-clients
+# and the Tinker SDK with its cookbook
+TINKER_VENV ?= .venv-tinker
 # which of the tests inside vLLM: MARK="" for all of them
 MARK ?= not slow and not gpu
 # test workers, one torch thread each
@@ -21,9 +23,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM_SETUP := $(VLLM_VENV)/.setup-done
 CLIENTS_SETUP := $(CLIENTS_VENV)/.setup-done
+TINKER_SETUP := $(TINKER_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-extras setup-quantized setup-science setup-all demo docs dist check kernels test test-extras test-quantized test-science science test-sanitize test-full setup-clients test-clients setup-vllm test-vllm-smoke test-vllm bench clean
+.PHONY: help setup setup-extras setup-quantized setup-science setup-all demo docs dist check kernels test test-extras test-quantized test-science science test-sanitize test-full setup-clients test-clients setup-tinker test-tinker setup-vllm test-vllm-smoke test-vllm bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,7 +81,18 @@ setup-clients: $(CLIENTS_SETUP) ## Make the environment of the clients of other 
 test-clients: setup $(CLIENTS_SETUP) ## Those clients against the server, with SmolLM2
 	LORAPLEX_PYTHON=$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest --confcutdir=tests/clients -m "" tests/clients
 
-setup-all: setup-extras setup-quantized setup-science setup-clients setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run
+$(TINKER_SETUP): requirements.txt tests/clients/tinker/requirements.txt
+	$(PYTHON) -m venv $(TINKER_VENV)
+	$(TINKER_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile "$$(grep '^torch==' requirements.txt)"
+	$(TINKER_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile -r tests/clients/tinker/requirements.txt
+	@touch $@
+
+setup-tinker: $(TINKER_SETUP) ## Make the environment of the Tinker SDK
+
+test-tinker: setup $(TINKER_SETUP) ## The Tinker SDK against loraplex serve --training, with SmolLM2
+	LORAPLEX_PYTHON=$(BIN)/python $(TINKER_VENV)/bin/python -m pytest --confcutdir=tests/clients/tinker -m "" tests/clients/tinker
+
+setup-all: setup-extras setup-quantized setup-science setup-clients setup-tinker setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run
 
 demo: setup ## A batch of all kinds of rows on a real model, and its rows of PEFT's kinds through PEFT
 	@$(BIN)/loraplex demo --no-hints
@@ -152,5 +166,5 @@ bench: setup ## Every benchmark, into benchmarks/results
 	$(BIN)/python benchmarks/run_all.py
 
 clean: ## Remove what the targets above made, but not what lies in ~/.cache/loraplex
-	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) tests/clients/node/node_modules build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) $(TINKER_VENV) tests/clients/node/node_modules build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,7 +56,7 @@ def test_what_is_trained_is_what_is_sampled_saved_and_loaded_by_peft(server: Run
     first, _ = client.losses([DATUM, OTHER])
     for _ in range(5):
         client.step()
-        last, found = client.losses([DATUM, OTHER])
+        last, _ = client.losses([DATUM, OTHER])
     assert last < first
     client.step()
     saved = client.call("save_weights", path="five", type="save_weights")["path"]

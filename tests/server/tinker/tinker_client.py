@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -91,7 +92,7 @@ class TinkerClient:
         for record in output.loss_fn_outputs:
             (field,) = record.fields
             offsets = np.frombuffer(field.value.offsets, dtype=np.int64)
-            for first, stop in zip(offsets, offsets[1:], strict=False):
+            for first, stop in pairwise(offsets):
                 own = np.frombuffer(field.value.data[first:stop], dtype=np.float32)
                 logprobs.append(own.reshape(-1, *field.value.trailing_shape))
         return {metric.key: metric.value for metric in output.metrics}["loss:sum"], logprobs

@@ -164,6 +164,25 @@ def test_what_waits_is_bounded(tmp_path: Path) -> None:
             client.losses(data, "cross_entropy")
 
 
+def test_what_a_process_leaves_behind_goes_on_wherever_it_ended(tmp_path: Path) -> None:
+    """Snapshots that were not written yet, a record that is cut short: the curve is that of one process."""
+    steps, data = 10, make_data(9)
+    with training_loop(tmp_path / "whole", LIMITS) as loop:
+        expected = curve(RunClient(loop, 1), steps, data)
+    found: list[float] = []
+    for stop in (1, 2, 5, 7, steps):
+        with training_loop(tmp_path / "parts", LIMITS) as loop:
+            client = RunClient(loop, 1)
+            client.seq = 2 * len(found)
+            found += curve(client, stop - len(found), data)
+            loop._writer.shutdown(cancel_futures=True)
+        log = tmp_path / "parts" / client.id / "requests.log"
+        with log.open("ab") as file:
+            file.write(log.read_bytes()[:40])
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow  # processes that import torch
 def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
     """Killed at several moments, between snapshots too; the curve is that of a run without kills."""
     steps = 10

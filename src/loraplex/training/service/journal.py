@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,19 +90,21 @@ class Journal:
             file.write(content)
         self.num_bytes += len(content)
 
-    def records(self) -> Iterator[JournalRecord]:
-        """The requests since the last snapshot, up to the first that is not whole."""
+    def records(self) -> list[JournalRecord]:
+        """The requests since the last snapshot; one that is cut short is taken out, so that others can follow.
+
+        Raises CheckpointError.
+        """
         if not self._log.is_file():
-            return
-        content = memoryview(self._log.read_bytes())
-        first = 0
-        while first + _HEADER.size <= len(content):
-            size, checksum, seq, kind = _HEADER.unpack_from(content, first)
-            body = bytes(content[first + _HEADER.size : first + _HEADER.size + size])
-            if len(body) < size or zlib.crc32(body, seq & 0xFFFFFFFF) != checksum:
-                return
-            yield JournalRecord(seq, kind.rstrip(b"\0").decode("ascii", "replace"), body)
-            first += _HEADER.size + size
+            return []
+        try:
+            content = self._log.read_bytes()
+            records, num_whole = _read_records(memoryview(content))
+            if num_whole < len(content):
+                os.truncate(self._log, num_whole)
+        except OSError as error:
+            raise _damaged(self._log, error) from error
+        return records
 
     def keep_records(self, records: Sequence[JournalRecord]) -> None:
         """Replace the log by the requests that a snapshot doesn't have. Raises OutputError."""
@@ -141,6 +143,20 @@ class Journal:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
+
+
+def _read_records(content: memoryview) -> tuple[list[JournalRecord], int]:
+    """The whole records, and the bytes that they take."""
+    records, first = [], 0
+    while first + _HEADER.size <= len(content):
+        size, checksum, seq, kind = _HEADER.unpack_from(content, first)
+        stop = first + _HEADER.size + size
+        body = bytes(content[first + _HEADER.size : stop])
+        if len(body) < size or zlib.crc32(body, seq & 0xFFFFFFFF) != checksum:
+            break
+        records.append(JournalRecord(seq, kind.rstrip(b"\0").decode("ascii", "replace"), body))
+        first = stop
+    return records, first
 
 
 def _as_bytes(record: JournalRecord) -> bytes:
