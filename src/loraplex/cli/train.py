@@ -91,6 +91,10 @@ def adapters(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="User or organization on the hub: each LoRA becomes its repository NAME.")
+    ] = None,
+    push_private: Annotated[bool, typer.Option(help="New repositories are private.")] = False,
     tracker: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or mlflow gets the log's numbers; may be repeated.")
     ] = None,
@@ -113,6 +117,8 @@ def adapters(
         prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
         gradient_checkpointing=gradient_checkpointing,
+        push_to_hub=push_to_hub,
+        push_private=push_private,
         trackers=tuple(tracker or ()),
     )
     place = str(PartialState().device) if device == "auto" else device

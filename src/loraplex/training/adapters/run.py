@@ -1,11 +1,13 @@
 """train_adapters: many LoRA adapters at once on one frozen base model, in one batch."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.errors import TrainingError
+from loraplex.adapters.peft.push import check_can_push, push_adapter, repo_of
+from loraplex.errors import ConfigError, RemoteError, TrainingError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized_training import quantized_modules_train
 from loraplex.models.loading import refuse_injected_adapters
@@ -16,6 +18,7 @@ from loraplex.training.adapters.centroids import write_centroids
 from loraplex.training.adapters.config import AdapterJob, check_jobs
 from loraplex.training.adapters.job_state import JobState, run_fingerprint
 from loraplex.training.adapters.links import needs_attention
+from loraplex.training.adapters.model_card import write_card
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import AdapterTask
 from loraplex.training.core.config import TrainConfig
@@ -24,6 +27,8 @@ from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.results import TrainResult
 from loraplex.training.core.run import run_task
 from loraplex.training.forward.probe import check_trainable_base
+
+logger = logging.getLogger(__name__)
 
 _AFTER_DIVERGENCE = (
     "In a run with the same output folder, a job that diverged begins anew with its new settings, or may be left "
@@ -54,6 +59,7 @@ def train_adapters(
     """
     jobs = list(jobs)
     check_jobs(jobs)
+    _check_push(jobs, config)
     check_outputs(Path(config.output), [job.name for job in jobs], _inputs(jobs))
     if not isinstance(model, MultiLoraModel):
         refuse_injected_adapters(model)
@@ -83,9 +89,9 @@ def _train(
         try:
             results = run_task(task, config, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
         except TrainingError as error:  # the other jobs are done
-            _write_centroids(base, tokenizer, states, error.results, config, ranks)
+            _complete_folders(base, tokenizer, states, error.results, config, ranks)
             raise
-        _write_centroids(base, tokenizer, states, results, config, ranks)
+        _complete_folders(base, tokenizer, states, results, config, ranks)
         return results
     finally:
         if not isinstance(model, MultiLoraModel):
@@ -93,7 +99,7 @@ def _train(
             linked.detach()
 
 
-def _write_centroids(
+def _complete_folders(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     states: Sequence[JobState],
@@ -101,9 +107,45 @@ def _write_centroids(
     config: TrainConfig,
     ranks: ProcessGroup,
 ) -> None:
+    """What comes beside the weights of finished LoRAs, and where the run pushes them."""
     if config.prompt_centroids and ranks.is_first:
         write_centroids(base, tokenizer, states, results)
+    if ranks.is_first:
+        for state, result in zip(states, results, strict=True):
+            if state.job.lora is not None and result.finished != "diverged":
+                write_card(state, result)
+        _push(results, config)
     ranks.wait()
+
+
+def _push(results: Sequence[TrainResult], config: TrainConfig) -> None:
+    """Every finished adapter; what the hub refuses is told when the others are there. Raises RemoteError."""
+    refused = []
+    for result in (result for result in results if config.push_to_hub and result.finished != "diverged"):
+        try:
+            place = push_adapter(
+                result.folder, repo_of(config.push_to_hub or "", result.name), private=config.push_private
+            )
+            logger.info("%r is at %s", result.name, place)
+        except RemoteError as error:
+            refused.append(str(error))
+    if refused:
+        raise RemoteError(" ".join(refused))
+
+
+def _check_push(jobs: Sequence[AdapterJob], config: TrainConfig) -> None:
+    """Raise ConfigError where an adapter couldn't be pushed, before it is trained."""
+    if config.push_to_hub is None:
+        return
+    repos: dict[str, str] = {}
+    for job in jobs:
+        if job.lora is None:
+            raise ConfigError(f"{job.label}: push_to_hub is set, but it trains no LoRA. Train it in a run of its own.")
+        repo = repo_of(config.push_to_hub, job.name)
+        check_can_push(repo)
+        if repo in repos:
+            raise ConfigError(f"{job.label} and job {repos[repo]!r} would both be pushed to {repo!r}. Rename one.")
+        repos[repo] = job.name
 
 
 def _inputs(jobs: Sequence[AdapterJob]) -> dict[str, list[Path]]:
