@@ -208,7 +208,7 @@ def test_yaml_file_of_jobs_in_the_training_page_is_read(tmp_path: Path) -> None:
     (text,) = blocks("docs/training.md", "yaml")
     (tmp_path / "jobs.yaml").write_text(text)
     jobs = {name: make_job(name, of_job, "base") for name, of_job in read_yaml_jobs(tmp_path / "jobs.yaml").items()}
-    assert (jobs["quantum"].steps.max_steps, jobs["protein"].first_weights) == (200, "pissa")
+    assert (jobs["quantum"].steps.max_steps, jobs["protein"].start) == (200, "pissa")
 
 
 def test_file_of_jobs_in_the_training_page_is_read(tmp_path: Path) -> None:

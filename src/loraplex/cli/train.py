@@ -53,7 +53,7 @@ def adapters(
     dropout: Annotated[Setting, _setting("LoRA dropout; default 0.")] = None,
     dora: Annotated[Setting, _setting("true: DoRA, a magnitude for each output besides.")] = None,
     rslora: Annotated[Setting, _setting("true: rsLoRA, the LoRA scaling alpha/sqrt(rank).")] = None,
-    first_weights: Annotated[Setting, _setting("lora (default), pissa or olora: of the base model's own.")] = None,
+    start: Annotated[Setting, _setting("lora (default), pissa or olora: of the base model's own.")] = None,
     lora_plus_ratio: Annotated[Setting, _setting("LoRA+: learning rate of B over that of A; default 1.")] = None,
     loss: Annotated[Setting, _setting("cross_entropy (default), reward, or dpo: of chosen and rejected.")] = None,
     dpo_beta: Annotated[Setting, _setting("How strongly DPO keeps to the first weights; default 0.1.")] = None,

@@ -106,7 +106,7 @@ def _settings(state: JobState, lora: LoraConfig) -> dict[str, Any]:
 
 def _kind(state: JobState, lora: LoraConfig) -> str:
     kind = "DoRA" if lora.use_dora else "aLoRA" if lora.alora_invocation_tokens is not None else "LoRA"
-    start = {"pissa": " (PiSSA start)", "olora": " (OLoRA start)"}.get(state.job.first_weights, "")
+    start = {"pissa": " (PiSSA start)", "olora": " (OLoRA start)"}.get(state.job.start, "")
     return kind + start
 
 

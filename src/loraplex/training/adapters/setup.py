@@ -72,12 +72,12 @@ def _parameters(
     first = first_weights(job, adaptable)
     if job.lora.use_dora:
         return TrainableDora(job.lora, first, adaptable, base.device)
-    return TrainableLora(job.lora, first, adaptable, base.device, writes_change=job.first_weights != "lora")
+    return TrainableLora(job.lora, first, adaptable, base.device, writes_change=job.start != "lora")
 
 
 def _link(job: AdapterJob, own: Trainable, link: FrozenLink) -> FrozenLink:
     """What the job's rows go through besides its parameters: first weights of the base's own, subtracted, too."""
-    return link if job.first_weights == "lora" else with_subtracted(link, own.slot_weights, own.paths)
+    return link if job.start == "lora" else with_subtracted(link, own.slot_weights, own.paths)
 
 
 def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -100,9 +100,9 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
     check_ranks(ranks, adaptable.shapes)
     _check_linear_only(job, paths, adaptable)
-    if job.first_weights != "lora":
+    if job.start != "lora":
         check_ranks({path: 2 * rank for path, rank in ranks.items()}, adaptable.shapes)  # as it is written
-        return decomposed_weights(job.first_weights, job.label, adaptable.modules, ranks, scalings)
+        return decomposed_weights(job.start, job.label, adaptable.modules, ranks, scalings)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual):
