@@ -91,6 +91,9 @@ def adapters(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    packing: Annotated[
+        bool, typer.Option(help="Lay the records of a pass behind each other, without padding; exact.")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="User or organization on the hub: each LoRA becomes its repository NAME.")
     ] = None,
@@ -117,6 +120,7 @@ def adapters(
         prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
         gradient_checkpointing=gradient_checkpointing,
+        packing=packing,
         push_to_hub=push_to_hub,
         push_private=push_private,
         trackers=tuple(tracker or ()),

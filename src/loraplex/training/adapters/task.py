@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.errors import ConfigError
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.dora import pass_gradients_on, refresh_derived
@@ -20,7 +21,7 @@ from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import FrozenSlot, TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.probe import can_share_prefixes
+from loraplex.training.forward.probe import can_share_prefixes, check_packing
 from loraplex.training.forward.residual_rows import ResidualRows
 
 Numbered = tuple[int, int, Example]  # job, number in the step, example
@@ -40,6 +41,9 @@ class AdapterTask:
         self.states = states
         self._base = base
         self._ranks = ranks
+        self._packing = config.packing
+        if config.packing:
+            _check_packing(base, states)
         self._losses = LossComputer(
             base,
             len(states),
@@ -47,12 +51,13 @@ class AdapterTask:
             share_prefixes=config.share_prefixes and can_share_prefixes(base),
             residuals=residual_rows(states, attention),
             checkpointing=config.gradient_checkpointing,
+            packing=config.packing,
         )
         self._references = self._score_references()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with fast_attention(self._base, self._longest):
+        with fast_attention(self._base, self._longest, packing=self._packing):
             yield
 
     @property
@@ -129,7 +134,7 @@ class AdapterTask:
         refresh_derived(self.states)
         sums = torch.zeros(len(needed), 2, device=self._base.device)
         own = self._ranks.share(range(len(needed)))
-        with fast_attention(self._base, self._longest):
+        with fast_attention(self._base, self._longest, packing=self._packing):
             rows, bank = self._rows([needed[number] for number in own], with_dropout=False)
             sums[own] = self._losses.score(rows, bank).losses.view(-1, 2)
         sums = self._ranks.add_up(sums)
@@ -202,6 +207,16 @@ class AdapterTask:
                 weight = example.weight if of_pair is None else of_pair[place]
                 rows.append(TrainingRow(index, slot, one, bool(dropout), frozen[index], gate, weight))
         return rows, TrainingWeightProvider(slots)
+
+
+def _check_packing(base: PreTrainedModel, states: Sequence[JobState]) -> None:
+    """Raise ConfigError where rows can't be packed."""
+    for state in states:
+        if state.parameters.residual is not None or state.frozen.chain:
+            raise ConfigError(
+                f"{state.job.label} goes through residuals, which take rows that aren't packed. Set packing=False."
+            )
+    check_packing(base)
 
 
 def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loraplex.routing.routing import use_routing
 from loraplex.routing.rows import RowRouting
 from loraplex.routing.weight_provider import WeightProvider
+from loraplex.training.forward.attention import use_packed
 from loraplex.training.forward.batch import (
     RowBatch,
     TrainingRouting,
@@ -21,6 +22,7 @@ from loraplex.training.forward.batch import (
     shared_prefix_lengths,
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
+from loraplex.training.forward.packing import PackedRouting, pack_batches
 from loraplex.training.forward.prefix import SharedPrefixes
 from loraplex.training.forward.residual_rows import ResidualRows
 
@@ -44,8 +46,10 @@ class LossComputer:
         share_prefixes: bool,
         residuals: ResidualRows | None = None,
         checkpointing: bool = False,
+        packing: bool = False,
     ) -> None:
         """Raises ConfigError for `checkpointing` of a model that can't."""
+        self._packing = packing
         self._base = base
         self._checkpointed = checkpointable_layers(base) if checkpointing else []
         self._residuals = residuals
@@ -79,7 +83,7 @@ class LossComputer:
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
             logits = token_logits(self._base, batch, bank, prefixes, self._residuals)
-            index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_rows]
+            index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_records]
             losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             scores.losses.index_add_(0, index, losses)
             scores.num_right.index_add_(0, index, (logits.argmax(dim=-1) == batch.targets).float())
@@ -90,8 +94,10 @@ class LossComputer:
     ) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
         lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
         num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
-        if num_saved <= forward_cost(self._base.device):
+        if num_saved <= (0 if self._packing else forward_cost(self._base.device)):
             lengths = {}
+        if self._packing:
+            return None, pack_batches(rows, lengths, self._tokens_per_forward, self._base.device, self._base.dtype)
         prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
         return prefixes, cut_batches(rows, lengths, self._tokens_per_forward, self._base.device)
 
@@ -122,6 +128,9 @@ def token_logits(
     residuals: ResidualRows | None = None,
 ) -> Tensor:  # [outputs, vocabulary]
     """The logits before every token that counts, each row through its own slot or residual."""
+    if batch.packed is not None:
+        with use_packed(batch.packed):
+            return answer_logits(base, batch, PackedRouting(batch, bank))
     routing = TrainingRouting(batch.spans, batch.padded_length, bank)
     if residuals is None:
         return answer_logits(base, batch, routing, prefixes)
