@@ -91,6 +91,9 @@ def adapters(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option(help="Share the base model's weights out over the processes of accelerate launch.")
+    ] = False,
     packing: Annotated[
         bool, typer.Option(help="Lay the records of a pass behind each other, without padding; exact.")
     ] = False,
@@ -121,11 +124,13 @@ def adapters(
         tokens_per_forward=tokens_per_forward,
         gradient_checkpointing=gradient_checkpointing,
         packing=packing,
+        fsdp=fsdp,
         push_to_hub=push_to_hub,
         push_private=push_private,
         trackers=tuple(tracker or ()),
     )
     place = str(PartialState().device) if device == "auto" else device
+    place = "cpu" if fsdp else place  # from where its shards go to the devices
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place, weights=weights)
     try:
         results: Sequence[TrainResult] = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)

@@ -26,6 +26,7 @@ from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.results import TrainResult
 from loraplex.training.core.run import run_task
+from loraplex.training.core.sharding import shard_base
 from loraplex.training.forward.probe import check_trainable_base
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,15 @@ def _train(
     try:
         check_trainable_base(base)
         ranks = ProcessGroup(base.device)
+        if config.fsdp:
+            _check_sharded(jobs, config, ranks)
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
-        states = make_states(jobs, base, adaptable, tokenizer, attention)
+        device = ranks.device if config.fsdp else base.device  # where the base model's weights, or its shards, are
+        states = make_states(jobs, base, adaptable, tokenizer, attention, device=device)
         adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])
         identity = run_fingerprint(states, base)
+        if config.fsdp:
+            shard_base(base, ranks)
         task = AdapterTask(base, states, config, ranks, attention)
         try:
             results = run_task(task, config, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
@@ -108,7 +114,9 @@ def _complete_folders(
     ranks: ProcessGroup,
 ) -> None:
     """What comes beside the weights of finished LoRAs, and where the run pushes them."""
-    if config.prompt_centroids and ranks.is_first:
+    if config.prompt_centroids and config.fsdp:
+        logger.info("no prompt centroids are written: the base model is sharded. Later: loraplex auto fit")
+    elif config.prompt_centroids and ranks.is_first:
         write_centroids(base, tokenizer, states, results)
     if ranks.is_first:
         for state, result in zip(states, results, strict=True):
@@ -131,6 +139,25 @@ def _push(results: Sequence[TrainResult], config: TrainConfig) -> None:
             refused.append(str(error))
     if refused:
         raise RemoteError(" ".join(refused))
+
+
+def _check_sharded(jobs: Sequence[AdapterJob], config: TrainConfig, ranks: ProcessGroup) -> None:
+    """Raise ConfigError for what needs a sharded base model's weights whole, or runs parts of it."""
+    if config.packing:
+        raise ConfigError("fsdp and packing are both True; rows are packed on whole base models only. Set one.")
+    if ranks.num_processes == 1:
+        raise ConfigError(
+            "fsdp is True, but there is one process. Start several: accelerate launch --num_processes 2 -m "
+            "loraplex.cli.train ..., or leave fsdp out."
+        )
+    for job in jobs:
+        if job.lora is not None and job.lora.use_dora:
+            raise ConfigError(
+                f"{job.label}: fsdp is True, but DoRA needs whole weights of the base model in every step. Set "
+                "use_dora=False, or leave fsdp out."
+            )
+        if needs_attention(job):
+            raise ConfigError(f"{job.label}: fsdp is True, which residuals don't have. Leave fsdp out.")
 
 
 def _check_push(jobs: Sequence[AdapterJob], config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
@@ -41,6 +42,8 @@ def make_states(
     adaptable: AdaptableModel,
     tokenizer: PreTrainedTokenizerBase,
     attention: AttentionLayers | None = None,  # needed for residuals
+    *,
+    device: torch.device | None = None,  # of the parameters; None: the base model's
 ) -> list[JobState]:
     """Check every job against the base model and its data, and give it its first weights.
 
@@ -50,9 +53,10 @@ def make_states(
     for job in jobs:
         check_length(job.label, job.steps.max_length, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
-    parameters = [_parameters(job, base, adaptable, attention) for job in jobs]
+    device = device or base.device
+    parameters = [_parameters(job, device, adaptable, attention) for job in jobs]
     links = [
-        _link(job, own, frozen_link(job, adaptable, attention, base.device))
+        _link(job, own, frozen_link(job, adaptable, attention, device))
         for job, own in zip(jobs, parameters, strict=True)
     ]
     ends = training_ends(base, tokenizer)
@@ -63,16 +67,16 @@ def make_states(
 
 
 def _parameters(
-    job: AdapterJob, base: PreTrainedModel, adaptable: AdaptableModel, attention: AttentionLayers | None
+    job: AdapterJob, device: torch.device, adaptable: AdaptableModel, attention: AttentionLayers | None
 ) -> Trainable:
     """What the job trains, with its first weights."""
     if job.lora is None:
         assert attention is not None, "a residual is trained, but the attention layers were not joined"
-        return TrainableResidual(first_residual(job, attention), base.device)
+        return TrainableResidual(first_residual(job, attention), device)
     first = first_weights(job, adaptable)
     if job.lora.use_dora:
-        return TrainableDora(job.lora, first, adaptable, base.device)
-    return TrainableLora(job.lora, first, adaptable, base.device, writes_change=job.start != "lora")
+        return TrainableDora(job.lora, first, adaptable, device)
+    return TrainableLora(job.lora, first, adaptable, device, writes_change=job.start != "lora")
 
 
 def _link(job: AdapterJob, own: Trainable, link: FrozenLink) -> FrozenLink:

@@ -1,7 +1,7 @@
 """Adapters as the loop trains them: the n-th micro-batches of all jobs are one list of rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from loraplex.training.adapters.objectives import PairSums, References, pair_los
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.rng import Purpose, generator
+from loraplex.training.core.sharding import all_layers_run_backward
 from loraplex.training.core.trainer import Loss
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
@@ -48,16 +49,21 @@ class AdapterTask:
             base,
             len(states),
             tokens_per_forward=config.tokens_per_forward,
-            share_prefixes=config.share_prefixes and can_share_prefixes(base),
+            share_prefixes=config.share_prefixes
+            and not (config.fsdp and not config.packing)
+            and can_share_prefixes(base),
             residuals=residual_rows(states, attention),
             checkpointing=config.gradient_checkpointing,
             packing=config.packing,
+            sharded_over=ranks if config.fsdp else None,
         )
+        self._is_sharded = config.fsdp
         self._references = self._score_references()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with fast_attention(self._base, self._longest, packing=self._packing):
+        together = all_layers_run_backward(self._base) if self._is_sharded else nullcontext()
+        with together, fast_attention(self._base, self._longest, packing=self._packing):
             yield
 
     @property

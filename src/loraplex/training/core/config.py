@@ -127,6 +127,7 @@ class TrainConfig:
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"
     share_prefixes: bool = True  # compute once what all records of an adapter's micro-batch start with
+    fsdp: bool = False  # the base model's weights are shared out over the processes; of adapters alone
     packing: bool = False  # rows of a pass stand in one sequence without padding, each by itself; of adapters alone
     push_to_hub: str | None = None  # a user or organization: each LoRA becomes its repository of that name
     push_private: bool = False
@@ -148,6 +149,7 @@ class TrainConfig:
                 "gradient_checkpointing",
                 "push_private",
                 "packing",
+                "fsdp",
             ),
         )
         check_trackers(self.trackers)

@@ -71,6 +71,7 @@ class RowBatch(NamedTuple):
     jobs: Tensor  # [outputs]
     weights: Tensor | None = None  # [outputs]  of losses in the gradient; None: 1
     packed: "PackedLayout | None" = None  # of rows that stand behind each other in one (packing.py)
+    is_filler: bool = False  # runs because other processes run a batch, and counts for nothing
     records: Tensor | None = None  # [outputs]  of a pack: the record's index in `rows`
 
     @property
