@@ -20,7 +20,7 @@ from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer, token_losses
-from loraplex.training.forward.packing import make_pack
+from loraplex.training.forward.packed_rows import make_pack
 from tests.parity.test_training_peft import padded, peft_model
 from tests.tiny_models import random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer

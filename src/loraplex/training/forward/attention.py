@@ -17,7 +17,7 @@ from loraplex.layers.attention_interface import (
     AttentionOwner,
     causal_mask,
 )
-from loraplex.training.forward.packing import PackedLayout
+from loraplex.training.forward.packed_rows import PackedLayout
 
 # Attention by matrix products keeps a matrix of this side for each head, row and block until the backward pass.
 LONGEST = 512  # tokens
@@ -31,7 +31,7 @@ def fast_attention(base: PreTrainedModel, longest: int, *, packing: bool = False
 
     torch's fused attention has a slow backward pass there: for bfloat16 rows of 38 tokens after a prefix of 26, forward
     and backward take four times as long (torch 2.13, benchmarks/training.py). Passes of other threads keep torch's.
-    Packed rows (packing.py) are taken apart, on any device.
+    Packed rows (packed_rows.py) are taken apart, on any device.
     """
     is_short = base.device.type == "cpu" and longest <= LONGEST
     if not (is_short or packing):

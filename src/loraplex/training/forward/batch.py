@@ -16,7 +16,7 @@ from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.data.examples import Example
 
 if TYPE_CHECKING:
-    from loraplex.training.forward.packing import PackedLayout
+    from loraplex.training.forward.packed_rows import PackedLayout
 
 # What a forward and backward pass costs before its first token, in tokens: a few on a CPU, where a token is slow.
 FORWARD_COST = {"cpu": 64}
@@ -70,7 +70,7 @@ class RowBatch(NamedTuple):
     targets: Tensor  # [outputs]
     jobs: Tensor  # [outputs]
     weights: Tensor | None = None  # [outputs]  of losses in the gradient; None: 1
-    packed: "PackedLayout | None" = None  # of rows that stand behind each other in one (packing.py)
+    packed: "PackedLayout | None" = None  # of rows that stand behind each other in one (packed_rows.py)
     is_filler: bool = False  # runs because other processes run a batch, and counts for nothing
     records: Tensor | None = None  # [outputs]  of a pack: the record's index in `rows`
 

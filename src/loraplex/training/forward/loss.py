@@ -26,7 +26,7 @@ from loraplex.training.forward.batch import (
     shared_prefix_lengths,
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
-from loraplex.training.forward.packing import PackedRouting, pack_batches
+from loraplex.training.forward.packed_rows import PackedRowsRouting, pack_batches
 from loraplex.training.forward.prefix import SharedPrefixes
 from loraplex.training.forward.residual_rows import ResidualRows
 
@@ -151,7 +151,7 @@ def token_logits(
     """The logits before every token that counts, each row through its own slot or residual."""
     if batch.packed is not None:
         with use_packed(batch.packed):
-            return answer_logits(base, batch, PackedRouting(batch, bank))
+            return answer_logits(base, batch, PackedRowsRouting(batch, bank))
     routing = TrainingRouting(batch.spans, batch.padded_length, bank)
     if residuals is None:
         return answer_logits(base, batch, routing, prefixes)

@@ -13,7 +13,7 @@ from loraplex.layers.quantized_training import check_gradients
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
 from loraplex.training.forward.loss import token_losses
-from loraplex.training.forward.packing import make_pack
+from loraplex.training.forward.packed_rows import make_pack
 from loraplex.training.forward.prefix import SharedPrefixes
 
 logger = logging.getLogger(__name__)

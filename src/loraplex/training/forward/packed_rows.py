@@ -172,7 +172,7 @@ def _dense_mask(pieces: Sequence[_Piece], device: torch.device, dtype: torch.dty
     return mask[None, None].to(device)
 
 
-class PackedRouting(TrainingRouting):
+class PackedRowsRouting(TrainingRouting):
     """The plan for a pack, however a layer sees its tokens, and for the positions that reach the output layer."""
 
     def __init__(self, batch: RowBatch, bank: WeightProvider) -> None:
