@@ -84,11 +84,13 @@ class PeftLoop:
         return float(loss.detach())
 
 
-def make_trainer(model: MultiLoraModel, batch_size: int, folder: Path) -> tuple[Trainer, list[JobState]]:
+def make_trainer(
+    model: MultiLoraModel, batch_size: int, folder: Path, *, packing: bool
+) -> tuple[Trainer, list[JobState]]:
     states = make_states(make_jobs(batch_size), model.base, model.adaptable, model.tokenizer)
     model.adaptable.attach([path for state in states for path in state.parameters.paths])
     ranks = ProcessGroup(model.base.device)
-    task = AdapterTask(model.base, states, TrainConfig(output=folder), ranks)
+    task = AdapterTask(model.base, states, TrainConfig(output=folder, packing=packing), ranks)
     log_bytes = [0 for _ in states]
     return Trainer(task, log_bytes, ranks, output=folder, checkpoint_every=STEPS, identity={}), states
 
@@ -98,11 +100,12 @@ class Race:
 
     def __init__(self, model_name: str, dtype: str, batch_size: int, folder: Path, now: Callable[[], float]) -> None:
         self.ours = MultiLoraModel.from_pretrained(model_name, dtype=dtype)
-        self.trainer, self.states = make_trainer(self.ours, batch_size, folder)
+        self.trainer, self.states = make_trainer(self.ours, batch_size, folder, packing=False)
+        self.packed, self.packed_states = make_trainer(self.ours, batch_size, folder / "packed", packing=True)
         base, _ = load_base_model(model_name, dtype=dtype, device="cpu")
         self.loops = [PeftLoop(copy.deepcopy(base), state) for state in self.states]
         self._now = now
-        self._step = {"ours": 0, "theirs": 0}
+        self._step = {"ours": 0, "packed": 0, "theirs": 0}
         self.first_losses: dict[str, list[float]] = {}
 
     def run_ours(self) -> float:
@@ -112,6 +115,14 @@ class Race:
 
         with fast_attention(self.ours.base, longest=128):
             return self._timed("ours", step)
+
+    def run_packed(self) -> float:
+        def step(number: int) -> list[float]:
+            self.packed.step(range(len(self.packed_states)))
+            return [state.progress.train_losses[-1] for state in self.packed_states]
+
+        with fast_attention(self.ours.base, longest=128, packing=True):
+            return self._timed("packed", step)
 
     def run_theirs(self, attention: str) -> float:
         for loop in self.loops:
@@ -138,12 +149,14 @@ def measure(model_name: str, dtype: str, batch_size: int, rounds: int, clock: st
                 "peft": lambda: race.run_theirs("sdpa"),
                 "peft_eager": lambda: race.run_theirs("eager"),
                 "loraplex": race.run_ours,
+                "loraplex_packed": race.run_packed,
             },
             rounds,
         )
     # lora_b starts as zero, so the first step's loss is the base model's: both sides see the same tokens.
-    ours, theirs = torch.tensor(race.first_losses["ours"]), torch.tensor(race.first_losses["theirs"])
-    assert torch.allclose(ours, theirs, rtol=0.02), f"the sides train on different tokens: {ours} and {theirs}"
+    theirs = torch.tensor(race.first_losses["theirs"])
+    for ours in map(torch.tensor, (race.first_losses["ours"], race.first_losses["packed"])):
+        assert torch.allclose(ours, theirs, rtol=0.02), f"the sides train on different tokens: {ours} and {theirs}"
     return medians(figures)
 
 
@@ -175,12 +188,22 @@ def show(model: str, results: list[dict[str, Any]]) -> None:
     rows = []
     for result in results:
         speeds = result["tokens_per_s"]
-        ratios = [speeds["loraplex"] / speed for speed in (speeds["peft"], max(speeds["peft"], speeds["peft_eager"]))]
+        better = max(speeds["peft"], speeds["peft_eager"])
+        ratios = [speeds["loraplex"] / speeds["peft"], speeds["loraplex"] / better, speeds["loraplex_packed"] / better]
         case = f"{result['dtype']}, batch size {result['batch_size']}"
         rows.append([case, *(f"{speed:.0f}" for speed in speeds.values()), *(f"{ratio:.2f}" for ratio in ratios)])
     print_table(
         f"{model}: training {len(DOMAINS)} adapters, rank {RANK} on {', '.join(TARGETS)}; tokens/s",
-        ["case", "PEFT", "PEFT, eager attention", "loraplex", "loraplex / PEFT", "loraplex / better PEFT"],
+        [
+            "case",
+            "PEFT",
+            "PEFT, eager attention",
+            "loraplex",
+            "loraplex, packed",
+            "loraplex / PEFT",
+            "loraplex / better PEFT",
+            "packed / better PEFT",
+        ],
         rows,
     )
 

@@ -18,7 +18,7 @@ from mixture_table import DOMAINS, load_router
 from torch import Tensor
 
 from loraplex import MultiLoraModel
-from loraplex.models.chat_template import render_chat
+from loraplex.models.text.chat_template import render_chat
 from loraplex.output_files import save_figure
 from loraplex.routers.router import LinearRouter
 from loraplex.routing.routing import use_routing

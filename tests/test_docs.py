@@ -20,6 +20,7 @@ from loraplex.adapters.peft.config import _CONTENTS, _REFUSED
 from loraplex.cli.app import cli
 from loraplex.cli.job_options import make_job, read_job_file
 from loraplex.cli.lazy import LazyCommand
+from loraplex.cli.yaml_jobs import read_yaml_jobs
 from loraplex.training import AdapterJob, MixtureTrainConfig, TrainConfig
 from loraplex.training.core.config import option_names, parts_of
 from loraplex.xlora.config import XLoraConfig
@@ -201,6 +202,13 @@ def test_defaults_of_the_training_page_are_those_of_the_code(tmp_path: Path) -> 
                 text = of_page[field.name].strip()
                 shown = words[text] if text in words else type(field.default)(text)
                 assert shown == field.default, f"{field.name} is {field.default!r}, the page says {text!r}"
+
+
+def test_yaml_file_of_jobs_in_the_training_page_is_read(tmp_path: Path) -> None:
+    (text,) = blocks("docs/training.md", "yaml")
+    (tmp_path / "jobs.yaml").write_text(text)
+    jobs = {name: make_job(name, of_job, "base") for name, of_job in read_yaml_jobs(tmp_path / "jobs.yaml").items()}
+    assert (jobs["quantum"].steps.max_steps, jobs["protein"].start) == (200, "pissa")
 
 
 def test_file_of_jobs_in_the_training_page_is_read(tmp_path: Path) -> None:

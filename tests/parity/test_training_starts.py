@@ -28,9 +28,9 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dora plus": ({"use_dora": True, "use_rslora": True}, {"lora_plus_ratio": 8.0}),
     "rslora": ({"use_rslora": True}, {}),
     "plus": ({}, {"lora_plus_ratio": 16.0, "weight_decay": 0.1}),
-    "pissa": ({"init_lora_weights": "pissa"}, {"first_weights": "pissa"}),
-    "pissa rslora": ({"init_lora_weights": "pissa", "use_rslora": True}, {"first_weights": "pissa"}),
-    "olora": ({"init_lora_weights": "olora"}, {"first_weights": "olora"}),
+    "pissa": ({"init_lora_weights": "pissa"}, {"start": "pissa"}),
+    "pissa rslora": ({"init_lora_weights": "pissa", "use_rslora": True}, {"start": "pissa"}),
+    "olora": ({"init_lora_weights": "olora"}, {"start": "olora"}),
 }
 
 
@@ -39,7 +39,7 @@ def job_of(name: str, model: PreTrainedModel, folder: Path) -> AdapterJob:
     known = {key: value for key, value in settings.items() if key != "init_lora_weights"}
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **known)
     options = {"max_steps": STEPS, "learning_rate": 2e-3, "batch_size": 4, "lora": lora} | options
-    if "first_weights" not in options:
+    if "start" not in options:
         start = random_peft_adapter(model, folder / f"start {name}", targets=TARGETS, options=known)
         options |= {"init_from": start, "lora": read_adapter(start).config}
     return tiny_job(folder, name.replace(" ", "-"), **options)
@@ -107,8 +107,8 @@ def test_what_is_written_of_a_pissa_is_a_plain_lora_of_twice_the_rank(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"first_weights": "loftq"}, "first_weights is 'loftq'; choose one of"),
-        ({"first_weights": "pissa", "gates_before_user": 0}, "gates_before_user is not 1"),
+        ({"start": "loftq"}, "start is 'loftq'; choose one of"),
+        ({"start": "pissa", "gates_before_user": 0}, "gates_before_user is not 1"),
         ({"lora_plus_ratio": 0}, "lora_plus_ratio is 0; it must be a number above 0"),
     ],
 )
@@ -125,7 +125,7 @@ def test_refuses_dora_with_dropout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "lora"),
-    [({"first_weights": "pissa"}, {}), ({"lora_plus_ratio": 4.0}, {}), ({}, {"use_dora": True})],
+    [({"start": "pissa"}, {}), ({"lora_plus_ratio": 4.0}, {}), ({}, {"use_dora": True})],
 )
 def test_refuses_embeddings_where_they_are_not_defined(
     options: dict[str, Any], lora: dict[str, Any], tmp_path: Path

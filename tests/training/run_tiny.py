@@ -40,11 +40,17 @@ def jobs_in(folder: Path) -> list[AdapterJob]:
     ]
 
 
-def run(folder: Path, output: Path) -> list[TrainResult]:
+def run(folder: Path, output: Path, **options: Any) -> list[TrainResult]:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    config = TrainConfig(output=output, checkpoint_every=6, plots=False, tokens_per_forward=150)
-    return train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs_in(folder), config=config)
+    config = TrainConfig(output=output, checkpoint_every=6, plots=False, tokens_per_forward=150, **options)
+    base = tiny_model("llama")
+    results = train_adapters(base, tiny_tokenizer(), jobs=jobs_in(folder), config=config)
+    if config.fsdp:
+        held = sum(parameter.to_local().numel() for parameter in base.parameters())  # type: ignore[operator]
+        total = sum(parameter.numel() for parameter in base.parameters())
+        assert held < 0.6 * total, f"a process holds {held} of {total} weights: they are not shared out"
+    return results
 
 
 def run_diverging(folder: Path, output: Path) -> list[TrainResult]:
@@ -115,6 +121,7 @@ def run_router(folder: Path, output: Path, **options: Any) -> list[TrainResult]:
 
 RUNS: dict[str, Callable[[Path, Path], list[TrainResult]]] = {
     "adapters": run,
+    "sharded": lambda folder, output: run(folder, output, fsdp=True),
     "diverging": run_diverging,
     "mixture": run_mixture,
     "mixture and experts": run_experts,

@@ -28,7 +28,8 @@ def test_leaves_folders_in_peft_format_logs_plots_and_a_checkpoint(tmp_path: Pat
         *("a", "a.jsonl", "a.png", "b", "b.jsonl", "b.png", "checkpoint.safetensors")
     }
     assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "loraplex.json", "prompt_centroid.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors", "loraplex.json", "prompt_centroid.safetensors"),
+        "README.md",
     }
     assert (tmp_path / "out" / "a.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "out" / "a" / "adapter_config.json").read_text())

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from loraplex.errors import ConfigError
+from loraplex.training import TrainConfig, train_adapters
+from tests.tiny_models import tiny_model
 from tests.training.run_tiny import run, run_diverging
+from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +35,9 @@ def launch(folder: Path, *arguments: str) -> None:
     subprocess.run([*command, str(folder), *arguments], cwd=ROOT, env=environment, check=True, timeout=240)
 
 
-def test_two_processes_follow_the_trajectory_of_one(tmp_path: Path) -> None:
-    launch(tmp_path)
+@pytest.mark.parametrize("kind", ["adapters", "sharded"])
+def test_two_processes_follow_the_trajectory_of_one(kind: str, tmp_path: Path) -> None:
+    launch(tmp_path, kind)
     assert (tmp_path / "finished-1.json").exists(), "the second process did nothing"
     for expected in run(tmp_path, tmp_path / "one"):
         log = [json.loads(line) for line in (tmp_path / "out" / f"{expected.name}.jsonl").read_text().splitlines()]
@@ -54,3 +59,10 @@ def test_two_processes_agree_on_what_diverged(tmp_path: Path) -> None:
     for rank in range(2):
         assert json.loads((tmp_path / f"finished-{rank}.json").read_text()) == expected
     assert (tmp_path / "out" / "bad.diverged" / "adapter_config.json").exists()
+
+
+def test_refuses_to_shard_over_one_process(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    config = TrainConfig(output=tmp_path / "out", plots=False, fsdp=True)
+    with pytest.raises(ConfigError, match="fsdp is True, but there is one process"):
+        train_adapters(model, tokenizer, jobs=[tiny_job(tmp_path, "a")], config=config)

@@ -32,6 +32,7 @@ COMMANDS = {
         "loraplex.cli.merge:merge",
     ),
     "link": ("Write several adapters with weights as one, by PEFT's combinations.", "loraplex.cli.link:link"),
+    "push": ("Upload an adapter and its model card to the Hugging Face hub, in one commit.", "loraplex.cli.push:push"),
     "auto": ("Let prompts choose their adapters: adapters=auto.", "loraplex.cli.auto:auto_app"),
     "scalings": (
         "Answer prompts through a mixture and draw the scalings of every token.",

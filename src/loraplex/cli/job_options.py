@@ -73,7 +73,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "gates_before_user": _gates,
     "dora": _flag,
     "rslora": _flag,
-    "first_weights": str,
+    "start": str,
     "lora_plus_ratio": float,
     "loss": str,
     "dpo_beta": float,

@@ -45,7 +45,7 @@ train_app.command(cls=Command)(mixture)
     loss="Loss",
     learning_rate="Optimization",
     patience="Evaluation",
-    first_weights="Where they begin",
+    start="Where they begin",
     dtype="How it is computed",
 )
 def adapters(
@@ -91,7 +91,7 @@ def adapters(
     eval_records: Annotated[Setting, _setting("Records that are evaluated at most; default 256.")] = None,
     keep_best: Annotated[Setting, _setting("true: write the weights of the best evaluation.")] = None,
     best_by: Annotated[Setting, _setting("What is best: loss (default) or exact_match.")] = None,
-    first_weights: Annotated[Setting, _setting("lora (default), pissa or olora: of the base model's own.")] = None,
+    start: Annotated[Setting, _setting("lora (default), pissa or olora: of the base model's own.")] = None,
     init_from: Annotated[Setting, _setting("Adapter folder to start from.")] = None,
     after: Annotated[
         Setting, _setting("Train as the last of a link: folders of adapters that stay as they are, such as a+b:0.5.")
@@ -108,6 +108,16 @@ def adapters(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option(help="Share the base model's weights out over the processes of accelerate launch.")
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option(help="Lay the records of a pass behind each other, without padding; exact.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="User or organization on the hub: each LoRA becomes its repository NAME.")
+    ] = None,
+    push_private: Annotated[bool, typer.Option(help="New repositories are private.")] = False,
     tracker: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or mlflow gets the log's numbers; may be repeated.")
     ] = None,
@@ -133,9 +143,14 @@ def adapters(
         prompt_centroids=prompt_centroids,
         tokens_per_forward=tokens_per_forward,
         gradient_checkpointing=gradient_checkpointing,
+        packing=packing,
+        fsdp=fsdp,
+        push_to_hub=push_to_hub,
+        push_private=push_private,
         trackers=tuple(tracker or ()),
     )
     place = str(PartialState().device) if device == "auto" else device
+    place = "cpu" if fsdp else place  # from where its shards go to the devices
     base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=place, weights=weights)
     try:
         results: Sequence[TrainResult] = train_adapters(base, base.tokenizer, jobs=jobs, config=train_config)

@@ -12,7 +12,7 @@ from loraplex.errors import ConfigError, UnsupportedAdapterError
 from loraplex.residual.modules import LinkedResidual, ResidualConfig, SteeringVector
 from loraplex.residual.reft import ReftConfig, ReftResidual
 from loraplex.training.adapters.objectives import LossName
-from loraplex.training.adapters.starts import FirstWeights
+from loraplex.training.adapters.starts import Start
 from loraplex.training.core.checks import check_number, check_whole
 from loraplex.training.core.config import EvaluationConfig, OptimizerConfig, StepsConfig
 from loraplex.validation import is_finite, quoted
@@ -42,7 +42,7 @@ class AdapterJob:
     gates_before_user: float | Literal["dropout"] = 1.0
     # Start from this adapter instead of fresh weights.
     init_from: str | Path | Adapter | LinkedResidual | ReftResidual | None = None
-    first_weights: FirstWeights = "lora"  # or of the base model's own: "pissa", "olora"; written as plain LoRAs
+    start: Start = "lora"  # or of the base model's own: "pissa", "olora"; written as plain LoRAs
     lora_plus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): the learning rate of B, and of DoRA's m, over that of A
     after: Sequence[
         tuple[LinkMember, float]
@@ -99,12 +99,9 @@ class AdapterJob:
         check_number(self.label, "lora_plus_ratio", self.lora_plus_ratio, above=0)
         if self.lora_plus_ratio != 1 and self.lora is None:
             raise ConfigError(f"{self.label}: lora_plus_ratio is {self.lora_plus_ratio}, but it trains no LoRA.")
-        if self.first_weights not in get_args(FirstWeights):
-            raise ConfigError(
-                f"{self.label}: first_weights is {quoted(self.first_weights)}; choose one of "
-                f"{list(get_args(FirstWeights))}."
-            )
-        if self.first_weights == "lora":
+        if self.start not in get_args(Start):
+            raise ConfigError(f"{self.label}: start is {quoted(self.start)}; choose one of {list(get_args(Start))}.")
+        if self.start == "lora":
             return
         for reason, holds in {
             "it trains no LoRA": self.lora is None,
@@ -114,9 +111,7 @@ class AdapterJob:
             "gates_before_user is not 1": self.gates_before_user != 1,
         }.items():
             if holds:
-                raise ConfigError(
-                    f"{self.label}: first_weights is {self.first_weights!r}, but {reason}. Set first_weights='lora'."
-                )
+                raise ConfigError(f"{self.label}: start is {self.start!r}, but {reason}. Set start='lora'.")
 
     @property
     def label(self) -> str:

@@ -35,7 +35,7 @@ _NOT_COMPARED = ("name", "data", "eval_data", "init_from", "lora", "residual", "
 
 # Options that checkpoints from before there were the options don't have, with the values that change nothing.
 _NEWER = {
-    **{"gates_before_user": 1, "first_weights": "lora", "lora_plus_ratio": 1},
+    **{"gates_before_user": 1, "start": "lora", "lora_plus_ratio": 1},
     **{"loss": "cross_entropy", "dpo_beta": 0.1, "turns": "all"},
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.data.examples import Example
 
-_MOST = math.log(sys.float_info.max)
+_MAX_LOSS = math.log(sys.float_info.max)
 LossName = Literal["cross_entropy", "reward", "dpo"]
 
 
@@ -74,7 +74,7 @@ class PairSums:
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss; what is too large is infinite, which a log can't have: then it is the largest number."""
-    return math.exp(loss) if loss < _MOST else sys.float_info.max
+    return math.exp(loss) if loss < _MAX_LOSS else sys.float_info.max
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """train_adapters: many LoRA adapters at once on one frozen base model, in one batch."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraplex.errors import TrainingError
+from loraplex.adapters.peft.push import check_can_push, push_adapter, repo_of
+from loraplex.errors import ConfigError, RemoteError, TrainingError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.models.checkpoints.loading import refuse_injected_adapters
@@ -16,6 +18,7 @@ from loraplex.training.adapters.centroids import write_centroids
 from loraplex.training.adapters.config import AdapterJob, check_jobs
 from loraplex.training.adapters.job_state import JobState, run_fingerprint
 from loraplex.training.adapters.links import needs_attention
+from loraplex.training.adapters.model_card import write_card
 from loraplex.training.adapters.reft import TrainableReft
 from loraplex.training.adapters.setup import make_states
 from loraplex.training.adapters.task import AdapterTask
@@ -24,7 +27,10 @@ from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.outputs import check_outputs
 from loraplex.training.core.results import TrainResult
 from loraplex.training.core.run import run_task
+from loraplex.training.core.sharding import shard_base
 from loraplex.training.forward.probe import check_trainable_base
+
+logger = logging.getLogger(__name__)
 
 _AFTER_DIVERGENCE = (
     "In a run with the same output folder, a job that diverged begins anew with its new settings, or may be left "
@@ -55,6 +61,7 @@ def train_adapters(
     """
     jobs = list(jobs)
     check_jobs(jobs)
+    _check_push(jobs, config)
     check_outputs(Path(config.output), [job.name for job in jobs], _inputs(jobs))
     if not isinstance(model, MultiLoraModel):
         refuse_injected_adapters(model)
@@ -76,21 +83,26 @@ def _train(
     try:
         check_trainable_base(base)
         ranks = ProcessGroup(base.device)
+        if config.fsdp:
+            _check_sharded(jobs, config, ranks)
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
         sites = linked.sites if any(job.reft is not None for job in jobs) else None
-        states = make_states(jobs, base, adaptable, tokenizer, attention, sites)
+        device = ranks.device if config.fsdp else base.device  # where the base model's weights, or its shards, are
+        states = make_states(jobs, base, adaptable, tokenizer, attention, sites, device=device)
         if sites is not None:
             parameters = [state.parameters for state in states]
             sites.hook_sites(key for own in parameters if isinstance(own, TrainableReft) for key in own.sites)
         adaptable.attach([path for state in states for path in (*state.parameters.paths, *state.frozen.paths)])
         identity = run_fingerprint(states, base)
+        if config.fsdp:
+            shard_base(base, ranks)
         task = AdapterTask(base, states, config, ranks, attention)
         try:
             results = run_task(task, config, ranks, identity, after_divergence=_AFTER_DIVERGENCE)
         except TrainingError as error:  # the other jobs are done
-            _write_centroids(base, tokenizer, states, error.results, config, ranks)
+            _complete_folders(base, tokenizer, states, error.results, config, ranks)
             raise
-        _write_centroids(base, tokenizer, states, results, config, ranks)
+        _complete_folders(base, tokenizer, states, results, config, ranks)
         return results
     finally:
         if not isinstance(model, MultiLoraModel):
@@ -98,7 +110,7 @@ def _train(
             linked.detach()
 
 
-def _write_centroids(
+def _complete_folders(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     states: Sequence[JobState],
@@ -106,9 +118,66 @@ def _write_centroids(
     config: TrainConfig,
     ranks: ProcessGroup,
 ) -> None:
-    if config.prompt_centroids and ranks.is_first:
+    """What comes beside the weights of finished LoRAs, and where the run pushes them."""
+    if config.prompt_centroids and config.fsdp:
+        logger.info("no prompt centroids are written: the base model is sharded. Later: loraplex auto fit")
+    elif config.prompt_centroids and ranks.is_first:
         write_centroids(base, tokenizer, states, results)
+    if ranks.is_first:
+        for state, result in zip(states, results, strict=True):
+            if state.job.lora is not None and result.finished != "diverged":
+                write_card(state, result)
+        _push(results, config)
     ranks.wait()
+
+
+def _push(results: Sequence[TrainResult], config: TrainConfig) -> None:
+    """Every finished adapter; what the hub refuses is told when the others are there. Raises RemoteError."""
+    refused = []
+    for result in (result for result in results if config.push_to_hub and result.finished != "diverged"):
+        try:
+            place = push_adapter(
+                result.folder, repo_of(config.push_to_hub or "", result.name), private=config.push_private
+            )
+            logger.info("%r is at %s", result.name, place)
+        except RemoteError as error:
+            refused.append(str(error))
+    if refused:
+        raise RemoteError(" ".join(refused))
+
+
+def _check_sharded(jobs: Sequence[AdapterJob], config: TrainConfig, ranks: ProcessGroup) -> None:
+    """Raise ConfigError for what needs a sharded base model's weights whole, or runs parts of it."""
+    if config.packing:
+        raise ConfigError("fsdp and packing are both True; rows are packed on whole base models only. Set one.")
+    if ranks.num_processes == 1:
+        raise ConfigError(
+            "fsdp is True, but there is one process. Start several: accelerate launch --num_processes 2 -m "
+            "loraplex.cli.train ..., or leave fsdp out."
+        )
+    for job in jobs:
+        if job.lora is not None and job.lora.use_dora:
+            raise ConfigError(
+                f"{job.label}: fsdp is True, but DoRA needs whole weights of the base model in every step. Set "
+                "use_dora=False, or leave fsdp out."
+            )
+        if needs_attention(job) or job.reft is not None:
+            raise ConfigError(f"{job.label}: fsdp is True, which residuals don't have. Leave fsdp out.")
+
+
+def _check_push(jobs: Sequence[AdapterJob], config: TrainConfig) -> None:
+    """Raise ConfigError where an adapter couldn't be pushed, before it is trained."""
+    if config.push_to_hub is None:
+        return
+    repos: dict[str, str] = {}
+    for job in jobs:
+        if job.lora is None:
+            raise ConfigError(f"{job.label}: push_to_hub is set, but it trains no LoRA. Train it in a run of its own.")
+        repo = repo_of(config.push_to_hub, job.name)
+        check_can_push(repo)
+        if repo in repos:
+            raise ConfigError(f"{job.label} and job {repos[repo]!r} would both be pushed to {repo!r}. Rename one.")
+        repos[repo] = job.name
 
 
 def _inputs(jobs: Sequence[AdapterJob]) -> dict[str, list[Path]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraplex.adapters.config import LoraConfig
@@ -45,6 +46,8 @@ def make_states(
     tokenizer: PreTrainedTokenizerBase,
     attention: AttentionLayers | None = None,  # needed for residuals
     sites: BlockSites | None = None,  # needed for interventions
+    *,
+    device: torch.device | None = None,  # of the parameters; None: the base model's
 ) -> list[JobState]:
     """Check every job against the base model and its data, and give it its first weights.
 
@@ -54,9 +57,10 @@ def make_states(
     for job in jobs:
         check_length(job.label, job.steps.max_length, base)
     vocab_size = next(base.get_input_embeddings().parameters()).shape[0]
-    parameters = [_parameters(job, base, adaptable, attention, sites) for job in jobs]
+    device = device or base.device
+    parameters = [_parameters(job, base, adaptable, attention, sites, device) for job in jobs]
     links = [
-        _link(job, own, frozen_link(job, adaptable, attention, base.device))
+        _link(job, own, frozen_link(job, adaptable, attention, device))
         for job, own in zip(jobs, parameters, strict=True)
     ]
     ends = training_ends(base, tokenizer)
@@ -72,23 +76,24 @@ def _parameters(
     adaptable: AdaptableModel,
     attention: AttentionLayers | None,
     sites: BlockSites | None,
+    device: torch.device,
 ) -> Trainable:
     """What the job trains, with its first weights."""
     if job.reft is not None:
         assert sites is not None, "interventions are trained, but the blocks are not known"
-        return TrainableReft(first_reft(job, sites, base_fingerprint(base)), base.device)
+        return TrainableReft(first_reft(job, sites, base_fingerprint(base)), device)
     if job.lora is None:
         assert attention is not None, "a residual is trained, but the attention layers were not joined"
-        return TrainableResidual(first_residual(job, attention), base.device)
+        return TrainableResidual(first_residual(job, attention), device)
     first = first_weights(job, adaptable)
     if job.lora.use_dora:
-        return TrainableDora(job.lora, first, adaptable, base.device)
-    return TrainableLora(job.lora, first, adaptable, base.device, writes_change=job.first_weights != "lora")
+        return TrainableDora(job.lora, first, adaptable, device)
+    return TrainableLora(job.lora, first, adaptable, device, writes_change=job.start != "lora")
 
 
 def _link(job: AdapterJob, own: Trainable, link: FrozenLink) -> FrozenLink:
     """What the job's rows go through besides its parameters: first weights of the base's own, subtracted, too."""
-    return link if job.first_weights == "lora" else with_subtracted(link, own.slot_weights, own.paths)
+    return link if job.start == "lora" else with_subtracted(link, own.slot_weights, own.paths)
 
 
 def complete_config(lora: LoraConfig, base: PreTrainedModel) -> LoraConfig:
@@ -111,9 +116,9 @@ def first_weights(job: AdapterJob, adaptable: AdaptableModel) -> dict[str, LoraW
     ranks, scalings = lora.ranks_of(paths), lora.scalings_of(paths)
     check_ranks(ranks, adaptable.shapes)
     _check_linear_only(job, paths, adaptable)
-    if job.first_weights != "lora":
+    if job.start != "lora":
         check_ranks({path: 2 * rank for path, rank in ranks.items()}, adaptable.shapes)  # as it is written
-        return decomposed_weights(job.first_weights, job.label, adaptable.modules, ranks, scalings)
+        return decomposed_weights(job.start, job.label, adaptable.modules, ranks, scalings)
     if job.init_from is None:
         return fresh_weights(adaptable.shapes, ranks, scalings, job.seed)
     if isinstance(job.init_from, LinkedResidual | ReftResidual):

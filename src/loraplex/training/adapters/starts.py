@@ -18,11 +18,11 @@ from loraplex.adapters.weights import LoraWeights
 from loraplex.errors import ConfigError
 from loraplex.layers.base.modules import weight_matrix
 
-FirstWeights = Literal["lora", "pissa", "olora"]
+Start = Literal["lora", "pissa", "olora"]
 
 
 def decomposed_weights(
-    start: FirstWeights,
+    start: Start,
     label: str,  # what messages start with
     modules: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
@@ -33,11 +33,11 @@ def decomposed_weights(
     for path, rank in ranks.items():
         if isinstance(modules[path], nn.Embedding):
             raise ConfigError(
-                f"{label}: first_weights is {start!r}, which embeddings don't have, but it adapts {path!r}. Leave it "
-                "out of target_modules, or set first_weights='lora'."
+                f"{label}: start is {start!r}, which embeddings don't have, but it adapts {path!r}. Leave it "
+                "out of target_modules, or set start='lora'."
             )
         if scalings[path] <= 0:
-            raise ConfigError(f"{label}: first_weights is {start!r}, which needs an alpha above 0.")
+            raise ConfigError(f"{label}: start is {start!r}, which needs an alpha above 0.")
         weight = weight_matrix(modules[path]).detach().float()  # [out, in]
         make = _principal if start == "pissa" else _orthogonal
         lora_a, lora_b = make(weight, rank, scalings[path])

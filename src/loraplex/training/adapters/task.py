@@ -1,13 +1,14 @@
 """Adapters as the loop trains them: the n-th micro-batches of all jobs are one list of rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex.errors import ConfigError
 from loraplex.residual.layers import AttentionLayers
 from loraplex.residual.rows import ChainLink
 from loraplex.training.adapters.dora import pass_gradients_on, refresh_derived
@@ -17,12 +18,13 @@ from loraplex.training.adapters.reft import TrainableReft
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.rng import Purpose, generator
+from loraplex.training.core.sharding import all_layers_run_backward
 from loraplex.training.core.trainer import Loss
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import FrozenSlot, TrainingRow, TrainingSlot, TrainingWeightProvider
 from loraplex.training.forward.loss import LossComputer
-from loraplex.training.forward.probe import can_share_prefixes
+from loraplex.training.forward.probe import can_share_prefixes, check_packing
 from loraplex.training.forward.reft_rows import ReftRows
 from loraplex.training.forward.residual_rows import ResidualRows
 
@@ -43,20 +45,29 @@ class AdapterTask:
         self.states = states
         self._base = base
         self._ranks = ranks
+        self._packing = config.packing
+        if config.packing:
+            _check_packing(base, states)
         self._losses = LossComputer(
             base,
             len(states),
             tokens_per_forward=config.tokens_per_forward,
-            share_prefixes=config.share_prefixes and can_share_prefixes(base),
+            share_prefixes=config.share_prefixes
+            and not (config.fsdp and not config.packing)
+            and can_share_prefixes(base),
             residuals=residual_rows(states, attention),
             interventions=reft_rows(states),
             checkpointing=config.gradient_checkpointing,
+            packing=config.packing,
+            sharded_over=ranks if config.fsdp else None,
         )
+        self._is_sharded = config.fsdp
         self._references = self._score_references()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with fast_attention(self._base, self._longest):
+        together = all_layers_run_backward(self._base) if self._is_sharded else nullcontext()
+        with together, fast_attention(self._base, self._longest, packing=self._packing):
             yield
 
     @property
@@ -133,7 +144,7 @@ class AdapterTask:
         refresh_derived(self.states)
         sums = torch.zeros(len(needed), 2, device=self._base.device)
         own = self._ranks.share(range(len(needed)))
-        with fast_attention(self._base, self._longest):
+        with fast_attention(self._base, self._longest, packing=self._packing):
             rows, bank = self._rows([needed[number] for number in own], with_dropout=False)
             sums[own] = self._losses.score(rows, bank).losses.view(-1, 2)
         sums = self._ranks.add_up(sums)
@@ -217,6 +228,16 @@ def reft_rows(states: Sequence[JobState]) -> ReftRows | None:
         if isinstance(state.parameters, TrainableReft)
     }
     return ReftRows(jobs) if jobs else None
+
+
+def _check_packing(base: PreTrainedModel, states: Sequence[JobState]) -> None:
+    """Raise ConfigError where rows can't be packed."""
+    for state in states:
+        if state.parameters.residual is not None or state.frozen.chain or isinstance(state.parameters, TrainableReft):
+            raise ConfigError(
+                f"{state.job.label} goes through residuals, which take rows that aren't packed. Set packing=False."
+            )
+    check_packing(base)
 
 
 def residual_rows(states: Sequence[JobState], attention: AttentionLayers | None) -> ResidualRows | None:

@@ -127,6 +127,10 @@ class TrainConfig:
     tokens_per_forward: int = 1024  # padded tokens; larger micro-batches are computed in parts
     prompt_centroids: bool = True  # beside LoRAs that have prompts, for adapters="auto"
     share_prefixes: bool = True  # compute once what all records of an adapter's micro-batch start with
+    fsdp: bool = False  # the base model's weights are shared out over the processes; of adapters alone
+    packing: bool = False  # rows of a pass stand in one sequence without padding, each by itself; of adapters alone
+    push_to_hub: str | None = None  # a user or organization: each LoRA becomes its repository of that name
+    push_private: bool = False
     trackers: tuple[str, ...] = ()  # "tensorboard", "wandb", "mlflow": where the logs' numbers go besides
     # Layers keep only what they are given, and run again in the backward pass: less memory, a third more time. Of
     # adapters alone, and no prefixes are shared then.
@@ -135,7 +139,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_whole(self, ("checkpoint_every", "tokens_per_forward"), minimum=1)
         check_flags(
-            self, ("resume", "progress", "plots", "prompt_centroids", "share_prefixes", "gradient_checkpointing")
+            self,
+            (
+                "resume",
+                "progress",
+                "plots",
+                "prompt_centroids",
+                "share_prefixes",
+                "gradient_checkpointing",
+                "push_private",
+                "packing",
+                "fsdp",
+            ),
         )
         check_trackers(self.trackers)
         output = Path(self.output)

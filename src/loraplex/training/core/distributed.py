@@ -25,6 +25,15 @@ class ProcessGroup:
     def num_processes(self) -> int:
         return int(self._state.num_processes)
 
+    @property
+    def device(self) -> torch.device:
+        """This process's own."""
+        return torch.device(self._state.device)
+
+    @property
+    def index(self) -> int:
+        return int(self._state.process_index)
+
     def share(self, rows: Sequence[Row]) -> list[Row]:
         """Every n-th row for each of n processes."""
         return list(rows[self._state.process_index :: self._state.num_processes])

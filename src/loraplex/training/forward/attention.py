@@ -17,24 +17,28 @@ from loraplex.layers.attention.interface import (
     AttentionOwner,
     causal_mask,
 )
+from loraplex.training.forward.packed_rows import PackedLayout
 
 # Attention by matrix products keeps a matrix of this side for each head, row and block until the backward pass.
 LONGEST = 512  # tokens
+_packed: ContextVar[PackedLayout | None] = ContextVar("loraplex_packed", default=None)
 _trains_short: ContextVar[bool] = ContextVar("loraplex_trains_short", default=False)
 
 
 @contextmanager
-def fast_attention(base: PreTrainedModel, longest: int) -> Iterator[None]:
+def fast_attention(base: PreTrainedModel, longest: int, *, packing: bool = False) -> Iterator[None]:
     """Inside the block, short records on a CPU are trained with attention that is a product, a softmax and a product.
 
     torch's fused attention has a slow backward pass there: for bfloat16 rows of 38 tokens after a prefix of 26, forward
     and backward take four times as long (torch 2.13, benchmarks/training.py). Passes of other threads keep torch's.
+    Packed rows (packed_rows.py) are taken apart, on any device.
     """
-    if base.device.type != "cpu" or longest > LONGEST:
+    is_short = base.device.type == "cpu" and longest <= LONGEST
+    if not (is_short or packing):
         yield
         return
     handle = AttentionHandle(base, _SHORT)
-    token = _trains_short.set(True)
+    token = _trains_short.set(is_short)
     try:
         yield
     finally:
@@ -42,19 +46,58 @@ def fast_attention(base: PreTrainedModel, longest: int) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def use_packed(layout: PackedLayout) -> Iterator[None]:
+    """Inside the block attention knows the rows of a pack, where `fast_attention` stands in front of the model's."""
+    token = _packed.set(layout)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
 def _run(call: AttentionCall) -> AttentionOutput:
-    if not _trains_short.get() or call.own is not sdpa_attention_forward or _SHORT.unknown_terms(call.options):
+    layout = _packed.get()
+    if call.own is not sdpa_attention_forward or _SHORT.unknown_terms(call.options):
+        return call.run_inner()
+    if layout is not None:
+        return _run_packed(call, layout), None
+    if not _trains_short.get():
         return call.run_inner()
     mask = call.mask
     if mask is None and call.is_causal and call.query.shape[2] > 1:
         mask = causal_mask(call.query, call.key)
-    groups = call.query.shape[1] // call.key.shape[1]
-    key, value = call.key.repeat_interleave(groups, dim=1), call.value.repeat_interleave(groups, dim=1)
-    logits = call.query @ key.transpose(2, 3) * call.scale
+    return _product(call.query, call.key, call.value, mask, call.scale).transpose(1, 2).contiguous(), None
+
+
+def _product(
+    query: Tensor,  # [rows, heads, queries, size]
+    key: Tensor,  # [rows, key heads, keys, size]
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # [rows, heads, queries, size]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    logits = query @ key.transpose(2, 3) * scale
     if mask is not None:
         logits = _masked(logits, mask)
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(call.query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value
+
+
+def _run_packed(call: AttentionCall, layout: PackedLayout) -> Tensor:  # [1, tokens, heads, size]
+    """Every group of rows by itself: gathered, attended, and put back in its place."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key, call.value))
+    parts = []
+    for group in layout.groups:
+        rows = query[group.queries].transpose(1, 2)
+        keys, values = key[group.keys].transpose(1, 2), value[group.keys].transpose(1, 2)
+        attended = _product(rows, keys, values, group.mask, call.scale).transpose(1, 2)  # [rows, padded, heads, size]
+        parts.append(attended.flatten(0, 1)[group.sources])
+    order = torch.cat([group.targets for group in layout.groups])
+    joined = torch.cat(parts)
+    return joined[torch.argsort(order)].unsqueeze(0)
 
 
 _SHORT = AttentionFunction(name="training", owner=AttentionOwner.TRAINING, run=_run)

@@ -1,7 +1,7 @@
 """The rows of all jobs, cut into padded batches for one forward pass each, and the routing of each row to its slot."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from loraplex.routing.rows import Route, RowRouting
 from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.data.examples import Example
+
+if TYPE_CHECKING:
+    from loraplex.training.forward.packed_rows import PackedLayout
 
 # What a forward and backward pass costs before its first token, in tokens: a few on a CPU, where a token is slow.
 FORWARD_COST = {"cpu": 64}
@@ -68,6 +71,14 @@ class RowBatch(NamedTuple):
     targets: Tensor  # [outputs]
     jobs: Tensor  # [outputs]
     weights: Tensor | None = None  # [outputs]  of losses in the gradient; None: 1
+    packed: "PackedLayout | None" = None  # of rows that stand behind each other in one (packed_rows.py)
+    is_filler: bool = False  # runs because other processes run a batch, and counts for nothing
+    records: Tensor | None = None  # [outputs]  of a pack: the record's index in `rows`
+
+    @property
+    def output_records(self) -> Tensor:  # [outputs]
+        """Whose each output is: an index into `rows`."""
+        return self.output_rows if self.records is None else self.records
 
     @property
     def padded_length(self) -> int:
@@ -158,7 +169,7 @@ def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], d
     return RowBatch(
         rows=rows,
         spans=[
-            _span(row, prefix, len(ids), at)
+            make_span(row, prefix, len(ids), at)
             for row, prefix, ids, at in zip(rows, prefixes, inputs, outputs, strict=True)
         ],
         input_ids=torch.tensor([[*ids, *[0] * (padded - len(ids))] for ids in inputs], device=device),
@@ -168,15 +179,19 @@ def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], d
         output_positions=torch.tensor([position for at in outputs for position in at], device=device),
         targets=torch.tensor([token for row in rows for token in row.example.targets], device=device),
         jobs=torch.tensor([row.job for row in rows for _ in row.example.answer], device=device),
-        weights=_weights(rows).to(device) if any(row.weight != 1 for row in rows) else None,
+        weights=row_weights(rows, device),
     )
 
 
-def _weights(rows: Sequence[TrainingRow]) -> Tensor:  # [outputs]
-    return torch.tensor([row.weight for row in rows for _ in row.example.answer])
+def row_weights(rows: Sequence[TrainingRow], device: torch.device) -> Tensor | None:  # [outputs]
+    """Of the losses in the gradient; None: all are 1."""
+    if all(row.weight == 1 for row in rows):
+        return None
+    return torch.tensor([row.weight for row in rows for _ in row.example.answer], device=device)
 
 
-def _span(row: TrainingRow, prefix: int, num_tokens: int, outputs: Sequence[int]) -> RowSpan:
+def make_span(row: TrainingRow, prefix: int, num_tokens: int, outputs: Sequence[int]) -> RowSpan:
+    """The span of a row's `num_tokens` tokens after a shared prefix."""
     start = min(max(0, row.example.first_adapted - prefix), num_tokens)
     stop, gate = num_tokens if row.has_dropout else None, row.gate_before_user
     num_gated = 0 if gate == 1 else min(max(0, row.example.num_before_user - prefix), num_tokens)
@@ -237,16 +252,7 @@ class TrainingRouting(RowRouting):
 
     def _padded_segments(self) -> list[Segment]:
         length = self._padded_length
-        segments = []
-        for row, span in enumerate(self._spans):
-            start = row * length + span.start
-            stop = row * length + (length if span.stop is None else span.stop)
-            segments += _gated_segments(span, start, min(start + span.num_gated, stop), stop)
-        return segments + [
-            Segment(row * length, (row + 1) * length, frozen.slot, frozen.weight)
-            for row, span in enumerate(self._spans)
-            for frozen in span.frozen
-        ]
+        return [segment for row, span in enumerate(self._spans) for segment in segments_of(span, row * length, length)]
 
     def _selected_segments(self) -> list[Segment]:
         segments, first = [], 0
@@ -258,6 +264,15 @@ class TrainingRouting(RowRouting):
             segments += [Segment(first, stop, frozen.slot, frozen.weight) for frozen in span.frozen]
             first = stop
         return segments
+
+
+def segments_of(span: RowSpan, first: int, length: int) -> list[Segment]:
+    """The segments of a row whose `length` tokens begin at `first`."""
+    start, stop = first + span.start, first + (length if span.stop is None else span.stop)
+    return [
+        *_gated_segments(span, start, min(start + span.num_gated, stop), stop),
+        *(Segment(first, first + length, frozen.slot, frozen.weight) for frozen in span.frozen),
+    ]
 
 
 def _gated_segments(span: RowSpan, start: int, between: int, stop: int) -> list[Segment]:

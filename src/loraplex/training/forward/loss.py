@@ -12,15 +12,21 @@ from transformers import PreTrainedModel
 from loraplex.routing.routing import use_routing
 from loraplex.routing.rows import RowRouting
 from loraplex.routing.weight_provider import WeightProvider
+from loraplex.training.core.distributed import ProcessGroup
+from loraplex.training.core.sharding import same_number
+from loraplex.training.data.examples import Example
+from loraplex.training.forward.attention import use_packed
 from loraplex.training.forward.batch import (
     RowBatch,
     TrainingRouting,
     TrainingRow,
     cut_batches,
     forward_cost,
+    make_batch,
     shared_prefix_lengths,
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
+from loraplex.training.forward.packed_rows import PackedRowsRouting, pack_batches
 from loraplex.training.forward.prefix import SharedPrefixes
 from loraplex.training.forward.reft_rows import ReftRows
 from loraplex.training.forward.residual_rows import ResidualRows
@@ -46,14 +52,19 @@ class LossComputer:
         residuals: ResidualRows | None = None,
         interventions: ReftRows | None = None,
         checkpointing: bool = False,
+        packing: bool = False,
+        sharded_over: ProcessGroup | None = None,  # processes that run every pass together
     ) -> None:
         """Raises ConfigError for `checkpointing` of a model that can't."""
+        self._packing = packing
+        self._sharded_over = sharded_over
         self._base = base
         self._checkpointed = checkpointable_layers(base) if checkpointing else []
         self._residuals, self._interventions = residuals, interventions
         self._num_jobs = num_jobs
         self._tokens_per_forward = tokens_per_forward
-        self._share_prefixes = share_prefixes and not checkpointing  # a cache would grow again in the backward pass
+        # With checkpointing a cache would grow again in the backward pass; a sharded base runs as a whole only.
+        self._share_prefixes = share_prefixes and not checkpointing and (sharded_over is None or packing)
 
     def accumulate_gradients(
         self, rows: Sequence[TrainingRow], bank: WeightProvider, loss_scales: Tensor
@@ -67,6 +78,8 @@ class LossComputer:
                 losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             if batch.weights is not None:
                 losses = losses * batch.weights
+            if batch.is_filler:
+                losses = losses * 0
             (losses * loss_scales[batch.jobs]).sum().backward()
             sums.index_add_(0, batch.jobs, losses.detach())
         if prefixes is not None:
@@ -82,7 +95,9 @@ class LossComputer:
         prefixes, batches = self._prepare(rows, bank)
         for batch in batches:
             logits = self._token_logits(batch, bank, prefixes)
-            index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_rows]
+            if batch.is_filler:
+                continue
+            index = torch.tensor([number[id(row)] for row in batch.rows], device=device)[batch.output_records]
             losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             scores.losses.index_add_(0, index, losses)
             scores.num_right.index_add_(0, index, (logits.argmax(dim=-1) == batch.targets).float())
@@ -97,10 +112,22 @@ class LossComputer:
     ) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
         lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
         num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
-        if num_saved <= forward_cost(self._base.device):
+        if num_saved <= (0 if self._packing else forward_cost(self._base.device)):
             lengths = {}
+        device, most = self._base.device, self._tokens_per_forward
+        if self._packing:
+            return None, self._together(pack_batches(rows, lengths, most, device, self._base.dtype))
         prefixes = SharedPrefixes(self._base, rows, lengths, bank, self._residuals) if lengths else None
-        return prefixes, cut_batches(rows, lengths, self._tokens_per_forward, self._base.device)
+        return prefixes, self._together(cut_batches(rows, lengths, most, device))
+
+    def _together(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
+        """As many batches on every process, where they run the base model together."""
+        ranks, device = self._sharded_over, self._base.device
+        if ranks is None:
+            return batches
+        row = TrainingRow(0, 0, Example((0, 0), (1,), "filler"))
+        filler = make_batch([row], {}, device)._replace(is_filler=True)
+        return iter(same_number(list(batches), filler, ranks, device))
 
 
 def generators_of(batch: RowBatch, bank: WeightProvider) -> list[torch.Generator]:
@@ -129,6 +156,9 @@ def token_logits(
     residuals: ResidualRows | None = None,
 ) -> Tensor:  # [outputs, vocabulary]
     """The logits before every token that counts, each row through its own slot or residual."""
+    if batch.packed is not None:
+        with use_packed(batch.packed):
+            return answer_logits(base, batch, PackedRowsRouting(batch, bank))
     routing = TrainingRouting(batch.spans, batch.padded_length, bank)
     if residuals is None:
         return answer_logits(base, batch, routing, prefixes)

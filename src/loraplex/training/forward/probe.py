@@ -13,6 +13,7 @@ from loraplex.layers.quantized.training import check_gradients
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
 from loraplex.training.forward.loss import token_losses
+from loraplex.training.forward.packed_rows import make_pack
 from loraplex.training.forward.prefix import SharedPrefixes
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,24 @@ def can_share_prefixes(base: PreTrainedModel) -> bool:
     if not same:
         logger.info("prefixes are not shared: %s computes otherwise from a cache", name)
     return same
+
+
+def check_packing(base: PreTrainedModel) -> None:
+    """Raise ConfigError unless packed rows have the losses that they have apart, tried on a few tokens."""
+    name, advice = type(base).__name__, "Set packing=False."
+    examples = [_example(_LONG, answer=(4, 5)), _example(_SHORT, answer=(2, 3)), _example(_LONG[::-1], answer=(1, 3))]
+    if not can_share_prefixes(base):
+        raise ConfigError(f"packing is on, but a token of {name} knows more of earlier ones than keys. {advice}")
+    rows = [TrainingRow(job, job, example) for job, example in enumerate(examples)]
+    bank = TrainingWeightProvider([TrainingSlot({}) for _ in examples])
+    with torch.no_grad():
+        pack = make_pack(rows, {0: 3, 1: 1}, base.device, base.dtype)
+        try:
+            packed = token_losses(base, pack, bank, None)
+        except _FAILURES as error:
+            raise ConfigError(f"packing is on, but {name} can't run packed rows: {error}. {advice}") from error
+    if not _close(_losses(base, examples), packed, base.dtype):
+        raise ConfigError(f"packing is on, but {name} computes otherwise where rows are packed. {advice}")
 
 
 def _example(ids: Sequence[int], answer: tuple[int, ...]) -> Example:

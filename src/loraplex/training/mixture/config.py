@@ -46,6 +46,9 @@ class MixtureTrainConfig:
         for option in ("load_balance_weight", "sparsity_weight"):
             check_number(_LABEL, option, getattr(self, option), minimum=0)
         check_number(_LABEL, "expert_dropout", self.expert_dropout, minimum=0, below=1)
+        for option in ("packing", "fsdp"):
+            if getattr(self.run, option):
+                raise ConfigError(f"{_LABEL}: {option} is for adapters alone. Set {option}=False.")
         if self.run.gradient_checkpointing:
             raise ConfigError(f"{_LABEL}: gradient_checkpointing is for adapters alone. Lower tokens_per_forward.")
         if self.layout not in LAYOUTS:
