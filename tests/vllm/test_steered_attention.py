@@ -158,6 +158,8 @@ def test_what_cant_be_done_is_refused_before_it_runs(request_salts, choice, extr
 
 
 def test_salts_tell_what_keys_depend_on(request_salts):
+    from vllm.exceptions import VLLMValidationError
+
     plain = request_salts("protein", None)
     assert plain is None
     assert request_salts("after", None) != request_salts("after", None, num_prompt=11)
@@ -167,6 +169,12 @@ def test_salts_tell_what_keys_depend_on(request_salts):
     capture = {"loraplex_capture": CAPTURED[0]}
     assert request_salts(None, capture) != request_salts(None, capture)
     assert "tenant" in request_salts("after", steer, salt="tenant")
+    assert request_salts("block", None, resumable=True) is None
+    for choice, extra in (("after", None), ("block", steer)):
+        with pytest.raises(VLLMValidationError, match="streaming input"):
+            request_salts(choice, extra, resumable=True)
+    with pytest.raises(VLLMValidationError, match="beam search"):
+        request_salts("after", None, request_id="cmpl-1-0-abc-beam-3")
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +193,13 @@ def request_salts(residual):
     config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=model.base.config))
     salts = RequestSalts(config, options, FolderCatalog(options))
 
-    def salted(choice, extra, num_prompt=12, salt=None):
+    def salted(choice, extra, num_prompt=12, salt=None, **more):
         request = SimpleNamespace(
             lora_request=lora_request(choice, {}),
             prompt_token_ids=list(range(num_prompt)),
             sampling_params=SamplingParams(max_tokens=4, extra_args=extra),
             cache_salt=salt,
+            **{"request_id": "cmpl-1-0-abc", **more},
         )
         salts.add(request)
         return request.cache_salt

@@ -4,6 +4,7 @@ And what requests ask of attention is checked before anything runs.
 """
 
 import json
+import re
 import uuid
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from loraplex.residual.format_settings import read_settings
 from loraplex.vllm_plugin.attention_args import CAPTURE, STEER, AttentionArgs, parse_attention_args
 from loraplex.vllm_plugin.catalog import FolderCatalog
 from loraplex.vllm_plugin.options import KEY, PluginOptions
+
+_BEAM = re.compile(r"-beam-\d+$")  # how the ids of vLLM's beams end, in its server
 
 
 class LinkFacts(NamedTuple):
@@ -50,6 +53,18 @@ class RequestSalts:
             args = self._attention_args(request, facts)
         except (RequestError, CapacityError) as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        if facts.depends_on_prompt and _BEAM.search(request.request_id):
+            raise VLLMValidationError(
+                "residuals on chosen tokens don't go with beam search: vLLM sends what was generated as prompts, so "
+                "that nothing tells where the request's own prompt ends. Leave use_beam_search out.",
+                parameter="use_beam_search",
+            )
+        if getattr(request, "resumable", False) and (facts.depends_on_prompt or args is not None):
+            raise VLLMValidationError(
+                "residuals on chosen tokens, steering and captures need a prompt that is whole: streaming input moves "
+                "its end. Send the prompt at once.",
+                parameter="prompt",
+            )
         if args is not None:
             salts.append(f"loraplex capture {uuid.uuid4()}" if args.capture else f"loraplex steer {args.steering}")
         if salts:
