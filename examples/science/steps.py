@@ -8,8 +8,8 @@ from pathlib import Path
 from examples.science.layout import FORMS, TRAINED, cells, expert_folder, mixture_folder
 from examples.science.settings import Settings
 
-# CPU seconds of one thread on a Xeon with AMX that had much else to do: quantum as `speed` measured it, the others by the
-# tokens of their records, mixtures guessed. Measure your own with `speed`: an idle machine takes less, two threads half.
+# CPU seconds of one thread on a Xeon with AMX that had much else to do: quantum as `speed` measured it, the others by
+# the tokens of their records, mixtures guessed. Measure your own with `speed`: an idle machine takes less.
 SECONDS_PER_STEP = {
     "quantum": 5.8,
     "materials": 4.7,
