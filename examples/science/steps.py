@@ -8,17 +8,18 @@ from pathlib import Path
 from examples.science.layout import FORMS, TRAINED, cells, expert_folder, mixture_folder
 from examples.science.settings import Settings
 
-# Seconds of one CPU thread, one after the other: measured by `speed`, on two cores of a Xeon with AMX.
+# CPU seconds of one thread on a Xeon with AMX that had much else to do: quantum as `speed` measured it, the others by
+# the tokens of their records, mixtures guessed. Measure your own with `speed`: an idle machine takes less.
 SECONDS_PER_STEP = {
-    "quantum": 2.0,
-    "materials": 1.7,
-    "protein": 5.0,
-    "peptides": 4.0,
-    "chemistry": 2.5,
-    "barrier": 3.0,
-    "head": 3.0,
-    "joint": 8.0,
-    "router": 4.0,
+    "quantum": 5.8,
+    "materials": 4.7,
+    "protein": 14.5,
+    "peptides": 9.0,
+    "chemistry": 6.5,
+    "barrier": 8.0,
+    "head": 8.0,
+    "joint": 20.0,
+    "router": 10.0,
 }
 SECONDS_PER_QUESTION = 0.15
 
