@@ -134,14 +134,15 @@ def test_auto_that_chose_a_mixture_shows_its_experts(page):
 
 
 def test_words_that_differ_are_marked(page):
-    answer_with(page, "the cat sat on the mat", "the dog sat on a mat", "the cat sat on the mat")
+    answer_with(page, "the cat sat on the mat", "the dog sat on a mat", "the cat sat on the mat", "the cat sat")
     choose(page, "a")
-    add_column(page, "b")
-    add_column(page, "c")
+    for name in ("b", "c", "mix-ab"):
+        add_column(page, name)
     ask(page)
-    assert [words(page, place) for place in range(3)] == [[], ["dog", "a"], []]
+    assert [words(page, place) for place in range(4)] == [[], ["dog", "a"], [], []]
+    left_out = "Differs from a: words are left out, from word 4 on"
     notes = page.locator(".answer .changes:visible").all_text_contents()
-    assert notes == ["Differs from a: 2 of 6 words, from word 2 on", "The same words as a"]
+    assert notes == ["Differs from a: 2 of 6 words, from word 2 on", "The same words as a", left_out]
     decoration = "(span) => getComputedStyle(span).textDecorationLine"
     assert page.locator(".differs").first.evaluate(decoration) == "underline"
     page.uncheck("#mark-differences")

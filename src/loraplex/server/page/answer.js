@@ -133,8 +133,9 @@ export class Answer {
     }
     this.#changes.hidden = !changes;
     if (!changes) return;
-    const where = `${ranges.length} of ${changes.words} words, from word ${changes.first + 1} on`;
-    this.#changes.textContent = changes.isSame ? `The same words as ${name}` : `Differs from ${name}: ${where}`;
+    const counts = ranges.length ? `${ranges.length} of ${changes.words} words` : "words are left out";
+    const told = `Differs from ${name}: ${counts}, from word ${changes.first + 1} on`;
+    this.#changes.textContent = changes.isSame ? `The same words as ${name}` : told;
   }
 
   /** The scalings in all layers of one of `tokens`: {mixture, experts, layers, values} for each mixture. */
