@@ -1,12 +1,15 @@
 """What was trained: runs and their checkpoints, which are listed, kept for a time, shared, downloaded and deleted."""
 
-import io
+import os
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse
 
 from loraplex.server.api.json_route import JsonRoute, documented, json_response
 from loraplex.server.tinker.bodies import ChangeTtl, WeightsInfo
@@ -134,15 +137,15 @@ async def archive(run_id: str, folder: str, name: str, http: Request) -> Respons
     call = TinkerCall(http)
     path = _path(run_id, folder, name)
 
-    def pack() -> bytes:
+    def pack() -> str:
         call.service.checkpoint(path, call.principal)
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as tar:
+        with tempfile.NamedTemporaryFile(suffix=".tar", delete=False) as packed, tarfile.open(packed.name, "w") as tar:
             tar.add(call.service.checkpoints.folder(path), arcname=name)
-        return packed.getvalue()
+        return packed.name
 
-    headers = {"content-disposition": f'attachment; filename="{name}.tar"'}
-    return Response(await call.in_thread(pack), media_type="application/x-tar", headers=headers)
+    packed = await call.in_thread(pack)
+    forget = BackgroundTask(os.unlink, packed)
+    return FileResponse(packed, media_type="application/x-tar", filename=f"{name}.tar", background=forget)
 
 
 async def _change(
