@@ -27,8 +27,8 @@ from loraplex import Engine, EngineConfig, MultiLoraModel, Request, SamplingPara
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.prompt_centroid import PromptCentroid
 from loraplex.adapters.weights import Adapter
-from loraplex.models.auto.choice import DEFAULT_FLOOR, AutoIndex, Candidates
 from loraplex.models.auto.prompt_states import background_tokens, fit_centroids, last_states, prompt_tokens
+from loraplex.models.auto.selection import DEFAULT_FLOOR, AutoIndex, Candidates
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("quantum", "materials", "protein", "peptides", "chemistry")

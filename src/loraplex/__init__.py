@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loraplex.engine.engine import Engine
     from loraplex.engine.request import Request
     from loraplex.engine.sampling.params import SamplingParams
-    from loraplex.models.auto.choice import AutoChoice, Candidates
+    from loraplex.models.auto.selection import AutoChoice, Candidates
     from loraplex.models.multi_lora import MultiLoraModel
     from loraplex.routers.config import ArrowConfig, LinearRouterConfig, SpectrConfig, StaticRouterConfig
     from loraplex.xlora.config import XLoraConfig
@@ -42,8 +42,8 @@ _MODULES = {
     "SpectrConfig": "loraplex.routers.config",
     "ArrowConfig": "loraplex.routers.config",
     "AsyncEngine": "loraplex.engine.async_engine",
-    "AutoChoice": "loraplex.models.auto.choice",
-    "Candidates": "loraplex.models.auto.choice",
+    "AutoChoice": "loraplex.models.auto.selection",
+    "Candidates": "loraplex.models.auto.selection",
     "Engine": "loraplex.engine.engine",
     "EngineConfig": "loraplex.engine.config",
     "LoraConfig": "loraplex.adapters.config",

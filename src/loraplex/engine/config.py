@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from loraplex.errors import ConfigError
-from loraplex.models.auto.choice import DEFAULT_FLOOR, check_floor
+from loraplex.models.auto.selection import DEFAULT_FLOOR, check_floor
 
 _COUNTS = (
     *("max_running", "max_step_tokens", "max_waiting", "cache_bytes", "block_tokens", "fair_tokens"),

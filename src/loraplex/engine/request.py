@@ -9,7 +9,7 @@ from torch import Tensor
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import LoraplexError
-from loraplex.models.auto.choice import AutoChoice, Candidates
+from loraplex.models.auto.selection import AutoChoice, Candidates
 from loraplex.residual.capture import AttentionCapture, CaptureRequest
 from loraplex.residual.steering import Steering
 from loraplex.routing.adapter_spec import AdapterSpec

@@ -21,8 +21,8 @@ from loraplex.layers.attention.fast_decode import FAST_DECODE
 from loraplex.layers.attention.interface import AttentionHandle
 from loraplex.layers.rows.images import join_image_rows
 from loraplex.layers.rows.positions import join_positions
-from loraplex.models.auto.choice import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
 from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens, row_states
+from loraplex.models.auto.selection import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
 from loraplex.models.call import Call
 from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.checkpoints.quantized_base import check_quantized_base

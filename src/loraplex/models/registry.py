@@ -31,7 +31,7 @@ from loraplex.layers.adapter_start import check_start, without_start
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.own_weights.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
-from loraplex.models.auto.choice import AutoIndex, check_centroid
+from loraplex.models.auto.selection import AutoIndex, check_centroid
 from loraplex.models.checkpoints.quantized_base import tell_other_precision
 from loraplex.models.former_experts import former_experts
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture

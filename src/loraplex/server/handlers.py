@@ -15,7 +15,7 @@ from loraplex.adapters.names import AUTO
 from loraplex.engine.frontend.output_processor import OutputCollector
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
-from loraplex.models.auto.choice import AutoChoice
+from loraplex.models.auto.selection import AutoChoice
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import GenerationBody, StreamOptions

@@ -24,7 +24,7 @@ from loraplex.engine.sched.captures import Captures
 from loraplex.engine.sched.images import RequestImages
 from loraplex.engine.sched.sequence import RequestState, SequenceState
 from loraplex.errors import BaseModelError, RequestError, TooLargeError
-from loraplex.models.auto.choice import AutoChoice, Candidates
+from loraplex.models.auto.selection import AutoChoice, Candidates
 from loraplex.models.mixtures import AnyMixture
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.models.text.chat_template import render_chat

@@ -19,7 +19,7 @@ from loraplex.engine.sched.pooling import PooledPrompt
 from loraplex.engine.sched.request_adapters import RequestAdapters
 from loraplex.engine.sched.scaling_pass import SequenceScalingPass
 from loraplex.errors import LoraplexError
-from loraplex.models.auto.choice import AutoChoice
+from loraplex.models.auto.selection import AutoChoice
 from loraplex.residual.operations import ChainOperations
 from loraplex.residual.rows import RowAttention
 from loraplex.routing.adapter_spec import Link

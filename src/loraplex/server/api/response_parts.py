@@ -10,7 +10,7 @@ import numpy as np
 
 from loraplex.engine.request import Completion, Delta, RequestResult, TokenScalings
 from loraplex.engine.sampling.logprobs import TokenLogprobs
-from loraplex.models.auto.choice import AutoChoice
+from loraplex.models.auto.selection import AutoChoice
 from loraplex.residual.capture import AttentionCapture
 from loraplex.server.api.bodies import GenerationBody
 from loraplex.server.api.streaming import Encoding, Numbers

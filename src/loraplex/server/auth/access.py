@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from loraplex.errors import AdapterNotFoundError, LinkSyntaxError
-from loraplex.models.auto.choice import Candidates
+from loraplex.models.auto.selection import Candidates
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import AdapterSpec, Link, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, FORBIDDEN, HOST_NOT_ALLOWED, TOO_LARGE, ApiError, Status
