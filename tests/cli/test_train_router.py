@@ -84,9 +84,9 @@ def test_an_x_lora_teaches_and_gives_its_experts(workplace: Path) -> None:
         (["--router", "linear", "--layout", "peft"], "--layout is for X-LoRA mixtures"),
         (["--top-k", "2"], "--top-k is for mixtures with a linear router. Add --router linear"),
         (["--teacher", "folder"], "--teacher is for mixtures with a linear router"),
-        (["--router", "linear", "--top-k", "2", "--top-p", "0.5"], "top_p is for a softmax over all experts"),
+        (["--router", "linear", "--top-k", "2", "--top-p", "0.5"], "--top-p is for a softmax over all experts"),
         (["--router", "linear", "--init-from", "folder"], "not both"),
-        (["--router", "linear", "--first-weights", "zeros"], "first_weights is 'zeros'"),
+        (["--router", "linear", "--first-weights", "zeros"], "--first-weights is 'zeros'"),
     ],
 )
 def test_refuses_bad_options_before_anything_is_written(workplace: Path, options: list[str], message: str) -> None:
