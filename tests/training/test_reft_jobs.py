@@ -199,7 +199,7 @@ def test_resumed_run_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytes
 
     parts = TrainConfig(output=tmp_path / "parts", plots=False, checkpoint_every=5)
     run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda self, on_step: run(self, kill))
+    monkeypatch.setattr(Trainer, "run", lambda self, on_step, stop: run(self, kill, stop))
     with pytest.raises(Killed):
         train_adapters(tiny_model("llama"), tokenizer, jobs=[job], config=parts)
     monkeypatch.undo()
