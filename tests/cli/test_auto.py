@@ -47,8 +47,11 @@ def test_folders_learn_their_prompts_and_prompts_choose(root: Path) -> None:
     assert [row["adapters"] for row in found] == ["a", "b"]
     assert [row["text"] for row in found] == [row["text"] for row in named]
     assert all(row["auto_score"] > 0.4 for row in found)
-    table = run("generate", asked[0], "--adapters", "auto", *options[:-1])
+    table = run("generate", *asked, "--adapters", "auto", "--adapters", "auto", *options[:-1])
     assert "auto: a" in table
+    one = CliRunner().invoke(cli, [str(part) for part in ("generate", asked[0], "--adapters", "auto", *options[:-1])])
+    assert one.stdout.strip() == named[0]["text"]
+    assert "auto: a\n" in one.stderr
 
 
 def test_what_can_not_be_fitted_is_refused(root: Path) -> None:

@@ -90,7 +90,7 @@ def test_accepted_requests_finish_or_are_told(root, drain_s, endings):
 
 
 def test_second_signal_does_not_wait(root):
-    body = {"model": "a", "prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    body = {"model": "a", "prompt": "x", "max_tokens": 200, "n": 16, "stream": True, "ignore_eos": True}
     with served(root, 100) as (process, port):
         url = f"http://127.0.0.1:{port}"
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as answer:

@@ -89,7 +89,7 @@ def _write_line(content: dict[str, Any]) -> None:
 def write_text(events: Iterable[Event], rows: Sequence[Row], answers: int) -> None:
     """Each answer as it grows, below a heading where there are several. Raises the error of a row that failed.
 
-    Of several answers to one row the later ones wait for the row's end.
+    Of several answers to one row the later ones wait for the row's end. What "auto" chose goes to standard error.
     """
     has_headings = len(rows) * answers > 1
     waiting = [""] * answers  # of the row that is shown
@@ -105,6 +105,8 @@ def write_text(events: Iterable[Event], rows: Sequence[Row], answers: int) -> No
         if error is not None:
             raise error
         writer.end()
+        if isinstance(event, RequestResult) and event.auto is not None:
+            sys.stderr.write(f"{printable(_shown_choice(rows[number], event))}\n")
         for text in waiting[1:]:
             writer = _AnswerWriter(rows[number])
             writer.write(text)

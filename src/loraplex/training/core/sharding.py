@@ -34,7 +34,7 @@ def shard_base(base: PreTrainedModel, ranks: ProcessGroup) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.num_processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(base, mesh=mesh)
+    fully_shard(base, mesh=mesh, reshard_after_forward=True)  # else its own weights stay whole after an evaluation
     logger.info("the base model is sharded over %d processes", ranks.num_processes)
 
 
