@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 CLIENTS_VENV ?= .venv-clients
 # and the Tinker SDK with its cookbook
 TINKER_VENV ?= .venv-tinker
-# which of the tests inside vLLM: MARK="" for all of them
+# which of the tests inside vLLM, and of the science examples: MARK="" for all of them
 MARK ?= not slow and not gpu
 # test workers, one torch thread each
 JOBS ?= 2
@@ -123,8 +123,8 @@ test-extras: setup-extras ## The slow tests of Ray, of lm-eval, of trackers and 
 test-quantized: setup-quantized ## The tests of quantized base models, with all packages
 	PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/quantized
 
-test-science: setup-science ## The tests of the science examples, all of their steps once with almost nothing
-	PYTHONPATH=$(SCIENCE) $(PYTEST) -m "" tests/science
+test-science: setup-science ## The tests of the science examples; MARK="": all of their steps once with almost nothing, too
+	PYTHONPATH=$(SCIENCE) $(PYTEST) -m "$(MARK)" tests/science
 
 # The compiled kernels' tests, and engines that run on them. A random model's bugs in memory are those of any model.
 SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py tests/kernels/test_native_linear.py \
