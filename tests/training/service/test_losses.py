@@ -79,10 +79,7 @@ def peft_losses(folder: Path, loss: str, data: list[Datum]) -> tuple[list[float]
     return losses, first
 
 
-SLOW = {"cispo", "dro", "gspo"}  # half a minute each; the others stand for them in the fast run
-
-
-@pytest.mark.parametrize("loss", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in sorted(LOSSES)])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
     data = {
         number: with_mask(loss, make_data(number, lengths, policy=loss != "cross_entropy"))
