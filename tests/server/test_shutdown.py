@@ -94,7 +94,8 @@ def test_second_signal_does_not_wait(root):
     with served(root, 100) as (process, port):
         url = f"http://127.0.0.1:{port}"
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: a client whose iterator is gone has hung up
+            next(lines)
             process.send_signal(signal.SIGTERM)
             while httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code != 503:
                 pass
