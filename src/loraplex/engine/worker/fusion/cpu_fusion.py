@@ -19,6 +19,7 @@ from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.attention import packed_attention
 from loraplex.engine.worker.fusion.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker.fusion.layer_parts import Activation, LayerParts
+from loraplex.engine.worker.fusion.layer_record import ModuleIndex
 from loraplex.engine.worker.fusion.layer_stack import LayerStack, attention_forward, chains, layer_forward
 from loraplex.engine.worker.fusion.layer_trial import LayerTrial, activations_in, hooked, states_of
 from loraplex.engine.worker.fusion.linear_products import LinearProducts
@@ -49,7 +50,7 @@ class CpuFusion:
         self,
         base: PreTrainedModel,
         cache: KeyValueCache,
-        module_index: Mapping[nn.Module, int],
+        module_index: ModuleIndex,
         trial: Trial,
     ) -> None:
         """`module_index` as in routing plans; `cache` has the modules that packed passes know."""
@@ -93,7 +94,7 @@ class CpuFusion:
                     self._take(module, _mlp_forward)
 
     def _stack_layers(
-        self, base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial
+        self, base: PreTrainedModel, cache: KeyValueCache, module_index: ModuleIndex, trial: Trial
     ) -> None:
         """Let decoder layers run together where single tokens are decoded, and else their attention in one call."""
         layers = _layers_with_attention(base, cache)
@@ -137,7 +138,7 @@ _fusions: "WeakKeyDictionary[PreTrainedModel, CpuFusion]" = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial) -> CpuFusion:
+def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: ModuleIndex, trial: Trial) -> CpuFusion:
     """The base model's fusion, which all its engines share; each ends its use with `release`."""
     with _lock:
         known = _fusions.get(base)
