@@ -43,7 +43,7 @@ def test_same_bits_as_module_by_module(
 ) -> None:
     folders = write_adapters(name, tmp_path)
     monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
     model = make_model(name, folders)
     requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11))]
     with Engine(model, CONFIG) as engine:
@@ -72,7 +72,7 @@ def test_a_prompts_chunks_run_in_one_call(tmp_path: Path, calls: list[int], max_
 
 
 def test_long_chunks_run_module_by_module(tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 100)
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 100)
     model = make_model("llama", write_adapters("llama", tmp_path), mixtures=False)
     with Engine(model, CONFIG) as engine:
         for length, called in ((13, True), (14, False)):  # 91 and 105 keys

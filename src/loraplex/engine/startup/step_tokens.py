@@ -36,7 +36,7 @@ def _measure(runner: ModelRunner) -> int:
     rates: dict[int, float] = {}  # tokens a second
     tokens = _FIRST
     while tokens <= min(_LAST, runner.max_length):
-        seconds = _fastest_pass(runner, tokens)
+        seconds = fastest_pass(runner, tokens)
         rates[tokens] = tokens / seconds
         if seconds > _LONG_S or _have_peaked(list(rates.values())):
             break
@@ -50,7 +50,7 @@ def _have_peaked(rates: Sequence[float]) -> bool:
     return len(rates) > 2 and max(rates[-2:]) < max(rates[:-2])
 
 
-def _fastest_pass(runner: ModelRunner, num_tokens: int) -> float:
+def fastest_pass(runner: ModelRunner, num_tokens: int) -> float:
     """Seconds of the fastest of some passes."""
     times: list[float] = []
     while len(times) < _MIN_PASSES or (sum(times) < _SIZE_S and len(times) < _MAX_PASSES):

@@ -127,6 +127,11 @@ class ModelRunner:
             index[key] = adaptable.module_index[path]
         self._fused = fuse(self.model.base, self.cache, index, trial)
 
+    def limit_chunk_keys(self, limit: int) -> None:
+        """Up to how many keys the tokens of prompts may see in passes of compiled layers, on a machine without tiles."""
+        if self._fused is not None:
+            self._fused.limit_chunk_keys(limit)
+
     def attends(self, module: nn.Module) -> bool:
         """Whether it is a module of which keys and values are kept."""
         return module in self.shapes

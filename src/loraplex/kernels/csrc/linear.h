@@ -9,10 +9,6 @@
 
 #include "ahead.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace loraplex {
 
 // In bytes: what is read of a row at once, and of a row before the next tokens get their turn, so that the weights and

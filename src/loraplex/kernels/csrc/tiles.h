@@ -10,10 +10,6 @@
 #include "ahead.h"
 #include "tile_unit.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace loraplex {
 
 constexpr int64_t kPanel = 256;        // tokens that pass all columns together: the weights are read once for them

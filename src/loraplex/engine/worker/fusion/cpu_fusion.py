@@ -56,6 +56,7 @@ class CpuFusion:
         """`module_index` as in routing plans; `cache` has the modules that packed passes know."""
         self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
         self._products = LinearProducts(base)
+        self._stacks: list[LayerStack] = []
         self.num_users = 0
         try:
             self._take_modules(base, cache, trial)
@@ -102,15 +103,24 @@ class CpuFusion:
         found = LayerTrial(cache, module_index).run(layers, trial.run)
         parts = _of_all_kinds(layers, found.layers)
         for run in chains(list(parts), _seen(list(parts), trial)):
-            stack = LayerStack([(layer, parts[layer]) for layer in run], module_index)
+            stack = self._stacked([(layer, parts[layer]) for layer in run], module_index)
             for place, layer in enumerate(run):
                 attentions.pop(layer)
                 vars(layer)[_STACK] = (stack, place)
                 self._take_as(layer, _class_with(type(layer), layer_forward))
         for attention, own in _of_all_kinds(list(attentions.values()), found.attentions).items():
-            stack = LayerStack([(attention, own)], module_index)
+            stack = self._stacked([(attention, own)], module_index)
             vars(attention)[_STACK] = (stack, 0)
             self._take_as(attention, _class_with(type(attention), attention_forward))
+
+    def _stacked(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: ModuleIndex) -> LayerStack:
+        self._stacks.append(LayerStack(layers, module_index))
+        return self._stacks[-1]
+
+    def limit_chunk_keys(self, limit: int) -> None:
+        """Up to how many keys the tokens of a pass's prompts may see where layers run together without tiles."""
+        for stack in self._stacks:
+            stack.max_chunk_keys = limit
 
     def _restore(self) -> None:
         for module, former in reversed(self._taken):

@@ -11,6 +11,7 @@ from loraplex.adapters.store.expert_table import ExpertTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker.fusion.layer_parts import ExpertsPart, LayerParts, NormPart, linear_shape, tensor_at
 from loraplex.kernels.int8_weight import Int8Weight
+from loraplex.kernels.packed_experts import PackedExperts
 from loraplex.kernels.packed_weight import PackedWeight
 
 # The numbers in routing plans: of linear modules, and of bare parameters by their owner and name.
@@ -96,6 +97,8 @@ def _stacked(module: Any, name: str, index: int) -> list[int]:
     """The first expert's part of a stacked weight."""
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     form = WeightForm.COLUMNS if module.is_transposed else WeightForm.ROWS
+    if isinstance(weight, PackedExperts):
+        form = WeightForm.TILES
     _, first, second = weight.shape
     num_in, num_out = (first, second) if module.is_transposed else (second, first)
     return [_address(weight), _address(bias), form, num_in, num_out, index, 0]

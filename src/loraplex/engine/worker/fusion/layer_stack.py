@@ -25,9 +25,9 @@ from loraplex.residual.sites import block_number
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
-# Without tiles, the compiled attention goes token by token, also through a chunk of a prompt: some 3 microseconds for
-# each key in all layers of SmolLM2: beyond this, that is more than the calls from Python for each module, 10 ms in all.
-_CHUNK_KEYS = 4096
+# Without tiles, the compiled attention goes token by token, also through a chunk of a prompt. How many keys its tokens
+# may see is measured (startup/chunk_keys.py), but for models too small for that, and while others use the machine.
+USUAL_CHUNK_KEYS = 4096
 
 RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [1, tokens, dim]
 
@@ -36,6 +36,7 @@ class LayerStack:
     """Layers of one base model in the order in which they run, or one attention module."""
 
     def __init__(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: ModuleIndex) -> None:
+        self.max_chunk_keys = USUAL_CHUNK_KEYS
         self._layers = tuple(layers)
         self._module_index = module_index
         self._hooks = [
@@ -102,7 +103,9 @@ class LayerStack:
         """The routing plan of a pass that the compiled call can run."""
         if batch.layer_by_layer or not batch.is_native:
             return None
-        if batch.num_chunk_keys > _CHUNK_KEYS and not native_ops.attends_prompts(hidden.dtype, batch.cache.dtype):
+        if batch.num_chunk_keys > self.max_chunk_keys and not native_ops.attends_prompts(
+            hidden.dtype, batch.cache.dtype
+        ):
             return None
         routing = current_routing()
         if batch.stand_in is not None or routing is None:
