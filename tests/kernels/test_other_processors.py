@@ -1,4 +1,4 @@
-"""The compiled kernels on processors with fewer or other instructions than this one: they compile, and give the same."""
+"""The compiled kernels for processors with fewer or other instructions than this one: they compile, and are right."""
 
 import os
 import platform

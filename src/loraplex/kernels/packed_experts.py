@@ -102,7 +102,7 @@ def _is_number(index: object) -> bool:
 
 
 def _grouped(x: Tensor, weight: TransposedExperts, *, offs: Tensor) -> Tensor:  # [pairs, in] to [pairs, out]
-    """Each expert's product with the pairs up to its stop in `offs`, behind the one before it; zeros behind the last."""
+    """Each expert's product with its pairs, which end at its number in `offs`; zeros behind the last one's."""
     parts, start = [], 0
     for expert, stop in enumerate(offs.tolist()):
         if start < stop:

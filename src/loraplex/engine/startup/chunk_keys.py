@@ -5,7 +5,7 @@ Their attention goes token by token then, which the calls from Python for each m
 
 import hashlib
 
-from loraplex.engine.startup.step_tokens import fastest_pass
+from loraplex.engine.startup.step_tokens import LONG_S, fastest_pass
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.fusion.layer_stack import USUAL_CHUNK_KEYS
 from loraplex.engine.worker.fusion.linear_products import linear_shapes
@@ -40,5 +40,7 @@ def _measure(runner: ModelRunner) -> int:
         if seconds[0] > seconds[1]:
             return limit
         limit = tokens * (tokens + 1) // 2
+        if max(seconds) > LONG_S:
+            return limit
         tokens *= 2
     return ALL_TOKENS if tokens > _LAST else limit

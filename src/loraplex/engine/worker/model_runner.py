@@ -128,7 +128,7 @@ class ModelRunner:
         self._fused = fuse(self.model.base, self.cache, index, trial)
 
     def limit_chunk_keys(self, limit: int) -> None:
-        """Up to how many keys the tokens of prompts may see in passes of compiled layers, on a machine without tiles."""
+        """Up to how many keys the tokens of prompts may see in passes of compiled layers, where there are no tiles."""
         if self._fused is not None:
             self._fused.limit_chunk_keys(limit)
 
