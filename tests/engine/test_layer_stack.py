@@ -210,8 +210,8 @@ def test_a_row_has_the_same_bits_in_any_batch(
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
 
 
-def test_experts_layers_have_their_attention_in_one_call(calls: list[int]) -> None:
-    base = architectures.make_model("qwen3_moe")
+def test_layers_with_unknown_routers_have_their_attention_in_one_call(calls: list[int]) -> None:
+    base = architectures.make_model("phimoe")
     model = MultiLoraModel(base)
     prompted = prompts((12,))[0]
     with Engine(model, CONFIG) as engine:

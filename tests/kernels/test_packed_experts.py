@@ -1,4 +1,4 @@
-"""Stacked experts held packed: products of them are right, and whatever else reads them sees the weights as they were."""
+"""Stacked experts held packed: their products are right, and whatever else reads them sees the weights as they were."""
 
 import copy
 
