@@ -87,6 +87,34 @@ def test_a_row_has_the_same_bits_beside_any_others(tmp_path: Path, calls: list[i
         assert (one.logprobs == other.logprobs) == (spec is None), f"{spec} changes nothing, or the base's own row"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_work_without_changing_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of layers that are large enough for several threads, with columns that fill no whole share."""
+    config = make_config("qwen3_moe")
+    for name, value in (("hidden_size", 136), ("moe_intermediate_size", 104), ("num_experts", 9)):
+        setattr(config, name, value)
+    config.num_experts_per_tok = 4
+    base = make_model("qwen3_moe", config=config)
+    folder = write_expert_adapter(base, tmp_path / "a", (*EXPERTS, "gate.weight"), r=5)
+    model = MultiLoraModel(base.to(dtype))
+    model.load_adapter("a", folder)
+    asked = [
+        Request(request.prompt, adapters=spec, sampling=request.sampling)
+        for request, spec in zip(requests(), (None, "a", "a", None, "a", None, "a"), strict=True)
+    ]
+    found, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with Engine(model, EngineConfig(cache_bytes=2**22, prefix_cache=False)) as engine:
+                assert all(stack_of(layer) is not None for layer in model.base.model.layers)
+                found.append([bits(result) for result in engine.generate(asked)])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert all(error is None for error, *_ in found[0])
+
+
 @torch.no_grad()
 def test_groups_of_experts_and_corrections_decide(calls: list[int]) -> None:
     """Of a model in which groups and corrections change most choices, against transformers."""
