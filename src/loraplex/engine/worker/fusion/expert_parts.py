@@ -179,7 +179,7 @@ class _RouterTrial:
         """Whether it chooses as the router did, but for tokens between two experts."""
         correction = None if part.correction is None else self._values[part.correction].float().flatten()
         for logits, theirs in self._passes:
-            clear = ~near_ties(logits, part, correction, self._dtype)
+            clear = ~near_ties(logits, part, correction, self._dtype) & theirs.isfinite().all(dim=-1)  # not 0 / 0
             ours = weights_of(logits, part, correction)
             if clear.any() and not distance(ours[clear], theirs[clear]) <= TOLERANCE[self._dtype]:
                 return False
