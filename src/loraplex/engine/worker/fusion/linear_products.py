@@ -39,8 +39,8 @@ class LinearProducts:
         try:
             for module in self._modules:
                 _use(module, chosen[shape_of(module)], memory, is_tied=owners[id(module.weight)] > 1)
-            for module in self._experts:
-                _use_experts(module, chosen, owners)
+            for experts in self._experts:
+                _use_experts(experts, chosen, owners)
         except BaseException:  # there is no memory for the next one
             self.release()
             raise
@@ -51,9 +51,9 @@ class LinearProducts:
             unpack(module)
             vars(module).pop(PACKED_COPY, None)
             vars(module).pop(_MAX_COMPILED, None)
-        for module in self._experts:
-            unpack_experts(module)
-            vars(module).pop(_MAX_COMPILED, None)
+        for experts in self._experts:
+            unpack_experts(experts)
+            vars(experts).pop(_MAX_COMPILED, None)
         self._modules, self._experts = [], []
 
 
