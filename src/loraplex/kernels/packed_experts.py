@@ -101,8 +101,18 @@ def _is_number(index: object) -> bool:
     return is_whole or (isinstance(index, int) and not isinstance(index, bool))
 
 
-def _grouped(x: Tensor, weight: TransposedExperts, *, offs: Tensor) -> Tensor:  # [pairs, in] to [pairs, out]
+def _grouped(
+    x: Tensor,  # [pairs, in]
+    weight: TransposedExperts,
+    *,
+    offs: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # [pairs, out]
     """Each expert's product with its pairs, which end at its number in `offs`; zeros behind the last one's."""
+    if bias is not None or out_dtype not in (None, x.dtype):
+        plain = weight.experts.unpack().transpose(1, 2)
+        return functional.grouped_mm(x, plain, offs=offs, bias=bias, out_dtype=out_dtype)
     parts, start = [], 0
     for expert, stop in enumerate(offs.tolist()):
         if start < stop:
