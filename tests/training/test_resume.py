@@ -164,7 +164,9 @@ def test_process_that_gets_sigterm_ends_with_the_status_of_one(tmp_path: Path) -
     wait_for_lines(process, tmp_path / "out" / "a.jsonl", STEPS // 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert checkpoint_of(tmp_path / "out")[1][0]["progress"]["step"] > STEPS // 2
+    kept, jobs = checkpoint_of(tmp_path / "out")
+    assert 0 < jobs[0]["progress"]["step"] < STEPS, "the run was over before it was told to stop: it tests nothing"
+    assert kept[0] == (tmp_path / "out" / "a.jsonl").stat().st_size
 
 
 def checkpoint_of(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
