@@ -40,8 +40,21 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         "| float32, 8 rows, 8 adapters | 100 | 40 | 90 | 2.25x | 0.90x |",
     ),
     "training": (
-        [{"dtype": "bfloat16", "batch_size": 4, "tokens_per_s": {"peft": 100, "peft_eager": 200, "loraplex": 500}}],
-        "| bfloat16, batch size 4 | 100 | 200 | 500 | 2.50x |",
+        [
+            {
+                "model": "135m",
+                "dtype": "bfloat16",
+                "batch_size": 4,
+                "tokens_per_s": {
+                    "peft": 100,
+                    "peft_eager": 200,
+                    "peft_16_bit_adapters": 250,
+                    "loraplex": 500,
+                    "loraplex_packed": 600,
+                },
+            }
+        ],
+        "| SmolLM2-135M, bfloat16, batch size 4 | 100 | 200 | 250 | 500 | 600 | 2.50x | 3.00x |",
     ),
     "memory": (
         [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import typer
 
+from loraplex.cli.sampling import READERS
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import DatasetError, LoraplexError
@@ -16,8 +17,7 @@ from loraplex.json_files import MAX_LINE_BYTES, lines_of, open_regular, parse_js
 STANDARD = "-"  # standard input
 BASE = "none"
 FORMS = '{"prompt": "..."} or {"messages": [...]}, with "adapters" and options of sampling besides'
-# Of a line, under the names of SamplingParams.
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+SAMPLING = (*READERS, "stop")  # of a line
 
 
 @dataclass(frozen=True, kw_only=True)
