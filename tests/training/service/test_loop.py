@@ -175,7 +175,7 @@ def test_what_a_process_leaves_behind_goes_on_wherever_it_ended(tmp_path: Path) 
             client = RunClient(loop, 1)
             client.seq = 2 * len(found)
             found += curve(client, stop - len(found), data)
-            loop._writer.shutdown(cancel_futures=True)
+            loop._writer.close(drop=True)
         log = tmp_path / "parts" / client.id / "requests.log"
         with log.open("ab") as file:
             file.write(log.read_bytes()[:40])

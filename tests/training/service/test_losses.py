@@ -35,7 +35,8 @@ def by_hand(loss: str, logprobs: Tensor, inputs: dict[str, Tensor], options: dic
     """The formulas of the Tinker API's documentation."""
     if loss == "cross_entropy":
         return -(logprobs * inputs["weights"]).sum()
-    low, high = options.get("clip_low_threshold", 0.8), options.get("clip_high_threshold", 1.2)
+    low, high = (0.0, 4.0) if loss == "cispo" else (0.8, 1.2)
+    low, high = options.get("clip_low_threshold", low), options.get("clip_high_threshold", high)
     advantages, ratio = inputs["advantages"], torch.exp(logprobs - inputs["logprobs"])
     match loss:
         case "importance_sampling":

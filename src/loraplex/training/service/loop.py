@@ -4,23 +4,32 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.errors import CheckpointError, LoraplexError, RequestError
+from loraplex.errors import LoraplexError, QueueFullError, RequestError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
 from loraplex.training.service.checkpoints import Checkpoints, is_run_id
-from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
-from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec, Result
+from loraplex.training.service.journal import Journal, JournalRecord
+from loraplex.training.service.operations import (
+    FailedCall,
+    ForwardBackward,
+    LoadCheckpoint,
+    Operation,
+    OperationCodec,
+    Result,
+)
 from loraplex.training.service.passes import TrainingPasses
 from loraplex.training.service.run import TrainingRun
 from loraplex.training.service.run_queue import RunQueue
+from loraplex.training.service.run_writer import RunWriter
 from loraplex.training.service.settings import RunSettings, ServiceLimits
 from loraplex.training.service.work import PassWork, failed, run_alone, run_together
 
@@ -59,7 +68,9 @@ class TrainingLoop:
         self._queues: dict[str, RunQueue] = {}
         self._works: dict[str, PassWork] = {}
         self._last_round: tuple[float, frozenset[str]] = (0.0, frozenset())  # its seconds, and whose requests it had
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training-writer")
+        self._recovery = threading.Lock()  # while a run is read from disk, the others go on
+        self._last_look = time.monotonic()  # at runs whose clients have left
+        self._writer = RunWriter(self._lock)
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="loraplex-training", daemon=True)
         self._thread.start()
@@ -70,47 +81,55 @@ class TrainingLoop:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
-        self._writer.shutdown()
+        self._writer.close()
 
     # Requests
 
     def begin(self, settings: RunSettings, record: JournalRecord, operation: Operation) -> None:
         """Take a run's first request, which creates the run; a second time changes nothing."""
-        folder = self._folder(settings.run_id)
         with self._lock:
-            if settings.run_id in self._queues or Journal.exists(folder):
-                return
-            queue = RunQueue(Journal.create(folder, settings), settings, self.limits)
-            queue.add(record, operation)
-            self._queues[settings.run_id] = queue
-            self._changed.notify_all()
+            if not self.has_run(settings.run_id):
+                journal = Journal.create(self._folder(settings.run_id), settings)
+                self._queues[settings.run_id] = RunQueue(journal, settings, self.limits)
+        self.submit(settings.run_id, record, lambda: operation)
 
     def submit(self, run_id: str, record: JournalRecord, operation: Callable[[], Operation]) -> int:
         """Take a request, unless it was taken before; returns the tokens of its data.
 
         Raises RequestError, QueueFullError or OutputError.
         """
+        self.queue(run_id)
         with self._lock:
-            queue = self.queue(run_id)
-            queue.last_heard = time.monotonic()
+            queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
-            queue.check_room(len(record.body))
+            self._check_room(queue, len(record.body))
         made = operation()
+        self.queue(run_id)  # it may have left memory meanwhile
         with self._lock:
-            queue = self.queue(run_id)  # it may have left memory meanwhile
+            queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
+            self._check_room(queue, len(record.body))
             queue.add(record, made)
             self._changed.notify_all()
         return sum(len(datum.tokens) for datum in made.datums) if isinstance(made, ForwardBackward) else 0
 
+    def _check_room(self, queue: RunQueue, num_bytes: int) -> None:
+        """Raise QueueFullError where a run's, a key's or all requests that wait are too many."""
+        queue.check_room(num_bytes)
+        most, owner = self.limits.max_all_queued_bytes, queue.settings.owner
+        held = sum(own.held_bytes for own in self._queues.values())
+        of_owner = sum(own.held_bytes for own in self._queues.values() if own.settings.owner == owner)
+        if held + num_bytes > most or (of_owner and of_owner + num_bytes > most // 2):
+            raise QueueFullError(
+                f"requests of {held} bytes are waiting, {of_owner} of this key ({most} are possible, {most // 2} of a "
+                "key; max_all_queued_bytes). Send it again later."
+            )
+
     def result(self, run_id: str, seq: int) -> "Future[bytes] | None":
         """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
-        with self._lock:
-            queue = self.queue(run_id)
-            queue.last_heard = time.monotonic()
-            return queue.result(seq)
+        return self.queue(run_id).result(seq)
 
     def settings(self, run_id: str) -> RunSettings:
         """Raises RequestError for an unknown run."""
@@ -144,15 +163,27 @@ class TrainingLoop:
 
     def queue(self, run_id: str) -> RunQueue:
         """A run's queue, from disk where it isn't known. Raises RequestError or CheckpointError."""
+        found = self._heard_of(run_id)
+        if found is not None:
+            return found
+        if not self.has_run(run_id):
+            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+        with self._recovery:
+            found = self._heard_of(run_id)
+            if found is None:
+                found = RunQueue.recover(self._folder(run_id), self._codec, self.limits)
+                with self._changed:
+                    self._queues[run_id] = found
+                    self._changed.notify_all()
+        return found
+
+    def _heard_of(self, run_id: str) -> RunQueue | None:
+        """A run's queue in memory, whose client is still there."""
         with self._lock:
-            queue = self._queues.get(run_id)
-            if queue is None:
-                if not self.has_run(run_id):
-                    raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
-                folder = self._folder(run_id)
-                queue = self._queues[run_id] = RunQueue.recover(folder, self._codec, self.limits)
-                self._changed.notify_all()
-            return queue
+            found = self._queues.get(run_id)
+            if found is not None:
+                found.last_heard = time.monotonic()
+            return found
 
     def num_runs_of(self, owner: str) -> int:
         """An owner's runs that have a place, or wait for one."""
@@ -183,8 +214,14 @@ class TrainingLoop:
 
     def _turn(self) -> None:
         ready = self._ready()
+        now = time.monotonic()
+        if not ready or now - self._last_look > self.limits.idle_s:
+            self._last_look = now
+            self._let_go(now)
         if not ready:
-            self._rest()
+            with self._changed:
+                if not self._is_closed and not self._ready():
+                    self._changed.wait(_TICK_S)
             return
         loaded = [queue for queue in ready if queue.run is not None or self._load(queue)]
         small = [queue for queue in loaded if not self._has_losses(queue)]
@@ -209,16 +246,12 @@ class TrainingLoop:
     def _has_losses(self, queue: RunQueue) -> bool:
         return queue.settings.run_id in self._works or isinstance(queue.next_operation, ForwardBackward)
 
-    def _rest(self) -> None:
-        """Nothing to do: let go of runs whose clients have left, and wait."""
-        now = time.monotonic()
+    def _let_go(self, now: float) -> None:
+        """Let runs leave memory whose clients have left."""
         with self._lock:
             idle = [queue for queue in self._queues.values() if queue.is_idle(now)]
         for queue in idle:
             self._park(queue)
-        with self._changed:
-            if not self._is_closed and not self._ready():
-                self._changed.wait(_TICK_S)
 
     def _gather(self, ready: Sequence[RunQueue]) -> bool:
         """Wait a moment for runs that took part in the last round; whether something has come."""
@@ -286,7 +319,11 @@ class TrainingLoop:
         with self._lock:
             queue.finish([seq])
         if done.write is not None:
-            self._writer.submit(self._write, queue, seq, done)
+            self._writer.submit(partial(self._write, queue, seq, done))
+        if isinstance(operation, LoadCheckpoint) and not isinstance(done.result, FailedCall | None):
+            # The checkpoint may change or go: the run must not need it again.
+            self._writer.snapshot(queue, {seq: self._codec.encode(done.result)})
+            return
         if done.result is not None:
             self._settle(queue, seq, done.result)
         self._snapshot_if_due(queue)
@@ -299,6 +336,8 @@ class TrainingLoop:
             result = failed(error, f"request {seq}")
         if done.result is None:
             self._settle(queue, seq, result)
+        elif isinstance(result, FailedCall):
+            logger.warning("the weights of request %d are in memory alone: %s", seq, result.message)
 
     def _settle(self, queue: RunQueue, seq: int, result: Result) -> None:
         content = self._codec.encode(result)
@@ -314,9 +353,10 @@ class TrainingLoop:
         try:
             run = TrainingRun(queue.settings, self._adaptable, self._base.device)
             self._adaptable.attach(run.lora.paths)
-            if queue.snapshot is not None:
-                run.restore(queue.snapshot.tensors)
-                run.num_steps, run.last_seq = queue.snapshot.num_steps, queue.snapshot.last_seq
+            snapshot = queue.journal.snapshot()
+            if snapshot is not None:
+                run.restore(snapshot.tensors)
+                run.num_steps, run.last_seq = snapshot.num_steps, snapshot.last_seq
         except Exception as error:
             content = self._codec.encode(failed(error, "the begin"))
             with self._lock:
@@ -324,7 +364,7 @@ class TrainingLoop:
                 queue.finish([seq])
                 queue.settle(seq, content)
             return False
-        queue.run, queue.snapshot = run, None
+        queue.run = run
         return True
 
     def _make_room(self) -> bool:
@@ -346,7 +386,7 @@ class TrainingLoop:
         """Write a run to disk and free its memory; its next request brings it back."""
         if queue.run is not None:
             with suppress(LoraplexError):  # then the journal has everything still
-                self._snapshot(queue).result()
+                self._writer.snapshot(queue).result()
             logger.info("a training run left memory", extra={"run": queue.settings.run_id})
         with self._lock:
             if not queue.has_waiting:
@@ -357,29 +397,4 @@ class TrainingLoop:
         assert queue.run is not None, "only a run in memory has something new"
         steps = queue.run.num_steps - queue.snapshot_step
         if steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes:
-            self._snapshot(queue)
-
-    def _snapshot(self, queue: RunQueue) -> "Future[None]":
-        run = queue.run
-        assert run is not None, "only a run in memory has something new"
-        queue.snapshot_step, queue.journal.num_bytes = run.num_steps, 0
-        tensors, last_seq, num_steps = run.tensors(), run.last_seq, run.num_steps
-        return self._writer.submit(
-            self._write_snapshot, queue, Snapshot(tensors=tensors, last_seq=last_seq, num_steps=num_steps)
-        )
-
-    def _write_snapshot(self, queue: RunQueue, snapshot: Snapshot) -> None:
-        """Behind all checkpoints that were to be written before it, whose results it keeps."""
-        with self._lock:
-            results = {seq: content for seq, content in queue.kept().items() if seq <= snapshot.last_seq}
-        whole = Snapshot(
-            tensors=snapshot.tensors, last_seq=snapshot.last_seq, num_steps=snapshot.num_steps, results=results
-        )
-        try:
-            queue.journal.write_snapshot(whole)
-            with queue.file_lock:
-                left = [record for record in queue.journal.records() if record.seq > snapshot.last_seq]
-                queue.journal.keep_records(left)
-        except (LoraplexError, CheckpointError):
-            logger.exception("a snapshot could not be written; the run's requests are kept")
-            raise
+            self._writer.snapshot(queue)
