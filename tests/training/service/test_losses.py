@@ -137,3 +137,13 @@ def test_several_targets_at_a_position_are_those_of_the_log_softmax(tmp_path: Pa
 def test_losses_and_options_that_are_not_known_are_refused_by_name(name: str, options: dict, told: str) -> None:
     with pytest.raises(RequestError, match=told):
         choose_loss(name, options)
+
+
+def test_options_that_a_request_leaves_out_are_those_of_the_documentation() -> None:
+    """cispo's weights are bounded above alone: a lower bound would hold on to tokens that the policy has left."""
+    found = {name: dict(choose_loss(name, {}).options) for name in LOSSES}
+    both = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert found["ppo"] == found["gspo"] == both
+    assert found["cispo"] == {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+    assert found["dro"] == {"beta": 0.05}
+    assert choose_loss("cispo", {"clip_high_threshold": 8.0}).options["clip_high_threshold"] == 8

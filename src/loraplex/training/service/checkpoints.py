@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ _RECORD, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}:(train|copy):[0-9]{1,9}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # that a client may choose
 _MAX_CHECKPOINTS = 1000  # of a run, and of one kind
+_MAX_UNLISTED = 16  # of a run: of sampling clients alone, which begin a new one with each step
 _OWN_NAME = re.compile(r"_?[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # and the server's own
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 366 * 86400
 
@@ -152,6 +154,18 @@ class Checkpoints:
             if optimizer:
                 save_file(dict(optimizer), new / _OPTIMIZER)
             (new / _RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+    def touch(self, path: CheckpointPath) -> None:
+        """Say that it is in use."""
+        with suppress(OSError):
+            os.utime(self.folder(path) / _RECORD)
+
+    def drop_unlisted(self, run_id: str) -> None:
+        """Delete those of a run's sampling clients that were not in use for longest."""
+        own = [folder for folder in (self._root / run_id / "sampler_weights").glob("_*") if folder.is_dir()]
+        used = {folder: (folder / _RECORD).stat().st_mtime_ns for folder in own if (folder / _RECORD).is_file()}
+        for folder in sorted(used, key=lambda folder: -used[folder])[_MAX_UNLISTED:]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, path: CheckpointPath) -> CheckpointRecord | None:
         """Its record, or None where there is none or it has expired."""

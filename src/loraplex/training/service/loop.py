@@ -11,12 +11,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.errors import LoraplexError, QueueFullError, RequestError
+from loraplex.errors import LoraplexError, QueueFullError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
-from loraplex.training.service.checkpoints import Checkpoints, is_run_id
+from loraplex.training.service.checkpoints import Checkpoints
 from loraplex.training.service.journal import Journal, JournalRecord
 from loraplex.training.service.operations import (
     FailedCall,
@@ -28,6 +28,7 @@ from loraplex.training.service.operations import (
 )
 from loraplex.training.service.passes import TrainingPasses
 from loraplex.training.service.run import TrainingRun
+from loraplex.training.service.run_folders import RunFolders
 from loraplex.training.service.run_queue import RunQueue
 from loraplex.training.service.run_writer import RunWriter
 from loraplex.training.service.settings import RunSettings, ServiceLimits
@@ -59,7 +60,7 @@ class TrainingLoop:
         """Raises BaseModelError for a base model that can't be trained on."""
         check_trainable_base(base)
         self._base, self._adaptable = base, adaptable
-        self._root, self._checkpoints = root, checkpoints
+        self.folders, self._checkpoints = RunFolders(root), checkpoints
         self._codec, self._publish = codec, publish
         self.limits = limits
         self._passes = TrainingPasses(base, limits.tokens_per_forward)
@@ -88,8 +89,8 @@ class TrainingLoop:
     def begin(self, settings: RunSettings, record: JournalRecord, operation: Operation) -> None:
         """Take a run's first request, which creates the run; a second time changes nothing."""
         with self._lock:
-            if not self.has_run(settings.run_id):
-                journal = Journal.create(self._folder(settings.run_id), settings)
+            if not self.folders.has(settings.run_id):
+                journal = Journal.create(self.folders.folder(settings.run_id), settings)
                 self._queues[settings.run_id] = RunQueue(journal, settings, self.limits)
         self.submit(settings.run_id, record, lambda: operation)
 
@@ -131,30 +132,6 @@ class TrainingLoop:
         """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
         return self.queue(run_id).result(seq)
 
-    def settings(self, run_id: str) -> RunSettings:
-        """Raises RequestError for an unknown run."""
-        with self._lock:
-            queue = self._queues.get(run_id)
-        if queue is not None:
-            return queue.settings
-        if not self.has_run(run_id):
-            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
-        return Journal(self._folder(run_id)).settings()
-
-    def all_settings(self) -> list[RunSettings]:
-        """Of all runs on disk, newest first."""
-        folders = [folder for folder in self._root.glob("s-*") if Journal.exists(folder)]
-        return sorted((self.settings(folder.name) for folder in folders), key=lambda own: -own.created)
-
-    def last_heard(self, run_id: str) -> float:
-        """When a run had its last request, in seconds since 1970."""
-        return Journal(self._folder(run_id)).last_changed()
-
-    def has_run(self, run_id: str) -> bool:
-        if not is_run_id(run_id):
-            return False
-        return run_id in self._queues or Journal.exists(self._folder(run_id))
-
     def waits_for_place(self, run_id: str) -> bool:
         """Whether a run's requests wait until another run leaves memory."""
         with self._lock:
@@ -166,16 +143,21 @@ class TrainingLoop:
         found = self._heard_of(run_id)
         if found is not None:
             return found
-        if not self.has_run(run_id):
-            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
+        self.folders.settings(run_id)  # or there is no such run
         with self._recovery:
             found = self._heard_of(run_id)
             if found is None:
-                found = RunQueue.recover(self._folder(run_id), self._codec, self.limits)
+                found = RunQueue.recover(self.folders.folder(run_id), self._codec, self.limits)
                 with self._changed:
                     self._queues[run_id] = found
                     self._changed.notify_all()
         return found
+
+    def is_behind(self, run_id: str) -> bool:
+        """Whether a run has requests to carry out; what a process that ended has left begins anew with the question."""
+        queue = self.queue(run_id) if self.folders.has(run_id) else None
+        with self._lock:
+            return queue is not None and (queue.is_running or queue.next_operation is not None)
 
     def _heard_of(self, run_id: str) -> RunQueue | None:
         """A run's queue in memory, whose client is still there."""
@@ -197,9 +179,6 @@ class TrainingLoop:
 
     def _num_loaded(self) -> int:
         return sum(queue.run is not None for queue in self._queues.values())
-
-    def _folder(self, run_id: str) -> Path:
-        return self._root / run_id
 
     # The thread
 
