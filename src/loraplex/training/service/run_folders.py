@@ -10,12 +10,15 @@ from loraplex.training.service.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+_MAX_KNOWN = 4096
+
 
 class RunFolders:
     """Those below one folder. Safe to use from many threads."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._known: dict[str, RunSettings] = {}  # which never change
 
     def folder(self, run_id: str) -> Path:
         return self._root / run_id
@@ -27,7 +30,12 @@ class RunFolders:
         """Raises RequestError for an unknown run, and CheckpointError."""
         if not self.has(run_id):
             raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
-        return Journal(self.folder(run_id)).settings()
+        found = self._known.get(run_id)
+        if found is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known = {}
+            found = self._known[run_id] = Journal(self.folder(run_id)).settings()
+        return found
 
     def all_settings(self) -> list[RunSettings]:
         """Of all runs, newest first; a damaged one is told in the log, and hides no other."""
