@@ -43,6 +43,13 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         [{"dtype": "bfloat16", "batch_size": 4, "tokens_per_s": {"peft": 100, "peft_eager": 200, "loraplex": 500}}],
         "| bfloat16, batch size 4 | 100 | 200 | 500 | 2.50x |",
     ),
+    "training_service": (
+        {
+            "clients": [{"clients": 4, "tokens_per_s": {"after_another": 200, "at_once": 350}}],
+            "first_token": {"loaded_ms": 50.0, "new_weights_ms": 55.0},
+        },
+        "| 4 clients | 200 | 350 | 1.75x |",
+    ),
     "memory": (
         [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],
         "| float32, generated | 99 | 1000 | 1100 | 1.01 |",

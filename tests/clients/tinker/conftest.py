@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from recipe_data import MODEL as NAME
+
+from tests.clients.tinker.recipe_data import MODEL as NAME
 
 if importlib.util.find_spec("tinker") is None:  # in another environment
     collect_ignore_glob = ["test_*.py"]

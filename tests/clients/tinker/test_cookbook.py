@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import tinker
-from recipe_data import MODEL, RENDERER, write_all
+
+from tests.clients.tinker.recipe_data import MODEL, RENDERER, write_all
 
 TIMEOUT_S = 900
 

@@ -6,8 +6,9 @@ import time
 import pytest
 import tinker
 import torch
-from recipe_data import MODEL as NAME
 from tinker import types
+
+from tests.clients.tinker.recipe_data import MODEL as NAME
 
 TEXTS = (
     "The capital of Lorania is Plexburg, where seven rivers meet.",

@@ -125,10 +125,10 @@ class Checkpoints:
     """Those below one folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def folder(self, path: CheckpointPath) -> Path:
-        return self._root / path.run_id / path.folder / path.name
+        return self.root / path.run_id / path.folder / path.name
 
     def write(
         self,
@@ -162,7 +162,7 @@ class Checkpoints:
 
     def drop_unlisted(self, run_id: str) -> None:
         """Delete those of a run's sampling clients that were not in use for longest."""
-        own = [folder for folder in (self._root / run_id / "sampler_weights").glob("_*") if folder.is_dir()]
+        own = [folder for folder in (self.root / run_id / "sampler_weights").glob("_*") if folder.is_dir()]
         used = {folder: (folder / _RECORD).stat().st_mtime_ns for folder in own if (folder / _RECORD).is_file()}
         for folder in sorted(used, key=lambda folder: -used[folder])[_MAX_UNLISTED:]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -200,7 +200,7 @@ class Checkpoints:
         """A run's checkpoints, newest first; those that have expired are removed."""
         found = []
         for folder in _FOLDERS:
-            for file in sorted((self._root / run_id / folder).glob(f"*/{_RECORD}")):
+            for file in sorted((self.root / run_id / folder).glob(f"*/{_RECORD}")):
                 path = CheckpointPath(run_id, folder, file.parent.name)
                 record = self.find(path)
                 if record is None:
