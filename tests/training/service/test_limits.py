@@ -1,6 +1,7 @@
 """What clients of the training service may cost: memory, disk, and each other's time."""
 
 import errno
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_a_request_that_does_not_fit_on_the_disk_hides_none_behind_it(tmp_path: 
             journal.append(JournalRecord(2, "x", b"second" * 20))
     journal.append(JournalRecord(3, "x", b"third"))
     assert [record.body for record in Journal(tmp_path / "run").records()] == [b"first", b"third"]
+
+
+def test_runs_whose_client_is_done_leave_memory_and_come_back_if_need_be(tmp_path: Path) -> None:
+    data = make_data(5)
+    with training_loop(tmp_path, ServiceLimits(tokens_per_forward=128, idle_s=3600)) as loop:
+        client = RunClient(loop, 1)
+        first = value(client.losses(data, "cross_entropy", backward=False)).loss
+        assert loop.num_runs() == (1, 0)
+        loop.release([client.id, "s-0000000000000009:train:0"])
+        stop = time.monotonic() + 60
+        while loop.num_runs_of("anonymous") and time.monotonic() < stop:
+            time.sleep(0.05)
+        assert loop.num_runs() == (0, 0)
+        assert value(client.losses(data, "cross_entropy", backward=False)).loss == pytest.approx(first, rel=1e-6)
 
 
 def test_requests_of_one_key_leave_room_for_those_of_others(tmp_path: Path) -> None:

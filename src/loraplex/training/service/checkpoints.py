@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ from loraplex.json_files import read_object
 from loraplex.output_files import whole_file
 from loraplex.training.service.journal import folder_bytes
 from loraplex.validation import quoted
+
+logger = logging.getLogger(__name__)
 
 CheckpointKind = Literal["training", "sampler", "external"]
 SCHEME = "tinker://"
@@ -146,6 +149,8 @@ class Checkpoints:
             return  # of the same request, which a server that was killed had carried out
         if existing is not None and not overwrite:
             raise RequestError(f"there is a checkpoint {path.name!r} already. Pass overwrite, or choose another name.")
+        if path.kind != "sampler" or record.listed:
+            self.of_run(path.run_id)  # what has expired goes
         if existing is None and folder.parent.is_dir() and len(os.listdir(folder.parent)) >= _MAX_CHECKPOINTS:
             raise RequestError(f"the run has {_MAX_CHECKPOINTS} checkpoints in {path.folder!r}. Delete some.")
         files = {*REPLACEABLE, _RECORD, _OPTIMIZER}
@@ -195,6 +200,14 @@ class Checkpoints:
                 return {name: opened.read(name) for name in opened.entries}
         except (OSError, AdapterError, ValueError) as error:
             raise CheckpointError(f"{str(file)!r} can't be read: {error}. Load it without the optimizer.") from error
+
+    def drop_expired(self) -> None:
+        """Remove what has expired, of all runs."""
+        for run_id in [folder.name for folder in self.root.glob("s-*")]:
+            try:
+                self.of_run(run_id)
+            except CheckpointError as error:
+                logger.warning("%s", error)
 
     def of_run(self, run_id: str) -> list[CheckpointRecord]:
         """A run's checkpoints, newest first; those that have expired are removed."""

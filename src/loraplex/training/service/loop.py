@@ -1,9 +1,10 @@
 """The thread that trains: requests of all runs that wait at the same time share passes."""
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.errors import LoraplexError, QueueFullError
+from loraplex.errors import LoraplexError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
@@ -24,12 +25,14 @@ from loraplex.training.service.operations import (
     LoadCheckpoint,
     Operation,
     OperationCodec,
+    PublishWeights,
     Result,
+    SaveCheckpoint,
 )
 from loraplex.training.service.passes import TrainingPasses
 from loraplex.training.service.run import TrainingRun
 from loraplex.training.service.run_folders import RunFolders
-from loraplex.training.service.run_queue import RunQueue
+from loraplex.training.service.run_queue import RunQueue, check_room
 from loraplex.training.service.run_writer import RunWriter
 from loraplex.training.service.settings import RunSettings, ServiceLimits
 from loraplex.training.service.work import PassWork, failed, run_alone, run_together
@@ -71,7 +74,8 @@ class TrainingLoop:
         self._last_round: tuple[float, frozenset[str]] = (0.0, frozenset())  # its seconds, and whose requests it had
         self._recovery = threading.Lock()  # while a run is read from disk, the others go on
         self._last_look = time.monotonic()  # at runs whose clients have left
-        self._writer = RunWriter(self._lock)
+        self._writer = RunWriter(self._changed)
+        self._writer.submit(checkpoints.drop_expired)
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="loraplex-training", daemon=True)
         self._thread.start()
@@ -104,29 +108,17 @@ class TrainingLoop:
             queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
-            self._check_room(queue, len(record.body))
+            check_room(queue, self._queues.values(), len(record.body), self.limits)
         made = operation()
         self.queue(run_id)  # it may have left memory meanwhile
         with self._lock:
             queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
-            self._check_room(queue, len(record.body))
+            check_room(queue, self._queues.values(), len(record.body), self.limits)
             queue.add(record, made)
             self._changed.notify_all()
         return sum(len(datum.tokens) for datum in made.datums) if isinstance(made, ForwardBackward) else 0
-
-    def _check_room(self, queue: RunQueue, num_bytes: int) -> None:
-        """Raise QueueFullError where a run's, a key's or all requests that wait are too many."""
-        queue.check_room(num_bytes)
-        most, owner = self.limits.max_all_queued_bytes, queue.settings.owner
-        held = sum(own.held_bytes for own in self._queues.values())
-        of_owner = sum(own.held_bytes for own in self._queues.values() if own.settings.owner == owner)
-        if held + num_bytes > most or (of_owner and of_owner + num_bytes > most // 2):
-            raise QueueFullError(
-                f"requests of {held} bytes are waiting, {of_owner} of this key ({most} are possible, {most // 2} of a "
-                "key; max_all_queued_bytes). Send it again later."
-            )
 
     def result(self, run_id: str, seq: int) -> "Future[bytes] | None":
         """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
@@ -167,6 +159,15 @@ class TrainingLoop:
                 found.last_heard = time.monotonic()
             return found
 
+    def release(self, run_ids: Iterable[str]) -> None:
+        """Let runs leave memory whose client says that it is done; their next request brings them back."""
+        with self._changed:
+            for run_id in run_ids:
+                if run_id in self._queues:
+                    self._queues[run_id].last_heard = -math.inf
+            self._last_look = -math.inf
+            self._changed.notify_all()
+
     def num_runs_of(self, owner: str) -> int:
         """An owner's runs that have a place, or wait for one."""
         with self._lock:
@@ -202,7 +203,8 @@ class TrainingLoop:
                 if not self._is_closed and not self._ready():
                     self._changed.wait(_TICK_S)
             return
-        loaded = [queue for queue in ready if queue.run is not None or self._load(queue)]
+        free = [queue for queue in ready if not self._waits_for_disk(queue)]
+        loaded = [queue for queue in free if queue.run is not None or self._load(queue)]
         small = [queue for queue in loaded if not self._has_losses(queue)]
         for queue in small:
             self._carry_out(queue)
@@ -210,7 +212,8 @@ class TrainingLoop:
             return  # those runs' next requests may share the pass
         if not loaded:
             with self._changed:
-                self._changed.wait(_TICK_S)
+                if len(free) == len(ready) or self._writer.is_full:
+                    self._changed.wait(_TICK_S)
         elif self._works or not self._gather(loaded):
             self._round(loaded)
 
@@ -224,6 +227,10 @@ class TrainingLoop:
 
     def _has_losses(self, queue: RunQueue) -> bool:
         return queue.settings.run_id in self._works or isinstance(queue.next_operation, ForwardBackward)
+
+    def _waits_for_disk(self, queue: RunQueue) -> bool:
+        """Whether the next request would make one more copy of weights while others are not written yet."""
+        return self._writer.is_full and isinstance(queue.next_operation, SaveCheckpoint | PublishWeights)
 
     def _let_go(self, now: float) -> None:
         """Let runs leave memory whose clients have left."""
@@ -279,7 +286,7 @@ class TrainingLoop:
     def _end(self, run_id: str, results: dict[int, Result]) -> None:
         """A work is done: its results go to the client."""
         queue = self._queues[run_id]
-        encoded = {seq: self._codec.encode(result) for seq, result in results.items()}
+        encoded = {seq: self._encoded(result) for seq, result in results.items()}
         with self._lock:
             del self._works[run_id]
             queue.is_running = False
@@ -319,9 +326,15 @@ class TrainingLoop:
             logger.warning("the weights of request %d are in memory alone: %s", seq, result.message)
 
     def _settle(self, queue: RunQueue, seq: int, result: Result) -> None:
-        content = self._codec.encode(result)
+        content = self._encoded(result)
         with self._lock:
             queue.settle(seq, content)
+
+    def _encoded(self, result: Result) -> bytes:
+        try:
+            return self._codec.encode(result)
+        except Exception as error:
+            return self._codec.encode(failed(error, "an answer"))
 
     # Memory and disk
 
@@ -375,5 +388,6 @@ class TrainingLoop:
     def _snapshot_if_due(self, queue: RunQueue) -> None:
         assert queue.run is not None, "only a run in memory has something new"
         steps = queue.run.num_steps - queue.snapshot_step
-        if steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes:
+        is_due = steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes
+        if is_due and not self._writer.is_full:
             self._writer.snapshot(queue)

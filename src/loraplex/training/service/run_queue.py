@@ -138,3 +138,16 @@ class RunQueue:
     def is_idle(self, now: float) -> bool:
         """Whether its client has left: nothing waits, and nothing was heard for a while."""
         return not self._waiting and not self.is_running and now - self.last_heard > self._limits.idle_s
+
+
+def check_room(queue: RunQueue, queues: Iterable[RunQueue], num_bytes: int, limits: ServiceLimits) -> None:
+    """Raise QueueFullError where a run's, a key's or all requests that wait are too many for one more."""
+    queue.check_room(num_bytes)
+    most, owner = limits.max_all_queued_bytes, queue.settings.owner
+    sizes = [(own.held_bytes, own.settings.owner == owner) for own in queues]
+    held, of_owner = sum(size for size, _ in sizes), sum(size for size, is_own in sizes if is_own)
+    if held + num_bytes > most or (of_owner and of_owner + num_bytes > most // 2):
+        raise QueueFullError(
+            f"requests of {held} bytes are waiting, {of_owner} of this key ({most} are possible, {most // 2} of a key; "
+            "max_all_queued_bytes). Send it again later."
+        )

@@ -87,10 +87,15 @@ async def session_heartbeat(body: SessionHeartbeat, http: Request) -> Response:
 
 @router.post("/sessions/{session_id}/finish", responses=documented("Finished.", 400, 401, 404))
 async def finish_session(session_id: str, body: FinishSession, http: Request) -> Response:
-    """A client says that it is done; its checkpoints stay."""
+    """A client says that it is done: its runs leave memory, its checkpoints stay."""
     call = TinkerCall(http)
     session = call.service.session(session_id, call.principal)
-    await call.in_thread(lambda: call.service.sessions.finish(session, body.reason.type))
+
+    def finish() -> None:
+        call.service.sessions.finish(session, body.reason.type)
+        call.service.loop.release(session.runs)
+
+    await call.in_thread(finish)
     return json_response({})
 
 
