@@ -56,7 +56,7 @@ class RunClient(LocalClient):
     """One run, named by a number."""
 
     def __init__(self, loop: TrainingLoop, number: int = 0, *, seq: int = 0, rank: int = 4) -> None:
-        modules = target_modules(loop._adaptable, attention=True, feed_forward=True, output=True)
+        modules = target_modules(loop._places._adaptable, attention=True, feed_forward=True, output=True)
         settings = RunSettings(
             run_id=f"s-{number:016x}:train:0",
             owner="anonymous",
@@ -88,6 +88,15 @@ def failure(future: "Future[bytes]") -> FailedCall:
     result = value(future)
     assert isinstance(result, FailedCall), result
     return result
+
+
+def curve(client: RunClient, steps: int, data: list[Datum]) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss, step = client.losses(data, "cross_entropy"), client.step()
+        losses.append(value(loss).loss)
+        done(step)
+    return losses
 
 
 def make_data(seed: int, lengths: Sequence[int] = (5, 9, 17), *, policy: bool = False) -> list[Datum]:

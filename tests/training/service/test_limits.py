@@ -1,6 +1,7 @@
 """What clients of the training service may cost: memory, disk, and each other's time."""
 
 import errno
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from loraplex import MultiLoraModel
 from loraplex.errors import OutputError, QueueFullError
+from loraplex.training.service import places
 from loraplex.training.service.checkpoints import CheckpointPath, CheckpointRecord, Checkpoints
 from loraplex.training.service.journal import Journal, JournalRecord
 from loraplex.training.service.losses import choose_loss
@@ -17,7 +19,7 @@ from loraplex.training.service.passes import LossRow, TrainingPasses
 from loraplex.training.service.run_queue import RunQueue
 from loraplex.training.service.settings import RunSettings, ServiceLimits
 from tests.tiny_models import tiny_model
-from tests.training.service.loops import RunClient, done, make_data, training_loop, value
+from tests.training.service.loops import RunClient, curve, done, make_data, training_loop, value
 
 
 def test_runs_that_are_only_asked_about_have_no_weights_in_memory(tmp_path: Path, monkeypatch) -> None:
@@ -119,6 +121,30 @@ def test_runs_whose_client_is_done_leave_memory_and_come_back_if_need_be(tmp_pat
             time.sleep(0.05)
         assert loop.num_runs() == (0, 0)
         assert value(client.losses(data, "cross_entropy", backward=False)).loss == pytest.approx(first, rel=1e-6)
+
+
+def test_more_runs_at_work_than_places_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that never pauses doesn't keep the only place; neither notices the other in its curve."""
+    monkeypatch.setattr(places, "_TURN_S", 0.2)
+    data, steps = make_data(6, (5,)), 4
+    with training_loop(tmp_path / "alone") as loop:
+        expected = {number: curve(RunClient(loop, number), 40, data) for number in (1, 2)}
+    with training_loop(tmp_path / "both", ServiceLimits(tokens_per_forward=128, max_runs=1)) as loop:
+        busy, other = RunClient(loop, 1), RunClient(loop, 2)
+        found: list[float] = []
+        is_done = threading.Event()
+
+        def never_pause() -> None:
+            while not is_done.is_set() and len(found) < 40:
+                found.extend(curve(busy, 1, data))
+
+        thread = threading.Thread(target=never_pause)
+        thread.start()
+        others = curve(other, steps, data)
+        is_done.set()
+        thread.join()
+    assert others == pytest.approx(expected[2][:steps], rel=1e-5)
+    assert found == pytest.approx(expected[1][: len(found)], rel=1e-5)
 
 
 def test_requests_of_one_key_leave_room_for_those_of_others(tmp_path: Path) -> None:

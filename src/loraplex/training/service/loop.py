@@ -6,13 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.errors import LoraplexError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
@@ -30,7 +28,7 @@ from loraplex.training.service.operations import (
     SaveCheckpoint,
 )
 from loraplex.training.service.passes import TrainingPasses
-from loraplex.training.service.run import TrainingRun
+from loraplex.training.service.places import Places
 from loraplex.training.service.run_folders import RunFolders
 from loraplex.training.service.run_queue import RunQueue, check_room
 from loraplex.training.service.run_writer import RunWriter
@@ -43,7 +41,6 @@ _ROUNDS = 2  # passes' worth of tokens between two looks at who waits
 _GATHERING = 0.1  # of the last round's time may be spent waiting for those who took part in it
 _MAX_GATHERING_S = 0.05
 _TICK_S = 1.0
-_SETTLED_S = 5.0  # a run without requests for so long may leave its place to one that waits
 
 
 class TrainingLoop:
@@ -62,7 +59,7 @@ class TrainingLoop:
     ) -> None:
         """Raises BaseModelError for a base model that can't be trained on."""
         check_trainable_base(base)
-        self._base, self._adaptable = base, adaptable
+        self._base = base
         self.folders, self._checkpoints = RunFolders(root), checkpoints
         self._codec, self._publish = codec, publish
         self.limits = limits
@@ -76,6 +73,7 @@ class TrainingLoop:
         self._last_look = time.monotonic()  # at runs whose clients have left
         self._writer = RunWriter(self._changed)
         self._writer.submit(checkpoints.drop_expired)
+        self._places = Places(self._queues, self._lock, self._writer, adaptable, base.device, limits.max_runs)
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="loraplex-training", daemon=True)
         self._thread.start()
@@ -128,7 +126,7 @@ class TrainingLoop:
         """Whether a run's requests wait until another run leaves memory."""
         with self._lock:
             queue = self._queues.get(run_id)
-            return queue is not None and queue.run is None and self._num_loaded() >= self.limits.max_runs
+            return queue is not None and queue.run is None and self._places.is_full
 
     def queue(self, run_id: str) -> RunQueue:
         """A run's queue, from disk where it isn't known. Raises RequestError or CheckpointError."""
@@ -176,10 +174,7 @@ class TrainingLoop:
     def num_runs(self) -> tuple[int, int]:
         """How many are in memory, and how many have requests that wait."""
         with self._lock:
-            return self._num_loaded(), sum(queue.has_waiting for queue in self._queues.values())
-
-    def _num_loaded(self) -> int:
-        return sum(queue.run is not None for queue in self._queues.values())
+            return self._places.num_taken, sum(queue.has_waiting for queue in self._queues.values())
 
     # The thread
 
@@ -204,7 +199,10 @@ class TrainingLoop:
                     self._changed.wait(_TICK_S)
             return
         free = [queue for queue in ready if not self._waits_for_disk(queue)]
-        loaded = [queue for queue in free if queue.run is not None or self._load(queue)]
+        loaded = [queue for queue in free if queue.run is not None]
+        absent = sorted((queue for queue in free if queue.run is None), key=lambda queue: queue.since)
+        loaded += [queue for queue in absent if self._load(queue)]
+        loaded = [queue for queue in loaded if queue.run is not None]  # one may have left for another
         small = [queue for queue in loaded if not self._has_losses(queue)]
         for queue in small:
             self._carry_out(queue)
@@ -237,7 +235,7 @@ class TrainingLoop:
         with self._lock:
             idle = [queue for queue in self._queues.values() if queue.is_idle(now)]
         for queue in idle:
-            self._park(queue)
+            self._places.leave(queue)
 
     def _gather(self, ready: Sequence[RunQueue]) -> bool:
         """Wait a moment for runs that took part in the last round; whether something has come."""
@@ -339,51 +337,15 @@ class TrainingLoop:
     # Memory and disk
 
     def _load(self, queue: RunQueue) -> bool:
-        """Give a run a place; False if there is none now. A run that can't be brought back fails its requests."""
-        if not self._make_room():
-            return False
+        """Give a run a place; False if there is none now. A run that can't be brought back fails its request."""
         try:
-            run = TrainingRun(queue.settings, self._adaptable, self._base.device)
-            self._adaptable.attach(run.lora.paths)
-            snapshot = queue.journal.snapshot()
-            if snapshot is not None:
-                run.restore(snapshot.tensors)
-                run.num_steps, run.last_seq = snapshot.num_steps, snapshot.last_seq
+            return self._places.take(queue, self._works)
         except Exception as error:
-            content = self._codec.encode(failed(error, "the begin"))
             with self._lock:
                 seq = queue.next_seq
                 queue.finish([seq])
-                queue.settle(seq, content)
+            self._settle(queue, seq, failed(error, "the begin"))
             return False
-        queue.run = run
-        return True
-
-    def _make_room(self) -> bool:
-        """Whether there is a place, if need be after the run that was not heard of for longest has left."""
-        with self._lock:
-            if self._num_loaded() < self.limits.max_runs:
-                return True
-            silent = time.monotonic() - _SETTLED_S
-            idle = [
-                queue
-                for queue in self._queues.values()
-                if queue.run is not None and not queue.has_waiting and queue.last_heard < silent
-            ]
-        if idle:
-            self._park(min(idle, key=lambda queue: queue.last_heard))
-        return bool(idle)
-
-    def _park(self, queue: RunQueue) -> None:
-        """Write a run to disk and free its memory; its next request brings it back."""
-        if queue.run is not None:
-            with suppress(LoraplexError):  # then the journal has everything still
-                self._writer.snapshot(queue).result()
-            logger.info("a training run left memory", extra={"run": queue.settings.run_id})
-        with self._lock:
-            if not queue.has_waiting:
-                queue.run = None
-                self._queues.pop(queue.settings.run_id, None)
 
     def _snapshot_if_due(self, queue: RunQueue) -> None:
         assert queue.run is not None, "only a run in memory has something new"

@@ -27,6 +27,7 @@ class RunQueue:
         self.next_seq = 0
         self.snapshot_step = 0  # steps at the last snapshot
         self.last_heard = time.monotonic()
+        self.since = time.monotonic()  # it has its place, or has none
         self.is_running = False  # some of its requests are in a pass
         self.held_bytes = 0  # of requests that wait, as they were sent
         self._waiting: dict[int, tuple[Operation, int]] = {}  # and the bytes of the request
