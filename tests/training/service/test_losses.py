@@ -82,9 +82,20 @@ def peft_losses(folder: Path, loss: str, data: list[Datum]) -> tuple[list[float]
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
+    check_clients(loss, {1: (5, 9, 17), 2: (30, 4), 3: (12,)}, tmp_path)
+
+
+@pytest.mark.slow  # eight curves with PEFT
+@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo"])
+def test_eight_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
+    check_clients(loss, {number: (4 * number, 40 - 3 * number, 7) for number in range(1, 9)}, tmp_path)
+
+
+def check_clients(loss: str, lengths: dict[int, tuple[int, ...]], tmp_path: Path) -> None:
+    """Fifty steps of clients whose data have such lengths, at once, against PEFT and torch, each alone."""
     data = {
-        number: with_mask(loss, make_data(number, lengths, policy=loss != "cross_entropy"))
-        for number, lengths in ((1, (5, 9, 17)), (2, (30, 4)), (3, (12,)))
+        number: with_mask(loss, make_data(number, own, policy=loss != "cross_entropy"))
+        for number, own in lengths.items()
     }
     with training_loop(tmp_path) as loop:
         clients = {number: RunClient(loop, number) for number in data}
