@@ -228,7 +228,9 @@ class TrainingLoop:
 
     def _waits_for_disk(self, queue: RunQueue) -> bool:
         """Whether the next request would make one more copy of weights while others are not written yet."""
-        return self._writer.is_full and isinstance(queue.next_operation, SaveCheckpoint | PublishWeights)
+        return self._writer.is_full and isinstance(
+            queue.next_operation, SaveCheckpoint | PublishWeights | LoadCheckpoint
+        )
 
     def _let_go(self, now: float) -> None:
         """Let runs leave memory whose clients have left."""
