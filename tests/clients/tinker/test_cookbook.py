@@ -13,6 +13,7 @@ import tinker
 from tests.clients.tinker.recipe_data import MODEL, RENDERER, write_all
 
 TIMEOUT_S = 900
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 300)
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,8 @@ def curves(url: str, until: Callable[[int], bool]) -> dict[int, list[list[float]
     return found
 
 
-@pytest.mark.slow  # a server is started 21 times
+@pytest.mark.slow  # a server is started 22 times
+@pytest.mark.timeout(2 * TIMEOUT_S)
 def test_curves_are_those_of_a_server_that_was_never_killed(tmp_path: Path) -> None:
     draw, is_over = random.Random(25), threading.Event()
     (tmp_path / "killed").mkdir()
