@@ -88,6 +88,25 @@ def training(content: Results) -> str:
     return table(["training, tokens/s", *(_TRAINERS[side] for side in sides), *ratios], rows)
 
 
+def training_service(content: Results) -> str:
+    rows = []
+    for case in content["results"]["clients"]:
+        speeds = case["tokens_per_s"]
+        sides = (f"{speeds[side]:.0f}" for side in ("after_another", "at_once"))
+        rows.append([f"{case['clients']} clients", *sides, ratio(speeds, "at_once", "after_another")])
+    times = content["results"]["first_token"]
+    first = [f"{times[side]:.0f}" for side in ("loaded_ms", "new_weights_ms")]
+    return "\n\n".join(
+        (
+            table(["training, tokens/s", "one after the other", "at once", "at once / one after the other"], rows),
+            table(
+                ["first token, ms", "an adapter that is loaded", "the weights of the last step", "new / loaded"],
+                [["from the optimizer step's result", *first, ratio(times, "new_weights_ms", "loaded_ms")]],
+            ),
+        )
+    )
+
+
 def memory(content: Results) -> str:
     rows = []
     for case in content["results"]:
@@ -427,6 +446,11 @@ FILES = (
     ResultFile(name="mixed_batch", question="A batch whose rows all use different adapters", render=mixed_batch),
     ResultFile(
         name="training", question="Four adapters trained together, against one after the other", render=training
+    ),
+    ResultFile(
+        name="training_service",
+        question="Clients of the training service at once, and the first token of new weights",
+        render=training_service,
     ),
     ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
     ResultFile(name="routers", question="Mixtures in one pass, four experts of rank 8", render=routers),

@@ -56,6 +56,13 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         ],
         "| SmolLM2-135M, bfloat16, batch size 4 | 100 | 200 | 250 | 500 | 600 | 2.50x | 3.00x |",
     ),
+    "training_service": (
+        {
+            "clients": [{"clients": 4, "tokens_per_s": {"after_another": 200, "at_once": 350}}],
+            "first_token": {"loaded_ms": 50.0, "new_weights_ms": 55.0},
+        },
+        "| 4 clients | 200 | 350 | 1.75x |",
+    ),
     "memory": (
         [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],
         "| float32, generated | 99 | 1000 | 1100 | 1.01 |",
