@@ -339,6 +339,20 @@ def linked(content: Results) -> str:
     return table(["what rows of a batch of 8 ask for", "tokens/s of the batch", "of nothing"], rows)
 
 
+def adapter_kinds(content: Results) -> str:
+    """Quality, training, bytes and cost of each kind."""
+    rows = []
+    for kind, own in content["results"].items():
+        cells = [f"{own['behaves']:.2f}", f"{own['right']:.2f}", "", "", "", ""]
+        if "bytes" in own:
+            loss = "" if own["loss"] is None else f"{own['loss']:.3f}"
+            cells[2:] = [loss, f"{own['cpu_minutes']:.1f}", f"{own['bytes'] / 1000:.0f}", f"{own['of_none']:.2f}x"]
+        label = kind if own.get("weight", 1) == 1 else f"{kind}, weight {own['weight']:g}"
+        rows.append([label, *cells])
+    columns = ["kind", "behaves", "facts still right", "held-out loss", "CPU minutes of training", "kB"]
+    return table([*columns, "decoding, of none"], rows)
+
+
 def vllm_plugin(content: Results) -> str:
     found = content["results"]
     parts = []
@@ -424,13 +438,14 @@ class ResultFile:
     question: str
     render: Callable[[Results], str]
     engine_command: str | None = None  # of `loraplex bench engine`, instead of a script
+    script: str | None = None  # in benchmarks, and its options; None: NAME.py
 
     @property
     def command(self) -> str:
         """What measures it."""
         if self.engine_command is not None:
             return f"loraplex bench engine {self.engine_command} --full"
-        return f"python benchmarks/{self.name}.py"
+        return f"python benchmarks/{self.script or f'{self.name}.py'}"
 
     def block(self, root: Path) -> str:
         path = root / RESULTS / f"{self.name}.json"
@@ -464,8 +479,19 @@ FILES = (
     ),
     ResultFile(
         name="residuals",
-        question="What vectors, ReFT and linked residuals cost the engine",
+        question="What vectors, ReFT, linked residuals and steering cost the engine",
         render=linked,
+    ),
+    ResultFile(
+        name="residuals_1.1b",
+        question="The same in a model of 1.1 billion parameters",
+        render=linked,
+        script="residuals.py --shape 1.1b",
+    ),
+    ResultFile(
+        name="adapter_kinds",
+        question="What a residual is good for: one behaviour, taught to adapters of equal size, and a vector",
+        render=adapter_kinds,
     ),
     ResultFile(
         name="engine_decode",

@@ -108,6 +108,27 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         },
         "| 8 rows with 8 control vectors | 198 | 0.99x |",
     ),
+    "residuals_1.1b": (
+        {
+            "tokens_per_s": {"nothing": 40.4, "8 rows steered by a factor": 38.0},
+            "ratio": {"nothing": 1.0, "8 rows steered by a factor": 0.94},
+        },
+        "| 8 rows steered by a factor | 38 | 0.94x |",
+    ),
+    "adapter_kinds": (
+        {
+            "base model": {"behaves": 0.5, "right": 0.6},
+            "LoReFT": {
+                **{"behaves": 1.0, "right": 0.75, "weight": 1.0, "loss": 0.1234, "cpu_minutes": 2.06, "bytes": 691_800},
+                "of_none": 0.9,
+            },
+            "vector": {
+                **{"behaves": 0.6, "right": 0.55, "weight": 0.2, "loss": None, "cpu_minutes": 0.1, "bytes": 66_816},
+                "of_none": 0.97,
+            },
+        },
+        "| vector, weight 0.2 | 0.60 | 0.55 |  | 0.1 | 67 | 0.97x |",
+    ),
     "xlora": (
         [
             {"question": "peft", "dtype": "float32", "tokens_per_s": {"peft": 2.0, "loraplex": 30.0}},

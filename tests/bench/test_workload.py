@@ -89,6 +89,19 @@ def test_sides_take_turns_after_a_warm_up():
     assert medians(figures) == {"a": 4.0, "b": 5.0}
 
 
+def test_rounds_end_where_there_is_no_time_for_another(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("loraplex.bench.measures.time.monotonic", lambda: clock[0])
+
+    def run() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    for seconds, rounds in ((0.5, 1), (6, 2), (7, 2), (100, 4)):  # a warm-up and a round take two seconds each
+        clock[0] = 0.0
+        assert len(alternate({"a": run, "b": run}, rounds=4, seconds=seconds)["b"]) == rounds, seconds
+
+
 def test_resident_memory_grows_with_what_is_held():
     before = resident_bytes()
     if before is None:

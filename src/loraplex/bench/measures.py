@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,21 @@ import numpy as np
 _STATM = Path("/proc/self/statm")  # Linux
 
 
-def alternate(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run every variant once a round, in turn, after one warm-up each: noise of a shared machine hits all alike."""
+def alternate(
+    variants: Mapping[str, Callable[[], float]], rounds: int, *, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Run every variant once a round, in turn, after one warm-up each: noise of a shared machine hits all alike.
+
+    A round that would not be done after so many `seconds` isn't begun, but for the first.
+    """
+    start = time.monotonic()
     for run in variants.values():
         run()
     figures: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    for done in range(rounds):
+        passed = time.monotonic() - start
+        if done > 0 and passed * (done + 2) / (done + 1) > seconds:
+            break
         for name, run in variants.items():
             figures[name].append(run())
     return figures
