@@ -13,7 +13,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.errors import EngineError
 from loraplex.server.api.messages import Message, as_turns
 from loraplex.server.api.responses.bodies import ResponsesBody
-from loraplex.server.api.responses.turns import response_turns
+from loraplex.server.api.responses.turns import response_messages
 from tests.server.tiny_server import running, settings
 from tests.server.tool_models import ADD, ENGINE, WEATHER, tool_model, tool_tokenizer
 
@@ -159,7 +159,7 @@ def test_items_are_the_turns_of_a_chat():
         {"role": "assistant", "content": "3."},
         {"role": "user", "content": "Thanks."},
     ]
-    assert response_turns(body) == as_turns([Message(**message) for message in messages])
+    assert as_turns(response_messages(body)) == as_turns([Message(**message) for message in messages])
 
 
 def test_outputs_are_inputs_of_the_next_request(server):

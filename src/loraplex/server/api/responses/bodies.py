@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from loraplex.server.api.bodies import Count, JsonSchema, ResponseFormat
-from loraplex.server.api.body import Body, one_of
+from loraplex.server.api.body import Body, NullableBody, one_of
 from loraplex.server.api.tools.definitions import MAX_TOOLS, FunctionDefinition, FunctionName
 
 _MAX_ITEMS = 4096
@@ -22,6 +22,20 @@ class TextPart(Body):
     text: str
 
 
+class ImagePart(Body):
+    """A picture in a user's turn, as a data URI."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"file_id": (None,)}
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "high"] | None = None
+
+    def as_chat_part(self) -> dict[str, Any]:
+        """The same of /v1/chat/completions."""
+        return {"type": "image_url", "image_url": {"url": self.image_url, "detail": self.detail}}
+
+
 class RefusalPart(Body):
     type: Literal["refusal"]
     refusal: str
@@ -32,8 +46,11 @@ class ReasoningPart(Body):
     text: str
 
 
-Parts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(max_length=_MAX_PARTS)]
-Content = one_of(str | Parts, 'a text or parts of type "input_text" or "output_text"; other parts are not supported')
+Part = TextPart | ImagePart | RefusalPart
+Parts = Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=_MAX_PARTS)]
+Content = one_of(
+    str | Parts, 'a text or parts of type "input_text", "input_image" or "output_text"; other parts are not supported'
+)
 
 
 class MessageItem(Body):
@@ -122,6 +139,13 @@ class TextFormat(Body):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def check_schema(self) -> "TextFormat":
+        """Raises ValueError for a schema that is missing."""
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError('type "json_schema" needs a schema')
+        return self
+
     def as_response_format(self) -> ResponseFormat:
         """The same of /v1/chat/completions."""
         schema = None if self.schema_ is None else JsonSchema.model_validate({"schema": self.schema_})
@@ -132,6 +156,10 @@ class TextOptions(Body):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": (None, "medium")}
 
     format: TextFormat | None = None
+
+
+class ResponseStreamOptions(NullableBody):
+    include_obfuscation: bool | None = None  # random characters, so that sizes don't tell tokens
 
 
 class ResponsesBody(Body):
@@ -150,7 +178,6 @@ class ResponsesBody(Body):
         "max_tool_calls": (None,),
         "prompt": (None,),
         "prompt_cache_retention": (None,),
-        "stream_options": (None, {}, {"include_obfuscation": False}),
     }
 
     model: str = Field(min_length=1, max_length=8192)
@@ -171,6 +198,7 @@ class ResponsesBody(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None
     stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = Field(None, max_length=1024)
     safety_identifier: str | None = Field(None, max_length=1024)

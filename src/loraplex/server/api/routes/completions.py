@@ -12,6 +12,7 @@ from starlette.responses import Response
 from loraplex.engine.request import Completion, Request, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
+from loraplex.server.api.answers import ANSWERS, respond
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CompletionBody, GenerationBody
 from loraplex.server.api.engine_requests import (
@@ -34,7 +35,6 @@ from loraplex.server.api.response_parts import (
     usage,
 )
 from loraplex.server.api.streaming import Choice
-from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState, TokenTexts
 
 router = APIRouter(route_class=JsonRoute)
