@@ -92,6 +92,9 @@ def test_the_documentation_has_the_table_of_refused_fields():
         {"structured_outputs": {"whitespace_pattern": " "}},
         {"guided_regex": "a", "guided_choice": ["b"]},
         {"guided_json": {"type": "object"}, "response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": '{"type":'}},
+        {"guided_json": "true"},
+        {"guided_json": '{"items":' * 40 + "{}" + "}" * 40},
         {"best_of": 3, "n": 4},
         {"best_of": 1000},
         {"best_of": 2, "stream": True},
@@ -237,7 +240,7 @@ def test_best_of_gives_the_likeliest_answers_a_token(server):
         ({}, {}),
         ({"response_format": {"type": "text"}, "guided_regex": "a+"}, {"regex": "a+"}),
         ({"structured_outputs": {"json": {"type": "object"}}}, {"json_schema": {"type": "object"}}),
-        ({"structured_outputs": {"json": '{"type": "object"}', "regex": None}}, {"json_schema": '{"type": "object"}'}),
+        ({"structured_outputs": {"json": '{"type": "object"}', "regex": None}}, {"json_schema": {"type": "object"}}),
         (
             {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
             {"json_schema": {"type": "object"}, "json_whitespace": False},
@@ -250,6 +253,16 @@ def test_best_of_gives_the_likeliest_answers_a_token(server):
 )
 def test_all_forms_of_structures_become_sampling_parameters(fields, expected):
     assert structure_of(CompletionBody.model_validate(BODY | fields)) == expected
+
+
+def test_a_schema_deeper_than_python_can_follow_is_a_400(server):
+    depth = 1015  # in a body that may be 1,024 deep
+    schema = '{"items":' * depth + "true" + "}" * depth
+    form = '{"type":"json_schema","json_schema":{"name":"x","schema":' + schema + "}}"
+    body = json.dumps(BODY)[:-1] + ',"response_format":' + form + "}"
+    headers = {"content-type": "application/json"}
+    answer = server.http().post("/v1/completions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
 
 
 def test_two_structures_are_an_error_that_names_both():

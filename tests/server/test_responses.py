@@ -88,6 +88,29 @@ def test_text_is_what_the_chat_answers(server):
     assert (raw["metadata"], raw["user"], raw["store"]) == ({"a": "b"}, "me", False)
 
 
+def test_sampling_that_a_request_leaves_open_is_told_as_it_was(server):
+    body = {name: value for name, value in BODY.items() if name != "temperature"}
+    state = server.server.state
+    own, state.sampling_defaults = state.sampling_defaults, {"temperature": 0.5, "top_p": 0.75}
+    try:
+        told = server.http().post("/v1/responses", json=body).json()
+    finally:
+        state.sampling_defaults = own
+    assert (told["temperature"], told["top_p"]) == (0.5, 0.75)
+
+
+@pytest.mark.parametrize("fields", [{}, MUST_CALL], ids=["text", "calls"])
+def test_obfuscation_hides_the_sizes_of_deltas(server, fields):
+    events = events_of(server, stream_options={"include_obfuscation": True}, **fields)
+    deltas = [event for event in events if event["type"].endswith(".delta")]
+    assert len(deltas) > 1
+    assert {(len(event["delta"].encode()) + len(event["obfuscation"])) % 32 for event in deltas} == {0}
+    assert not any("obfuscation" in event for event in events if event not in deltas)
+    plain = events_of(server, **fields)
+    assert [event["delta"] for event in plain if event["type"].endswith(".delta")] == [e["delta"] for e in deltas]
+    assert not any("obfuscation" in event for event in plain)
+
+
 def test_events_tell_the_whole_text(server):
     events = events_of(server)
     kinds = [event["type"] for event in events]
@@ -195,13 +218,17 @@ def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         (
-            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "x"}]}]},
             "input.0.message.content",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]},
+            "input.0.content",
         ),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "response_format.json_schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
