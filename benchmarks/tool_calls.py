@@ -3,8 +3,8 @@
     python benchmarks/tool_calls.py [--model smollm2-135m] [--adapters base] [--url URL] [--no-save]
 
 A hundred cases of four categories (tool_cases.py) through OpenAI's own client and the HTTP server, eight at once.
-A case fails if it has no call, or is cut off, or if one of its calls isn't JSON, names a function that isn't offered, or
-doesn't fit the function's schema, by jsonschema; then the status is 1. What the model means is told too: one of 135M
+A case fails if it has no call, or is cut off, or if one of its calls isn't JSON, names a function that isn't offered,
+or doesn't fit the function's schema, by jsonschema; then the status is 1. What the model means is told too: one of 135M
 parameters, never trained on calls, means little.
 """
 

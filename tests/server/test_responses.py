@@ -13,6 +13,7 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.errors import EngineError
 from loraplex.server.api.messages import Message, as_turns
 from loraplex.server.api.responses.bodies import ResponsesBody
+from loraplex.server.api.responses.recent_items import RecentItems
 from loraplex.server.api.responses.turns import response_messages
 from tests.server.tiny_server import running, settings
 from tests.server.tool_models import ADD, ENGINE, WEATHER, tool_model, tool_tokenizer
@@ -182,7 +183,7 @@ def test_items_are_the_turns_of_a_chat():
         {"role": "assistant", "content": "3."},
         {"role": "user", "content": "Thanks."},
     ]
-    assert as_turns(response_messages(body)) == as_turns([Message(**message) for message in messages])
+    assert as_turns(response_messages(body, {}.get)) == as_turns([Message(**message) for message in messages])
 
 
 def test_outputs_are_inputs_of_the_next_request(server):
@@ -192,6 +193,42 @@ def test_outputs_are_inputs_of_the_next_request(server):
     items += [{"type": "function_call_output", "call_id": item.call_id, "output": "5"} for item in first.output]
     again = client.responses.create(**BODY | {"input": items, "tools": TOOLS, "max_output_tokens": 3})
     assert again.usage.input_tokens > first.usage.input_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{}, MUST_CALL], ids=["text", "calls"])
+def test_items_of_the_last_answers_may_be_referred_to(server, fields, stream):
+    """As the AI SDK does, which takes responses to be kept unless `store` is false."""
+    raw = BODY | fields
+    first = (
+        events_of(server, **fields)[-1]["response"] if stream else server.http().post("/v1/responses", json=raw).json()
+    )
+    given = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "5"}
+        for item in first["output"]
+        if "call_id" in item
+    ]
+    question, last = ({"role": "user", "content": text} for text in (BODY["input"], "And now?"))
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    counts = [
+        server.http().post("/v1/responses", json=raw | {"input": [question, *items, *given, last]}).json()["usage"]
+        for items in (references, first["output"])
+    ]
+    assert counts[0]["input_tokens"] == counts[1]["input_tokens"] > first["usage"]["input_tokens"]
+
+
+def test_items_are_the_owners_and_not_kept_where_that_isnt_wanted(server):
+    item = server.http().post("/v1/responses", json=BODY | {"store": False}).json()["output"][0]
+    refused = server.http().post("/v1/responses", json=BODY | {"input": [{"type": "item_reference", "id": item["id"]}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input.0")
+    kept = RecentItems(max_bytes=100)
+    kept.keep("one", [{"id": "a", "text": "x" * 40}])
+    assert kept.find("one", "a") == {"id": "a", "text": "x" * 40}
+    assert kept.find("other", "a") is None
+    kept.keep("one", [{"id": "b", "text": "x" * 40}])
+    assert (kept.find("one", "a"), kept.find("one", "b") is None) == (None, False)
+    kept.keep("one", [{"id": "c", "text": "x" * 400}])
+    assert kept.find("one", "c") is None, "an item above the bound is kept"
 
 
 def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
@@ -216,7 +253,7 @@ def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": "x"}, {"type": "item_reference", "id": "x"}]}, "input.1"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "x"}]}]},
             "input.0.message.content",

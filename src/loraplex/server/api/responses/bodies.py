@@ -100,6 +100,13 @@ class ReasoningItem(Body):
     content: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] | None = None
 
 
+class ItemReference(Body):
+    """An item of an earlier answer, by its id."""
+
+    type: Literal["item_reference"]
+    id: str = Field(min_length=1, max_length=256)
+
+
 def _kind(item: Any) -> Any:
     """A message may leave its type out."""
     return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
@@ -109,7 +116,8 @@ InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(_kind),
 ]
 
@@ -166,7 +174,6 @@ class ResponsesBody(Body):
     """A request that has all that it needs with it: this server keeps no responses."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (None, False, True),  # clients ask for it unasked; the response says that it is not kept
         "previous_response_id": (None,),
         "conversation": (None,),
         "background": (None, False),
@@ -197,6 +204,7 @@ class ResponsesBody(Body):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None
+    store: bool | None = None  # responses are not kept; without it, later requests may refer to items
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -35,7 +36,8 @@ class ResponsesCall:
         self._body = body
         self._base_name = state.catalog.base_name
         self.use = _tool_use(body)
-        messages = response_messages(body)
+        self._recent, self._owner = state.recent_items, context.owner
+        messages = response_messages(body, partial(self._recent.find, self._owner))
         images = images_of(messages, state.model.base.config, config.engine.max_images, param="input")
         try:
             turns, tools = self.use.prepared(as_turns(messages), tokenizer.tools)
@@ -142,6 +144,8 @@ class ResponsesCall:
         status = "incomplete" if result.finish_reason == "length" else "completed"
         last = [] if self._parser is None else self._items.add(self._parser.end())
         self._last: list[Event] = [*last, *self._items.end(is_complete=status == "completed")]
+        if self._body.store is not False:
+            self._recent.keep(self._owner, self._items.items)
         return status
 
     def _sse(self, event: Event) -> bytes:

@@ -1,14 +1,18 @@
 """The items of a request as the messages of a chat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.messages import CalledFunction, Message, ToolCall
 from loraplex.server.api.responses.bodies import (
     FunctionCallItem,
     FunctionOutputItem,
     ImagePart,
     InputItem,
+    ItemReference,
     MessageItem,
     Part,
     ReasoningItem,
@@ -16,10 +20,13 @@ from loraplex.server.api.responses.bodies import (
     ResponsesBody,
 )
 
+_ITEM: TypeAdapter[InputItem] = TypeAdapter(InputItem)
+Find = Callable[[str], Mapping[str, Any] | None]  # an item of an earlier answer by its id
 
-def response_messages(body: ResponsesBody) -> list[Message]:
-    """The instructions are the system's turn, with the input's own."""
-    messages = _messages(body.input)
+
+def response_messages(body: ResponsesBody, find: Find) -> list[Message]:
+    """The instructions are the system's turn, with the input's own. Raises ApiError for references to nothing."""
+    messages = _messages([_found(item, place, find) for place, item in enumerate(body.input)])
     if not body.instructions:
         return messages
     texts = [body.instructions]
@@ -53,6 +60,22 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
         else:
             messages.append(_message("assistant", None, tool_calls=[call], **fields))
     return messages
+
+
+def _found(item: InputItem, place: int, find: Find) -> InputItem:
+    """The item that a reference stands for."""
+    if not isinstance(item, ItemReference):
+        return item
+    known = find(item.id)
+    if known is None:
+        raise ApiError(
+            BAD_REQUEST,
+            f"input.{place}: no item {item.id!r} is known here, or not any more: responses are not kept. Send the item "
+            "itself.",
+            param=f"input.{place}",
+        )
+    found: InputItem = _ITEM.validate_python(known)
+    return found
 
 
 def _message(role: str, content: str | list[dict[str, Any]] | None, **fields: Any) -> Message:
