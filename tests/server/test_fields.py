@@ -59,6 +59,28 @@ def test_null_and_neutral_values_change_nothing(server, body):
     assert post(server, body, request_id="abc").json()["id"].endswith("-abc")
 
 
+def test_null_is_no_value_in_messages_and_tools_too(server):
+    nulls = {"unheard_of": None, "name": None, "tool_calls": None}
+    (message,) = CHAT["messages"]
+    plain = post(server, CHAT).json()["choices"]
+    assert post(server, CHAT | {"messages": [message | nulls]}).json()["choices"] == plain
+    function = {"name": "f", "description": None, "strict": None, "unheard_of": None}
+    tools = [{"type": "function", "function": function, "unheard_of": None}]
+    assert post(server, CHAT, tools=tools, tool_choice="none").json()["choices"] == plain
+
+
+def test_tokenize_reads_a_chat_as_it_is_answered(server):
+    tokenizer = server.server.state.base_row_tokenizer.tokenizer
+    own, tokenizer.chat_template = tokenizer.chat_template, "{{ mood }}:{{ messages[0].content }}"
+    body = {"messages": CHAT["messages"], "chat_template_kwargs": {"mood": "glad"}, "unheard_of": None}
+    try:
+        told = server.http().post("/tokenize", json=body).json()
+        answered = post(server, CHAT, return_token_ids=True, chat_template_kwargs={"mood": "glad"}).json()
+    finally:
+        tokenizer.chat_template = own
+    assert told["tokens"] == answered["prompt_token_ids"]
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_fields_are_refused_with_their_reason(server, name):
     answer = post(server, BODY, **{name: "something else"})

@@ -186,6 +186,18 @@ def test_items_are_the_turns_of_a_chat():
     assert as_turns(response_messages(body, {}.get)) == as_turns([Message(**message) for message in messages])
 
 
+def test_null_is_no_value(server):
+    nulls = dict.fromkeys(
+        ("unheard_of", "previous_response_id", "include", "truncation", "reasoning", "stream_options")
+    )
+    part = {"type": "input_text", "text": BODY["input"], "prompt_cache_breakpoint": None}
+    item = {"type": None, "role": "user", "content": [part], "status": None}
+    plain = server.http().post("/v1/responses", json=BODY).json()
+    told = server.http().post("/v1/responses", json=BODY | nulls | {"input": [item], "text": {"format": None}}).json()
+    assert without_ids(told["output"]) == without_ids(plain["output"])
+    assert told["usage"]["input_tokens"] == plain["usage"]["input_tokens"]
+
+
 def test_outputs_are_inputs_of_the_next_request(server):
     client = server.client()
     first = client.responses.create(**BODY | MUST_CALL)

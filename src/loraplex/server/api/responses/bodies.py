@@ -13,7 +13,7 @@ _MAX_PARTS = 1024
 _OF_OUTPUTS = frozenset({"id", "status"})  # that items have which a server gave
 
 
-class TextPart(Body):
+class TextPart(NullableBody):
     """A text that a client wrote, or that an answer had."""
 
     ignored: ClassVar = frozenset({"annotations", "logprobs", "cache_control"})
@@ -22,10 +22,8 @@ class TextPart(Body):
     text: str
 
 
-class ImagePart(Body):
+class ImagePart(NullableBody):
     """A picture in a user's turn, as a data URI."""
-
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"file_id": (None,)}
 
     type: Literal["input_image"]
     image_url: str
@@ -36,12 +34,12 @@ class ImagePart(Body):
         return {"type": "image_url", "image_url": {"url": self.image_url, "detail": self.detail}}
 
 
-class RefusalPart(Body):
+class RefusalPart(NullableBody):
     type: Literal["refusal"]
     refusal: str
 
 
-class ReasoningPart(Body):
+class ReasoningPart(NullableBody):
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
@@ -53,7 +51,7 @@ Content = one_of(
 )
 
 
-class MessageItem(Body):
+class MessageItem(NullableBody):
     """A turn."""
 
     ignored: ClassVar = _OF_OUTPUTS | {"phase"}
@@ -63,15 +61,12 @@ class MessageItem(Body):
     content: Content  # type: ignore[valid-type]
 
 
-class FunctionCallItem(Body):
+class FunctionCallItem(NullableBody):
     """A call that an answer made."""
 
     ignored: ClassVar = _OF_OUTPUTS
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "namespace": (None,),
-        "caller": (None,),
-        "created_by": (None,),
-        "async": (None, False),
+        "async": (False,),
     }
 
     type: Literal["function_call"]
@@ -80,7 +75,7 @@ class FunctionCallItem(Body):
     arguments: str
 
 
-class FunctionOutputItem(Body):
+class FunctionOutputItem(NullableBody):
     """What a function gave."""
 
     ignored: ClassVar = _OF_OUTPUTS
@@ -90,7 +85,7 @@ class FunctionOutputItem(Body):
     output: Content  # type: ignore[valid-type]
 
 
-class ReasoningItem(Body):
+class ReasoningItem(NullableBody):
     """What an answer's reasoning was; the next turn of the assistant has it as `reasoning_content`."""
 
     ignored: ClassVar = _OF_OUTPUTS | {"encrypted_content"}
@@ -100,7 +95,7 @@ class ReasoningItem(Body):
     content: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] | None = None
 
 
-class ItemReference(Body):
+class ItemReference(NullableBody):
     """An item of an earlier answer, by its id."""
 
     type: Literal["item_reference"]
@@ -109,7 +104,7 @@ class ItemReference(Body):
 
 def _kind(item: Any) -> Any:
     """A message may leave its type out."""
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return (item.get("type") or "message") if isinstance(item, dict) else getattr(item, "type", None)
 
 
 InputItem = Annotated[
@@ -138,7 +133,7 @@ class ResponseToolChoice(Body):
     name: FunctionName
 
 
-class TextFormat(Body):
+class TextFormat(NullableBody):
     """The form of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -160,8 +155,8 @@ class TextFormat(Body):
         return ResponseFormat(type=self.type, json_schema=schema)
 
 
-class TextOptions(Body):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": (None, "medium")}
+class TextOptions(NullableBody):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
 
@@ -170,21 +165,16 @@ class ResponseStreamOptions(NullableBody):
     include_obfuscation: bool | None = None  # random characters, so that sizes don't tell tokens
 
 
-class ResponsesBody(Body):
+class ResponsesBody(NullableBody):
     """A request that has all that it needs with it: this server keeps no responses."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "previous_response_id": (None,),
-        "conversation": (None,),
-        "background": (None, False),
-        "include": (None, [], ["reasoning.encrypted_content"]),
-        "truncation": (None, "disabled"),
-        "service_tier": (None, "auto", "default"),
-        "reasoning": (None, {}),
-        "top_logprobs": (None, 0),
-        "max_tool_calls": (None,),
-        "prompt": (None,),
-        "prompt_cache_retention": (None,),
+        "background": (False,),
+        "include": ([], ["reasoning.encrypted_content"]),
+        "truncation": ("disabled",),
+        "service_tier": ("auto", "default"),
+        "reasoning": ({},),
+        "top_logprobs": (0,),
     }
 
     model: str = Field(min_length=1, max_length=8192)
