@@ -353,6 +353,14 @@ def test_sampling_defaults_are_the_models(root):
 
 
 def test_probabilities_of_many_prompts_have_a_bound(server):
-    answer = post(server, BODY | {"prompt": ["x" * 120] * 128, "max_tokens": 1}, prompt_logprobs=20)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "prompt_logprobs"
+    many = BODY | {"prompt": ["x" * 120] * 128, "max_tokens": 1}
+    few = BODY | {"prompt": ["x" * 120] * 16, "max_tokens": 1, "n": 10, "temperature": 1.0}
+    for body, fields, param in (
+        (many, {"prompt_logprobs": 20}, "prompt_logprobs"),
+        (many, {"echo": True, "logprobs": 20}, "logprobs"),
+        (few, {"echo": True, "logprobs": 20}, "logprobs"),
+    ):
+        answer = post(server, body, **fields)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+    assert post(server, BODY, echo=True, logprobs=20).status_code == 200
