@@ -38,4 +38,7 @@ class RecentItems:
         """One of the owner's items, if it is still known."""
         with self._lock:
             content = self._items.get((owner, item_id))
-        return None if content is None else orjson.loads(content)
+        if content is None:
+            return None
+        item: dict[str, Any] = orjson.loads(content)
+        return item

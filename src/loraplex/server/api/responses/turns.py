@@ -30,8 +30,12 @@ def response_messages(body: ResponsesBody, find: Find) -> list[Message]:
     if not body.instructions:
         return messages
     texts = [body.instructions]
-    while messages and messages[0].role in ("system", "developer") and isinstance(messages[0].content, str):
-        texts.append(messages.pop(0).content)  # templates take one
+    while messages and messages[0].role in ("system", "developer"):  # templates take one
+        content = messages[0].content
+        if not isinstance(content, str):
+            break
+        texts.append(content)
+        messages.pop(0)
     return [_message("system", "\n\n".join(texts)), *messages]
 
 
