@@ -48,11 +48,11 @@ def test_answers_are_one_of_the_choices(engine):
 MARKS = "abc de.*+?|[](){}^$&~#-_<>%\n\t\"'\\é中"
 
 
-@pytest.mark.parametrize(("number", "length"), [(3000, 15), (40, 1000)])
+@pytest.mark.parametrize(("number", "length"), [(3000, 15), (40, 200)])
 def test_thousands_of_choices_with_any_characters(engine, number, length):
     draw = random.Random(number)
     choices = tuple("x" + "".join(draw.choices(MARKS, k=length)) for _ in range(number))
-    sampling = [SamplingParams(max_tokens=3000, temperature=1.0, seed=seed, choice=choices) for seed in range(2)]
+    sampling = [SamplingParams(max_tokens=600, temperature=1.0, seed=seed, choice=choices) for seed in range(2)]
     results = engine.generate([Request(ASKED, sampling=one) for one in sampling])
     assert [result.finish_reason for result in results] == ["stop", "stop"]
     assert {result.text for result in results} <= set(choices)

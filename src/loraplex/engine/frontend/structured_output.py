@@ -80,8 +80,7 @@ def _structure(sampling: SamplingParams) -> _Structure:
     if sampling.regex is not None:
         option, text = "regex", sampling.regex
     elif sampling.choice is not None:
-        # As one expression: of alternatives of a grammar each would be an item of its parser, which has 2,000 at most.
-        option, text = "choice", "|".join(_MARKS.sub(r"\\\g<0>", choice) for choice in sampling.choice)
+        option, text = "choice", "|".join(sampling.choice)
     elif sampling.tool_grammar is not None:
         option, text = "tool_grammar", sampling.tool_grammar
     else:
@@ -91,6 +90,9 @@ def _structure(sampling: SamplingParams) -> _Structure:
         raise RequestError(
             f"{_NAMES.get(option, option)} has {len(text)} characters; {most} are possible. {_FIXES[option]}"
         )
+    if sampling.choice is not None:
+        # One expression: of alternatives of a grammar each would be an item of its parser, which has 2,000 at most.
+        text = "|".join(_MARKS.sub(r"\\\g<0>", choice) for choice in sampling.choice)
     return _Structure(option, text)
 
 
