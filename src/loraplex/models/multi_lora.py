@@ -70,7 +70,7 @@ class MultiLoraModel:
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self.adaptable.attach_once("images", lambda: join_image_rows(base, self.adaptable.unseen))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
-        self._runner = CallRunner(self)
+        self._runner = CallRunner()
         self._front: AttentionHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
@@ -353,7 +353,7 @@ class MultiLoraModel:
             attention=attention,
             generates=False,
         )
-        return self._runner.run(call, self.base, return_scalings=return_scalings)
+        return self._runner.run(self, call, self.base, return_scalings=return_scalings)
 
     __call__ = forward
 
@@ -395,4 +395,4 @@ class MultiLoraModel:
             generates=True,
             fast_decode=self._fast_decode,
         )
-        return self._runner.generate(call, packed=packed, return_scalings=return_scalings)
+        return self._runner.generate(self, call, packed=packed, return_scalings=return_scalings)

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 
 class CallRunner:
-    """Of one model. What a call reports (drafts, scalings, attention) goes to the model and to who asked."""
+    """Of one model, which it doesn't keep; what a call reports (drafts, scalings) goes there, and to who asked."""
 
-    def __init__(self, model: "MultiLoraModel") -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._packed: PackedGenerator | None = None  # made by the first `generate`
         self._lock = threading.Lock()
 
@@ -27,19 +26,18 @@ class CallRunner:
         if self._packed is not None:
             self._packed.close()
 
-    def generate(self, call: Call, *, packed: bool | None, return_scalings: bool) -> Any:
+    def generate(self, model: "MultiLoraModel", call: Call, *, packed: bool | None, return_scalings: bool) -> Any:
         """On packed passes unless they can't run it, or aren't wanted. Raises RequestError where they alone are."""
         _ = call.row_ends, call.vocabularies
-        prepared = "" if packed is False else self._packed_call(call)
+        prepared = "" if packed is False else self._packed_call(model, call)
         if not isinstance(prepared, str):
-            return self._run_packed(prepared)
+            return self._run_packed(model, prepared)
         if packed:
             raise RequestError(f"packed=True, but this call can't run so: {prepared}. Leave packed out.")
-        return self.run(call, self._model.base.generate, return_scalings=return_scalings)
+        return self.run(model, call, model.base.generate, return_scalings=return_scalings)
 
-    def run(self, call: Call, function: Callable[..., Any], *, return_scalings: bool) -> Any:
+    def run(self, model: "MultiLoraModel", call: Call, function: Callable[..., Any], *, return_scalings: bool) -> Any:
         """The output of the base model's forward or generate; with `return_scalings`, (output, scalings)."""
-        model = self._model
         with call.running() as ran:
             output = function(input_ids=call.input_ids, attention_mask=call.attention_mask, **call.inputs)
         call.note_cached(output)
@@ -56,18 +54,18 @@ class CallRunner:
         model.scalings_log.record([entry for row in scalings for entry in row])
         return (output, scalings) if return_scalings else output
 
-    def _packed_call(self, call: Call) -> "PackedCall | str":
+    def _packed_call(self, model: "MultiLoraModel", call: Call) -> "PackedCall | str":
         """The call on packed passes, or why it can't be."""
-        if not self._model.decodes_fast:
+        if not model.decodes_fast:
             return "there is no compiled kernel for this model, or fast_decode is False"
         from loraplex.engine.packed_generate import PackedGenerator  # which imports this module
 
         with self._lock:
             if self._packed is None:
-                self._packed = PackedGenerator(self._model)
+                self._packed = PackedGenerator(model)
         return self._packed.prepare(call)
 
-    def _run_packed(self, call: "PackedCall") -> Tensor:
+    def _run_packed(self, model: "MultiLoraModel", call: "PackedCall") -> Tensor:
         output: Tensor = call.run()
-        self._model.draft_counts.add(call.counts)
+        model.draft_counts.add(call.counts)
         return output
