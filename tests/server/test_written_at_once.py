@@ -11,7 +11,7 @@ import pytest
 from loraplex.engine.frontend.output_processor import OutputCollector
 from loraplex.engine.request import Delta
 from loraplex.errors import EngineError
-from loraplex.server.api.answers import Chunks
+from loraplex.server.api.completion_answers import Chunks
 from loraplex.server.connections import ChunkedChannel, Protocol
 from tests.server.tiny_server import TIMEOUT_S, Running, wait_until_idle
 

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from loraplex.engine.request import Completion, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
-from loraplex.server.api.answers import ANSWERS, respond
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
 from loraplex.server.api.chat_images import images_of
+from loraplex.server.api.completion_answers import ANSWERS, respond
 from loraplex.server.api.engine_requests import (
     EncodedPrompt,
     Truncation,

@@ -12,9 +12,9 @@ from starlette.responses import Response
 from loraplex.engine.request import Completion, Request, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
-from loraplex.server.api.answers import ANSWERS, respond
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CompletionBody, GenerationBody
+from loraplex.server.api.completion_answers import ANSWERS, respond
 from loraplex.server.api.engine_requests import (
     EncodedPrompt,
     Truncation,
