@@ -101,7 +101,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_a_slow_reader_gets_everything_in_order(server: Running, small_buffers, refused) -> None:
     """The reader takes nothing until tokens had to wait, then all of them."""
-    body = COMPLETION | {"n": 8, "max_tokens": 200, "logprobs": 20, "return_token_ids": True}
+    body = COMPLETION | {"n": 4, "max_tokens": 100, "logprobs": 20, "return_token_ids": True}
     whole = server.http().post("/v1/completions", json=body).json()["choices"]
     content = json.dumps(body | {"stream": True}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
