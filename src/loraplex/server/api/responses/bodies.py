@@ -95,6 +95,9 @@ class ReasoningItem(NullableBody):
     content: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] | None = None
 
 
+WholeItem = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
+
+
 class ItemReference(NullableBody):
     """An item of an earlier answer, by its id."""
 

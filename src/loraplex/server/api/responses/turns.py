@@ -18,9 +18,10 @@ from loraplex.server.api.responses.bodies import (
     ReasoningItem,
     RefusalPart,
     ResponsesBody,
+    WholeItem,
 )
 
-_ITEM: TypeAdapter[InputItem] = TypeAdapter(InputItem)
+_ITEM: TypeAdapter[Any] = TypeAdapter(InputItem)
 Find = Callable[[str], Mapping[str, Any] | None]  # an item of an earlier answer by its id
 
 
@@ -39,7 +40,7 @@ def response_messages(body: ResponsesBody, find: Find) -> list[Message]:
     return [_message("system", "\n\n".join(texts)), *messages]
 
 
-def _messages(items: Sequence[InputItem]) -> list[Message]:
+def _messages(items: Sequence[WholeItem]) -> list[Message]:
     """Calls belong to the assistant's turn before them, reasoning to the one behind it."""
     messages: list[Message] = []
     reasoning: str | None = None
@@ -66,7 +67,7 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
     return messages
 
 
-def _found(item: InputItem, place: int, find: Find) -> InputItem:
+def _found(item: InputItem, place: int, find: Find) -> WholeItem:
     """The item that a reference stands for."""
     if not isinstance(item, ItemReference):
         return item
@@ -78,7 +79,7 @@ def _found(item: InputItem, place: int, find: Find) -> InputItem:
             "itself.",
             param=f"input.{place}",
         )
-    found: InputItem = _ITEM.validate_python(known)
+    found: WholeItem = _ITEM.validate_python(known)
     return found
 
 
