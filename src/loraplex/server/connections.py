@@ -89,7 +89,7 @@ class Protocol(HttpToolsProtocol):
         scope = self.scope
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is scope:  # not of one that is upgraded or refused
-            scope[CHANNEL_KEY] = ChunkedChannel(self.cycle)  # type: ignore[typeddict-unknown-key]
+            scope[CHANNEL_KEY] = ChunkedChannel(self.cycle)  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
