@@ -333,6 +333,15 @@ def http_overhead(content: Results) -> str:
     return table(columns, [[label, *cells, f"{found['tokens_per_chunk']:.2f}"]])
 
 
+def tool_calls(content: Results) -> str:
+    """By category: how many cases' calls fit their schemas, and how many are what was meant."""
+    rows = [
+        [name, *(str(counts[key]) for key in ("cases", "calls", "fit", "right_functions", "right_calls"))]
+        for name, counts in content["results"].items()
+    ]
+    return table(["cases", "asked", "calls", "parse and fit", "the right functions", "the right calls"], rows)
+
+
 def linked(content: Results) -> str:
     found = content["results"]
     rows = [[label, f"{speed:.0f}", f"{found['ratio'][label]:.2f}x"] for label, speed in found["tokens_per_s"].items()]
@@ -514,6 +523,11 @@ FILES = (
         name="hostile_tenant",
         question="One tenant under attack by another: seconds to the first token",
         render=hostile_tenant,
+    ),
+    ResultFile(
+        name="tool_calls",
+        question="Calls of tools by SmolLM2, constrained by their schemas",
+        render=tool_calls,
     ),
     ResultFile(
         name="engine_prefix",

@@ -75,6 +75,10 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"tokens_per_s": {"engine": 500.4, "http": 480.2}, "ratio": 0.9596, "tokens_per_chunk": 1.0},
         "| 32 streams of 64 tokens | 500 | 480 | 0.960 | 1.00 |",
     ),
+    "tool_calls": (
+        {"all": {"cases": 100, "calls": 120, "fit": 99, "cut_off": 1, "right_functions": 70, "right_calls": 30}},
+        "| all | 100 | 120 | 99 | 70 | 30 |",
+    ),
     "vllm_plugin": (
         {
             "without a mixture, tokens/s": {"base, batch 8": {"vllm": 64.4, "plugin": 68.4}},
