@@ -43,7 +43,9 @@ def quoted(value: Any) -> str:
     """repr(value) for a message, cut where it is long; what isn't shown costs nothing, however large or deep it is."""
     if isinstance(value, str | bytes) and len(value) > MAX_QUOTED:
         return f"{value[:MAX_QUOTED]!r}... ({len(value)} in all)"
-    shown, length, unread = list[str](), 0, [iter([_Inner(value)])]
+    shown: list[str] = []
+    length = 0
+    unread: list[Iterator[str | _Inner]] = [iter([_Inner(value)])]
     while unread and length <= MAX_QUOTED:
         piece = next(unread[-1], None)
         if piece is None:
