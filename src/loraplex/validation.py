@@ -8,7 +8,13 @@ from loraplex.errors import ConfigError, RequestError
 
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_QUOTED = 300  # characters of a value in a message
-_BRACKETS = {dict: ("{", "}"), list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}"), frozenset: ("frozenset({", "})")}
+_BRACKETS: dict[type, tuple[str, str]] = {
+    dict: ("{", "}"),
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
 
 
 def is_whole(value: object) -> bool:
