@@ -31,7 +31,7 @@ def images_of(messages: Sequence[Message], model_config: PreTrainedConfig, most:
         raise ApiError(TOO_LARGE, message, param=param)
     if found and image_token_of(model_config) is None:
         kind = model_config.model_type
-        raise ApiError(BAD_REQUEST, f"the messages have images, but {kind!r} takes none.", param=param)
+        raise ApiError(BAD_REQUEST, f"the messages have images, but {kind!r} takes none.", param=found[0][0])
     return [_decoded(url, place) for place, url in found]
 
 
