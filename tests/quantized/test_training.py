@@ -105,7 +105,9 @@ def test_losses_of_four_jobs_follow_peft_training_each_alone(plain, kind, tmp_pa
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=0, msg=job.name)
 
 
-@pytest.mark.parametrize("kind", kinds("nf4", "int8"))
+@pytest.mark.parametrize(
+    "kind", kinds("nf4")
+)  # DoRA over int8 fails in PEFT on a CPU: there is nothing to compare with
 def test_dora_beside_pissa_follows_peft_training_it_alone(plain, kind, tmp_path):
     """PiSSA takes its start from the dequantized weights, which PEFT refuses: it begins with the base model's loss."""
     start = random_peft_adapter(

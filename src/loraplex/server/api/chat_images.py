@@ -14,13 +14,16 @@ from loraplex.server.api.messages import Message
 _START = re.compile(r"data:image/[a-z.+-]{1,32};base64,", re.IGNORECASE)
 
 
-def images_of(messages: Sequence[Message], model_config: PreTrainedConfig, most: int, *, param: str) -> list[bytes]:
+def images_of(
+    messages: Sequence[Message], model_config: PreTrainedConfig, most: int, *, param: str, numbered: bool = True
+) -> list[bytes]:
     """The messages' pictures, still encoded, in their order.
 
-    Raises ApiError: for too many, and of a model that takes none, before any is decoded.
+    `numbered`: the messages are those of the request's field `param`, one for each. Raises ApiError: for too many, and
+    of a model that takes none, before any is decoded.
     """
     found = [
-        (f"{param}.{number}.content", part["url"])
+        (f"{param}.{number}.content" if numbered else param, part["url"])
         for number, message in enumerate(messages)
         if isinstance(message.content, list)
         for part in message.content

@@ -38,7 +38,8 @@ class ResponsesCall:
         self.use = _tool_use(body)
         self._recent, self._owner = state.recent_items, context.owner
         messages = response_messages(body, partial(self._recent.find, self._owner))
-        images = images_of(messages, state.model.base.config, config.engine.max_images, param="input")
+        most = config.engine.max_images
+        images = images_of(messages, state.model.base.config, most, param="input", numbered=False)
         try:
             turns, tools = self.use.prepared(as_turns(messages), tokenizer.tools)
         except RequestError as error:
