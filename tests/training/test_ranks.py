@@ -58,9 +58,8 @@ def test_two_processes_follow_the_trajectory_of_one(kind: str, tmp_path: Path) -
             assert (actual[name] - tensor).abs().max().item() < 1e-3 * tensor.abs().max().item() + 1e-6, name
 
 
-@pytest.mark.parametrize(
-    ("kind", "without"), [pytest.param("kinds", (), marks=pytest.mark.slow), ("sharded kinds", NOT_SHARDED)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "without"), [("kinds", ()), ("sharded kinds", NOT_SHARDED)])
 def test_two_processes_follow_the_trajectory_of_one_for_every_kind_of_job(
     kind: str, without: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -74,6 +73,7 @@ def test_two_processes_follow_the_trajectory_of_one_for_every_kind_of_job(
         assert held_out == pytest.approx(expected.eval_losses, rel=1e-4, abs=1e-6), expected.name
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_what_diverged(tmp_path: Path) -> None:
     launch("tests.training.run_tiny", str(tmp_path), "diverging")
     expected = {
