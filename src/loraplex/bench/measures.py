@@ -42,7 +42,11 @@ def percentiles(values: Sequence[float], at: Sequence[int] = (50, 90, 99)) -> di
 
 
 def resident_bytes() -> int | None:
-    """This process's memory in RAM; None where the system doesn't tell."""
+    """This process's own memory in RAM; None where the system doesn't tell.
+
+    Pages of files are left out: the system takes them back and reads them again as it likes, which looks like growth.
+    """
     if not _STATM.exists():
         return None
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    _, resident, of_files, *_ = _STATM.read_text().split()
+    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
