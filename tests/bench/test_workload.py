@@ -1,6 +1,7 @@
 """Arrivals, popular names and prompts have the distributions that they are said to have."""
 
 import json
+import mmap
 import random
 from collections import Counter
 
@@ -109,3 +110,17 @@ def test_resident_memory_grows_with_what_is_held():
     held = np.ones(2**25)  # 256 MiB: more than what earlier tests have left that the system takes back meanwhile
     assert 2**27 < resident_bytes() - before < 2**29
     del held
+
+
+def test_shared_memory_is_the_process_s_own_and_pages_of_a_file_are_not(tmp_path):
+    before = resident_bytes()
+    if before is None:
+        skip_here("the memory of a process, which Linux tells")
+    with mmap.mmap(-1, 2**28) as held:
+        held.write(b"1" * 2**28)
+        assert 2**27 < resident_bytes() - before < 2**29
+    (tmp_path / "file").write_bytes(b"1" * 2**28)
+    before = resident_bytes()
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped.find(b"0") == -1
+        assert resident_bytes() - before < 2**27

@@ -1,6 +1,5 @@
 """Figures from runs: sides that take turns, medians, percentiles, resident memory."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-_STATM = Path("/proc/self/statm")  # Linux
+_STATUS = Path("/proc/self/status")  # Linux
 
 
 def alternate(
@@ -44,9 +43,11 @@ def percentiles(values: Sequence[float], at: Sequence[int] = (50, 90, 99)) -> di
 def resident_bytes() -> int | None:
     """This process's own memory in RAM; None where the system doesn't tell.
 
-    Pages of files are left out: the system takes them back and reads them again as it likes, which looks like growth.
+    Memory of no file, shared or not. Pages of files are left out: the system takes them back and reads them again as
+    it likes, which looks like growth.
     """
-    if not _STATM.exists():
+    if not _STATUS.exists():
         return None
-    _, resident, of_files, *_ = _STATM.read_text().split()
-    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    kibibytes = [int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem") if name in fields]
+    return 1024 * sum(kibibytes) if kibibytes else None
