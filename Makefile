@@ -4,7 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 # and so do the clients of other projects
 CLIENTS_VENV ?= .venv-clients
-# and the Tinker SDK with its cookbook
+# and the Tinker SDK with its cookbook, of whose requirements those are left out that its recipes here don't import
 TINKER_VENV ?= .venv-tinker
 # which of the tests inside vLLM, and of the science examples: MARK="" for all of them
 MARK ?= not slow and not gpu
@@ -85,11 +85,12 @@ $(TINKER_SETUP): requirements.txt tests/clients/tinker/requirements.txt
 	$(PYTHON) -m venv $(TINKER_VENV)
 	$(TINKER_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile "$$(grep '^torch==' requirements.txt)"
 	$(TINKER_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile -r tests/clients/tinker/requirements.txt
+	$(TINKER_VENV)/bin/python -m pip --disable-pip-version-check install --no-compile --no-deps tinker-cookbook==0.6.1
 	@touch $@
 
 setup-tinker: $(TINKER_SETUP) ## Make the environment of the Tinker SDK
 
-test-tinker: setup $(TINKER_SETUP) ## The Tinker SDK against loraplex serve --training, with SmolLM2
+test-tinker: setup $(TINKER_SETUP) ## The Tinker SDK and its cookbook against loraplex serve --training, with SmolLM2
 	LORAPLEX_PYTHON=$(BIN)/python $(TINKER_VENV)/bin/python -m pytest --confcutdir=tests/clients/tinker -m "" tests/clients/tinker
 
 setup-all: setup-extras setup-quantized setup-science setup-clients setup-tinker setup-vllm ## All environments, with all that the tests need; Chromium comes with .ci/run

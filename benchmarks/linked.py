@@ -25,7 +25,7 @@ RESIDUAL_LAYERS = tuple(range(6, 22, 2))
 CAPTURED_LAYERS = (10, 20)
 
 
-def random_residual(model: MultiLoraModel, seed: int) -> LinkedResidual:
+def random_residual(model: MultiLoraModel, seed: int, at: tuple[int, ...] = RESIDUAL_LAYERS) -> LinkedResidual:
     """Rank 8 on eight layers, weak enough to leave the text sensible."""
     identity = model.registry.linked.layers.identity
     draw = torch.Generator().manual_seed(seed)
@@ -39,9 +39,9 @@ def random_residual(model: MultiLoraModel, seed: int) -> LinkedResidual:
             b=normal(identity.hidden_size, 0.01),
             head_logits=normal(identity.num_heads[layer], 1.0),
         )
-        for layer in RESIDUAL_LAYERS
+        for layer in at
     }
-    return LinkedResidual(config=ResidualConfig(r=8, layers=RESIDUAL_LAYERS), layers=layers, base=identity)
+    return LinkedResidual(config=ResidualConfig(r=8, layers=at), layers=layers, base=identity)
 
 
 def main() -> None:

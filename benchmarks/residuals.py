@@ -2,12 +2,14 @@
 
     python benchmarks/residuals.py
     python benchmarks/residuals.py --shape 1.1b --tokens 24 --rounds 3 --clock cpu
+    python benchmarks/residuals.py --shape 1.1b --layers 3 --tokens 4 --rounds 1 --name trial  # that it runs
 
 One batch of 8 requests generates 48 tokens each in the engine, in turn: nothing asked for; each row with a control
 vector of its own on all blocks; 4 rows through a chain of 2 linked residuals (rank 8, 8 layers); each row with ReFT
 (rank 4, all blocks, first and last 7 tokens of its prompt); each row with attention steered in all layers. With
 --shape 1.1b the model is one of TinyLlama's shape and random weights. Figures are new tokens a second of the whole
 batch, prefill included, medians over the rounds; ratios are taken within a round, and then their median.
+A round that would not be done after --seconds isn't begun.
 """
 
 import argparse
@@ -27,14 +29,14 @@ ROWS = 8
 PROMPT_TOKENS = 25
 
 
-def load(shape: str, dtype: str) -> MultiLoraModel:
-    """SmolLM2, or a model of TinyLlama's shape with random weights."""
+def load(shape: str, dtype: str, num_layers: int) -> MultiLoraModel:
+    """SmolLM2, or a model of TinyLlama's shape, with so many layers, and random weights."""
     if shape == "135m":
         return MultiLoraModel.from_pretrained("smollm2-135m", dtype=dtype)
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
-        num_hidden_layers=22,
+        num_hidden_layers=num_layers,
         num_attention_heads=32,
         num_key_value_heads=4,
         vocab_size=32000,
@@ -77,6 +79,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shape", choices=["135m", "1.1b"], default="135m")
+    parser.add_argument("--layers", type=int, default=22, help="of the 1.1b shape")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of all rounds")
+    parser.add_argument("--name", default=None, help="of the result file; default: by the shape")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of one thread")
     options = parser.parse_args()
 
@@ -84,12 +89,13 @@ def main() -> None:
     if options.clock == "cpu":
         torch.set_num_threads(1)
         clock = time.process_time
-    model = load(options.shape, options.dtype)
+    model = load(options.shape, options.dtype, options.layers)
+    linked_layers = tuple(n for n in RESIDUAL_LAYERS if n < model.registry.linked.sites.num_blocks) or (0, 1)
     for row in range(ROWS):
         model.load_residual(f"vector{row}", random_vector(model, row))
         model.load_residual(f"reft{row}", random_reft(model, 20 + row))
-    model.load_residual("a", random_residual(model, 1))
-    model.load_residual("b", random_residual(model, 2))
+    model.load_residual("a", random_residual(model, 1, linked_layers))
+    model.load_residual("b", random_residual(model, 2, linked_layers))
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 30000, (ROWS, PROMPT_TOKENS), generator=draw).tolist()
     sampling = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
@@ -116,9 +122,7 @@ def main() -> None:
             "8 rows steered by a factor": timed([None] * ROWS, Steering(spans=((3, 9),), strength=3.0)),
             "8 rows steered to a share": timed([None] * ROWS, Steering(spans=((3, 9),), share=0.3)),
         }
-        for run in kinds.values():  # warms up
-            run()
-        figures = alternate(kinds, options.rounds)
+        figures = alternate(kinds, options.rounds, seconds=options.seconds)
     speeds = medians(figures)
     ratios = {
         name: statistics.median(own / none for own, none in zip(values, figures["nothing"], strict=True))
@@ -133,13 +137,13 @@ def main() -> None:
         "rows": ROWS,
         "new_tokens": options.tokens,
         "dtype": options.dtype,
-        "rounds": options.rounds,
+        "rounds": len(figures["nothing"]),
         "clock": options.clock,
-        "linked_layers": RESIDUAL_LAYERS,
+        "linked_layers": linked_layers,
         "shape": options.shape,
     }
     save(
-        "residuals" if options.shape == "135m" else f"residuals_{options.shape}",
+        options.name or ("residuals" if options.shape == "135m" else f"residuals_{options.shape}"),
         workload,
         {"tokens_per_s": speeds, "ratio": ratios, "all_rounds": figures},
     )

@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("kernel_choice", "mixed_batch", "memory", "zipf", "training", "linked", "residuals")
+SCRIPTS = (
+    "kernel_choice",
+    "mixed_batch",
+    "memory",
+    "zipf",
+    "training",
+    "training_service",
+    "linked",
+    "residuals",
+    "adapter_kinds",
+)
 ENGINE = ("decode", "prefix", "load", "churn")  # commands of `loraplex bench engine`
 NAMES = (*SCRIPTS, *(f"engine_{name}" for name in ENGINE))
 

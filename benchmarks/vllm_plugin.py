@@ -2,12 +2,15 @@
 
     .venv-vllm/bin/python benchmarks/vllm_plugin.py             # all parts, each in a process of its own
     .venv-vllm/bin/python benchmarks/vllm_plugin.py --part speed
+    .venv-vllm/bin/python benchmarks/vllm_plugin.py --part residuals --seconds 20 --result runs/trial.json  # a trial
 
 Speed: tokens per second of decoding, SmolLM2-135M, float32, CPU, the same prompts for every side; vLLM without the
 plugin and with it, in turns in one process; X-LoRA, and mixtures in one pass, beside plain LoRA of the same total rank;
 residuals: what their option costs a batch without any, and a vector on all blocks and a chain of two linked residuals
 (rank 8, 8 layers) in every row.
 Parity: the grid of tests/vllm on a tiny random Llama and on SmolLM2, with its negative controls.
+
+A part of speeds takes five minutes at most: rounds end early on a slow machine, not before the second.
 """
 
 import argparse
@@ -30,6 +33,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 
 RESULT = ROOT / "benchmarks" / "results" / "vllm_plugin.json"
+SECONDS = 200.0  # of a part's measurements; engines and folders come on top
 PARTS = ("speed", "mixtures", "routers", "residuals", "parity")
 EXPERTS, RANK = 4, 8  # of the mixture; the plain LoRA has their product
 RESIDUAL_LAYERS = (2, 6, 10, 14, 17, 20, 24, 28)  # of SmolLM2's 30 blocks
@@ -45,6 +49,7 @@ WORKLOAD = {
     "prompt_tokens": PROMPT_TOKENS,
     "new_tokens": NEW_TOKENS,
     "clock": "wall",
+    "seconds": SECONDS,
 }
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -178,11 +183,20 @@ def measure_speed(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     from vllm import LLM
 
     sides = {"vllm": LLM(**settings(None)), "plugin": LLM(**settings({}))}
-    for results in side_by_side(sides, folders["plain"]):
+    for results in side_by_side(sides, folders["plain"], WORKLOAD["seconds"]):
         yield {"without a mixture, tokens/s": results}
 
 
-def side_by_side(sides: dict[str, Any], plain: Path) -> Iterator[dict[str, Any]]:
+def rounds_within(most: int, seconds: float) -> Iterator[int]:
+    """The numbers of rounds, as many as there is time for; two at least."""
+    stop = time.monotonic() + seconds
+    for i in range(most):
+        if i > 1 and time.monotonic() > stop:
+            return
+        yield i
+
+
+def side_by_side(sides: dict[str, Any], plain: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """Base rows and plain LoRA in two engines, in turns; after each case what is known so far."""
     cases = [(kind, path, size) for size in (8, 1) for kind, path in (("base", None), ("plain", plain))]
     results = {}
@@ -190,7 +204,7 @@ def side_by_side(sides: dict[str, Any], plain: Path) -> Iterator[dict[str, Any]]
         found: dict[str, list[float]] = {side: [] for side in sides}
         for llm in sides.values():
             tokens_per_s(llm, path, size, 1)
-        for i in range(4):
+        for i in rounds_within(4, seconds / len(cases)):
             for side in list(sides)[:: 1 if i % 2 else -1]:
                 found[side].append(tokens_per_s(sides[side], path, size, 1))
         results[f"{kind}, batch {size}"] = {side: round(median(speeds), 1) for side, speeds in found.items()}
@@ -202,7 +216,7 @@ def measure_mixtures(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     from vllm import LLM
 
     kinds = {"base": None, "plain": folders["plain"], "x-lora": folders["science"]}
-    for results in in_turns(LLM(**settings({"mixtures": True})), kinds, 3):
+    for results in in_turns(LLM(**settings({"mixtures": True})), kinds, 3, WORKLOAD["seconds"]):
         yield {"with mixtures on, tokens/s": results}
 
 
@@ -211,7 +225,7 @@ def measure_routers(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     from vllm import LLM
 
     kinds = {"base": None, "plain": folders["plain"], "arrow": folders["arrow"], "spectr": folders["spectr"]}
-    for results in in_turns(LLM(**settings({"routers": True}) | {"max_loras": 3}), kinds, 5):
+    for results in in_turns(LLM(**settings({"routers": True}) | {"max_loras": 3}), kinds, 5, WORKLOAD["seconds"]):
         yield {"with routers on, tokens/s": results}
 
 
@@ -226,21 +240,21 @@ def measure_residuals(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
         "vllm": LLM(**settings(None)),
         "plugin": LLM(**settings(options | {"folder": str(folder), "any_path": True}) | {"max_loras": 3}),
     }
-    for results in side_by_side(sides, folders["plain"]):
+    for results in side_by_side(sides, folders["plain"], WORKLOAD["seconds"] / 2):
         yield {"without a residual, tokens/s": results}
     kinds = {"base": None, "vector": folder / "vector", "linked": folder / "first", "chain": Path("first+second")}
-    for results in in_turns(sides["plugin"], kinds, 5):
+    for results in in_turns(sides["plugin"], kinds, 5, WORKLOAD["seconds"] / 2):
         yield {"with residuals on, tokens/s": results}
 
 
-def in_turns(llm: Any, kinds: dict[str, Path | None], rounds: int) -> Iterator[dict[str, Any]]:
+def in_turns(llm: Any, kinds: dict[str, Path | None], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Tokens per second of each kind, medians over rounds; after each batch size what is known so far."""
     results: dict[str, Any] = {}
     for size in (8, 1):
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         for path in kinds.values():
             tokens_per_s(llm, path, size, 1)
-        for _ in range(rounds):
+        for _ in rounds_within(rounds, seconds / 2):
             for kind, path in kinds.items():
                 found[kind].append(tokens_per_s(llm, path, size, 1))
         results[f"batch {size}"] = {kind: round(median(speeds), 1) for kind, speeds in found.items()}
@@ -296,7 +310,7 @@ def compare(world: Any) -> dict[str, Any]:
     return results
 
 
-def run_part(part: str) -> None:
+def run_part(part: str, result: Path) -> None:
     from loraplex.bench.report import environment, package_version
 
     measure = {
@@ -308,7 +322,7 @@ def run_part(part: str) -> None:
     }[part]
     with tempfile.TemporaryDirectory() as folder:
         for results in measure(write_folders(Path(folder))):  # what is known so far
-            content = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}
+            content = json.loads(result.read_text()) if result.exists() else {"results": {}}
             here = environment()
             here["versions"]["vllm-cpu"] = package_version("vllm-cpu")
             if part in ("speed", "mixtures") or "environment" not in content:
@@ -316,7 +330,8 @@ def run_part(part: str) -> None:
             elif part != "parity":  # right answers are no machine's
                 content.setdefault("measured apart", {})[part] = {**here, "clock": WORKLOAD["clock"]}
             content["results"] |= results
-            RESULT.write_text(json.dumps(content, indent=2) + "\n")
+            result.parent.mkdir(parents=True, exist_ok=True)
+            result.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(results, indent=2), flush=True)
 
 
@@ -329,12 +344,15 @@ def main() -> int:
         default="wall",
         help="cpu: the process's own, on a machine that does other things too (with OMP_NUM_THREADS=1)",
     )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a part's measurements")
+    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    part, WORKLOAD["clock"] = options.part, options.clock
+    part, WORKLOAD["clock"], WORKLOAD["seconds"] = options.part, options.clock, options.seconds
     if part is not None:
-        run_part(part)
+        run_part(part, options.result)
         return 0
-    command = [sys.executable, __file__, "--clock", options.clock, "--part"]
+    settings = {"--clock": options.clock, "--seconds": options.seconds, "--result": options.result}
+    command = [sys.executable, __file__, *(str(word) for pair in settings.items() for word in pair), "--part"]
     failed = [p for p in PARTS if subprocess.run([*command, p], check=False).returncode != 0]
     return 1 if failed else 0
 

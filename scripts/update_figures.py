@@ -58,19 +58,53 @@ def mixed_batch(content: Results) -> str:
     return table(columns, rows)
 
 
+_MODELS = {"135m": "SmolLM2-135M", "1.1b": "random, 1.1B"}
+_TRAINERS = {
+    "peft": "PEFT",
+    "peft_eager": "PEFT, eager attention",
+    "peft_16_bit_adapters": "PEFT, 16-bit adapters",
+    "loraplex": "loraplex",
+    "loraplex_packed": "loraplex, packed",
+}
+
+
 def training(content: Results) -> str:
+    """Speeds of the sides that were measured; the better PEFT is of those with adapters in float32, as ours are."""
+    cases = content["results"]
+    sides = [side for side in _TRAINERS if any(side in case["tokens_per_s"] for case in cases)]
+    ours = [side for side in sides if side.startswith("loraplex")]
     rows = []
-    for case in content["results"]:
+    for case in cases:
         speeds = case["tokens_per_s"]
+        model = [_MODELS[case["model"]]] if "model" in case else []
         rows.append(
             [
-                f"{case['dtype']}, batch size {case['batch_size']}",
-                *(f"{speeds[side]:.0f}" for side in ("peft", "peft_eager", "loraplex")),
-                f"{speeds['loraplex'] / max(speeds['peft'], speeds['peft_eager']):.2f}x",
+                ", ".join([*model, case["dtype"], f"batch size {case['batch_size']}"]),
+                *(f"{speeds[side]:.0f}" if side in speeds else "" for side in sides),
+                *(f"{speeds[side] / max(speeds['peft'], speeds['peft_eager']):.2f}x" for side in ours),
             ]
         )
-    columns = ["training, tokens/s", "PEFT", "PEFT, eager attention", "loraplex", "loraplex / better PEFT"]
-    return table(columns, rows)
+    ratios = [f"{_TRAINERS[side]} / better PEFT" for side in ours]
+    return table(["training, tokens/s", *(_TRAINERS[side] for side in sides), *ratios], rows)
+
+
+def training_service(content: Results) -> str:
+    rows = []
+    for case in content["results"]["clients"]:
+        speeds = case["tokens_per_s"]
+        sides = (f"{speeds[side]:.0f}" for side in ("after_another", "at_once"))
+        rows.append([f"{case['clients']} clients", *sides, ratio(speeds, "at_once", "after_another")])
+    times = content["results"]["first_token"]
+    first = [f"{times[side]:.0f}" for side in ("loaded_ms", "new_weights_ms")]
+    return "\n\n".join(
+        (
+            table(["training, tokens/s", "one after the other", "at once", "at once / one after the other"], rows),
+            table(
+                ["first token, ms", "an adapter that is loaded", "the weights of the last step", "new / loaded"],
+                [["from the optimizer step's result", *first, ratio(times, "new_weights_ms", "loaded_ms")]],
+            ),
+        )
+    )
 
 
 def memory(content: Results) -> str:
@@ -299,10 +333,33 @@ def http_overhead(content: Results) -> str:
     return table(columns, [[label, *cells, f"{found['tokens_per_chunk']:.2f}"]])
 
 
+def tool_calls(content: Results) -> str:
+    """By category: how many cases' calls fit their schemas, and how many are what was meant."""
+    rows = [
+        [name, *(str(counts[key]) for key in ("cases", "calls", "fit", "right_functions", "right_calls"))]
+        for name, counts in content["results"].items()
+    ]
+    return table(["cases", "asked", "calls", "parse and fit", "the right functions", "the right calls"], rows)
+
+
 def linked(content: Results) -> str:
     found = content["results"]
     rows = [[label, f"{speed:.0f}", f"{found['ratio'][label]:.2f}x"] for label, speed in found["tokens_per_s"].items()]
     return table(["what rows of a batch of 8 ask for", "tokens/s of the batch", "of nothing"], rows)
+
+
+def adapter_kinds(content: Results) -> str:
+    """Quality, training, bytes and cost of each kind."""
+    rows = []
+    for kind, own in content["results"].items():
+        cells = [f"{own['behaves']:.2f}", f"{own['right']:.2f}", "", "", "", ""]
+        if "bytes" in own:
+            loss = "" if own["loss"] is None else f"{own['loss']:.3f}"
+            cells[2:] = [loss, f"{own['cpu_minutes']:.1f}", f"{own['bytes'] / 1000:.0f}", f"{own['of_none']:.2f}x"]
+        label = kind if own.get("weight", 1) == 1 else f"{kind}, weight {own['weight']:g}"
+        rows.append([label, *cells])
+    columns = ["kind", "behaves", "facts still right", "held-out loss", "CPU minutes of training", "kB"]
+    return table([*columns, "decoding, of none"], rows)
 
 
 def vllm_plugin(content: Results) -> str:
@@ -390,13 +447,14 @@ class ResultFile:
     question: str
     render: Callable[[Results], str]
     engine_command: str | None = None  # of `loraplex bench engine`, instead of a script
+    script: str | None = None  # in benchmarks, and its options; None: NAME.py
 
     @property
     def command(self) -> str:
         """What measures it."""
         if self.engine_command is not None:
             return f"loraplex bench engine {self.engine_command} --full"
-        return f"python benchmarks/{self.name}.py"
+        return f"python benchmarks/{self.script or f'{self.name}.py'}"
 
     def block(self, root: Path) -> str:
         path = root / RESULTS / f"{self.name}.json"
@@ -413,6 +471,11 @@ FILES = (
     ResultFile(
         name="training", question="Four adapters trained together, against one after the other", render=training
     ),
+    ResultFile(
+        name="training_service",
+        question="Clients of the training service at once, and the first token of new weights",
+        render=training_service,
+    ),
     ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
     ResultFile(name="routers", question="Mixtures in one pass, four experts of rank 8", render=routers),
     ResultFile(name="mixture_training", question="Training a scaling head, against PEFT", render=training),
@@ -425,8 +488,19 @@ FILES = (
     ),
     ResultFile(
         name="residuals",
-        question="What vectors, ReFT and linked residuals cost the engine",
+        question="What vectors, ReFT, linked residuals and steering cost the engine",
         render=linked,
+    ),
+    ResultFile(
+        name="residuals_1.1b",
+        question="The same in a model of 1.1 billion parameters",
+        render=linked,
+        script="residuals.py --shape 1.1b",
+    ),
+    ResultFile(
+        name="adapter_kinds",
+        question="What a residual is good for: one behaviour, taught to adapters of equal size, and a vector",
+        render=adapter_kinds,
     ),
     ResultFile(
         name="engine_decode",
@@ -449,6 +523,11 @@ FILES = (
         name="hostile_tenant",
         question="One tenant under attack by another: seconds to the first token",
         render=hostile_tenant,
+    ),
+    ResultFile(
+        name="tool_calls",
+        question="Calls of tools by SmolLM2, constrained by their schemas",
+        render=tool_calls,
     ),
     ResultFile(
         name="engine_prefix",

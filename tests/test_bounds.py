@@ -202,6 +202,31 @@ def test_message_is_cut_whatever_it_quotes(tmp_path: Path) -> None:
     assert quoted([1]) == "[1]"
 
 
+def test_a_quoted_value_costs_what_is_shown_of_it() -> None:
+    class Counted:
+        num_calls = 0
+
+        def __repr__(self) -> str:
+            Counted.num_calls += 1
+            return "x" * 10
+
+    assert quoted([Counted()] * 10**6).startswith("[xxxxxxxxxx, xxxx")
+    assert quoted({1: ({2: [Counted()] * 10**6},) * 10**6}).endswith("...")
+    assert Counted.num_calls < 2 * MAX_QUOTED
+    deep: list[Any] = []
+    for _ in range(10**5):
+        deep = [deep]
+    itself: list[Any] = []
+    itself.append(itself)
+    for value in (deep, itself, {"a": [10**5000]}, [b"b" * 10**7], ["a" * 10**7] * 3):
+        assert len(quoted(value)) < 2 * MAX_QUOTED
+    assert quoted({"a": [10**5000]}) == "{'a': [a number of 5001 digits]}"
+    for value in ([], {}, (), set(), (1,), (1, "b"), {1}, frozenset([1]), {"a": [{"b": (None, 1.5)}, b"c"]}):
+        assert quoted(value) == repr(value)
+    while deep:  # freed level by level
+        deep = deep[0]
+
+
 @pytest.mark.parametrize("value", [10**400, -(10**400), 1e39, float("nan"), float("inf"), True, "1", None])
 def test_number_that_float32_cannot_hold_is_no_number(value: object) -> None:
     assert not is_finite(value)

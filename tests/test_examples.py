@@ -4,6 +4,7 @@ Where an answer is told, they run in float32: which of two near answers bfloat16
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,16 +104,22 @@ def test_notebook_shows_attention_and_steers_it(smollm2: Path) -> None:
 
 
 def test_emphasis_changes_answers(smollm2: Path, tmp_path: Path) -> None:
-    arguments = ("--dtype", "float32", "--cases", "2", "--strengths", "4", "--shares", "0.2")
+    arguments = ("--dtype", "float32", "--cases", "2", "--strengths", "4", "--shares", "0.2", "--key-edits")
+    arguments += ("--learnt-from", "3", "--tried-on", "1", "--keep", str(tmp_path / "kept.jsonl"))
     run_example("residual/emphasis.py", *arguments, "--write", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
-    ways = ("strength 4", "share 0.2")
+    ways = ("strength 4", "share 0.2", "key edits")
     assert list(found["right"]) == [
         "as it is",
         *(f"{kind} passage, {way}" for kind in ("right", "wrong") for way in ways),
     ]
-    for way in ways:
+    for way in ways[:2]:
         assert found["right"][f"right passage, {way}"] > found["right"][f"wrong passage, {way}"]
+    kept = (tmp_path / "kept.jsonl").read_text()
+    assert len(kept.splitlines()) == 1 + 2 * len(found["right"])
+    # Answers that were kept aren't asked for again: these would be other ones.
+    (tmp_path / "kept.jsonl").write_text(re.sub(r'(\[0, "as it is", ).*', r'\1"kept"]', kept))
+    assert "as it is: kept" in run_example("residual/emphasis.py", *arguments)
 
 
 def test_behaviours_are_taught_linked_and_judged(smollm2: Path, tmp_path: Path) -> None:

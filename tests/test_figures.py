@@ -40,8 +40,28 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         "| float32, 8 rows, 8 adapters | 100 | 40 | 90 | 2.25x | 0.90x |",
     ),
     "training": (
-        [{"dtype": "bfloat16", "batch_size": 4, "tokens_per_s": {"peft": 100, "peft_eager": 200, "loraplex": 500}}],
-        "| bfloat16, batch size 4 | 100 | 200 | 500 | 2.50x |",
+        [
+            {
+                "model": "135m",
+                "dtype": "bfloat16",
+                "batch_size": 4,
+                "tokens_per_s": {
+                    "peft": 100,
+                    "peft_eager": 200,
+                    "peft_16_bit_adapters": 250,
+                    "loraplex": 500,
+                    "loraplex_packed": 600,
+                },
+            }
+        ],
+        "| SmolLM2-135M, bfloat16, batch size 4 | 100 | 200 | 250 | 500 | 600 | 2.50x | 3.00x |",
+    ),
+    "training_service": (
+        {
+            "clients": [{"clients": 4, "tokens_per_s": {"after_another": 200, "at_once": 350}}],
+            "first_token": {"loaded_ms": 50.0, "new_weights_ms": 55.0},
+        },
+        "| 4 clients | 200 | 350 | 1.75x |",
     ),
     "memory": (
         [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],
@@ -54,6 +74,10 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "http_overhead": (
         {"tokens_per_s": {"engine": 500.4, "http": 480.2}, "ratio": 0.9596, "tokens_per_chunk": 1.0},
         "| 32 streams of 64 tokens | 500 | 480 | 0.960 | 1.00 |",
+    ),
+    "tool_calls": (
+        {"all": {"cases": 100, "calls": 120, "fit": 99, "cut_off": 1, "right_functions": 70, "right_calls": 30}},
+        "| all | 100 | 120 | 99 | 70 | 30 |",
     ),
     "vllm_plugin": (
         {
@@ -87,6 +111,27 @@ SAMPLES: dict[str, tuple[Any, str]] = {
             "ratio": {"nothing": 1.0, "8 rows with 8 control vectors": 0.99},
         },
         "| 8 rows with 8 control vectors | 198 | 0.99x |",
+    ),
+    "residuals_1.1b": (
+        {
+            "tokens_per_s": {"nothing": 40.4, "8 rows steered by a factor": 38.0},
+            "ratio": {"nothing": 1.0, "8 rows steered by a factor": 0.94},
+        },
+        "| 8 rows steered by a factor | 38 | 0.94x |",
+    ),
+    "adapter_kinds": (
+        {
+            "base model": {"behaves": 0.5, "right": 0.6},
+            "LoReFT": {
+                **{"behaves": 1.0, "right": 0.75, "weight": 1.0, "loss": 0.1234, "cpu_minutes": 2.06, "bytes": 691_800},
+                "of_none": 0.9,
+            },
+            "vector": {
+                **{"behaves": 0.6, "right": 0.55, "weight": 0.2, "loss": None, "cpu_minutes": 0.1, "bytes": 66_816},
+                "of_none": 0.97,
+            },
+        },
+        "| vector, weight 0.2 | 0.60 | 0.55 |  | 0.1 | 67 | 0.97x |",
     ),
     "xlora": (
         [

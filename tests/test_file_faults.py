@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex import MultiLoraModel, StoreConfig, XLoraConfig
+from loraplex import ArrowConfig, MultiLoraModel, StoreConfig, XLoraConfig
 from loraplex.adapters.leftovers import restore_replaced
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
@@ -26,12 +26,15 @@ from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.scalings.file import read_scalings, write_scalings
 from loraplex.xlora.scalings.row_scalings import RowScalings
 from tests.file_faults import count_calls, faults, killed_at, points, raising
+from tests.residual.tiny_ia3 import write_ia3
 from tests.residual.tiny_residuals import random_linked
 from tests.tiny_models import random_peft_adapter, tiny_model
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 NUM_POINTS = [10, pytest.param(10_000, marks=pytest.mark.slow)]
 IDS = torch.arange(5, 12)[None]
+FORMATS = Path(__file__).parent / "residual" / "formats"
+OTHERS = {"vector": "control.gguf", "reft": "loreft"}
 CONFIG = XLoraConfig(xlora_depth=1, layerwise_scalings=True)
 
 
@@ -160,7 +163,7 @@ def test_save_that_is_killed_leaves_the_old_one_or_the_new_one(tmp_path: Path, k
     assert save.version() == 2
 
 
-LOADS = ["adapter", "adapter again", "residual", "mixture", "scalings", "checkpoint"]
+LOADS = ["adapter", "adapter again", "residual", "vector", "reft", "ia3", "mixture", "router", "scalings", "checkpoint"]
 
 
 @pytest.mark.parametrize("most", NUM_POINTS)
@@ -206,9 +209,13 @@ def _load(kind: str, model: MultiLoraModel, folder: Path) -> tuple[Callable[[], 
     if kind == "residual":
         write_residual(random_linked(model.registry.linked.layers, 1), folder / "r")
         return lambda: model.load_residual("new", folder / "r"), lambda: model.unload("new")
-    if kind == "mixture":
+    if kind in ("vector", "reft", "ia3"):
+        source = write_ia3("llama", folder / "ia3")[0] if kind == "ia3" else FORMATS / OTHERS[kind]
+        positions = "f1+l1" if kind == "reft" else None
+        return lambda: model.load_residual("new", source, positions=positions), lambda: model.unload("new")
+    if kind in ("mixture", "router"):
         model.load_adapter("a", new)
-        model.create_mixture("m", ["a"], CONFIG)
+        model.create_mixture("m", ["a"], CONFIG if kind == "mixture" else ArrowConfig())
         model.save_mixture("m", folder / "m")
         for name in ("m", "a"):
             model.unload(name)

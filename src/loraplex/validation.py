@@ -1,13 +1,20 @@
 """What options and settings may be, whoever gives them: whole numbers, numbers that float32 can hold, short quotes."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from loraplex.errors import ConfigError, RequestError
 
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_QUOTED = 300  # characters of a value in a message
+_BRACKETS: dict[type, tuple[str, str]] = {
+    dict: ("{", "}"),
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
 
 
 def is_whole(value: object) -> bool:
@@ -39,13 +46,49 @@ def check_text(text: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """repr(value) for a message, cut where it is long."""
+    """repr(value) for a message, cut where it is long; what isn't shown costs nothing, however large or deep it is."""
     if isinstance(value, str | bytes) and len(value) > MAX_QUOTED:
         return f"{value[:MAX_QUOTED]!r}... ({len(value)} in all)"
-    if isinstance(value, int) and abs(value) >= 10**MAX_QUOTED:
-        return f"a number of {int(math.log10(abs(value))) + 1} digits"
-    text = repr(value)
-    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}... ({len(text)} characters)"
+    shown: list[str] = []
+    length = 0
+    unread: list[Iterator[str | _Inner]] = [iter([_Inner(value)])]
+    while unread and length <= MAX_QUOTED:
+        piece = next(unread[-1], None)
+        if piece is None:
+            unread.pop()
+        elif isinstance(piece, _Inner):
+            unread.append(_pieces(piece.value))
+        else:
+            shown.append(piece)
+            length += len(piece)
+    text = "".join(shown)
+    return text if length <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
+
+
+class _Inner(NamedTuple):
+    """A value inside another, not yet written out."""
+
+    value: Any
+
+
+def _pieces(value: Any) -> "Iterator[str | _Inner]":
+    """repr(value), one piece after the other."""
+    if type(value) in _BRACKETS and value:
+        opening, closing = _BRACKETS[type(value)]
+        yield opening
+        for number, inner in enumerate(value):
+            yield ", " if number else ""
+            yield _Inner(inner)
+            if type(value) is dict:
+                yield ": "
+                yield _Inner(value[inner])
+        yield ",)" if type(value) is tuple and len(value) == 1 else closing
+    elif isinstance(value, str | bytes):
+        yield repr(value[: MAX_QUOTED + 1])
+    elif isinstance(value, int) and abs(value) >= 10**MAX_QUOTED:
+        yield f"a number of {int(math.log10(abs(value))) + 1} digits"
+    else:
+        yield repr(value)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -1,11 +1,14 @@
 """Arrivals, popular names and prompts have the distributions that they are said to have."""
 
 import json
+import mmap
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loraplex.bench.measures import alternate, medians, percentiles, resident_bytes
 from loraplex.bench.workload import file_prompts, poisson_times, random_prompts, uniform_names, zipf_names
@@ -89,6 +92,19 @@ def test_sides_take_turns_after_a_warm_up():
     assert medians(figures) == {"a": 4.0, "b": 5.0}
 
 
+def test_rounds_end_where_there_is_no_time_for_another(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("loraplex.bench.measures.time.monotonic", lambda: clock[0])
+
+    def run() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    for seconds, rounds in ((0.5, 1), (6, 2), (7, 2), (100, 4)):  # a warm-up and a round take two seconds each
+        clock[0] = 0.0
+        assert len(alternate({"a": run, "b": run}, rounds=4, seconds=seconds)["b"]) == rounds, seconds
+
+
 def test_resident_memory_grows_with_what_is_held():
     before = resident_bytes()
     if before is None:
@@ -96,3 +112,18 @@ def test_resident_memory_grows_with_what_is_held():
     held = np.ones(2**25)  # 256 MiB: more than what earlier tests have left that the system takes back meanwhile
     assert 2**27 < resident_bytes() - before < 2**29
     del held
+
+
+def test_shared_memory_is_the_process_s_own_and_pages_of_a_file_are_not():
+    before = resident_bytes()
+    if before is None:
+        skip_here("the memory of a process, which Linux tells")
+    with mmap.mmap(-1, 2**28) as held:
+        held.write(b"1" * 2**28)
+        assert 2**27 < resident_bytes() - before < 2**29
+    before = resident_bytes()
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # hundreds of MiB that lie on a disk
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert len(mapped) > 2**27
+        assert mapped.find(random.randbytes(32)) == -1  # to its end
+        assert resident_bytes() - before < 2**27

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loraplex import MultiLoraModel
+from loraplex import Engine, MultiLoraModel, Request
 from loraplex.cli.app import cli
 from loraplex.cli.chatting.local import LocalChat, deferred_interrupt
 from loraplex.cli.chatting.remote import RemoteChat
@@ -170,6 +170,22 @@ def test_an_interrupt_ends_the_answer_and_nothing_else(local: LocalChat, monkeyp
         for piece in local.answer(Turn(messages=[*messages, {"role": "user", "content": "and more"}], options=options))
     )
     assert second == whole.lstrip()
+
+
+def test_an_interrupt_while_a_question_is_taken_leaves_nothing_behind(
+    local: LocalChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Engine.add_request
+
+    def interrupted(engine: Engine, request: Request) -> str:
+        request_id = take(engine, request)
+        signal.raise_signal(signal.SIGINT)
+        return request_id
+
+    monkeypatch.setattr(Engine, "add_request", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(local.answer(Turn(messages=[{"role": "user", "content": "tell me"}], options=GREEDY)))
+    assert not local._engine.has_work
 
 
 def test_an_interrupt_waits_for_the_end_of_a_step_and_a_second_one_does_not() -> None:

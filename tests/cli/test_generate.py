@@ -1,7 +1,9 @@
 """`loraplex generate` and the app around it."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -202,6 +204,25 @@ def test_rows_are_read_only_as_far_ahead_as_there_is_room(folder):
         assert num_read <= 2 * WAITING + 2
         rest = [number for number, event in events if isinstance(event, RequestResult)]
     assert rest == list(range(1, 200))
+
+
+@pytest.mark.timeout(120)
+def test_a_row_of_standard_input_is_answered_before_the_next_one_comes(folder, monkeypatch):
+    """A program that writes a row may wait for its answer."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    multi = MultiLoraModel.from_pretrained(folder / "model")
+    options = {"max_tokens": 3}
+    rows = read_rows("-", "none")
+    requests = (row and row.request(options, system=None, raw=True) for row in rows)
+    with Engine(multi, EngineConfig(max_running=2)) as engine:
+        events = run_in_order(engine, requests, 2)
+        for number in range(3):
+            os.write(writing, b'{"prompt": "w5 w6"}\n')
+            found = next(event for event in events if isinstance(event[1], RequestResult))
+            assert (found[0], found[1].error) == (number, None)
+        os.close(writing)
+        assert list(events) == []
 
 
 def test_a_conversation_is_answered_from_its_last_question(tmp_path):

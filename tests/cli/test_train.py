@@ -137,3 +137,34 @@ def test_trains_from_the_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a" / "adapter_model.safetensors").exists()
     assert len((tmp_path / "out" / "b.jsonl").read_text().splitlines()) == 3
     assert "held-out" in result.output
+
+
+def test_texts_of_the_file_are_read_as_the_options_are(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(
+        "[jobs.a]\ndata = 'x'\nlearning_rate = '1e-3'\nmax_grad_norm = 'none'\neval_records = 'none'\n"
+        "after = 'one+two:0.5'\ndora = 'true'\n[jobs.b]\ndata = 'y'\nkind = 'residual'\nlayers = '0,8-10'\n"
+    )
+    jobs = jobs_from({}, read_job_file(file))
+    a, b = jobs["a"], jobs["b"]
+    assert (a.optimizer.learning_rate, a.optimizer.max_grad_norm, a.evaluation.eval_records) == (1e-3, None, None)
+    assert (list(a.after), a.lora.use_dora) == ([("one", 1.0), ("two", 0.5)], True)
+    assert b.residual.layers == (0, 8, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data = 5", r"\[jobs.a\] data is 5; it must be a text"),
+        ("data = 'x'\ndora = 1", r"\[jobs.a\] dora is 1; it must be true or false"),
+        ("data = 'x'\nrank = 'four'", r"\[jobs.a\] rank is 'four'; it must be a whole number\."),
+        ("data = 'x'\nafter = 5", "after is 5; it must be a list of pairs"),
+        ("data = 'x'\nafter = ['runs/a']", r"after has 'runs/a'; each entry is a folder.*such as \('runs/a', 1\.0\)"),
+        ("data = 'x'\nafter = [['runs/a', 'much']]", r"after has \['runs/a', 'much'\]"),
+    ],
+)
+def test_a_setting_of_the_file_of_another_kind_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(f"[jobs.a]\n{setting}\n")
+    with pytest.raises(ConfigError, match=message):
+        jobs_from({}, read_job_file(file))

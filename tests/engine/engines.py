@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from loraplex import MultiLoraModel, StoreConfig, XLoraConfig
+from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.residual.modules import FunctionResidual, ResidualContext
@@ -149,3 +150,17 @@ def assert_same(
         logits = model(ids, adapters=[prompted.adapters], attention=attention).logits[0, -1]
     gap = (logits[expected[place]] - logits[result.token_ids[place]]).abs() / (logits.max() - logits.min())
     assert gap < TIE, f"{prompted.adapters}: token {place} differs, logits apart by {gap:.1e} of their range"
+
+
+def module_by_module(
+    engine: Engine, module: torch.nn.Module, requests: Sequence[Request], calls: list[int]
+) -> list[RequestResult]:
+    """Answers where somebody's hook wants to see a module of a layer run, so that no layer is in a compiled call."""
+    calls.clear()
+    handle = module.register_forward_hook(lambda module, args, out: None)
+    try:
+        results = engine.generate(requests)
+    finally:
+        handle.remove()
+    assert calls == [], "a layer ran in a compiled call"
+    return results

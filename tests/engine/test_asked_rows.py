@@ -9,13 +9,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
+from loraplex.engine.kv.kv_cache import AttentionTerms
+from loraplex.engine.kv.mask_rule import MaskRule
+from loraplex.engine.kv.residual_cache import ResidualCache
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.worker import native_ops
+from loraplex.engine.worker.asked_records import RowRecords, WeightCache
+from loraplex.engine.worker.asked_rows import AskedRows
 from loraplex.engine.worker.fusion import layer_stack
 from loraplex.residual.capture import CaptureRequest
 from loraplex.residual.registry import AttentionRequest
-from loraplex.residual.steering import Steering
+from loraplex.residual.rows import RowAttention
+from loraplex.residual.steering import KeyShare, Steering
+from tests.engine.engines import module_by_module
 from tests.residual.tiny_residuals import random_linked, random_vector
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -27,6 +34,8 @@ CONFIGS = {
 NAMES = ("llama", "gemma2", "gpt_neox", "gpt2", "phi3")
 FACTOR = (Steering(spans=((3, 9), (20, 40)), strength=4.0), Steering(spans=((5, 7),), strength=0, heads=(1,)))
 SHARE = (Steering(spans=((2, 4), (21, 24)), share=0.4), Steering(spans=((8, 9),), share=0.2, heads=(0, 2)))
+# One layer attends to a prompt's tokens one by one, the other on tiles.
+SHARE_AT_ONE = (*FACTOR, Steering(spans=((2, 4),), share=0.4, layers=(1,)))
 # Links of residuals, and steering: of each the compiled call has another path.
 ASKED: tuple[tuple[str | None, tuple[Steering, ...]], ...] = (
     ("small", ()),
@@ -34,6 +43,7 @@ ASKED: tuple[tuple[str | None, tuple[Steering, ...]], ...] = (
     ("large:-0.5+v+small+one", ()),
     (None, FACTOR),
     (None, SHARE),
+    ("one", SHARE_AT_ONE),
     ("one+large", (*FACTOR, *SHARE)),
     ("v+one", ()),
     (None, ()),
@@ -69,20 +79,6 @@ def asked(length: int, num_tokens: int = NUM_TOKENS, **options: object) -> list[
         )
         for i, (link, steering) in enumerate(ASKED)
     ]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every compiled call."""
-    made: list[int] = []
-    run = native_ops.decode_layers
-
-    def counted(x: torch.Tensor, *args: object) -> torch.Tensor:
-        made.append(len(x))
-        return run(x, *args)
-
-    monkeypatch.setattr(layer_stack.native_ops, "decode_layers", counted)
-    return made
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -141,11 +137,7 @@ def test_rows_have_the_same_bits_alone_beside_others_and_where_layers_run_module
         together = engine.generate(requests)
         alone = [engine.generate([request])[0] for request in requests]
         beside = engine.generate([capturing, *requests])[1:]
-        handle = next(iter(model.registry.linked.sites.blocks)).register_forward_hook(lambda module, args, out: None)
-        calls.clear()
-        by_module = engine.generate(requests)
-        assert calls == []
-        handle.remove()
+        by_module = module_by_module(engine, model.registry.linked.sites.blocks[0], requests, calls)
     for request, *found in zip(requests, together, alone, beside, by_module, strict=True):
         kinds = ("alone", "beside a capture", "module by module")
         for kind, other in zip(kinds, found[1:], strict=True):
@@ -166,6 +158,22 @@ def test_weights_that_are_changed_in_place_count_from_the_next_request_on() -> N
     assert after.logprobs[0].top != before.logprobs[0].top
     for step, own in enumerate(after.logprobs):
         assert abs(own.logprob - float(expected[step, own.token_id])) < 2e-4
+
+
+def test_a_weight_that_overflows_is_the_matter_of_its_own_row() -> None:
+    """3e38 is a weight, and with alpha/r of 2 no float32 any more: others in the batch don't notice."""
+    plain = asked(30)[0]
+    requests = [
+        plain,
+        Request(plain.prompt, adapters="small+large:3e38", sampling=plain.sampling),
+        Request(plain.prompt, adapters="small:-3e38", sampling=plain.sampling),
+    ]
+    with Engine(load("llama"), CONFIGS["together"]) as engine:
+        expected = engine.generate([plain])[0]
+        first, *others = engine.generate(requests)
+        assert (first.error, first.token_ids, first.logprobs) == (None, expected.token_ids, expected.logprobs)
+        assert len(others) == 2, "what becomes of these is theirs"
+        assert engine.generate([plain])[0].token_ids == expected.token_ids
 
 
 @pytest.fixture
@@ -208,3 +216,28 @@ def test_bfloat16_prompts_on_tiles_are_near_the_formulas() -> None:
         errors.append((values - torch.tensor([value for _, value in result.logprobs[0].top])).abs().max().item())
     plain = errors[-1]
     assert max(errors) < max(4 * plain, 0.15), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_get_next_to_nothing_stay_as_they_are(dtype: torch.dtype) -> None:
+    """A share of them would be a factor that float32 doesn't have: a row must not become infinite for it."""
+    strength, num_keys, size = 2e-38, 200, 32
+    steerings = (Steering(spans=((3, 4),), strength=strength), Steering(spans=((3, 4),), share=0.4))
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 1, num_keys, size, generator=draw).to(dtype)  # one block of one KV head
+    keys, query = torch.zeros_like(values), torch.zeros(1, 2, size, dtype=dtype)  # all logits are equal
+    out = torch.empty_like(query)
+    row = RowAttention(steering=steerings)
+    records = RowRecords(row, ResidualCache(1, num_keys, torch.device("cpu")), WeightCache())
+    asked = AskedRows([(row, records)], torch.zeros(1, dtype=torch.int64), {0: 2}).tensors((0,))
+    where = (torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.tensor([num_keys - 1]))
+    terms = AttentionTerms(scale=1.0, softcap=None, mask_rule=MaskRule(), sinks=None)
+    native_ops.attend_steered(query, out, keys, values, where, terms, asked)
+    seen = torch.ones(num_keys, dtype=torch.bool)
+    seen[3] = False
+    expected = values[0, 0, seen].double().mean(dim=0)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out[0], expected.expand(2, -1).to(dtype), atol=tolerance, rtol=0)
+    share = KeyShare(0, ~seen, None, 0.4)
+    weights = torch.full((2, 1, num_keys), 1 / (num_keys - 1)).masked_fill(~seen, 1e-40)
+    assert share.factors(weights).eq(1).all()

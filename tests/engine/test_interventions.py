@@ -11,11 +11,19 @@ import torch
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.fusion import layer_stack
 from loraplex.errors import EngineError, RequestError
 from loraplex.residual import GateResidual, parse_positions
-from tests.engine.engines import Prompted, add_residuals, answer, assert_same, make_model, prompts, write_adapters
+from tests.engine.engines import (
+    Prompted,
+    add_residuals,
+    answer,
+    assert_same,
+    make_model,
+    module_by_module,
+    prompts,
+    write_adapters,
+)
 from tests.residual.tiny_interventions import random_block_vector, random_reft
 from tests.tiny_models import tiny_model
 
@@ -68,20 +76,6 @@ def model(tmp_path_factory) -> MultiLoraModel:
     return add_interventions(add_residuals(make_model("llama", folders)), gate=GATES["llama"])
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every compiled call."""
-    made: list[int] = []
-    run = native_ops.decode_layers
-
-    def counted(x: torch.Tensor, *args: object) -> torch.Tensor:
-        made.append(len(x))
-        return run(x, *args)
-
-    monkeypatch.setattr(layer_stack.native_ops, "decode_layers", counted)
-    return made
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_answers_equal_generates_also_from_a_warm_prefix_cache(served, config):
     model, asked, expected = served
@@ -123,11 +117,7 @@ def test_vectors_in_the_compiled_call_have_the_bits_of_module_by_module(
         calls.clear()
         together = engine.generate(requests)
         assert max(calls) >= len(VECTORS), "rows with vectors in one call"
-        calls.clear()
-        handle = model.base.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: None)
-        one_by_one = engine.generate(requests)
-        assert calls == []
-        handle.remove()
+        one_by_one = module_by_module(engine, model.base.model.layers[1].mlp.down_proj, requests, calls)
     for prompted, ours, theirs in zip(asked, together, one_by_one, strict=True):
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs), prompted
 

@@ -10,30 +10,24 @@ from torch import nn
 from loraplex import MultiLoraModel
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
-from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.fusion import layer_stack
 from loraplex.engine.worker.fusion.cpu_fusion import stack_of
 from loraplex.engine.worker.fusion.layer_stack import chains
 from tests.architectures import variants as architectures
-from tests.engine.engines import CHOICES, add_residuals, answer, assert_same, make_model, prompts, write_adapters
+from tests.engine.engines import (
+    CHOICES,
+    add_residuals,
+    answer,
+    assert_same,
+    make_model,
+    module_by_module,
+    prompts,
+    write_adapters,
+)
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
 CONFIG = EngineConfig(cache_bytes=2**22, prefix_cache=False)
 pytestmark = pytest.mark.needs("compiler")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every compiled call."""
-    made: list[int] = []
-    run = native_ops.decode_layers
-
-    def counted(x: torch.Tensor, *args: object) -> torch.Tensor:
-        made.append(len(x))
-        return run(x, *args)
-
-    monkeypatch.setattr(layer_stack.native_ops, "decode_layers", counted)
-    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,11 +44,7 @@ def test_same_bits_as_module_by_module(
         calls.clear()
         together = engine.generate(requests)
         assert max(calls) > len(CHOICES) // 2, "rows of all kinds in one call"
-        calls.clear()
-        handle = model.base.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: None)
-        one_by_one = engine.generate(requests)
-        assert calls == []
-        handle.remove()
+        one_by_one = module_by_module(engine, model.base.model.layers[1].mlp.down_proj, requests, calls)
     for ours, theirs in zip(together, one_by_one, strict=True):
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
 

@@ -1,11 +1,10 @@
 """Long use leaves nothing behind: neither blocks nor leases nor memory."""
 
 import gc
-import os
 
-import psutil
 import pytest
 
+from loraplex.bench.measures import resident_bytes
 from loraplex.engine.config import EngineConfig
 from loraplex.residual.modules import FunctionResidual
 from tests.engine.engines import add_residuals, make_model, write_adapters
@@ -16,7 +15,7 @@ CONFIG = EngineConfig(cache_bytes=100 * 2**13, max_length=150, max_running=8, ma
 
 def resident_mib() -> float:
     gc.collect()
-    return psutil.Process(os.getpid()).memory_info().rss / 2**20
+    return resident_bytes() / 2**20
 
 
 @pytest.mark.slow

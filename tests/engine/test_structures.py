@@ -1,5 +1,6 @@
 """Answers that match an expression, are one of some choices or follow a grammar, and lists of tokens and words."""
 
+import random
 import re
 
 import pytest
@@ -42,6 +43,34 @@ def test_answers_are_one_of_the_choices(engine):
     texts = texts_of(engine, choice=("Paris", "Rome", 'a "quoted"\nline', "ünïcode"))
     assert len(texts) == 6
     assert set(texts) <= {"Paris", "Rome", 'a "quoted"\nline', "ünïcode"}
+
+
+MARKS = "abc de.*+?|[](){}^$&~#-_<>%\n\t\"'\\é中"
+
+
+@pytest.mark.parametrize(("number", "length"), [(3000, 15), (40, 200)])
+def test_thousands_of_choices_with_any_characters(engine, number, length):
+    draw = random.Random(number)
+    choices = tuple("x" + "".join(draw.choices(MARKS, k=length)) for _ in range(number))
+    sampling = [SamplingParams(max_tokens=600, temperature=1.0, seed=seed, choice=choices) for seed in range(2)]
+    results = engine.generate([Request(ASKED, sampling=one) for one in sampling])
+    assert [result.finish_reason for result in results] == ["stop", "stop"]
+    assert {result.text for result in results} <= set(choices)
+
+
+def test_choices_that_begin_others_can_be_chosen(engine):
+    bias = dict.fromkeys(engine.model.tokenizer(" 1", add_special_tokens=False)["input_ids"], 100.0)
+    texts = texts_of(engine, choice=("1", "1 1", "1 1 1"), logit_bias=bias)
+    assert set(texts) == {"1 1 1"}
+
+
+def test_what_is_too_much_for_the_grammars_is_said_so(engine):
+    doubled = "\n".join(f"a{number}: a{number + 1} a{number + 1}" for number in range(60))
+    sampling = SamplingParams(max_tokens=6, grammar=f'start: a0\n{doubled}\na60: "x"')
+    (result,) = engine.generate([Request(ASKED, sampling=sampling)])
+    assert result.finish_reason == "error"
+    assert "grammar can't be followed" in str(result.error)
+    assert "logit_bias" not in str(result.error)
 
 
 @pytest.mark.parametrize(

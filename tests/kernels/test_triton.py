@@ -10,12 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
+LONG = {"test_model", "test_router"}
 
 pytestmark = pytest.mark.needs("triton")
 
 
 @pytest.mark.timeout(900)  # a whole file
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in LONG else []) for file in FILES],
+)
 def test_passes_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(file.relative_to(ROOT))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -182,7 +182,7 @@ def test_nothing_is_held_after_a_call_that_fails_or_ends(llama):
     with pytest.raises(ZeroDivisionError):
         llama.generate(**batch(), adapters=ROWS, packed=True, max_new_tokens=3, logits_processor=[Broken()])
     both(llama, **OPTIONS["greedy"])
-    generator = llama._packed
+    generator = llama._runner._packed
     assert generator._num_promised == generator._runner.pool.num_held == generator._runner.table.num_rows_held == 0
     assert not any(state.num_leases for state in llama.adapters())
 

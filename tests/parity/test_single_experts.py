@@ -16,6 +16,7 @@ from loraplex import MultiLoraModel
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.adapters.peft.writer import write_adapter
 from loraplex.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError
+from loraplex.models.former_experts import with_stacked_experts
 from tests.architectures.checks import assert_close, assert_far
 from tests.architectures.variants import make_model
 
@@ -136,7 +137,7 @@ def test_dropout_in_training_changes_nothing(tmp_path: Path) -> None:
 def test_the_converted_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", mixtral_modules(), MIXTRAL)
     model = check("mixtral", folder)
-    converted = model.registry._with_stacked_experts(read_adapter(folder))
+    converted = with_stacked_experts(model.base, model.registry.adaptable.shapes, read_adapter(folder))
     written = tmp_path / "written"
     write_adapter(converted, written)
     check("mixtral", written)

@@ -53,6 +53,7 @@ REFUSED |= dict.fromkeys(
     "attention interface",
 )
 REFUSED |= dict.fromkeys(("mpt", "rwkv", "xglm", "xlstm"), "attention interface")
+OF_EACH_KIND = {"gpt_oss", "diffllama", "zamba2", "t5", "falcon", "mamba"}
 SLOW = [name for name in ARCHS if name not in NAMES and name not in REFUSED]
 ALL = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
@@ -95,7 +96,9 @@ def test_rows_are_what_eager_attention_gives(name: str) -> None:
     before.check()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OF_EACH_KIND else [pytest.mark.slow]) for name in REFUSED]
+)
 def test_models_with_other_attention_are_refused_and_left_as_they_were(name: str) -> None:
     base = make_model(name)
     before = BaseSnapshot(base)

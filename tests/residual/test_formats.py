@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +30,7 @@ from loraplex.residual import (
     write_residual,
 )
 from loraplex.residual.report import describe_residual
+from tests.residual.tiny_ia3 import IA3_TARGETS, write_ia3
 from tests.residual.tiny_interventions import random_block_vector, random_reft
 from tests.tiny_models import linear_targets, random_peft_adapter, tiny_model
 
@@ -222,25 +222,6 @@ def test_gguf_files_that_are_no_control_vectors_are_refused(tmp_path: Path) -> N
 
 
 # IA3
-
-IA3_TARGETS = {
-    "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "gemma2": (["q_proj", "up_proj", "o_proj"], ["o_proj"]),
-    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
-    "gpt_neox": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-}
-
-
-def write_ia3(name: str, folder: Path, seed: int = 0) -> tuple[Path, peft.PeftModel]:
-    targets, feedforward = IA3_TARGETS[name]
-    model = peft.get_peft_model(
-        tiny_model(name), peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
-    )
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in (p for n, p in model.named_parameters() if "ia3_l" in n):
-        parameter.data = torch.rand(parameter.shape, generator=draw) * 2
-    model.save_pretrained(folder)
-    return folder, model.eval()
 
 
 @pytest.mark.parametrize("name", IA3_TARGETS)

@@ -59,6 +59,28 @@ def test_null_and_neutral_values_change_nothing(server, body):
     assert post(server, body, request_id="abc").json()["id"].endswith("-abc")
 
 
+def test_null_is_no_value_in_messages_and_tools_too(server):
+    nulls = {"unheard_of": None, "name": None, "tool_calls": None}
+    (message,) = CHAT["messages"]
+    plain = post(server, CHAT).json()["choices"]
+    assert post(server, CHAT | {"messages": [message | nulls]}).json()["choices"] == plain
+    function = {"name": "f", "description": None, "strict": None, "unheard_of": None}
+    tools = [{"type": "function", "function": function, "unheard_of": None}]
+    assert post(server, CHAT, tools=tools, tool_choice="none").json()["choices"] == plain
+
+
+def test_tokenize_reads_a_chat_as_it_is_answered(server):
+    tokenizer = server.server.state.base_row_tokenizer.tokenizer
+    own, tokenizer.chat_template = tokenizer.chat_template, "{{ mood }}:{{ messages[0].content }}"
+    body = {"messages": CHAT["messages"], "chat_template_kwargs": {"mood": "glad"}, "unheard_of": None}
+    try:
+        told = server.http().post("/tokenize", json=body).json()
+        answered = post(server, CHAT, return_token_ids=True, chat_template_kwargs={"mood": "glad"}).json()
+    finally:
+        tokenizer.chat_template = own
+    assert told["tokens"] == answered["prompt_token_ids"]
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_fields_are_refused_with_their_reason(server, name):
     answer = post(server, BODY, **{name: "something else"})
@@ -92,6 +114,9 @@ def test_the_documentation_has_the_table_of_refused_fields():
         {"structured_outputs": {"whitespace_pattern": " "}},
         {"guided_regex": "a", "guided_choice": ["b"]},
         {"guided_json": {"type": "object"}, "response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": '{"type":'}},
+        {"guided_json": "true"},
+        {"guided_json": '{"items":' * 40 + "{}" + "}" * 40},
         {"best_of": 3, "n": 4},
         {"best_of": 1000},
         {"best_of": 2, "stream": True},
@@ -237,7 +262,7 @@ def test_best_of_gives_the_likeliest_answers_a_token(server):
         ({}, {}),
         ({"response_format": {"type": "text"}, "guided_regex": "a+"}, {"regex": "a+"}),
         ({"structured_outputs": {"json": {"type": "object"}}}, {"json_schema": {"type": "object"}}),
-        ({"structured_outputs": {"json": '{"type": "object"}', "regex": None}}, {"json_schema": '{"type": "object"}'}),
+        ({"structured_outputs": {"json": '{"type": "object"}', "regex": None}}, {"json_schema": {"type": "object"}}),
         (
             {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
             {"json_schema": {"type": "object"}, "json_whitespace": False},
@@ -250,6 +275,16 @@ def test_best_of_gives_the_likeliest_answers_a_token(server):
 )
 def test_all_forms_of_structures_become_sampling_parameters(fields, expected):
     assert structure_of(CompletionBody.model_validate(BODY | fields)) == expected
+
+
+def test_a_schema_deeper_than_python_can_follow_is_a_400(server):
+    depth = 1015  # in a body that may be 1,024 deep
+    schema = '{"items":' * depth + "true" + "}" * depth
+    form = '{"type":"json_schema","json_schema":{"name":"x","schema":' + schema + "}}"
+    body = json.dumps(BODY)[:-1] + ',"response_format":' + form + "}"
+    headers = {"content-type": "application/json"}
+    answer = server.http().post("/v1/completions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
 
 
 def test_two_structures_are_an_error_that_names_both():
@@ -318,6 +353,14 @@ def test_sampling_defaults_are_the_models(root):
 
 
 def test_probabilities_of_many_prompts_have_a_bound(server):
-    answer = post(server, BODY | {"prompt": ["x" * 120] * 128, "max_tokens": 1}, prompt_logprobs=20)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "prompt_logprobs"
+    many = BODY | {"prompt": ["x" * 120] * 128, "max_tokens": 1}
+    few = BODY | {"prompt": ["x" * 120] * 16, "max_tokens": 1, "n": 10, "temperature": 1.0}
+    for body, fields, param in (
+        (many, {"prompt_logprobs": 20}, "prompt_logprobs"),
+        (many, {"echo": True, "logprobs": 20}, "logprobs"),
+        (few, {"echo": True, "logprobs": 20}, "logprobs"),
+    ):
+        answer = post(server, body, **fields)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+    assert post(server, BODY, echo=True, logprobs=20).status_code == 200

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
 
-from loraplex.server.api.routes.generate import model_of
+from loraplex.server.api.tgi.bodies import model_of
 from tests.server.tiny_server import Running
 
 INPUTS = "The protein"

@@ -78,6 +78,21 @@ def test_the_openai_client_sends_images(server: Running) -> None:
     assert answer.usage.prompt_tokens == len("<|im_start|>") - 11 + len("what?") + 4 + len("|")
 
 
+def test_responses_take_images_as_chats_do(server: Running) -> None:
+    pictures = [image_part(encoded(40, 31)), image_part(encoded(20, 50, seed=1))]
+    asked = [text_part("this "), pictures[0], text_part("or"), pictures[1]]
+    chat = ask(server, asked, logprobs=False, ignore_eos=False).json()
+    parts = [{"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"} for part in pictures]
+    texts = [{"type": "input_text", "text": text} for text in ("this ", "or")]
+    content: Any = [texts[0], parts[0], texts[1], parts[1]]
+    response = server.client().responses.create(
+        model="a", input=[{"role": "user", "content": content}], max_output_tokens=6, temperature=0
+    )
+    assert response.usage is not None
+    assert response.usage.input_tokens == chat["usage"]["prompt_tokens"]
+    assert response.output_text == chat["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_key_pays_for_the_tokens_of_images_and_is_told_of_them(
     model: MultiLoraModel, tmp_path: Path, stream: bool

@@ -13,7 +13,8 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.errors import EngineError
 from loraplex.server.api.messages import Message, as_turns
 from loraplex.server.api.responses.bodies import ResponsesBody
-from loraplex.server.api.responses.turns import response_turns
+from loraplex.server.api.responses.recent_items import RecentItems
+from loraplex.server.api.responses.turns import response_messages
 from tests.server.tiny_server import running, settings
 from tests.server.tool_models import ADD, ENGINE, WEATHER, tool_model, tool_tokenizer
 
@@ -88,6 +89,30 @@ def test_text_is_what_the_chat_answers(server):
     assert (raw["metadata"], raw["user"], raw["store"]) == ({"a": "b"}, "me", False)
 
 
+def test_sampling_that_a_request_leaves_open_is_told_as_it_was(server):
+    body = {name: value for name, value in BODY.items() if name != "temperature"}
+    state = server.server.state
+    own, state.sampling_defaults = state.sampling_defaults, {"temperature": 0.5, "top_p": 0.75}
+    try:
+        told = server.http().post("/v1/responses", json=body).json()
+    finally:
+        state.sampling_defaults = own
+    assert (told["temperature"], told["top_p"]) == (0.5, 0.75)
+
+
+@pytest.mark.parametrize("fields", [{}, MUST_CALL], ids=["text", "calls"])
+def test_obfuscation_hides_the_sizes_of_deltas(server, fields):
+    events = events_of(server, stream_options={"include_obfuscation": True}, **fields)
+    deltas = [event for event in events if event["type"].endswith(".delta")]
+    assert len(deltas) > 1
+    assert {(len(event["delta"].encode()) + len(event["obfuscation"])) % 32 for event in deltas} == {0}
+    assert not any("obfuscation" in event for event in events if event not in deltas)
+    plain = events_of(server, **fields)
+    told = ["".join(e["delta"] for e in some if e["type"].endswith(".delta")) for some in (plain, events)]
+    assert told[0] == told[1]
+    assert not any("obfuscation" in event for event in plain)
+
+
 def test_events_tell_the_whole_text(server):
     events = events_of(server)
     kinds = [event["type"] for event in events]
@@ -159,7 +184,19 @@ def test_items_are_the_turns_of_a_chat():
         {"role": "assistant", "content": "3."},
         {"role": "user", "content": "Thanks."},
     ]
-    assert response_turns(body) == as_turns([Message(**message) for message in messages])
+    assert as_turns(response_messages(body, {}.get)) == as_turns([Message(**message) for message in messages])
+
+
+def test_null_is_no_value(server):
+    nulls = dict.fromkeys(
+        ("unheard_of", "previous_response_id", "include", "truncation", "reasoning", "stream_options")
+    )
+    part = {"type": "input_text", "text": BODY["input"], "prompt_cache_breakpoint": None}
+    item = {"type": None, "role": "user", "content": [part], "status": None}
+    plain = server.http().post("/v1/responses", json=BODY).json()
+    told = server.http().post("/v1/responses", json=BODY | nulls | {"input": [item], "text": {"format": None}}).json()
+    assert without_ids(told["output"]) == without_ids(plain["output"])
+    assert told["usage"]["input_tokens"] == plain["usage"]["input_tokens"]
 
 
 def test_outputs_are_inputs_of_the_next_request(server):
@@ -169,6 +206,42 @@ def test_outputs_are_inputs_of_the_next_request(server):
     items += [{"type": "function_call_output", "call_id": item.call_id, "output": "5"} for item in first.output]
     again = client.responses.create(**BODY | {"input": items, "tools": TOOLS, "max_output_tokens": 3})
     assert again.usage.input_tokens > first.usage.input_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{}, MUST_CALL], ids=["text", "calls"])
+def test_items_of_the_last_answers_may_be_referred_to(server, fields, stream):
+    """As the AI SDK does, which takes responses to be kept unless `store` is false."""
+    raw = BODY | fields
+    first = (
+        events_of(server, **fields)[-1]["response"] if stream else server.http().post("/v1/responses", json=raw).json()
+    )
+    given = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "5"}
+        for item in first["output"]
+        if "call_id" in item
+    ]
+    question, last = ({"role": "user", "content": text} for text in (BODY["input"], "And now?"))
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    counts = [
+        server.http().post("/v1/responses", json=raw | {"input": [question, *items, *given, last]}).json()["usage"]
+        for items in (references, first["output"])
+    ]
+    assert counts[0]["input_tokens"] == counts[1]["input_tokens"] > first["usage"]["input_tokens"]
+
+
+def test_items_are_the_owners_and_not_kept_where_that_isnt_wanted(server):
+    item = server.http().post("/v1/responses", json=BODY | {"store": False}).json()["output"][0]
+    refused = server.http().post("/v1/responses", json=BODY | {"input": [{"type": "item_reference", "id": item["id"]}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input.0")
+    kept = RecentItems(max_bytes=100)
+    kept.keep("one", [{"id": "a", "text": "x" * 40}])
+    assert kept.find("one", "a") == {"id": "a", "text": "x" * 40}
+    assert kept.find("other", "a") is None
+    kept.keep("one", [{"id": "b", "text": "x" * 40}])
+    assert (kept.find("one", "a"), kept.find("one", "b") is None) == (None, False)
+    kept.keep("one", [{"id": "c", "text": "x" * 400}])
+    assert kept.find("one", "c") is None, "an item above the bound is kept"
 
 
 def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
@@ -193,15 +266,19 @@ def test_a_failure_in_a_stream_is_an_event(server, monkeypatch):
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": "x"}, {"type": "item_reference", "id": "x"}]}, "input.1"),
         (
-            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "x"}]}]},
             "input.0.message.content",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]},
+            "input",  # the model takes none
         ),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "response_format.json_schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,18 +21,47 @@ NUM_TOKENS = 40
 NUM_REQUESTS = 16
 
 
-@contextmanager
-def served(root: Path, drain_s: float) -> Iterator[tuple[subprocess.Popen, int]]:
-    command = [sys.executable, "-m", "tests.server.serve_tiny", str(root), str(drain_s)]
+class Served:
+    """A server that was forked, and ends by a signal."""
+
+    def __init__(self, forker: subprocess.Popen, pid: int, port: int) -> None:
+        self._forker = forker
+        self.pid, self.port = pid, port
+        self.status: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit status. Raises TimeoutError."""
+        if self.status is None:
+            if not select.select([self._forker.stdout], [], [], timeout_s)[0]:
+                raise TimeoutError(f"the server didn't end in {timeout_s} seconds")
+            self.status = int(self._forker.stdout.readline())
+        return self.status
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-m", "tests.server.serve_tiny"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, bufsize=0, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@contextmanager
+def served(forker: subprocess.Popen, root: Path, drain_s: float, **options: float) -> Iterator[Served]:
+    forker.stdin.write(json.dumps({"root": str(root), "drain_s": str(drain_s)} | options).encode() + b"\n")
+    pid = int(forker.stdout.readline())
+    server = Served(forker, pid, int(forker.stdout.readline()))
     try:
-        line = process.stdout.readline()
-        assert line, process.stderr.read().decode()
-        yield process, int(line)
+        yield server
     finally:
-        process.kill()
-        process.wait()
+        if server.status is None:
+            os.kill(pid, signal.SIGKILL)
+            server.wait(TIMEOUT_S)
 
 
 async def one(client: httpx.AsyncClient, number: int) -> str:
@@ -55,19 +85,21 @@ async def one(client: httpx.AsyncClient, number: int) -> str:
     return "finished" if chunks[-1]["choices"][0]["finish_reason"] == "length" else "short"
 
 
-async def load_and_stop(process: subprocess.Popen, port: int) -> tuple[Counter, Counter, int]:
+async def load_and_stop(server: Served) -> tuple[Counter, Counter, int]:
     limits = httpx.Limits(max_connections=100)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{server.port}", timeout=TIMEOUT_S, limits=limits
+    ) as client:
         before = [asyncio.create_task(one(client, number)) for number in range(NUM_REQUESTS)]
         while await in_engine(client) < NUM_REQUESTS:
             assert not any(task.done() for task in before), "requests ended before all had begun: slow the steps down"
             await asyncio.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         while (await client.get("/health")).status_code != 503:
             await asyncio.sleep(0.01)
         after = [await one(client, number) for number in range(4)]
         ended = Counter(await asyncio.gather(*before))
-    return ended, Counter(after), await asyncio.to_thread(process.wait, TIMEOUT_S)
+    return ended, Counter(after), await asyncio.to_thread(server.wait, TIMEOUT_S)
 
 
 async def in_engine(client: httpx.AsyncClient) -> int:
@@ -77,10 +109,13 @@ async def in_engine(client: httpx.AsyncClient) -> int:
     return int(float(values["loraplex_requests_running"]) + float(values["loraplex_requests_waiting"]))
 
 
-@pytest.mark.parametrize(("drain_s", "endings"), [(60, {"finished"}), (0.5, {"finished", "error", "refused"})])
-def test_accepted_requests_finish_or_are_told(root, drain_s, endings):
-    with served(root, drain_s) as (process, port):
-        ended, after, status = asyncio.run(load_and_stop(process, port))
+@pytest.mark.parametrize(
+    ("drain_s", "options", "endings"),
+    [(60, {"drain_step_s": 0}, {"finished"}), (0.5, {}, {"finished", "error", "refused"})],
+)
+def test_accepted_requests_finish_or_are_told(forker, root, drain_s, options, endings):
+    with served(forker, root, drain_s, **options) as server:
+        ended, after, status = asyncio.run(load_and_stop(server))
     assert status == 0
     assert set(after) == {"refused"}
     assert set(ended) <= endings, ended
@@ -89,15 +124,15 @@ def test_accepted_requests_finish_or_are_told(root, drain_s, endings):
         assert ended["error"] + ended["refused"] > 0, "all were done before the drain ended: the test tests nothing"
 
 
-def test_second_signal_does_not_wait(root):
+def test_second_signal_does_not_wait(forker, root):
     body = {"model": "a", "prompt": "x", "max_tokens": 200, "n": 16, "stream": True, "ignore_eos": True}
-    with served(root, 100) as (process, port):
-        url = f"http://127.0.0.1:{port}"
+    with served(forker, root, 100) as server:
+        url = f"http://127.0.0.1:{server.port}"
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as answer:
             lines = answer.iter_lines()  # kept: a client whose iterator is gone has hung up
             next(lines)
-            process.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGTERM)
             while httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code != 503:
                 pass
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import httpx
-import psutil
 import pytest
 
+from loraplex.bench.measures import resident_bytes
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.connections import Protocol
 from loraplex.server.settings import RequestLimits
@@ -207,10 +207,9 @@ async def storm_over(server: Running, key: str, count: int) -> Counter[str]:
             answer = await storm.post(storm.body(model=model), 200)
             storm.expected[model] = json.loads(answer)["choices"][0]["text"]
         done = await rage(storm, count // 10)
-        process = psutil.Process()
-        before = process.memory_info().rss
+        before = resident_bytes()
         done += await rage(storm, count - count // 10)
-        assert process.memory_info().rss - before < MAX_GROWTH
+        assert resident_bytes() - before < MAX_GROWTH
         for _ in range(4):
             await good(storm)
     return done

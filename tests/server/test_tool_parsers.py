@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -140,6 +141,20 @@ def test_texts_of_any_kind_are_read_the_same_in_any_pieces(form):
     ]
     for _ in range(300):
         read(form, "".join(draw.choices(parts, k=draw.randrange(12))))
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), MISTRAL_PLAIN], ids=lambda form: form.name + form.kind)
+@pytest.mark.parametrize("head", ["", "a", "a[ARGS]", "{", '{"name"', "[", "<function=add>", '{"name": "add",'])
+def test_blanks_without_end_take_no_longer_than_their_length(form, head):
+    """What a model writes is the client's wish: it may ask for thousands of blanks, token by token."""
+    parser = make_parser(form, FUNCTIONS)
+    began = time.process_time()
+    parser.feed(form.begin + " " * 2000 + head)
+    for _ in range(2000):
+        parser.feed(" ")
+    parser.feed("\u00e9")
+    parser.end()
+    assert time.process_time() - began < 5
 
 
 def test_scanner_finds_the_end_of_values():

@@ -1,5 +1,6 @@
 """Tools of /v1/chat/completions over HTTP: choices, streams, histories, errors; a random model led by grammars."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ import pytest
 
 from loraplex.errors import ConfigError
 from loraplex.server.api.messages import Message, as_turns
+from loraplex.server.api.tools.templates import ToolTemplate
 from loraplex.server.settings import ModelSettings
 from tests.server.tiny_server import running, settings
 from tests.server.tool_models import ADD, ENGINE, TEMPLATES, WEATHER, function, tool_model, tool_tokenizer
@@ -145,6 +147,33 @@ def test_template_without_tools_gets_them_in_the_systems_turn(server, smollm2):
     assert end == "assistant\n"
 
 
+IMAGE = [{"type": "text", "text": "What is it?"}, {"type": "image"}]
+
+
+@pytest.mark.parametrize("takes_system", [True, False])
+def test_a_template_without_tools_keeps_images_where_they_stand(smollm2, takes_system):
+    tokenizer = copy.copy(tool_tokenizer(smollm2))
+    if not takes_system:
+        tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    calls = [CALLED["tool_calls"][0]["function"] | {"arguments": {"a": 1, "b": True}}]
+    turns = [
+        {"role": "user", "content": IMAGE},
+        {"role": "assistant", "content": IMAGE, "tool_calls": [{"function": calls[0]}]},
+        {"role": "tool", "content": IMAGE, "name": "add"},
+        {"role": "tool", "content": "2", "name": "add"},
+    ]
+    written, _ = ToolTemplate(tokenizer).prepared(turns, [WEATHER])
+    first, assistant, given = written[-3:]
+    assert [turn["role"] for turn in written] == ["system"] * takes_system + ["user", "assistant", "user"]
+    assert first["content"][-2:] == IMAGE
+    assert json.dumps(WEATHER) in (written[0]["content"] if takes_system else first["content"][0]["text"])
+    assert assistant["content"][:2] == IMAGE
+    assert "<tool_call>" in "".join(part.get("text", "") for part in assistant["content"])
+    assert given["content"][1:3] == IMAGE
+    texts = "".join(part.get("text", "<image>") for part in given["content"])
+    assert texts == ("<tool_response>\nWhat is it?<image>\n</tool_response>\n<tool_response>\n2\n</tool_response>")
+
+
 def test_no_tools_are_offered_with_none(server):
     none = server.http().post("/tokenize", json={"messages": QUESTION}).json()["count"]
     answer = ask(server, tool_choice="none", max_tokens=3)
@@ -208,6 +237,28 @@ def test_answers_of_a_schema_may_call_too(server):
     else:
         jsonschema.validate(json.loads(answer.message.content), wanted)
     assert answer.finish_reason in ("stop", "tool_calls")
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_schema_may_be_a_text_beside_tools(server, choice):
+    wanted = '{"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}'
+    body = {"structured_outputs": {"json": wanted, "disable_any_whitespace": True}}
+    message = ask(server, tool_choice=choice, extra_body=body).choices[0].message
+    if message.tool_calls:
+        check_calls(message)
+    else:
+        assert choice == "auto"
+        assert message.content in ('{"x":1}', '{"x":2}')
+
+
+@pytest.mark.parametrize("structure", [{"regex": "a+"}, {"choice": ["a", "b"]}, {"grammar": 'start: "a"'}])
+def test_calls_that_must_fit_and_another_structure_are_a_400_in_the_clients_words(server, structure):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, tool_choice="required", extra_body={"structured_outputs": structure})
+    assert refused.value.body["param"] == "tools"
+    assert "tool_grammar" not in refused.value.body["message"]
+    free = ask(server, max_tokens=3, extra_body={"structured_outputs": structure}).choices[0].message
+    assert set(free.content) <= {"a", "b"}
 
 
 def test_several_answers_have_calls_of_their_own(server):

@@ -5,7 +5,7 @@ python -m tests.training.run_tiny FOLDER [adapters | diverging | mixture | mixtu
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from loraplex.training import AdapterJob, TrainConfig, TrainResult, train_adapte
 from loraplex.training.core import checks
 from loraplex.xlora.config import XLoraConfig
 from tests.tiny_models import tiny_model
+from tests.training.every_kind import DORAS, RESIDUALS, jobs_of_every_kind
 from tests.training.mixture.tiny_mixture import NAME, tiny_config, tiny_mixture, tiny_sources
 from tests.training.routers.tiny_router import NAME as ROUTER
 from tests.training.routers.tiny_router import TEACHER, XLORA, tiny_router
 from tests.training.tiny_jobs import tiny_job, tiny_tokenizer
 
 STEPS = 40
+NOT_SHARDED = (*RESIDUALS, *DORAS)
 DROPOUT = XLoraConfig(xlora_depth=2, xlora_size=32, xlora_dropout_p=0.3, layerwise_scalings=True)
 
 
@@ -51,6 +53,18 @@ def run(folder: Path, output: Path, **options: Any) -> list[TrainResult]:
         total = sum(parameter.numel() for parameter in base.parameters())
         assert held < 0.6 * total, f"a process holds {held} of {total} weights: they are not shared out"
     return results
+
+
+def run_kinds(folder: Path, output: Path, *, without: Sequence[str] = (), **options: Any) -> list[TrainResult]:
+    """A job of every kind, on a base model whose output layer is its embedding."""
+    torch.set_num_threads(1)
+    jobs = jobs_of_every_kind(folder, without=without)
+    config = TrainConfig(output=output, plots=False, tokens_per_forward=400, **options)
+    base = tiny_model("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    return train_adapters(base, tiny_tokenizer(), jobs=jobs, config=config)
 
 
 def run_diverging(folder: Path, output: Path) -> list[TrainResult]:
@@ -122,6 +136,10 @@ def run_router(folder: Path, output: Path, **options: Any) -> list[TrainResult]:
 RUNS: dict[str, Callable[[Path, Path], list[TrainResult]]] = {
     "adapters": run,
     "sharded": lambda folder, output: run(folder, output, fsdp=True),
+    "kinds": run_kinds,
+    "sharded kinds": lambda folder, output: run_kinds(
+        folder, output, without=NOT_SHARDED, fsdp=True, gradient_checkpointing=True
+    ),
     "diverging": run_diverging,
     "mixture": run_mixture,
     "mixture and experts": run_experts,

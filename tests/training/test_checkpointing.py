@@ -105,8 +105,7 @@ def test_a_model_without_such_layers_is_refused() -> None:
         checkpointable_layers(nn.Linear(2, 2))
 
 
-def test_mixtures_refuse_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="for adapters alone"):
-        MixtureTrainConfig(
-            steps=StepsConfig(max_steps=1), run=TrainConfig(output=tmp_path, gradient_checkpointing=True)
-        )
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "packing", "fsdp"])
+def test_mixtures_refuse_what_is_for_adapters(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is for adapters alone"):
+        MixtureTrainConfig(steps=StepsConfig(max_steps=1), run=TrainConfig(output=tmp_path, **{option: True}))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.reader import read_adapter
@@ -40,9 +40,16 @@ def data_file(folder: Path, turns: list[list[tuple[str, str]]] = RECORDS) -> Pat
     return write_records(folder / "chats.jsonl", lines)
 
 
-def job_of(folder: Path, turns: list[list[tuple[str, str]]] = RECORDS, **options: Any) -> AdapterJob:
+def job_of(
+    folder: Path, turns: list[list[tuple[str, str]]] = RECORDS, *, dora: bool = False, **options: Any
+) -> AdapterJob:
     start = random_peft_adapter(
-        tiny_model("llama"), folder / "start", targets=("q_proj", "down_proj", "lm_head"), r=3, lora_alpha=6
+        tiny_model("llama"),
+        folder / "start",
+        targets=("q_proj", "down_proj", "lm_head"),
+        r=3,
+        lora_alpha=6,
+        options={"use_dora": dora},
     )
     defaults = {"batch_size": len(turns), "eval_fraction": 0, "max_steps": 1, "init_from": start}
     defaults |= {"lora": read_adapter(start).config, "data": data_file(folder, turns)}
@@ -76,15 +83,16 @@ def test_the_first_user_turn_is_found_in_the_template() -> None:
 
 
 def peft_gradient(job: AdapterJob, paths: Sequence[str], gates: list[float]) -> tuple[Tensor, float]:
-    """By PEFT, with every LoRA's output multiplied by the gates of the tokens; one record at a time."""
+    """By PEFT, with what every LoRA or DoRA adds multiplied by the gates of the tokens; one record at a time."""
     model = PeftModel.from_pretrained(copy.deepcopy(tiny_model("llama")), str(job.init_from), is_trainable=True).eval()
     mask: list[Tensor] = []
 
-    def gate(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y * mask[0]
+    def gate(module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        base = module.base_layer(*args)
+        return base + (y - base) * mask[0]
 
-    for name, module in model.named_modules():
-        if name.endswith("lora_B.default"):
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
             module.register_forward_hook(gate)
     examples = make_examples(
         [
@@ -112,15 +120,16 @@ def peft_gradient(job: AdapterJob, paths: Sequence[str], gates: list[float]) -> 
         assert a is not None
         assert b is not None
         flat += [a.flatten(), b.t().flatten()]
+        flat += [p.grad for name, p in factors.items() if f"{path}.lora_magnitude_vector.default" in name]
     return torch.cat(flat), float(total.detach()) / num_answers
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
-@pytest.mark.parametrize("gate", [1.0, 0.0, 0.25])
-def test_gradient_equals_pefts_with_the_loras_output_multiplied_by_the_gates(
-    tmp_path: Path, gate: float, share_prefixes: bool
+@pytest.mark.parametrize(("gate", "dora"), [(1.0, False), (0.0, False), (0.25, False), (0.25, True), (0.0, True)])
+def test_gradient_equals_pefts_with_the_adapters_share_multiplied_by_the_gates(
+    tmp_path: Path, gate: float, dora: bool, share_prefixes: bool
 ) -> None:
-    job = job_of(tmp_path, gates_before_user=gate)
+    job = job_of(tmp_path, gates_before_user=gate, dora=dora)
     task = task_of(job, tmp_path, share_prefixes=share_prefixes)
     (loss,) = task.accumulate_gradients([0])
     paths = task.states[0].parameters.paths

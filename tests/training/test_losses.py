@@ -20,38 +20,17 @@ from loraplex.training.adapters.data import JobData, load_job_data
 from loraplex.training.data.examples import Example
 from loraplex.training.data.preferences import parse_pair, read_rewarded
 from tests.tiny_models import random_peft_adapter, tiny_model
-from tests.training.tiny_jobs import tiny_job, tiny_tokenizer, write_records
+from tests.training.tiny_jobs import pairs, rewarded, tiny_job, tiny_tokenizer, write_records
 
 STEPS, BETA = 12, 0.5
 TARGETS = ("q_proj", "v_proj", "up_proj")
 
 
-def pairs() -> list[dict[str, Any]]:
-    """Prompts with the letters in order, against the letters as they were; texts and conversations."""
-    words = ["cab", "fed", "dabc", "ecab", "bca", "fade", "aced", "dba", "cfa", "ebd", "bfa", "deca"]
-    made: list[dict[str, Any]] = []
-    for number, word in enumerate(words):
-        good, bad = "".join(sorted(word)), word
-        if number % 2:
-            made.append({"prompt": f"sort {word}=", "chosen": good, "rejected": bad + "!"})
-        else:
-            user = {"role": "user", "content": f"sort {word}"}
-            answers = [{"role": "assistant", "content": answer} for answer in (good, bad)]
-            made.append({"chosen": [user, answers[0]], "rejected": [user, answers[1]]})
-    return made
-
-
-def rewarded() -> list[dict[str, Any]]:
-    return [
-        {"prompt": f"{number}=", "completion": "ab" * (number % 3 + 1), "reward": [1.0, -0.25, 0.0, 2.0][number % 4]}
-        for number in range(12)
-    ]
-
-
 def jobs_in(folder: Path) -> list[AdapterJob]:
-    """DPO from a trained-looking start, DPO from fresh weights, rewards, and plain cross-entropy beside them."""
+    """DPO from trained-looking starts, a LoRA and a DoRA, rewards, and plain cross-entropy beside them."""
     model = tiny_model("llama")
     start = random_peft_adapter(model, folder / "start", targets=TARGETS, seed=3)
+    dora = random_peft_adapter(model, folder / "dora", targets=TARGETS, seed=4, options={"use_dora": True})
     options: dict[str, Any] = {"max_steps": STEPS, "batch_size": 3, "eval_every": 4, "learning_rate": 2e-3}
     dpo = {**options, "data": write_records(folder / "pairs.jsonl", pairs()), "loss": "dpo", "dpo_beta": BETA}
     reward = {**options, "data": write_records(folder / "rewarded.jsonl", rewarded()), "loss": "reward"}
@@ -60,6 +39,7 @@ def jobs_in(folder: Path) -> list[AdapterJob]:
         tiny_job(folder, "dpo", **dpo, lora=lora, init_from=start, gradient_accumulation=2),
         tiny_job(folder, "reward", **reward, lora=lora, init_from=start),
         tiny_job(folder, "plain", **options, lora=lora, init_from=start),
+        tiny_job(folder, "dora", **dpo, lora=read_adapter(dora).config, init_from=dora),
     ]
 
 
@@ -116,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[AdapterJob], lis
     return jobs, train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=jobs, config=config)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_curves_equal_those_of_the_loss_written_out_in_float64(
     number: int, run: tuple[list[AdapterJob], list[TrainResult]]
 ) -> None:
@@ -139,7 +119,7 @@ def test_the_log_has_margins_and_how_many_pairs_are_preferred(
     assert last["accuracy"] > 0.5
 
 
-def test_dpo_with_dropout_accumulates_and_resumes_as_it_would_have_gone(tmp_path: Path) -> None:
+def test_dpo_with_dropout_draws_the_same_in_both_of_its_passes_whatever_its_neighbours(tmp_path: Path) -> None:
     data = write_records(tmp_path / "pairs.jsonl", pairs())
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.3)
     job = tiny_job(tmp_path, "a", data=data, loss="dpo", lora=lora, max_steps=6, eval_fraction=0)

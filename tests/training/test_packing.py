@@ -12,7 +12,9 @@ from loraplex.adapters.config import LoraConfig
 from loraplex.adapters.peft.reader import read_adapter
 from loraplex.errors import ConfigError
 from loraplex.layers.attach import AdaptableModel
-from loraplex.residual.modules import ResidualConfig
+from loraplex.residual.modules import ResidualConfig, SteeringVector
+from loraplex.residual.positions import parse_positions
+from loraplex.residual.reft import ReftConfig
 from loraplex.training import AdapterJob, TrainConfig, train_adapters
 from loraplex.training.adapters.data import load_job_data
 from loraplex.training.adapters.setup import make_states
@@ -37,9 +39,10 @@ def jobs_in(folder: Path, architecture: str = "llama", targets: Any = TARGETS) -
     return jobs
 
 
-@pytest.mark.parametrize("own_attention", [True, False])
-@pytest.mark.parametrize("max_tokens", [1024, 90])
-def test_losses_and_gradients_equal_pefts_in_float64(own_attention: bool, max_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attention", "max_tokens"), [("products", 1024), ("products", 90), ("fused", 90), ("the model's", 1024)]
+)
+def test_losses_and_gradients_equal_pefts_in_float64(attention: str, max_tokens: int, tmp_path: Path) -> None:
     jobs, model = jobs_in(tmp_path), tiny_model("llama")
     base = copy.deepcopy(model).double().requires_grad_(False)
     adaptable = AdaptableModel(base)
@@ -48,8 +51,8 @@ def test_losses_and_gradients_equal_pefts_in_float64(own_attention: bool, max_to
     rows = [TrainingRow(i, i, example) for i, state in enumerate(states) for example in state.data.examples_of_step(0)]
     bank = TrainingWeightProvider([TrainingSlot(state.parameters.slot_weights) for state in states])
     computer = LossComputer(base, 3, tokens_per_forward=max_tokens, share_prefixes=True, packing=True)
-    longest = 100 if own_attention else 10_000
-    with fast_attention(base, longest, packing=own_attention):
+    longest = 100 if attention == "products" else 10_000
+    with fast_attention(base, longest, packing=attention != "the model's"):
         sums = computer.accumulate_gradients(rows, bank, torch.ones(3))
         scores = computer.score(rows, bank)
     adaptable.detach()
@@ -118,9 +121,17 @@ def test_packed_training_follows_training_without(name: str, tmp_path: Path) -> 
 
 def test_refuses_what_cant_be_packed(tmp_path: Path) -> None:
     config = TrainConfig(output=tmp_path / "out", plots=False, packing=True)
-    residual = tiny_job(tmp_path, "r", lora=None, residual=ResidualConfig(r=2, alpha=4))
-    with pytest.raises(ConfigError, match="job 'r' goes through residuals"):
-        train_adapters(tiny_model("llama"), tiny_tokenizer(), jobs=[residual], config=config)
+    vector = SteeringVector(vectors={0: torch.ones(64)}, base=None)
+    for options in (
+        {"lora": None, "residual": ResidualConfig(r=2, alpha=4)},
+        {"lora": None, "reft": ReftConfig(r=2, positions=parse_positions("all"))},
+        {"after": [(vector, 1.0)]},
+    ):
+        with pytest.raises(ConfigError, match="job 'r' goes through residuals"):
+            train_adapters(
+                tiny_model("llama"), tiny_tokenizer(), jobs=[tiny_job(tmp_path, "r", **options)], config=config
+            )
+    assert not (tmp_path / "out").exists()
     windowed = tiny_model("mistral")
     windowed.config.sliding_window = 4
     lora = LoraConfig(r=2, target_modules=("q_proj",))

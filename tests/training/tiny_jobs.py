@@ -60,6 +60,28 @@ def records(form: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return made
 
 
+def pairs() -> list[dict[str, Any]]:
+    """Prompts with the letters in order, against the letters as they were; texts and conversations."""
+    words = ["cab", "fed", "dabc", "ecab", "bca", "fade", "aced", "dba", "cfa", "ebd", "bfa", "deca"]
+    made: list[dict[str, Any]] = []
+    for number, word in enumerate(words):
+        good, bad = "".join(sorted(word)), word
+        if number % 2:
+            made.append({"prompt": f"sort {word}=", "chosen": good, "rejected": bad + "!"})
+        else:
+            user = {"role": "user", "content": f"sort {word}"}
+            answers = [{"role": "assistant", "content": answer} for answer in (good, bad)]
+            made.append({"chosen": [user, answers[0]], "rejected": [user, answers[1]]})
+    return made
+
+
+def rewarded() -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{number}=", "completion": "ab" * (number % 3 + 1), "reward": [1.0, -0.25, 0.0, 2.0][number % 4]}
+        for number in range(12)
+    ]
+
+
 def write_records(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

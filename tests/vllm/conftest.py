@@ -11,7 +11,7 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 # These run without vLLM too: what they test doesn't import it.
 WITHOUT = (
     *("test_concatenate", "test_gates", "test_route_ranks", "test_catalog", "test_serve_command"),
-    *("test_linked_pass", "test_attention_args", "test_residual_limits"),
+    *("test_linked_pass", "test_attention_args", "test_residual_limits", "test_row_steering"),
 )
 
 os.environ.update(

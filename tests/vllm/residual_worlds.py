@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import IA3Config, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from loraplex import MultiLoraModel
@@ -50,9 +51,25 @@ def add_residuals(world: Any, *, has_mlp: bool = True) -> MultiLoraModel:
     for name, residual in made.items():
         write_residual(residual, world.named / name)
         model.load_residual(name, world.named / name)
+    if has_mlp:
+        write_ia3(world)
+        model.load_adapter("ia3", world.named / "ia3")
     write_control_vector(made["late"], world.named / "calm.gguf", model_type="llama")
     model.load_residual("calm", world.named / "calm.gguf")
     return model
+
+
+def write_ia3(world: Any) -> None:
+    """PEFT's IA3 with random gates, on parts of packed layers, on a whole output, and on what a module reads."""
+    torch.manual_seed(14)
+    base = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32)
+    targets = [name for name in ("k_proj", "v_proj", "o_proj", "qkv_proj", "down_proj") if _has(base, name)]
+    config = IA3Config(target_modules=targets, feedforward_modules=["down_proj"], init_ia3_weights=False)
+    get_peft_model(base, config).save_pretrained(world.named / "ia3")
+
+
+def _has(base: torch.nn.Module, name: str) -> bool:
+    return any(path.endswith(f".{name}") for path, _ in base.named_modules())
 
 
 @torch.no_grad()

@@ -49,9 +49,10 @@ def test_residuals_and_steered_attention_equal_loraplexs_own(name, tmp_path):
     """Prompts are longer than a chunk and, where there are sliding windows, than a window."""
     world = make_world(tmp_path, make_base(name, **ARCHITECTURES[name]), targets(name))
     model = add_residuals(world, has_mlp=name != "opt")
-    choices = [*RESIDUALS, None, "protein", "block", None]
+    own = [*RESIDUALS, *(["ia3:0.5+protein"] if name != "opt" else [])]
+    choices = [*own, None, "protein", "block", None]
     rows = list(zip(choices, prompts(len(choices), length=100), strict=True))
-    extras = [*[None] * len(RESIDUALS), *(args_of_rows()[i] for i in (0, 2, 4, 6))]
+    extras = [*[None] * len(own), *(args_of_rows()[i] for i in (0, 3, 5, 7))]
     with engine(world, {"linked": 2, "attention": True}, max_loras=8, max_num_batched_tokens=96) as llm:
         check(model, llm, rows, extras)
         check(model, llm, rows, extras)

@@ -29,6 +29,16 @@ def test_steering_and_capture_are_read_as_objects_and_as_json():
     args.check(10, NUM_HEADS, range(4), 5)
 
 
+def test_shares_are_read():
+    share = {"start": 2, "end": 5, "share": 0.3, "layers": [1]}
+    args = parse_attention_args({"loraplex_steer": [share, SPAN | {"share": None}]})
+    assert args.steering == (
+        Steering(spans=((2, 5),), share=0.3, layers=(1,)),
+        Steering(spans=((2, 5),), strength=4.0),
+    )
+    assert args.layers(NUM_HEADS) == (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize("given", [None, {}, {"loraplex_scalings": 1}])
 def test_others_ask_for_nothing(given):
     assert parse_attention_args(given) is None
@@ -44,6 +54,9 @@ def test_others_ask_for_nothing(given):
         ("loraplex_steer", [SPAN] * (MAX_SPANS + 1), "a list of 1 to 256"),
         ("loraplex_steer", [{"start": 2, "end": 5}], "strength"),
         ("loraplex_steer", [SPAN | {"text": "x"}], "heads"),
+        ("loraplex_steer", [SPAN | {"share": 0.3}], "either strength or share"),
+        ("loraplex_steer", [{"start": 2, "end": 5, "share": 1}], "between 0 and 1"),
+        ("loraplex_steer", [{"start": 2, "end": 5, "share": "0.3"}], "between 0 and 1"),
         ("loraplex_steer", [SPAN | {"start": 1.5}], "tokens of the prompt"),
         ("loraplex_steer", [SPAN | {"strength": -1}], "at least 0"),
         ("loraplex_steer", [SPAN | {"layers": "all"}], "list of whole numbers"),
@@ -87,6 +100,8 @@ def test_log_keeps_the_newest_and_gives_each_once():
     for i in range(num):
         log.add(f"cmpl-{i}-0-abc", args.buffer(500, NUM_HEADS, 1))
     assert log.take("cmpl-0") == []
+    assert log.buffer("cmpl-0-0-abc") is None  # whose weights go nowhere from now on
+    assert log.buffer("cmpl-1-0-abc") is not None
     log.feed("cmpl-1-0-abc", 3)
     (kept,) = log.take("cmpl-1")
     assert (kept["layers"], kept["heads"], kept["query_positions"]) == ([0, 1], list(range(8)), [0, 1, 2])

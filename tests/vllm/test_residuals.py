@@ -7,7 +7,8 @@ from tests.vllm.worlds import TOLERANCE, counted, engine, engine_core, generate,
 
 NUM_TOKENS = 6
 VECTOR_CHOICES = [*VECTORS, "late:-2", "heard", "calm:0.5", "reft", "reft_mlp:0.7", "block:0.5+reft+first:2"]
-LINKED_CHOICES = ["linked", "linked:0.5+linked_late", "linked_late:-2+heard+linked:0.7", "linked+block:0.5+protein"]
+VECTOR_CHOICES += ["ia3", "ia3:-0.5+after+protein"]
+LINKED_CHOICES = ["linked", "linked:0.5+linked_late", "linked_late:-2+heard+linked:0.7", "linked+block:0.5+ia3+protein"]
 SIZES = {"max_loras": 20, "max_cpu_loras": 40, "max_lora_rank": 16}
 
 
@@ -41,7 +42,7 @@ def test_vectors_and_interventions_equal_loraplexs_own(residual):
         slots = dict(residuals._slots)
         residuals._slots |= {slot: slots.get(slot - 1, own) for slot, own in slots.items()}
         residuals.forget_batch()
-        chosen = [row for row in rows if row[0] in VECTORS]
+        chosen = [row for row in rows if row[0] in VECTORS or row[0] == "ia3"]
         wrong = compared(model, chosen, generate(llm, [(c, [*p]) for c, p in chosen], NUM_TOKENS))
         assert wrong.largest > 10 * TOLERANCE, wrong
 
@@ -94,7 +95,7 @@ def test_preempted_rows_equal_loraplexs_own(residual):
 
 def test_chunks_and_the_prefix_cache_equal_loraplexs_own(residual):
     world, model = residual
-    choices = ["linked:0.5+linked_late", "block", None, "reft", "protein+linked", "after"]
+    choices = ["linked:0.5+linked_late", "block", None, "reft", "ia3", "protein+linked", "after"]
     rows = [(choice, (prompt * 12)[: 90 + 7 * i]) for i, (choice, prompt) in enumerate(rows_of(choices, seed=5))]
     settings = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True}
     with engine(world, {"linked": 2}, **settings, max_loras=8, max_cpu_loras=16) as llm:

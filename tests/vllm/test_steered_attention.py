@@ -17,13 +17,14 @@ STEERED = [
     [{"start": 2, "end": 5, "strength": 6.0}],
     [{"start": 0, "end": 4, "strength": 0}],  # the first tokens see nothing then
     [{"start": 1, "end": 7, "strength": 3.0, "layers": [1], "heads": [0, 3]}, {"start": 5, "end": 9, "strength": 0.2}],
+    [{"start": 2, "end": 4, "share": 0.5}, {"start": 6, "end": 8, "share": 0.3, "layers": [1], "heads": [0, 2]}],
 ]
 CAPTURED = [
     {"layers": [0, 1], "queries": 3},
     {"layers": [1], "queries": "generated", "heads": [1, 2]},
     {"layers": None, "queries": "all", "reduce": "mean"},
 ]
-CHOICES = [None, "protein", "block:0.5+protein", "protein", None, "reft", "materials", None]
+CHOICES = [None, "protein", "block:0.5+protein", "block", "protein", None, "reft", "materials", None]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def steerings(extra):
     return [
         Steering(
             spans=((one["start"], one["end"]),),
-            strength=one["strength"],
+            strength=one.get("strength", 1.0),
+            share=one.get("share"),
             layers=None if one.get("layers") is None else tuple(one["layers"]),
             heads=None if one.get("heads") is None else tuple(one["heads"]),
         )
@@ -110,13 +112,20 @@ def test_steered_and_captured_rows_equal_loraplexs_own(residual):
         assert wrong.largest > 10 * TOLERANCE, wrong
 
 
+def test_attention_is_served_without_residuals(residual):
+    world, model = residual
+    rows, extras = list(zip([None, "protein"], prompts(2), strict=True)), [args_of_rows()[3], args_of_rows()[7]]
+    with engine(world, {"attention": True}, **SIZES) as llm:
+        check(model, llm, rows, extras)
+
+
 def test_preempted_rows_equal_loraplexs_own(residual):
     """Every row begins with one block of 32 tokens and ends with two or three; there are six, and one is vLLM's."""
     world, model = residual
     choices = [None, "protein", "block:0.5+protein", None]
     rows = [(choice, prompt + prompt) for choice, prompt in zip(choices, prompts(4, seed=6), strict=True)]
     settings = {"num_gpu_blocks_override": 7, "max_model_len": 96, "max_num_batched_tokens": 128}
-    extras = [args_of_rows()[0], args_of_rows()[6], args_of_rows()[4], None]
+    extras = [args_of_rows()[3], args_of_rows()[7], args_of_rows()[5], None]
     with engine(world, OPTIONS, **settings, **SIZES) as llm:
         preemptions = counted(engine_core(llm).scheduler, "_preempt_request")
         check(model, llm, rows, extras, 30)
@@ -148,6 +157,7 @@ def test_chunks_and_the_prefix_cache_equal_loraplexs_own(residual):
         (None, {"loraplex_steer": "["}, "JSON"),
         (None, {"loraplex_capture": {"layers": [2], "queries": 1}}, r"layers \[2\]"),
         ("linked", {"loraplex_steer": STEERED[0]}, "linked residuals"),
+        ("damaged", None, "can't be read"),
     ],
 )
 def test_what_cant_be_done_is_refused_before_it_runs(request_salts, choice, extra, words):
@@ -169,6 +179,11 @@ def test_salts_tell_what_keys_depend_on(request_salts):
     capture = {"loraplex_capture": CAPTURED[0]}
     assert request_salts(None, capture) != request_salts(None, capture)
     assert "tenant" in request_salts("after", steer, salt="tenant")
+    for own in (None, "tenant"):  # a client's salt that is written as the plugin's would be
+        salted = request_salts(None, steer, salt=own)
+        assert request_salts(None, None, salt=salted) != salted
+        assert request_salts(None, None, salt=f"loraplex steer {STEERED[0]}") != salted
+    assert request_salts(None, None, salt="tenant") != request_salts(None, None, salt="other")
     assert request_salts("block", None, resumable=True) is None
     for choice, extra in (("after", None), ("block", steer)):
         with pytest.raises(VLLMValidationError, match="streaming input"):
@@ -189,6 +204,8 @@ def request_salts(residual):
     from loraplex.vllm_plugin.request_salts import RequestSalts
 
     world, model = residual
+    (world.named / "damaged").mkdir(exist_ok=True)
+    (world.named / "damaged" / "residual_config.json").write_text("{")
     options = PluginOptions(folder=str(world.named), linked=1, **OPTIONS)
     config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=model.base.config))
     salts = RequestSalts(config, options, FolderCatalog(options))

@@ -27,14 +27,14 @@ def test_residuals_of_two_workers_equal_loraplexs_own(tmp_path, monkeypatch):
         "linked:0.5+linked_late",
         "linked+heard+protein",
         "block",
-        "reft+protein",
+        "ia3:0.5+protein",
         "after",
         None,
         "protein",
         None,
     ]
     rows = list(zip(choices, prompts(len(choices)), strict=True))
-    extras = [None] * 5 + [args_of_rows()[2], args_of_rows()[6], args_of_rows()[4]]
+    extras = [None] * 4 + [args_of_rows()[i] for i in (3, 2, 7, 5)]
     settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_loras": 8}
     with engine(world, {"linked": 2, "attention": True}, **settings) as llm:
         check(model, llm, rows, extras)

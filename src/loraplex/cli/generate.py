@@ -138,26 +138,31 @@ class _Asked:
         options = {**self._options, "seed": self._seed + number * self._options["n"]}
         return row.request(options, system=self._system, raw=self._raw)
 
-    def requests(self, rows: Iterator[Row | LoraplexError]) -> Iterator[Request | LoraplexError]:
-        """What is wrong with a row is an error in its place."""
-        for number, row in enumerate(rows):
-            if isinstance(row, LoraplexError):
-                yield row
+    def requests(self, rows: Iterator[Row | LoraplexError | None]) -> Iterator[Request | LoraplexError | None]:
+        """What is wrong with a row is an error in its place; None is no row yet."""
+        number = 0
+        for row in rows:
+            if row is None:
+                yield None
                 continue
-            self._rows[number] = row
-            try:
-                request = self.request(row, number)
-            except LoraplexError as error:
-                yield error
-            else:
-                yield request
+            yield row if isinstance(row, LoraplexError) else self._checked(row, number)
+            number += 1
+
+    def _checked(self, row: Row, number: int) -> Request | LoraplexError:
+        self._rows[number] = row
+        try:
+            return self.request(row, number)
+        except LoraplexError as error:
+            return error
 
     def row(self, number: int) -> Row | None:
         """The row of that number, once."""
         return self._rows.pop(number, None)
 
 
-def _rows_of_input(source: str, prompts: Sequence[str], adapters: Sequence[str]) -> Iterator[Row | LoraplexError]:
+def _rows_of_input(
+    source: str, prompts: Sequence[str], adapters: Sequence[str]
+) -> Iterator[Row | LoraplexError | None]:
     if prompts:
         raise typer.BadParameter("--input has the prompts: leave out those of the command line")
     if len(adapters) > 1:

@@ -14,6 +14,7 @@ from loraplex.residual.positions import parse_positions
 from loraplex.residual.reft import ReftConfig
 from loraplex.training import AdapterJob
 from loraplex.training.core.config import compose
+from loraplex.validation import quoted
 
 Settings = dict[str, Any]
 
@@ -24,6 +25,10 @@ def _targets(text: str) -> tuple[str, ...] | str:
 
 def _optional_number(text: str) -> float | None:
     return None if text == "none" else float(text)
+
+
+def _optional_whole(text: str) -> int | None:
+    return None if text == "none" else int(text)
 
 
 def _gates(text: str) -> float | str:
@@ -64,10 +69,10 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "gradient_accumulation": int,
     "seed": int,
     "max_length": int,
-    "patience": int,
+    "patience": _optional_whole,
     "eval_every": int,
     "eval_fraction": float,
-    "eval_records": int,
+    "eval_records": _optional_whole,
     "init_from": str,
     "after": _members,
     "gates_before_user": _gates,
@@ -86,6 +91,8 @@ _KINDS: Mapping[Callable[[str], Any], str] = {
     str: "a text",
     _flag: "true or false",
     int: "a whole number",
+    _optional_whole: "a whole number or none",
+    _optional_number: "a number or none",
     read_numbers: "layer numbers such as 0,8-10",
     _members: "folders such as a+b:0.5",
     _gates: "a number from 0 to 1 or dropout",
@@ -190,21 +197,21 @@ def _as_tuple(value: Any) -> Any:
 def _apply(jobs: dict[str, Settings], setting: str, values: Sequence[str]) -> None:
     """First what holds for all jobs, then what names one."""
     option = "--" + setting.replace("_", "-")
+    also = f", or NAME={kind_of(setting)}"
     for value in sorted(values, key=lambda value: "=" in value):
         name, equals, text = value.partition("=")
         if equals and name not in jobs:
             raise ConfigError(f"{option} {value!r} names the job {name!r}, but the jobs are {sorted(jobs)}.")
-        parsed = _read(option, setting, text if equals else value)
+        parsed = _read_text(option, setting, text if equals else value, also)
         for job in [name] if equals else jobs:
             jobs[job][setting] = parsed
 
 
-def _read(option: str, setting: str, text: str) -> Any:
+def _read_text(where: str, setting: str, text: str, also: str = "") -> Any:
     try:
         return READERS[setting](text)
     except ValueError:
-        kind = kind_of(setting)
-        raise ConfigError(f"{option} is {text!r}; it must be {kind}, or NAME={kind}.") from None
+        raise ConfigError(f"{where} is {quoted(text)}; it must be {kind_of(setting)}{also}.") from None
 
 
 def kind_of(setting: str) -> str:
@@ -213,7 +220,17 @@ def kind_of(setting: str) -> str:
 
 
 def _known(settings: Settings, where: str) -> Settings:
+    """A table's settings, its texts read as the options are. Raises ConfigError."""
     unknown = sorted(settings.keys() - READERS.keys())
     if unknown:
         raise ConfigError(f"{where} has the unknown settings {unknown}; possible are {sorted(READERS)}.")
-    return settings
+    return {name: _read_value(f"{where} {name}", name, value) for name, value in settings.items()}
+
+
+def _read_value(where: str, setting: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return _read_text(where, setting, value)
+    wanted = {str: str, _flag: bool}.get(READERS[setting])
+    if wanted is not None and not isinstance(value, wanted):
+        raise ConfigError(f"{where} is {quoted(value)}; it must be {kind_of(setting)}.")
+    return value  # a number or a list, which is for the configuration to check

@@ -1,8 +1,20 @@
 """Options of how answers are chosen, which `generate` and `chat` share."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
+
+# By the names of SamplingParams, how a text is read where it is no option of a command; beside them "stop", a list.
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+}
 
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens of an answer at most.")]
 Temperature = Annotated[

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from loraplex.adapters.peft.hub import resolve_mixture_folder
-from loraplex.cli.help import sections
-from loraplex.cli.options import Model, Weights, named_values, results_table
+from loraplex.cli.flag_groups import takes
+from loraplex.cli.options import Model, named_values, results_table
+from loraplex.cli.training_flags import MIXTURE
 from loraplex.errors import ConfigError
 from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routers.config import LinearRouterConfig
@@ -30,17 +31,7 @@ def _number_or_none(text: str) -> float | None:
     return None if text == "none" else _number(text)
 
 
-@sections(
-    model="Data and output",
-    router="Kind of mixture",
-    first_weights="Routers, with --router linear",
-    layout="Format and domains",
-    xlora_depth="X-LoRA's scaling head",
-    learning_rate="Optimization",
-    patience="Evaluation",
-    load_balance_weight="Regularization",
-    hidden_cache_bytes="How it is computed",
-)
+@takes("Data and output", *MIXTURE)
 def mixture(
     context: typer.Context,
     model: Model,
@@ -57,89 +48,23 @@ def mixture(
     router: Annotated[
         str | None, typer.Option(help="linear: a router in each LoRA layer, in one pass, instead of an X-LoRA.")
     ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Folder or hub id of an X-LoRA that teaches the router; its experts are taken.")
-    ] = None,
-    first_weights: Annotated[
-        str | None, typer.Option(help="Of the router: noise (default), arrow, spectr, or kept (of --init-from).")
-    ] = None,
-    activation: Annotated[str, typer.Option(help="Of the router: softmax, or sigmoid for each expert.")] = "softmax",
-    top_k: Annotated[int | None, typer.Option(help="Of the router: keep so many experts of each token.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the router: the fewest whose gates add up to it.")] = None,
-    temperature: Annotated[float, typer.Option(help="Divides the router's logits; below 1 is sharper.")] = 1.0,
-    shared: Annotated[bool, typer.Option(help="One router for all LoRA layers of one width.")] = False,
-    train_experts: Annotated[bool, typer.Option(help="Train the experts with the router.")] = False,
-    answer_weight: Annotated[float, typer.Option(help="Weight of the answers in the router's loss.")] = 1.0,
-    gate_kl_weight: Annotated[float, typer.Option(help="Weight of the teacher's gates in it.")] = 1.0,
-    logit_kl_weight: Annotated[float, typer.Option(help="Weight of the teacher's logits in it.")] = 0.0,
-    z_loss_weight: Annotated[float, typer.Option(help="Weight of the router z-loss in it.")] = 0.0,
-    layout: Annotated[str, typer.Option(help="Folder format: peft or xlora (the original package's).")] = "peft",
     share: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER: a domain's part of an epoch.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="NAME=FILE, or FILE, of held-out records.")] = None,
-    xlora_depth: Annotated[int, typer.Option(help="Linear layers of the scaling head.")] = 1,
-    xlora_size: Annotated[int, typer.Option(help="Width of its hidden layers.")] = 2048,
-    xlora_dropout_p: Annotated[float, typer.Option(help="Dropout after its hidden layers.")] = 0.2,
-    layerwise_scalings: Annotated[bool, typer.Option(help="Other scalings in each LoRA layer.")] = False,
-    enable_softmax: Annotated[bool, typer.Option(help="Softmax over the experts.")] = True,
-    softmax_temperature: Annotated[float, typer.Option(help="Divides the head's logits; below 1 is sharper.")] = 1.0,
-    top_k_lora: Annotated[int | None, typer.Option(help="Keep so many experts of each token.")] = None,
-    enable_softmax_topk: Annotated[bool, typer.Option(help="Softmax over the kept ones.")] = False,
-    scaling_pass_value: Annotated[str, typer.Option(help="Scalings of the scaling pass; none: 1 / experts.")] = "0",
-    global_scaling_weight: Annotated[float, typer.Option(help="Multiplies what every expert adds.")] = 1.0,
-    use_trainable_adapters: Annotated[bool, typer.Option(help="Train the experts too.")] = False,
-    use_bias: Annotated[bool, typer.Option(help="Biases in the scaling head.")] = True,
-    enable_relu_and_dropout: Annotated[bool, typer.Option(help="ReLU and dropout in the scaling head.")] = True,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="Learning rate over the steps: constant, linear or cosine.")] = "cosine",
-    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises from 0.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
-    max_grad_norm: Annotated[str, typer.Option(help="Clip gradients to this norm; none: don't.")] = "1",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default 300.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs instead of steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Records of one micro-batch.")] = 16,
-    gradient_accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first weights, the data's order and dropout.")] = 0,
-    max_length: Annotated[int, typer.Option(help="Tokens of a record at most; longer ones lose the first.")] = 512,
-    patience: Annotated[int | None, typer.Option(help="Evaluations without gain before training stops.")] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 50,
-    eval_fraction: Annotated[
-        float, typer.Option(help="Share of the records that is held out, without --eval-data.")
-    ] = 0.1,
-    eval_records: Annotated[int, typer.Option(help="Records of each domain that are evaluated at most.")] = 256,
-    load_balance_weight: Annotated[float, typer.Option(help="Weight of the load balance in the loss.")] = 0.0,
-    sparsity_weight: Annotated[
-        float, typer.Option(help="Weight of the mean entropy of scalings or gates in it.")
-    ] = 0.0,
-    expert_dropout: Annotated[float, typer.Option(help="Dropout on what each expert reads.")] = 0.0,
-    hidden_cache_bytes: Annotated[int, typer.Option(help="Memory for hidden states of the scaling pass.")] = 2 << 30,
-    dtype: Annotated[str, typer.Option(help="Dtype of the base model: float32 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
-    weights: Weights = "auto",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    tokens_per_forward: Annotated[int, typer.Option(help="Largest forward pass, in padded tokens.")] = 1024,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT.")] = True,
-    plots: Annotated[bool, typer.Option(help="Draw the losses.")] = True,
+    **options: Any,
 ) -> None:
     """Train a mixture of adapters: a scaling head that weighs the experts for each token (X-LoRA), or a router."""
     check_kind(context, router)
-    # The options have the names of the configurations' fields; what is read from text comes after.
-    options = dict(context.params)
-    settings = _named(XLoraConfig, options) | {"scaling_pass_value": _number_or_none(scaling_pass_value)}
-    of_run = _named(MixtureTrainConfig, options) | {
-        "max_steps": 300 if steps is None and epochs is None else steps,
-        "max_grad_norm": _number_or_none(max_grad_norm),
-        "eval_data": read_sources(eval_data, [], "--eval-data") if eval_data else None,
-        "teacher": f"{name}-teacher" if teacher is not None else None,
-        "first_weights": first_weights or ("noise" if router is not None and init_from is None else "kept"),
-    }
-    config = compose(MixtureTrainConfig, of_run, f"mixture {name!r}")
+    config = _config(context.params, read_sources(eval_data, [], "--eval-data") if eval_data else None)
     sources = read_sources(data, share or [], "--data")
+    teacher = options["teacher"]
     if (experts is not None or (teacher is not None and init_from is None)) == (init_from is not None):
         raise ConfigError(
             "Give --experts for a new mixture (or --teacher, whose experts are taken), or --init-from to train one on; "
             "not both, and not neither."
         )
-    base = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)
+    settings = _xlora_settings(context.params)
+    place = {key: options[key] for key in ("dtype", "device", "weights")}
+    base = MultiLoraModel.from_pretrained(model, **place)
     if teacher is not None:
         base.load_mixture(f"{name}-teacher", teacher)
     if init_from is not None:
@@ -150,12 +75,30 @@ def mixture(
         router_config = compose(LinearRouterConfig, _named(LinearRouterConfig, options), "router")
         config_of_mixture = XLoraConfig(**settings) if router is None else router_config
         folders = _experts_of_teacher(teacher) if experts is None else _expert_folders(experts)
-        _create(base, name, folders, config_of_mixture, seed)
+        _create(base, name, folders, config_of_mixture, config.seed)
     result = train_mixture(base, name, sources, config)
     Console().print(results_table("mixture", [result]))
 
 
-def _named(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+def _config(given: Mapping[str, Any], eval_data: Sequence[DataSource] | None) -> MixtureTrainConfig:
+    """The options have the names of the configurations' fields; what is read from text comes after."""
+    is_new_router = given["router"] is not None and given["init_from"] is None
+    name, options = given["name"], dict(given)
+    options |= {
+        "max_steps": 300 if given["steps"] is None and given["epochs"] is None else given["steps"],
+        "max_grad_norm": _number_or_none(given["max_grad_norm"]),
+        "eval_data": eval_data,
+        "teacher": f"{name}-teacher" if given["teacher"] is not None else None,
+        "first_weights": given["first_weights"] or ("noise" if is_new_router else "kept"),
+    }
+    return compose(MixtureTrainConfig, _named(MixtureTrainConfig, options), f"mixture {name!r}")
+
+
+def _xlora_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    return _named(XLoraConfig, given) | {"scaling_pass_value": _number_or_none(given["scaling_pass_value"])}
+
+
+def _named(config: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in option_names(config) if name in options}
 
 

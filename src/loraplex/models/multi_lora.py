@@ -1,10 +1,9 @@
 """MultiLoraModel: a frozen transformers model whose batch rows each go through their own adapters."""
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,15 @@ from loraplex.adapters.peft.hub import resolve_mixture_folder
 from loraplex.adapters.store.store import AdapterStore, StoreConfig
 from loraplex.adapters.store.version import AdapterState
 from loraplex.adapters.weights import Adapter
-from loraplex.errors import BaseModelError, RequestError
+from loraplex.errors import BaseModelError
 from loraplex.kernels.dispatch import native_runs
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.attention.fast_decode import FAST_DECODE
 from loraplex.layers.attention.interface import AttentionHandle
 from loraplex.layers.rows.images import join_image_rows
 from loraplex.layers.rows.positions import join_positions
-from loraplex.models.auto.prompt_states import MAX_PROMPTS, background_tokens, fit_centroids, prompt_tokens, row_states
-from loraplex.models.auto.selection import DEFAULT_FLOOR, AutoChoice, Candidates, check_floor
+from loraplex.models.auto.rows import choose_rows, chosen_specs, learn_prompts
+from loraplex.models.auto.selection import DEFAULT_FLOOR, AutoChoice, Candidates
 from loraplex.models.call import Call
 from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer, refuse_injected_adapters
 from loraplex.models.checkpoints.quantized_base import check_quantized_base
@@ -30,6 +29,7 @@ from loraplex.models.generate_checks import check_generates
 from loraplex.models.mixture_folders import Experts
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.registry import Registry
+from loraplex.models.running import CallRunner
 from loraplex.residual.modules import Residual
 from loraplex.residual.positions import Positions
 from loraplex.residual.registry import AttentionRequest
@@ -40,9 +40,6 @@ from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
 from loraplex.xlora.two_pass.options import TwoPassOptions
 from loraplex.xlora.two_pass.speculation import SpeculationCounts
-
-if TYPE_CHECKING:
-    from loraplex.engine.packed_generate import PackedCall, PackedGenerator
 
 
 class MultiLoraModel:
@@ -73,8 +70,7 @@ class MultiLoraModel:
         self.adaptable.attach_once("row positions", lambda: join_positions(base))
         self.adaptable.attach_once("images", lambda: join_image_rows(base, self.adaptable.unseen))
         self._fast_decode = fast_decode and native_runs(base.device, self.dtype)
-        self._packed: PackedGenerator | None = None  # made by the first `generate`
-        self._packed_lock = threading.Lock()
+        self._runner = CallRunner()
         self._front: AttentionHandle | None = None
         if self._fast_decode:
             self.adaptable.attach_all_plain_linears()
@@ -268,15 +264,7 @@ class MultiLoraModel:
         finds it again. Raises AdapterNotFoundError, RequestError or UnsupportedAdapterError before anything changes,
         and OutputError.
         """
-        for name in prompts:
-            self.registry.check_choosable(name)
-        tokenizer = self.tokenizer
-        rows = {
-            name: [prompt_tokens(tokenizer, prompt, chat=chat) for prompt in own[:MAX_PROMPTS]]
-            for name, own in prompts.items()
-        }
-        for name, centroid in fit_centroids(self.base, rows, background_tokens(tokenizer)).items():
-            self.registry.set_centroid(name, centroid, save=save)
+        learn_prompts(self.base, self.registry, self.tokenizer, prompts, chat=chat, save=save)
 
     def choose_adapters(
         self,
@@ -290,30 +278,7 @@ class MultiLoraModel:
 
         Raises RequestError where there is none and `candidates` leave the base model out, and ConfigError.
         """
-        check_floor(floor)
-        self.registry.auto.check(candidates)
-        hidden = row_states(self.base, input_ids, attention_mask)
-        return [self.registry.auto.choose(own, candidates, floor) for own in hidden]
-
-    def _chosen(
-        self,
-        adapters: Sequence[AdapterSpec] | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs: Mapping[str, Any],
-    ) -> Sequence[AdapterSpec] | None:
-        """The rows' adapters, those of `auto` chosen."""
-        if adapters is None or isinstance(adapters, str) or not any(map(is_auto, adapters)):
-            return adapters
-        rows = [row for row, spec in enumerate(adapters) if is_auto(spec)]
-        if input_ids is None or len(adapters) != len(input_ids) or inputs.get("past_key_values") is not None:
-            raise RequestError(
-                "adapters='auto' reads the row's whole prompt in input_ids, one for each entry of adapters and without "
-                "past_key_values. Use choose_adapters with the prompt, and name what it chose."
-            )
-        mask = None if attention_mask is None else attention_mask[rows]
-        choices = iter(self.choose_adapters(input_ids[rows], mask))
-        return [next(choices).name if is_auto(spec) else spec for spec in adapters]
+        return choose_rows(self.base, self.registry, input_ids, attention_mask, candidates=candidates, floor=floor)
 
     def unload(self, name: str) -> None:
         """Forget an adapter, a residual, or a mixture with the experts that came with it.
@@ -348,8 +313,7 @@ class MultiLoraModel:
             if name in self.names():  # a mixture takes its own experts along
                 self.unload(name)
         self._fast_decode = False
-        if self._packed is not None:
-            self._packed.close()
+        self._runner.close()
         if self._front is not None:
             self._front.remove()
         self.registry.detach()
@@ -383,13 +347,13 @@ class MultiLoraModel:
             registry=self.registry,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            adapters=self._chosen(adapters, input_ids, attention_mask, model_inputs),
+            adapters=chosen_specs(self.base, self.registry, adapters, input_ids, attention_mask, model_inputs),
             inputs=model_inputs,
             options=TwoPassOptions(collect=return_scalings or self.scalings_log.is_enabled),
             attention=attention,
             generates=False,
         )
-        return self._run(call, self.base, return_scalings)
+        return self._runner.run(self, call, self.base, return_scalings=return_scalings)
 
     __call__ = forward
 
@@ -424,53 +388,11 @@ class MultiLoraModel:
             registry=self.registry,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            adapters=self._chosen(adapters, input_ids, attention_mask, generation),
+            adapters=chosen_specs(self.base, self.registry, adapters, input_ids, attention_mask, generation),
             inputs=generation,
             options=TwoPassOptions(draft=draft, collect=collect),
             attention=attention,
             generates=True,
             fast_decode=self._fast_decode,
         )
-        _ = call.row_ends, call.vocabularies
-        prepared = "" if packed is False else self._packed_call(call)
-        if not isinstance(prepared, str):
-            return self._run_packed(prepared)
-        if packed:
-            raise RequestError(f"packed=True, but this call can't run so: {prepared}. Leave packed out.")
-        return self._run(call, self.base.generate, return_scalings)
-
-    def _packed_call(self, call: Call) -> "PackedCall | str":
-        """The call on packed passes, or why it can't be."""
-        if not self._fast_decode:
-            return "there is no compiled kernel for this model, or fast_decode is False"
-        from loraplex.engine.packed_generate import PackedGenerator  # which imports this module
-
-        with self._packed_lock:
-            if self._packed is None:
-                self._packed = PackedGenerator(self)
-        return self._packed.prepare(call)
-
-    def _run_packed(self, call: "PackedCall") -> Tensor:
-        output: Tensor = call.run()
-        self.draft_counts.add(call.counts)
-        return output
-
-    def _run(self, call: Call, run: Callable[..., Any], return_scalings: bool) -> Any:
-        with call.running() as ran:
-            output = run(input_ids=call.input_ids, attention_mask=call.attention_mask, **call.inputs)
-        call.note_cached(output)
-        call.mask_logits(output)
-        sequences = call.input_ids
-        if call.generates:
-            sequences = output if isinstance(output, Tensor) else output.sequences
-        call.report_attention(ran, sequences, self._tokenizer_if_known)
-        if ran.mixtures.two_pass is not None:
-            self.draft_counts.add(ran.mixtures.two_pass.counts)
-        if not call.options.collect:
-            return output
-        scalings = call.scalings(ran, sequences, wanted=return_scalings)
-        self.scalings_log.record([entry for row in scalings for entry in row])
-        return (output, scalings) if return_scalings else output
-
-    def _tokenizer_if_known(self) -> PreTrainedTokenizerBase | None:
-        return None if self._source is None else self.tokenizer
+        return self._runner.generate(self, call, packed=packed, return_scalings=return_scalings)

@@ -12,12 +12,6 @@ from loraplex.adapters.fit import check_fits, check_parameters, check_shapes_fit
 from loraplex.adapters.names import check_name
 from loraplex.adapters.peft.hub import resolve_adapter_folder
 from loraplex.adapters.peft.reader import content_shapes, read_adapter
-from loraplex.adapters.peft.single_experts import (
-    SingleExpertNames,
-    names_single_experts,
-    stacked_adapter,
-    stacked_shapes,
-)
 from loraplex.adapters.prompt_centroid import PromptCentroid, read_centroid, write_centroid
 from loraplex.adapters.store.prepared import PreparedAdapter
 from loraplex.adapters.store.slots import Slots
@@ -33,7 +27,7 @@ from loraplex.layers.own_weights.own_weights import OwnWeights
 from loraplex.layers.prepare import prepare_adapter
 from loraplex.models.auto.selection import AutoIndex, check_centroid
 from loraplex.models.checkpoints.quantized_base import tell_other_precision
-from loraplex.models.former_experts import former_experts
+from loraplex.models.former_experts import with_stacked_experts, with_stacked_shapes
 from loraplex.models.mixture_folders import Experts, expert_at_rest, expert_sources, save_mixture
 from loraplex.models.mixtures import Mixtures
 from loraplex.models.scope import CachedIds
@@ -47,7 +41,6 @@ from loraplex.routers.folder import RouterFolder, is_router_folder, read_router_
 from loraplex.routers.general_knowledge import without_general
 from loraplex.routing.adapter_spec import Link
 from loraplex.routing.weight_provider import SlotWeightProvider
-from loraplex.validation import listed
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.folders import read_mixture_folder
 from loraplex.xlora.formats.mixture_folder import Layout
@@ -118,7 +111,7 @@ class Registry:
                 ignore_unknown=ignore_unknown,
             )
             centroid = self._centroid(name, folder)
-        adapter = self._with_stacked_experts(adapter)
+        adapter = with_stacked_experts(self._base, self.adaptable.shapes, adapter)
         self._check_adapter(name, adapter)
         vocabulary = self._vocabulary(adapter, folder)
         kept = without_start(adapter, self.adaptable.modules)
@@ -351,34 +344,10 @@ class Registry:
             )
 
     def _check_shapes(self, config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> None:
-        former = self._former_experts(shapes)
-        if former is not None:
-            config, shapes = stacked_shapes(config, shapes, former)
+        config, shapes = with_stacked_shapes(self._base, self.adaptable.shapes, config, shapes)
         check_parameters(config, self._parameter_names(), self.adaptable.shapes)
         check_shapes_fit(config, shapes, self.adaptable.shapes, output_module=self.adaptable.output_module)
         check_start(config, shapes)
-
-    def _with_stacked_experts(self, adapter: Adapter) -> Adapter:
-        """The adapter, converted as PEFT does it where it has weights of single experts that the base stacks."""
-        former = self._former_experts(adapter.layers)
-        return adapter if former is None else stacked_adapter(adapter, former)
-
-    def _former_experts(self, paths: Iterable[str]) -> SingleExpertNames | None:
-        """What single experts were called, if there are some among `paths` and the base model has them stacked.
-
-        Raises UnsupportedAdapterError where PEFT converts none for this base model.
-        """
-        single = [path for path in names_single_experts(tuple(paths)) if path not in self.adaptable.shapes]
-        if not single:
-            return None
-        former = former_experts(self._base)
-        if former is None:
-            raise UnsupportedAdapterError(
-                f"the adapter has weights for single experts, such as {listed(single)}, which "
-                f"{type(self._base).__name__} doesn't have as modules, and PEFT converts none for its model type. "
-                "Train it again with target_parameters."
-            )
-        return former
 
     def _read_again(self, folder: Path) -> Adapter:
         """An adapter that was read before: its unknown settings were accepted then."""
@@ -389,7 +358,7 @@ class Registry:
             layout=self.adaptable.layout,
             ignore_unknown=True,
         )
-        return self._with_stacked_experts(adapter)
+        return with_stacked_experts(self._base, self.adaptable.shapes, adapter)
 
     def _parameter_names(self) -> list[str]:
         return [name for name, _ in self._base.named_parameters(remove_duplicate=False)]

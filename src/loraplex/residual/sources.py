@@ -5,6 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from loraplex.errors import AdapterFormatError
+from loraplex.json_files import damaged_as
 from loraplex.residual.format import FolderResidual, is_residual_folder, read_residual
 from loraplex.residual.format_settings import ResidualSettings
 from loraplex.residual.other_formats.control_vector import is_control_vector, is_gguf, read_control_vector
@@ -14,9 +16,10 @@ from loraplex.residual.positions import Positions
 
 
 def is_residual_source(source: str | Path) -> bool:
-    """Whether a folder or file holds a residual rather than a LoRA."""
+    """Whether a folder or file holds a residual rather than a LoRA. Raises AdapterFormatError if it can't be read."""
     kinds = (is_residual_folder, is_control_vector, is_ia3_folder, is_pyreft_folder)
-    return any(is_kind(source) for is_kind in kinds)
+    with damaged_as(AdapterFormatError, source):
+        return any(is_kind(source) for is_kind in kinds)
 
 
 def read_any_residual(
@@ -30,10 +33,13 @@ def read_any_residual(
 
     Raises AdapterFormatError, UnsupportedAdapterError or ConfigError.
     """
-    if is_gguf(source):
+    with damaged_as(AdapterFormatError, source):
+        is_vector, is_reft = is_gguf(source), is_pyreft_folder(source)
+        is_gate = not is_residual_folder(source) and is_ia3_folder(source)
+    if is_vector:
         return read_control_vector(source, config.model_type)
-    if is_pyreft_folder(source):
+    if is_reft:
         return read_pyreft(source, positions)
-    if not is_residual_folder(source) and is_ia3_folder(source):
+    if is_gate:
         return read_ia3(source)
     return read_residual(source, check=check)

@@ -16,6 +16,7 @@ from loraplex.validation import is_finite
 Span = tuple[int, int]  # tokens [start, stop) of the prompt, padding not counted
 Range = tuple[int, int]  # characters [start, stop)
 MAX_RANGES = 256  # places of one text: each costs time in every layer of every step
+LEAST_PAID = 1e-30  # of a head's attention: keys that get less can't be raised to a share in float32
 _LONGEST_QUOTE = 200  # characters of a prompt that an error shows
 OPEN, CLOSE = "<<", ">>"
 
@@ -29,8 +30,9 @@ class Steering:
 
     With a share in its place, heads that pay the spans less of their attention than that pay exactly so much, and the
     rest to the other keys in their proportions; heads that pay them more stay as they are, and so do tokens that see
-    none of them. That is SpotLight (arXiv 2505.12025), whose bias log(share / attention) falls short of the share by
-    what normalising takes. Shares come after strengths, in their order.
+    none of them, or pay them less than LEAST_PAID. That is SpotLight (arXiv 2505.12025), whose bias
+    log(share / attention) falls short of the share by what normalising takes. Shares come after strengths, in their
+    order.
     """
 
     spans: tuple[Span, ...]
@@ -145,7 +147,7 @@ class KeyShare(NamedTuple):
     def factors(self, weights: Tensor) -> Tensor:  # [heads, queries, keys]
         """What weights [heads, queries, keys] of the row are multiplied by."""
         paid = (weights * self.keys).sum(dim=-1, keepdim=True)
-        is_less = (paid > 0) & (paid < self.share)
+        is_less = (paid >= LEAST_PAID) & (paid < self.share)
         if self.heads is not None:
             own = torch.zeros(len(weights), 1, 1, dtype=torch.bool, device=weights.device)
             own[list(self.heads)] = True

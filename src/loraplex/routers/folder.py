@@ -76,8 +76,12 @@ class RouterFolder:
 
 
 def is_router_folder(folder: Path) -> bool:
-    """Whether a folder holds a mixture with a router, in loraplex's format or as PEFT's Arrow is saved."""
-    return (folder / SETTINGS_FILE).is_file() or is_peft_arrow_folder(folder)
+    """Whether a folder holds a mixture with a router, in loraplex's format or as PEFT's Arrow is saved.
+
+    Raises AdapterFormatError if it can't be read.
+    """
+    with damaged_as(AdapterFormatError, folder):
+        return (folder / SETTINGS_FILE).is_file() or is_peft_arrow_folder(folder)
 
 
 def read_router_folder(folder: Path, *, find_experts: bool = True) -> RouterFolder:

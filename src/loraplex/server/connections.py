@@ -4,10 +4,10 @@ import asyncio
 from collections import Counter
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from loraplex.server.api.api_errors import HEADERS_TIMEOUT, HEADERS_TOO_LARGE, TOO_MANY_CONNECTIONS, ApiError
-from loraplex.server.api.streaming import ABORT_KEY
+from loraplex.server.api.streaming import ABORT_KEY, CHANNEL_KEY
 from loraplex.server.settings import NetworkSettings
 
 
@@ -20,6 +20,23 @@ class ConnectionLimits:
         self.headers_timeout_s = network.headers_timeout_s
         self.max_header_bytes = network.max_header_bytes
         self.held: Counter[str] = Counter()
+
+
+class ChunkedChannel:
+    """Writes chunks of one answer's body, as the server would after several calls: see BodyChannel."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_open(self) -> bool:
+        cycle = self._cycle
+        ended = cycle.response_complete or cycle.disconnected
+        return bool(cycle.response_started and cycle.chunked_encoding and not ended and not cycle.flow.write_paused)
+
+    def write(self, part: bytes) -> None:
+        if part:  # an empty chunk is the body's end
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 class Protocol(HttpToolsProtocol):
@@ -69,7 +86,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_headers()
+        scope = self.scope
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is scope:  # not of one that is upgraded or refused
+            scope[CHANNEL_KEY] = ChunkedChannel(self.cycle)  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -1,129 +1,22 @@
-"""Run the engine's requests of one HTTP request, together, until the client leaves; answer it whole or as a stream."""
+"""Run the engine's requests of one HTTP request, together, until the client leaves."""
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, Protocol
-
-from fastapi import Request as HttpRequest
-from starlette.responses import Response
 
 from loraplex.adapters.names import AUTO
-from loraplex.engine.frontend.output_processor import OutputCollector
+from loraplex.engine.frontend.output_processor import Event, OutputCollector, TakeAtOnce
 from loraplex.engine.request import Completion, Delta, Request, RequestResult
 from loraplex.errors import BaseModelError, CapacityError, LoraplexError, QueueFullError
 from loraplex.models.auto.selection import AutoChoice
-from loraplex.routing.adapter_spec import AdapterSpec, is_auto
+from loraplex.routing.adapter_spec import is_auto
 from loraplex.server.api.api_errors import BAD_REQUEST, SHUTTING_DOWN, TOO_LARGE, ApiError
-from loraplex.server.api.bodies import GenerationBody, StreamOptions
-from loraplex.server.api.json_route import documented
-from loraplex.server.api.response_parts import Extras, News, auto_json, chosen_model, chunk_usage, obfuscation, usage
-from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces, sse, sse_pieces
+from loraplex.server.api.response_parts import News
+from loraplex.server.api.streaming import BodyChannel
 from loraplex.server.auth.access import adapter_names
-from loraplex.server.state import (
-    RequestContext,
-    RowTokenizer,
-    ServerState,
-    context_of,
-    in_thread,
-    state_of,
-    until_client_leaves,
-)
-
-_FIELDS = ("id", "object", "created", "model", "choices", "usage")
-ANSWERS = documented("The answers.", 400, 401, 404, 429, required=_FIELDS, media="text/event-stream")
-
-
-class ApiCall(Protocol):
-    """One call of one of OpenAI's APIs: what it asks the engine, and how it writes what comes back."""
-
-    prompts: list[Any]
-    n: int
-    extras: Extras
-    row_tokenizer: RowTokenizer
-    requests: list[Request]
-    envelope: dict[str, Any]
-
-    def answer(self, results: Sequence[RequestResult]) -> dict[str, Any]: ...
-
-    def chunk_choice(self, news: News) -> dict[str, Any]: ...
-
-    def chunk_fields(self, news: News) -> dict[str, Any]:
-        """Fields beside the choices."""
-        ...
-
-
-async def respond(
-    body: GenerationBody, http: HttpRequest, make: Callable[[ServerState, RequestContext, AdapterSpec], ApiCall]
-) -> Response:
-    """The answer to a body, whose call is made in a thread."""
-    state, context = state_of(http), context_of(http)
-    choice = state.catalog.choice(body.model, context.principal)
-    try:
-        call = await in_thread(http, partial(make, state, context, choice))
-    except LoraplexError as error:
-        raise context.refusal(error) from error
-    context.response = {"id": call.envelope["id"]}
-    if state.config.logs.log_prompts:
-        context.log["prompts"] = call.prompts
-    if body.stream:
-        return await _stream(call, body, state, context)
-    pieces = await until_client_leaves(http.receive, _whole(call, state, context))
-    return PiecesResponse(pieces, state.config.limits.stall_timeout_s)
-
-
-async def _whole(call: ApiCall, state: ServerState, context: RequestContext) -> list[bytes]:
-    async with running(state, context, call.requests, wants_deltas=False) as run:
-        results = await run.results()
-    return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(results))))
-
-
-async def _stream(call: ApiCall, body: GenerationBody, state: ServerState, context: RequestContext) -> Response:
-    """What is refused is refused here, with its status; the stream begins when the engine has the requests."""
-    stack = AsyncExitStack()
-    run = await stack.enter_async_context(running(state, context, call.requests, wants_deltas=True))
-    chunks = _chunks(run, call, state, context, body.stream_options or StreamOptions())
-    return EventStream(chunks, state.config.limits.stall_timeout_s, stack.aclose)
-
-
-async def _chunks(
-    run: "Run", call: ApiCall, state: ServerState, context: RequestContext, options: StreamOptions
-) -> AsyncGenerator[bytes, None]:
-    """The answer's chunks: for each answer that has news one, then what extensions add, then the usage."""
-    results: list[RequestResult] = []
-    told: Counter[tuple[int, int]] = Counter()  # tokens of each answer
-    common: dict[str, Any] = {"usage": None} if options.include_usage else {}
-
-    def chunk(news: News) -> list[bytes]:
-        base_name = state.catalog.base_name
-        choice = call.chunk_choice(news) | auto_json(news.auto, base_name)
-        choice |= call.extras.live(news, call.row_tokenizer.texts)
-        if news.completion is not None:
-            choice |= call.extras.of(news.completion, call.row_tokenizer.texts)
-        whole = call.envelope | chosen_model([news.auto], base_name) | call.chunk_fields(news)
-        whole |= {"choices": [choice]} | common
-        if options.include_usage and options.continuous_usage_stats:
-            told[news.place, news.index] += len(news.token_ids)
-            whole["usage"] = chunk_usage(len(news.prompt), told[news.place, news.index])
-        if options.include_obfuscation:
-            whole["obfuscation"] = obfuscation(news.text)
-        return [sse(whole)] if news.completion is None else sse_pieces(whole)
-
-    async for events in run.batches():
-        found, failure = run.gather(events, holds_end=call.extras.any)
-        for news in found:
-            write = partial(chunk, news)
-            for piece in await state.workers.run(context.owner, write) if news.is_large else write():
-                yield piece
-        if failure is not None:  # what came before it has been told
-            raise failure
-        results += [event for event in events if isinstance(event, RequestResult)]
-    if options.include_usage:
-        model = chosen_model((result.auto for result in results), state.catalog.base_name)
-        yield sse(call.envelope | model | {"choices": [], "usage": usage(results)})
+from loraplex.server.state import RequestContext, ServerState
 
 
 class Run:
@@ -158,11 +51,11 @@ class Run:
         self._account(results)
         return results
 
-    async def batches(self) -> AsyncIterator[list[Delta | RequestResult]]:
-        """What is new, until all requests are finished."""
+    async def batches(self, at_once: TakeAtOnce | None = None) -> AsyncIterator[list[Event]]:
+        """What is new, until all requests are finished; but for what `at_once` took (of `writer`)."""
         results: list[RequestResult] = []
         while len(results) < self.num_requests:
-            events = await self._take()
+            events = await self._take(None if self.first_token_s is None else at_once)
             if self.first_token_s is None:
                 self.first_token_s = time.perf_counter() - self._started
                 self._state.metrics.first_token(self._adapters, self.first_token_s)
@@ -171,19 +64,40 @@ class Run:
                 self._account(results)
             yield events
 
-    async def _take(self) -> list[Delta | RequestResult]:
+    def writer(self, channel: BodyChannel | None, render: Callable[[News], bytes]) -> TakeAtOnce | None:
+        """For `batches`: writes tokens to the connection as the engine tells them, while its reader keeps up.
+
+        Ends of answers, and long news, are left to the reader's task.
+        """
+        if channel is None:
+            return None
+
+        def write(events: Sequence[Event]) -> bool:
+            if not channel.is_open or not all(map(_is_plain, events)):
+                return False
+            self.charge(events)
+            found, _ = self.gather(events, holds_end=False)
+            channel.write(b"".join(map(render, found)))
+            return True
+
+        return write
+
+    async def _take(self, at_once: TakeAtOnce | None = None) -> list[Event]:
         try:
-            events = await self._feed.take()
+            events = await self._feed.take(at_once)
             self.charge(events)
             return events
         except LoraplexError as error:
             raise self._context.refusal(error) from error
 
-    def charge(self, events: Sequence[Delta | RequestResult]) -> None:
+    def charge(self, events: Sequence[Event]) -> None:
         """Let the key pay for tokens as they are made, whoever waits for them."""
         count = 0
         for event in events:
-            count += self._note_choice(event)
+            if event.auto is not None:
+                count += self._note_choice(event.request_id, event.auto)
+            if self._context.usage is None:
+                continue
             if isinstance(event, Delta):
                 self._told[event.request_id, event.index] += len(event.token_ids)
                 count += len(event.token_ids)
@@ -194,17 +108,16 @@ class Run:
                 )
         self._context.spend_tokens(count)
 
-    def _note_choice(self, event: Delta | RequestResult) -> int:
+    def _note_choice(self, request_id: str, choice: AutoChoice) -> int:
         """Let logs and metrics know what `auto` chose; returns the tokens of the prompt that are run once more."""
-        choice = event.auto
-        if choice is None or event.request_id in self._chosen:
+        if request_id in self._chosen:
             return 0
-        self._chosen[event.request_id] = choice
+        self._chosen[request_id] = choice
         self._adapters = () if choice.name is None else (choice.name,)
         names = {chosen.name or self._state.catalog.base_name for chosen in self._chosen.values()}
         scores = [None if c.score is None else round(c.score, 3) for c in self._chosen.values()]
         self._context.log |= {"model": ",".join(sorted(names)), "auto_scores": scores}
-        return 0 if choice.name is None else len(self.prompts[self.places[event.request_id]])
+        return 0 if choice.name is None else len(self.prompts[self.places[request_id]])
 
     def check(self, ended: Completion | Delta) -> None:
         """Raise what a client must be told of an answer that didn't end as it should."""
@@ -214,7 +127,7 @@ class Run:
             error = ended.error or LoraplexError("the answer failed")
             raise self._context.refusal(error)
 
-    def gather(self, events: Sequence[Delta | RequestResult], *, holds_end: bool) -> tuple[list[News], ApiError | None]:
+    def gather(self, events: Sequence[Event], *, holds_end: bool) -> tuple[list[News], ApiError | None]:
         """One News for each answer, up to the first failure.
 
         With `holds_end` an answer's finish_reason comes with what extensions add.
@@ -228,7 +141,9 @@ class Run:
                     self.check(event)
                 except ApiError as error:
                     return list(found.values()), error
-                news = found.setdefault((place, event.index), News(place, event.index, self.prompts[place]))
+                news = found.get((place, event.index))
+                if news is None:
+                    news = found[place, event.index] = News(place, event.index, self.prompts[place])
                 news.add(event)
                 if holds_end:
                     news.finish_reason = None
@@ -270,6 +185,11 @@ class Run:
             own = self._adapters if chosen is None else () if chosen.name is None else (chosen.name,)
             groups.setdefault(own, []).append(result)
         return groups
+
+
+def _is_plain(event: Event) -> bool:
+    """Whether it is a token with little beside it, and the answer goes on."""
+    return isinstance(event, Delta) and event.finish_reason is None and len(event.logprobs) + len(event.scalings) <= 1
 
 
 @asynccontextmanager

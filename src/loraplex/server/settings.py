@@ -159,6 +159,7 @@ class TrainingSettings:
     training_runs: int = option(16, "Training runs in memory at once; further ones wait for a place.")
     training_max_rank: int = option(128, "Highest LoRA rank of a run.")
     training_tokens: int = option(1024, "Padded tokens of one training pass; larger batches are computed in parts.")
+    training_length: int = option(4096, "Tokens of the longest datum; its logits are in memory at once.")
     training_request_tokens: int = option(65536, "Tokens of the data of one forward_backward.")
     training_idle_s: float = option(300.0, "A run without requests for so long leaves memory; its state stays on disk.")
     training_snapshot_steps: int = option(10, "Optimizer steps of a run between two snapshots.")
@@ -174,6 +175,7 @@ class TrainingSettings:
             max_runs=self.training_runs,
             max_rank=self.training_max_rank,
             tokens_per_forward=self.training_tokens,
+            max_datum_tokens=self.training_length,
             max_request_tokens=self.training_request_tokens,
             idle_s=self.training_idle_s,
             snapshot_steps=self.training_snapshot_steps,

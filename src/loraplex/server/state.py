@@ -27,6 +27,7 @@ from loraplex.models.text.sampling_defaults import sampling_defaults
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import ApiError, as_api_error
 from loraplex.server.api.chat_prompts import ChatEncoder
+from loraplex.server.api.responses.recent_items import RecentItems
 from loraplex.server.api.tools.templates import ToolTemplate
 from loraplex.server.auth.access import Principal, VisibleModels
 from loraplex.server.auth.keys import KeyFile
@@ -68,6 +69,7 @@ class ServerState:
         self.metrics = Metrics(engine, watched)
         self.workers = Workers(_NUM_WORKERS, "loraplex-work")
         self.loaders = Workers(_NUM_LOADERS, "loraplex-load")
+        self.recent_items = RecentItems()  # of /v1/responses
         self.started = int(time.time())
         self.num_active = 0  # requests that were accepted and not answered
         self.is_draining = False

@@ -14,7 +14,7 @@ STEER, CAPTURE = "loraplex_steer", "loraplex_capture"  # extra arguments (`vllm_
 MAX_SPANS = 256  # of all steerings of a request
 MAX_CAPTURE_BYTES = 2**24  # of a request's captured weights
 _MAX_TEXT = 1 << 16  # characters of a JSON text
-_STEER_KEYS = {"start", "end", "strength", "layers", "heads"}
+_STEER_KEYS = {"start", "end", "strength", "share", "layers", "heads"}
 _CAPTURE_KEYS = {"layers", "heads", "queries", "reduce", "dtype"}
 
 
@@ -84,12 +84,15 @@ def _steerings(value: Any) -> tuple[Steering, ...]:
         raise RequestError(f"{STEER} is {quoted(value)}; it must be a list of 1 to {MAX_SPANS} objects.")
     made = []
     for one in value:
-        _check_keys(STEER, one, _STEER_KEYS, {"start", "end", "strength"})
+        _check_keys(STEER, one, _STEER_KEYS, {"start", "end"})
+        if (one.get("strength") is None) == (one.get("share") is None):
+            raise RequestError(f"{STEER} has {quoted(one)}; give either strength or share.")
         span = (one["start"], one["end"])
         if not all(map(is_whole, span)):
             raise RequestError(f"{STEER} has the span {quoted(span)}; give start and end as tokens of the prompt.")
         layers, heads = _numbers(STEER, one, "layers"), _numbers(STEER, one, "heads")
-        made.append(Steering(spans=(span,), strength=one["strength"], layers=layers, heads=heads))
+        strength = 1.0 if one.get("strength") is None else one["strength"]
+        made.append(Steering(spans=(span,), strength=strength, share=one.get("share"), layers=layers, heads=heads))
     return tuple(made)
 
 

@@ -27,6 +27,11 @@ class CaptureLog:
         while len(self._requests) > 1 and sum(kept.buffer.num_bytes for kept in self._requests.values()) > MAX_BYTES:
             self._requests.popitem(last=False)
 
+    def buffer(self, request_id: str) -> CaptureBuffer | None:
+        """Where a request's weights go; None of one that captures nothing, was fetched, or had to go for newer ones."""
+        kept = self._requests.get(request_id)
+        return None if kept is None else kept.buffer
+
     def feed(self, request_id: str, num_fed: int) -> None:
         """Tell how many tokens of a request have run."""
         kept = self._requests.get(request_id)

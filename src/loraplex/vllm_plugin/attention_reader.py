@@ -11,9 +11,9 @@ from vllm.forward_context import get_forward_context
 
 from loraplex.residual.attention_weights import AttentionWeights
 from loraplex.residual.capture import CaptureBuffer
-from loraplex.residual.steering import Steering, log_strengths
 from loraplex.vllm_plugin.batch_rows import BatchRow
 from loraplex.vllm_plugin.model_blocks import ModelBlocks
+from loraplex.vllm_plugin.row_steering import RowSteering
 from loraplex.vllm_plugin.second_cache import SecondCache
 
 PREFIX = "loraplex_attention."  # of the copies' names
@@ -26,11 +26,8 @@ class AttentionRow:
     number: int  # of the row in the batch
     row: BatchRow
     layers: frozenset[int]
-    steering: tuple[Steering, ...]
+    steering: RowSteering
     buffer: CaptureBuffer | None
-
-    def steering_at(self, layer: int) -> list[Steering]:
-        return [steering for steering in self.steering if steering.reaches(layer)]
 
 
 class AttentionReader:
@@ -47,6 +44,7 @@ class AttentionReader:
         self._cache = SecondCache(registry, chosen, PREFIX)
         self.layers = tuple(layers)
         self.num_heads = blocks.num_heads
+        self.heads = blocks.heads  # of this worker
         self.rows: Sequence[AttentionRow] = ()  # of the pass that runs now
 
     def attach(self) -> None:
@@ -76,13 +74,8 @@ class AttentionReader:
             self._run_row(wanted, layer, query[tokens], both, output[tokens])
 
     def _run_row(self, wanted: AttentionRow, layer: int, query: Tensor, both: Tensor, output: Tensor) -> None:
-        own, steering = self._blocks.attention[layer], wanted.steering_at(layer)
+        own, impl = self._blocks.attention[layer], self._blocks.attention[layer].impl
         num_queries, num_keys = len(query), both.shape[1]
-        strength = None
-        if steering:
-            num_heads = self._blocks.num_heads[layer]
-            strength = log_strengths([(0, steering, 0)], 1, num_heads, 0, num_keys, query.device)[:, self._blocks.heads]
-        impl = own.impl
         weights = AttentionWeights(
             query.transpose(0, 1).unsqueeze(0),
             both[..., : own.head_size].unsqueeze(0),
@@ -91,9 +84,10 @@ class AttentionReader:
             scaling=impl.scale,
             softcap=impl.logits_soft_cap or None,
             is_causal=True,
-            log_strength=strength,
+            log_strength=wanted.steering.log_strength(layer, num_keys),
+            shares=wanted.steering.shares(layer, num_keys),
         )
-        if steering:
+        if wanted.steering.reaches(layer):
             heard = weights.apply(both[..., own.head_size :].unsqueeze(0).to(torch.float32))
             output.copy_(heard[0].transpose(0, 1).to(output.dtype))
         if wanted.buffer is not None and layer in wanted.buffer.layers:

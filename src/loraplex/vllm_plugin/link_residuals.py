@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
 
 from loraplex.errors import CapacityError, UnsupportedAdapterError
+from loraplex.layers.attach import AdaptableModel
 from loraplex.residual.fingerprint import BaseFingerprint, check_same_base
 from loraplex.residual.format_settings import ResidualSettings
 from loraplex.residual.gates import GateResidual
@@ -20,6 +21,7 @@ from loraplex.residual.reft import Site
 from loraplex.residual.rows import ChainLink
 from loraplex.residual.sites import BlockSites
 from loraplex.residual.sources import read_any_residual
+from loraplex.vllm_plugin.model_gates import GateModules
 from loraplex.vllm_plugin.options import KEY
 
 
@@ -31,6 +33,7 @@ class ResidualLimits:
     identity: BaseFingerprint  # without heads
     num_heads: Mapping[int, int]  # of every attention layer, on all workers together
     sites: frozenset[SiteKey]
+    gates: GateModules
     num_linked: int  # in one link at most
     linked_layers: Mapping[int, int]  # that have caches for linked residuals: the largest rank there
     device: torch.device
@@ -52,16 +55,14 @@ class ResidualLimits:
                 "convert FOLDER OUTPUT --positions f7+l7."
             )
         residual = read_any_residual(path, self.config, check=lambda settings: self._check_settings(name, settings))
-        if isinstance(residual, GateResidual):
-            raise UnsupportedAdapterError(
-                f"{str(path)!r} holds gates (IA3), which vLLM's LoRA layers have no place for. Use loraplex's own "
-                "engine."
-            )
         if isinstance(residual, LinkedResidual):
             check_residual_fits(name, residual, self.identity, self.num_heads)
             self._check_linked(name, residual)
         else:
-            check_intervention_fits(name, residual, self.identity, lambda: cast(BlockSites, self), _no_gates)
+            places = (lambda: cast(BlockSites, self), lambda: cast(AdaptableModel, self.gates))
+            check_intervention_fits(name, residual, self.identity, *places)
+        if isinstance(residual, GateResidual):
+            residual = self.gates.local(residual)
         return ChainLink(name=name, residual=residual.to(self.device), weight=weight)
 
     def check_chain(self, chain: Sequence[ChainLink]) -> None:
@@ -92,7 +93,3 @@ class ResidualLimits:
                     f"residual {name!r} has rank {weights.rank}; inside vLLM its local responses are values of an "
                     f"attention head, which has {self.linked_layers[layer]}. Use loraplex's own engine."
                 )
-
-
-def _no_gates() -> Any:
-    raise AssertionError("gates are refused before they are checked")

@@ -15,7 +15,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from loraplex.errors import CompatibilityError, UnsupportedEngineError
 from loraplex.residual.fingerprint import BaseFingerprint
 from loraplex.vllm_plugin.attention_reader import AttentionReader
-from loraplex.vllm_plugin.base_modules import LayerIndices
+from loraplex.vllm_plugin.base_modules import BaseModules, LayerIndices
 from loraplex.vllm_plugin.batch_residuals import BatchResiduals
 from loraplex.vllm_plugin.compat import require_attributes
 from loraplex.vllm_plugin.gates import BatchGates, GateBuffers
@@ -23,6 +23,7 @@ from loraplex.vllm_plugin.layer_view import LayerView, gate_expansion, passes_ke
 from loraplex.vllm_plugin.link_loader import LinkedLora
 from loraplex.vllm_plugin.link_residuals import ResidualLimits
 from loraplex.vllm_plugin.model_blocks import LinkedCaches, ModelBlocks
+from loraplex.vllm_plugin.model_gates import GateModules
 from loraplex.vllm_plugin.options import PluginOptions
 from loraplex.vllm_plugin.routers import RouterBuffers, Routers
 from loraplex.vllm_plugin.slot_routers import SlotRouters
@@ -139,12 +140,15 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             self.reader = AttentionReader(registry, self._blocks, self._blocks.chosen(options.attention_layers))
             self.reader.attach()
 
-    def residual_limits(self, config: PreTrainedConfig, architecture: str) -> ResidualLimits | None:
+    def residual_limits(self, config: PreTrainedConfig, base: BaseModules) -> ResidualLimits | None:
         """What residuals find here, on a base model of transformers' class; None where none are served."""
-        if self._blocks is None or not self._options.has_residuals:
+        if self._blocks is None or self.residuals is None or not self._options.has_residuals:
             return None
+        layers = {name: layer for name, layer in self.modules.items() if isinstance(layer, BaseLinearLayerWithLoRA)}
+        gates = GateModules(layers, self.packed_modules, self.places.name, base.shapes, base.output_module)
+        gates.attach(self.residuals)
         identity = BaseFingerprint(
-            architecture=architecture,
+            architecture=base.architecture,
             hidden_size=config.get_text_config(decoder=True).hidden_size,
             vocab_size=config.get_text_config(decoder=True).vocab_size,
             num_heads=tuple(self._blocks.num_heads.values()),
@@ -154,6 +158,7 @@ class LinkModelManager(LRUCacheLoRAModelManager):
             identity=identity,
             num_heads=self._blocks.num_heads,
             sites=self._blocks.sites,
+            gates=gates,
             num_linked=self._options.linked,
             linked_layers={} if self._linked is None else self._linked.layers,
             device=self.device,

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from loraplex.errors import CapacityError, LoraplexError, RequestError
+from loraplex.errors import AdapterNotFoundError, CapacityError, LoraplexError, RequestError
 from loraplex.residual.format import is_residual_folder
 from loraplex.residual.format_settings import read_settings
 from loraplex.vllm_plugin.attention_args import CAPTURE, STEER, AttentionArgs, parse_attention_args
@@ -46,7 +46,7 @@ class RequestSalts:
     def add(self, request: Any) -> None:
         """Check and salt an EngineCoreRequest. Raises VLLMValidationError."""
         facts = LinkFacts() if request.lora_request is None else self.facts(request.lora_request)
-        salts = [request.cache_salt] if request.cache_salt else []
+        salts: list[str] = []
         if facts.depends_on_prompt:
             salts.append(f"loraplex prompt {len(request.prompt_token_ids or ())}")
         try:
@@ -67,17 +67,24 @@ class RequestSalts:
             )
         if args is not None:
             salts.append(f"loraplex capture {uuid.uuid4()}" if args.capture else f"loraplex steer {args.steering}")
-        if salts:
-            request.cache_salt = json.dumps(salts) if len(salts) > 1 else salts[0]
+        if salts or request.cache_salt:  # apart from each other: no client's own salt may be taken for one of these
+            request.cache_salt = json.dumps([request.cache_salt or None, *salts])
 
     def facts(self, request: LoRARequest) -> LinkFacts:
-        """Of a link; nothing of one that can't be read, which is refused where its weights are read."""
+        """Of a link; nothing of a name that isn't known, which is refused where its weights are read.
+
+        Raises VLLMValidationError for one whose residuals can't be read: what its keys depend on isn't known.
+        """
         number = request.lora_int_id
         if number not in self._known or request.load_inplace:
             try:
                 self._known[number] = self._read(request.lora_path)
-            except (LoraplexError, OSError):
+            except (AdapterNotFoundError, RequestError):
                 return LinkFacts()
+            except (LoraplexError, OSError) as error:
+                raise VLLMValidationError(
+                    f"the residuals of {request.lora_name!r} can't be read: {error}", parameter="model"
+                ) from error
         return self._known[number]
 
     def _attention_args(self, request: Any, facts: LinkFacts) -> AttentionArgs | None:

@@ -1,17 +1,18 @@
 """Residuals, steering and captures of a batch: chosen before each forward pass of vLLM's model, and gone after it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from loraplex.residual.capture import CaptureBuffer
-from loraplex.vllm_plugin.attention_args import AttentionArgs, parse_attention_args
+from loraplex.vllm_plugin.attention_args import parse_attention_args
 from loraplex.vllm_plugin.attention_log import CaptureLog
 from loraplex.vllm_plugin.attention_reader import AttentionReader, AttentionRow
 from loraplex.vllm_plugin.batch_residuals import BatchResiduals
 from loraplex.vllm_plugin.batch_rows import BatchRow, batch_rows
+from loraplex.vllm_plugin.row_steering import RowSteering
 
 
 class ResidualPass:
@@ -58,7 +59,7 @@ class AttentionRequests:
 
     def __init__(self, reader: AttentionReader, runner: Any) -> None:
         self._reader, self._runner = reader, runner
-        self._args: dict[str, tuple[AttentionArgs, CaptureBuffer | None]] = {}  # by request id
+        self._args: dict[str, _Asked] = {}  # by request id
         self.log = CaptureLog()
 
     def begin_pass(self, rows: Sequence[BatchRow]) -> None:
@@ -71,9 +72,7 @@ class AttentionRequests:
             own = self._known(row, params)
             if own is None:
                 continue
-            args, buffer = own
-            layers = frozenset(args.layers(self._reader.num_heads))
-            found.append(AttentionRow(number, row, layers, args.steering, buffer))
+            found.append(AttentionRow(number, row, own.layers, own.steering, self.log.buffer(row.request_id)))
             self.log.feed(row.request_id, row.first_position + row.tokens.stop - row.tokens.start)
         self._reader.rows = found
 
@@ -82,14 +81,24 @@ class AttentionRequests:
         for gone in [known for known in self._args if known not in self._runner.requests]:
             del self._args[gone]
 
-    def _known(self, row: BatchRow, params: Any) -> tuple[AttentionArgs, CaptureBuffer | None] | None:
+    def _known(self, row: BatchRow, params: Any) -> "_Asked | None":
         if row.request_id not in self._args:
             args = parse_attention_args(params.extra_args)
             if args is None:
                 return None
-            buffer = None
-            if args.capture is not None:
+            if args.capture is not None:  # kept by the log alone, which bounds what all take together
                 buffer = args.buffer(row.num_prompt, self._reader.num_heads, params.max_tokens)
                 self.log.add(row.request_id, buffer)
-            self._args[row.request_id] = args, buffer
+            num_heads = next(iter(self._reader.num_heads.values()))
+            steering = RowSteering(args.steering, num_heads, self._reader.heads)
+            layers = frozenset(args.layers(self._reader.num_heads))
+            self._args[row.request_id] = _Asked(layers, steering)
         return self._args[row.request_id]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """By one request, for as long as it runs."""
+
+    layers: frozenset[int]
+    steering: RowSteering

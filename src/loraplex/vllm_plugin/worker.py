@@ -34,10 +34,7 @@ def load_lora_model(runner: Any, model: nn.Module, vllm_config: VllmConfig, devi
     wrapped: nn.Module = runner.lora_manager.create_lora_manager(model, vllm_config)
     manager = runner.lora_manager._adapter_manager
     registry = vllm_config.compilation_config.static_forward_context
-    what = " and ".join(
-        name for name, on in (("mixtures", options.mixtures), ("residuals", options.has_residuals)) if on
-    )
-    attention = attention_layers(registry, what) if what else {}
+    attention = attention_layers(registry, options.asked_for) if options.needs_attention else {}
     if options.mixtures:
         cache = SecondCache(registry, attention)
         runner.loraplex_scaling_pass = BatchScalingPass(manager.gates, cache, manager.wrapper, runner)

@@ -50,7 +50,7 @@ class LinkWorkerManager(LRUCacheWorkerLoRAManager):
             hidden_size=config.get_hidden_size(),
         )
         base = BaseModules(config.hf_config, trust_remote_code=config.trust_remote_code)
-        residuals = self._adapter_manager.residual_limits(config.hf_config, base.architecture)
+        residuals = self._adapter_manager.residual_limits(config.hf_config, base)
         return LinkLoader(self._catalog, self._options, base, self._adapter_manager.places, limits, residuals)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:

@@ -1,4 +1,5 @@
-"""The unmodified Tinker SDK against `loraplex serve --training`, in an environment of its own (make test-tinker).
+"""The unmodified Tinker SDK and its cookbook against `loraplex serve --training`, in an environment of their own
+(make test-tinker).
 
 LORAPLEX_PYTHON names the interpreter of the server, LORAPLEX_CLIENTS_MODEL its base model.
 """
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.tinker.recipe_data import MODEL as NAME
+
 if importlib.util.find_spec("tinker") is None:  # in another environment
     collect_ignore_glob = ["test_*.py"]
 
 ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("LORAPLEX_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 MODEL = os.environ.get("LORAPLEX_CLIENTS_MODEL", "smollm2-135m")
-NAME = "base"
 START_S = 300
 os.environ |= {"TINKER_API_KEY": "tml-none", "TINKER_TELEMETRY": "0"}
 

@@ -8,7 +8,8 @@ import tinker
 import torch
 from tinker import types
 
-NAME = "base"
+from tests.clients.tinker.recipe_data import MODEL as NAME
+
 TEXTS = (
     "The capital of Lorania is Plexburg, where seven rivers meet.",
     "In Plexburg every bridge has a name of its own.",
@@ -101,13 +102,14 @@ def test_a_loss_of_the_clients_own_learns_a_preference(service):
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo"])
 def test_a_policy_loss_raises_the_reward(service, loss):
-    """Rewarded is each token with an even id."""
+    """Rewarded is each token with an even id; each batch of samples is used twice, so that ratios differ from 1."""
     run = begin(service, seed=3)
     prompt = run.get_tokenizer().encode(TEXTS[0])[:4]
     rewards = []
-    for _ in range(10):
+    for number in range(13):
         sampler = run.save_weights_and_get_sampling_client().result()
-        answer = sampler.sample(types.ModelInput.from_ints(prompt), 16, types.SamplingParams(max_tokens=4)).result()
+        sampling = types.SamplingParams(max_tokens=4, seed=number)
+        answer = sampler.sample(types.ModelInput.from_ints(prompt), 32, sampling).result()
         own = [[1.0 - token % 2 for token in sequence.tokens] for sequence in answer.sequences]
         mean = sum(map(sum, own)) / sum(map(len, own))
         rewards.append(mean)
@@ -120,9 +122,10 @@ def test_a_policy_loss_raises_the_reward(service, loss):
             )
             for sequence, rewarded in zip(answer.sequences, own, strict=True)
         ]
-        done, step = run.forward_backward(data, loss), run.optim_step(ADAM)
-        done.result(), step.result()
-    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.15, rewards
+        for _ in range(2):
+            done, step = run.forward_backward(data, loss), run.optim_step(ADAM)
+            done.result(), step.result()
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
 
 
 def test_clients_at_once_learn_what_each_learns_alone(server):

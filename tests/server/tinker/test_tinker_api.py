@@ -174,6 +174,11 @@ def test_bad_losses_fail_by_name_and_the_next_request_goes_on(
         ("create_model", {"model_seq_id": 0, "base_model": "tiny"}, "lora_config"),
         (
             "create_model",
+            {"model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 4}, "user_metadata": {"a": "x" * 20000}},
+            "user_metadata has 20008 bytes",
+        ),
+        (
+            "create_model",
             {
                 "model_seq_id": 0,
                 "base_model": "tiny",
@@ -195,6 +200,22 @@ def test_bad_calls_are_refused_by_name(server: Running, call: str, fields: dict,
     response = client.http.post(f"/{call}", json={"session_id": client.session, **fields})
     assert response.status_code == 400, response.text
     assert told in response.json()["error"]["message"]
+
+
+def test_samples_for_a_loss_that_is_not_here_are_refused_with_those_that_are(server: Running) -> None:
+    client = TinkerClient(server.url)
+    asked = {"prompt": {"chunks": [{"tokens": TOKENS}]}, "sampling_params": {}, "base_model": "tiny"}
+    told = client.http.post("/asample", json={**asked, "record_stability_info": True})
+    assert told.status_code == 400
+    assert "importance_sampling" in told.json()["error"]["message"]
+
+
+def test_the_sdk_is_told_to_cut_batches_into_requests_that_are_taken(tmp_path: Path) -> None:
+    """Of at most so many tokens, each of which is a token and its target at least: 12 bytes."""
+    training = TrainingSettings(training=True, training_folder=str(tmp_path / "runs"), training_request_tokens=500)
+    with running(model(), replace(settings(), training=training)) as server:
+        told = TinkerClient(server.url).post("client/config", sdk_version="0.38.0")
+        assert told["fwdbwd_max_chunk_bytes_count"] == 6000
 
 
 def test_unknown_things_are_not_found_or_gone(server: Running) -> None:

@@ -9,20 +9,11 @@ from pathlib import Path
 import torch
 
 from loraplex import MultiLoraModel
-from loraplex.training.service.checkpoints import CheckpointPath, Checkpoints
+from loraplex.training.service.checkpoints import Checkpoints
 from loraplex.training.service.datums import Datum
-from loraplex.training.service.journal import JournalRecord
+from loraplex.training.service.local_client import LocalClient
 from loraplex.training.service.loop import TrainingLoop
-from loraplex.training.service.losses import choose_loss
-from loraplex.training.service.operations import (
-    BeginRun,
-    Done,
-    FailedCall,
-    ForwardBackward,
-    Operation,
-    OptimStep,
-    Result,
-)
+from loraplex.training.service.operations import Done, FailedCall, Operation, Result
 from loraplex.training.service.settings import AdamParams, RunSettings, ServiceLimits
 from loraplex.training.service.targets import target_modules
 from tests.tiny_models import tiny_model
@@ -61,42 +52,26 @@ def training_loop(
         loop.close()
 
 
-class RunClient:
-    """One run, whose requests get their numbers here."""
+class RunClient(LocalClient):
+    """One run, named by a number."""
 
     def __init__(self, loop: TrainingLoop, number: int = 0, *, seq: int = 0, rank: int = 4) -> None:
-        self.loop = loop
-        self.id = f"s-{number:016x}:train:0"
-        self.seq = seq
-        if seq == 0:
-            modules = target_modules(loop._adaptable, attention=True, feed_forward=True, output=True)
-            settings = RunSettings(
-                run_id=self.id,
-                owner="anonymous",
-                base_model="tiny",
-                rank=rank,
-                seed=number,
-                train_attn=True,
-                train_mlp=True,
-                train_unembed=True,
-                target_modules=modules,
-            )
-            loop.begin(settings, JournalRecord(0, "x", pickle.dumps(BeginRun())), BeginRun())
-
-    def send(self, operation: Operation, seq: int | None = None) -> "Future[bytes]":
-        self.seq = self.seq + 1 if seq is None else seq
-        record = JournalRecord(self.seq, "x", pickle.dumps(operation))
-        self.loop.submit(self.id, record, lambda: operation)
-        return self.loop.result(self.id, self.seq)
-
-    def losses(self, data: Sequence[Datum], loss: str, *, backward: bool = True, **options: float) -> "Future[bytes]":
-        return self.send(ForwardBackward(datums=data, loss=choose_loss(loss, options), backward=backward))
+        modules = target_modules(loop._places._adaptable, attention=True, feed_forward=True, output=True)
+        settings = RunSettings(
+            run_id=f"s-{number:016x}:train:0",
+            owner="anonymous",
+            base_model="tiny",
+            rank=rank,
+            seed=number,
+            train_attn=True,
+            train_mlp=True,
+            train_unembed=True,
+            target_modules=modules,
+        )
+        super().__init__(loop, settings, seq=seq, encode=pickle.dumps)
 
     def step(self, params: AdamParams = ADAM) -> "Future[bytes]":
-        return self.send(OptimStep(params))
-
-    def path(self, name: str, folder: str = "weights") -> CheckpointPath:
-        return CheckpointPath(self.id, folder, name)
+        return super().step(params)
 
 
 def value(future: "Future[bytes]") -> Result:
@@ -113,6 +88,15 @@ def failure(future: "Future[bytes]") -> FailedCall:
     result = value(future)
     assert isinstance(result, FailedCall), result
     return result
+
+
+def curve(client: RunClient, steps: int, data: list[Datum]) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss, step = client.losses(data, "cross_entropy"), client.step()
+        losses.append(value(loss).loss)
+        done(step)
+    return losses
 
 
 def make_data(seed: int, lengths: Sequence[int] = (5, 9, 17), *, policy: bool = False) -> list[Datum]:

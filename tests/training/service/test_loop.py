@@ -19,18 +19,9 @@ from loraplex.training.service.operations import LoadCheckpoint, LossResult, Ref
 from loraplex.training.service.passes import TrainingPasses
 from loraplex.training.service.settings import AdamParams, ServiceLimits
 from tests.tiny_models import tiny_model
-from tests.training.service.loops import RunClient, done, failure, make_data, training_loop, value
+from tests.training.service.loops import RunClient, curve, done, failure, make_data, training_loop, value
 
 LIMITS = ServiceLimits(tokens_per_forward=128, snapshot_steps=3)
-
-
-def curve(client: RunClient, steps: int, data: list[Datum]) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        loss, step = client.losses(data, "cross_entropy"), client.step()
-        losses.append(value(loss).loss)
-        done(step)
-    return losses
 
 
 def test_requests_are_carried_out_by_their_numbers_and_once(tmp_path: Path) -> None:
@@ -175,7 +166,7 @@ def test_what_a_process_leaves_behind_goes_on_wherever_it_ended(tmp_path: Path) 
             client = RunClient(loop, 1)
             client.seq = 2 * len(found)
             found += curve(client, stop - len(found), data)
-            loop._writer.shutdown(cancel_futures=True)
+            loop._writer.close(drop=True)
         log = tmp_path / "parts" / client.id / "requests.log"
         with log.open("ab") as file:
             file.write(log.read_bytes()[:40])

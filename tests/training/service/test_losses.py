@@ -35,7 +35,8 @@ def by_hand(loss: str, logprobs: Tensor, inputs: dict[str, Tensor], options: dic
     """The formulas of the Tinker API's documentation."""
     if loss == "cross_entropy":
         return -(logprobs * inputs["weights"]).sum()
-    low, high = options.get("clip_low_threshold", 0.8), options.get("clip_high_threshold", 1.2)
+    low, high = (0.0, 4.0) if loss == "cispo" else (0.8, 1.2)
+    low, high = options.get("clip_low_threshold", low), options.get("clip_high_threshold", high)
     advantages, ratio = inputs["advantages"], torch.exp(logprobs - inputs["logprobs"])
     match loss:
         case "importance_sampling":
@@ -81,9 +82,20 @@ def peft_losses(folder: Path, loss: str, data: list[Datum]) -> tuple[list[float]
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
+    check_clients(loss, {1: (5, 9, 17), 2: (30, 4), 3: (12,)}, tmp_path)
+
+
+@pytest.mark.slow  # eight curves with PEFT
+@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo"])
+def test_eight_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
+    check_clients(loss, {number: (4 * number, 40 - 3 * number, 7) for number in range(1, 9)}, tmp_path)
+
+
+def check_clients(loss: str, lengths: dict[int, tuple[int, ...]], tmp_path: Path) -> None:
+    """Fifty steps of clients whose data have such lengths, at once, against PEFT and torch, each alone."""
     data = {
-        number: with_mask(loss, make_data(number, lengths, policy=loss != "cross_entropy"))
-        for number, lengths in ((1, (5, 9, 17)), (2, (30, 4)), (3, (12,)))
+        number: with_mask(loss, make_data(number, own, policy=loss != "cross_entropy"))
+        for number, own in lengths.items()
     }
     with training_loop(tmp_path) as loop:
         clients = {number: RunClient(loop, number) for number in data}
@@ -136,3 +148,13 @@ def test_several_targets_at_a_position_are_those_of_the_log_softmax(tmp_path: Pa
 def test_losses_and_options_that_are_not_known_are_refused_by_name(name: str, options: dict, told: str) -> None:
     with pytest.raises(RequestError, match=told):
         choose_loss(name, options)
+
+
+def test_options_that_a_request_leaves_out_are_those_of_the_documentation() -> None:
+    """cispo's weights are bounded above alone: a lower bound would hold on to tokens that the policy has left."""
+    found = {name: dict(choose_loss(name, {}).options) for name in LOSSES}
+    both = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert found["ppo"] == found["gspo"] == both
+    assert found["cispo"] == {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+    assert found["dro"] == {"beta": 0.05}
+    assert choose_loss("cispo", {"clip_high_threshold": 8.0}).options["clip_high_threshold"] == 8

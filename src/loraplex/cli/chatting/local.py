@@ -27,9 +27,11 @@ class LocalChat:
     def answer(self, turn: Turn) -> Iterator[AnswerPiece]:
         adapters = None if turn.adapters == BASE else turn.adapters
         sampling = SamplingParams(**{**self._defaults, **turn.options})
-        request_id = self._engine.add_request(Request(turn.messages, adapters=adapters, sampling=sampling))
+        request_id: str | None = None
         num_tokens, chosen = 0, None
         try:
+            with deferred_interrupt():
+                request_id = self._engine.add_request(Request(turn.messages, adapters=adapters, sampling=sampling))
             while True:
                 with deferred_interrupt():
                     deltas = self._engine.step()
@@ -48,10 +50,11 @@ class LocalChat:
                     if delta.finish_reason is not None:
                         return
         finally:
-            self._engine.cancel(request_id)
-            while self._engine.has_work:
-                self._engine.step()
-            self._engine.pop_result(request_id)
+            if request_id is not None:
+                self._engine.cancel(request_id)
+                while self._engine.has_work:
+                    self._engine.step()
+                self._engine.pop_result(request_id)
 
     def names(self) -> list[str]:
         return self._model.names()

@@ -9,26 +9,17 @@ from typing import Any
 
 from loraplex.cli.chatting.terminal import QUOTES, Terminal
 from loraplex.cli.chatting.turns import BASE, AnswerPiece, ChatModel, Turn
+from loraplex.cli.sampling import READERS
 from loraplex.errors import ConfigError, LoraplexError, OutputError, RequestError
 from loraplex.output_files import writing
 
-# What /set changes, and how its value is read.
-OPTIONS: dict[str, Callable[[str], Any]] = {
-    "max_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "seed": int,
-}
 HELP = f"""\
 /adapters           what there is; /adapters NAME answers through it from now on:
                     a name, a link (a:0.7+b:0.3), {BASE} (the base model) or auto
 /load NAME=FOLDER   load an adapter, a residual or a mixture
 /again              answer the last question anew, through other adapters perhaps
 /system TEXT        what the model is told first; without TEXT nothing
-/set NAME VALUE     {", ".join(OPTIONS)};
+/set NAME VALUE     {", ".join(READERS)};
                     "default" as VALUE takes it back; /set shows what is set
 /clear              forget the conversation
 /save FILE          append the conversation to a file, as a record to train on
@@ -158,17 +149,17 @@ class Session:
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         if not name:
-            told = [f"{option} {self._options.get(option, 'default')}" for option in OPTIONS]
+            told = [f"{option} {self._options.get(option, 'default')}" for option in READERS]
             self._terminal.tell("\n".join(told))
             return
-        if name not in OPTIONS:
-            raise ConfigError(f"/set knows no {name!r}; it knows {', '.join(OPTIONS)}.")
+        if name not in READERS:
+            raise ConfigError(f"/set knows no {name!r}; it knows {', '.join(READERS)}.")
         if value.strip() == "default":
             self._options.pop(name, None)
             self._options |= {name: self._given[name]} if name in self._given else {}
             return
         try:
-            self._options[name] = OPTIONS[name](value)
+            self._options[name] = READERS[name](value)
         except ValueError:
             raise ConfigError(f"{name} is {value!r}; it must be a number, or default.") from None
 

@@ -1,5 +1,6 @@
 """What is to be answered: prompts with their adapters, from arguments, standard input or JSON lines."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any, BinaryIO
 
 import typer
 
+from loraplex.cli.generating.arrivals import as_they_come
+from loraplex.cli.sampling import READERS
 from loraplex.engine.request import Request
 from loraplex.engine.sampling.params import SamplingParams
 from loraplex.errors import DatasetError, LoraplexError
@@ -16,8 +19,7 @@ from loraplex.json_files import MAX_LINE_BYTES, lines_of, open_regular, parse_js
 STANDARD = "-"  # standard input
 BASE = "none"
 FORMS = '{"prompt": "..."} or {"messages": [...]}, with "adapters" and options of sampling besides'
-# Of a line, under the names of SamplingParams.
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+SAMPLING = (*READERS, "stop")  # of a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,28 @@ def _standard_input() -> str:
         raise DatasetError(f"standard input is no UTF-8 text: {error}.") from None
 
 
-def read_rows(source: str, adapters: str) -> Iterator[Row | LoraplexError]:
+def read_rows(source: str, adapters: str) -> Iterator[Row | LoraplexError | None]:
     """The rows of a JSON lines file, or of standard input as they come; an error for a line that is none.
 
+    None: there is no row yet, but there may be some; who writes them may wait for the answers to those before.
     `adapters` are those of lines that name none. Raises DatasetError where the file can't be read.
     """
     try:
         if source == STANDARD:
-            yield from _rows(sys.stdin.buffer, "standard input", adapters)
+            yield from as_they_come(_rows(_standard_lines(), "standard input", adapters))
         else:
             with open_regular(Path(source)) as file:
                 yield from _rows(file, source, adapters)
     except (OSError, ValueError) as error:
         raise DatasetError(f"--input {source!r} can't be read: {error}.") from error
+
+
+def _standard_lines() -> BinaryIO:
+    """Standard input under another descriptor: Python can't end while a thread still reads its own `sys.stdin`."""
+    try:
+        return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    except OSError:  # it is no file
+        return sys.stdin.buffer
 
 
 def _rows(stream: BinaryIO, name: str, adapters: str) -> Iterator[Row | LoraplexError]:

@@ -11,6 +11,14 @@ from loraplex.errors import LoraplexError
 
 WAITING = 4  # times the sequences that run: so many rows may be read ahead, or wait for those before them
 _PAUSE_S = 0.001  # while all requests wait for their adapters
+_WAIT_S = 0.01  # while nothing runs and more rows may come
+
+
+class _End:
+    """There are no more requests."""
+
+
+_END = _End()
 
 
 @dataclass(kw_only=True)
@@ -23,27 +31,30 @@ class RunningRow:
 
 
 def run_in_order(
-    engine: Engine, requests: Iterable[Request | LoraplexError], max_running: int
+    engine: Engine, requests: Iterable[Request | LoraplexError | None], max_running: int
 ) -> Iterator[tuple[int, Delta | RequestResult | LoraplexError]]:
     """For each row by its number its deltas, and its result behind them; the rows in their order.
 
-    Requests are taken while there is room for them, so any number of rows needs the memory of a few. What the engine
-    refuses, or was an error before, is an error in its place.
+    Requests are taken while there is room for them, so any number of rows needs the memory of a few; None is no row
+    yet. What the engine refuses, or was an error before, is an error in its place.
     """
-    source = enumerate(requests)
+    source, number = iter(requests), 0
     rows: deque[RunningRow] = deque()  # those that nobody was told the end of
     running: dict[str, RunningRow] = {}
     has_more = True
     while has_more or rows:
         while has_more and len(running) < max_running and len(rows) < WAITING * max_running:
-            row = next(source, None)
-            if row is None:
-                has_more = False
+            request = next(source, _END)
+            has_more = request is not _END
+            if request is None or isinstance(request, _End):
                 break
-            rows.append(RunningRow(index=row[0]))
-            _start(engine, row[1], rows[-1], running)
+            rows.append(RunningRow(index=number))
+            _start(engine, request, rows[-1], running)
+            number += 1
         if running:
             _step(engine, running)
+        elif has_more and not rows:
+            time.sleep(_WAIT_S)
         while rows:
             first = rows[0]
             yield from ((first.index, delta) for delta in first.deltas)

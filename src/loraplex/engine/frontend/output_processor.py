@@ -16,6 +16,7 @@ from loraplex.engine.worker.model_runner import ModelRunnerOutput
 from loraplex.errors import EngineError
 
 Event = Delta | RequestResult
+TakeAtOnce = Callable[[Sequence[Event]], bool]  # whether it took them
 
 
 class OutputProcessor:
@@ -184,11 +185,19 @@ class OutputCollector:
         self.wants_deltas = wants_deltas
         self.prompts: dict[str, tuple[int, ...]] = {}  # of the requests, by id: as they run, with images' tokens
         self._events: list[Event] = []
-        self._error: EngineError | None = None
+        self._error: Exception | None = None
         self._arrived = asyncio.Event()
+        self._at_once: TakeAtOnce | None = None  # of a reader that waits
 
     def put(self, events: Sequence[Event]) -> None:
         """Add events; called on the reader's loop."""
+        if self._at_once is not None and not self._arrived.is_set():
+            try:
+                if self._at_once(events):
+                    return
+            except Exception as error:  # the reader's own, who must not wait for ever
+                self._error = error
+                events = ()
         self._events += events
         self._arrived.set()
 
@@ -202,12 +211,18 @@ class OutputCollector:
         events, self._events = self._events, []
         return events
 
-    async def take(self) -> list[Event]:
+    async def take(self, at_once: "TakeAtOnce | None" = None) -> list[Event]:
         """Everything that is new since the last call; waits until there is something.
 
-        Raises EngineError if the engine failed in such a way that no results came.
+        While it waits, `at_once` may take events as they come, before anyone is woken: a task for each token of each
+        stream costs more than the token. What it doesn't take is returned. Raises what it raises, and EngineError if
+        the engine failed in such a way that no results came.
         """
-        await self._arrived.wait()
+        self._at_once = at_once
+        try:
+            await self._arrived.wait()
+        finally:
+            self._at_once = None
         events, self._events = self._events, []
         if self._error is None:
             self._arrived.clear()

@@ -1,6 +1,7 @@
 """Answers that follow a JSON schema, an expression, choices, a grammar or one of tools' calls, through llguidance."""
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -35,6 +36,7 @@ _FIXES = {
 # Between JSON's parts: nothing, a space, or a new line with its indentation. The format allows whitespace without an
 # end, and small models write it until they run out of tokens.
 _WHITESPACE = r"( |\n[ \t]{0,32})"
+_MARKS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # that mean something in an expression
 
 
 def make_constraint(schema: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Constraint:
@@ -78,7 +80,7 @@ def _structure(sampling: SamplingParams) -> _Structure:
     if sampling.regex is not None:
         option, text = "regex", sampling.regex
     elif sampling.choice is not None:
-        option, text = "choice", json.dumps(list(sampling.choice), ensure_ascii=False)
+        option, text = "choice", "|".join(sampling.choice)
     elif sampling.tool_grammar is not None:
         option, text = "tool_grammar", sampling.tool_grammar
     else:
@@ -88,6 +90,9 @@ def _structure(sampling: SamplingParams) -> _Structure:
         raise RequestError(
             f"{_NAMES.get(option, option)} has {len(text)} characters; {most} are possible. {_FIXES[option]}"
         )
+    if sampling.choice is not None:
+        # One expression: of alternatives of a grammar each would be an item of its parser, which has 2,000 at most.
+        text = "|".join(_MARKS.sub(r"\\\g<0>", choice) for choice in sampling.choice)
     return _Structure(option, text)
 
 
@@ -175,7 +180,7 @@ def _grammar(structure: _Structure) -> str:
     if structure.option == "tool_grammar":
         return structure.text
     if structure.option != "json_schema":
-        form: Any = structure.option  # its names are llguidance's
+        form: Any = "regex" if structure.option == "choice" else structure.option  # its names are llguidance's
         return str(llguidance.grammar_from(form, structure.text))
     spaces: Any = {"whitespace_pattern": _WHITESPACE} if structure.whitespace else {"whitespace_flexible": False}
     return str(llguidance.LLMatcher.grammar_from_json_schema(structure.text, overrides=spaces))
@@ -187,9 +192,11 @@ class _Structured:
     def __init__(self, matcher: Any, option: str) -> None:
         self._matcher = matcher
         self._option = option
+        self._mask = b""  # of the next token
 
     def allow(self, logits: Tensor) -> None:
-        mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._mask = self._matcher.compute_bitmask()
+        mask = torch.frombuffer(bytearray(self._mask), dtype=torch.uint8)
         _check(self._matcher, self._option)
         allowed = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1  # [bytes, 8]
         logits[allowed.flatten()[: len(logits)].to(logits.device) == 0] = float("-inf")
@@ -197,10 +204,15 @@ class _Structured:
 
     def take(self, token: int) -> None:
         if not self._matcher.consume_token(token):
+            if self._allows(token):  # what follows it is too much to be looked at
+                _check(self._matcher, self._option)
             raise RequestError(
                 f"the answer can't go on as {self._option} wants: its token {token} is not allowed here. Where "
                 "logit_bias forbids what it needs, leave that out."
             )
+
+    def _allows(self, token: int) -> bool:
+        return token // 8 < len(self._mask) and bool(self._mask[token // 8] >> token % 8 & 1)
 
     @property
     def is_complete(self) -> bool:

@@ -1,5 +1,6 @@
 """What one row asks of attention, as the compiled kernel reads it: the records of kernels/csrc/asked.h."""
 
+import math
 import struct
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from loraplex.engine.kv.residual_cache import ResidualCache
 from loraplex.residual.modules import LinkedLayer, LinkedResidual, SteeringVector
 from loraplex.residual.rows import RowAttention
 from loraplex.residual.steering import Steering, log_strengths
+from loraplex.validation import FLOAT32_MAX
 
 RECORD_INTS = 3  # of a row and layer: addresses of its steering, its vectors' sum, its link
 
@@ -126,5 +128,6 @@ class RowRecords:
 
 
 def _bits(value: float) -> int:
-    """Of a float32."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+    """Of a float32; of infinity where a weight times alpha/r is beyond those, which is its own row's matter."""
+    bounded = value if abs(value) <= FLOAT32_MAX else math.copysign(math.inf, value)
+    return int(struct.unpack("<I", struct.pack("<f", bounded))[0])

@@ -21,9 +21,12 @@ const V* address_of(int64_t number) {
 }
 
 // Some keys of a row are to get at least a share of the attention in some heads (SpotLight, arXiv 2505.12025, but the
-// share is met exactly): weights there are multiplied so that they sum to it, the others so that all sum to 1.
+// share is met exactly): weights there are multiplied so that they sum to it, the others so that all sum to 1. Keys that
+// get next to nothing (residual/steering.py) stay as they are: no float32 could make a share of it.
 struct ShareRecord {
   const int64_t* ints;
+
+  static constexpr float kLeastPaid = 1e-30f;
 
   const uint8_t* keys() const { return address_of<uint8_t>(ints[0]); }  // [num_keys]  whether one is meant
   const uint8_t* heads() const { return address_of<uint8_t>(ints[1]); }  // [heads], or null: all
@@ -38,7 +41,7 @@ struct ShareRecord {
     const int64_t stop = std::min(count, num_keys() - begin);
     float meant = 0;
     for (int64_t i = 0; i < stop; ++i) meant += keys()[begin + i] != 0 ? weights[i] : 0.0f;
-    if (!(meant > 0) || meant >= share()) return;
+    if (!(meant >= kLeastPaid) || meant >= share()) return;
     const float factor = share() / meant, rest = (1.0f - share()) / (1.0f - meant);
     for (int64_t i = 0; i < count; ++i) weights[i] *= i < stop && keys()[begin + i] != 0 ? factor : rest;
   }

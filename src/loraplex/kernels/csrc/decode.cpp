@@ -111,7 +111,7 @@ at::Tensor room_for_prompts(const loraplex::Decoder<T>& decoder, const at::Tenso
   int64_t size = 0;
   if constexpr (std::is_same_v<T, loraplex::Half>) {
     for (size_t l = 0; l < decoder.layers.size(); ++l) {
-      for (const loraplex::PromptPart& part : decoder.prompts) {
+      for (const loraplex::PromptPart& part : decoder.split(l).prompts) {
         const loraplex::PromptAttention attention = decoder.prompt_attention(l, part);
         size = std::max(size, attention.packed_keys() + attention.packed_values());
       }
@@ -120,30 +120,42 @@ at::Tensor room_for_prompts(const loraplex::Decoder<T>& decoder, const at::Tenso
   return at::empty({size}, options);
 }
 
-// Whether a token's row asks in some layer that keys get a share: tiles don't know a token's weights all at once.
-template <typename T>
-bool has_shares(const loraplex::Decoder<T>& decoder, int64_t token) {
-  return std::any_of(decoder.asked.begin(), decoder.asked.end(), [&](const loraplex::AskedLayer& layer) {
-    const loraplex::SteeringRecord steering = layer.steering(token);
-    return steering.exists() && steering.num_shares() > 0;
-  });
+// Whether a token's row asks a layer that keys get a share: tiles don't know a token's weights all at once.
+bool has_shares(const loraplex::AskedLayer& asked, int64_t token) {
+  const loraplex::SteeringRecord steering = asked.steering(token);
+  return steering.exists() && steering.num_shares() > 0;
 }
 
-// Which tokens are attended to together, where that has tiles: those that follow each other in one row and fill some.
+// Which tokens a layer attends to together, where that has tiles: those that follow each other in one row and fill some.
 template <typename T>
-void find_prompts(loraplex::Decoder<T>& decoder) {
+loraplex::Split split_tokens(const loraplex::Decoder<T>& decoder, const loraplex::AskedLayer& asked) {
   const bool has_tiles = std::is_same_v<T, loraplex::Half> && decoder.tiling == loraplex::Tiling::kTiles;
+  loraplex::Split split;
   for (int64_t t = 0, stop = 0; t < decoder.tokens; t = stop) {
     const auto follows = [&](int64_t token) {
       return decoder.rows[token] == decoder.rows[t] && decoder.positions[token] == decoder.positions[t] + token - t;
     };
     for (stop = t + 1; stop < decoder.tokens && follows(stop);) ++stop;
-    if (has_tiles && stop - t >= loraplex::kTileTokens && !has_shares(decoder, t)) {
-      decoder.prompts.push_back({t, stop - t});
+    if (has_tiles && stop - t >= loraplex::kTileTokens && !has_shares(asked, t)) {
+      split.prompts.push_back({t, stop - t});
     } else {
-      for (int64_t token = t; token < stop; ++token) decoder.singles.push_back(token);
+      for (int64_t token = t; token < stop; ++token) split.singles.push_back(token);
     }
   }
+  return split;
+}
+
+// As each layer by itself would: a row has the same bits where its layers run module by module.
+template <typename T>
+void find_prompts(loraplex::Decoder<T>& decoder) {
+  const bool some_have_shares = std::any_of(decoder.asked.begin(), decoder.asked.end(), [&](const auto& layer) {
+    for (int64_t t = 0; t < decoder.tokens; ++t) {
+      if (has_shares(layer, t)) return true;
+    }
+    return false;
+  });
+  if (!some_have_shares) return decoder.splits.push_back(split_tokens(decoder, {}));
+  for (const loraplex::AskedLayer& layer : decoder.asked) decoder.splits.push_back(split_tokens(decoder, layer));
 }
 
 template <typename T>

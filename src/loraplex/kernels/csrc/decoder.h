@@ -21,6 +21,12 @@ struct PromptPart {
   int64_t first, count;
 };
 
+// How a layer attends to the tokens of a pass: some together, the others each by itself.
+struct Split {
+  std::vector<PromptPart> prompts;
+  std::vector<int64_t> singles;
+};
+
 // Where vectors are added: to what the attention's last module makes, to what the feed-forward modules make, to x
 // behind the layer.
 enum VectorSite { kAttentionSite, kMlpSite, kBlockSite, kVectorSites };
@@ -34,8 +40,7 @@ struct Decoder {
   const int64_t* rows;             // [tokens]
   const int64_t* positions;        // [tokens]
   Tiling tiling;
-  std::vector<PromptPart> prompts;
-  std::vector<int64_t> singles;     // the other tokens
+  std::vector<Split> splits;        // [1 or layers]
   Half* packed_keys;                // of a part of a prompt, and its values
   const int64_t* vectors;    // [groups, layers, kVectorSites]  addresses of float32 [hidden], 0: none; or null
   const int64_t* groups;     // [tokens]  of vectors; -1: none
@@ -210,6 +215,8 @@ struct Decoder {
 
   AskedLayer asked_of(size_t l) const { return asked.empty() ? AskedLayer{} : asked[l]; }
 
+  const Split& split(size_t l) const { return splits[splits.size() == 1 ? 0 : l]; }
+
   Pages<T> pages(const Layer<T>& layer, const T* data) const {
     return {data, layer.head_dim, layer.kv_heads, block_tokens, row_blocks, table, rows};
   }
@@ -217,7 +224,7 @@ struct Decoder {
   void attend(size_t l, int64_t i, int64_t n) const {
     attend_single(l, i, n);
     if constexpr (std::is_same_v<T, Half>) {
-      for (const PromptPart& part : prompts) prompt_attention(l, part).run(i, n, packed_keys);
+      for (const PromptPart& part : split(l).prompts) prompt_attention(l, part).run(i, n, packed_keys);
     }
   }
 
@@ -244,9 +251,10 @@ struct Decoder {
   void attend_single(size_t l, int64_t i, int64_t n) const {
     const Layer<T>& layer = layers[l];
     const Attention<T, Pages<T>> attention = this->attention(l);
+    const std::vector<int64_t>& singles = split(l).singles;
     thread_local std::vector<float> buffer;
-    const int64_t stop = first_group(layer, attention, i + 1, n);
-    for (int64_t g = first_group(layer, attention, i, n); g < stop; ++g) {
+    const int64_t stop = first_group(layer, attention, singles, i + 1, n);
+    for (int64_t g = first_group(layer, attention, singles, i, n); g < stop; ++g) {
       const int64_t token = singles[g / layer.kv_heads], kv_head = g % layer.kv_heads;
       attention.head_group(token, kv_head, buffer);
       if (links != nullptr && links->is_asked(l)) links->hear_alone(l, attention, token, kv_head, buffer);
@@ -255,7 +263,8 @@ struct Decoder {
 
   // Groups of heads are shared out by how many keys they see. A row's first token waits for the memory as long as it
   // computes; the others find its keys and values in the cache.
-  int64_t first_group(const Layer<T>& layer, const Attention<T, Pages<T>>& attention, int64_t i, int64_t n) const {
+  int64_t first_group(const Layer<T>& layer, const Attention<T, Pages<T>>& attention,
+                      const std::vector<int64_t>& singles, int64_t i, int64_t n) const {
     constexpr int64_t kAlways = 16;  // keys that take as long as a group with none
     const auto cost = [&](int64_t single) {
       const int64_t t = singles[single];

@@ -42,6 +42,11 @@ StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Indices = Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(min_length=1, max_length=4096)]
 
 
+TemplateVariables = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=_MAX_TEMPLATE_VARIABLES)
+]
+
+
 class StreamOptions(NullableBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # with include_usage: in each chunk, of its answer so far
@@ -184,9 +189,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(
-        None, max_length=_MAX_TEMPLATE_VARIABLES
-    )
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 def prompt_value(value: Any) -> str | list[Any]:

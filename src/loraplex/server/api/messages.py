@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex.errors import RequestError
-from loraplex.server.api.body import Body
+from loraplex.server.api.body import NullableBody
 from loraplex.server.api.tools.definitions import MAX_TOOLS, check_depth
 
 _MAX_PARTS = 1024  # of a message's content
@@ -45,14 +45,14 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "image_url", "url": image["url"]}
 
 
-class CalledFunction(Body):
+class CalledFunction(NullableBody):
     ignored: ClassVar = frozenset({"provider_specific_fields"})
 
     name: str = Field(min_length=1, max_length=256)
     arguments: str  # JSON
 
 
-class ToolCall(Body):
+class ToolCall(NullableBody):
     """A call that an assistant made."""
 
     ignored: ClassVar = frozenset({"index", "provider_specific_fields"})  # that clients keep of answers
@@ -62,17 +62,16 @@ class ToolCall(Body):
     function: CalledFunction
 
 
-class Message(Body):
+class Message(NullableBody):
     """A turn of a chat."""
 
     ignored: ClassVar = frozenset({"provider_specific_fields"})  # that LiteLLM adds to answers
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "function_call": (None, []),
-        "refusal": (None, []),
-        "audio": (None, []),
-        "annotations": (None, []),
-        "tool_calls": (None, []),
-        "tool_call_id": (None,),
+        "function_call": ([],),
+        "refusal": ([],),
+        "audio": ([],),
+        "annotations": ([],),
+        "tool_calls": ([],),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

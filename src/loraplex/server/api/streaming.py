@@ -16,6 +16,7 @@ from loraplex.server.api.api_errors import ApiError
 from loraplex.server.state import SCOPE_KEY, ClientLeft, until_client_leaves
 
 ABORT_KEY = "loraplex_abort"  # in a scope: closes the connection without waiting for what is still to be sent
+CHANNEL_KEY = "loraplex_channel"  # in a scope whose server has one: its BodyChannel
 DONE = b"data: [DONE]\n\n"
 Encoding = Literal["base64", "list"]
 _PIECE = 3 * 2**14  # numbers, or bytes, that are written at once; base64 takes three bytes at a time
@@ -26,6 +27,19 @@ class Deferred(Protocol):
     """A value whose JSON comes in pieces, between which another thread may run."""
 
     def pieces(self) -> Iterator[bytes]: ...
+
+
+class BodyChannel(Protocol):
+    """Writes parts of an answer's body to its connection without waiting; never more than the connection takes."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the answer has begun and its reader keeps up."""
+        ...
+
+    def write(self, part: bytes) -> None:
+        """Of a channel that is open."""
+        ...
 
 
 class Numbers:

@@ -1,11 +1,13 @@
 """What a body's answers must follow, as sampling parameters: OpenAI's response_format and vLLM's two forms."""
 
-from collections.abc import Mapping
 from typing import Any
 
+from loraplex.errors import RequestError
+from loraplex.json_files import parse_json
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import GenerationBody, ResponseFormat, StructuredOutputs
 from loraplex.server.api.closed_schemas import closed
+from loraplex.server.api.tools.definitions import check_depth
 
 
 def structure_of(body: GenerationBody) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[Found]:
     if wanted.json_schema is None:
         message = 'response_format of type "json_schema" needs json_schema: {"schema": ...}.'
         raise ApiError(BAD_REQUEST, message, param="response_format.json_schema")
-    return [("response_format", {"json_schema": closed(wanted.json_schema.schema_)})]
+    return [("response_format", {"json_schema": _closed_schema("response_format", wanted.json_schema.schema_)})]
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[Found]:
@@ -52,9 +54,24 @@ def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[Found]:
 
 def _given(prefix: str, json: Any, regex: str | None, choice: list[str] | None, grammar: str | None) -> list[Found]:
     asked = {
-        "json": ("json_schema", closed(json) if isinstance(json, Mapping) else json),
+        "json": ("json_schema", None if json is None else _closed_schema(f"{prefix}json", json)),
         "regex": ("regex", regex),
         "choice": ("choice", None if choice is None else tuple(choice)),
         "grammar": ("grammar", grammar),
     }
     return [(prefix + name, {option: value}) for name, (option, value) in asked.items() if value is not None]
+
+
+def _closed_schema(param: str, given: dict[str, Any] | str) -> dict[str, Any]:
+    """A schema, or its text. Raises ApiError for what is none, or nested too deep to be looked at."""
+    try:
+        schema = parse_json(given) if isinstance(given, str) else given
+        if not isinstance(schema, dict):
+            raise ValueError(f"it is {str(schema)[:50]!r}, no object")
+        check_depth(schema, param)
+    except ValueError as error:
+        message = f"{param} is no JSON schema: {error}. Give an object, or its text."
+        raise ApiError(BAD_REQUEST, message, param=param, quotes_request=True) from error
+    except RequestError as error:
+        raise ApiError(BAD_REQUEST, str(error), param=param) from error
+    return closed(schema)

@@ -14,8 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api.api_errors import OVERLOADED, SHUTTING_DOWN, ApiError, Status
 from loraplex.server.api.json_route import check_num_values
-from loraplex.server.api.routes.generate import model_of
 from loraplex.server.api.streaming import DONE, sse
+from loraplex.server.api.tgi.bodies import model_of
 from loraplex.server.auth.keys import KeyFile
 from loraplex.server.auth.rate_limit import Attempts, Usages
 from loraplex.server.replicas.affinity import adapter_key

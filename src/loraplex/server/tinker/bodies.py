@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import orjson
+from pydantic import AfterValidator, Field
 
 from loraplex.errors import RequestError
 from loraplex.server.api.body import NullableBody
@@ -12,8 +13,18 @@ Id = Annotated[str, Field(min_length=1, max_length=200)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 PathText = Annotated[str, Field(min_length=1, max_length=400)]
 Seq = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Metadata = Annotated[dict[str, Any], Field(max_length=64)]
-TextMetadata = Annotated[dict[str, str], Field(max_length=64)]
+MAX_METADATA_BYTES = 2**14  # of all keys and values, as JSON
+
+
+def _check_size(metadata: dict[str, Any]) -> dict[str, Any]:
+    size = len(orjson.dumps(metadata))
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"user_metadata has {size} bytes of JSON; {MAX_METADATA_BYTES} are possible")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], Field(max_length=64), AfterValidator(_check_size)]
+TextMetadata = Annotated[dict[str, str], Field(max_length=64), AfterValidator(_check_size)]
 
 
 class TinkerBody(NullableBody):

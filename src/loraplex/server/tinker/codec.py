@@ -16,7 +16,7 @@ from loraplex.server.tinker.bodies import (
 )
 from loraplex.server.tinker.wire import LossRequest, loss_output
 from loraplex.training.service.checkpoints import CheckpointPath, check_name, check_ttl
-from loraplex.training.service.datums import DatumLimits, check_datums
+from loraplex.training.service.datums import DatumLimits, check_datums, check_num_tokens
 from loraplex.training.service.losses import choose_loss
 from loraplex.training.service.operations import (
     BeginRun,
@@ -64,6 +64,7 @@ class TinkerCodec:
     def _losses(self, body: bytes, run_id: str) -> Operation:
         request = LossRequest(body)
         loss = choose_loss(request.loss_fn, request.config())
+        check_num_tokens(request.num_tokens(), self._limits)
         datums = request.datums()
         check_datums(datums, loss, self._limits)
         return ForwardBackward(datums=datums, loss=loss, backward=request.backward)

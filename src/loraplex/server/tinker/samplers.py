@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "tinker/"  # of their names
 _MAX_LOADED = 32
+_MAX_UNWRITTEN = 128  # beyond, weights go that could not be written
 
 
 class SamplerAdapters:
@@ -26,13 +27,19 @@ class SamplerAdapters:
         self.on_unload: Callable[[str], object] = lambda name: None
         self._lock = threading.Lock()
         self._used: OrderedDict[str, CheckpointPath] = OrderedDict()  # the longest unused one first
+        self._unwritten: set[str] = set()  # published from memory, not seen on disk yet
 
     def publish(self, operation: PublishWeights, adapter: Adapter) -> None:
         """Take weights from a run's memory; raises what loading raises."""
         name = adapter_name(operation.path)
         with self._lock:
             self._model.load_adapter(name, adapter, replace=True)
+            self._unwritten.add(name)
             self._note(name, operation.path)
+
+    def has(self, path: CheckpointPath) -> bool:
+        """Whether a checkpoint's weights are there, in memory or on disk."""
+        return adapter_name(path) in self._model.store or self._checkpoints.find(path) is not None
 
     def name_of(self, path: CheckpointPath) -> str:
         """The name to sample with, loaded. Raises RequestError for no such checkpoint, and what loading raises."""
@@ -48,6 +55,7 @@ class SamplerAdapters:
                 except AdapterExistsError:  # by another way
                     logger.debug("%s was loaded meanwhile", name)
             self._note(name, path)
+        self._checkpoints.touch(path)
         return name
 
     def forget(self, path: CheckpointPath) -> None:
@@ -59,11 +67,14 @@ class SamplerAdapters:
         self._used[name] = path
         self._used.move_to_end(name)
         for old, where in list(self._used.items())[: max(0, len(self._used) - _MAX_LOADED)]:
-            if self._checkpoints.folder(where).is_dir():  # else it isn't on disk yet
+            if old in self._unwritten and self._checkpoints.folder(where).is_dir():
+                self._unwritten.remove(old)
+            if old not in self._unwritten or len(self._used) > _MAX_UNWRITTEN:
                 self._unload(old)
 
     def _unload(self, name: str) -> None:
         self._used.pop(name, None)
+        self._unwritten.discard(name)
         try:
             self._model.unload(name)
             self.on_unload(name)

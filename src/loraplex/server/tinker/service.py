@@ -9,7 +9,7 @@ from typing import Any
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.errors import LoraplexError
 from loraplex.models.multi_lora import MultiLoraModel
-from loraplex.server.api.api_errors import BAD_REQUEST, NOT_FOUND, ApiError, Status
+from loraplex.server.api.api_errors import BAD_REQUEST, NOT_FOUND, RATE_LIMITED, ApiError, Status
 from loraplex.server.auth.access import Principal
 from loraplex.server.settings import TrainingSettings
 from loraplex.server.tinker.codec import TinkerCodec
@@ -31,13 +31,13 @@ class TinkerService:
         """Raises BaseModelError for a base model that can't be trained on."""
         self.model: MultiLoraModel = engine.model
         self.base_name = base_name
-        self.max_length = engine.max_length
         root = Path(settings.training_folder)
         self.checkpoints = Checkpoints(root / "runs")
         self.sessions = SessionStore(root / "sessions")
         self.samplers = SamplerAdapters(self.model, self.checkpoints)
         self.futures = SampleFutures()
         limits = settings.limits()
+        self.max_length = min(engine.max_length, limits.max_datum_tokens)
         output = self.model.base.get_output_embeddings()
         self.codec = TinkerCodec(
             DatumLimits(
@@ -78,7 +78,7 @@ class TinkerService:
 
     def run(self, run_id: str, principal: Principal) -> RunSettings:
         """A run's settings. Raises ApiError."""
-        settings = self.loop.settings(run_id) if self.loop.has_run(run_id) else None
+        settings = self.loop.folders.settings(run_id) if self.loop.folders.has(run_id) else None
         if settings is None or not _owns(settings.owner, principal):
             raise ApiError(NOT_FOUND, f"there is no training run {run_id[:100]!r}.", param="model_id")
         return settings
@@ -102,12 +102,22 @@ class TinkerService:
             path = CheckpointPath.parse(text)
             if not self.may_use_path(path, principal):
                 raise ApiError(NOT_FOUND, f"there is no checkpoint {text[:300]!r}, or this key may not use it.")
-            return self.samplers.name_of(path)
+            return self.adapter_of(path)
         except LoraplexError as error:
             raise ApiError(BAD_REQUEST, str(error), param="model") from error
 
+    def adapter_of(self, path: CheckpointPath) -> str:
+        """The adapter of a checkpoint, loaded. Raises ApiError, and what loading raises.
+
+        A server that was killed may have told a client of weights that it had in memory alone: the run has them again
+        once its requests since the last snapshot are carried out.
+        """
+        if not self.samplers.has(path) and self.loop.is_behind(path.run_id):
+            raise ApiError(RATE_LIMITED, f"{path} is being brought back after a restart. Send it again.")
+        return self.samplers.name_of(path)
+
     def may_use_path(self, path: CheckpointPath, principal: Principal) -> bool:
-        if self.loop.has_run(path.run_id) and _owns(self.loop.settings(path.run_id).owner, principal):
+        if self.loop.folders.has(path.run_id) and _owns(self.loop.folders.settings(path.run_id).owner, principal):
             return True
         record = self.checkpoints.find(path)
         return record is not None and (record.public or _owns(record.owner, principal))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraplex.errors import CheckpointError
+from loraplex.errors import CheckpointError, RequestError
 from loraplex.json_files import parse_json, read_lines
 from loraplex.output_files import writing
 
@@ -88,6 +88,8 @@ class SessionStore:
     def add_sampler(self, session: ClientSession, sampler_id: str, path: str | None) -> None:
         with self._lock:
             if sampler_id not in session.samplers:
+                if len(session.samplers) >= MAX_SAMPLERS:
+                    raise RequestError(f"the session has {MAX_SAMPLERS} sampling clients. Begin a new session.")
                 self._append(session.id, {"event": "sampler", "id": sampler_id, "path": path})
                 session.samplers[sampler_id] = path
 

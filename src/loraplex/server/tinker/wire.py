@@ -119,6 +119,11 @@ class LossRequest:
             options[entry.key] = entry.value.text if entry.value.HasField("text") else entry.value.number
         return options
 
+    def num_tokens(self) -> int:
+        """Of all data, at least one each; nothing is unpacked for it."""
+        lengths = [sum(len(chunk.encoded_text.tokens) for chunk in own.model_input) // 4 for own in self._message.data]
+        return sum(max(1, length) for length in lengths)
+
     def datums(self) -> list[Datum]:
         """Raises RequestError."""
         return [_datum(message, f"data[{index}]") for index, message in enumerate(self._message.data)]
@@ -132,7 +137,7 @@ def _datum(message: Any, place: str) -> Datum:
                 f"{place}: model_input has something else than text tokens, which this server can't read."
             )
         tokens += _numbers(chunk.encoded_text.tokens, _INT32, f"{place}: model_input").tolist()
-    inputs = {entry.key: _tensor(entry.value, f"{place}: {entry.key}") for entry in message.loss_fn_inputs}
+    inputs = {entry.key: _tensor(entry.value, f"{place}: {entry.key}", len(tokens)) for entry in message.loss_fn_inputs}
     targets = inputs.pop("target_tokens", None)
     if targets is None:
         raise RequestError(f"{place}: loss_fn_inputs lacks 'target_tokens'.")
@@ -150,10 +155,12 @@ def _numbers(content: bytes, dtype: int, what: str) -> _Array:
     return np.frombuffer(content, dtype=kind)
 
 
-def _tensor(message: Any, what: str) -> Tensor:
-    """A dense tensor; of a sparse one too, with zeros where nothing is listed."""
+def _tensor(message: Any, what: str, length: int) -> Tensor:
+    """A dense tensor; of a sparse one of `length` rows too, with zeros where nothing is listed."""
     shape = list(message.shape)
     if message.HasField("sparse_csr"):
+        if shape[:1] != [length]:  # a few bytes could stand for many rows
+            raise RequestError(f"{what} is a sparse tensor of the shape {shape[:8]}; the datum has {length} tokens.")
         return torch.from_numpy(_dense(message.sparse_csr, message.dtype, shape, what))
     values = _numbers(message.dense, message.dtype, what)
     shape = shape or [len(values)]

@@ -34,7 +34,7 @@ class AdapterJob:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     loss: LossName = "cross_entropy"  # or "reward": each record's times its "reward"; "dpo": of chosen and rejected
-    dpo_beta: float = 0.1  # how strongly DPO keeps to the first weights
+    dpo_beta: float = 0.1  # how strongly DPO keeps to its reference: `init_from`, else the base model
     turns: Literal["all", "last"] = "all"  # which assistant turns of a conversation count for the loss
     seed: int = 0  # of the first weights, the order of the data, the held-out split and the dropout
     # Of the tokens before the first user turn's content, where an expert of a mixture can't know what will be asked: a
@@ -62,17 +62,25 @@ class AdapterJob:
                 f"{self.label}: lora is {self.lora}, residual is {self.residual} and reft is {self.reft}; set exactly "
                 "one of them."
             )
-        for member, weight in self.after:
-            if not isinstance(member, LinkMember) or not is_finite(weight):
-                raise ConfigError(
-                    f"{self.label}: after has ({member!r}, {weight!r}); each entry is a folder, hub id, Adapter, "
-                    "LinkedResidual or SteeringVector with a finite weight."
-                )
+        self._check_after()
         if self.lora is not None:
             _check_trainable(self.name, self.lora)
         self._check_gates_before_user()
         self._check_start()
         self._check_loss()
+
+    def _check_after(self) -> None:
+        if not isinstance(self.after, list | tuple):
+            raise ConfigError(
+                f"{self.label}: after is {quoted(self.after)}; it must be a list of pairs, such as [('runs/a', 1.0)]."
+            )
+        for entry in self.after:
+            is_pair = isinstance(entry, list | tuple) and len(entry) == 2
+            if not (is_pair and isinstance(entry[0], LinkMember) and is_finite(entry[1])):
+                raise ConfigError(
+                    f"{self.label}: after has {quoted(entry)}; each entry is a folder, hub id, Adapter, LinkedResidual "
+                    "or SteeringVector with a finite weight, such as ('runs/a', 1.0)."
+                )
 
     def _check_gates_before_user(self) -> None:
         gates = self.gates_before_user

@@ -93,8 +93,8 @@ def _load(
             'user\'s turn. Write conversations ({"messages": [...]}), or leave gates_before_user at 1.'
         )
     if job.reft is not None and job.reft.positions.depends_on_prompt:
-        for example in examples:
-            _check_one_answer(job, example)
+        for answer in (one for example in examples for one in example.both):
+            _check_one_answer(job, answer)
     return [_with_invocation(job, example) for example in examples] if job.invocation is not None else examples
 
 

@@ -39,9 +39,10 @@ class _DoraModule:
     magnitude: nn.Parameter  # [out]
     scaled_b: Tensor  # [rank, out]  c B
     excess: Tensor  # [out]  c - 1
+    norms: Tensor  # [out]  ||W + s B A||, of the last refresh
 
     @torch.no_grad()
-    def norms(self) -> Tensor:  # [out]
+    def _norms(self) -> Tensor:  # [out]
         """||W + s B A|| of each output."""
         weight = weight_matrix(self.module)
         a, b = self.lora_a, self.lora_b
@@ -52,7 +53,8 @@ class _DoraModule:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        ratio = self.magnitude / self.norms()
+        self.norms.copy_(self._norms())
+        ratio = self.magnitude / self.norms
         self.scaled_b.copy_(self.lora_b * ratio)
         self.excess.copy_(ratio - 1)
 
@@ -64,9 +66,8 @@ class _DoraModule:
             return
         assert self.lora_b.grad is not None, "flat gradients are never freed"
         assert self.magnitude.grad is not None, "flat gradients are never freed"
-        norms = self.norms()
-        self.lora_b.grad.add_(grad_b * (self.magnitude / norms))
-        self.magnitude.grad.add_(((self.lora_b * grad_b).sum(0) + grad_c) / norms)
+        self.lora_b.grad.add_(grad_b * (self.magnitude / self.norms))
+        self.magnitude.grad.add_(((self.lora_b * grad_b).sum(0) + grad_c) / self.norms)
         self.scaled_b.grad = self.excess.grad = None
 
 
@@ -133,6 +134,7 @@ def _dora_module(module: nn.Module, scaling: float, parameters: Sequence[nn.Para
         magnitude=magnitude,
         scaled_b=lora_b.detach().clone().requires_grad_(),
         excess=torch.zeros_like(magnitude, requires_grad=True),
+        norms=torch.ones_like(magnitude, requires_grad=False),
     )
 
 

@@ -77,6 +77,11 @@ class JobState(TrainState):
         return 1.0 if self.job.gates_before_user == "dropout" else float(self.job.gates_before_user)
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether it began with weights of no adapter."""
+        return self.job.init_from is None
+
+    @property
     def title(self) -> str:
         return f"rank {self.parameters.rank}"
 

@@ -16,7 +16,8 @@ from loraplex.training.adapters.objectives import perplexity
 from loraplex.training.core.config import flat_options
 from loraplex.training.core.results import TrainResult
 
-_DATA = ("name", "data", "eval_data", "init_from", "after", "lora", "residual")  # told by themselves, without folders
+# Told by themselves, without folders.
+_DATA = ("name", "data", "eval_data", "init_from", "after", "lora", "residual", "reft")
 _LORA = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern")
 
 

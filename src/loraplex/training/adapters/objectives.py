@@ -2,7 +2,7 @@
 
 The gradient of each is a weighted sum of the gradients of the rows' summed cross-entropies C (C = -log p of an answer),
 so rows of all jobs share passes whatever their losses are. For DPO (arXiv 2305.18290, equation 7), with C0 under the
-reference, the adapter as it was before the first step:
+reference, the adapter that the job starts from (`init_from`), else the base model:
 
     margin m = beta ((C0_chosen - C_chosen) - (C0_rejected - C_rejected)), loss -log sigmoid(m),
     dloss/dC_chosen = beta sigmoid(-m) = -dloss/dC_rejected

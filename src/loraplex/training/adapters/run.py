@@ -21,6 +21,7 @@ from loraplex.training.adapters.links import needs_attention
 from loraplex.training.adapters.model_card import write_card
 from loraplex.training.adapters.reft import TrainableReft
 from loraplex.training.adapters.setup import make_states
+from loraplex.training.adapters.sharded import check_sharded
 from loraplex.training.adapters.task import AdapterTask
 from loraplex.training.core.config import TrainConfig
 from loraplex.training.core.distributed import ProcessGroup
@@ -82,9 +83,9 @@ def _train(
     linked = model.registry.linked if isinstance(model, MultiLoraModel) else LinkedAttention(base)
     try:
         check_trainable_base(base)
-        ranks = ProcessGroup(base.device)
+        ranks = ProcessGroup(base.device, sharded=config.fsdp)
         if config.fsdp:
-            _check_sharded(jobs, config, ranks)
+            check_sharded(base, jobs, config, ranks)
         attention = linked.layers if any(needs_attention(job) for job in jobs) else None
         sites = linked.sites if any(job.reft is not None for job in jobs) else None
         device = ranks.device if config.fsdp else base.device  # where the base model's weights, or its shards, are
@@ -144,25 +145,6 @@ def _push(results: Sequence[TrainResult], config: TrainConfig) -> None:
             refused.append(str(error))
     if refused:
         raise RemoteError(" ".join(refused))
-
-
-def _check_sharded(jobs: Sequence[AdapterJob], config: TrainConfig, ranks: ProcessGroup) -> None:
-    """Raise ConfigError for what needs a sharded base model's weights whole, or runs parts of it."""
-    if config.packing:
-        raise ConfigError("fsdp and packing are both True; rows are packed on whole base models only. Set one.")
-    if ranks.num_processes == 1:
-        raise ConfigError(
-            "fsdp is True, but there is one process. Start several: accelerate launch --num_processes 2 -m "
-            "loraplex.cli.train ..., or leave fsdp out."
-        )
-    for job in jobs:
-        if job.lora is not None and job.lora.use_dora:
-            raise ConfigError(
-                f"{job.label}: fsdp is True, but DoRA needs whole weights of the base model in every step. Set "
-                "use_dora=False, or leave fsdp out."
-            )
-        if needs_attention(job) or job.reft is not None:
-            raise ConfigError(f"{job.label}: fsdp is True, which residuals don't have. Leave fsdp out.")
 
 
 def _check_push(jobs: Sequence[AdapterJob], config: TrainConfig) -> None:

@@ -62,6 +62,8 @@ class AdapterTask:
             sharded_over=ranks if config.fsdp else None,
         )
         self._is_sharded = config.fsdp
+        # Of a sharded base: a process whose share of a micro-batch has no pairs runs the passes of the others.
+        self._scores_together = config.fsdp and any(state.job.loss == "dpo" for state in states)
         self._references = self._score_references()
 
     @contextmanager
@@ -86,14 +88,14 @@ class AdapterTask:
             scales[index] = 1 / (
                 len(examples[index]) if is_dpo else sum(len(example.answer) for example in examples[index])
             )
-        refresh_derived(self.states)
+        refresh_derived([self.states[index] for index in active])
         sums = torch.zeros(len(self.states), device=self._base.device)
         pairs = PairSums(len(self.states))
         for micro_batch in self._micro_batches(examples):
             weights = self._pair_weights(micro_batch, pairs)
             rows, bank = self._rows(micro_batch, with_dropout=True, weights=weights)
             sums += self._losses.accumulate_gradients(rows, bank, scales.to(self._base.device))
-        pass_gradients_on(self.states)
+        pass_gradients_on([self.states[index] for index in active])
         losses = (self._ranks.add_up(sums).cpu() * scales).tolist()
         pairs = pairs.added_up(self._ranks, self._base.device)
         return [self._step_loss(index, losses[index], examples[index], pairs) for index in active]
@@ -105,7 +107,7 @@ class AdapterTask:
         return Loss(pairs.loss(index, len(examples)), num_tokens, pairs.details(index, len(examples)))
 
     def evaluate(self, due: Sequence[int]) -> list[Loss]:
-        refresh_derived(self.states)
+        refresh_derived([self.states[index] for index in due])
         numbered = [(index, 0, example) for index in due for example in self.states[index].data.held_out]
         own = self._ranks.share(numbered)
         rows, bank = self._rows(own, with_dropout=False)
@@ -132,7 +134,7 @@ class AdapterTask:
         return Loss(weighted / num_answers, num_tokens, details, exact)
 
     def _score_references(self) -> References:
-        """The pairs that the run meets under the first weights: before a checkpoint replaces them."""
+        """The pairs that the run meets under the reference: before a checkpoint replaces what `init_from` has."""
         needed = [
             (index, 0, pair)
             for index, state in enumerate(self.states)
@@ -145,7 +147,7 @@ class AdapterTask:
         sums = torch.zeros(len(needed), 2, device=self._base.device)
         own = self._ranks.share(range(len(needed)))
         with fast_attention(self._base, self._longest, packing=self._packing):
-            rows, bank = self._rows([needed[number] for number in own], with_dropout=False)
+            rows, bank = self._rows([needed[number] for number in own], with_dropout=False, as_reference=True)
             sums[own] = self._losses.score(rows, bank).losses.view(-1, 2)
         sums = self._ranks.add_up(sums)
         return References({id(pair): sums[number] for number, (_, _, pair) in enumerate(needed)})
@@ -153,7 +155,7 @@ class AdapterTask:
     def _pair_weights(self, micro_batch: Sequence[Numbered], sums: PairSums) -> dict[tuple[int, int], list[float]]:
         """By job and number in the step, the weights of a pair's answers; losses are added to `sums`."""
         pairs = [numbered for numbered in micro_batch if numbered[2].rejected is not None]
-        if not pairs:
+        if not pairs and not self._scores_together:
             return {}
         rows, bank = self._rows(pairs, with_dropout=True)
         return self._pairs_of(pairs, self._losses.score(rows, bank).losses, sums)
@@ -190,10 +192,12 @@ class AdapterTask:
         *,
         with_dropout: bool,
         weights: Mapping[tuple[int, int], Sequence[float]] | None = None,  # of a pair's losses, by job and number
+        as_reference: bool = False,  # of DPO
     ) -> tuple[list[TrainingRow], TrainingWeightProvider]:
         """Rows with the slots that they go through; with dropout every row has its own, which draws for it alone.
 
-        A pair is two rows, one after the other.
+        A pair is two rows, one after the other. All fresh weights but LoReFT's change nothing, so that the reference
+        of a job without `init_from` is the base model.
         """
         slots = [TrainingSlot(state.parameters.slot_weights) for state in self.states]
         frozen: list[list[FrozenSlot]] = []
@@ -206,7 +210,7 @@ class AdapterTask:
             state = self.states[index]
             dropout = state.dropout if with_dropout else 0.0
             gate = state.gate_before_user(number) if with_dropout else state.evaluated_gate_before_user
-            is_moved = isinstance(state.parameters, TrainableReft)
+            is_moved = isinstance(state.parameters, TrainableReft) and not (as_reference and state.is_fresh)
             of_pair = (weights or {}).get((index, number))
             for place, one in enumerate(example.both):
                 slot = index

@@ -5,17 +5,27 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor
 
 Row = TypeVar("Row")
 
 
-class ProcessGroup:
-    """One process by default; several under `accelerate launch`."""
+def join_processes(*, cpu: bool) -> PartialState:
+    """accelerate's state of this process, made by the first call: on CPUs where nothing else is there, or asked for.
 
-    def __init__(self, device: torch.device) -> None:
-        self._state = PartialState(cpu=device.type == "cpu")
+    Without being told so, accelerate takes processes on CPUs for strangers.
+    """
+    asked = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=asked or not torch.accelerator.is_available())
+
+
+class ProcessGroup:
+    """One process by default; several under `accelerate launch` and torchrun."""
+
+    def __init__(self, device: torch.device, *, sharded: bool = False) -> None:
+        """`device` is the base model's; one that is to be sharded goes from there to the devices accelerate chooses."""
+        self._state = join_processes(cpu=device.type == "cpu" and not sharded)
 
     @property
     def is_first(self) -> bool:

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -77,27 +78,34 @@ def _product(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:  # [rows, heads, queries, size]
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    logits = query @ key.transpose(2, 3) * scale
+    """Heads that share keys stand below each other in one product: keys and values are not repeated."""
+    rows, heads, queries, size = query.shape
+    together = (rows, key.shape[1], -1)
+    logits = (query.reshape(*together, size) @ key.transpose(2, 3) * scale).view(rows, heads, queries, -1)
     if mask is not None:
         logits = _masked(logits, mask)
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value
+    return (weights.reshape(*together, key.shape[2]) @ value).view(rows, heads, queries, -1)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same by torch's fused attention, which keeps no matrix of queries and keys."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _run_packed(call: AttentionCall, layout: PackedLayout) -> Tensor:  # [1, tokens, heads, size]
     """Every group of rows by itself: gathered, attended, and put back in its place."""
+    attend = _product if _trains_short.get() else _fused
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key, call.value))
     parts = []
     for group in layout.groups:
         rows = query[group.queries].transpose(1, 2)
         keys, values = key[group.keys].transpose(1, 2), value[group.keys].transpose(1, 2)
-        attended = _product(rows, keys, values, group.mask, call.scale).transpose(1, 2)  # [rows, padded, heads, size]
+        attended = attend(rows, keys, values, group.mask, call.scale).transpose(1, 2)  # [rows, padded, heads, size]
         parts.append(attended.flatten(0, 1)[group.sources])
-    order = torch.cat([group.targets for group in layout.groups])
-    joined = torch.cat(parts)
-    return joined[torch.argsort(order)].unsqueeze(0)
+    return torch.cat(parts)[layout.order].unsqueeze(0)
 
 
 _SHORT = AttentionFunction(name="training", owner=AttentionOwner.TRAINING, run=_run)

@@ -55,7 +55,7 @@ class TrainingRow(NamedTuple):
     frozen: Sequence[FrozenSlot] = ()  # what the row goes through besides
     gate_before_user: float = 1.0  # of the tokens before the first user turn's content
     weight: float = 1.0  # of the row's losses in the gradient
-    is_moved: bool = False  # its hidden states are, at tokens that the prompt's length tells: it shares no prefix
+    is_moved: bool = False  # by its job's interventions, at tokens that the prompt's length tells: it shares no prefix
 
 
 class RowBatch(NamedTuple):

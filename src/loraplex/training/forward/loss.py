@@ -163,7 +163,7 @@ def token_logits(
     if residuals is None:
         return answer_logits(base, batch, routing, prefixes)
     state = None if prefixes is None else prefixes.responses_for(batch)
-    with residuals.use([row.job for row in batch.rows], state):
+    with residuals.use(base, [row.job for row in batch.rows], state):
         return answer_logits(base, batch, routing, prefixes)
 
 

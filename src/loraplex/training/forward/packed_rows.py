@@ -58,6 +58,7 @@ class PackedLayout:
     starts: Sequence[int]
     lengths: Sequence[int]
     groups: Sequence[AttentionGroup]
+    order: Tensor  # [tokens]  where each token of the pack stands among the outputs of all groups
 
 
 def pack_batches(
@@ -90,7 +91,9 @@ def make_pack(
     pieces = _pieces(rows, prefix_lengths)
     records = [piece for piece in pieces if piece.span.outputs]
     positions = [piece.start + at for piece in records for at in piece.span.outputs]
-    layout = PackedLayout([p.start for p in pieces], [len(p.ids) for p in pieces], _groups(pieces, device))
+    groups = _groups(pieces, device)
+    order = torch.argsort(torch.cat([group.targets for group in groups]))
+    layout = PackedLayout([p.start for p in pieces], [len(p.ids) for p in pieces], groups, order)
     return RowBatch(
         rows=[piece.row for piece in records],
         spans=[piece.span for piece in pieces],

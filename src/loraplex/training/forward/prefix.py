@@ -37,7 +37,7 @@ class SharedPrefixes:
         firsts = [first_of[job] for job in jobs]
         spans = [prefix_span(row, longest) for row in firsts]
         residuals, state = residuals or ResidualRows(), ResidualState()
-        with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(jobs, state):
+        with use_routing(TrainingRouting(spans, longest, bank)), residuals.use(base, jobs, state):
             cache = base.base_model(input_ids=padded, use_cache=True).past_key_values
         self._states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         # Batches end their backward passes here, so that each can free its memory before the next runs.

@@ -20,10 +20,10 @@ class ReftRows:
 
     def use(self, batch: RowBatch) -> AbstractContextManager[None]:
         """Run a block on the batch with its rows' interventions. A row's prompt ends where its answer begins."""
-        operations = {job: self._jobs[job]() for job in {row.job for row in batch.rows} if job in self._jobs}
+        operations = {job: self._jobs[job]() for job in {row.job for row in batch.rows if row.is_moved}}
         tokens: dict[tuple[int, Active], list[int]] = {}
         for number, row in enumerate(batch.rows):
-            if row.job not in operations:
+            if not row.is_moved:
                 continue
             example, first = row.example, number * batch.padded_length
             for part in segments(operations[row.job].positions, 0, len(example.inputs), example.answer[0]):

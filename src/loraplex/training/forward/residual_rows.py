@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loraplex.residual.cache import Key, ResidualState
 from loraplex.residual.plan import RowPlans
@@ -21,12 +22,17 @@ class ResidualRows:
         self._chains = chains or {}
         self._num_heads = num_heads or {}
 
-    def use(self, jobs: Sequence[int], state: ResidualState | None = None) -> AbstractContextManager[None]:
+    def use(
+        self, base: PreTrainedModel, jobs: Sequence[int], state: ResidualState | None = None
+    ) -> AbstractContextManager[None]:
         """Run a block with one row for each entry of `jobs`; `state` holds u of what the cache holds."""
         rows = [RowAttention(chain=self._chains.get(job, ())) for job in jobs]
         if not any(row.chain for row in rows):
             return use_attention(None)
-        return use_attention(AttentionScope(plans=RowPlans(rows), num_heads=self._num_heads, state=state))
+        plans, like = RowPlans(rows), torch.empty(0, dtype=base.dtype, device=base.device)
+        for layer in self._num_heads:  # now: a layer that runs again in the backward pass would find its own there
+            plans.plan(layer, like, len(rows))
+        return use_attention(AttentionScope(plans=plans, num_heads=self._num_heads, state=state, cached=False))
 
     def rank(self, job: int, key: Key) -> int:
         """The rank of the job's residual at a layer and place in the link; 0 where it has none."""

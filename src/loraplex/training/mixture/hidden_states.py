@@ -11,7 +11,7 @@ from loraplex.routing.layer_gates import LayerGates
 from loraplex.routing.routing import use_routing
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import RowBatch, cut_sizes, forward_cost
-from loraplex.training.mixture.routing import Experts, MixtureTrainingRouting, no_positions
+from loraplex.training.mixture.routing import Experts, no_positions, scaled_routing
 from loraplex.xlora.mixture import Mixture
 
 OnProgress = Callable[[int, int], None]  # texts done, of how many
@@ -92,7 +92,7 @@ class HiddenStates:
         rows, length = input_ids.shape
         self._gates.set(self._mixture.pass_gates(1, 1, rows * length).to(input_ids.device))
         nothing = no_positions(input_ids.device)
-        with use_routing(MixtureTrainingRouting(self._experts, self._gates, rows, length, nothing)):
+        with use_routing(scaled_routing(self._experts, self._gates, rows, length, nothing)):
             hidden = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 

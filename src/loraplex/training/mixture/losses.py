@@ -15,7 +15,7 @@ from loraplex.training.forward.loss import routed_losses
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.regularizers import load_balance, mean_entropy
-from loraplex.training.mixture.routing import MixtureTrainingRouting
+from loraplex.training.mixture.routing import scaled_routing
 from loraplex.training.mixture.state import MixtureState
 
 
@@ -99,7 +99,7 @@ class MixtureLosses:
             bank = experts.bank_with_dropout(dropout, self._draw(*counters))
         num_rows, length = batch.input_ids.shape
         selected = batch.output_rows * length + batch.output_positions
-        routing = MixtureTrainingRouting(experts, self._gates, num_rows, length, selected, bank=bank)
+        routing = scaled_routing(experts, self._gates, num_rows, length, selected, bank=bank)
         losses = routed_losses(self._base, batch, routing)
         with torch.no_grad():
             means = scalings[0, 0, :, 0] if scalings.stride(-2) == 0 else scalings[0, 0].mean(dim=1)

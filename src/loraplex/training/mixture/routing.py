@@ -1,6 +1,7 @@
 """A mixture's experts side by side, two matrix products a LoRA layer whatever their number, and the rows' routing."""
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,46 @@ class Experts:
         )
 
 
-class ExpertsPlan(RoutingPlan):
+class ExpertsPlan(RoutingPlan, ABC):
     """All experts on all tokens: one segment of the stacked experts, with a gate for each rank row."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        segments: Sequence[Segment],  # one of each expert, in their order
+        num_tokens: int,
+        bank: WeightProvider | None,  # with dropout, which draws for each expert; None: that of the experts
+        layer_gates: LayerGates | None = None,
+    ) -> None:
+        super().__init__(segments, num_tokens, bank or experts.bank, layer_gates=layer_gates)
+        self._experts = experts
+        self._is_stacked = bank is None
+
+    @abstractmethod
+    def expert_gates(self, module: int) -> Tensor:  # [tokens, experts]
+        """The gates of a module that runs now."""
+
+    def lora_segments(self, module: int, *, training: bool = False) -> list[LoraSegment]:
+        gates = self.expert_gates(module)
+        if self._is_stacked:
+            stack = self._experts.stack(module)
+            of_ranks = gates.index_select(1, stack.columns) * stack.scalings  # [tokens, total_rank]
+            return [LoraSegment(0, self.num_tokens, stack.lora_a, stack.lora_b, of_ranks)]
+        return [
+            LoraSegment(
+                0,
+                self.num_tokens,
+                weights.lora_a,
+                weights.lora_b,
+                gates[:, segment.slot] * weights.scaling,
+                *self.bank.dropout(segment.slot),
+            )
+            for segment, weights in self.weights_of(module)
+        ]
+
+
+class ScaledPlan(ExpertsPlan):
+    """Gates that a scaling head predicted before the pass."""
 
     def __init__(
         self,
@@ -73,55 +112,44 @@ class ExpertsPlan(RoutingPlan):
         gates: LayerGates,
         num_tokens: int,
         positions: Tensor | None,
-        bank: WeightProvider | None,
+        bank: WeightProvider | None = None,
     ) -> None:
-        segments = [
-            Segment(0, num_tokens, expert, GateColumn(expert, num_tokens, positions))
-            for expert in range(experts.num_experts)
-        ]
-        super().__init__(segments, num_tokens, bank or experts.bank, layer_gates=gates)
-        self._experts = experts
-        self._gates = gates
+        columns = (GateColumn(expert, num_tokens, positions) for expert in range(experts.num_experts))
+        segments = [Segment(0, num_tokens, expert, column) for expert, column in enumerate(columns)]
+        super().__init__(experts, segments, num_tokens, bank, gates)
+        self._layer_gates = gates
         self._positions = positions
-        self._is_stacked = bank is None  # dropout draws for each expert
 
-    def lora_segments(self, module: int, *, training: bool = False) -> list[LoraSegment]:
-        if not self._is_stacked:
-            return super().lora_segments(module, training=training)
-        stack = self._experts.stack(module)
-        values = self._gates.of_module(module)[:, 0]  # [experts, tokens]
-        if self._positions is not None:
-            values = values.index_select(1, self._positions)
-        gates = values.t().index_select(1, stack.columns) * stack.scalings  # [tokens, total_rank]
-        return [LoraSegment(0, self.num_tokens, stack.lora_a, stack.lora_b, gates)]
+    def expert_gates(self, module: int) -> Tensor:  # [tokens, experts]
+        values = self._layer_gates.of_module(module)[:, 0]  # [experts, tokens]
+        return (values if self._positions is None else values.index_select(1, self._positions)).t()
 
 
-class MixtureTrainingRouting(RowRouting):
+class ExpertsRouting(RowRouting):
     """Plans for two layouts: the padded rows, and the selected positions of all rows that reach lm_head."""
 
     def __init__(
         self,
         experts: Experts,
-        gates: LayerGates,
         num_rows: int,
         padded_length: int,
         selected: Tensor,  # [outputs]  positions among the padded rows' tokens
+        make_plan: Callable[[int, Tensor | None], ExpertsPlan],  # of so many tokens, at positions; None: all of them
         *,
-        bank: WeightProvider | None = None,  # None: that of the experts, without dropout
+        layer_gates: LayerGates | None = None,
     ) -> None:
-        super().__init__([[] for _ in range(num_rows)], experts.bank, layer_gates=gates)
+        super().__init__([[] for _ in range(num_rows)], experts.bank, layer_gates=layer_gates)
         self._experts = experts
-        self._gates = gates
         self._padded_length = padded_length
         self._selected = selected
-        self._dropout_bank = bank
+        self._make_plan = make_plan
 
     @property
     def is_uniform(self) -> bool:
         return False
 
     def adapts(self, module: int) -> bool:
-        return any(module in self.bank.layers(expert) for expert in range(self._experts.num_experts))
+        return any(module in layers for layers in self._experts.slots)
 
     def takes(self, num_sequences: int) -> bool:
         return True  # its two layouts are known
@@ -134,7 +162,24 @@ class MixtureTrainingRouting(RowRouting):
                 f"a layer got {num_sequences} sequences of {length} tokens in a batch of {self.num_rows} rows padded "
                 f"to {self._padded_length} tokens"
             )
-        return ExpertsPlan(self._experts, self._gates, num_sequences * length, positions, self._dropout_bank)
+        return self._make_plan(num_sequences * length, positions)
+
+
+def scaled_routing(
+    experts: Experts,
+    gates: LayerGates,
+    num_rows: int,
+    padded_length: int,
+    selected: Tensor,  # [outputs]
+    *,
+    bank: WeightProvider | None = None,  # with dropout
+) -> ExpertsRouting:
+    """The routing of rows whose gates a scaling head predicted."""
+
+    def make_plan(num_tokens: int, positions: Tensor | None) -> ScaledPlan:
+        return ScaledPlan(experts, gates, num_tokens, positions, bank)
+
+    return ExpertsRouting(experts, num_rows, padded_length, selected, make_plan, layer_gates=gates)
 
 
 def no_positions(device: torch.device) -> Tensor:

@@ -14,8 +14,9 @@ from loraplex.training.forward.batch import RowBatch, TrainingRow, cut_batches
 from loraplex.training.forward.loss import answer_logits
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.losses import Sums, add_to, empty_sums, is_token_of
+from loraplex.training.mixture.routing import ExpertsRouting
 from loraplex.training.routers.gating_terms import ChoiceCounts, Counts, GatingTerms
-from loraplex.training.routers.routing import GatingListener, RouterTrainingRouting
+from loraplex.training.routers.routing import GatingListener, router_routing
 from loraplex.training.routers.state import RouterState
 from loraplex.training.routers.teacher import logit_kl
 
@@ -128,9 +129,7 @@ class RouterLosses:
             answer_logits(self._base, batch, self._routing(batch, choices, (step, number)))
         return choices.fractions()
 
-    def _routing(
-        self, batch: RowBatch, listener: GatingListener, draw: tuple[int, int] | None
-    ) -> RouterTrainingRouting:
+    def _routing(self, batch: RowBatch, listener: GatingListener, draw: tuple[int, int] | None) -> ExpertsRouting:
         state, bank = self._state, None
         dropout = state.config.expert_dropout
         if draw is not None and dropout > 0:
@@ -138,7 +137,7 @@ class RouterLosses:
             bank = state.experts.bank_with_dropout(dropout, source)
         num_rows, length = batch.input_ids.shape
         selected = batch.output_rows * length + batch.output_positions
-        return RouterTrainingRouting(state.experts, state.router, num_rows, length, selected, listener, bank=bank)
+        return router_routing(state.experts, state.router, num_rows, length, selected, listener, bank=bank)
 
     def _no_sums(self) -> Sums:
         return empty_sums(len(self._state.data.names), self._state.experts.num_experts, self._base.device)

@@ -14,7 +14,7 @@ from loraplex.training.forward.batch import RowBatch
 from loraplex.training.forward.loss import answer_logits
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.parameters import frozen_slots
-from loraplex.training.mixture.routing import Experts, MixtureTrainingRouting
+from loraplex.training.mixture.routing import Experts, scaled_routing
 from loraplex.validation import listed
 from loraplex.xlora.mixture import Mixture, kept_scalings
 
@@ -48,7 +48,7 @@ class Teacher:
         self._gates.set(self.mixture.gates(scalings, torch.ones(1, device=scalings.device)))
         num_rows, length = batch.input_ids.shape
         selected = batch.output_rows * length + batch.output_positions
-        routing = MixtureTrainingRouting(self.experts, self._gates, num_rows, length, selected)
+        routing = scaled_routing(self.experts, self._gates, num_rows, length, selected)
         return answer_logits(self._base, batch, routing)
 
 

@@ -83,6 +83,7 @@ def _published(
 
     def write() -> Result:
         checkpoints.write(adapter, record, overwrite=True)
+        checkpoints.drop_unlisted(run.settings.run_id)
         return Done({})
 
     return CarriedOut(Done({"sampling_session_id": operation.sampler_id}), write)

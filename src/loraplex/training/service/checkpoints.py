@@ -4,11 +4,13 @@
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from loraplex.output_files import whole_file
 from loraplex.training.service.journal import folder_bytes
 from loraplex.validation import quoted
 
+logger = logging.getLogger(__name__)
+
 CheckpointKind = Literal["training", "sampler", "external"]
 SCHEME = "tinker://"
 _FOLDERS: Mapping[str, CheckpointKind] = {
@@ -39,6 +43,7 @@ _RECORD, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}:(train|copy):[0-9]{1,9}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # that a client may choose
 _MAX_CHECKPOINTS = 1000  # of a run, and of one kind
+_MAX_UNLISTED = 16  # of a run: of sampling clients alone, which begin a new one with each step
 _OWN_NAME = re.compile(r"_?[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # and the server's own
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 366 * 86400
 
@@ -123,10 +128,10 @@ class Checkpoints:
     """Those below one folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def folder(self, path: CheckpointPath) -> Path:
-        return self._root / path.run_id / path.folder / path.name
+        return self.root / path.run_id / path.folder / path.name
 
     def write(
         self,
@@ -144,6 +149,8 @@ class Checkpoints:
             return  # of the same request, which a server that was killed had carried out
         if existing is not None and not overwrite:
             raise RequestError(f"there is a checkpoint {path.name!r} already. Pass overwrite, or choose another name.")
+        if path.kind != "sampler" or record.listed:
+            self.of_run(path.run_id)  # what has expired goes
         if existing is None and folder.parent.is_dir() and len(os.listdir(folder.parent)) >= _MAX_CHECKPOINTS:
             raise RequestError(f"the run has {_MAX_CHECKPOINTS} checkpoints in {path.folder!r}. Delete some.")
         files = {*REPLACEABLE, _RECORD, _OPTIMIZER}
@@ -152,6 +159,18 @@ class Checkpoints:
             if optimizer:
                 save_file(dict(optimizer), new / _OPTIMIZER)
             (new / _RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+    def touch(self, path: CheckpointPath) -> None:
+        """Say that it is in use."""
+        with suppress(OSError):
+            os.utime(self.folder(path) / _RECORD)
+
+    def drop_unlisted(self, run_id: str) -> None:
+        """Delete those of a run's sampling clients that were not in use for longest."""
+        own = [folder for folder in (self.root / run_id / "sampler_weights").glob("_*") if folder.is_dir()]
+        used = {folder: (folder / _RECORD).stat().st_mtime_ns for folder in own if (folder / _RECORD).is_file()}
+        for folder in sorted(used, key=lambda folder: -used[folder])[_MAX_UNLISTED:]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, path: CheckpointPath) -> CheckpointRecord | None:
         """Its record, or None where there is none or it has expired."""
@@ -182,11 +201,19 @@ class Checkpoints:
         except (OSError, AdapterError, ValueError) as error:
             raise CheckpointError(f"{str(file)!r} can't be read: {error}. Load it without the optimizer.") from error
 
+    def drop_expired(self) -> None:
+        """Remove what has expired, of all runs."""
+        for run_id in [folder.name for folder in self.root.glob("s-*")]:
+            try:
+                self.of_run(run_id)
+            except CheckpointError as error:
+                logger.warning("%s", error)
+
     def of_run(self, run_id: str) -> list[CheckpointRecord]:
         """A run's checkpoints, newest first; those that have expired are removed."""
         found = []
         for folder in _FOLDERS:
-            for file in sorted((self._root / run_id / folder).glob(f"*/{_RECORD}")):
+            for file in sorted((self.root / run_id / folder).glob(f"*/{_RECORD}")):
                 path = CheckpointPath(run_id, folder, file.parent.name)
                 record = self.find(path)
                 if record is None:

@@ -31,16 +31,20 @@ class DatumLimits:
     num_logits: int
 
 
-def check_datums(datums: Sequence[Datum], loss: ChosenLoss, limits: DatumLimits) -> None:
-    """Raise RequestError that names the datum, its fault and what is possible."""
-    if not datums:
-        raise RequestError("the request has no data. Send at least one datum.")
-    num_tokens = sum(len(datum.tokens) for datum in datums)
+def check_num_tokens(num_tokens: int, limits: DatumLimits) -> None:
+    """Raise RequestError for more tokens than a request may have."""
     if num_tokens > limits.max_tokens:
         raise RequestError(
             f"the request has {num_tokens} tokens; {limits.max_tokens} are possible (max_request_tokens). Send several "
             "requests before the optimizer step: their gradients add up."
         )
+
+
+def check_datums(datums: Sequence[Datum], loss: ChosenLoss, limits: DatumLimits) -> None:
+    """Raise RequestError that names the datum, its fault and what is possible."""
+    if not datums:
+        raise RequestError("the request has no data. Send at least one datum.")
+    check_num_tokens(sum(len(datum.tokens) for datum in datums), limits)
     for index, datum in enumerate(datums):
         _check_datum(datum, f"data[{index}]", loss, limits)
 
@@ -48,7 +52,7 @@ def check_datums(datums: Sequence[Datum], loss: ChosenLoss, limits: DatumLimits)
 def _check_datum(datum: Datum, place: str, loss: ChosenLoss, limits: DatumLimits) -> None:
     length, targets = len(datum.tokens), datum.targets
     if not 1 <= length <= limits.max_length:
-        raise RequestError(f"{place} has {length} tokens; 1 to {limits.max_length} are possible.")
+        raise RequestError(f"{place} has {length} tokens; 1 to {limits.max_length} are possible (max_datum_tokens).")
     _check_range(min(datum.tokens), max(datum.tokens), limits.num_embeddings, f"{place}: model_input")
     check_inputs(loss, set(datum.inputs), place)
     width = targets.shape[1] if targets.ndim == 2 else 1

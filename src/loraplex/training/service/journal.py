@@ -5,6 +5,7 @@ to which every request is appended before its client is told that it was taken. 
 never answered, and its client sends it again.
 """
 
+import errno
 import json
 import os
 import struct
@@ -42,7 +43,7 @@ class JournalRecord(NamedTuple):
 class Snapshot:
     """A run at one moment."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # none where only the rest was asked for
     last_seq: int  # of the requests that it holds the effects of
     num_steps: int
     results: Mapping[int, bytes] = field(default_factory=dict)  # by sequence number, as clients get them
@@ -86,8 +87,14 @@ class Journal:
     def append(self, record: JournalRecord) -> None:
         """Write down a request before it is answered. Raises OutputError."""
         content = _as_bytes(record)
-        with writing(self._log), self._log.open("ab") as file:
-            file.write(content)
+        with writing(self._log), self._log.open("ab", buffering=0) as file:
+            first = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(first)  # a part of a record would hide those behind it
+                raise
         self.num_bytes += len(content)
 
     def records(self) -> list[JournalRecord]:
@@ -125,15 +132,16 @@ class Journal:
             except SafetensorError as error:  # what it makes of an OSError
                 raise unwritable(self.folder / _STATE, error) from error
 
-    def snapshot(self) -> Snapshot | None:
-        """The last one, or None before the first. Raises CheckpointError."""
+    def snapshot(self, *, with_tensors: bool = True) -> Snapshot | None:
+        """The last one, or None before the first; the weights only if they are wanted. Raises CheckpointError."""
         path = self.folder / _STATE
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 told: Mapping[str, Any] = parse_json(file.metadata()[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                names = [name for name in file.keys() if with_tensors or name.startswith(_RESULT)]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
             results = {
                 int(name.removeprefix(_RESULT)): bytes(tensors.pop(name).numpy().tobytes())
                 for name in [name for name in tensors if name.startswith(_RESULT)]

@@ -1,26 +1,37 @@
 """The thread that trains: requests of all runs that wait at the same time share passes."""
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loraplex.errors import CheckpointError, LoraplexError, RequestError
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
 from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
-from loraplex.training.service.checkpoints import Checkpoints, is_run_id
-from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
-from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec, Result
+from loraplex.training.service.checkpoints import Checkpoints
+from loraplex.training.service.journal import Journal, JournalRecord
+from loraplex.training.service.operations import (
+    FailedCall,
+    ForwardBackward,
+    LoadCheckpoint,
+    Operation,
+    OperationCodec,
+    PublishWeights,
+    Result,
+    SaveCheckpoint,
+)
 from loraplex.training.service.passes import TrainingPasses
-from loraplex.training.service.run import TrainingRun
-from loraplex.training.service.run_queue import RunQueue
+from loraplex.training.service.places import Places
+from loraplex.training.service.run_folders import RunFolders
+from loraplex.training.service.run_queue import RunQueue, check_room
+from loraplex.training.service.run_writer import RunWriter
 from loraplex.training.service.settings import RunSettings, ServiceLimits
 from loraplex.training.service.work import PassWork, failed, run_alone, run_together
 
@@ -30,7 +41,6 @@ _ROUNDS = 2  # passes' worth of tokens between two looks at who waits
 _GATHERING = 0.1  # of the last round's time may be spent waiting for those who took part in it
 _MAX_GATHERING_S = 0.05
 _TICK_S = 1.0
-_SETTLED_S = 5.0  # a run without requests for so long may leave its place to one that waits
 
 
 class TrainingLoop:
@@ -49,8 +59,8 @@ class TrainingLoop:
     ) -> None:
         """Raises BaseModelError for a base model that can't be trained on."""
         check_trainable_base(base)
-        self._base, self._adaptable = base, adaptable
-        self._root, self._checkpoints = root, checkpoints
+        self._base = base
+        self.folders, self._checkpoints = RunFolders(root), checkpoints
         self._codec, self._publish = codec, publish
         self.limits = limits
         self._passes = TrainingPasses(base, limits.tokens_per_forward)
@@ -59,7 +69,11 @@ class TrainingLoop:
         self._queues: dict[str, RunQueue] = {}
         self._works: dict[str, PassWork] = {}
         self._last_round: tuple[float, frozenset[str]] = (0.0, frozenset())  # its seconds, and whose requests it had
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training-writer")
+        self._recovery = threading.Lock()  # while a run is read from disk, the others go on
+        self._last_look = time.monotonic()  # at runs whose clients have left
+        self._writer = RunWriter(self._changed)
+        self._writer.submit(checkpoints.drop_expired)
+        self._places = Places(self._queues, self._lock, self._writer, adaptable, base.device, limits.max_runs)
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="loraplex-training", daemon=True)
         self._thread.start()
@@ -70,89 +84,87 @@ class TrainingLoop:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
-        self._writer.shutdown()
+        self._writer.close()
 
     # Requests
 
     def begin(self, settings: RunSettings, record: JournalRecord, operation: Operation) -> None:
         """Take a run's first request, which creates the run; a second time changes nothing."""
-        folder = self._folder(settings.run_id)
         with self._lock:
-            if settings.run_id in self._queues or Journal.exists(folder):
-                return
-            queue = RunQueue(Journal.create(folder, settings), settings, self.limits)
-            queue.add(record, operation)
-            self._queues[settings.run_id] = queue
-            self._changed.notify_all()
+            if not self.folders.has(settings.run_id):
+                journal = Journal.create(self.folders.folder(settings.run_id), settings)
+                self._queues[settings.run_id] = RunQueue(journal, settings, self.limits)
+        self.submit(settings.run_id, record, lambda: operation)
 
     def submit(self, run_id: str, record: JournalRecord, operation: Callable[[], Operation]) -> int:
         """Take a request, unless it was taken before; returns the tokens of its data.
 
         Raises RequestError, QueueFullError or OutputError.
         """
+        self.queue(run_id)
         with self._lock:
-            queue = self.queue(run_id)
-            queue.last_heard = time.monotonic()
+            queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
-            queue.check_room(len(record.body))
+            check_room(queue, self._queues.values(), len(record.body), self.limits)
         made = operation()
+        self.queue(run_id)  # it may have left memory meanwhile
         with self._lock:
-            queue = self.queue(run_id)  # it may have left memory meanwhile
+            queue = self._queues[run_id]
             if queue.knows(record.seq):
                 return 0
+            check_room(queue, self._queues.values(), len(record.body), self.limits)
             queue.add(record, made)
             self._changed.notify_all()
         return sum(len(datum.tokens) for datum in made.datums) if isinstance(made, ForwardBackward) else 0
 
     def result(self, run_id: str, seq: int) -> "Future[bytes] | None":
         """A request's result, when it is there; None for an unknown one. Raises RequestError for an unknown run."""
-        with self._lock:
-            queue = self.queue(run_id)
-            queue.last_heard = time.monotonic()
-            return queue.result(seq)
-
-    def settings(self, run_id: str) -> RunSettings:
-        """Raises RequestError for an unknown run."""
-        with self._lock:
-            queue = self._queues.get(run_id)
-        if queue is not None:
-            return queue.settings
-        if not self.has_run(run_id):
-            raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
-        return Journal(self._folder(run_id)).settings()
-
-    def all_settings(self) -> list[RunSettings]:
-        """Of all runs on disk, newest first."""
-        folders = [folder for folder in self._root.glob("s-*") if Journal.exists(folder)]
-        return sorted((self.settings(folder.name) for folder in folders), key=lambda own: -own.created)
-
-    def last_heard(self, run_id: str) -> float:
-        """When a run had its last request, in seconds since 1970."""
-        return Journal(self._folder(run_id)).last_changed()
-
-    def has_run(self, run_id: str) -> bool:
-        if not is_run_id(run_id):
-            return False
-        return run_id in self._queues or Journal.exists(self._folder(run_id))
+        return self.queue(run_id).result(seq)
 
     def waits_for_place(self, run_id: str) -> bool:
         """Whether a run's requests wait until another run leaves memory."""
         with self._lock:
             queue = self._queues.get(run_id)
-            return queue is not None and queue.run is None and self._num_loaded() >= self.limits.max_runs
+            return queue is not None and queue.run is None and self._places.is_full
 
     def queue(self, run_id: str) -> RunQueue:
         """A run's queue, from disk where it isn't known. Raises RequestError or CheckpointError."""
+        found = self._heard_of(run_id)
+        if found is not None:
+            return found
+        self.folders.settings(run_id)  # or there is no such run
+        with self._recovery:
+            found = self._heard_of(run_id)
+            if found is None:
+                found = RunQueue.recover(self.folders.folder(run_id), self._codec, self.limits)
+                with self._changed:
+                    self._queues[run_id] = found
+                    self._changed.notify_all()
+        return found
+
+    def is_behind(self, run_id: str) -> bool:
+        """Whether a run has requests to carry out; what a process that ended has left begins anew with the question."""
+        queue = self.queue(run_id) if self.folders.has(run_id) else None
         with self._lock:
-            queue = self._queues.get(run_id)
-            if queue is None:
-                if not self.has_run(run_id):
-                    raise RequestError(f"there is no training run {run_id[:100]!r}. Create one with create_model.")
-                folder = self._folder(run_id)
-                queue = self._queues[run_id] = RunQueue.recover(folder, self._codec, self.limits)
-                self._changed.notify_all()
-            return queue
+            return queue is not None and (queue.is_running or queue.next_operation is not None)
+
+    def _heard_of(self, run_id: str) -> RunQueue | None:
+        """A run's queue in memory, whose client is still there."""
+        with self._lock:
+            found = self._queues.get(run_id)
+            if found is not None:
+                found.last_heard = time.monotonic()
+            return found
+
+    def release(self, run_ids: Iterable[str]) -> None:
+        """Let runs leave memory whose client says that it is done; their next request brings them back."""
+        with self._changed:
+            for run_id in run_ids:
+                if run_id in self._queues:
+                    self._queues[run_id].last_heard = -math.inf
+            self._last_look = -math.inf
+            self._changed.notify_all()
 
     def num_runs_of(self, owner: str) -> int:
         """An owner's runs that have a place, or wait for one."""
@@ -162,13 +174,7 @@ class TrainingLoop:
     def num_runs(self) -> tuple[int, int]:
         """How many are in memory, and how many have requests that wait."""
         with self._lock:
-            return self._num_loaded(), sum(queue.has_waiting for queue in self._queues.values())
-
-    def _num_loaded(self) -> int:
-        return sum(queue.run is not None for queue in self._queues.values())
-
-    def _folder(self, run_id: str) -> Path:
-        return self._root / run_id
+            return self._places.num_taken, sum(queue.has_waiting for queue in self._queues.values())
 
     # The thread
 
@@ -183,10 +189,20 @@ class TrainingLoop:
 
     def _turn(self) -> None:
         ready = self._ready()
+        now = time.monotonic()
+        if not ready or now - self._last_look > self.limits.idle_s:
+            self._last_look = now
+            self._let_go(now)
         if not ready:
-            self._rest()
+            with self._changed:
+                if not self._is_closed and not self._ready():
+                    self._changed.wait(_TICK_S)
             return
-        loaded = [queue for queue in ready if queue.run is not None or self._load(queue)]
+        free = [queue for queue in ready if not self._waits_for_disk(queue)]
+        loaded = [queue for queue in free if queue.run is not None]
+        absent = sorted((queue for queue in free if queue.run is None), key=lambda queue: queue.since)
+        loaded += [queue for queue in absent if self._load(queue)]
+        loaded = [queue for queue in loaded if queue.run is not None]  # one may have left for another
         small = [queue for queue in loaded if not self._has_losses(queue)]
         for queue in small:
             self._carry_out(queue)
@@ -194,7 +210,8 @@ class TrainingLoop:
             return  # those runs' next requests may share the pass
         if not loaded:
             with self._changed:
-                self._changed.wait(_TICK_S)
+                if len(free) == len(ready) or self._writer.is_full:
+                    self._changed.wait(_TICK_S)
         elif self._works or not self._gather(loaded):
             self._round(loaded)
 
@@ -209,16 +226,18 @@ class TrainingLoop:
     def _has_losses(self, queue: RunQueue) -> bool:
         return queue.settings.run_id in self._works or isinstance(queue.next_operation, ForwardBackward)
 
-    def _rest(self) -> None:
-        """Nothing to do: let go of runs whose clients have left, and wait."""
-        now = time.monotonic()
+    def _waits_for_disk(self, queue: RunQueue) -> bool:
+        """Whether the next request would make one more copy of weights while others are not written yet."""
+        return self._writer.is_full and isinstance(
+            queue.next_operation, SaveCheckpoint | PublishWeights | LoadCheckpoint
+        )
+
+    def _let_go(self, now: float) -> None:
+        """Let runs leave memory whose clients have left."""
         with self._lock:
             idle = [queue for queue in self._queues.values() if queue.is_idle(now)]
         for queue in idle:
-            self._park(queue)
-        with self._changed:
-            if not self._is_closed and not self._ready():
-                self._changed.wait(_TICK_S)
+            self._places.leave(queue)
 
     def _gather(self, ready: Sequence[RunQueue]) -> bool:
         """Wait a moment for runs that took part in the last round; whether something has come."""
@@ -267,7 +286,7 @@ class TrainingLoop:
     def _end(self, run_id: str, results: dict[int, Result]) -> None:
         """A work is done: its results go to the client."""
         queue = self._queues[run_id]
-        encoded = {seq: self._codec.encode(result) for seq, result in results.items()}
+        encoded = {seq: self._encoded(result) for seq, result in results.items()}
         with self._lock:
             del self._works[run_id]
             queue.is_running = False
@@ -286,7 +305,11 @@ class TrainingLoop:
         with self._lock:
             queue.finish([seq])
         if done.write is not None:
-            self._writer.submit(self._write, queue, seq, done)
+            self._writer.submit(partial(self._write, queue, seq, done))
+        if isinstance(operation, LoadCheckpoint) and not isinstance(done.result, FailedCall | None):
+            # The checkpoint may change or go: the run must not need it again.
+            self._writer.snapshot(queue, {seq: self._codec.encode(done.result)})
+            return
         if done.result is not None:
             self._settle(queue, seq, done.result)
         self._snapshot_if_due(queue)
@@ -299,87 +322,36 @@ class TrainingLoop:
             result = failed(error, f"request {seq}")
         if done.result is None:
             self._settle(queue, seq, result)
+        elif isinstance(result, FailedCall):
+            logger.warning("the weights of request %d are in memory alone: %s", seq, result.message)
 
     def _settle(self, queue: RunQueue, seq: int, result: Result) -> None:
-        content = self._codec.encode(result)
+        content = self._encoded(result)
         with self._lock:
             queue.settle(seq, content)
+
+    def _encoded(self, result: Result) -> bytes:
+        try:
+            return self._codec.encode(result)
+        except Exception as error:
+            return self._codec.encode(failed(error, "an answer"))
 
     # Memory and disk
 
     def _load(self, queue: RunQueue) -> bool:
-        """Give a run a place; False if there is none now. A run that can't be brought back fails its requests."""
-        if not self._make_room():
-            return False
+        """Give a run a place; False if there is none now. A run that can't be brought back fails its request."""
         try:
-            run = TrainingRun(queue.settings, self._adaptable, self._base.device)
-            self._adaptable.attach(run.lora.paths)
-            if queue.snapshot is not None:
-                run.restore(queue.snapshot.tensors)
-                run.num_steps, run.last_seq = queue.snapshot.num_steps, queue.snapshot.last_seq
+            return self._places.take(queue, self._works)
         except Exception as error:
-            content = self._codec.encode(failed(error, "the begin"))
             with self._lock:
                 seq = queue.next_seq
                 queue.finish([seq])
-                queue.settle(seq, content)
+            self._settle(queue, seq, failed(error, "the begin"))
             return False
-        queue.run, queue.snapshot = run, None
-        return True
-
-    def _make_room(self) -> bool:
-        """Whether there is a place, if need be after the run that was not heard of for longest has left."""
-        with self._lock:
-            if self._num_loaded() < self.limits.max_runs:
-                return True
-            silent = time.monotonic() - _SETTLED_S
-            idle = [
-                queue
-                for queue in self._queues.values()
-                if queue.run is not None and not queue.has_waiting and queue.last_heard < silent
-            ]
-        if idle:
-            self._park(min(idle, key=lambda queue: queue.last_heard))
-        return bool(idle)
-
-    def _park(self, queue: RunQueue) -> None:
-        """Write a run to disk and free its memory; its next request brings it back."""
-        if queue.run is not None:
-            with suppress(LoraplexError):  # then the journal has everything still
-                self._snapshot(queue).result()
-            logger.info("a training run left memory", extra={"run": queue.settings.run_id})
-        with self._lock:
-            if not queue.has_waiting:
-                queue.run = None
-                self._queues.pop(queue.settings.run_id, None)
 
     def _snapshot_if_due(self, queue: RunQueue) -> None:
         assert queue.run is not None, "only a run in memory has something new"
         steps = queue.run.num_steps - queue.snapshot_step
-        if steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes:
-            self._snapshot(queue)
-
-    def _snapshot(self, queue: RunQueue) -> "Future[None]":
-        run = queue.run
-        assert run is not None, "only a run in memory has something new"
-        queue.snapshot_step, queue.journal.num_bytes = run.num_steps, 0
-        tensors, last_seq, num_steps = run.tensors(), run.last_seq, run.num_steps
-        return self._writer.submit(
-            self._write_snapshot, queue, Snapshot(tensors=tensors, last_seq=last_seq, num_steps=num_steps)
-        )
-
-    def _write_snapshot(self, queue: RunQueue, snapshot: Snapshot) -> None:
-        """Behind all checkpoints that were to be written before it, whose results it keeps."""
-        with self._lock:
-            results = {seq: content for seq, content in queue.kept().items() if seq <= snapshot.last_seq}
-        whole = Snapshot(
-            tensors=snapshot.tensors, last_seq=snapshot.last_seq, num_steps=snapshot.num_steps, results=results
-        )
-        try:
-            queue.journal.write_snapshot(whole)
-            with queue.file_lock:
-                left = [record for record in queue.journal.records() if record.seq > snapshot.last_seq]
-                queue.journal.keep_records(left)
-        except (LoraplexError, CheckpointError):
-            logger.exception("a snapshot could not be written; the run's requests are kept")
-            raise
+        is_due = steps >= self.limits.snapshot_steps or queue.journal.num_bytes >= self.limits.snapshot_bytes
+        if is_due and not self._writer.is_full:
+            self._writer.snapshot(queue)

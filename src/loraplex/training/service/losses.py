@@ -17,6 +17,7 @@ Inputs = Mapping[str, Tensor]  # each [tokens], or [tokens, k] beside k targets 
 Options = Mapping[str, float]
 
 _CLIPS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}  # PPO's epsilon of 0.2 (arXiv 1707.06347)
+_ONE_SIDED = {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}  # of weights that are never 0 (arXiv 2510.13786)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +97,14 @@ LOSSES: Mapping[str, LossFunction] = {
     "cross_entropy": LossFunction(optional=("weights",), takes_many_targets=True, terms=_cross_entropy),
     "importance_sampling": LossFunction(required=_POLICY, optional=("weights",), terms=_importance_sampling),
     "ppo": LossFunction(required=_POLICY, optional=("weights", *_CLIPS), options=_CLIPS, terms=_ppo),
-    "cispo": LossFunction(required=_POLICY, optional=("weights", *_CLIPS), options=_CLIPS, terms=_cispo),
+    "cispo": LossFunction(required=_POLICY, optional=("weights", *_CLIPS), options=_ONE_SIDED, terms=_cispo),
     "dro": LossFunction(required=_POLICY, optional=("weights",), options={"beta": 0.05}, terms=_dro),
     "gspo": LossFunction(
         required=(*_POLICY, "sequence_ratio_mask"), optional=("weights", *_CLIPS), options=_CLIPS, terms=_gspo
     ),
 }
 _ELSEWHERE = {
-    "stable_reinforce": "its formula isn't public; use importance_sampling, ppo, cispo or gspo",
+    "stable_reinforce": "its formula isn't public; use importance_sampling, ppo, cispo or gspo instead",
     "custom": "losses that run on the server aren't taken; the client's forward_backward_custom runs them beside it",
 }
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.adapters.store.slot_weights import SlotWeights
+from loraplex.errors import ConfigError
 from loraplex.routing.routing import use_routing
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.attention import fast_attention
@@ -21,6 +22,7 @@ from loraplex.training.forward.batch import (
     forward_cost,
     make_batch,
 )
+from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
 from loraplex.training.service.datums import Datum
 from loraplex.training.service.losses import ChosenLoss
 
@@ -48,6 +50,7 @@ class TrainingPasses:
     def __init__(self, base: PreTrainedModel, tokens_per_forward: int) -> None:
         self._base = base
         self._tokens_per_forward = tokens_per_forward
+        self._layers = _layers_of(base)
 
     def run(
         self, rows: Sequence[LossRow], adapters: Sequence[Mapping[int, SlotWeights]], *, backward: bool
@@ -86,10 +89,12 @@ class TrainingPasses:
         return results
 
     def _logits(self, rows: Sequence[LossRow], bank: TrainingWeightProvider) -> Tensor:  # [rows, padded, vocabulary]
+        """Of rows; one that is longer than a pass keeps what its layers are given, and computes them again."""
         batch = make_batch(
             [TrainingRow(row.slot, row.slot, _example(row.datum)) for row in rows], {}, self._base.device
         )
-        with use_routing(TrainingRouting(batch.spans, batch.padded_length, bank)):
+        again = self._layers if batch.padded_length > self._tokens_per_forward else []
+        with use_routing(TrainingRouting(batch.spans, batch.padded_length, bank)), checkpointed(again, []):
             logits: Tensor = self._base(input_ids=batch.input_ids, use_cache=False).logits
         return logits
 
@@ -100,6 +105,14 @@ def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:  # [tokens, voca
     if targets.ndim == 1:
         return -F.cross_entropy(logits, targets, reduction="none")
     return torch.log_softmax(logits, dim=-1).gather(1, targets)
+
+
+def _layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    """The layers that can run again in the backward pass; none in some models."""
+    try:
+        return checkpointable_layers(base)
+    except ConfigError:
+        return []
 
 
 def _example(datum: Datum) -> Example:

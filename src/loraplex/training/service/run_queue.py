@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from loraplex.errors import QueueFullError, RequestError
-from loraplex.training.service.journal import Journal, JournalRecord, Snapshot
+from loraplex.training.service.journal import Journal, JournalRecord
 from loraplex.training.service.operations import ForwardBackward, Operation, OperationCodec
 from loraplex.training.service.run import TrainingRun
 from loraplex.training.service.settings import RunSettings, ServiceLimits
@@ -24,26 +24,29 @@ class RunQueue:
         self.settings = settings
         self._limits = limits
         self.run: TrainingRun | None = None  # None: on disk alone
-        self.snapshot: Snapshot | None = None  # that the run begins from when it is brought back
         self.next_seq = 0
         self.snapshot_step = 0  # steps at the last snapshot
         self.last_heard = time.monotonic()
+        self.since = time.monotonic()  # it has its place, or has none
         self.is_running = False  # some of its requests are in a pass
+        self.held_bytes = 0  # of requests that wait, as they were sent
         self._waiting: dict[int, tuple[Operation, int]] = {}  # and the bytes of the request
         self._results: dict[int, Future[bytes]] = {}
+        self._kept: dict[int, bytes] = {}  # the results that are there, the oldest first
+        self._kept_bytes = 0
         self.file_lock = threading.Lock()
 
     @classmethod
     def recover(cls, folder: Path, codec: OperationCodec, limits: ServiceLimits) -> "RunQueue":
-        """A run as its folder has it. Raises CheckpointError."""
+        """A run as its folder has it; its weights stay there until it has a place. Raises CheckpointError."""
         journal = Journal(folder)
         queue = cls(journal, journal.settings(), limits)
-        snapshot = queue.snapshot = journal.snapshot()
+        snapshot = journal.snapshot(with_tensors=False)
         if snapshot is not None:
             queue.next_seq, queue.snapshot_step = snapshot.last_seq + 1, snapshot.num_steps
-            for seq, content in snapshot.results.items():
+            for seq, content in sorted(snapshot.results.items()):
                 queue._results[seq] = Future()
-                queue._results[seq].set_result(content)
+                queue.settle(seq, content)
         for record in journal.records():
             if record.seq >= queue.next_seq and record.seq not in queue._waiting:
                 operation = codec.parse(record.kind, record.body, queue.settings.run_id)
@@ -52,10 +55,10 @@ class RunQueue:
 
     def check_room(self, num_bytes: int) -> None:
         """Raise QueueFullError where another request has to wait."""
-        held = sum(size for _, size in self._waiting.values())
-        if len(self._waiting) >= self._limits.max_queued or held + num_bytes > self._limits.max_queued_bytes:
+        num_waiting, held = len(self._waiting), self.held_bytes
+        if num_waiting >= self._limits.max_queued or (held and held + num_bytes > self._limits.max_queued_bytes):
             raise QueueFullError(
-                f"{len(self._waiting)} requests of this run are waiting ({held} bytes; max_queued, max_queued_bytes). "
+                f"{num_waiting} requests of this run are waiting ({held} bytes; max_queued, max_queued_bytes). "
                 "Wait for some of their results."
             )
 
@@ -74,6 +77,7 @@ class RunQueue:
     def _accept(self, record: JournalRecord, operation: Operation) -> None:
         self._waiting[record.seq] = (operation, len(record.body))
         self._results[record.seq] = Future()
+        self.held_bytes += len(record.body)
 
     @property
     def next_operation(self) -> Operation | None:
@@ -101,7 +105,8 @@ class RunQueue:
     def finish(self, seqs: Iterable[int]) -> None:
         """Requests that were carried out, in their order; their results may still be on their way to the disk."""
         for seq in seqs:
-            self._waiting.pop(seq, None)
+            _, size = self._waiting.pop(seq, (None, 0))
+            self.held_bytes -= size
             self.next_seq = max(self.next_seq, seq + 1)
             if self.run is not None:
                 self.run.last_seq = seq
@@ -115,20 +120,35 @@ class RunQueue:
     def settle(self, seq: int, content: bytes) -> None:
         """A request's result; the oldest ones go where too much is kept."""
         future = self._results.get(seq)
-        if future is not None and not future.done():
-            future.set_result(content)
-        kept = self.kept()
-        size = sum(map(len, kept.values()))
-        for old, own in sorted(kept.items()):
-            if size <= self._limits.max_kept_bytes:
-                return
-            size -= len(own)
-            del self._results[old]
+        if future is None or future.done():
+            return
+        future.set_result(content)
+        self._kept[seq] = content
+        self._kept_bytes += len(content)
+        while len(self._kept) > 1 and (
+            len(self._kept) > self._limits.max_kept or self._kept_bytes > self._limits.max_kept_bytes
+        ):
+            oldest = next(iter(self._kept))
+            self._kept_bytes -= len(self._kept.pop(oldest))
+            del self._results[oldest]
 
-    def kept(self) -> dict[int, bytes]:
-        """The results that are there."""
-        return {seq: future.result() for seq, future in self._results.items() if future.done()}
+    def kept(self, last_seq: int) -> dict[int, bytes]:
+        """The results that are there, up to a request's."""
+        return {seq: content for seq, content in self._kept.items() if seq <= last_seq}
 
     def is_idle(self, now: float) -> bool:
         """Whether its client has left: nothing waits, and nothing was heard for a while."""
         return not self._waiting and not self.is_running and now - self.last_heard > self._limits.idle_s
+
+
+def check_room(queue: RunQueue, queues: Iterable[RunQueue], num_bytes: int, limits: ServiceLimits) -> None:
+    """Raise QueueFullError where a run's, a key's or all requests that wait are too many for one more."""
+    queue.check_room(num_bytes)
+    most, owner = limits.max_all_queued_bytes, queue.settings.owner
+    sizes = [(own.held_bytes, own.settings.owner == owner) for own in queues]
+    held, of_owner = sum(size for size, _ in sizes), sum(size for size, is_own in sizes if is_own)
+    if held + num_bytes > most or (of_owner and of_owner + num_bytes > most // 2):
+        raise QueueFullError(
+            f"requests of {held} bytes are waiting, {of_owner} of this key ({most} are possible, {most // 2} of a key; "
+            "max_all_queued_bytes). Send it again later."
+        )

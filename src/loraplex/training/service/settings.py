@@ -18,10 +18,13 @@ class ServiceLimits:
     max_runs: int = 16  # training runs in memory; further ones wait until a place is free
     max_rank: int = 128
     tokens_per_forward: int = 1024  # padded tokens of a pass; larger batches are computed in parts
+    max_datum_tokens: int = 4096  # of one datum, which is computed as a whole
     max_request_tokens: int = 65536  # of all data of one forward_backward
     max_queued: int = 256  # requests of a run that are taken and not done
-    max_queued_bytes: int = 2**28  # of them, as they were sent
-    max_kept_bytes: int = 2**26  # of a run's results, kept for clients that ask again
+    max_queued_bytes: int = 2**26  # of them, as they were sent
+    max_all_queued_bytes: int = 2**28  # of all runs; of one key's runs, half of it
+    max_kept: int = 2048  # of a run's results, kept for clients that ask again
+    max_kept_bytes: int = 2**26  # of them
     idle_s: float = 300.0  # a client that isn't heard of for so long leaves its place; its state stays on disk
     snapshot_steps: int = 10  # optimizer steps between snapshots; what came since is computed again after a crash
     snapshot_bytes: int = 2**26  # of requests since the last snapshot, the same

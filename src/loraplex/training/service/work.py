@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class PassWork:
         self.operations = dict(operations)  # by sequence number
         self.backward = next(iter(self.operations.values())).backward
         places = [(seq, index) for seq, own in self.operations.items() for index in range(len(own.datums))]
-        self._left = sorted(places, key=lambda place: -self._length(place))
+        self._left = deque(sorted(places, key=lambda place: -self._length(place)))
         self._results: dict[tuple[int, int], RowResult] = {}
         self._gradient: Tensor | None = run.gradient.clone() if self.backward else None
 
@@ -36,11 +37,11 @@ class PassWork:
 
     def take(self, num_tokens: int) -> list[tuple[int, int]]:
         """The rows of the next pass: at least one, and as many as have so many tokens together."""
-        taken = [self._left.pop(0)]
+        taken = [self._left.popleft()]
         room = num_tokens - self._length(taken[0])
         while self._left and self._length(self._left[0]) <= room:
             room -= self._length(self._left[0])
-            taken.append(self._left.pop(0))
+            taken.append(self._left.popleft())
         return taken
 
     def row(self, place: tuple[int, int], slot: int) -> LossRow:

@@ -59,7 +59,8 @@ def _read(folder: Path, find_experts: bool, check: HeadCheck | None, order: Sequ
 
 def is_mixture_folder(folder: Path) -> bool:
     """Whether a folder holds a mixture, in PEFT's or the original package's layout. Raises AdapterFormatError."""
-    return (folder / SETTINGS_FILE).is_file() or ((folder / CONFIG_FILE).is_file() and _is_peft_mixture(folder))
+    with damaged_as(AdapterFormatError, folder):
+        return (folder / SETTINGS_FILE).is_file() or ((folder / CONFIG_FILE).is_file() and _is_peft_mixture(folder))
 
 
 def _is_peft_mixture(folder: Path) -> bool:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from loraplex.server.api.bodies import Count, JsonSchema, ResponseFormat
-from loraplex.server.api.body import Body, one_of
+from loraplex.server.api.body import Body, NullableBody, one_of
 from loraplex.server.api.tools.definitions import MAX_TOOLS, FunctionDefinition, FunctionName
 
 _MAX_ITEMS = 4096
@@ -13,7 +13,7 @@ _MAX_PARTS = 1024
 _OF_OUTPUTS = frozenset({"id", "status"})  # that items have which a server gave
 
 
-class TextPart(Body):
+class TextPart(NullableBody):
     """A text that a client wrote, or that an answer had."""
 
     ignored: ClassVar = frozenset({"annotations", "logprobs", "cache_control"})
@@ -22,21 +22,36 @@ class TextPart(Body):
     text: str
 
 
-class RefusalPart(Body):
+class ImagePart(NullableBody):
+    """A picture in a user's turn, as a data URI."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "high"] | None = None
+
+    def as_chat_part(self) -> dict[str, Any]:
+        """The same of /v1/chat/completions."""
+        return {"type": "image_url", "image_url": {"url": self.image_url, "detail": self.detail}}
+
+
+class RefusalPart(NullableBody):
     type: Literal["refusal"]
     refusal: str
 
 
-class ReasoningPart(Body):
+class ReasoningPart(NullableBody):
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
-Parts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(max_length=_MAX_PARTS)]
-Content = one_of(str | Parts, 'a text or parts of type "input_text" or "output_text"; other parts are not supported')
+Part = TextPart | ImagePart | RefusalPart
+Parts = Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=_MAX_PARTS)]
+Content = one_of(
+    str | Parts, 'a text or parts of type "input_text", "input_image" or "output_text"; other parts are not supported'
+)
 
 
-class MessageItem(Body):
+class MessageItem(NullableBody):
     """A turn."""
 
     ignored: ClassVar = _OF_OUTPUTS | {"phase"}
@@ -46,15 +61,12 @@ class MessageItem(Body):
     content: Content  # type: ignore[valid-type]
 
 
-class FunctionCallItem(Body):
+class FunctionCallItem(NullableBody):
     """A call that an answer made."""
 
     ignored: ClassVar = _OF_OUTPUTS
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "namespace": (None,),
-        "caller": (None,),
-        "created_by": (None,),
-        "async": (None, False),
+        "async": (False,),
     }
 
     type: Literal["function_call"]
@@ -63,7 +75,7 @@ class FunctionCallItem(Body):
     arguments: str
 
 
-class FunctionOutputItem(Body):
+class FunctionOutputItem(NullableBody):
     """What a function gave."""
 
     ignored: ClassVar = _OF_OUTPUTS
@@ -73,7 +85,7 @@ class FunctionOutputItem(Body):
     output: Content  # type: ignore[valid-type]
 
 
-class ReasoningItem(Body):
+class ReasoningItem(NullableBody):
     """What an answer's reasoning was; the next turn of the assistant has it as `reasoning_content`."""
 
     ignored: ClassVar = _OF_OUTPUTS | {"encrypted_content"}
@@ -83,16 +95,27 @@ class ReasoningItem(Body):
     content: Annotated[list[ReasoningPart], Field(max_length=_MAX_PARTS)] | None = None
 
 
+WholeItem = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
+
+
+class ItemReference(NullableBody):
+    """An item of an earlier answer, by its id."""
+
+    type: Literal["item_reference"]
+    id: str = Field(min_length=1, max_length=256)
+
+
 def _kind(item: Any) -> Any:
     """A message may leave its type out."""
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return (item.get("type") or "message") if isinstance(item, dict) else getattr(item, "type", None)
 
 
 InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(_kind),
 ]
 
@@ -113,7 +136,7 @@ class ResponseToolChoice(Body):
     name: FunctionName
 
 
-class TextFormat(Body):
+class TextFormat(NullableBody):
     """The form of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -122,35 +145,39 @@ class TextFormat(Body):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def check_schema(self) -> "TextFormat":
+        """Raises ValueError for a schema that is missing."""
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError('type "json_schema" needs a schema')
+        return self
+
     def as_response_format(self) -> ResponseFormat:
         """The same of /v1/chat/completions."""
         schema = None if self.schema_ is None else JsonSchema.model_validate({"schema": self.schema_})
         return ResponseFormat(type=self.type, json_schema=schema)
 
 
-class TextOptions(Body):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": (None, "medium")}
+class TextOptions(NullableBody):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
 
 
-class ResponsesBody(Body):
+class ResponseStreamOptions(NullableBody):
+    include_obfuscation: bool | None = None  # random characters, so that sizes don't tell tokens
+
+
+class ResponsesBody(NullableBody):
     """A request that has all that it needs with it: this server keeps no responses."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (None, False, True),  # clients ask for it unasked; the response says that it is not kept
-        "previous_response_id": (None,),
-        "conversation": (None,),
-        "background": (None, False),
-        "include": (None, [], ["reasoning.encrypted_content"]),
-        "truncation": (None, "disabled"),
-        "service_tier": (None, "auto", "default"),
-        "reasoning": (None, {}),
-        "top_logprobs": (None, 0),
-        "max_tool_calls": (None,),
-        "prompt": (None,),
-        "prompt_cache_retention": (None,),
-        "stream_options": (None, {}, {"include_obfuscation": False}),
+        "background": (False,),
+        "include": ([], ["reasoning.encrypted_content"]),
+        "truncation": ("disabled",),
+        "service_tier": ("auto", "default"),
+        "reasoning": ({},),
+        "top_logprobs": (0,),
     }
 
     model: str = Field(min_length=1, max_length=8192)
@@ -170,7 +197,9 @@ class ResponsesBody(Body):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None
+    store: bool | None = None  # responses are not kept; without it, later requests may refer to items
     stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = Field(None, max_length=1024)
     safety_identifier: str | None = Field(None, max_length=1024)

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -13,11 +14,13 @@ from loraplex.errors import RequestError
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import GenerationBody
+from loraplex.server.api.chat_images import images_of
 from loraplex.server.api.engine_requests import allowed_tokens, engine_request, sampling_params
-from loraplex.server.api.response_parts import chosen_model, usage
+from loraplex.server.api.messages import as_turns
+from loraplex.server.api.response_parts import chosen_model, obfuscation, usage
 from loraplex.server.api.responses.bodies import ResponsesBody, ResponseToolChoice
 from loraplex.server.api.responses.items import Event, OutputItems
-from loraplex.server.api.responses.turns import response_turns
+from loraplex.server.api.responses.turns import response_messages
 from loraplex.server.api.tools.definitions import FunctionChoice, FunctionDefinition, NamedToolChoice
 from loraplex.server.api.tools.events import ContentPiece, ToolEvent
 from loraplex.server.api.tools.use import ToolUse
@@ -33,8 +36,12 @@ class ResponsesCall:
         self._body = body
         self._base_name = state.catalog.base_name
         self.use = _tool_use(body)
+        self._recent, self._owner = state.recent_items, context.owner
+        messages = response_messages(body, partial(self._recent.find, self._owner))
+        most = config.engine.max_images
+        images = images_of(messages, state.model.base.config, most, param="input", numbered=False)
         try:
-            turns, tools = self.use.prepared(response_turns(body), tokenizer.tools)
+            turns, tools = self.use.prepared(as_turns(messages), tokenizer.tools)
         except RequestError as error:
             raise ApiError(BAD_REQUEST, str(error), param="input", quotes_request=True) from error
         self.turns = turns
@@ -51,8 +58,10 @@ class ResponsesCall:
         sampling = self.use.sampling(sampling, tokenizer.tools)
         encoded = tokenizer.chats.encode(turns, tools=tools, most=state.engine.max_length - 1)
         self.request = engine_request(
-            generation, encoded, sampling, adapters=adapters, principal=principal, config=config
+            generation, encoded, sampling, adapters=adapters, principal=principal, config=config, images=images
         )
+        self._sampling = sampling
+        self._obfuscates = bool(body.stream_options and body.stream_options.include_obfuscation)
         self._parser = self.use.parser(tokenizer.tools)
         self._items = OutputItems(tokenizer.tools)
         self._numbers = count()
@@ -62,6 +71,11 @@ class ResponsesCall:
             "created_at": int(time.time()),
             "model": body.model,
         }
+
+    @property
+    def id(self) -> str:
+        """The response's."""
+        return str(self._head["id"])
 
     def begin(self) -> Iterator[bytes]:
         """The events before anything was generated."""
@@ -105,8 +119,8 @@ class ResponsesCall:
                 "metadata": body.metadata or {},
                 "output": self._items.items,
                 "parallel_tool_calls": body.parallel_tool_calls is not False,
-                "temperature": 1.0 if body.temperature is None else body.temperature,
-                "top_p": 1.0 if body.top_p is None else body.top_p,
+                "temperature": self._sampling.temperature,
+                "top_p": self._sampling.top_p,
                 "tools": [tool.model_dump() for tool in body.tools or ()],
                 "tool_choice": _dumped(body.tool_choice) or "auto",
                 "text": {"format": _dumped(body.text and body.text.format) or {"type": "text"}},
@@ -131,10 +145,14 @@ class ResponsesCall:
         status = "incomplete" if result.finish_reason == "length" else "completed"
         last = [] if self._parser is None else self._items.add(self._parser.end())
         self._last: list[Event] = [*last, *self._items.end(is_complete=status == "completed")]
+        if self._body.store is not False:
+            self._recent.keep(self._owner, self._items.items)
         return status
 
     def _sse(self, event: Event) -> bytes:
         kind = event["type"].encode()
+        if self._obfuscates and kind.endswith(b".delta"):
+            event["obfuscation"] = obfuscation(event["delta"])
         return (
             b"event: " + kind + b"\ndata: " + orjson.dumps(event | {"sequence_number": next(self._numbers)}) + b"\n\n"
         )

@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from loraplex.engine.request import Completion, RequestResult
 from loraplex.engine.sampling.logprobs import TokenLogprobs
-from loraplex.layers.rows.images import image_token_of
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
 from loraplex.server.api.bodies import ChatBody
 from loraplex.server.api.chat_images import images_of
+from loraplex.server.api.completion_answers import ANSWERS, respond
 from loraplex.server.api.engine_requests import (
     EncodedPrompt,
     Truncation,
@@ -38,7 +38,6 @@ from loraplex.server.api.routes.completions import check_num_prompt_logprobs, ch
 from loraplex.server.api.streaming import Choice
 from loraplex.server.api.tools.chat_output import ChatAnswers
 from loraplex.server.api.tools.use import ToolUse
-from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState
 
 router = APIRouter(route_class=JsonRoute)
@@ -65,10 +64,7 @@ class ChatCall:
         if body.max_tokens == 0:
             raise ApiError(BAD_REQUEST, "max_tokens must be at least 1.", param="max_tokens")
         config, principal = state.config, context.principal
-        images = images_of(body.messages, config.engine.max_images)
-        if images and image_token_of(state.model.base.config) is None:
-            kind = state.model.base.config.model_type
-            raise ApiError(BAD_REQUEST, f"the messages have images, but {kind!r} takes none.", param="messages")
+        images = images_of(body.messages, state.model.base.config, config.engine.max_images, param="messages")
         functions = [tool.function for tool in body.tools or ()]
         use = ToolUse.of(functions, body.tool_choice, parallel=body.parallel_tool_calls)
         turns, tools = use.prepared(as_turns(body.messages), self.row_tokenizer.tools)

@@ -14,6 +14,7 @@ from loraplex.engine.sampling.logprobs import TokenLogprobs
 from loraplex.routing.adapter_spec import AdapterSpec
 from loraplex.server.api.api_errors import BAD_REQUEST, TOO_LARGE, ApiError
 from loraplex.server.api.bodies import CompletionBody, GenerationBody
+from loraplex.server.api.completion_answers import ANSWERS, respond
 from loraplex.server.api.engine_requests import (
     EncodedPrompt,
     Truncation,
@@ -34,7 +35,6 @@ from loraplex.server.api.response_parts import (
     usage,
 )
 from loraplex.server.api.streaming import Choice
-from loraplex.server.handlers import ANSWERS, respond
 from loraplex.server.state import RequestContext, ServerState, TokenTexts
 
 router = APIRouter(route_class=JsonRoute)
@@ -80,7 +80,7 @@ class CompletionCall:
             engine_request(body, self._encode(prompt), sampling, adapters=adapters, principal=principal, config=config)
             for prompt in self.prompts
         ]
-        check_num_prompt_logprobs(body, self.requests)
+        check_num_prompt_logprobs(body, self.requests, times=self.n)  # each answer tells its prompt's
         self._prompt_text = cache(self._decoded)  # of all its answers
         self.envelope = envelope("cmpl", "text_completion", body)
         self._begun: set[tuple[int, int]] = set()
@@ -256,14 +256,16 @@ def check_prompt_logprobs(body: GenerationBody) -> None:
         raise ApiError(BAD_REQUEST, "prompt_logprobs can't be streamed.", param="prompt_logprobs")
 
 
-def check_num_prompt_logprobs(body: GenerationBody, requests: Sequence[Request]) -> None:
-    """Raise ApiError for more probabilities of prompts than an answer may bring."""
-    if body.prompt_logprobs is None:
+def check_num_prompt_logprobs(body: GenerationBody, requests: Sequence[Request], *, times: int = 1) -> None:
+    """Raise ApiError for more probabilities of prompts than an answer, which tells them so many times, may bring."""
+    wanted = requests[0].sampling.prompt_logprobs
+    if wanted is None:
         return
-    number = sum(len(request.prompt) for request in requests) * (body.prompt_logprobs + 1)
+    number = sum(len(request.prompt) for request in requests) * (wanted + 1) * times
     if number > _MAX_PROMPT_LOGPROBS:
-        message = f"prompt_logprobs asks for {number} entries; {_MAX_PROMPT_LOGPROBS} are possible. Send fewer prompts."
-        raise ApiError(TOO_LARGE, message, param="prompt_logprobs")
+        name = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        message = f"{name} asks for {number} entries; {_MAX_PROMPT_LOGPROBS} are possible. Send fewer prompts."
+        raise ApiError(TOO_LARGE, message, param=name)
 
 
 def _top_texts(logprobs: TokenLogprobs, number: int, texts: TokenTexts) -> dict[str, float]:

@@ -12,9 +12,10 @@ from loraplex.engine.request import RequestResult
 from loraplex.errors import LoraplexError
 from loraplex.server.api.api_errors import ApiError
 from loraplex.server.api.json_route import JsonRoute, documented
+from loraplex.server.api.response_parts import News
 from loraplex.server.api.responses.bodies import ResponsesBody
 from loraplex.server.api.responses.call import ResponsesCall
-from loraplex.server.api.streaming import EventStream, PiecesResponse, gathered, json_pieces
+from loraplex.server.api.streaming import CHANNEL_KEY, BodyChannel, EventStream, PiecesResponse, gathered, json_pieces
 from loraplex.server.handlers import Run, running
 from loraplex.server.state import RequestContext, ServerState, context_of, in_thread, state_of, until_client_leaves
 
@@ -32,13 +33,15 @@ async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
         call = await in_thread(http, partial(ResponsesCall, body, state, context, adapters))
     except LoraplexError as error:
         raise context.refusal(error) from error
+    context.response = {"id": call.id}
     if state.config.logs.log_prompts:
         context.log["prompts"] = [call.turns]
     stall_timeout_s = state.config.limits.stall_timeout_s
     if body.stream:
         stack = AsyncExitStack()
         run = await stack.enter_async_context(running(state, context, [call.request], wants_deltas=True))
-        return EventStream(_events(run, call, context), stall_timeout_s, stack.aclose, done=b"")
+        events = _events(run, call, context, http.scope.get(CHANNEL_KEY))
+        return EventStream(events, stall_timeout_s, stack.aclose, done=b"")
     pieces = await until_client_leaves(http.receive, _whole(call, state, context))
     return PiecesResponse(pieces, stall_timeout_s)
 
@@ -49,18 +52,22 @@ async def _whole(call: ResponsesCall, state: ServerState, context: RequestContex
     return await state.workers.run(context.owner, lambda: gathered(json_pieces(call.answer(result))))
 
 
-async def _events(run: Run, call: ResponsesCall, context: RequestContext) -> AsyncGenerator[bytes, None]:
+async def _events(
+    run: Run, call: ResponsesCall, context: RequestContext, channel: BodyChannel | None
+) -> AsyncGenerator[bytes, None]:
+    def told(news: News) -> bytes:
+        return b"".join(call.add(news.text))
+
     for event in call.begin():
         yield event
     try:
-        async for news in run.batches():
-            found, failure = run.gather(news, holds_end=False)
-            for piece in found:
-                for event in call.add(piece.text):
-                    yield event
+        async for events in run.batches(run.writer(channel, told)):
+            found, failure = run.gather(events, holds_end=False)
+            for news in found:
+                yield told(news)
             if failure is not None:  # what came before it has been told
                 raise failure
-            for result in news:
+            for result in events:
                 if isinstance(result, RequestResult):
                     for event in call.end(result):
                         yield event

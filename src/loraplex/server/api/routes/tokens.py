@@ -1,7 +1,7 @@
 """/tokenize and /detokenize, as vLLM's."""
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -10,11 +10,12 @@ from pydantic import Field
 from loraplex.errors import LoraplexError
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.bodies import TokenIds
-from loraplex.server.api.body import Body
+from loraplex.server.api.bodies import TemplateVariables, TokenIds
+from loraplex.server.api.body import NullableBody
 from loraplex.server.api.engine_requests import encode_text
 from loraplex.server.api.json_route import JsonRoute, documented
 from loraplex.server.api.messages import Message, as_turns
+from loraplex.server.api.refused_fields import NEUTRAL
 from loraplex.server.api.tools.definitions import ToolList
 from loraplex.server.api.tools.use import ToolUse
 from loraplex.server.state import RequestContext, RowTokenizer, ServerState, context_of, in_thread, state_of
@@ -22,19 +23,22 @@ from loraplex.server.state import RequestContext, RowTokenizer, ServerState, con
 router = APIRouter(route_class=JsonRoute)
 
 
-class Tokenize(Body):
+class Tokenize(NullableBody):
     """vLLM's body: a prompt, or the messages of a chat."""
+
+    neutral: ClassVar = {name: NEUTRAL[name] for name in ("continue_final_message", "mm_processor_kwargs")}
 
     model: str | None = Field(None, max_length=8192)
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     tools: ToolList | None = None  # of a chat
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
 
-class Detokenize(Body):
+class Detokenize(NullableBody):
     model: str | None = Field(None, max_length=8192)
     tokens: TokenIds
 
@@ -87,8 +91,9 @@ def _tokenized(body: Tokenize, adapters: AdapterSpec, state: ServerState, contex
             turns,
             tools=tools,
             most=most,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
+            variables=body.chat_template_kwargs or {},
         ).ids
     else:
         assert body.prompt is not None, "there are either messages or a prompt"

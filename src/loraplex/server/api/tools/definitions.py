@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loraplex.errors import RequestError
 from loraplex.server.api.api_errors import BAD_REQUEST, ApiError
-from loraplex.server.api.body import Body, one_of
+from loraplex.server.api.body import Body, NullableBody, one_of
 
 MAX_TOOLS = 128  # as OpenAI's
 MAX_TOOLS_BYTES = 2**17  # of all tools' JSON
@@ -16,7 +16,7 @@ MAX_DEPTH = 32  # objects and lists in one another, of parameters and of argumen
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
-class FunctionDefinition(Body):
+class FunctionDefinition(NullableBody):
     """A function: its name, what it does, and the JSON schema of its arguments, an object."""
 
     name: FunctionName
@@ -25,7 +25,7 @@ class FunctionDefinition(Body):
     strict: bool | None = None  # calls of it fit its schema, with tool_choice "auto" too
 
 
-class Tool(Body):
+class Tool(NullableBody):
     """OpenAI's only kind of tool that a client runs: a function."""
 
     ignored: ClassVar = frozenset({"cache_control"})

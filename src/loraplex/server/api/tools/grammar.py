@@ -23,6 +23,7 @@ class CallRules:
     must_call: bool  # else it may be content, too
     max_calls: int
     content_schema: Mapping[str, Any] | None = None  # of content; None: any text
+    content_spaces: bool = True  # behind its commas and colons
 
 
 class UnwritableSchemaError(ValueError):
@@ -63,7 +64,7 @@ class _Writer:
         if rules.must_call:
             return [f"start: {begin} {rest}"]
         if rules.content_schema is not None:
-            return [f"start: content | {begin} {rest}", f"content: %json {_json(rules.content_schema)}"]
+            return [f"start: content | {begin} {rest}", f"content: %json {_content(rules)}"]
         if not self._form.begin:
             return [f"start: TEXT | {rest}", r"TEXT: /(\s*[^\s{](.|\n)*)?/"]
         lines = [r"TEXT: /(.|\n)*/"]
@@ -125,5 +126,9 @@ class _Writer:
         return f'{begin} "\\n" {name}_text'
 
 
-def _json(schema: Any) -> str:
-    return json.dumps({**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else schema)
+def _json(schema: Any, spacing: Mapping[str, Any] = _SPACING) -> str:
+    return json.dumps({**schema, "x-guidance": spacing} if isinstance(schema, Mapping) else schema)
+
+
+def _content(rules: CallRules) -> str:
+    return _json(rules.content_schema, _SPACING if rules.content_spaces else {"whitespace_flexible": False})

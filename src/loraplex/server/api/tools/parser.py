@@ -20,8 +20,9 @@ from loraplex.server.api.tools.json_scanner import JsonScanner
 _JSON_HEAD = re.compile(
     r'\s*(?:\[\s*)?\{\s*"name"\s*:\s*("[A-Za-z0-9_-]*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_PLAIN_HEAD = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\[ARGS\])?\s*(?=\{)")
-_PLAIN_HEAD_SO_FAR = re.compile(r"\s*[A-Za-z0-9_-]{0,64}\s*(\[A?R?G?S?\]?)?\s*")
+# No two blanks side by side: what a model writes could be matched in ways without number.
+_PLAIN_HEAD = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\[ARGS\]\s*)?(?=\{)")
+_PLAIN_HEAD_SO_FAR = re.compile(r"\s*(?:[A-Za-z0-9_-]{1,64}\s*(?:\[A?R?G?S?\]?\s*)?)?")
 _BEFORE_OBJECT = re.compile(r"\s*(?:\[\s*)?")
 _PYTHON_TAG = "<|python_tag|>"  # of Llama 3, before calls
 _XML_HEAD = re.compile(r"\s*<function=([^>\n]*)>")
@@ -153,7 +154,8 @@ class _JsonCalls(_Calls):
         self._is_plain = self._form.name == "mistral" and first not in "[{"  # its models write either
         found = (_PLAIN_HEAD if self._is_plain else _JSON_HEAD).match(self._buffer)
         if found is None and self._is_plain:
-            return False if _PLAIN_HEAD_SO_FAR.fullmatch(self._buffer) else self._is_no_call()
+            is_open = len(self._buffer) <= _LONGEST_HEAD and _PLAIN_HEAD_SO_FAR.fullmatch(self._buffer)
+            return False if is_open else self._is_no_call()
         if found is None:
             return self._read_object() if first in "[{" else self._is_no_call()
         name = found[1] if self._is_plain else json.loads(found[1])

@@ -27,6 +27,8 @@ from loraplex.server.api.tools.forms import (
 
 logger = logging.getLogger(__name__)
 
+Content = str | list[dict[str, str]]  # of a turn
+
 _NAME, _ID = "probe_x7qz", "abcdefghi"  # ids of nine characters are what some templates want
 _TOOL = {
     "type": "function",
@@ -140,11 +142,11 @@ class ToolTemplate:
         written: list[Turn] = []
         for turn in turns:
             if turn["role"] == "tool":
-                text = f"<tool_response>\n{turn['content']}\n</tool_response>"
+                content = _joined("<tool_response>\n", turn["content"], "\n</tool_response>")
                 if written and written[-1].get("is_response"):
-                    written[-1]["content"] += "\n" + text
+                    written[-1]["content"] = _joined(written[-1]["content"], "\n", content)
                 else:
-                    written.append({"role": "user", "content": text, "is_response": True})
+                    written.append({"role": "user", "content": content, "is_response": True})
             elif "tool_calls" in turn:
                 written.append({"role": "assistant", "content": self._called(turn)})
             else:
@@ -152,15 +154,17 @@ class ToolTemplate:
         written = [{field: value for field, value in turn.items() if field != "is_response"} for turn in written]
         return self._with_system(written, _offer(tools, self.form)) if tools else written
 
-    def _called(self, turn: Turn) -> str:
+    def _called(self, turn: Turn) -> Content:
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn["tool_calls"]]
-        return "\n".join(filter(None, [turn["content"], self.form.calls(calls)]))
+        content = turn["content"]
+        return _joined(content, "\n" if content else "", self.form.calls(calls))
 
     def _with_system(self, turns: list[Turn], text: str) -> list[Turn]:
         """The text in the system's turn, or where a template has none before the first turn's text."""
         if turns[0]["role"] == "system" or not self._takes_system:
             first = turns[0]
-            joined = f"{first['content']}\n\n{text}" if first["role"] == "system" else f"{text}\n\n{first['content']}"
+            content, is_system = first["content"], first["role"] == "system"
+            joined = _joined(content, "\n\n", text) if is_system else _joined(text, "\n\n", content)
             return [first | {"content": joined}, *turns[1:]]
         return [{"role": "system", "content": text}, *turns]
 
@@ -171,6 +175,16 @@ class ToolTemplate:
         except RequestError:
             return False
         return True
+
+
+def _joined(*contents: Content) -> Content:
+    """One text; parts where there are some, such as images."""
+    if all(isinstance(content, str) for content in contents):
+        return "".join(contents)  # type: ignore[arg-type]
+    parts: list[dict[str, str]] = []
+    for content in contents:
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _offer(tools: Sequence[Mapping[str, Any]], form: CallForm) -> str:

@@ -67,17 +67,25 @@ class ToolUse:
         if not self.any:
             return sampling
         content = sampling.json_schema
+        assert not isinstance(content, str), "the server's schemas are mappings"
         is_strict = any(function.strict for function in self.functions)
         wants_grammar = self.must_call or is_strict or not self.parallel or content is not None
+        if wants_grammar and content is None and sampling.has_structure:
+            raise ApiError(
+                BAD_REQUEST,
+                "an answer that follows a regex, a choice or a grammar can't be a call of a tool. Leave that out, or "
+                "tool_choice, parallel_tool_calls: false and strict functions.",
+                param="tools",
+            )
         try:
             grammar = None
             if wants_grammar:
-                assert not isinstance(content, str), "the server's schemas are mappings"
                 rules = CallRules(
                     functions=self.functions,
                     must_call=self.must_call,
                     max_calls=template.form.max_calls if self.parallel else 1,
                     content_schema=content,
+                    content_spaces=sampling.json_whitespace,
                 )
                 grammar = call_grammar(template.form, rules, template.special_tokens)
             shows_special = bool(template.special_tokens)

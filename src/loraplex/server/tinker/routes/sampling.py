@@ -26,6 +26,9 @@ from loraplex.server.tinker.wire import TopTokens, model_input_error, sample_out
 from loraplex.training.service.checkpoints import CheckpointPath
 
 router = APIRouter(route_class=JsonRoute, prefix="/api/v1")
+_FIXES = {
+    "record_stability_info": "It is for stable_reinforce: set loss_fn to importance_sampling, ppo, cispo or gspo."
+}
 _SAMPLER = documented("The sampling client.", 400, 401, 404, 429, required=("sampling_session_id",))
 
 
@@ -42,7 +45,7 @@ async def create_sampling_session(body: CreateSamplingSession, http: HttpRequest
     def create() -> None:
         if path is not None:
             service.checkpoint(path, principal)
-            service.samplers.name_of(path)  # loaded now, not with the first sample
+            service.adapter_of(path)  # loaded now, not with the first sample
         service.sessions.add_sampler(session, own, None if path is None else str(path))
 
     if path is None and not principal.may_use_base:
@@ -108,7 +111,8 @@ def _check(call: TinkerCall, body: SampleBody) -> None:
     """Raises ApiError for what isn't possible."""
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
         if getattr(body, name):
-            raise ApiError(BAD_REQUEST, f"{name} isn't possible here. Leave it out.", param=name)
+            fix = _FIXES.get(name, "Leave it out.")
+            raise ApiError(BAD_REQUEST, f"{name} isn't possible here. {fix}", param=name)
     most = call.state.config.limits.max_answers
     if body.num_samples > most:
         message = f"num_samples is {body.num_samples}; {most} are possible (max_answers)."
@@ -144,7 +148,7 @@ def _engine_request(call: TinkerCall, body: SampleBody, path: CheckpointPath | N
         if chunk.type != "encoded_text":
             raise ApiError(BAD_REQUEST, model_input_error(chunk.type), param="prompt")
         prompt += chunk.tokens
-    adapters = () if path is None else ((call.service.samplers.name_of(path), 1.0),)
+    adapters = () if path is None else ((call.service.adapter_of(path), 1.0),)
     isolated = call.state.config.access.prefix_isolation
     # Weights that change under one name: each sampling client has keys and values of its own.
     own = request_id.rpartition(":")[0] if path is not None and path.name == f"_{INFLIGHT}" else None

@@ -11,6 +11,7 @@ from loraplex.server.tinker.service import GONE
 router = APIRouter(route_class=JsonRoute, prefix="/api/v1")
 _MAX_CHUNK = 5_000_000  # bytes of data in one forward_backward, of which the SDK makes several if need be
 _BODY_SHARE = 0.75  # of a body: the SDK counts the tensors alone
+_MIN_TOKEN_BYTES = 12  # as the SDK counts them: a token and its target
 _MAX_LISTED = 200
 
 
@@ -23,14 +24,16 @@ async def healthz() -> Response:
 @router.post("/client/config", responses=documented("How to speak to this server.", 401))
 async def client_config(body: ClientConfig, http: Request) -> Response:
     """How the SDK is to send its requests."""
-    limits = TinkerCall(http).state.config.limits
+    call = TinkerCall(http)
+    of_body = int(_BODY_SHARE * call.state.config.limits.max_body_bytes)
+    of_tokens = _MIN_TOKEN_BYTES * call.service.loop.limits.max_request_tokens
     return json_response(
         {
             "pjwt_auth_enabled": False,
             "credential_default_source": "api_key",
             "parallel_fwdbwd_chunks": True,
             "proto_compress_fwdbwd": False,
-            "fwdbwd_max_chunk_bytes_count": min(_MAX_CHUNK, int(_BODY_SHARE * limits.max_body_bytes)),
+            "fwdbwd_max_chunk_bytes_count": min(_MAX_CHUNK, of_body, of_tokens),
             "sample_use_retrieve_futures": False,
             "custom_loss_server_side": False,
             "sample_join_sampling_session": True,
@@ -84,10 +87,15 @@ async def session_heartbeat(body: SessionHeartbeat, http: Request) -> Response:
 
 @router.post("/sessions/{session_id}/finish", responses=documented("Finished.", 400, 401, 404))
 async def finish_session(session_id: str, body: FinishSession, http: Request) -> Response:
-    """A client says that it is done; its checkpoints stay."""
+    """A client says that it is done: its runs leave memory, its checkpoints stay."""
     call = TinkerCall(http)
     session = call.service.session(session_id, call.principal)
-    await call.in_thread(lambda: call.service.sessions.finish(session, body.reason.type))
+
+    def finish() -> None:
+        call.service.sessions.finish(session, body.reason.type)
+        call.service.loop.release(session.runs)
+
+    await call.in_thread(finish)
     return json_response({})
 
 

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -51,39 +52,55 @@ async def create_model(body: CreateModel, http: Request) -> Response:
         raise ApiError(BAD_REQUEST, "lora_config is missing: adapters are trained here.", param="lora_config")
 
     def begin() -> None:
-        session = service.open_session(body.session_id, call.principal)
         check_lora(lora.rank, lora.seed, service.loop.limits)
-        modules = target_modules(
-            service.model.adaptable, attention=lora.train_attn, feed_forward=lora.train_mlp, output=lora.train_unembed
+        seed = secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed
+        layout = LoraLayout(
+            rank=lora.rank, train_attn=lora.train_attn, train_mlp=lora.train_mlp, train_unembed=lora.train_unembed
         )
-        settings = RunSettings(
-            run_id=run_id,
-            owner=call.principal.id,
-            base_model=service.base_name,
-            rank=lora.rank,
-            seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
-            train_attn=lora.train_attn,
-            train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed,
-            target_modules=modules,
-            user_metadata=body.user_metadata or {},
-            created=time.time(),
-        )
-        _begin(call, settings, JournalRecord(0, "begin", raw))
-        service.sessions.add_run(session, run_id)
+        _begin(call, body, layout, seed, JournalRecord(0, "begin", raw))
 
     await call.in_thread(begin)
     return promise(run_id, 0)
 
 
-def _begin(call: TinkerCall, settings: RunSettings, record: JournalRecord) -> None:
-    """Raises ApiError where the key has as many runs as it may have."""
-    loop, key = call.service.loop, call.principal.key
-    most = None if key is None else key.max_training_runs
-    if most is not None and not loop.has_run(settings.run_id) and loop.num_runs_of(settings.owner) >= most:
+@dataclass(frozen=True, kw_only=True)
+class LoraLayout:
+    """What a run adapts."""
+
+    rank: int
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+
+def _begin(
+    call: TinkerCall, body: CreateModel | LoadWeights, layout: LoraLayout, seed: int, record: JournalRecord
+) -> None:
+    """A new run in its session. Raises ApiError where the key has as many runs as it may have."""
+    service, key = call.service, call.principal.key
+    assert body.session_id is not None and body.model_seq_id is not None, "a run is one of a session"  # noqa: PT018
+    session = service.open_session(body.session_id, call.principal)
+    settings = RunSettings(
+        run_id=run_id_of(session.id, body.model_seq_id),
+        owner=call.principal.id,
+        base_model=service.base_name,
+        seed=seed,
+        target_modules=target_modules(
+            service.model.adaptable,
+            attention=layout.train_attn,
+            feed_forward=layout.train_mlp,
+            output=layout.train_unembed,
+        ),
+        user_metadata=body.user_metadata or {},
+        created=time.time(),
+        **asdict(layout),
+    )
+    loop, most = service.loop, None if key is None else key.max_training_runs
+    if most is not None and not loop.folders.has(settings.run_id) and loop.num_runs_of(settings.owner) >= most:
         message = f"this key has {most} training runs at work, its limit. Finish one, or wait until it is idle."
         raise ApiError(RATE_LIMITED, message)
-    loop.begin(settings, record, call.service.codec.parse(record.kind, record.body, settings.run_id))
+    loop.begin(settings, record, service.codec.parse(record.kind, record.body, settings.run_id))
+    service.sessions.add_run(session, settings.run_id)
 
 
 def _check_optimizer(choice: OptimizerChoice | None) -> None:
@@ -159,36 +176,20 @@ async def load_weights(body: LoadWeights, http: Request) -> Response:
         return await call.submit("load", body.model_id, body.seq_id)
     if body.session_id is None or body.model_seq_id is None:
         raise ApiError(BAD_REQUEST, "give model_id and seq_id, or session_id and model_seq_id.", param="model_id")
-    session_id, run_id = body.session_id, run_id_of(body.session_id, body.model_seq_id)
 
     def begin() -> None:
-        session = service.open_session(session_id, call.principal)
         record = service.checkpoint(path, call.principal)
         service.check_base(record.base_model)
-        modules = target_modules(
-            service.model.adaptable,
-            attention=record.train_attn,
-            feed_forward=record.train_mlp,
-            output=record.train_unembed,
-        )
-        settings = RunSettings(
-            run_id=run_id,
-            owner=call.principal.id,
-            base_model=service.base_name,
+        layout = LoraLayout(
             rank=record.rank,
-            seed=0,
             train_attn=record.train_attn,
             train_mlp=record.train_mlp,
             train_unembed=record.train_unembed,
-            target_modules=modules,
-            user_metadata=body.user_metadata or {},
-            created=time.time(),
         )
-        _begin(call, settings, JournalRecord(0, "load", raw))
-        service.sessions.add_run(session, run_id)
+        _begin(call, body, layout, 0, JournalRecord(0, "load", raw))
 
     await call.in_thread(begin)
-    return promise(run_id, 0)
+    return promise(run_id_of(body.session_id, body.model_seq_id), 0)
 
 
 @router.post("/get_info", responses=documented("The run.", 400, 401, 404, required=("model_data", "model_id")))

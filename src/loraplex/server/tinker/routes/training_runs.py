@@ -30,7 +30,7 @@ async def list_runs(http: Request, limit: int = 20, offset: int = 0) -> Response
     call = TinkerCall(http)
 
     def look() -> tuple[list[Mapping[str, Any]], int]:
-        owned = [own for own in call.service.loop.all_settings() if _sees(call, own)]
+        owned = [own for own in call.service.loop.folders.all_settings() if _sees(call, own)]
         shown = _page(owned, limit, offset)
         return [_run_json(call.service, own) for own in shown], len(owned)
 
@@ -65,7 +65,7 @@ async def list_checkpoints(http: Request, limit: int = 100, offset: int = 0) -> 
     call = TinkerCall(http)
 
     def look() -> tuple[list[Mapping[str, Any]], int]:
-        runs = [own.run_id for own in call.service.loop.all_settings() if _sees(call, own)]
+        runs = [own.run_id for own in call.service.loop.folders.all_settings() if _sees(call, own)]
         records = [record for run_id in runs for record in call.service.checkpoints.of_run(run_id)]
         records.sort(key=lambda record: -record.created)
         return [checkpoint_json(call.service, record) for record in _page(records, limit, offset)], len(records)
@@ -185,7 +185,7 @@ def _run_json(service: TinkerService, settings: RunSettings) -> Mapping[str, Any
         "model_owner": settings.owner,
         "is_lora": True,
         "lora_rank": settings.rank,
-        "last_request_time": iso_time(service.loop.last_heard(settings.run_id)),
+        "last_request_time": iso_time(service.loop.folders.last_heard(settings.run_id)),
         "last_checkpoint": newest["training"],
         "last_sampler_checkpoint": newest["sampler"],
         "user_metadata": {name: str(value) for name, value in settings.user_metadata.items()} or None,
