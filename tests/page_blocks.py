@@ -26,6 +26,8 @@ START_S = 300
 SHORTER = (
     (r"--steps \d+", "--steps 2 --eval-records 8"),
     (r"max_steps=\d+", "max_steps=2"),
+    (r"--warmup-steps \d+", "--warmup-steps 1"),
+    (r"--(mixed-)?limit \d+", r"--\1limit 4"),
     (r"--seconds \d+", "--seconds 3"),
     (r"--requests \d+", "--requests 40"),
     (r"engine load --adapters \d+", "engine load --adapters 12"),

@@ -23,8 +23,14 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that float32 can hold: all that is computed with settings is computed in float32."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -FLOAT32_MAX <= value <= FLOAT32_MAX
+    """Whether it is a number that float32 can hold: all that is computed with settings is computed in float32.
+
+    A whole number must have 64 bits at most, as torch wants it beside tensors.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    most = FLOAT32_MAX if isinstance(value, float) else 2**63 - 1
+    return -most <= value <= most
 
 
 def check_least(settings: object, least: Mapping[str, float]) -> None:

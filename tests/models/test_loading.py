@@ -98,7 +98,9 @@ def test_meta_device_is_not_refused() -> None:
     assert parse_device("meta").type == "meta"
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "~/missing/folder/here", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./missing", "~/missing/folder/here", "~nobody/x", "a/b/c", "x" * 5000, ""]
+)
 def test_what_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
     with pytest.raises(BaseModelError, match="neither a folder nor a hub id"):
         load_base_model(path)

@@ -30,7 +30,8 @@ def test_all_steps_run_and_a_killed_run_goes_on(smollm2: Path, tmp_path: Path) -
     file.write_text(
         text.replace("runs/science-smoke", str(output)).replace("examples/science/sample", str(SCIENCE / "sample"))
     )
-    command = [sys.executable, "-m", "examples.science", "run", "--settings", str(file), "--downloads", str(tmp_path)]
+    start = [sys.executable, "-m", "examples.science"]
+    command = [*start, "run", "--settings", str(file), "--downloads", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     while not (output / "answers" / "base.json").exists():
         assert process.poll() is None, "the run ended by itself"
@@ -42,6 +43,10 @@ def test_all_steps_run_and_a_killed_run_goes_on(smollm2: Path, tmp_path: Path) -
     assert "ask.json" not in finished
     subprocess.run(command, cwd=ROOT, check=True, timeout=2400)
     assert all((output / "done" / name).read_bytes() == content for name, content in finished.items())
+
+    plan = [*start, "plan", "--settings", str(file)]
+    left = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    assert left.split()[:3] == ["left", "0.0", "min,"]
 
     settings = replace(read_settings(file), output=output)
     answers = json.loads((output / "answers" / "base.json").read_text())

@@ -58,6 +58,11 @@ def test_json_files_are_read_too(tmp_path: Path) -> None:
     assert load_config(tmp_path / "serve.json", {}).network.port == 7
 
 
+def test_a_model_whose_name_is_longer_than_a_file_s_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text(f"[model]\nmodel = '{'x' * 5000}'")
+    assert load_config(tmp_path / "serve.toml", {}).model.base_name == "x" * 5000
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -70,6 +75,8 @@ def test_json_files_are_read_too(tmp_path: Path) -> None:
         ("[model]\nadapters = ['x']", "it must be a table of texts"),
         ("[access]\nadapter_roots = ['/no/such']", "'/no/such', which is no folder"),
         ("[limits]\nbody_timeout_s = inf", "body_timeout_s is inf"),
+        (f"[access]\nadapter_roots = ['/{'x' * 5000}']", "which is no folder"),
+        (f"[network]\ntls_key = 'x'\ntls_certificate = '{'x' * 5000}'", "which is no file"),
         ("[network]\ntls_key = 'x'", "tls_certificate, tls_key: give both"),
         ("[logs]\nlog_level = 'loud'", "log_level is 'loud'"),
         ("port = ", "can't be read"),

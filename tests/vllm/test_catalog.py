@@ -98,3 +98,8 @@ def test_without_the_key_the_plugin_is_not_asked_for():
     assert options_from({}) is None
     assert options_from({"gdn_prefill_backend": "x"}) is None
     assert options_from({"loraplex": {}}) == PluginOptions()
+
+
+def test_a_path_longer_than_a_file_s_is_not_found(root):
+    with pytest.raises(AdapterNotFoundError, match="no folder"):
+        FolderCatalog(PluginOptions(folder=str(root))).find("/" + "x" * 5000)

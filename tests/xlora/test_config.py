@@ -28,7 +28,7 @@ def test_pass_value_none_is_one_over_the_experts() -> None:
         *[("xlora_dropout_p", value) for value in (-0.1, 1, 1.5, math.nan, True, None)],
         *[("softmax_temperature", value) for value in (0, -1.0, math.inf, math.nan, True, "1")],
         *[("scaling_pass_value", value) for value in (math.nan, math.inf, True, "0")],
-        *[("global_scaling_weight", value) for value in (math.nan, -math.inf, False, None)],
+        *[("global_scaling_weight", value) for value in (math.nan, -math.inf, False, None, 10**30, -(2**63))],
         *[(option, value) for option in ("layerwise_scalings", "enable_softmax") for value in (1, None, "yes")],
         *[(option, 1) for option in ("use_trainable_adapters", "use_bias", "enable_relu_and_dropout")],
     ],

@@ -76,6 +76,10 @@ class LoraConfig:
         for option in ("use_rslora", "use_dora", "fan_in_fan_out"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option} is {quoted(getattr(self, option))}; it must be True or False.")
+        for option in ("base_model_name_or_path", "task_type"):
+            value = getattr(self, option)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{option} is {quoted(value)}; it must be a text or None.")
         for option in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, option)
             if not (isinstance(patterns, Mapping) and all(isinstance(key, str) for key in patterns)):

@@ -40,7 +40,7 @@ def claim_temporary(folder: Path) -> Iterator[Path]:
 
 def restore_replaced(folder: Path) -> None:
     """If nothing is at `folder` because a writer was killed between its two renames, bring the old one back."""
-    if folder.exists() or not folder.parent.is_dir():
+    if os.path.exists(folder) or not os.path.isdir(folder.parent):
         return
     # OSError: another process restores it, or this one may not write here; then nothing is at `folder` for it.
     with suppress(OSError):

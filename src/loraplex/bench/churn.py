@@ -25,7 +25,8 @@ _PREFIX_LENGTHS = (0, 16, 33)  # what prompts begin with, of which there are few
 _TAIL_LENGTHS = (1, 2, 9, 17, 40)
 _NUM_SLOTS = 10  # fewer than the versions that are asked for at times
 _NUM_BLOCKS = 100  # of keys and values: some requests must give way to others
-_SETTLED = 0.2  # of the requests, from where on memory may not grow
+_SETTLED = 0.2  # of the requests, from where on memory may not grow; not before so many have finished:
+_MIN_SETTLED = 200
 _DISTURBANCES = ("cancel", "bad", "replace", "unload", "clear")
 _WEIGHTS = (8, 4, 4, 2, 1)
 
@@ -100,6 +101,7 @@ class Churn:
 
     def run(self, tell: Callable[[str], None]) -> None:
         start, num_left, told = time.perf_counter(), self._bench.requests, 0
+        settled = max(_SETTLED * self._bench.requests, _MIN_SETTLED)
         while num_left or self._engine.has_work:
             self._moment += 1
             while num_left and len(self._running) < _IN_FLIGHT and self._draw.random() < 0.7:
@@ -110,7 +112,7 @@ class Churn:
             self._moment += 1
             for delta in self._engine.step():
                 self._take(delta)
-            if self.report.memory_began is None and self.report.finished >= _SETTLED * self._bench.requests:
+            if self.report.memory_began is None and self.report.finished >= settled:
                 self.report.start_memory()
             if self.report.finished >= told + 500:
                 told = self.report.finished

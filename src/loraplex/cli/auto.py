@@ -1,5 +1,6 @@
 """`loraplex auto`: what lets a prompt choose its adapter."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def fit(
     """Write into folders what their prompts look like to the base model, from examples; the answers are not read."""
     files = named_values(data, "--data")
     for folder in files:
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise typer.BadParameter(f"{folder!r} is no folder; give the one of an adapter or mixture")
     prompts = {folder: read_prompts(Path(file), limit) for folder, file in files.items()}
     multi = MultiLoraModel.from_pretrained(model, dtype=dtype, device=device, weights=weights)

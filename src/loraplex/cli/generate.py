@@ -1,6 +1,7 @@
 """`loraplex generate`: answer prompts, each through its own adapters, in the engine's shared forward passes."""
 
 import json as json_format
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -167,7 +168,7 @@ def _rows_of_input(
         raise typer.BadParameter("--input has the prompts: leave out those of the command line")
     if len(adapters) > 1:
         raise typer.BadParameter('with --input one --adapters is for all rows; others are for a row\'s "adapters"')
-    if source != STANDARD and not Path(source).is_file():
+    if source != STANDARD and not os.path.isfile(source):
         raise typer.BadParameter(f"--input {source!r} is no file; give one, or - for standard input")
     return read_rows(source, adapters[0] if adapters else BASE)
 

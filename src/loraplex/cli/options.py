@@ -1,5 +1,6 @@
 """What commands share: options that mean the same in all of them, values of the form NAME=VALUE, and tables."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_folder(model: "MultiLoraModel", name: str, source: str, *, ignore_unkno
     from loraplex.routers.folder import is_router_folder  # imports torch
     from loraplex.xlora.formats.folders import is_mixture_folder
 
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if is_router_folder(folder) or is_mixture_folder(folder):
         model.load_mixture(name, folder)
     else:

@@ -35,7 +35,7 @@ class AdapterWatcher:
 
     def __init__(self, model: MultiLoraModel, folder: str | Path, *, interval_s: float = 1.0) -> None:
         self._model = model
-        self._folder = Path(folder).expanduser()
+        self._folder = Path(os.path.expanduser(folder))
         self._interval_s = interval_s
         self._seen: dict[str, _Seen] = {}
         self.errors: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """Describe mixtures and links at rest, for `loraplex inspect`: what they are made of, and how alike their parts are."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def describe_mixture(folder: Path, *, ignore_unknown: bool = False) -> Composite
 
 
 def _composite(folder: Path, experts: Mapping[str, str], *, ignore_unknown: bool, **described: Any) -> CompositeReport:
-    read = {name: Path(source) for name, source in experts.items() if Path(source).is_dir()}
+    read = {name: Path(source) for name, source in experts.items() if os.path.isdir(source)}
     adapters = [
         read_adapter(path, ignore_unknown=ignore_unknown, check_contents=lambda *_: None) for path in read.values()
     ]

@@ -1,6 +1,7 @@
 """Everything that a row can name: adapters, mixtures of them, residuals. One name is one thing."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -372,4 +373,4 @@ def _shared_name(name_or_path: str | None) -> str | None:
     """A hub id as it is; of a local folder the last part: the path means nothing on another machine."""
     if not name_or_path:
         return None
-    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    return Path(name_or_path).name if os.path.isdir(name_or_path) else name_or_path

@@ -1,6 +1,7 @@
 """Attention layers of a transformers model, joined to the current attention scope."""
 
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,4 +183,4 @@ def _precision(tensor: Tensor) -> float:
 
 def _public_name(name_or_path: str | None) -> str | None:
     """A hub id as it is, of a local folder the last part: where it lies is nobody else's concern."""
-    return Path(name_or_path).name if name_or_path and Path(name_or_path).is_dir() else name_or_path or None
+    return Path(name_or_path).name if name_or_path and os.path.isdir(name_or_path) else name_or_path or None

@@ -1,6 +1,7 @@
 """What can be set about the server: the one schema of its file, its environment variables and its flags."""
 
 import ipaddress
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class ModelSettings:
     @property
     def base_name(self) -> str:
         """What the API calls the base model."""
-        return self.served_name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+        return self.served_name or (Path(self.model).name if os.path.isdir(self.model) else self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class NetworkSettings:
             raise ConfigError("tls_certificate, tls_key: give both, or neither; tls_client_ca needs both.")
         for name in ("tls_certificate", "tls_key", "tls_client_ca"):
             path = getattr(self, name)
-            if path and not Path(path).is_file():
+            if path and not os.path.isfile(path):
                 raise ConfigError(f"{name} is {path!r}, which is no file.")
         check_least(self, {"max_connections": 1, "max_connections_per_address": 1, "max_header_bytes": 1024})
         check_least(self, {"headers_timeout_s": 0.1, "keep_alive_s": 0, "drain_s": 0})
@@ -110,7 +111,7 @@ class AccessSettings:
 
     def __post_init__(self) -> None:
         for root in self.adapter_roots:
-            if not Path(root).is_dir():
+            if not os.path.isdir(root):
                 raise ConfigError(f"adapter_roots names {root!r}, which is no folder. Make it first.")
         check_least(self, {"max_wrong_keys_per_minute": 1})
 

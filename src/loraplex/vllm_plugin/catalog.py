@@ -17,8 +17,8 @@ class FolderCatalog:
     """The adapters and mixtures of `PluginOptions.folder` and `PluginOptions.adapters`, by name."""
 
     def __init__(self, options: PluginOptions) -> None:
-        self._root = Path(os.path.realpath(Path(options.folder).expanduser())) if options.folder else None
-        self._adapters = {name: Path(folder).expanduser() for name, folder in options.adapters.items()}
+        self._root = Path(os.path.realpath(Path(os.path.expanduser(options.folder)))) if options.folder else None
+        self._adapters = {name: Path(os.path.expanduser(folder)) for name, folder in options.adapters.items()}
         self._allows_any_path = options.allows_any_path
 
     def folder(self, name: str) -> Path:
@@ -47,9 +47,9 @@ class FolderCatalog:
 
     def find(self, path: str) -> Wanted:
         """What a LoRARequest's path stands for: a folder, a control vector's file, or a link of names."""
-        local = Path(path).expanduser()
+        local = Path(os.path.expanduser(path))
         restore_replaced(local)
-        if local.is_dir() or is_gguf(local):
+        if os.path.isdir(local) or is_gguf(local):
             self._check_allowed(local)
             return ((local, 1.0),)
         try:

@@ -1,5 +1,6 @@
 """Find an adapter's folder: a local one, or a download from the Hugging Face hub."""
 
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -66,7 +67,7 @@ def _resolve(
 ) -> tuple[Path, bool]:
     """The folder, and whether it is a local one."""
     with damaged_as(AdapterNotFoundError, path_or_id):
-        local = Path(path_or_id).expanduser()
+        local = Path(os.path.expanduser(path_or_id))
         restore_replaced(local)
         if local.exists():
             return local, True

@@ -1,6 +1,7 @@
 """A conversation: what was said, through which adapters the next answer comes, and the commands that change that."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -169,7 +170,7 @@ class Session:
     def _save(self, text: str) -> None:
         if not text:
             raise OutputError("/save needs a file. Write /save FILE.")
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         record = json.dumps({"messages": self._turn().messages}, ensure_ascii=False)
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(record + "\n")

@@ -5,6 +5,7 @@ what an Int8Weight has. Values that the file has in 16 or 32 bits become bfloat1
 weights are held in 8 bits.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,15 @@ _SCALE_BYTES = 2
 
 def is_gguf_file(source: str | Path) -> bool:
     """Whether a base model is named by a GGUF file."""
-    return str(source).endswith(SUFFIX) and Path(source).expanduser().is_file()
+    return str(source).endswith(SUFFIX) and os.path.isfile(os.path.expanduser(source))
 
 
 def find_gguf_file(path_or_id: str | Path, name: str) -> str:
     """The path of a GGUF file in a folder, or of one that the hub has. Raises BaseModelError."""
-    folder = Path(path_or_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_id))
     if not name.endswith(SUFFIX):
         raise BaseModelError(f"gguf_file is {name!r}; a GGUF file's name ends with {SUFFIX!r}.")
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if not (folder / name).is_file():
             found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
             raise BaseModelError(f"{str(folder)!r} has no file {name!r}; it has [{listed(found)}].")

@@ -1,5 +1,6 @@
 """Load a frozen base model and its tokenizer from an alias, a local folder or the hub; refuse what isn't one whole."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,10 @@ def resolve_base_model(path_or_id: str | Path) -> str:
     """
     if path_or_id == ALIAS:
         return str(convert_smollm2())
-    folder = Path(path_or_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_id))
     if is_gguf_file(folder):
         return str(folder)
-    if path_or_id and folder.is_dir():  # the empty path would be the current folder
+    if path_or_id and os.path.isdir(folder):  # the empty path would be the current folder
         if not (folder / "config.json").is_file():
             raise BaseModelError(
                 f"{str(folder)!r} is not a base model's folder: it has no config.json. Give a folder that "
@@ -166,7 +167,7 @@ def resolve_base_model(path_or_id: str | Path) -> str:
             )
         return str(folder)
     try:
-        if isinstance(path_or_id, Path) or folder.exists():
+        if isinstance(path_or_id, Path) or os.path.exists(folder):
             raise HFValidationError("a path is not a hub id")
         validate_repo_id(path_or_id)
     except HFValidationError as error:
@@ -254,7 +255,7 @@ def refuse_hidden_adapter(source: str) -> None:
 
 def refuse_damaged_json(source: str) -> None:
     """Raise BaseModelError for a settings file in a local folder that holds no JSON object."""
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         return
     for name in _JSON_FILES:
         file = Path(source) / name
@@ -279,7 +280,7 @@ def refuse_injected_adapters(base: nn.Module) -> None:
 
 
 def _unloadable(what: str, source: str, error: Exception) -> BaseModelError:
-    place = "folder" if Path(source).is_dir() else "hub id (there is no such folder)"
+    place = "folder" if os.path.isdir(source) else "hub id (there is no such folder)"
     return BaseModelError(
         f"can't load the {what} from the {place} {source!r}: {type(error).__name__}: {error}. "
         f"Give a complete folder that transformers' save_pretrained wrote, a hub id that can be reached, "

@@ -1,5 +1,6 @@
 """Merge a link's adapters into the weights of their base model, and write a plain transformers model."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def save_merged(
 
 def _shared(path_or_id: str | Path) -> str:
     """A hub id as it is; of a local folder the last part: the path means nothing on another machine."""
-    return Path(path_or_id).resolve().name if Path(path_or_id).exists() else str(path_or_id)
+    return Path(path_or_id).resolve().name if os.path.exists(path_or_id) else str(path_or_id)
 
 
 def read_members(base: PreTrainedModel, pairs: Link, adapters: Mapping[str, Path]) -> Members:

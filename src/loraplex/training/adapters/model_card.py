@@ -1,5 +1,6 @@
 """The model card beside a trained LoRA: what it was trained on, how, and how well it does."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def _is_hub_id(base: str) -> bool:
         validate_repo_id(base)
     except HFValidationError:
         return False
-    return base.count("/") == 1 and not Path(base).exists()
+    return base.count("/") == 1 and not os.path.exists(base)
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Where the experts of a mixture in PEFT's layout are."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def _given(folder: Path, settings: Mapping[str, Any], number: str) -> Path | str
     """What `adapters` gives for one expert: an existing folder, or else a hub id."""
     given = settings["adapters"][number]
     if isinstance(given, str) and given:
-        path = Path(given).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(given))
+        if os.path.exists(path):
             check_files(path)
             return path
         if given.count("/") == 1 and not given.startswith((".", "/", "~")):
