@@ -49,6 +49,7 @@ def _package(name: str, how: str) -> Part:
 
 
 PARTS = {
+    "aarch64": Part(lambda: shutil.which("aarch64-linux-gnu-g++") is not None, "apt-get install g++-aarch64-linux-gnu"),
     "bitsandbytes": _package("bitsandbytes", "make setup"),
     "chromium": Part(lambda: find_browser() is not None, "apt-get install chromium, or name one in LORAPLEX_CHROMIUM"),
     "compiler": Part(_has_compiled_kernels, "the compiled kernels can't be built here: apt-get install g++"),

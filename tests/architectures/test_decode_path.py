@@ -18,10 +18,14 @@ STACKED = (
     *("phi", "gpt_neox", "stablelm", "cohere", "cohere2"),  # LayerNorm, parallel, partial rotary, pairs
     *("phi3", "gpt2", "opt", "nemotron"),  # joined projections, weights [in, out], learned positions, other activations
     *("olmo", "granite-real", "starcoder2", "glm", "smollm3", "ernie4_5", "exaone4"),
+    *("qwen3_moe", "mixtral", "granitemoeshared"),  # experts: softmax, normalised or not, beside shared modules
+    *("glm4_moe", "gpt_oss", "qwen2_moe"),  # sigmoid and corrections; pairs clamped, weights [in, out]; a shared gate
 )
+SLOW = ("olmoe", "flex_olmo", "granitemoe", "dots1", "ernie4_5_moe", "minimax_m2", "solar_open", "hy_v3")
+NAMES = [*STACKED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_call_decodes_what_the_model_decodes(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -43,7 +47,7 @@ def test_one_call_decodes_what_the_model_decodes(
     ), "rows with and without adapters go through all layers in one call"
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_layers_are_stacked(name: str) -> None:
     assert decode_path(name) == ONE_CALL
 

@@ -127,7 +127,7 @@ def test_rows_have_the_same_bits_alone_beside_others_and_where_layers_run_module
     name: str, dtype: torch.dtype, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A neighbour that captures attention, or somebody's hook, lets layers run module by module."""
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
     model = load(name, dtype)
     requests = asked(70)
     capturing = Request(

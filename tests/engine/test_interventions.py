@@ -109,7 +109,7 @@ def test_vectors_in_the_compiled_call_have_the_bits_of_module_by_module(
 ) -> None:
     folders = write_adapters(name, tmp_path)
     monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
     model = add_interventions(add_residuals(make_model(name, folders)))
     asked = prompts((5, 30, 11), (*VECTORS, *PLAIN))
     requests = [prompted.request(max_tokens=7, logprobs=2) for prompted in asked]

@@ -37,7 +37,7 @@ def test_same_bits_as_module_by_module(
 ) -> None:
     folders = write_adapters(name, tmp_path)
     monkeypatch.setattr("tests.engine.engines.tiny_model", lambda name: tiny_model(name, dtype=dtype))
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 0)  # without tiles: module by module, torch attends to chunks
     model = make_model(name, folders)
     requests = [prompted.request(max_tokens=9, logprobs=2) for prompted in prompts((5, 30, 11))]
     with Engine(model, CONFIG) as engine:
@@ -62,7 +62,7 @@ def test_a_prompts_chunks_run_in_one_call(tmp_path: Path, calls: list[int], max_
 
 
 def test_long_chunks_run_module_by_module(tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_stack, "_CHUNK_KEYS", 100)
+    monkeypatch.setattr(layer_stack, "USUAL_CHUNK_KEYS", 100)
     model = make_model("llama", write_adapters("llama", tmp_path), mixtures=False)
     with Engine(model, CONFIG) as engine:
         for length, called in ((13, True), (14, False)):  # 91 and 105 keys
@@ -200,8 +200,8 @@ def test_a_row_has_the_same_bits_in_any_batch(
         assert (ours.error, ours.token_ids, ours.logprobs) == (None, theirs.token_ids, theirs.logprobs)
 
 
-def test_experts_layers_have_their_attention_in_one_call(calls: list[int]) -> None:
-    base = architectures.make_model("qwen3_moe")
+def test_layers_with_unknown_routers_have_their_attention_in_one_call(calls: list[int]) -> None:
+    base = architectures.make_model("phimoe")
     model = MultiLoraModel(base)
     prompted = prompts((12,))[0]
     with Engine(model, CONFIG) as engine:

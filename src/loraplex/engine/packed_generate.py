@@ -34,11 +34,16 @@ from loraplex.models.multi_lora import MultiLoraModel
 from loraplex.routing.adapter_spec import Link
 from loraplex.xlora.two_pass.speculation import SpeculationCounts
 
-_PASS_TOKENS = 2048  # of prompts, in one pass
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # What `generate` takes besides the options of a GenerationConfig; anything else is for the base model's forward.
 _ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
 _DEFAULT_NEW_TOKENS = 20  # transformers', where nothing tells a length
+
+
+def pass_tokens(runner: ModelRunner) -> int:
+    """Of prompts in one pass: as many as bring nearly all of this machine's speed (startup/step_tokens.py)."""
+    assert runner.config.max_step_tokens is not None, "a runner starts without a size of passes"
+    return runner.config.max_step_tokens
 
 
 class PackedGenerator:
@@ -89,7 +94,7 @@ class PackedGenerator:
     def run(self, runner: ModelRunner, sequences: Sequence[SequenceState], *, draft: bool) -> list[ModelRunnerOutput]:
         """One pass over what these sequences have to run next."""
         with self._lock:
-            chunks, budget = [], TokenBudget(_PASS_TOKENS)
+            chunks, budget = [], TokenBudget(pass_tokens(runner))
             for sequence in sequences:
                 if is_decoding(sequence):
                     chunks += decode_chunks(sequence, draft)

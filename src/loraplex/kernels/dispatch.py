@@ -14,7 +14,8 @@ Kernel = Literal["native", "triton", "stacked", "segmented"]
 logger = logging.getLogger(__name__)
 
 # Without the compiled kernel: up to this many tokens a row, reading the adapters dominates, and one masked product of
-# all of them wins; beyond it, a matrix product for each segment does. Measured by benchmarks/kernel_choice.py.
+# all of them wins; beyond it, a matrix product for each segment does. Measured by benchmarks/kernel_choice.py; it is no
+# number of one processor: both read the same bytes, which take any of them as long as some ten multiply-adds a value.
 MAX_STACKED_TOKENS = 8
 
 

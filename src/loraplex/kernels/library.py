@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from loraplex.environment import cache_folder, switch
+from loraplex.environment import cache_folder, switch, variable
 from loraplex.output_files import flush_to_disk
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20")
+FLAGS = ("-O3", "-fopenmp", "-std=c++20")
 # With LORAPLEX_SANITIZE=1, in a process that has preloaded the sanitizers' libraries (`make test-sanitize`).
 SANITIZERS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BUILD_TIMEOUT_S = 600.0  # some 10 s are usual
@@ -129,11 +129,13 @@ def load(library: Path) -> None:
 
 
 def _flags() -> list[str]:
-    return [*FLAGS, *(SANITIZERS if switch("LORAPLEX_SANITIZE", default=False) else ())]
+    # LORAPLEX_MARCH: a processor with fewer instructions than this one, whose code runs here too.
+    march = f"-march={variable('LORAPLEX_MARCH', 'native')}"
+    return [*FLAGS, march, *(SANITIZERS if switch("LORAPLEX_SANITIZE", default=False) else ())]
 
 
 def _build_key() -> str:
-    """What the library depends on. With -march=native, a shared cache must tell machines apart by their features."""
+    """What the library depends on. By its features a shared cache tells machines apart."""
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     parts = [*sources, " ".join(_flags()).encode(), torch.__version__.encode(), _cpu_features().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

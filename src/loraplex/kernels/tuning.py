@@ -48,12 +48,17 @@ def choose(times: ProductTimes) -> ProductChoice:
         gains = [math.log(before / now) for before, now in zip(plain, packed, strict=True)]
         if sum(gains) > 0:
             return ProductChoice(is_packed=True, max_compiled_tokens=ALL_TOKENS)
+    return ProductChoice(is_packed=False, max_compiled_tokens=_max_compiled(times))
+
+
+def _max_compiled(times: ProductTimes) -> int:
+    """The number of tokens up to which the compiled product is the fastest of a weight that isn't packed."""
     limit = 0
-    for tokens, compiled, fastest in zip(TOKENS, times["compiled"], plain, strict=True):
+    for tokens, compiled, fastest in zip(TOKENS, times["compiled"], _fastest(times, "compiled", "torch"), strict=True):
         if compiled > fastest:
             break
         limit = tokens
-    return ProductChoice(is_packed=False, max_compiled_tokens=ALL_TOKENS if limit == TOKENS[-1] else limit)
+    return ALL_TOKENS if limit == TOKENS[-1] else limit
 
 
 def choices(shapes: Iterable[LinearShape]) -> dict[LinearShape, ProductChoice]:
@@ -61,6 +66,12 @@ def choices(shapes: Iterable[LinearShape]) -> dict[LinearShape, ProductChoice]:
     wanted = set(shapes)
     times = tune(shape for shape in wanted if is_measured(shape))
     return {shape: choose(times[shape]) if shape in times else usual_choice(shape.dtype) for shape in wanted}
+
+
+def unpacked_limit(shape: LinearShape) -> int:
+    """Up to how many tokens the compiled product is the fastest of a weight that has to stay as it is."""
+    times = tune([shape] if is_measured(shape) else [])
+    return _max_compiled(times[shape]) if shape in times else ALL_TOKENS
 
 
 def is_measured(shape: LinearShape) -> bool:

@@ -40,6 +40,14 @@ class ExpertTable:
         if self._entries is not None:
             self._entries[slot * self.width : (slot + 1) * self.width] = 0
 
+    def first_of(self, module: int) -> int:
+        """Where the experts of a module begin in each slot's part of the table; -1: it has none."""
+        return self._first.get(module, -1)
+
+    def all(self) -> tuple[Tensor, Tensor]:  # [slots * width, 1, 3], [slots * width, 1]
+        """The whole table: the experts of all modules and slots."""
+        return self._tensors()
+
     def of_module(self, module: int) -> tuple[Tensor, Tensor]:  # [n, 1, 3], [n, 1]
         """The table from the first expert of a module on: its expert e in a slot is at slot * width + e."""
         entries, scalings = self._tensors()

@@ -13,7 +13,7 @@ from loraplex.engine.sampling.params import SamplingParams
 from loraplex.engine.sampling.restrictions import Restrictions
 from loraplex.errors import EngineError, RequestError
 
-_BLOCK = 256  # logits whose largest is found at once
+_BLOCK = 256  # logits whose largest is found at once: near the root of a vocabulary, so both searches are short
 
 
 class Constraint(Protocol):

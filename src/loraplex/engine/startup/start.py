@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.startup.chunk_keys import limit_chunk_keys
 from loraplex.engine.startup.model_check import ModelCheck
 from loraplex.engine.startup.step_tokens import best_step_tokens
 from loraplex.engine.startup.token_flow import check_flow
@@ -42,6 +43,8 @@ def start_model_runner(model: MultiLoraModel, config: EngineConfig) -> ModelRunn
         )  # they have no fixed shape
         if model.base.device.type == "cuda" and runner.config.cuda_graphs and records:
             runner.use_graphs(GraphRecorder())
+        if native_runs(runner.model.base.device, runner.model.dtype):
+            limit_chunk_keys(runner)
         if runner.config.max_step_tokens is None:
             runner.config = replace(runner.config, max_step_tokens=best_step_tokens(runner))
     except BaseException:

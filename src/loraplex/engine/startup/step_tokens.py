@@ -15,7 +15,7 @@ from loraplex.kernels.tuning import is_measured, measured_once
 USUAL_STEP_TOKENS = 256  # of models too small to be measured, and while others work on the machine
 _FIRST, _LAST = 64, 2048
 _ENOUGH = 0.93  # of the best tokens a second
-_LONG_S = 0.5  # of a pass: longer ones are not tried, which other answers would wait for
+LONG_S = 0.5  # of a pass: longer ones are not tried, which other answers would wait for
 _SIZE_S = 0.15  # for one size, in which a pass is repeated
 _MIN_PASSES, _MAX_PASSES = 2, 8  # of one size
 
@@ -36,9 +36,9 @@ def _measure(runner: ModelRunner) -> int:
     rates: dict[int, float] = {}  # tokens a second
     tokens = _FIRST
     while tokens <= min(_LAST, runner.max_length):
-        seconds = _fastest_pass(runner, tokens)
+        seconds = fastest_pass(runner, tokens)
         rates[tokens] = tokens / seconds
-        if seconds > _LONG_S or _have_peaked(list(rates.values())):
+        if seconds > LONG_S or _have_peaked(list(rates.values())):
             break
         tokens *= 2
     best = max(rates.values(), default=0)
@@ -50,7 +50,7 @@ def _have_peaked(rates: Sequence[float]) -> bool:
     return len(rates) > 2 and max(rates[-2:]) < max(rates[:-2])
 
 
-def _fastest_pass(runner: ModelRunner, num_tokens: int) -> float:
+def fastest_pass(runner: ModelRunner, num_tokens: int) -> float:
     """Seconds of the fastest of some passes."""
     times: list[float] = []
     while len(times) < _MIN_PASSES or (sum(times) < _SIZE_S and len(times) < _MAX_PASSES):

@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 Step = Callable[[], None]
 Recorder = Callable[[Step], Step]  # runs a step on its static tensors; returns what runs it again
 
-_LARGEST_SIZE = 256  # rows; beyond it the device has more to do than the host
+# Rows of a step that is recorded: a kernel of more of them runs longer than the host takes to launch one, some 5 us, on
+# any device that runs these models at all, so that recording brings nothing.
+_LARGEST_SIZE = 256
 _FEWEST_BLOCKS = 8
 _MAX_GRAPHS = 64
 

@@ -121,11 +121,16 @@ class ModelRunner:
     def fuse(self, trial: Trial) -> None:
         """Let compiled operators run modules of the base model where that changes nothing, as `trial` shows."""
         adaptable = self.model.adaptable
-        modules = {
-            path: module for path, module in adaptable.modules.items() if not adaptable.shapes[path].is_parameter
-        }
-        index = {module: adaptable.module_index[path] for path, module in modules.items()}
+        index: dict[nn.Module | tuple[nn.Module, str], int] = {}
+        for path, module in adaptable.modules.items():
+            key = (module, path.rpartition(".")[2]) if adaptable.shapes[path].is_parameter else module
+            index[key] = adaptable.module_index[path]
         self._fused = fuse(self.model.base, self.cache, index, trial)
+
+    def limit_chunk_keys(self, limit: int) -> None:
+        """Up to how many keys the tokens of prompts may see in passes of compiled layers, where there are no tiles."""
+        if self._fused is not None:
+            self._fused.limit_chunk_keys(limit)
 
     def attends(self, module: nn.Module) -> bool:
         """Whether it is a module of which keys and values are kept."""

@@ -106,12 +106,16 @@ def decode_layers(
     routing: Sequence[Tensor],
     vectors: Sequence[Tensor] = (),  # InterventionPass.addresses
     asked: Sequence[Tensor] = (),  # AskedRows.tensors
+    experts: Sequence[Tensor] = (),  # ExpertTable.all, where adapters adapt stacked experts
+    experts_width: int = 0,
 ) -> Tensor:  # [tokens, hidden]
     """A run of decoder layers for one token of each sequence; layers and constants come from layer_record.py."""
     where = (table, rows, positions)
     adapters = (adapter_table, scalings, segments, gates, routing)
     described = (layers, constants, *cache_sizes, rotary, rotary_kinds)
-    return _operator("decode_layers")(x.contiguous(), *described, *where, *adapters, vectors, asked)
+    return _operator("decode_layers")(
+        x.contiguous(), *described, *where, *adapters, vectors, asked, experts, experts_width
+    )
 
 
 def attend_steered(

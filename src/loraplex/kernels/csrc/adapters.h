@@ -36,7 +36,7 @@ struct Segment {  // one adapter on the tokens [start, stop)
 constexpr int kRows = 8;     // rank rows that share one pass over x
 constexpr int kChunk = 32;   // tokens whose x stays in the cache meanwhile
 constexpr int kTokens = 4;   // that share what is read of lora_a or lora_b
-constexpr int kReading = 4;  // tokens whose arithmetic takes as long as reading the row of lora_a
+constexpr int kReading = 4;  // tokens whose arithmetic takes as long as reading the row of lora_a: threads share by it
 
 inline float gate_of(const Segment& s, int64_t token) { return s.gates[token - s.start] * s.scaling; }
 

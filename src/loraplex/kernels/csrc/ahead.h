@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "caches.h"
 #include "vectors.h"
 
 namespace loraplex {
@@ -30,10 +31,10 @@ class Ahead {
     num_left_ += rows * portions(bytes);
   }
 
-  // How many portions each of `num_turns` turns has to ask for: together all, or what a core's caches keep until it is
-  // read.
+  // How many portions each of `num_turns` turns has to ask for: together all, or what a core's second cache keeps
+  // until it is read.
   int64_t share(int64_t num_turns) const {
-    return num_turns == 0 ? 0 : (std::min(num_left_, portions(kKept)) + num_turns - 1) / num_turns;
+    return num_turns == 0 ? 0 : (std::min(num_left_, portions(second_cache())) + num_turns - 1) / num_turns;
   }
 
   void ask(int64_t num_portions) {
@@ -55,7 +56,7 @@ class Ahead {
   void ask_bytes(int64_t bytes) { ask(portions(bytes)); }
 
  private:
-  static constexpr int64_t kLine = 64, kPortion = 4 * kLine, kKept = 2 << 20;
+  static constexpr int64_t kLine = 64, kPortion = 4 * kLine;
 
   struct Part {
     const char* row;

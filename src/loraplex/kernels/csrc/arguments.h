@@ -7,7 +7,9 @@
 
 namespace loraplex {
 
-constexpr int64_t kSmallWork = 8192;  // multiply-adds below which one thread does it all
+// Multiply-adds below which one thread does it all: half a microsecond or two of any processor with vectors, which waking
+// another thread takes too.
+constexpr int64_t kSmallWork = 8192;
 
 inline void check_input(const at::Tensor& x, const at::Tensor& other) {
   TORCH_CHECK(x.is_contiguous() && other.is_contiguous(), "x, the weight and y must be contiguous");

@@ -15,7 +15,7 @@ struct ColumnLinear {
   int64_t in, out, num_tokens;
 
   static constexpr int64_t kWide = 4;    // vectors of columns that a token's sums take
-  static constexpr int64_t kAhead = 16;  // rows of the weight
+  static constexpr int64_t kAhead = 16;  // rows of the weight that are asked for: 4 kB of a tile's columns
 
   int64_t num_turns(int64_t begin, int64_t end) const {
     return (end - begin) / (kWide * kLanes) * std::max<int64_t>(1, num_tokens / 4);

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <utility>
 
 #include "arguments.h"
 #include "asked_arguments.h"
@@ -41,6 +42,8 @@ void check_places(const at::Tensor& table, const at::Tensor& rows, const at::Ten
 template <typename T>
 struct Room {
   int64_t made[kRoles] = {}, heads = 0, inner = 0, rank_space = 0;
+  // Of a token, its pairs with experts taken together; the ranks are those of all tokens.
+  int64_t experts = 0, pairs = 0, expert_inputs = 0, expert_made = 0, expert_inner = 0, expert_ranks = 0;
 
   explicit Room(const loraplex::Decoder<T>& decoder) {
     for (size_t l = 0; l < decoder.layers.size(); ++l) {
@@ -53,6 +56,20 @@ struct Room {
       heads = std::max(heads, layer.heads * layer.head_dim);
       inner = std::max(inner, layer.inner);
       rank_space = std::max(rank_space, together);
+      if (layer.experts.exists()) add(decoder, layer.experts);
+    }
+  }
+
+  void add(const loraplex::Decoder<T>& decoder, const loraplex::Experts<T>& own) {
+    const int64_t top_k = own.router.top_k;
+    made[loraplex::kDown] = std::max(made[loraplex::kDown], decoder.hidden);
+    experts = std::max(experts, own.router.num_experts);
+    pairs = std::max(pairs, top_k);
+    expert_inputs = std::max(expert_inputs, top_k * decoder.hidden);
+    expert_made = std::max(expert_made, top_k * own.input.out);
+    expert_inner = std::max(expert_inner, top_k * own.inner());
+    for (const int64_t first : {own.first_input, own.first_down}) {
+      expert_ranks = std::max(expert_ranks, decoder.expert_table.room(first, top_k));
     }
   }
 };
@@ -62,7 +79,30 @@ template <typename T>
 int64_t work_of(const Layer<T>& layer) {
   int64_t work = 0;
   for (const auto& module : layer.modules) work += module.in * module.out;
-  return work;
+  const loraplex::Experts<T>& experts = layer.experts;
+  if (!experts.exists()) return work;
+  return work + experts.router.top_k * (experts.input.in * experts.input.out + experts.down.in * experts.down.out);
+}
+
+// Hands out what experts need between their steps, from memory that is kept as long as what this returns.
+template <typename T>
+std::vector<at::Tensor> take_expert_room(loraplex::Decoder<T>& decoder, const Room<T>& room, const at::Tensor& like) {
+  if (room.pairs == 0) return {};
+  const int64_t tokens = decoder.tokens, pairs = tokens * room.pairs;
+  const at::TensorOptions floats = like.options().dtype(at::kFloat);
+  at::Tensor numbers = at::empty({tokens * room.experts + pairs + room.expert_ranks}, floats);
+  at::Tensor chosen = at::empty({pairs}, like.options().dtype(at::kInt));
+  at::Tensor values = at::empty({tokens * (2 * room.expert_inputs + room.expert_made + room.expert_inner)}, like.options());
+  float* logits = numbers.mutable_data_ptr<float>();
+  decoder.expert_room = {logits, logits + tokens * room.experts, chosen.mutable_data_ptr<int32_t>()};
+  decoder.expert_room.rank_space = logits + tokens * room.experts + pairs;
+  T* free = values.mutable_data_ptr<T>();
+  const auto take = [&](int64_t size) { return std::exchange(free, free + tokens * size); };
+  decoder.expert_room.inputs = take(room.expert_inputs);
+  decoder.expert_room.made = take(room.expert_made);
+  decoder.expert_room.activated = take(room.expert_inner);
+  decoder.expert_room.outputs = take(room.expert_inputs);
+  return {numbers, chosen, values};
 }
 
 // Room for the packed keys and values of the part of a prompt that sees most.
@@ -127,6 +167,7 @@ void decode(loraplex::Decoder<T>& decoder, at::Tensor& out) {
   at::Tensor packed = room_for_prompts(decoder, out.options());
   if constexpr (std::is_same_v<T, loraplex::Half>) decoder.packed_keys = packed.mutable_data_ptr<T>();
   at::Tensor floats = at::empty({room.rank_space}, out.options().dtype(at::kFloat));
+  const std::vector<at::Tensor> expert_room = take_expert_room(decoder, room, out);
   decoder.x = out.mutable_data_ptr<T>();
   decoder.rank_space = floats.mutable_data_ptr<float>();
   T* free = values.mutable_data_ptr<T>();
@@ -150,15 +191,50 @@ void add_adapters(std::vector<Adapters>& adapters, const loraplex::LayerRecord& 
                   const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates, int64_t num_tokens,
                   at::TensorList routing) {
   for (int role = 0; role < kRoles; ++role) {
-    if (segments.size(0) == 0 || !record.has_module(role)) {
+    const int64_t module = record.module_index(role);
+    if (segments.size(0) == 0 || !record.has_module(role) || module == -1) {
       adapters.emplace_back();
       continue;
     }
-    const int64_t module = record.module_index(role);
     TORCH_CHECK(module >= 0 && module < table.size(1) && (gates.size(0) == 1 || module < gates.size(0)),
                 "there is no module ", module);
     const float* row = gates.const_data_ptr<float>() + (gates.size(0) == 1 ? 0 : module * gates.size(1));
     adapters.push_back(read_adapters(table, scalings, module, segments, row, num_tokens, routing));
+  }
+}
+
+// The adapters of stacked experts. Empty, or int64 [slots * width, 1, 3], addresses of lora_a and lora_b and the rank,
+// and float32 [slots * width, 1], scalings.
+template <typename T>
+void add_expert_table(loraplex::Decoder<T>& decoder, at::TensorList experts, int64_t width, int64_t num_slots,
+                      const at::Tensor& segments) {
+  if (experts.empty() || segments.size(0) == 0) return;
+  TORCH_CHECK(experts.size() == 2 && width > 0 && experts[0].numel() == num_slots * width * 3 &&
+                  experts[1].numel() == num_slots * width && experts[0].is_contiguous() &&
+                  experts[1].is_contiguous() && experts[0].scalar_type() == at::kLong &&
+                  experts[1].scalar_type() == at::kFloat,
+              "the table of experts must be int64 [slots * width, 1, 3] and float32 [slots * width, 1], contiguous");
+  decoder.expert_table = {experts[0].const_data_ptr<int64_t>(), experts[1].const_data_ptr<float>(), width,
+                          segments.const_data_ptr<int64_t>(), segments.size(0)};
+  const int64_t* rows = decoder.expert_table.segments;
+  for (int64_t i = 0; i < segments.size(0); ++i, rows += 4) {
+    TORCH_CHECK(rows[0] >= 0 && rows[1] <= decoder.tokens && rows[2] >= 0 && rows[2] < num_slots, "segment ", i,
+                " lies outside the batch or the table");
+  }
+}
+
+// Where the gates of the adapters of a layer's experts begin; checks what the table of experts has of them.
+template <typename T>
+void add_expert_gates(loraplex::Decoder<T>& decoder, const loraplex::LayerRecord& record, const Layer<T>& layer,
+                      const at::Tensor& gates) {
+  for (const bool is_last : {false, true}) {
+    const int64_t module = record.expert_index(is_last), first = is_last ? layer.experts.first_down : layer.experts.first_input;
+    const bool has_adapters = decoder.expert_table.exists() && layer.experts.exists() && first >= 0;
+    TORCH_CHECK(!has_adapters || (first + layer.experts.router.num_experts <= decoder.expert_table.width && module >= 0 &&
+                                  (gates.size(0) == 1 || module < gates.size(0))),
+                "the table has no experts of module ", module);
+    const bool has_own = has_adapters && gates.size(0) > 1;
+    decoder.expert_gates.push_back(gates.const_data_ptr<float>() + (has_own ? module * gates.size(1) : 0));
   }
 }
 
@@ -201,7 +277,8 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                          int64_t block_tokens, at::TensorList rotary, at::IntArrayRef kinds, const at::Tensor& table,
                          const at::Tensor& rows, const at::Tensor& positions, const at::Tensor& adapter_table,
                          const at::Tensor& scalings, const at::Tensor& segments, const at::Tensor& gates,
-                         at::TensorList routing, at::TensorList vectors, at::TensorList asked) {
+                         at::TensorList routing, at::TensorList vectors, at::TensorList asked,
+                         at::TensorList experts, int64_t experts_width) {
   check_input(x, x);
   for (const at::Tensor& values : rotary) {
     TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat, "cosines and sines must be float32");
@@ -228,6 +305,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
                                       rows.const_data_ptr<int64_t>(),
                                       positions.const_data_ptr<int64_t>(),
                                       loraplex::best_tiling()};
+    add_expert_table(decoder, experts, experts_width, adapter_table.size(0), segments);
     for (int64_t l = 0; l < num_layers; ++l) {
       const loraplex::LayerRecord record{layers.const_data_ptr<int64_t>() + l * loraplex::kLayerInts,
                                          constants.const_data_ptr<double>() + l * loraplex::kLayerFloats};
@@ -245,6 +323,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& layers, const at
         layer.cos = cos.const_data_ptr<float>();
         layer.sin = sin.const_data_ptr<float>();
       }
+      add_expert_gates(decoder, record, layer, gates);
       add_adapters(decoder.adapters, record, adapter_table, scalings, segments, gates, num_tokens, routing);
       decoder.layers.push_back(layer);
     }
@@ -270,7 +349,8 @@ TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def(
       "decode_layers(Tensor x, Tensor layers, Tensor constants, int num_blocks, int block_tokens, Tensor[] rotary, "
       "int[] kinds, Tensor table, Tensor rows, Tensor positions, Tensor adapter_table, Tensor scalings, "
-      "Tensor segments, Tensor gates, Tensor[] routing, Tensor[] vectors, Tensor[] asked) -> Tensor");
+      "Tensor segments, Tensor gates, Tensor[] routing, Tensor[] vectors, Tensor[] asked, Tensor[] experts, "
+      "int experts_width) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("decode_layers", decode_layers); }

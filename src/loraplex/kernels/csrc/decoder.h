@@ -53,6 +53,9 @@ struct Decoder {
   T* attended;       // [tokens, heads * head_dim]
   T* activated;      // [tokens, inner], of modules that give gates and what they multiply
   float* rank_space;  // of modules that run together
+  ExpertTable expert_table;
+  std::vector<const float*> expert_gates;  // [layers * 2]  of both modules' adapters
+  ExpertRoom<T> expert_room;
 
   // Called by all threads of a team, each with its number.
   void run(int64_t i, int64_t n) const {
@@ -76,10 +79,13 @@ struct Decoder {
       add_vectors(l, kAttentionSite, made[kOut], i, n);
       if (!layer.is_parallel) add(layer, kOut, layer.behind_attention, i, n);
       if (!layer.shares_norm) input = norm(layer.before_mlp, i, n);
-      linear(l, {kGate, kUp}, input, i, n);
-      const T* inner = activate(layer, i, n);
-      wait();
-      linear(l, {kDown}, inner, i, n);
+      if (layer.modules[kDown].exists()) {
+        linear(l, {kGate, kUp, kSharedGate}, input, i, n);
+        const T* inner = activate(layer, i, n);
+        wait();
+        linear(l, {kDown}, inner, i, n);
+      }
+      if (layer.experts.exists()) run_experts(l, input, i, n);
       add_vectors(l, kMlpSite, made[kDown], i, n);
       if (layer.is_parallel) add(layer, kOut, layer.behind_attention, i, n);
       add(layer, kDown, layer.behind_mlp, i, n, l);
@@ -152,6 +158,23 @@ struct Decoder {
       splits = splits || own.splits_segments(n);
     });
     if (splits) wait();
+  }
+
+  // Adds a module's adapters to y [count, out] for x [count, in]; each thread has made its own columns of y, and leaves
+  // with these made, at least.
+  template <typename O>
+  static void adapt(const Adapters& own, const T* x, int64_t in, O* y, int64_t out, float* space, int64_t i, int64_t n) {
+    thread_local Ahead ahead;
+    if (own.num_units == 0) return;
+    ahead.clear();
+    own.shrink<T>(own.first_unit(i, n), own.first_unit(i + 1, n), x, in, space, ahead);
+    wait();
+    if (!own.routes.empty()) {
+      own.route<T>(i, n, x, in, space);
+      wait();
+    }
+    own.expand<T>(i, n, space, y, out, ahead);
+    if (own.splits_segments(n)) wait();
   }
 
   // Head `head` of what was made for a token.
@@ -254,6 +277,93 @@ struct Decoder {
     int64_t before = total * i / n;
     for (; single < stop && before >= cost(single); ++single) before -= cost(single);
     return single * layer.kv_heads + (single == stop ? 0 : before * layer.kv_heads / cost(single));
+  }
+
+  // Leaves the experts' sum where feed-forward modules leave what they make, and adds it to theirs.
+  void run_experts(size_t l, const T* input, int64_t i, int64_t n) const {
+    const Layer<T>& layer = layers[l];
+    const Experts<T>& experts = layer.experts;
+    thread_local ExpertPairs pairs;
+    choose_experts(l, input, i, n);
+    pairs.sort(expert_room.chosen, tokens, experts.router.top_k, experts.router.num_experts);
+    const int64_t count = pairs.tokens.size(), inner = experts.inner();
+    for (int64_t p = count * i / n; p < count * (i + 1) / n; ++p) {
+      std::memcpy(expert_room.inputs + p * hidden, input + pairs.tokens[p] * hidden, hidden * sizeof(T));
+    }
+    wait();
+    expert_products(l, pairs, false, expert_room.inputs, expert_room.made, i, n);
+    wait();
+    const int64_t begin = share(inner, i, n), end = share(inner, i + 1, n);
+    for (int64_t p = 0; p < count; ++p) {
+      experts.activate(layer.activation, expert_room.made + p * experts.input.out, expert_room.activated + p * inner,
+                       begin, end);
+    }
+    wait();
+    expert_products(l, pairs, true, expert_room.activated, expert_room.outputs, i, n);
+    add_experts(layer, pairs, i, n);
+  }
+
+  void choose_experts(size_t l, const T* input, int64_t i, int64_t n) const {
+    const LinearModule<T>& module = layers[l].modules[kRouter];
+    const RouterTerms& router = layers[l].experts.router;
+    thread_local Ahead nothing;
+    nothing.clear();
+    Linear<T, float>{module.weight, module.bias, input, expert_room.logits, hidden, module.out, tokens}.columns(
+        share(module.out, i, n), share(module.out, i + 1, n), nothing, 0);
+    adapt(adapters[l * kRoles + kRouter], input, hidden, expert_room.logits, module.out, rank_space, i, n);
+    wait();
+    for (int64_t t = first(i, n); t < first(i + 1, n); ++t) {
+      float* logits = expert_room.logits + t * module.out;
+      for (int64_t e = 0; router.rounds && e < module.out; ++e) logits[e] = float(static_cast<T>(logits[e]));
+      router.choose(logits, expert_room.chosen + t * router.top_k, expert_room.weights + t * router.top_k);
+    }
+    wait();
+  }
+
+  // What one module of every expert makes of its pairs, on the thread's own columns.
+  void expert_products(size_t l, const ExpertPairs& pairs, bool is_last, const T* x, T* y, int64_t i, int64_t n) const {
+    const Experts<T>& experts = layers[l].experts;
+    const LinearModule<T>& all = is_last ? experts.down : experts.input;
+    thread_local Ahead nothing;
+    nothing.clear();
+    pairs.each_expert([&](int64_t expert, int64_t first, int64_t count) {
+      Experts<T>::of(all, expert).with_product(x + first * all.in, y + first * all.out, count, tiling,
+                                               [&](const auto& product) {
+        product.columns(share(all.out, i, n), share(all.out, i + 1, n), nothing, 0);
+      });
+    });
+    if (!expert_table.exists()) return;
+    thread_local Adapters own;
+    thread_local std::vector<float> gates;
+    expert_table.find(pairs, is_last ? experts.first_down : experts.first_input, experts.router.top_k,
+                      expert_gates[2 * l + is_last], own, gates);
+    adapt(own, x, all.in, y, all.out, expert_room.rank_space, i, n);
+  }
+
+  // The weighted sum of each token's experts, and of the modules that all tokens share, on the thread's own columns.
+  void add_experts(const Layer<T>& layer, const ExpertPairs& pairs, int64_t i, int64_t n) const {
+    const int64_t top_k = layer.experts.router.top_k, begin = share(hidden, i, n), end = share(hidden, i + 1, n);
+    const bool is_shared = layer.modules[kDown].exists(), is_gated = layer.modules[kSharedGate].exists();
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* y = made[kDown] + t * hidden;
+      const float shared = is_gated ? 1.0f / (1.0f + std::exp(-float(made[kSharedGate][t]))) : 1.0f;
+      const auto each_choice = [&](const auto& run) {
+        for (int64_t j = t * top_k; j < (t + 1) * top_k; ++j) {
+          run(expert_room.weights[j], expert_room.outputs + pairs.places[j] * hidden);
+        }
+      };
+      int64_t c = begin;
+      for (; c + kLanes <= end; c += kLanes) {
+        Floats sum = is_shared ? load(y + c) * shared : Floats{};
+        each_choice([&](float weight, const T* output) { sum += load(output + c) * weight; });
+        store(y + c, sum);
+      }
+      for (; c < end; ++c) {
+        float sum = is_shared ? float(y[c]) * shared : 0.0f;
+        each_choice([&](float weight, const T* output) { sum = fused(float(output[c]), weight, sum); });
+        y[c] = static_cast<T>(sum);
+      }
+    }
   }
 
   // What goes into the last module, on the thread's own columns.

@@ -263,7 +263,7 @@ struct Int8Linear {
 
   int64_t num_turns(int64_t begin, int64_t end) const {
     if (uses_tiles(tiling)) return 0;  // tiles.h says why
-    const int64_t parts = group == 0 ? tiles_of(in, kPartDepth) : tiles_of(in, group);
+    const int64_t parts = group == 0 ? tiles_of(in, kTileDepth * part_steps_of(kBlockColumns * kTileDepth)) : tiles_of(in, group);
     return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
            (num_tokens <= kBlockTokens && group == 0 ? 1 : parts);
   }
@@ -283,9 +283,6 @@ struct Int8Linear {
   }
 
  private:
-  static constexpr int64_t kPartDepth = 1024;   // of a block: its weights stay in the first cache while a panel passes
-  static constexpr int64_t kSliceDepth = 2560;  // a panel's values stay in the second cache; with a group's, up to 10 %
-
   Int8Layout layout() const { return {out, in, group}; }
 
   template <int depth>
@@ -293,8 +290,8 @@ struct Int8Linear {
     const Int8Layout all = layout();
     const int64_t num_steps = all.num_steps(), group_steps = group / depth;
     const bool are_few = count <= kBlockTokens;  // they go through the whole depth at once
-    const int64_t part_steps = group > 0 ? group_steps : are_few ? num_steps : kPartDepth / depth;
-    const int64_t slice_steps = are_few ? num_steps : tiles_of(kSliceDepth / depth, part_steps) * part_steps;
+    const int64_t part_steps = group > 0 ? group_steps : are_few ? num_steps : part_steps_of(kBlockColumns * depth);
+    const int64_t slice_steps = are_few ? num_steps : tiles_of(slice_steps_of(2 * kPanel * depth), part_steps) * part_steps;
     // A block of columns' sums: float32 ones of groups, or int32 ones, kept from a slice to the next.
     const int64_t num_blocks = tiles_of(count, kBlockTokens), block_sums = 2 * kTokenSums;
     const int64_t column_sums = num_blocks * block_sums, kept = slice_steps < num_steps ? column_sums : 0;

@@ -3,47 +3,19 @@
 //   x += m b1(o(attention(rotate(nq(q(n1(x)))), rotate(nk(k(n1(x)))), v(n1(x)))))
 //   x += m b2(down(act(gate(n2(x))) * up(n2(x))))
 //
-// n1, n2, b1, b2, nq and nk are norms, m is a number. In a parallel layer, n2 reads what n1 read.
+// n1, n2, b1, b2, nq and nk are norms, m is a number. In a parallel layer, n2 reads what n1 read. Where the layer has
+// experts (experts.h), their sum takes the place of down(..), or is added to it: sigmoid(shared(n2(x))) down(..).
 #pragma once
 
 #include "activation.h"
-#include "column_linear.h"
-#include "int8_tiles.h"
+#include "experts.h"
+#include "linear_module.h"
 #include "norm.h"
 #include "rotary.h"
-#include "tiles.h"
 
 namespace loraplex {
 
-enum Role { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kRoles };
-
-// How a weight's values lie: [out, in], [in, out], or packed as tiles.h or, with 8 bits a value, int8_layout.h says.
-enum class WeightForm { kRows, kColumns, kTiles, kInt8 };
-
-template <typename T>
-struct LinearModule {
-  const T* weight;  // or null: the layer has no such module
-  const T* bias;    // or null
-  WeightForm form;
-  int64_t in, out;
-  int64_t group;  // of 8-bit values that share a scale
-
-  bool exists() const { return weight != nullptr; }
-
-  // use(product) for the product that the weight's form takes, of x [tokens, in] to y [tokens, out].
-  template <typename F>
-  auto with_product(const T* x, T* y, int64_t num_tokens, Tiling tiling, const F& use) const {
-    if constexpr (std::is_same_v<T, Half>) {
-      if (form == WeightForm::kInt8) {
-        return use(Int8Linear<>{reinterpret_cast<const uint8_t*>(weight), bias, x, y, in, out, num_tokens, group,
-                                best_int8_tiling()});
-      }
-      if (form == WeightForm::kTiles) return use(TiledLinear<>{weight, bias, x, y, in, out, num_tokens, tiling});
-    }
-    if (form == WeightForm::kColumns) return use(ColumnLinear<T>{weight, bias, x, y, in, out, num_tokens});
-    return use(Linear<T>{weight, bias, x, y, in, out, num_tokens});
-  }
-};
+enum Role { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kRouter, kSharedGate, kRoles };
 
 // Where query, key and value heads come from: three modules; one that gives all queries, then keys, then values (Phi-3);
 // one that gives for each key head its queries, key and value (GPT-NeoX).
@@ -65,6 +37,7 @@ struct Layer {
   Rotary rotary;
   Activation activation;
   Gating gating;
+  Experts<T> experts;
   T* keys;  // [blocks, kv_heads, block_tokens, head_dim]
   T* values;
   int64_t window, chunk;  // 0: none

@@ -9,14 +9,10 @@
 
 #include "ahead.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace loraplex {
 
 // In bytes: what is read of a row at once, and of a row before the next tokens get their turn, so that the weights and
-// tokens of one turn stay in the first cache.
+// tokens of one turn stay in the first cache; the same for every machine, since it decides the order of sums.
 constexpr int64_t kStepBytes = 64, kDepthBytes = 2048;
 
 template <typename T>

@@ -10,15 +10,15 @@
 #include "ahead.h"
 #include "tile_unit.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace loraplex {
 
 constexpr int64_t kPanel = 256;        // tokens that pass all columns together: the weights are read once for them
-constexpr int64_t kSliceSteps = 80;    // of depth, together: a panel's values stay in the second cache
-constexpr int64_t kPartSteps = 16;     // of depth, of a block: its weights stay in the first cache while a panel passes
+
+// Steps of depth that a panel takes together, so that `bytes` of each stay in the second cache beside what streams by.
+inline int64_t slice_steps_of(int64_t bytes) { return std::max<int64_t>(1, second_cache() * 5 / 8 / bytes); }
+
+// Steps of a block of columns, so that their weights stay in the first cache while a panel passes.
+inline int64_t part_steps_of(int64_t bytes) { return std::max<int64_t>(1, first_cache() * 2 / 3 / bytes); }
 
 // Plain vectors, AVX-512's products of bfloat16 pairs, tiles (AMX), and tiles in plain C++, for tests.
 enum class Tiling { kPlain, kVectors, kTiles, kEmulated };
@@ -56,6 +56,8 @@ struct Turn {
   bool asks;    // for the weights that follow
 };
 
+// What memory delivers to a core within some 400 ns, which is longer than any waits for a line; a second cache is 16 times
+// as large at least.
 constexpr int64_t kAheadBytes = 16384;
 
 template <int T, int C, bool use_vectors>
@@ -214,7 +216,7 @@ struct TiledLinear {
   int64_t num_turns(int64_t begin, int64_t end) const {
     if (uses_tiles(tiling)) return 0;
     return tiles_of(end - begin, kBlockColumns) * tiles_of(num_tokens, kBlockTokens) *
-           (num_tokens <= kBlockTokens ? 1 : tiles_of(tiles_of(in, kTileDepth), kPartSteps));
+           (num_tokens <= kBlockTokens ? 1 : tiles_of(tiles_of(in, kTileDepth), part_steps()));
   }
 
   // The columns [begin, end) of y, where begin is a multiple of a block's. Each turn asks for `portions` of what lies
@@ -227,11 +229,13 @@ struct TiledLinear {
   }
 
  private:
+  static int64_t part_steps() { return part_steps_of(kBlockColumns * kTileDepth * sizeof(Half)); }
+
   void panel(int64_t begin, int64_t end, int64_t first, int64_t count, Ahead& ahead, int64_t portions) const {
     const int64_t num_steps = tiles_of(in, kTileDepth), num_blocks = tiles_of(count, kBlockTokens);
     // Few tokens go through the whole depth at once: nothing is read twice.
     const bool are_few = count <= kBlockTokens;
-    const int64_t num_slices = are_few ? 1 : tiles_of(num_steps, kSliceSteps);
+    const int64_t num_slices = are_few ? 1 : tiles_of(num_steps, slice_steps_of(kPanel * kTileDepth * sizeof(Half)));
     const int64_t slice_steps = tiles_of(num_steps, num_slices);
     const int64_t column_sums = num_blocks * 4 * kTileTokens * kTileColumns;
     const int64_t kept = num_slices == 1 ? 0 : column_sums;  // from a block of columns to the next
@@ -247,7 +251,7 @@ struct TiledLinear {
         const int64_t tile = column / kTileColumns, num_tiles = tiles_of(out, kTileColumns);
         const int width = static_cast<int>(std::min<int64_t>(2, num_tiles - tile));
         const Half* w = weight + tile_place(tile, slice, num_tiles, num_steps);
-        const int64_t part = are_few ? steps : kPartSteps;
+        const int64_t part = are_few ? steps : part_steps();
         for (int64_t step = 0; step < steps; step += part) {
           for (int64_t t = 0; t < count; t += kBlockTokens) {
             const int block = static_cast<int>(std::min(kBlockTokens, count - t));

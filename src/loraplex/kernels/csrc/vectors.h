@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __AVX512F__  // whoever asks for more of AVX-512 has this
+#include <immintrin.h>
+#endif
+
 namespace loraplex {
 
 constexpr int kLanes = 16;

@@ -19,6 +19,7 @@ from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.attention import packed_attention
 from loraplex.engine.worker.fusion.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
 from loraplex.engine.worker.fusion.layer_parts import Activation, LayerParts
+from loraplex.engine.worker.fusion.layer_record import ModuleIndex
 from loraplex.engine.worker.fusion.layer_stack import LayerStack, attention_forward, chains, layer_forward
 from loraplex.engine.worker.fusion.layer_trial import LayerTrial, activations_in, hooked, states_of
 from loraplex.engine.worker.fusion.linear_products import LinearProducts
@@ -49,12 +50,13 @@ class CpuFusion:
         self,
         base: PreTrainedModel,
         cache: KeyValueCache,
-        module_index: Mapping[nn.Module, int],
+        module_index: ModuleIndex,
         trial: Trial,
     ) -> None:
         """`module_index` as in routing plans; `cache` has the modules that packed passes know."""
         self._taken: list[tuple[nn.Module, type[nn.Module]]] = []
         self._products = LinearProducts(base)
+        self._stacks: list[LayerStack] = []
         self.num_users = 0
         try:
             self._take_modules(base, cache, trial)
@@ -93,7 +95,7 @@ class CpuFusion:
                     self._take(module, _mlp_forward)
 
     def _stack_layers(
-        self, base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial
+        self, base: PreTrainedModel, cache: KeyValueCache, module_index: ModuleIndex, trial: Trial
     ) -> None:
         """Let decoder layers run together where single tokens are decoded, and else their attention in one call."""
         layers = _layers_with_attention(base, cache)
@@ -101,15 +103,24 @@ class CpuFusion:
         found = LayerTrial(cache, module_index).run(layers, trial.run)
         parts = _of_all_kinds(layers, found.layers)
         for run in chains(list(parts), _seen(list(parts), trial)):
-            stack = LayerStack([(layer, parts[layer]) for layer in run], module_index)
+            stack = self._stacked([(layer, parts[layer]) for layer in run], module_index)
             for place, layer in enumerate(run):
                 attentions.pop(layer)
                 vars(layer)[_STACK] = (stack, place)
                 self._take_as(layer, _class_with(type(layer), layer_forward))
         for attention, own in _of_all_kinds(list(attentions.values()), found.attentions).items():
-            stack = LayerStack([(attention, own)], module_index)
+            stack = self._stacked([(attention, own)], module_index)
             vars(attention)[_STACK] = (stack, 0)
             self._take_as(attention, _class_with(type(attention), attention_forward))
+
+    def _stacked(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: ModuleIndex) -> LayerStack:
+        self._stacks.append(LayerStack(layers, module_index))
+        return self._stacks[-1]
+
+    def limit_chunk_keys(self, limit: int) -> None:
+        """Up to how many keys the tokens of a pass's prompts may see where layers run together without tiles."""
+        for stack in self._stacks:
+            stack.max_chunk_keys = limit
 
     def _restore(self) -> None:
         for module, former in reversed(self._taken):
@@ -137,7 +148,7 @@ _fusions: "WeakKeyDictionary[PreTrainedModel, CpuFusion]" = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: Mapping[nn.Module, int], trial: Trial) -> CpuFusion:
+def fuse(base: PreTrainedModel, cache: KeyValueCache, module_index: ModuleIndex, trial: Trial) -> CpuFusion:
     """The base model's fusion, which all its engines share; each ends its use with `release`."""
     with _lock:
         known = _fusions.get(base)

@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from loraplex.adapters.store.expert_table import ExpertTable
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.fusion.layer_parts import LayerParts, Rotary
-from loraplex.engine.worker.fusion.layer_record import layer_record
+from loraplex.engine.worker.fusion.layer_parts import ExpertsPart, LayerParts, Rotary
+from loraplex.engine.worker.fusion.layer_record import ModuleIndex, layer_record
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 from loraplex.kernels.tuning import ALL_TOKENS
 from loraplex.layers.own_weights.changed_output import ChangedOutput
@@ -24,9 +25,9 @@ from loraplex.residual.sites import block_number
 from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.routing import current_routing
 
-# Without tiles, the compiled attention goes token by token, also through a chunk of a prompt: some 3 microseconds for
-# each key in all layers of SmolLM2: beyond this, that is more than the calls from Python for each module, 10 ms in all.
-_CHUNK_KEYS = 4096
+# Without tiles, the compiled attention goes token by token, also through a chunk of a prompt. How many keys its tokens
+# may see is measured (startup/chunk_keys.py), but for models too small for that, and while others use the machine.
+USUAL_CHUNK_KEYS = 4096
 
 RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [1, tokens, dim]
 
@@ -34,8 +35,8 @@ RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [1, tokens, dim]
 class LayerStack:
     """Layers of one base model in the order in which they run, or one attention module."""
 
-    def __init__(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: Mapping[nn.Module, int]) -> None:
-        """`module_index` are the numbers of the linear modules in routing plans."""
+    def __init__(self, layers: Sequence[tuple[nn.Module, LayerParts]], module_index: ModuleIndex) -> None:
+        self.max_chunk_keys = USUAL_CHUNK_KEYS
         self._layers = tuple(layers)
         self._module_index = module_index
         self._hooks = [
@@ -46,9 +47,11 @@ class LayerStack:
         ]
         self._needs_rotary = [parts.attention.rotary is not Rotary.NONE for _, parts in layers]
         linears = [layer.get_submodule(path) for layer, parts in layers for path in parts.linears if path is not None]
-        self._max_compiled = min(getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears)
+        limits = [getattr(module, "lora_max_compiled", ALL_TOKENS) for module in linears]
+        self._max_compiled = min(limits + [max_expert_tokens(layer, parts.experts) for layer, parts in layers])
+        self._expert_indices = [index for layer, parts in layers for index in _indices(layer, parts, module_index)]
         self._attentions = [layer.get_submodule(parts.attention.path) for layer, parts in layers]
-        self._is_attention = len(layers) == 1 and layers[0][1].mlp is None
+        self._is_attention = len(layers) == 1 and layers[0][1].is_attention_only
         self._numbers: tuple[int, ...] = (-1,)
         self._records: WeakKeyDictionary[KeyValueCache, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
 
@@ -100,7 +103,9 @@ class LayerStack:
         """The routing plan of a pass that the compiled call can run."""
         if batch.layer_by_layer or not batch.is_native:
             return None
-        if batch.num_chunk_keys > _CHUNK_KEYS and not native_ops.attends_prompts(hidden.dtype, batch.cache.dtype):
+        if batch.num_chunk_keys > self.max_chunk_keys and not native_ops.attends_prompts(
+            hidden.dtype, batch.cache.dtype
+        ):
             return None
         routing = current_routing()
         if batch.stand_in is not None or routing is None:
@@ -125,7 +130,7 @@ class LayerStack:
         """What the layers at some places (None: all) make of hidden; `rotary` are the positions that each was given,
         `vectors` are added, and `asked` is done beside attention."""
         if batch.cache not in self._records:
-            self._records[batch.cache] = self._record(batch.cache)
+            self._records[batch.cache] = self._record(batch.cache, plan.bank.expert_table())
         layers, constants, _ = self._records[batch.cache]
         some = slice(0, len(self)) if places is None else slice(places.start, places.stop)
         sizes = (batch.cache.num_blocks, batch.cache.block_tokens)
@@ -143,6 +148,7 @@ class LayerStack:
         own, own_asked = ([table[0][:, some].contiguous(), table[1]] if table else [] for table in (vectors, asked))
         where = (batch.table.values, batch.rows, batch.positions)
         adapters = (*plan.table, plan.rows, plan.gates.all())
+        experts = plan.bank.expert_table() if any(map(plan.adapts, self._expert_indices)) else None
         made = native_ops.decode_layers(
             hidden[0],
             layers[some],
@@ -155,6 +161,7 @@ class LayerStack:
             plan.routing,
             own,
             own_asked,
+            *((), 0) if experts is None else (experts.all(), experts.width),
         )
         return made.unsqueeze(0)
 
@@ -163,12 +170,30 @@ class LayerStack:
         num_outputs = self._layers[place][1].num_outputs
         return (made, *[None] * (num_outputs - 1)) if num_outputs else made
 
-    def _record(self, cache: KeyValueCache) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _record(self, cache: KeyValueCache, table: ExpertTable | None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """What the compiled call reads about the layers, and tensors that it reads from there."""
-        records = [layer_record(layer, parts, cache, self._module_index) for layer, parts in self._layers]
+        records = [layer_record(layer, parts, cache, self._module_index, table) for layer, parts in self._layers]
         addresses = torch.tensor([ints for ints, _, _ in records])
         constants = torch.tensor([floats for _, floats, _ in records], dtype=torch.float64)
-        return addresses, constants, [kept for _, _, kept in records if kept is not None]
+        return addresses, constants, [tensor for _, _, kept in records for tensor in kept]
+
+
+def max_expert_tokens(layer: nn.Module, part: ExpertsPart | None) -> int:
+    """How many tokens a pass may have, so that its experts get no more each, on average, than the compiled product is
+    the fastest for."""
+    if part is None:
+        return ALL_TOKENS
+    limit: int = getattr(layer.get_submodule(part.path), "lora_max_compiled", ALL_TOKENS)
+    return limit * part.router.num_experts // part.router.top_k
+
+
+def _indices(layer: nn.Module, parts: LayerParts, module_index: ModuleIndex) -> list[int]:
+    """The numbers of a layer's stacked experts in routing plans."""
+    if parts.experts is None:
+        return []
+    module = layer.get_submodule(parts.experts.path)
+    keys = ((module, name) for name in (parts.experts.input, parts.experts.down))
+    return [module_index[key] for key in keys if key in module_index]
 
 
 class StackedPass:

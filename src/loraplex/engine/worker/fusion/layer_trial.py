@@ -1,6 +1,6 @@
 """Which decoder layers, and which attention modules by themselves, give what the compiled formula gives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +12,22 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.fusion.agreement import SCALES, TOLERANCE, distance, holds
-from loraplex.engine.worker.fusion.layer_parts import Activation, Gating, LayerParts, Projection, Rotary
+from loraplex.engine.worker.fusion.expert_parts import expert_candidates, near_ties
+from loraplex.engine.worker.fusion.layer_parts import (
+    Activation,
+    ExpertsPart,
+    Gating,
+    LayerParts,
+    MlpPart,
+    Projection,
+    Rotary,
+    numbers_of,
+    tensor_at,
+)
+from loraplex.engine.worker.fusion.layer_record import ModuleIndex
 from loraplex.engine.worker.fusion.layer_stack import LayerStack
-from loraplex.engine.worker.fusion.layer_watch import LayerWatch, PartRun, read_attention, read_layer
+from loraplex.engine.worker.fusion.layer_watch import LayerWatch, read_attention, read_layer
+from loraplex.engine.worker.fusion.part_run import PartRun
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,14 +44,15 @@ class LayerFindings:
 class LayerTrial:
     """Compares layers with the formula in each pass of single tokens."""
 
-    def __init__(self, cache: KeyValueCache, module_index: Mapping[nn.Module, int]) -> None:
+    def __init__(self, cache: KeyValueCache, module_index: ModuleIndex) -> None:
         self._cache = cache
         self._module_index = module_index
+        self._watch: LayerWatch | None = None
         self.findings = LayerFindings()
 
     def run(self, layers: Sequence[nn.Module], passes: Callable[[], object]) -> LayerFindings:
         """`layers` each hold one attention module."""
-        watch = LayerWatch(layers, _is_of_single_tokens)
+        watch = self._watch = LayerWatch(layers, _is_of_single_tokens)
 
         def compare(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             runs = watch.take()
@@ -51,6 +65,7 @@ class LayerTrial:
                 passes()
         finally:
             watch.remove()
+            self._watch = None
         return self.findings
 
     def _compare(self, layer: nn.Module, runs: Sequence[PartRun], call: Call, output: Any) -> None:
@@ -61,7 +76,8 @@ class LayerTrial:
             parts = None if alone is None or not call[0] else read_layer(layer, call[0][0], runs, self._cache)
             if parts is not None and alone is not None:
                 chosen = replace(alone.attention, **_paths(parts))
-                parts = self._choose(layer, layer_candidates(layer, replace(parts, attention=chosen)), call, output)
+                candidates = layer_candidates(layer, replace(parts, attention=chosen))
+                parts = self._choose(layer, candidates, call, output, runs)
             found.layers[layer] = parts
         own = found.layers[layer]
         if own is not None and not self._agrees(layer, own, call):
@@ -75,39 +91,63 @@ class LayerTrial:
             own = [replace(inner, path=inner.path.removeprefix(f"{run.path}.")) for inner in runs if _is_in(inner, run)]
             part = read_attention(replace(run, path=""), own, self._cache)
             candidates = [] if part is None else attention_candidates(run.module, LayerParts(attention=part))
-            found[run.module] = self._choose(run.module, candidates, call, run.returned)
+            found[run.module] = self._choose(run.module, candidates, call, run.returned, own)
         parts = found[run.module]
         if parts is not None and not self._agrees(run.module, parts, call):
             found[run.module] = parts = None
         return parts
 
     def _choose(
-        self, module: nn.Module, candidates: Iterable[LayerParts], call: Call, output: Any
+        self, module: nn.Module, candidates: Iterable[LayerParts], call: Call, output: Any, runs: Sequence[PartRun]
     ) -> LayerParts | None:
-        """Those parts that come nearest to what the module gave, if they agree."""
+        """Those parts that come nearest to what the module gave, if they agree; `runs` are its own parts'."""
         best: tuple[float, LayerParts | None] = (torch.inf, None)
         for parts in candidates:
             error = [torch.inf]
-            holds(partial(self._measure, error, module, parts, call, output))
+            holds(partial(self._measure, error, module, parts, call, output, runs))
             if error[0] < best[0] and error[0] <= TOLERANCE[self._cache.dtype]:
                 best = (error[0], parts)
         num_outputs = len(output) if isinstance(output, tuple) else 0
         return None if best[1] is None else replace(best[1], num_outputs=num_outputs)
 
-    def _measure(self, error: list[float], module: nn.Module, parts: LayerParts, call: Call, output: Any) -> bool:
-        error[0] = distance(self._made(module, parts, call), states_of(output))
+    def _measure(
+        self,
+        error: list[float],
+        module: nn.Module,
+        parts: LayerParts,
+        call: Call,
+        output: Any,
+        runs: Sequence[PartRun],
+    ) -> bool:
+        error[0] = self._distance(module, parts, runs, self._made(module, parts, call), states_of(output))
         return True
 
     def _agrees(self, module: nn.Module, parts: LayerParts, call: Call) -> bool:
         return holds(partial(self._agrees_at_all_scales, module, parts, call))
 
     def _agrees_at_all_scales(self, module: nn.Module, parts: LayerParts, call: Call) -> bool:
+        assert self._watch is not None, "modules are compared while they are watched"
         for scale in SCALES:
             scaled = _scaled(call, scale)
+            self._watch.take()
             theirs = states_of(module.forward(*scaled[0], **scaled[1]))
-            if not distance(self._made(module, parts, scaled), theirs) <= TOLERANCE[self._cache.dtype]:
+            runs = self._watch.take()
+            made = self._made(module, parts, scaled)
+            if not self._distance(module, parts, runs, made, theirs) <= TOLERANCE[self._cache.dtype]:
                 return False
         return True
+
+    def _distance(
+        self, module: nn.Module, parts: LayerParts, runs: Sequence[PartRun], ours: Tensor | None, theirs: Any
+    ) -> float:
+        """How far the formula is from the module, but for tokens that rounding may send to other experts."""
+        if parts.experts is None or ours is None or not isinstance(theirs, Tensor):
+            return distance(ours, theirs)
+        router = parts.experts.router
+        logits = next(run.output for run in runs if run.path == router.path)
+        correction = None if router.correction is None else tensor_at(module, router.correction).float().flatten()
+        clear = ~near_ties(logits, router, correction, self._cache.dtype)
+        return distance(ours[:, clear], theirs[:, clear]) if clear.any() else torch.inf
 
     def _made(self, module: nn.Module, parts: LayerParts, call: Call) -> Tensor | None:
         """What the formula gives."""
@@ -128,24 +168,33 @@ def attention_candidates(attention: nn.Module, parts: LayerParts) -> list[LayerP
         replace(parts, attention=replace(own, projection=projection, rotary=rotary, scale_factor=factor))
         for projection in projections
         for rotary in Rotary
-        for factor in _numbers(attention)
+        for factor in numbers_of(attention)
     ]
-
-
-def _numbers(module: nn.Module) -> list[float]:
-    """What it may multiply by: 1, and the numbers that it has."""
-    own = [value for value in vars(module).values() if isinstance(value, float) and value > 0]
-    return list(dict.fromkeys((1.0, *own)))
 
 
 def layer_candidates(layer: nn.Module, parts: LayerParts) -> Iterator[LayerParts]:
     """The activations, orders of a gate, and numbers that a layer may have."""
-    mlp = parts.mlp
-    assert mlp is not None, "a layer without feed-forward modules was taken for a whole one"
     for activation in activations_in(layer):
-        for own in (mlp, replace(mlp, inputs=mlp.inputs[::-1], gating=_swapped(mlp.gating, len(mlp.inputs)))):
-            for multiplier in _numbers(layer):
-                yield replace(parts, mlp=replace(own, activation=activation), multiplier=multiplier)
+        for mlp in _mlp_candidates(parts.mlp, activation):
+            for experts in _expert_candidates(layer, parts, activation):
+                for multiplier in numbers_of(layer):
+                    yield replace(parts, mlp=mlp, experts=experts, multiplier=multiplier)
+
+
+def _mlp_candidates(mlp: MlpPart | None, activation: Activation) -> Iterator[MlpPart | None]:
+    if mlp is None:
+        yield None
+        return
+    for own in (mlp, replace(mlp, inputs=mlp.inputs[::-1], gating=_swapped(mlp.gating, len(mlp.inputs)))):
+        yield replace(own, activation=activation)
+
+
+def _expert_candidates(layer: nn.Module, parts: LayerParts, activation: Activation) -> Iterator[ExpertsPart | None]:
+    if parts.experts is None:
+        yield None
+        return
+    for own in expert_candidates(layer, parts.experts):
+        yield replace(own, activation=activation)
 
 
 def _swapped(gating: Gating, num_inputs: int) -> Gating:

@@ -1,16 +1,18 @@
 """Reading a decoder layer's parts off one pass through it: which module reads what another one made."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
+from loraplex.engine.worker.fusion.expert_parts import ExpertRuns, find_experts, is_shared_gate, read_experts
 from loraplex.engine.worker.fusion.layer_parts import (
     Activation,
     AttentionPart,
+    ExpertsPart,
     Gating,
     LayerParts,
     MlpPart,
@@ -20,19 +22,9 @@ from loraplex.engine.worker.fusion.layer_parts import (
     linear_shape,
 )
 from loraplex.engine.worker.fusion.norms import may_be_norm, norm_terms
+from loraplex.engine.worker.fusion.part_run import PartRun
 
-
-@dataclass(frozen=True, eq=False)
-class PartRun:
-    """One module's part in a pass. Input and output are copies: some modules are changed in place behind."""
-
-    path: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    returned: Any
+logger = logging.getLogger(__name__)
 
 
 class LayerWatch:
@@ -92,7 +84,7 @@ def read_layer(layer: nn.Module, hidden: Tensor, runs: Sequence[PartRun], cache:
     if len(attentions) != 1:
         return None
     try:
-        parts = _layer(hidden, attentions[0], runs, cache)
+        parts = _layer(layer, hidden, attentions[0], runs, cache)
     except _Unknown:
         return None
     known = {id(parameter) for path in parts.paths() for parameter in layer.get_submodule(path).parameters()}
@@ -147,13 +139,19 @@ def _attention(run: PartRun, runs: Sequence[PartRun], cache: KeyValueCache) -> A
     )
 
 
-def _layer(hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: KeyValueCache) -> LayerParts:
+def _layer(
+    layer: nn.Module, hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: KeyValueCache
+) -> LayerParts:
     inner = _inside(runs, attention)
     outer = [run for run in runs if run not in inner and run is not attention]
-    linears = _linears(outer, cache.dtype)
-    if len(linears) not in (2, 3):
+    experts = find_experts(outer)
+    linears = _linears(outer if experts is None else [run for run in outer if not experts.holds(run)], cache.dtype)
+    gates = [run for run in linears if experts is not None and is_shared_gate(run)]
+    linears = [run for run in linears if run not in gates]
+    if len(linears) not in ((2, 3) if experts is None else (0, 2, 3)) or len(gates) > 1:
         raise _Unknown
-    first, down = linears[0], linears[-1]
+    first = linears[0] if experts is None else experts.experts
+    made = linears[-1].output if experts is None else experts.output
     norms = _norms(outer)
     before_attention = _find(norms, output=attention.input)
     before_mlp = _find(norms, output=first.input)
@@ -161,7 +159,7 @@ def _layer(hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: K
         "before_attention": before_attention,
         "behind_attention": _find(norms, input=attention.output),
         "before_mlp": None if before_mlp is before_attention else before_mlp,
-        "behind_mlp": _find(norms, input=down.output),
+        "behind_mlp": _find(norms, input=made),
     }
     if any(norm not in parts.values() for norm in norms):
         raise _Unknown
@@ -171,7 +169,8 @@ def _layer(hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: K
     told = {name: None if run is None else _norm_part(run) for name, run in parts.items()}
     return LayerParts(
         attention=_attention(attention, inner, cache),
-        mlp=_mlp(linears),
+        mlp=_mlp(linears) if linears else None,
+        experts=None if experts is None else _experts(layer, experts, gates, cache.dtype),
         is_parallel=_same(source.input, hidden),
         shares_norm=before_mlp is not None and before_mlp is before_attention,
         before_attention=told["before_attention"],
@@ -179,6 +178,17 @@ def _layer(hidden: Tensor, attention: PartRun, runs: Sequence[PartRun], cache: K
         before_mlp=told["before_mlp"],
         behind_mlp=told["behind_mlp"],
     )
+
+
+def _experts(layer: nn.Module, runs: ExpertRuns, gates: Sequence[PartRun], dtype: torch.dtype) -> ExpertsPart:
+    try:
+        part = read_experts(layer, runs, gates[0].path if gates else None, dtype)
+    except Exception as error:  # a router that takes or gives something else
+        logger.debug("experts are not taken over: %s: %s", type(error).__name__, error)
+        part = None
+    if part is None:
+        raise _Unknown
+    return part
 
 
 def _mlp(linears: Sequence[PartRun]) -> MlpPart:
