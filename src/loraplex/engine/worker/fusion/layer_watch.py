@@ -88,7 +88,9 @@ def read_layer(layer: nn.Module, hidden: Tensor, runs: Sequence[PartRun], cache:
     except _Unknown:
         return None
     known = {id(parameter) for path in parts.paths() for parameter in layer.get_submodule(path).parameters()}
-    has_others = any(id(parameter) not in known for parameter in layer.parameters())
+    sinks = cache.shapes[attentions[0].module].terms.sinks  # which the formula knows
+    others = [parameter for parameter in layer.parameters() if id(parameter) not in known]
+    has_others = any(sinks is None or parameter.data_ptr() != sinks.data_ptr() for parameter in others)
     return None if has_others else parts
 
 
