@@ -96,5 +96,7 @@ def test_tokens_between_two_experts_are_told() -> None:
     part = RouterPart(path="", num_experts=4, top_k=2, scores=SOFTMAX, normalises=True, rounds=False)
     logits = torch.tensor([[3.0, 2.0, 2.0 + 1e-6, 0.0], [3.0, 2.0, 1.0, 0.0], [2.0, 2.0, 0.0, 0.0]])
     assert near_ties(logits, part, None, torch.float32).tolist() == [True, False, False]
+    far = torch.tensor([[300.0, 2.0, 2.0, 0.0], [300.0, 300.0, 300.0, 0.0]])  # softmax leaves the second expert nothing
+    assert near_ties(far, part, None, torch.float32).tolist() == [False, True]
     rounded = torch.tensor([[3.0, 2.0, 1.98, 0.0], [3.0, 2.0, 1.0, 0.0]])
     assert near_ties(rounded, part, None, torch.bfloat16).tolist() == [True, False]

@@ -198,12 +198,22 @@ def weights_of(logits: Tensor, part: RouterPart, correction: Tensor | None) -> T
 
 
 def near_ties(logits: Tensor, part: RouterPart, correction: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Which tokens [tokens] stand so near between two experts that rounding may decide, of logits [tokens, experts]."""
+    """Which tokens [tokens] stand so near between two experts that rounding may decide, of logits [tokens, experts].
+
+    Not those to which either of the two would give nothing, beside the best expert, that float32 can hold.
+    """
     scores = _scores(logits.float(), part)
     error = 2 * _rounding(dtype) * logits.float().abs().amax(dim=-1, keepdim=True)
     errors = scores * (1 - scores) * error + torch.finfo(torch.float32).eps
     choice, near = _choice(scores, part, correction, errors)
-    return near | _are_near(choice, errors, part.top_k)
+    return near | _are_near(choice, errors, part.top_k) & ~_weighs_nothing(scores, choice, part.top_k)
+
+
+def _weighs_nothing(scores: Tensor, choice: Tensor, count: int) -> Tensor:
+    """Of which tokens the last of `count` chosen experts, and the next one, weigh nothing beside the best."""
+    best = scores.amax(dim=-1, keepdim=True)
+    places = choice.topk(min(count + 1, choice.shape[-1]), dim=-1).indices[:, -2:]
+    return (scores.gather(1, places) <= torch.finfo(torch.float32).eps * best).all(dim=-1)
 
 
 def _rounding(dtype: torch.dtype) -> float:
