@@ -10,8 +10,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.request import Request, RequestResult
 from loraplex.engine.sampling.params import SamplingParams
-from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.fusion import layer_stack, linear_products
+from loraplex.engine.worker.fusion import linear_products
 from loraplex.engine.worker.fusion.cpu_fusion import stack_of
 from loraplex.kernels.packed_experts import PackedExperts
 from loraplex.kernels.tuning import ALL_TOKENS, ProductChoice
@@ -28,20 +27,6 @@ PARAMETERS = {
     "router": ("gate.weight",),
 }
 SPECS = (None, "experts", "all:0.5+down", "router", None, "down", "experts+router")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every compiled call."""
-    made: list[int] = []
-    run = native_ops.decode_layers
-
-    def counted(x: torch.Tensor, *args: object) -> torch.Tensor:
-        made.append(len(x))
-        return run(x, *args)
-
-    monkeypatch.setattr(layer_stack.native_ops, "decode_layers", counted)
-    return made
 
 
 def make_adapted(folder: Path, dtype: torch.dtype) -> MultiLoraModel:
