@@ -7,26 +7,32 @@ of an X-LoRA mixture in one either, and no residual adapters: their rows are lef
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common import alternate, medians, print_table
-from peft import PeftModel
 from rich.console import Console
 
 from loraplex import MultiLoraModel
 from loraplex.cli.demo import DEMO_MODEL, NEXT, TIMED_TOKENS, DemoRow, demo_adapters, demo_rows, step
-from loraplex.cli.errors import quiet_transformers
+from loraplex.cli.errors import quiet_libraries
 from loraplex.models.checkpoints.loading import load_base_model
 from loraplex.routing.adapter_spec import parse_adapter_spec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load(
     rows: list[DemoRow], folders: dict[str, Path], dtype: str, tell: Callable[[str], None]
-) -> tuple[MultiLoraModel, PeftModel, list[str]]:
+) -> "tuple[MultiLoraModel, PeftModel, list[str]]":
     """Both models with all adapters, and the name in PEFT of each row's."""
+    from peft import PeftModel  # once libraries are quiet
+
     ours, peft_model = MultiLoraModel.from_pretrained(DEMO_MODEL, dtype=dtype), None
     for name, folder in folders.items():
         tell(f"loading adapter {name} into both ...")
@@ -48,7 +54,8 @@ def load(
 
 
 def main(dtype: str = "bfloat16", rounds: int = 2) -> None:
-    quiet_transformers()
+    quiet_libraries()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is about to rename
     console = Console(highlight=False)
     folders = demo_adapters(Path("examples/adapters"))
     rows = [

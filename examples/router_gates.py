@@ -24,7 +24,7 @@ from loraplex.routers.router import LinearRouter
 from loraplex.routing.routing import use_routing
 from loraplex.training.mixture.parameters import frozen_slots
 from loraplex.training.mixture.routing import Experts
-from loraplex.training.routers.routing import LayerGating, RouterTrainingRouting
+from loraplex.training.routers.routing import LayerGating, router_routing
 
 CHAT = (
     ("user", "Molecule CN1CC1(C)CC(C)=O: is its HOMO-LUMO gap low, medium or high?"),
@@ -49,7 +49,7 @@ def mean_gates(model: MultiLoraModel, name: str, ids: Tensor) -> Tensor:  # [1, 
 
     experts = Experts(frozen_slots(model, mixture.experts), frozen=True)
     nothing = torch.zeros(0, dtype=torch.int64)
-    with use_routing(RouterTrainingRouting(experts, mixture.router, 1, ids.shape[1], nothing, listen)):
+    with use_routing(router_routing(experts, mixture.router, 1, ids.shape[1], nothing, listen)):
         model.base.base_model(input_ids=ids, use_cache=False)
     return torch.stack(found).mean(dim=0)
 

@@ -1,5 +1,7 @@
 """`loraplex demo`: its rows, its table, and the run itself."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,13 @@ def test_demo_shows_every_row_and_residuals_act(smollm2: Path, tmp_path: Path, m
     assert (tmp_path / "scalings.png").exists()
     assert lines[-len(NEXT.splitlines()) :] == NEXT.splitlines()
     assert "Loading weights" not in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_rows_of_pefts_kinds_run_through_peft_without_a_word_of_other_libraries(smollm2: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "demo_peft.py")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "PEFT, mixed batch" in run.stdout
+    assert all(len(line) <= WIDTH for line in run.stdout.splitlines())
