@@ -95,16 +95,21 @@ def test_every_module_of_the_base_install_is_imported_without_any_extra() -> Non
     [
         ("import loraplex.server.lifecycle", "server"),
         ("import loraplex.viz.attention_pictures", "plots"),
-        ("import loraplex.cli.scalings", "plots"),
+        pytest.param("import loraplex.cli.scalings", "plots", marks=pytest.mark.slow),
         ("from loraplex.models.checkpoints.smollm2 import find_gguf_file; find_gguf_file()", "smollm2"),
-        (
+        pytest.param(
             "from loraplex.models.convert.gguf_adapter import read_gguf_adapter as read; read(None, None, None)",
             "smollm2",
+            marks=pytest.mark.slow,
         ),
         ("from loraplex.engine.frontend.structured_output import make_constraint; make_constraint('', 0, 0)", "json"),
         ("from loraplex.vllm_plugin.compat import installed_version; installed_version()", "vllm"),
-        ("from loraplex.cli.bench_serve import serve_load; serve_load()", "bench"),
-        ("from loraplex.server.replicas.cluster import run_replicas as run; run(C(), 2)", "ray"),
+        pytest.param("from loraplex.cli.bench_serve import serve_load; serve_load()", "bench", marks=pytest.mark.slow),
+        pytest.param(
+            "from loraplex.server.replicas.cluster import run_replicas as run; run(C(), 2)",
+            "ray",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_needs_an_extra_names_it_in_its_error(program: str, extra: str) -> None:
@@ -130,6 +135,7 @@ def test_extra_that_is_installed_is_no_error(monkeypatch: pytest.MonkeyPatch) ->
         require_extra("away", "this")
 
 
+@pytest.mark.slow
 def test_losses_are_left_to_the_log_without_the_extra_of_plots(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path

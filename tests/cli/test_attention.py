@@ -46,6 +46,7 @@ def test_steering_without_marks_is_refused(smollm2: Path, how: str) -> None:
     assert isinstance(result.exception, RequestError)
 
 
+@pytest.mark.slow
 def test_vector_is_written_and_its_effect_drawn(smollm2: Path, tmp_path: Path) -> None:
     """From pairs to a steering vector, and from a marked prompt to pictures of all rows."""
     pairs = [{"wanted": "I love this.", "unwanted": "I hate this."}]

@@ -291,6 +291,7 @@ def test_answers_follow_a_json_schema(smollm2, tmp_path):
     assert json.loads(found["text"])["city"] in ("Paris", "Rome")
 
 
+@pytest.mark.slow
 def test_real_model_answers_on_the_command_line(smollm2):
     options = ["--json", "--max-tokens", "12", "--temperature", "0"]
     result = runner.invoke(cli, ["generate", "What is the capital of France?", *options])

@@ -48,7 +48,7 @@ def test_answers_are_one_of_the_choices(engine):
 MARKS = "abc de.*+?|[](){}^$&~#-_<>%\n\t\"'\\é中"
 
 
-@pytest.mark.parametrize(("number", "length"), [(3000, 15), (40, 200)])
+@pytest.mark.parametrize(("number", "length"), [(3000, 15), pytest.param(40, 200, marks=pytest.mark.slow)])
 def test_thousands_of_choices_with_any_characters(engine, number, length):
     draw = random.Random(number)
     choices = tuple("x" + "".join(draw.choices(MARKS, k=length)) for _ in range(number))

@@ -43,7 +43,7 @@ def launch(*arguments: str) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
 
 
-@pytest.mark.parametrize("kind", ["adapters", "sharded"])
+@pytest.mark.parametrize("kind", [pytest.param("adapters", marks=pytest.mark.slow), "sharded"])
 def test_two_processes_follow_the_trajectory_of_one(kind: str, tmp_path: Path) -> None:
     launch("tests.training.run_tiny", str(tmp_path), kind)
     assert (tmp_path / "finished-1.json").exists(), "the second process did nothing"
@@ -122,6 +122,7 @@ def test_weights_that_are_not_plain_are_not_sharded(tmp_path: Path) -> None:
         train_adapters(base, tiny_tokenizer(), jobs=[tiny_job(tmp_path, "a")], config=config)
 
 
+@pytest.mark.slow
 def test_the_command_line_in_two_processes_is_one_run_on_a_sharded_base(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "a", max_steps=2, learning_rate=1e-3, seed=0)
     tiny_model("llama").save_pretrained(tmp_path / "base")

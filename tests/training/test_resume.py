@@ -88,7 +88,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         pytest.param("adapters", 27, marks=pytest.mark.slow),
         pytest.param("mixture", 3, marks=pytest.mark.slow),
         pytest.param("mixture", 27, marks=pytest.mark.slow),
-        ("mixture and experts", 20),
+        pytest.param("mixture and experts", 20, marks=pytest.mark.slow),
         ("router", 20),
         pytest.param("router and experts", 27, marks=pytest.mark.slow),
     ],

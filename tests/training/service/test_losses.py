@@ -15,6 +15,7 @@ from tests.tiny_models import tiny_model
 from tests.training.service.loops import ADAM, RunClient, done, make_data, training_loop, value
 
 STEPS = 50
+SLOW = ("cispo", "dro", "gspo")  # beside one of each kind: a sum over the tokens' own terms, and clipped ratios
 OPTIONS = {"ppo": {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}, "dro": {"beta": 0.1}}
 
 
@@ -80,7 +81,9 @@ def peft_losses(folder: Path, loss: str, data: list[Datum]) -> tuple[list[float]
     return losses, first
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=[pytest.mark.slow] * (loss in SLOW)) for loss in sorted(LOSSES)]
+)
 def test_clients_at_once_learn_what_each_learns_with_peft_alone(loss: str, tmp_path: Path) -> None:
     check_clients(loss, {1: (5, 9, 17), 2: (30, 4), 3: (12,)}, tmp_path)
 
