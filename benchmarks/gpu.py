@@ -13,6 +13,10 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gpu_timing import Figure
 
 SECTIONS = ("errors", "kernels", "decode", "mixture", "peft")
 NO_DEVICE = 3  # exit status
@@ -45,7 +49,7 @@ def obstacle(device: str) -> str | None:
     return None
 
 
-def measure(options: argparse.Namespace) -> list["Figure"]:  # noqa: F821, imported once the device is known
+def measure(options: argparse.Namespace) -> "list[Figure]":
     import torch
     from gpu_decode import Sizes, against_peft, decode_steps, mixture_steps
     from gpu_kernels import decode_kernels, errors

@@ -65,7 +65,7 @@ def adapters_alone(dtype: torch.dtype, tokens_per_row: int) -> dict[str, float]:
     def run(kernel: str, module: int) -> None:
         num_in, num_out = SHAPES[module % len(SHAPES)]
         if kernel == "native":
-            gated_lora_native(y[num_out], x[num_in], *plan.table, module, plan.rows, plan.gates_of(module))
+            gated_lora_native(y[num_out], x[num_in], *plan.table, module, plan.rows, plan.gates.of_module(module))
         elif kernel == "stacked":
             gated_lora_stacked(y[num_out], x[num_in], plan.stack(module))
         else:

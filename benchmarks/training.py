@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from loraplex import LoraConfig
 from loraplex.layers.attach import AdaptableModel
-from loraplex.models.checkpoints.loading import load_base_model
+from loraplex.models.checkpoints.loading import load_base_model, load_tokenizer
 from loraplex.training import AdapterJob, EvaluationConfig, StepsConfig, TrainConfig
 from loraplex.training.adapters.job_state import JobState
 from loraplex.training.adapters.setup import make_states
@@ -113,7 +113,8 @@ def make_loops(base: PreTrainedModel, states: list[JobState], *, autocast: bool)
 
 def load(shape: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2, or a model of TinyLlama's shape with random weights and SmolLM2's vocabulary."""
-    small, tokenizer = load_base_model("smollm2-135m", dtype=dtype, device="cpu")
+    small, source = load_base_model("smollm2-135m", dtype=dtype, device="cpu")
+    tokenizer = load_tokenizer(source)
     if shape == "135m":
         return small, tokenizer
     config = LlamaConfig(**SHAPES[shape], vocab_size=small.config.vocab_size)
