@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraplex.kernels.batched_segments import BatchedLora, equal_parts
 from loraplex.kernels.segments import LoraSegment
 
 
@@ -16,6 +17,9 @@ def gated_lora_segmented(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) 
     y[t] += gates[t] * lora_b^T lora_a x[t] for t in [start, stop); y [.., out], x [.., in], tokens flattened.
     """
     factors = [tensor for segment in segments for tensor in (segment.lora_a, segment.lora_b, segment.gates)]
+    parts = equal_parts(segments)
+    if parts is not None:
+        return BatchedLora.apply(y, x, segments, parts, *factors)
     return _SegmentedLora.apply(y, x, segments, *factors)
 
 
