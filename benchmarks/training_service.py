@@ -198,7 +198,7 @@ def first_token(options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16", help="of the base model; SmolLM2's own is bfloat16")
     parser.add_argument("--clients", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--batch", type=int, default=2, help="records of each step")
     parser.add_argument("--rank", type=int, default=16)

@@ -92,3 +92,14 @@ def test_a_segment_alone_is_what_it_is_beside_others() -> None:
             y[4 * i : 4 * i + 4].clone(), x[4 * i : 4 * i + 4], [LoraSegment(0, 4, *pairs[i], 0.5)]
         )
         torch.testing.assert_close(both[4 * i : 4 * i + 4], own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_diverged_neighbour_leaves_gradients_finite() -> None:
+    pairs = factors([3, 3, 3], torch.float32)
+    x = torch.randn(24, IN)
+    x[:6] = torch.inf
+    segments = [LoraSegment(*cut, *pair, 1.0) for cut, pair in zip(((0, 6), (6, 18), (18, 24)), pairs, strict=True)]
+    assert equal_parts(segments) is not None
+    flat = [factor for pair in pairs for factor in pair]
+    grads = torch.autograd.grad(gated_lora_segmented(torch.zeros(24, OUT), x, segments).sum(), flat)
+    assert [bool(grad.isfinite().all()) for grad in grads] == [False] * 2 + [True] * 4

@@ -229,4 +229,4 @@ def test_the_command_line_prints_all_jobs_and_ends_with_status_1(
     printed = capsys.readouterr()
     assert "good" in printed.out
     assert "diverged" in printed.out
-    assert "TrainingError: job 'bad' diverged in step 2" in printed.err
+    assert "Error: job 'bad' diverged in step 2" in printed.err

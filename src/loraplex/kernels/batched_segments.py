@@ -135,9 +135,12 @@ def _gates(segments: Sequence[LoraSegment], parts: Parts, x: Tensor) -> Tensor |
 
 
 def _of_factors(of_parts: Tensor, segments: Sequence[LoraSegment], parts: Parts) -> list[Tensor | None]:
-    """Gradients [parts, rank, n] added up by segment, each of its own rank."""
-    if not parts.are_segments:
-        owners = torch.tensor(parts.segments, device=of_parts.device)
-        are_of = F.one_hot(owners, len(segments)).t().to(of_parts.dtype)  # [segments, parts]
-        of_parts = (are_of @ of_parts.flatten(1)).view(-1, *of_parts.shape[1:])
-    return [grad[: len(segment.lora_a)] for grad, segment in zip(of_parts, segments, strict=True)]
+    """Gradients [parts, rank, n] added up by segment, each of its own rank; infinite ones stay where they are."""
+    found: list[Tensor | None] = []
+    first = 0
+    for segment in segments:
+        stop = first + (segment.stop - segment.start) // parts.length
+        own = of_parts[first] if stop == first + 1 else of_parts[first:stop].sum(0)
+        found.append(own[: len(segment.lora_a)])
+        first = stop
+    return found
