@@ -17,6 +17,7 @@ SCRIPTS = (
     "zipf",
     "training",
     "training_service",
+    "moe_experts",
     "linked",
     "residuals",
     "adapter_kinds",

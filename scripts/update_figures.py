@@ -107,6 +107,16 @@ def training_service(content: Results) -> str:
     )
 
 
+def moe_experts(content: Results) -> str:
+    sides = ("none", "one for all", "one each", "PEFT, one for all")
+    rows = []
+    for case in content["results"]:
+        speeds = case["tokens_per_s"]
+        ratios = [ratio(speeds, "one each", other) for other in ("none", "PEFT, one for all")]
+        rows.append([f"{case['dtype']}, {case['rows']} rows", *(f"{speeds[side]:.0f}" for side in sides), *ratios])
+    return table(["decoding, tokens/s", *sides, "one each / none", "one each / PEFT's one for all"], rows)
+
+
 def memory(content: Results) -> str:
     rows = []
     for case in content["results"]:
@@ -477,6 +487,11 @@ FILES = (
         render=training_service,
     ),
     ResultFile(name="xlora", question="X-LoRA mixtures of four experts on all 7 targets", render=xlora),
+    ResultFile(
+        name="moe_experts",
+        question="Adapters of experts and of the router, one for each row, in a mixture-of-experts model",
+        render=moe_experts,
+    ),
     ResultFile(name="routers", question="Mixtures in one pass, four experts of rank 8", render=routers),
     ResultFile(name="mixture_training", question="Training a scaling head, against PEFT", render=training),
     ResultFile(name="memory", question="Memory that loaded adapters take beyond their own bytes", render=memory),

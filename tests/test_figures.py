@@ -63,6 +63,16 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         },
         "| 4 clients | 200 | 350 | 1.75x |",
     ),
+    "moe_experts": (
+        [
+            {
+                "dtype": "bfloat16",
+                "rows": 8,
+                "tokens_per_s": {"none": 600, "one for all": 550, "one each": 540, "PEFT, one for all": 45},
+            }
+        ],
+        "| bfloat16, 8 rows | 600 | 550 | 540 | 45 | 0.90x | 12.00x |",
+    ),
     "memory": (
         [{"dtype": "float32", "adapter_bytes": 99_000_000, "loaded": STAGE, "generated": STAGE}],
         "| float32, generated | 99 | 1000 | 1100 | 1.01 |",
