@@ -14,10 +14,12 @@ from loraplex.kernels.segments import LoraSegment
 def gated_lora_segmented(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
     """Add every segment's adapter to `y` in place and return it; differentiable in x, factors and gates.
 
-    y[t] += gates[t] * lora_b^T lora_a x[t] for t in [start, stop); y [.., out], x [.., in], tokens flattened.
+    y[t] += gates[t] * lora_b^T lora_a x[t] for t in [start, stop); y [.., out], x [.., in], tokens flattened. While
+    factors train, segments share products if they can; elsewhere a segment has the same bits beside any others.
     """
     factors = [tensor for segment in segments for tensor in (segment.lora_a, segment.lora_b, segment.gates)]
-    parts = equal_parts(segments)
+    trains = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in factors)
+    parts = equal_parts(segments) if trains else None
     if parts is not None:
         return BatchedLora.apply(y, x, segments, parts, *factors)
     return _SegmentedLora.apply(y, x, segments, *factors)
