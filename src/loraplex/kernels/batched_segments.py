@@ -56,7 +56,7 @@ class BatchedLora(torch.autograd.Function):
         a, b = (_stacked(own, x.dtype) for own in ([s.lora_a for s in segments], [s.lora_b for s in segments]))
         gates = _gates(segments, parts, x)
         hidden = torch.bmm(_part_of(x, parts), _of_parts(a, parts).transpose(1, 2))  # [parts, length, rank]
-        _part_of(y, parts).baddbmm_(hidden * gates, _of_parts(b, parts))
+        _part_of(y.view(-1, y.shape[-1]), parts).baddbmm_(hidden * gates, _of_parts(b, parts))
         if any(ctx.needs_input_grad):
             ctx.segments, ctx.parts = segments, parts
             ctx.save_for_backward(x, hidden, a, b, *(factor for factor in factors if isinstance(factor, Tensor)))
