@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.server.page.browser import TIMEOUT_MS, browsing
-from tests.server.page.driver import NUM_TOKENS
+from tests.server.page.driver import set_up
 from tests.server.tiny_server import Running
 
 
@@ -36,10 +36,7 @@ def tab(context: Any, server: Running) -> Iterator[Any]:
     opened.on("console", lambda message: "Content Security" in message.text and complaints.append(message.text))
     opened.on("request", lambda request: requests.append(request.url))
     opened.goto(server.url)
-    opened.wait_for_selector("#link-a option[value=mix-ab]", state="attached")
-    opened.fill("#max-tokens", str(NUM_TOKENS))
-    opened.fill("#temperature", "0")
-    opened.uncheck("#formatted")
+    set_up(opened)
     yield opened
     opened.close()
     assert not complaints

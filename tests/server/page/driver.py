@@ -10,6 +10,19 @@ QUESTION = "sort fedcba"
 NUM_TOKENS = 12
 
 
+def set_up(page: Any) -> None:
+    """Greedy, short answers, texts as they are: a page that has just been opened samples with a random seed."""
+    page.wait_for_selector("#link-a option[value=mix-ab]", state="attached")
+    page.fill("#max-tokens", str(NUM_TOKENS))
+    page.fill("#temperature", "0")
+    page.uncheck("#formatted")
+
+
+def reload(page: Any) -> None:
+    page.reload()
+    set_up(page)
+
+
 def choose(page: Any, *names: str, side: str = "a") -> None:
     for name in names:
         page.select_option(f"#link-{side} select", name)

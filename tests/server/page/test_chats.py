@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from loraplex.server.auth.keys import KeyFile
-from tests.server.page.driver import NUM_TOKENS, add_column, answer_with, ask, bodies, choose, finished, texts
+from tests.server.page.driver import NUM_TOKENS, add_column, answer_with, ask, bodies, choose, finished, reload, texts
 from tests.server.tiny_server import make_model, running, settings
 
 MARKDOWN = """# Title
@@ -134,8 +134,7 @@ def test_after_any_failure_one_can_try_again(page, failure):
 
 def test_chats_are_kept_in_the_browser_and_opened_again(page):
     page.evaluate("localStorage.removeItem('loraplex-chats')")
-    page.reload()
-    page.uncheck("#formatted")
+    reload(page)
     choose(page, "mix-ab")
     add_column(page, "b")
     ask(page, "first chat")
@@ -146,9 +145,8 @@ def test_chats_are_kept_in_the_browser_and_opened_again(page):
     assert colors
     page.click("#new-chat")
     ask(page, "second chat")
-    page.reload()
+    reload(page)
     assert page.locator(".saved-title").all_text_contents() == ["second chat", "first chat"]
-    page.uncheck("#formatted")
     page.click("text=first chat")
     assert texts(page) == kept
     assert [one.evaluate(color) for one in led.all()] == colors
@@ -174,7 +172,7 @@ def test_kept_chats_never_take_more_than_their_room(page):
             ({ id: String(index), at: 0, title: `old ${index}`, turns: [], padding: "x".repeat(90000) }));
             localStorage.setItem("loraplex-chats", JSON.stringify(chats)); }"""
     )
-    page.reload()
+    reload(page)
     ask(page, "newest")
     expect(page.locator(".saved-title").first).to_have_text("newest")
     assert page.evaluate("localStorage.getItem('loraplex-chats').length") < 3_100_000
@@ -182,7 +180,7 @@ def test_kept_chats_never_take_more_than_their_room(page):
     assert "old 39" not in page.locator(".saved-title").all_text_contents(), "the oldest went"
     page.click("#forget-chats")
     page.evaluate("localStorage.setItem('loraplex-chats', 'damaged')")
-    page.reload()
+    reload(page)
     expect(page.locator("#no-chats")).to_be_visible()
 
 

@@ -22,6 +22,7 @@ from tests.server.page.driver import (
     bodies,
     choose,
     finished,
+    reload,
     texts,
 )
 from tests.server.test_auto_model import ENDS, fitted
@@ -121,7 +122,7 @@ def test_auto_that_chose_a_mixture_shows_its_experts(page):
     models = page.evaluate("fetch('/v1/models').then((response) => response.json())")
     models["data"].append({"id": "auto", "kind": "auto", "experts": []})
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
-    page.reload()
+    reload(page)
     choose(page, "auto")
     sent = bodies(page)
     choice = {"index": 0, "delta": {"content": "x"}, "auto": {"model": "mix-ac", "score": 0.9}, "finish_reason": "stop"}

@@ -19,6 +19,7 @@ from tests.server.page.driver import (
     choose,
     finished,
     index_of,
+    reload,
     texts,
     tokens,
 )
@@ -224,7 +225,7 @@ def test_a_damaged_link_says_so(page, server, damage):
     view = {"version": 2 if damage == "version" else 1, "turns": [{"user": 1}]}
     text = base64.urlsafe_b64encode(json.dumps(view).encode()).decode().rstrip("=")
     page.goto(f"{server.url}/#view={text[:-6] if damage == 'cut' else text}")
-    page.reload()
+    reload(page)
     expect(page.locator("#notice")).to_contain_text("The link to a view is")
     ask(page, QUESTION)
     assert texts(page)[0]
