@@ -101,7 +101,7 @@ def _run(settings: Settings, options: argparse.Namespace) -> None:
         raise SystemExit(f"there is no step {unknown[0]!r}. The steps: {[step.name for step in steps]}.")
     by_name = {step.name: step for step in steps}
     try:
-        run(settings.output, [by_name[name] for name in wanted], again=bool(options.only))
+        run(settings.output, [by_name[name] for name in wanted], again=bool(options.only), processes=options.processes)
     except StepFailedError as error:
         raise SystemExit(str(error)) from error
 
@@ -132,6 +132,9 @@ def main() -> None:
         command.add_argument("--downloads", type=Path, default=Path("runs/packages"), help="folder of package files")
         if name == "run":
             command.add_argument("--only", nargs="+", help="names of steps")
+            command.add_argument(
+                "--processes", type=int, default=1, help="experts that train at a time and share the processors"
+            )
         if name == "speed":
             command.add_argument("--steps", type=int, default=4)
             command.add_argument("--domains", nargs="+", choices=DOMAINS)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from examples.science.steps import Step
@@ -59,30 +61,45 @@ def alone(output: Path) -> Iterator[None]:
         yield
 
 
-def run(output: Path, steps: Sequence[Step], *, again: bool = False) -> None:
+def run(output: Path, steps: Sequence[Step], *, again: bool = False, processes: int = 1) -> None:
     """Run the steps that aren't done; with `again` the others too.
 
+    `processes`: of neighbours that need nothing of each other, how many at a time; they share the processors.
     Raises StepFailedError at the first that fails; the next run begins with it.
     """
     with alone(output):
-        for step in steps:
-            if is_done(output, step) and not again:
-                continue
-            print(f"== {step.name}, some {step.seconds / 60:.0f} min", flush=True)
-            began = time.monotonic()
-            status = subprocess.run([sys.executable, "-m", *step.arguments], env=_environment(), check=False).returncode
-            if status != 0:
-                raise StepFailedError(
-                    f"{step.name} ended with status {status}. What it said is above; run the same command to go on. "
-                    f"It ran: python -m {' '.join(step.arguments)}"
-                )
-            _mark(output, step, time.monotonic() - began)
+        left = [step for step in steps if again or not is_done(output, step)]
+        for _, together in groupby(left, key=lambda step: step.needs_no_neighbour or step.name):
+            with ThreadPoolExecutor(max_workers=processes) as pool:
+                running = [pool.submit(_run_step, output, step, processes) for step in together]
+                try:
+                    for each in running:
+                        each.result()
+                except StepFailedError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
 
 
-def _environment() -> dict[str, str]:
-    """The step finds this clone's examples from any folder."""
+def _run_step(output: Path, step: Step, processes: int) -> None:
+    print(f"== {step.name}, some {step.seconds / 60:.0f} min", flush=True)
+    began = time.monotonic()
+    environment = _environment(processes if step.needs_no_neighbour else 1)
+    status = subprocess.run([sys.executable, "-m", *step.arguments], env=environment, check=False).returncode
+    if status != 0:
+        raise StepFailedError(
+            f"{step.name} ended with status {status}. What it said is above; run the same command to go on. "
+            f"It ran: python -m {' '.join(step.arguments)}"
+        )
+    _mark(output, step, time.monotonic() - began)
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """The step finds this clone's examples from any folder; several processes share the processors."""
     known = os.environ.get("PYTHONPATH", "")
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), known)))}
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), known)))}
+    if processes > 1:
+        own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    return os.environ | own
 
 
 def _mark(output: Path, step: Step, seconds: float) -> None:

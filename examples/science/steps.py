@@ -33,6 +33,7 @@ class Step:
     seconds: float
     log: Path | None = None  # a training's log, which tells how far it is
     num_steps: int = 0  # of that training
+    needs_no_neighbour: bool = False  # of the steps before and after it that say the same
 
 
 def seconds_per_step(settings: Settings) -> dict[str, float]:
@@ -91,13 +92,24 @@ def _training(settings: Settings, rates: dict[str, float]) -> list[Step]:
 def _train(settings: Settings, job: str, folder: str, logged: str, seconds: float) -> Step:
     output = settings.output / "train" / folder
     file = settings.output / "jobs" / f"{job}.toml"
-    words = ("--model", settings.model, "--dtype", settings.dtype, "--output", str(output), "--config", str(file))
+    words = (
+        "--model",
+        settings.model,
+        "--dtype",
+        settings.dtype,
+        "--output",
+        str(output),
+        "--config",
+        str(file),
+        "--packing",
+    )
     return Step(
         name=f"train-{job}",
         arguments=("loraplex.cli.train", "adapters", *words),
         seconds=seconds,
         log=output / f"{logged}.jsonl",
         num_steps=settings.experts[logged].steps,
+        needs_no_neighbour=True,
     )
 
 

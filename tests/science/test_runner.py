@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.science.runner import StepFailedError, alone, is_done, run, share_done
+from examples.science.runner import StepFailedError, alone, is_done, marker, run, share_done
 from examples.science.steps import Step
 
 STEP = """
@@ -28,8 +28,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "log"
 
 
-def step(log: Path, name: str, sleep: float = 0, status: int = 0) -> Step:
-    return Step(name=name, arguments=("a_step", str(log), name, str(sleep), str(status)), seconds=1)
+def step(log: Path, name: str, sleep: float = 0, status: int = 0, free: bool = False) -> Step:
+    arguments = ("a_step", str(log), name, str(sleep), str(status))
+    return Step(name=name, arguments=arguments, seconds=1, needs_no_neighbour=free)
 
 
 def test_steps_run_once_and_again_with_other_arguments(log: Path, tmp_path: Path) -> None:
@@ -63,6 +64,17 @@ def test_a_killed_run_goes_on_with_the_step_that_it_was_at(log: Path, tmp_path: 
     assert is_done(tmp_path, first)
     run(tmp_path, [first, step(log, "two"), step(log, "three")])
     assert log.read_text().split() == ["one", "two", "two", "three"]
+
+
+def test_neighbours_that_need_nothing_of_each_other_run_side_by_side(log: Path, tmp_path: Path) -> None:
+    slow, quick = step(log, "slow", sleep=2, free=True), step(log, "quick", sleep=0.5, free=True)
+    run(tmp_path, [slow, quick, step(log, "last")], processes=2)
+    times = [marker(tmp_path, each).stat().st_mtime for each in (quick, slow, step(log, "last"))]
+    assert times == sorted(times), "the quick one waited for the slow one, or the last did not"
+    steps = [step(log, "fails", status=3, free=True), step(log, "goes on", sleep=1, free=True), step(log, "after")]
+    with pytest.raises(StepFailedError, match="fails ended with status 3"):
+        run(tmp_path, steps, processes=2)
+    assert [is_done(tmp_path, each) for each in steps] == [False, True, False]
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:

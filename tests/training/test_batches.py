@@ -1,11 +1,13 @@
 """How rows become padded batches."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from loraplex.routing.segments import Segment, join_for_training
 from loraplex.training.data.examples import Example
 from loraplex.training.forward.batch import RowSpan, TrainingRow, cut_rows, cut_sizes, make_batch, shared_prefix_lengths
 
@@ -16,9 +18,32 @@ def test_only_what_rows_compute_alike_is_a_shared_prefix() -> None:
         return TrainingRow(job, job, example, **options)
 
     rows = [row(0, [1, 2, 3, 4, 5], 4), row(0, [1, 2, 3, 9, 5], 4), row(1, [1, 2, 3], 2), row(1, [1, 2, 4], 2)]
-    assert shared_prefix_lengths(rows) == {0: 3, 1: 1}
-    assert shared_prefix_lengths([row(0, [1, 2, 3, 4], 3, has_dropout=True)] * 2) == {0: 0}
-    assert shared_prefix_lengths([row(0, [1, 2, 3, 4], 3, first_adapted=1)] * 2) == {0: 1}
+    assert shared_prefix_lengths(rows) == {(0, 1.0): 3, (1, 1.0): 1}
+    assert shared_prefix_lengths([row(0, [1, 2, 3, 4], 3, has_dropout=True)] * 2) == {(0, 1.0): 0}
+    assert shared_prefix_lengths([row(0, [1, 2, 3, 4], 3, first_adapted=1)] * 2) == {(0, 1.0): 1}
+    # Rows of one gate before the user's turn begin alike, up to that turn.
+    rows = [row(0, [1, 2, 3, 4, 5], 4, gate_before_user=gate) for gate in (1.0, 0.0, 1.0, 0.0)]
+    rows = [one._replace(example=replace(one.example, num_before_user=2)) for one in rows]
+    assert shared_prefix_lengths(rows) == {(0, 1.0): 3, (0, 0.0): 2}
+
+
+def test_segments_of_a_slot_are_joined_with_a_gate_for_each_token() -> None:
+    cpu = torch.device("cpu")
+    one, other = Segment(0, 4, 1), Segment(4, 8, 1)
+    assert join_for_training([one, other], cpu) == [Segment(0, 8, 1)]
+    (joined,) = join_for_training([one._replace(gate=0.5), Segment(6, 8, 1), Segment(8, 9, 1, 0.25)], cpu)
+    assert joined[:3] == (0, 9, 1)
+    assert isinstance(joined.gate, torch.Tensor)
+    assert torch.equal(joined.gate, torch.tensor([0.5] * 4 + [0] * 2 + [1] * 2 + [0.25]))
+    # A long gap, another slot's tokens in between, the same tokens twice, and gates that are no numbers.
+    assert join_for_training([one, Segment(9, 12, 1)], cpu) == [one, Segment(9, 12, 1)]
+    assert join_for_training([one, Segment(0, 4, 2), other, Segment(4, 8, 2)], cpu) == [
+        Segment(0, 8, 1),
+        Segment(0, 8, 2),
+    ]
+    assert join_for_training([one, one], cpu) == [one, one]
+    own = [Segment(0, 4, 1, torch.ones(4)), other]
+    assert join_for_training(own, cpu) == own
 
 
 def all_cuts(lengths: list[int]) -> list[list[int]]:
@@ -57,9 +82,9 @@ def test_a_batch_holds_what_follows_the_prefixes_with_rows_of_a_job_together() -
         TrainingRow(0, 0, Example((7, 8, 9), (2,), "here")),
         TrainingRow(1, 1, Example((1, 2, 6, 4), (3,), "here")),
     ]
-    ((first, second, third),) = cut_rows(rows, {1: 2}, 100, 10)
+    ((first, second, third),) = cut_rows(rows, {(1, 1.0): 2}, 100, 10)
     assert [row.job for row in (first, second, third)] == [0, 1, 1]
-    batch = make_batch([first, second, third], {0: 0, 1: 2}, torch.device("cpu"))
+    batch = make_batch([first, second, third], {(0, 1.0): 0, (1, 1.0): 2}, torch.device("cpu"))
     assert batch.input_ids.tolist() == [[7, 8], [3, 4], [6, 0]]
     assert batch.position_ids is not None
     assert batch.attention_mask is not None

@@ -29,7 +29,7 @@ from loraplex.kernels.triton.work import (
 from loraplex.routing.gate_record import GateRecord, make_gate_record
 from loraplex.routing.gates import Gates, gates_of_segments
 from loraplex.routing.layer_gates import LayerGates
-from loraplex.routing.segments import RoutedGate, Segment, join_neighbours
+from loraplex.routing.segments import RoutedGate, Segment, join_for_training
 from loraplex.routing.token_groups import TokenGroups, group_tokens
 from loraplex.routing.token_router import RoutedGates, RoutedRow, native_routing
 from loraplex.routing.weight_provider import WeightProvider
@@ -54,7 +54,7 @@ class RoutingPlan:
         segments = [segment for segment in segments if segment.start < segment.stop]
         # Served rows stay apart and the layout alone chooses the kernel: a row's bits must not depend on what its
         # neighbours use. Training has no such promise to keep.
-        self.segments = join_neighbours(segments) if bank.trainable else segments
+        self.segments = join_for_training(segments, _device(segments, bank)) if bank.trainable else segments
         self.num_tokens = num_tokens
         self.tokens_per_row = num_tokens if tokens_per_row is None else tokens_per_row
         self.bank = bank
@@ -268,3 +268,10 @@ class RoutingPlan:
         if known is None or self.gates.change:
             self._stacks[module] = stack_segments(self.lora_segments(module), self.num_tokens, known=known)
         return self._stacks[module]
+
+
+def _device(segments: Sequence[Segment], bank: WeightProvider) -> torch.device:
+    """Where the factors are; the CPU for a plan without any."""
+    weights = (own for segment in segments for own in bank.layers(segment.slot).values())
+    first = next(weights, None)
+    return torch.device("cpu") if first is None else first.lora_a.device

@@ -23,6 +23,9 @@ FORWARD_COST = {"cpu": 64}
 FORWARD_COST_ELSEWHERE = 1024
 
 
+PrefixGroup = tuple[int, float]  # rows of one job and one gate before the user's turn: they may share a prefix
+
+
 class FrozenSlot(NamedTuple):
     """An adapter that isn't in training, with its weight in the link."""
 
@@ -57,9 +60,13 @@ class TrainingRow(NamedTuple):
     weight: float = 1.0  # of the row's losses in the gradient
     is_moved: bool = False  # by its job's interventions, at tokens that the prompt's length tells: it shares no prefix
 
+    @property
+    def prefix_group(self) -> PrefixGroup:
+        return self.job, self.gate_before_user
+
 
 class RowBatch(NamedTuple):
-    """Rows padded on the right; a job's shared prefix, of which only the keys and values are needed, is left out."""
+    """Rows padded on the right; a shared prefix, of which only the keys and values are needed, is left out."""
 
     rows: Sequence[TrainingRow]
     spans: Sequence[RowSpan]
@@ -85,26 +92,24 @@ class RowBatch(NamedTuple):
         return self.input_ids.shape[1]
 
 
-def shared_prefix_lengths(rows: Sequence[TrainingRow]) -> dict[int, int]:
-    """By job, how many first tokens all of its rows share and compute alike, before the first that counts.
+def shared_prefix_lengths(rows: Sequence[TrainingRow]) -> dict[PrefixGroup, int]:
+    """By group, how many first tokens all of its rows share and compute alike, before the first that counts.
 
     With dropout rows compute differently from the first token on. An aLoRA's rows are the base model's up to
-    the invocation. A gate before the user's turn ends where that begins, and has to be the same in all rows.
+    the invocation. A gate before the user's turn ends where that begins.
     """
-    lengths: dict[int, int] = {}
-    first_of: dict[int, TrainingRow] = {}
+    lengths: dict[PrefixGroup, int] = {}
+    first_of: dict[PrefixGroup, TrainingRow] = {}
     for row in rows:
-        first = first_of.setdefault(row.job, row)
+        first = first_of.setdefault(row.prefix_group, row)
         most = 0 if row.has_dropout or row.is_moved else row.example.answer[0] - 1
         if row.example.first_adapted:
             most = min(most, row.example.first_adapted)
-        if row.gate_before_user != first.gate_before_user:
-            most = 0
-        elif row.gate_before_user != 1:
+        if row.gate_before_user != 1:
             most = min(most, row.example.num_before_user)
-        most = min(most, lengths.get(row.job, most))
+        most = min(most, lengths.get(row.prefix_group, most))
         pairs = zip(first.example.inputs[:most], row.example.inputs[:most], strict=True)
-        lengths[row.job] = next((index for index, (a, b) in enumerate(pairs) if a != b), most)
+        lengths[row.prefix_group] = next((index for index, (a, b) in enumerate(pairs) if a != b), most)
     return lengths
 
 
@@ -114,7 +119,7 @@ def forward_cost(device: torch.device) -> int:
 
 
 def cut_batches(
-    rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], max_tokens: int, device: torch.device
+    rows: Sequence[TrainingRow], prefix_lengths: Mapping[PrefixGroup, int], max_tokens: int, device: torch.device
 ) -> Iterator[RowBatch]:
     """The rows in padded batches, each made when it is asked for."""
     for group in cut_rows(rows, prefix_lengths, max_tokens, forward_cost(device)):
@@ -122,17 +127,17 @@ def cut_batches(
 
 
 def cut_rows(
-    rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], max_tokens: int, cost: int
+    rows: Sequence[TrainingRow], prefix_lengths: Mapping[PrefixGroup, int], max_tokens: int, cost: int
 ) -> list[list[TrainingRow]]:
-    """Group rows of similar length so that padding and the number of forwards cost least; jobs stand together."""
+    """Group rows of similar length so that padding and passes cost least; those of a job stand together."""
 
     def length(row: TrainingRow) -> int:
-        return len(row.example.inputs) - prefix_lengths.get(row.job, 0)
+        return len(row.example.inputs) - prefix_lengths.get(row.prefix_group, 0)
 
     ordered = sorted(rows, key=length, reverse=True)
     groups, first = [], 0
     for size in cut_sizes([length(row) for row in ordered], max_tokens, cost):
-        groups.append(sorted(ordered[first : first + size], key=lambda row: row.job))
+        groups.append(sorted(ordered[first : first + size], key=lambda row: row.prefix_group))
         first += size
     return groups
 
@@ -159,9 +164,11 @@ def cut_sizes(lengths: Sequence[int], max_tokens: int, cost: int) -> list[int]:
     return sizes[::-1]
 
 
-def make_batch(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], device: torch.device) -> RowBatch:
+def make_batch(
+    rows: Sequence[TrainingRow], prefix_lengths: Mapping[PrefixGroup, int], device: torch.device
+) -> RowBatch:
     """Pad the rows' tokens after their shared prefixes."""
-    prefixes = [prefix_lengths.get(row.job, 0) for row in rows]
+    prefixes = [prefix_lengths.get(row.prefix_group, 0) for row in rows]
     inputs = [row.example.inputs[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
     outputs = [[index - 1 - prefix for index in row.example.answer] for row, prefix in zip(rows, prefixes, strict=True)]
     padded = max(map(len, inputs))

@@ -111,7 +111,7 @@ class LossComputer:
         self, rows: Sequence[TrainingRow], bank: WeightProvider
     ) -> tuple[SharedPrefixes | None, Iterator[RowBatch]]:
         lengths = shared_prefix_lengths(rows) if self._share_prefixes else {}
-        num_saved = sum(lengths[row.job] for row in rows) - sum(lengths.values()) if lengths else 0
+        num_saved = sum(lengths[row.prefix_group] for row in rows) - sum(lengths.values()) if lengths else 0
         if num_saved <= (0 if self._packing else forward_cost(self._base.device)):
             lengths = {}
         device, most = self._base.device, self._tokens_per_forward

@@ -1,6 +1,6 @@
-"""Packed rows: all of a pass in one sequence without padding, each attending to itself and its job's prefix alone.
+"""Packed rows: all of a pass in one sequence without padding, each attending to itself and its prefix alone.
 
-Linear layers see every token once, a job's shared prefix too. Attention takes the rows apart again, into groups of
+Linear layers see every token once, a shared prefix too. Attention takes the rows apart again, into groups of
 similar length, so that no token's keys meet another record's queries. Positions begin anew in every row.
 """
 
@@ -15,6 +15,7 @@ from loraplex.routing.plan import RoutingPlan
 from loraplex.routing.segments import Segment
 from loraplex.routing.weight_provider import WeightProvider
 from loraplex.training.forward.batch import (
+    PrefixGroup,
     RowBatch,
     RowSpan,
     TrainingRouting,
@@ -30,7 +31,7 @@ _GROUP_COST = 64  # tokens that one more group of attention costs as much as
 
 
 class _Piece(NamedTuple):
-    """What stands in a row of the pack: a job's shared prefix, or a record after it."""
+    """What stands in a row of the pack: a shared prefix, or a record after it."""
 
     row: TrainingRow
     start: int  # in the pack
@@ -63,31 +64,31 @@ class PackedLayout:
 
 def pack_batches(
     rows: Sequence[TrainingRow],
-    prefix_lengths: Mapping[int, int],
+    prefix_lengths: Mapping[PrefixGroup, int],
     max_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[RowBatch]:
     """The rows in packs of at most `max_tokens` tokens, or one row that is longer; each made when it is asked for."""
     pack: list[TrainingRow] = []
-    size, jobs = 0, set[int]()
-    for row in sorted(rows, key=lambda row: row.job):
-        prefix = prefix_lengths.get(row.job, 0)
+    size, groups = 0, set[PrefixGroup]()
+    for row in sorted(rows, key=lambda row: row.prefix_group):
+        prefix = prefix_lengths.get(row.prefix_group, 0)
         own = len(row.example.inputs) - prefix
-        if pack and size + own + (0 if row.job in jobs else prefix) > max_tokens:
+        if pack and size + own + (0 if row.prefix_group in groups else prefix) > max_tokens:
             yield make_pack(pack, prefix_lengths, device, dtype)
-            pack, size, jobs = [], 0, set()
-        size += own + (0 if row.job in jobs else prefix)
-        jobs.add(row.job)
+            pack, size, groups = [], 0, set()
+        size += own + (0 if row.prefix_group in groups else prefix)
+        groups.add(row.prefix_group)
         pack.append(row)
     if pack:
         yield make_pack(pack, prefix_lengths, device, dtype)
 
 
 def make_pack(
-    rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int], device: torch.device, dtype: torch.dtype
+    rows: Sequence[TrainingRow], prefix_lengths: Mapping[PrefixGroup, int], device: torch.device, dtype: torch.dtype
 ) -> RowBatch:
-    """One pack of these rows; each job's prefix stands once before its rows."""
+    """One pack of these rows; each shared prefix stands once before its rows."""
     pieces = _pieces(rows, prefix_lengths)
     records = [piece for piece in pieces if piece.span.outputs]
     positions = [piece.start + at for piece in records for at in piece.span.outputs]
@@ -112,21 +113,21 @@ def make_pack(
     )
 
 
-def _pieces(rows: Sequence[TrainingRow], prefix_lengths: Mapping[int, int]) -> list[_Piece]:
+def _pieces(rows: Sequence[TrainingRow], prefix_lengths: Mapping[PrefixGroup, int]) -> list[_Piece]:
     pieces: list[_Piece] = []
-    prefix_of: dict[int, int] = {}
+    prefix_of: dict[PrefixGroup, int] = {}
     start = 0
     for row in rows:
-        prefix = prefix_lengths.get(row.job, 0)
-        if prefix and row.job not in prefix_of:
-            prefix_of[row.job] = len(pieces)
+        prefix = prefix_lengths.get(row.prefix_group, 0)
+        if prefix and row.prefix_group not in prefix_of:
+            prefix_of[row.prefix_group] = len(pieces)
             ids = row.example.inputs[:prefix]
             pieces.append(_Piece(row, start, ids, 0, None, prefix_span(row, prefix)))
             start += prefix
         ids = row.example.inputs[prefix:]
         outputs = [index - 1 - prefix for index in row.example.answer]
         span = make_span(row, prefix, len(ids), outputs)
-        pieces.append(_Piece(row, start, ids, prefix, prefix_of.get(row.job), span))
+        pieces.append(_Piece(row, start, ids, prefix, prefix_of.get(row.prefix_group), span))
         start += len(ids)
     return pieces
 

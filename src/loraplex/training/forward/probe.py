@@ -11,7 +11,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from loraplex.errors import BaseModelError, ConfigError
 from loraplex.layers.quantized.training import check_gradients
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.batch import TrainingRow, TrainingSlot, TrainingWeightProvider, make_batch
+from loraplex.training.forward.batch import (
+    PrefixGroup,
+    TrainingRow,
+    TrainingSlot,
+    TrainingWeightProvider,
+    make_batch,
+)
 from loraplex.training.forward.loss import token_losses
 from loraplex.training.forward.packed_rows import make_pack
 from loraplex.training.forward.prefix import SharedPrefixes
@@ -19,6 +25,7 @@ from loraplex.training.forward.prefix import SharedPrefixes
 logger = logging.getLogger(__name__)
 
 _LONG, _SHORT = (1, 5, 3, 7, 2, 6), (4, 3, 6, 2)  # ids that every vocabulary has
+_PREFIXES: dict[PrefixGroup, int] = {(0, 1.0): 3, (1, 1.0): 1}
 _FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 
 
@@ -64,7 +71,7 @@ def can_share_prefixes(base: PreTrainedModel) -> bool:
         if not isinstance(cache, DynamicCache) or {type(layer) for layer in cache.layers} != {DynamicLayer}:
             logger.info("prefixes are not shared: the cache of %s does not keep every token", name)
             return False
-        same = _close(_losses(base, examples), _losses(base, examples, prefixes={0: 3, 1: 1}), base.dtype)
+        same = _close(_losses(base, examples), _losses(base, examples, prefixes=_PREFIXES), base.dtype)
     except _FAILURES as error:
         logger.info("prefixes are not shared: %s can't continue from a cache: %s", name, error)
         return False
@@ -82,7 +89,7 @@ def check_packing(base: PreTrainedModel) -> None:
     rows = [TrainingRow(job, job, example) for job, example in enumerate(examples)]
     bank = TrainingWeightProvider([TrainingSlot({}) for _ in examples])
     with torch.no_grad():
-        pack = make_pack(rows, {0: 3, 1: 1}, base.device, base.dtype)
+        pack = make_pack(rows, _PREFIXES, base.device, base.dtype)
         try:
             packed = token_losses(base, pack, bank, None)
         except _FAILURES as error:
@@ -96,7 +103,9 @@ def _example(ids: Sequence[int], answer: tuple[int, ...]) -> Example:
 
 
 @torch.no_grad()
-def _losses(base: PreTrainedModel, examples: Sequence[Example], prefixes: dict[int, int] | None = None) -> Tensor:
+def _losses(
+    base: PreTrainedModel, examples: Sequence[Example], prefixes: dict[PrefixGroup, int] | None = None
+) -> Tensor:
     bank = TrainingWeightProvider([TrainingSlot({}) for _ in examples])
     rows = [TrainingRow(job, job, example) for job, example in enumerate(examples)]
     shared = None if prefixes is None else SharedPrefixes(base, rows, prefixes, bank)

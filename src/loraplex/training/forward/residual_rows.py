@@ -11,6 +11,7 @@ from loraplex.residual.cache import Key, ResidualState
 from loraplex.residual.plan import RowPlans
 from loraplex.residual.rows import ChainLink, RowAttention
 from loraplex.residual.scope import AttentionScope, use_attention
+from loraplex.training.forward.batch import PrefixGroup
 
 
 class ResidualRows:
@@ -40,12 +41,12 @@ class ResidualRows:
 
 
 class PrefixResidualStates:
-    """u of several jobs' shared prefixes, for the batches that continue from them."""
+    """u of several groups' shared prefixes, for the batches that continue from them."""
 
-    def __init__(self, rows: ResidualRows, jobs: Sequence[int], state: ResidualState) -> None:
+    def __init__(self, rows: ResidualRows, groups: Sequence[PrefixGroup], state: ResidualState) -> None:
         self._rows = rows
         self._kept = {key: (sequences.tolist(), u) for key, sequences, u in state.items()}
-        self._places = {job: place for place, job in enumerate(jobs)}
+        self._places = {group: place for place, group in enumerate(groups)}
         # Batches end their backward passes here, as they do at keys and values.
         self.leaves = {key: u.detach().requires_grad_(u.requires_grad) for key, (_, u) in self._kept.items()}
 
@@ -54,16 +55,16 @@ class PrefixResidualStates:
         """What the prefixes' pass computed, and the leaves at which batches left their gradients."""
         return [(u, self.leaves[key]) for key, (_, u) in self._kept.items()]
 
-    def state_for(self, jobs: Sequence[int]) -> ResidualState:
-        """The state of a batch with one row for each entry of `jobs`."""
+    def state_for(self, groups: Sequence[PrefixGroup]) -> ResidualState:
+        """The state of a batch with one row for each entry of `groups`."""
         state = ResidualState()
         for key, (sequences, _) in self._kept.items():
-            ranks = [self._rows.rank(job, key) for job in jobs]
+            ranks = [self._rows.rank(job, key) for job, _ in groups]
             here = [row for row, rank in enumerate(ranks) if rank > 0]
             if not here:
                 continue
-            # A job without a prefix borrows any other's, which its attention mask hides.
-            places = [sequences.index(p) if (p := self._places.get(jobs[row])) in sequences else 0 for row in here]
+            # A group without a prefix borrows any other's, which its attention mask hides.
+            places = [sequences.index(p) if (p := self._places.get(groups[row])) in sequences else 0 for row in here]
             leaf = self.leaves[key]
             u = leaf.index_select(0, torch.tensor(places, device=leaf.device))
             rank = max(ranks)
