@@ -17,6 +17,7 @@ from loraplex.engine.request import Delta, Request, RequestResult
 from loraplex.engine.stats import EngineStats
 from loraplex.errors import EngineError
 from loraplex.models.multi_lora import MultiLoraModel
+from loraplex.threads import compute_alone, give_back_workers
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,11 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._wake = threading.Event()
         self._is_closed = False
-        self._input_threads = ThreadPoolExecutor(_INPUT_THREADS, thread_name_prefix="loraplex-input")
-        # The engine is made in its thread: what computes in another one gets compute threads of its own, and with more
-        # of them than cores OpenMP puts all to sleep between operators, which makes steps 1.4 times slower.
+        self._input_threads = ThreadPoolExecutor(
+            _INPUT_THREADS, thread_name_prefix="loraplex-input", initializer=compute_alone
+        )
+        # The engine is made in its thread: workers of another one would slow its steps (threads.py).
+        give_back_workers()
         made: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(config, made), name="loraplex-engine", daemon=True)
         self._thread.start()

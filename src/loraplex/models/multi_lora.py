@@ -35,6 +35,7 @@ from loraplex.residual.positions import Positions
 from loraplex.residual.registry import AttentionRequest
 from loraplex.routers.config import RouterConfig
 from loraplex.routing.adapter_spec import AdapterSpec, is_auto, parse_adapter_spec
+from loraplex.threads import workers_given_back
 from loraplex.xlora.config import XLoraConfig
 from loraplex.xlora.formats.mixture_folder import Layout
 from loraplex.xlora.scalings.log import ScalingsLog
@@ -171,6 +172,7 @@ class MultiLoraModel:
 
     # Adapters, mixtures, residuals
 
+    @workers_given_back()
     def load_adapter(
         self,
         name: str,
@@ -192,6 +194,7 @@ class MultiLoraModel:
         """
         self.registry.load_adapter(name, source, replace=replace, revision=revision, ignore_unknown=ignore_unknown)
 
+    @workers_given_back()
     def load_residual(
         self,
         name: str,
@@ -209,6 +212,7 @@ class MultiLoraModel:
         """
         self.registry.load_residual(name, source, replace=replace, layers=layers, positions=positions)
 
+    @workers_given_back()
     def create_mixture(
         self, name: str, experts: Sequence[str], config: XLoraConfig | RouterConfig | None = None, *, seed: int = 0
     ) -> None:
@@ -221,6 +225,7 @@ class MultiLoraModel:
         """
         self.registry.create_mixture(name, experts, config or XLoraConfig(), seed=seed)
 
+    @workers_given_back()
     def load_mixture(self, name: str, folder: str | Path, *, experts: Experts = None) -> None:
         """Load an X-LoRA folder, PEFT's or the original package's, or one with a router, ours or PEFT's Arrow.
 

@@ -24,6 +24,7 @@ from loraplex.server.logs import set_up_logs
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
 from loraplex.server.tracing import tracing_from_environment
+from loraplex.threads import computing_alone, workers_given_back
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ async def serve(
                 await asyncio.to_thread(state.training.close)
 
 
+@workers_given_back()
 def _begin_training(state: ServerState) -> None:
     """Raises MissingExtraError, and BaseModelError for a base model that can't be trained on."""
     require_extra("tinker", "--training")
@@ -150,14 +152,14 @@ def run(config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None
     """`loraplex serve`."""
     set_up_logs(config.logs.log_level)
     check_address(config.network)
-    with ThreadPoolExecutor(1) as loader:  # its compute threads end with it; the engine's are then as many as cores
+    with ThreadPoolExecutor(1) as loader:  # its workers end with it (threads.py)
         model = loader.submit(load_model, config).result()
     run_server(model, config, on_ready=on_ready)
 
 
 def run_server(model: MultiLoraModel, config: ServeConfig, *, on_ready: Callable[[Server], None] | None = None) -> None:
     """`serve` on an event loop of its own, of uvloop's where that is installed."""
-    with asyncio.Runner(loop_factory=event_loops()) as runner:
+    with computing_alone(), asyncio.Runner(loop_factory=event_loops()) as runner:
         runner.run(serve(model, config, on_ready=on_ready))
 
 

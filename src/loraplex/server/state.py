@@ -3,9 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +33,7 @@ from loraplex.server.auth.rate_limit import Attempts, Cost, KeyUsage, Usages
 from loraplex.server.metrics import Metrics
 from loraplex.server.settings import ServeConfig
 from loraplex.server.tracing import Tracing
+from loraplex.threads import stand_beside, workers_given_back
 
 if TYPE_CHECKING:  # its messages need the extra "tinker"
     from loraplex.server.tinker.service import TinkerService
@@ -47,7 +45,6 @@ NUM_CHECKERS = 2  # threads that check keys
 _NUM_WORKERS = 4  # threads that read requests and write answers
 _NUM_LOADERS = 4  # threads that load adapters, which takes longer
 _MAX_NAMES_TOLD = 100
-_NICENESS = 10  # gets a tenth of a processor that the engine wants too
 T = TypeVar("T")
 
 
@@ -77,6 +74,7 @@ class ServerState:
         self.training: TinkerService | None = None
         self._row_tokenizers: WeakKeyDictionary[Vocabulary, RowTokenizer] = WeakKeyDictionary()
 
+    @workers_given_back()
     def prepare(self) -> None:
         """Make ahead what would hold up all requests when the first one needs it."""
         try:
@@ -219,7 +217,7 @@ class Workers:
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=_give_way)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=stand_beside)
         self._share = max(1, num_threads // 2)
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
@@ -233,16 +231,6 @@ class Workers:
         future = self._pool.submit(work)
         future.add_done_callback(lambda done: _release(turn, loop))
         return await asyncio.wrap_future(future)  # cancelling it cancels what hasn't begun
-
-
-def _give_way() -> None:
-    """Let the scheduler of Linux run the engine's threads first where processors are scarce.
-
-    There each thread has a niceness of its own; elsewhere it is the whole process's, which stays as it is.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _release(turn: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> None:

@@ -33,6 +33,7 @@ from loraplex.errors import (
     ConfigError,
 )
 from loraplex.json_files import damaged_as
+from loraplex.threads import compute_alone
 from loraplex.validation import listed
 
 
@@ -82,7 +83,9 @@ class AdapterStore:
         self._host_tier = HostTier(config.host_bytes)
         self._loads: dict[int, Future[PreparedAdapter]] = {}
         self._num_disk_reads = self._num_host_evictions = 0
-        self._loader = ThreadPoolExecutor(config.loading_threads, thread_name_prefix="loraplex-load")
+        self._loader = ThreadPoolExecutor(
+            config.loading_threads, thread_name_prefix="loraplex-load", initializer=compute_alone
+        )
 
     # Registering
 

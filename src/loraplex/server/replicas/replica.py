@@ -19,6 +19,7 @@ from loraplex.server.replicas.router import HELD
 from loraplex.server.settings import ServeConfig
 from loraplex.server.state import ServerState
 from loraplex.server.tracing import tracing_from_environment
+from loraplex.threads import compute_alone
 
 HELD_HEADER, REPLICA_HEADER = b"x-adapters-held", b"x-replica"
 
@@ -32,6 +33,7 @@ class EngineReplica:
         if on_loopback:
             bind_replica_to_loopback()
         set_up_logs(config.logs.log_level)
+        compute_alone()  # the event loop's thread, for as long as the process lives
         with ThreadPoolExecutor(1) as loader:  # as lifecycle.run does
             model = await asyncio.get_running_loop().run_in_executor(loader, load, config)
         watched = AdapterWatcher(model, config.model.watch) if config.model.watch else None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from loraplex.layers.attach import AdaptableModel
 from loraplex.layers.quantized.training import quantized_modules_train
+from loraplex.threads import workers_given_back
 from loraplex.training.forward.probe import check_trainable_base
 from loraplex.training.service.carry_out import CarriedOut, Publish, carry_out
 from loraplex.training.service.checkpoints import Checkpoints
@@ -182,7 +183,8 @@ class TrainingLoop:
         with quantized_modules_train(self._base):
             while not self._is_closed:
                 try:
-                    self._turn()
+                    with workers_given_back():
+                        self._turn()
                 except Exception:  # of the loop itself: requests have their own
                     logger.exception("a turn of training failed")
                     time.sleep(_TICK_S)

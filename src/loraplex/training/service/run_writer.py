@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from loraplex.errors import CheckpointError, LoraplexError
+from loraplex.threads import stand_beside
 from loraplex.training.service.journal import Snapshot
 from loraplex.training.service.run_queue import RunQueue
 
@@ -23,7 +24,7 @@ class RunWriter:
         """With the condition of the queues, which is told when something is written."""
         self._changed = changed
         self._num_pending = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training-writer")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training-writer", initializer=stand_beside)
 
     @property
     def is_full(self) -> bool:
