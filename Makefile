@@ -132,7 +132,8 @@ SANITIZED := tests/kernels/test_sanitizers.py tests/kernels/test_kernels.py test
 	tests/kernels/test_attend_rows.py tests/kernels/test_rank_gates.py tests/kernels/test_packed_weight.py \
 	tests/kernels/test_int8_weight.py tests/kernels/test_native_router.py tests/kernels/test_prompt_attention.py \
 	tests/engine/test_native_ops.py tests/engine/test_fused.py tests/engine/test_layer_stack.py tests/engine/test_greedy.py \
-	tests/engine/test_asked_rows.py tests/kernels/test_packed_experts.py tests/engine/test_expert_layers.py
+	tests/engine/test_asked_rows.py tests/kernels/test_packed_experts.py tests/engine/test_expert_layers.py \
+	tests/kernels/test_gradients.py
 
 test-sanitize: setup ## The compiled kernels, and engines on them, under AddressSanitizer and UBSan
 	LORAPLEX_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \

@@ -27,7 +27,7 @@ from loraplex.training import DataSource, EvaluationConfig, MixtureTrainConfig, 
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.trainer import Trainer
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.fast_passes import fast_passes
 from loraplex.training.mixture.data import load_mixture_data
 from loraplex.training.mixture.sources import as_sources
 from loraplex.training.mixture.state import MixtureState
@@ -124,7 +124,7 @@ class Race:
         self.fill_tokens_per_s = self._fill(options.rounds + 1)
 
     def run_ours(self) -> float:
-        with fast_attention(self.ours.model.base, longest=128):
+        with fast_passes(self.ours.model.base, longest=128):
             return self._timed("ours", lambda examples: self.ours.step())
 
     def run_theirs(self, attention: str) -> float:
@@ -134,7 +134,7 @@ class Race:
     def _fill(self, num_steps: int) -> float:
         examples = [row.example for step in range(num_steps) for row in self.ours.data.examples_of_step(step)]
         start = self._now()
-        with fast_attention(self.ours.model.base, longest=128):
+        with fast_passes(self.ours.model.base, longest=128):
             self.ours.hidden.fill(examples, lambda done, total: None)
         return sum(len(example.ids) for example in examples) / (self._now() - start)
 

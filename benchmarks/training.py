@@ -36,7 +36,7 @@ from loraplex.training.adapters.task import AdapterTask
 from loraplex.training.core.distributed import ProcessGroup
 from loraplex.training.core.trainer import Trainer
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.fast_passes import fast_passes
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("quantum", "materials", "protein", "peptides")
@@ -172,7 +172,7 @@ class Race:
             trainer.step(range(len(states)))
             return [state.progress.train_losses[-1] for state in states], self._now() - start
 
-        with fast_attention(self.base, self.longest, packing=packing):
+        with fast_passes(self.base, self.longest, packing=packing):
             return self._speed("packed" if packing else "ours", step)
 
     def run_theirs(self, attention: str, *, autocast: bool) -> float:

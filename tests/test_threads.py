@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,17 @@ from tests.tiny_models import random_peft_adapter, tiny_model
 
 TASKS = Path("/proc/self/task")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or torch.get_num_threads() < 2 or "/libgomp" not in Path("/proc/self/maps").read_text(),
-    reason="needs GNU's OpenMP and two threads",
+    sys.platform != "linux" or "/libgomp" not in Path("/proc/self/maps").read_text(), reason="needs GNU's OpenMP"
 )
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+    give_back_workers()
 
 
 def compute() -> None:

@@ -68,6 +68,9 @@ def _limit(num_threads: int) -> None:
     torch.get_num_threads()  # the first time, torch itself sets the number for this thread
     for library in _runtimes():
         library.omp_set_num_threads(num_threads)
+    set_mkl = _mkl_setter()  # whose number is another one
+    if set_mkl is not None:
+        set_mkl(1 if num_threads == 1 else 0)  # 0: as many as all threads have
     give_back_workers()
 
 
@@ -79,12 +82,20 @@ def _runtimes() -> list[Any]:
     except OSError:  # no Linux
         return []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line}
-    return [library for path in sorted(paths) if (library := _opened(path)) is not None]
+    found = [library for path in sorted(paths) if (library := _opened(path)) is not None]
+    return [library for library in found if hasattr(library, "omp_pause_resource_all")]  # since GCC 9
 
 
 def _opened(path: str) -> Any | None:
+    """A library that is loaded already."""
     try:
-        library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
-        return library if hasattr(library, "omp_pause_resource_all") else None  # GCC 9
+        return ctypes.CDLL(path, mode=getattr(os, "RTLD_NOLOAD", 0))
     except OSError:
         return None
+
+
+@cache
+def _mkl_setter() -> Any | None:
+    """What sets the number of a thread's workers in MKL, where torch has that inside."""
+    library = _opened(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return getattr(library, "MKL_Set_Num_Threads_Local", None)

@@ -8,7 +8,8 @@ from torch import Tensor
 from loraplex.engine.kv.kv_cache import AttentionTerms
 from loraplex.engine.kv.mask_rule import MaskRule
 from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.fusion.layer_parts import Activation
+from loraplex.kernels import native_parts
+from loraplex.layers.fusion.activations import Activation
 
 pytestmark = pytest.mark.needs("compiler")
 # Of the largest value. A bfloat16 has 8 bits; some results are rounded twice, as torch does.
@@ -30,8 +31,8 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 def test_rms_norm(dtype, size):
     x, weight = random(2, 5, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
-    assert_near(native_ops.rms_norm(x, weight, 1e-5, False), normed * weight.double())
-    assert_near(native_ops.rms_norm(x, weight, 1e-5, True), normed * (1 + weight.double()))
+    assert_near(native_parts.rms_norm(x, weight, 1e-5, False), normed * weight.double())
+    assert_near(native_parts.rms_norm(x, weight, 1e-5, True), normed * (1 + weight.double()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,11 +68,11 @@ def test_activations_of_small_and_huge_values(dtype, size, kind, reference):
     gate[0, :3] = torch.tensor([-500.0, 500.0, 0.0])
     gate[1] /= 30
     plain, expected = gate.clone(), reference(gate.double())
-    result = native_ops.activate(gate, up, kind)
+    result = native_parts.activate(gate, up, kind)
     assert result.data_ptr() == gate.data_ptr()
     for row in range(3):
         assert_near(result[row], expected[row] * up[row].double())
-        assert_near(native_ops.activate(plain[row].clone(), None, kind), expected[row])
+        assert_near(native_parts.activate(plain[row].clone(), None, kind), expected[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,15 +80,15 @@ def test_activations_of_small_and_huge_values(dtype, size, kind, reference):
 def test_layer_norm(dtype, size):
     x, weight, bias = (random(2, 5, size, dtype=dtype, seed=seed) for seed in range(3))
     expected = F.layer_norm(x.double(), (size,), weight[0, 0].double(), bias[0, 0].double(), 1e-5)
-    assert_near(native_ops.norm(x, weight[0, 0], bias[0, 0], 1e-5, True, False), expected)
-    assert_near(native_ops.norm(x, None, None, 1e-5, True, False), F.layer_norm(x.double(), (size,)))
+    assert_near(native_parts.norm(x, weight[0, 0], bias[0, 0], 1e-5, True, False), expected)
+    assert_near(native_parts.norm(x, None, None, 1e-5, True, False), F.layer_norm(x.double(), (size,)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm_with_weights_for_each_head(dtype):
     x, weight = random(3, 4, 16, dtype=dtype), random(4, 16, dtype=dtype, seed=1)
     expected = F.layer_norm(x.double(), (16,)) * weight.double()
-    assert_near(native_ops.norm(x, weight, None, 1e-5, True, False), expected)
+    assert_near(native_parts.norm(x, weight, None, 1e-5, True, False), expected)
 
 
 SHAPES = [  # head_dim of keys and of values, heads, kv_heads, block_tokens, sight, softcap, sinks

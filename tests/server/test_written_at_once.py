@@ -157,6 +157,24 @@ def delta(token: int) -> Delta:
     return Delta(request_id="r", index=0, token_ids=(token,), text="x")
 
 
+def test_what_follows_a_fault_is_not_told() -> None:
+    """The next token may be there before the reader is woken: it would come after a gap."""
+
+    def fails(events) -> bool:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        collector = OutputCollector(asyncio.get_running_loop())
+        reading = asyncio.ensure_future(collector.take(fails))
+        await asyncio.sleep(0)
+        collector.put([delta(1)])
+        collector.put([delta(2)])
+        with pytest.raises(ZeroDivisionError):
+            await reading
+
+    asyncio.run(main())
+
+
 def test_events_are_taken_at_once_only_while_the_reader_waits() -> None:
     taken: list[int] = []
 

@@ -52,6 +52,13 @@ def _keep_mask(x: Tensor, segment: LoraSegment) -> Tensor:
     return (draw >= segment.dropout).to(x.dtype).div_(1 - segment.dropout)
 
 
+def _cover(segments: Sequence[LoraSegment], num_tokens: int) -> bool:
+    """Whether each token is in exactly one segment, all without dropout."""
+    ends = [0, *(segment.stop for segment in segments)]
+    starts = [*(segment.start for segment in segments), num_tokens]
+    return ends == starts and not any(segment.dropout > 0 for segment in segments)
+
+
 class _SegmentedLora(torch.autograd.Function):
     """Explicit gradients, so that a step keeps one [n, rank] tensor a segment and no copies of y."""
 
@@ -80,7 +87,8 @@ class _SegmentedLora(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         needs_y, needs_x, _, *needs_factors = ctx.needs_input_grad
         flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = torch.zeros_like(flat_x) if needs_x else None
+        fills_x = _cover(ctx.segments, len(flat_x))
+        grad_x = (torch.empty_like(flat_x) if fills_x else torch.zeros_like(flat_x)) if needs_x else None
         grads: list[Tensor | None] = []
         for i, segment in enumerate(ctx.segments):
             hidden, mask = saved[2 * i], saved[2 * i + 1]
@@ -96,7 +104,9 @@ class _SegmentedLora(torch.autograd.Function):
                 grad_b = _gate(hidden, segment.gates).t() @ g
             if needs_gates:
                 grad_gates = grad_gated * hidden if segment.gates.ndim == 2 else (grad_gated * hidden).sum(-1)
-            if grad_x is not None and mask is None:
+            if grad_x is not None and fills_x:
+                torch.mm(grad_hidden, a, out=grad_x[segment.start : segment.stop])
+            elif grad_x is not None and mask is None:
                 grad_x[segment.start : segment.stop].addmm_(grad_hidden, a)
             elif grad_x is not None:
                 grad_x[segment.start : segment.stop] += (grad_hidden @ a) * mask

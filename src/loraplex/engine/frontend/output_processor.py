@@ -191,6 +191,8 @@ class OutputCollector:
 
     def put(self, events: Sequence[Event]) -> None:
         """Add events; called on the reader's loop."""
+        if self._error is not None:  # what follows a fault is not told: it would be with a gap
+            return
         if self._at_once is not None and not self._arrived.is_set():
             try:
                 if self._at_once(events):

@@ -61,32 +61,9 @@ def attend_prompt(
     _operator("attend_prompt_")(query, out, keys, values, *where, terms.scale, *mask_rule, terms.softcap or 0.0, sinks)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), or (1 + weight) * ..."""
-    return _operator("rms_norm")(x, weight, eps, plus_one)
-
-
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary positions in place: query and key [tokens, heads, dim], cos and sin [tokens, dim] (arXiv 2104.09864)."""
     _operator("rotate_")(query, key, cos, sin)
-
-
-def norm(
-    x: Tensor,  # [.., size] or [.., heads, size]
-    weight: Tensor | None,  # [size] or [heads, size]
-    bias: Tensor | None,
-    eps: float,
-    is_centered: bool,
-    plus_one: bool,
-) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight + bias, of x less its mean if `is_centered`; `plus_one`: (1 + weight)."""
-    return _operator("norm")(x, weight, bias, eps, is_centered, plus_one)
-
-
-def activate(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
-    """act(gate) * up, or act(gate), in gate's memory; `kind` is one of layer_parts.Activation."""
-    _operator("activate_")(gate, up, kind)
-    return gate
 
 
 def decode_layers(

@@ -1,22 +1,15 @@
 // Operators that run single parts of a layer by the formula that decoder layers have.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "arguments.h"
 #include "fused.h"
+#include "split.h"
 
 namespace {
 
 using loraplex::check_input;
-
-// run(first, last) on the shares of [0, count) that threads take.
-template <typename F>
-void split_values(int64_t count, int64_t values, const F& run) {
-  constexpr int64_t kValues = 1 << 14;  // below which one thread does it all
-  if (values < kValues || count == 0) return run(0, count);
-  at::parallel_for(0, count, std::max<int64_t>(1, kValues * count / values), run);
-}
+using loraplex::split_values;
 
 // Norms of x [.., size], or of each of `weight`'s rows [heads, size] for x [.., heads, size]; see norm.h.
 at::Tensor norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,

@@ -21,8 +21,8 @@ from loraplex.training.core.rng import Purpose, generator
 from loraplex.training.core.sharding import all_layers_run_backward
 from loraplex.training.core.trainer import Loss
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import FrozenSlot, TrainingRow, TrainingSlot, TrainingWeightProvider
+from loraplex.training.forward.fast_passes import fast_passes
 from loraplex.training.forward.loss import LossComputer
 from loraplex.training.forward.probe import can_share_prefixes, check_packing
 from loraplex.training.forward.reft_rows import ReftRows
@@ -69,7 +69,7 @@ class AdapterTask:
     @contextmanager
     def running(self) -> Iterator[None]:
         together = all_layers_run_backward(self._base) if self._is_sharded else nullcontext()
-        with together, fast_attention(self._base, self._longest, packing=self._packing):
+        with together, fast_passes(self._base, self._longest, packing=self._packing):
             yield
 
     @property
@@ -146,7 +146,7 @@ class AdapterTask:
         refresh_derived(self.states)
         sums = torch.zeros(len(needed), 2, device=self._base.device)
         own = self._ranks.share(range(len(needed)))
-        with fast_attention(self._base, self._longest, packing=self._packing):
+        with fast_passes(self._base, self._longest, packing=self._packing):
             rows, bank = self._rows([needed[number] for number in own], with_dropout=False, as_reference=True)
             sums[own] = self._losses.score(rows, bank).losses.view(-1, 2)
         sums = self._ranks.add_up(sums)

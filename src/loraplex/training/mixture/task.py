@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex.training.core.bars import counting_progress
 from loraplex.training.core.trainer import Loss
-from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.fast_passes import fast_passes
 from loraplex.training.mixture.hidden_states import HiddenStates
 from loraplex.training.mixture.losses import MixtureLosses, Sums
 from loraplex.training.mixture.state import MixtureState
@@ -37,7 +37,7 @@ class MixtureTask:
     @contextmanager
     def running(self) -> Iterator[None]:
         needed, config = self._state.data.needed(), self._state.config
-        with fast_attention(self._base, max(len(example.ids) for example in needed)):
+        with fast_passes(self._base, max(len(example.ids) for example in needed)):
             with counting_progress("scaling pass", enabled=config.run.progress) as on_progress:
                 self.hidden_states.fill(needed, on_progress)
             kept, megabytes = self.hidden_states.num_kept, self.hidden_states.num_bytes / 1e6

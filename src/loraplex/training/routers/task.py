@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from loraplex.training.core.bars import counting_progress
 from loraplex.training.core.trainer import Loss
-from loraplex.training.forward.attention import fast_attention
+from loraplex.training.forward.fast_passes import fast_passes
 from loraplex.training.mixture.data import Sourced
 from loraplex.training.mixture.task import by_source, named
 from loraplex.training.routers.losses import RouterLosses, StepLoss
@@ -27,7 +27,7 @@ class RouterTask:
     @contextmanager
     def running(self) -> Iterator[None]:
         state, needed = self._state, self._state.data.needed()
-        with fast_attention(self._base, max(len(example.ids) for example in needed)):
+        with fast_passes(self._base, max(len(example.ids) for example in needed)):
             if state.teacher is not None:
                 with counting_progress("the teacher's scaling pass", enabled=state.config.run.progress) as on_progress:
                     state.teacher.hidden_states.fill(needed, on_progress)

@@ -12,7 +12,6 @@ from loraplex.adapters.store.slot_weights import SlotWeights
 from loraplex.errors import ConfigError
 from loraplex.routing.routing import use_routing
 from loraplex.training.data.examples import Example
-from loraplex.training.forward.attention import fast_attention
 from loraplex.training.forward.batch import (
     TrainingRouting,
     TrainingRow,
@@ -23,6 +22,7 @@ from loraplex.training.forward.batch import (
     make_batch,
 )
 from loraplex.training.forward.checkpointing import checkpointable_layers, checkpointed
+from loraplex.training.forward.fast_passes import fast_passes
 from loraplex.training.service.datums import Datum
 from loraplex.training.service.losses import ChosenLoss
 
@@ -59,7 +59,7 @@ class TrainingPasses:
         bank = TrainingWeightProvider([TrainingSlot(weights) for weights in adapters])
         results: dict[int, RowResult] = {}
         longest = max((len(row.datum.tokens) for row in rows), default=0)
-        with torch.set_grad_enabled(backward), fast_attention(self._base, longest):
+        with torch.set_grad_enabled(backward), fast_passes(self._base, longest):
             for group in self._groups(rows):
                 found = self._run_group([rows[index] for index in group], bank, backward=backward)
                 results.update(zip(group, found, strict=True))

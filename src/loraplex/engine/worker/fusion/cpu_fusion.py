@@ -1,13 +1,11 @@
 """Modules between the linear ones, run by one compiled operator each where a packed batch is decoded.
 
 Not by architecture: a module is taken over if it has the parts that a formula needs and one of its kind gives what the
-formula gives (agreement.py), also for large inputs and at far positions. Outside of packed passes it runs as it did.
+formula gives (layers/fusion), also for large inputs and at far positions. Outside of packed passes it runs as it did.
 """
 
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
-from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,16 +15,18 @@ from transformers import PreTrainedModel
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker import native_ops
 from loraplex.engine.worker.attention import packed_attention
-from loraplex.engine.worker.fusion.agreement import TOLERANCE, agree, attentions_agree, holds, random_inputs
-from loraplex.engine.worker.fusion.layer_parts import Activation, LayerParts
+from loraplex.engine.worker.fusion.attention_agreement import attentions_agree
+from loraplex.engine.worker.fusion.layer_parts import LayerParts
 from loraplex.engine.worker.fusion.layer_record import ModuleIndex
 from loraplex.engine.worker.fusion.layer_stack import LayerStack, attention_forward, chains, layer_forward
-from loraplex.engine.worker.fusion.layer_trial import LayerTrial, activations_in, hooked, states_of
+from loraplex.engine.worker.fusion.layer_trial import LayerTrial, hooked, states_of
 from loraplex.engine.worker.fusion.linear_products import LinearProducts
-from loraplex.engine.worker.fusion.norms import NormTerms, may_be_norm, norm_terms
 from loraplex.engine.worker.input_batch import current_input_batch
+from loraplex.kernels import native_parts
 from loraplex.layers.base.module_kinds import module_kind
-from loraplex.layers.quantized.kinds import has_plain_weight
+from loraplex.layers.fusion.activations import Activation, activation_of, may_be_gated_mlp, run_gated_mlp
+from loraplex.layers.fusion.agreement import holds
+from loraplex.layers.fusion.norms import NormTerms, may_be_rms_norm, rms_terms
 
 _NORM_TERMS = "loraplex_norm_terms"  # on a norm: how it is computed
 _ACTIVATION = "loraplex_activation"  # on a feed-forward module: the kind of its activation
@@ -79,17 +79,17 @@ class CpuFusion:
         norms: dict[Hashable, NormTerms | None] = {}  # by kind; None: no formula gives what it gives
         mlps: dict[Hashable, Activation | None] = {}
         for module in modules:
-            if _may_be_rms_norm(module):
+            if may_be_rms_norm(module):
                 kind = module_kind(module)
                 if kind not in norms:
-                    norms[kind] = _rms_terms(module)
+                    norms[kind] = rms_terms(module)
                 if norms[kind] is not None:
                     vars(module)[_NORM_TERMS] = norms[kind]
                     self._take(module, _norm_forward)
-            elif _may_be_gated_mlp(module):
+            elif may_be_gated_mlp(module):
                 kind = module_kind(module)
                 if kind not in mlps:
-                    mlps[kind] = _activation_of(module)
+                    mlps[kind] = activation_of(module)
                 if mlps[kind] is not None:
                     vars(module)[_ACTIVATION] = mlps[kind]
                     self._take(module, _mlp_forward)
@@ -178,6 +178,7 @@ def _subclass(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.M
 
 
 def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    forward.__wrapped__ = former.forward  # type: ignore[attr-defined]  # for whoever asks for its signature
     # The module's own namespace: transformers looks there for functions that belong to a class.
     return type(former.__name__, (former,), {"forward": forward, "__module__": former.__module__})
 
@@ -185,55 +186,16 @@ def _with_forward(former: type[nn.Module], forward: Callable[..., Any]) -> type[
 # Root mean square norms
 
 
-def _may_be_rms_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    takes_one_input = len(signature(type(module).forward).parameters) == 2  # itself, and x
-    if not takes_one_input or "bias" in module._parameters:
-        return False
-    return may_be_norm(module) and isinstance(weight, Tensor) and weight.ndim == 1
-
-
-def _rms_terms(module: nn.Module) -> NormTerms | None:
-    """None for another norm: torch computes LayerNorm in one operator as it is."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    terms = norm_terms(module, weight.new_empty(3, len(weight)))
-    return None if terms is None or terms.is_centered else terms
-
-
 def _norm_forward(module: nn.Module, x: Tensor) -> Tensor:
     terms: NormTerms = vars(module)[_NORM_TERMS]
-    return native_ops.rms_norm(x.contiguous(), module.weight, terms.eps, terms.plus_one)  # type: ignore[arg-type]
+    return native_parts.rms_norm(x.contiguous(), module.weight, terms.eps, terms.plus_one)  # type: ignore[arg-type]
 
 
 # Gated feed-forward modules
 
 
-def _may_be_gated_mlp(module: nn.Module) -> bool:
-    names = {name for name, _ in module.named_children()}
-    if names - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
-        return False
-    gate = module.get_submodule("gate_proj")
-    return isinstance(gate, nn.Linear) and has_plain_weight(gate) and gate.weight.dtype in TOLERANCE
-
-
-def _activation_of(module: nn.Module) -> Activation | None:
-    """The kind that gives what the module gives; None for another formula."""
-    return next((kind for kind in activations_in(module) if holds(partial(_is_gated_mlp, module, kind))), None)
-
-
-def _is_gated_mlp(module: nn.Module, kind: Activation) -> bool:
-    gate = module.get_submodule("gate_proj")
-    assert isinstance(gate, nn.Linear), "a module without gate_proj was taken for a gated one"
-    inputs = random_inputs(3, gate.in_features, like=gate.weight)
-    return all(agree(_gated_mlp(module, x, kind), module(x)) for x in inputs)
-
-
 def _mlp_forward(module: nn.Module, x: Tensor) -> Any:
-    return _gated_mlp(module, x, vars(module)[_ACTIVATION])
-
-
-def _gated_mlp(module: nn.Module, x: Tensor, kind: Activation) -> Any:
-    return module.down_proj(native_ops.activate(module.gate_proj(x), module.up_proj(x), kind))  # type: ignore[operator]
+    return run_gated_mlp(module, x, vars(module)[_ACTIVATION])
 
 
 # Attention with rotary positions

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.engine.worker.fusion.agreement import SCALES, TOLERANCE, distance
 from loraplex.engine.worker.fusion.layer_parts import (
     ExpertGate,
     ExpertsPart,
@@ -21,6 +20,7 @@ from loraplex.engine.worker.fusion.layer_parts import (
 )
 from loraplex.engine.worker.fusion.part_run import PartRun
 from loraplex.layers.base.parameters import has_stacked_experts, parameter_names
+from loraplex.layers.fusion.agreement import SCALES, TOLERANCE, distance
 
 _TOKENS = 32  # that a router is tried on
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.layers.fusion.activations import Activation
 from loraplex.layers.quantized.kinds import has_plain_weight
 
 # The enumerations are those of kernels/csrc/layer.h, in their order.
@@ -29,16 +30,6 @@ class Rotary(IntEnum):
     PAIRS = 2
     PAIRS_OF_HALF = 3  # neighbours, whose cosines fill half a table
     NARROW_HALVES = 4  # values of both halves, with a cosine for each pair
-
-
-class Activation(IntEnum):
-    """Of feed-forward modules."""
-
-    SILU = 0
-    GELU = 1
-    GELU_TANH = 2
-    RELU = 3
-    SQUARED_RELU = 4
 
 
 class Gating(IntEnum):

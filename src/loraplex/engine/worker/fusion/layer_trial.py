@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.engine.kv.kv_cache import KeyValueCache
-from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.fusion.agreement import SCALES, TOLERANCE, distance, holds
 from loraplex.engine.worker.fusion.expert_parts import expert_candidates, near_ties
 from loraplex.engine.worker.fusion.layer_parts import (
-    Activation,
     ExpertsPart,
     Gating,
     LayerParts,
@@ -29,6 +26,8 @@ from loraplex.engine.worker.fusion.layer_stack import LayerStack
 from loraplex.engine.worker.fusion.layer_watch import LayerWatch, read_attention, read_layer
 from loraplex.engine.worker.fusion.part_run import PartRun
 from loraplex.engine.worker.input_batch import InputBatch, current_input_batch
+from loraplex.layers.fusion.activations import Activation, activations_in
+from loraplex.layers.fusion.agreement import SCALES, TOLERANCE, distance, holds
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -199,18 +198,6 @@ def _expert_candidates(layer: nn.Module, parts: LayerParts, activation: Activati
 
 def _swapped(gating: Gating, num_inputs: int) -> Gating:
     return Gating.UP_FIRST if gating is Gating.GATE_FIRST and num_inputs == 1 else gating
-
-
-def activations_in(module: nn.Module) -> Sequence[Activation]:
-    """Those that one of a module's parts computes; all, where none does."""
-    leaves = [part for part in module.modules() if not list(part.children()) and not list(part.parameters())]
-    x = torch.linspace(-8, 8, 4096)
-    own = [kind for kind in Activation if any(holds(partial(_computes, leaf, kind, x)) for leaf in leaves)]
-    return own or tuple(Activation)
-
-
-def _computes(module: nn.Module, kind: Activation, x: Tensor) -> bool:
-    return torch.allclose(module(x), native_ops.activate(x.clone(), None, kind), rtol=1e-5, atol=1e-5)
 
 
 def _paths(parts: LayerParts) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from loraplex.engine.kv.kv_cache import KeyValueCache
 from loraplex.engine.worker.fusion.expert_parts import ExpertRuns, find_experts, is_shared_gate, read_experts
 from loraplex.engine.worker.fusion.layer_parts import (
-    Activation,
     AttentionPart,
     ExpertsPart,
     Gating,
@@ -21,8 +20,9 @@ from loraplex.engine.worker.fusion.layer_parts import (
     is_plain_linear,
     linear_shape,
 )
-from loraplex.engine.worker.fusion.norms import may_be_norm, norm_terms
 from loraplex.engine.worker.fusion.part_run import PartRun
+from loraplex.layers.fusion.activations import Activation
+from loraplex.layers.fusion.norms import may_be_norm, norm_terms
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
-from loraplex.engine.worker import native_ops
-from loraplex.engine.worker.fusion.agreement import TOLERANCE, distance, holds, random_inputs
+from loraplex.kernels import native_parts
+from loraplex.layers.fusion.agreement import TOLERANCE, distance, holds, random_inputs
 
 _USUAL_EPSILONS = (1e-5, 1e-6)  # of modules that don't say theirs
 
@@ -39,7 +40,7 @@ def norm_terms(module: nn.Module, like: Tensor) -> NormTerms | None:
 def run_norm(module: nn.Module, terms: NormTerms, x: Tensor) -> Tensor:
     """What the compiled formula gives."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return native_ops.norm(x.contiguous(), weight, bias, terms.eps, terms.is_centered, terms.plus_one)
+    return native_parts.norm(x.contiguous(), weight, bias, terms.eps, terms.is_centered, terms.plus_one)
 
 
 def _candidates(module: nn.Module) -> Iterator[NormTerms]:
@@ -66,3 +67,21 @@ def _error(module: nn.Module, terms: NormTerms, like: Tensor) -> float | None:
         return worst <= TOLERANCE[like.dtype]
 
     return worst if holds(agrees) else None
+
+
+# Root mean square norms
+
+
+def may_be_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    takes_one_input = len(signature(type(module).forward).parameters) == 2  # itself, and x
+    if not takes_one_input or "bias" in module._parameters:
+        return False
+    return may_be_norm(module) and isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def rms_terms(module: nn.Module) -> NormTerms | None:
+    """None for another norm: torch computes LayerNorm in one operator as it is."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    terms = norm_terms(module, weight.new_empty(3, len(weight)))
+    return None if terms is None or terms.is_centered else terms

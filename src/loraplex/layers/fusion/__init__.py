@@ -1,0 +1,1 @@
+"""Which formula a module of the base model computes, found by what it computes and not by its name."""
