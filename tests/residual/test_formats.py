@@ -29,6 +29,7 @@ from loraplex.residual import (
     write_control_vector,
     write_residual,
 )
+from loraplex.residual.conversion import convert_residual, is_convertible
 from loraplex.residual.report import describe_residual
 from tests.residual.tiny_ia3 import IA3_TARGETS, write_ia3
 from tests.residual.tiny_interventions import random_block_vector, random_reft
@@ -353,3 +354,12 @@ def test_ranks_without_end_are_refused_before_they_are_read(tmp_path: Path) -> N
     save_file({}, tmp_path / "r" / "residual_model.safetensors")
     with pytest.raises(AdapterFormatError, match="missing"):
         read_residual(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300 + ".gguf", "a\0b", ""])
+def test_a_name_that_no_file_can_have_is_a_typed_error(name: str, tmp_path: Path) -> None:
+    assert not is_convertible(name)
+    with pytest.raises(AdapterFormatError):
+        convert_residual(Path(name), tmp_path / "to", to_gguf=False)
+    with pytest.raises(AdapterFormatError):
+        describe_residual(name)

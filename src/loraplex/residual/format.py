@@ -1,5 +1,6 @@
 """Residual adapters as folders: residual_config.json and residual_model.safetensors (docs/linked-adapters.md)."""
 
+import os.path
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,7 +39,7 @@ _REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, "README.md"}
 
 def is_residual_folder(folder: str | Path) -> bool:
     """Whether a folder holds a residual adapter rather than a LoRA."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    return os.path.isfile(Path(folder) / CONFIG_FILE)  # False for a name that is too long, too
 
 
 def read_residual(folder: str | Path, *, check: Callable[[ResidualSettings], None] | None = None) -> FolderResidual:
@@ -55,8 +56,8 @@ def read_residual(folder: str | Path, *, check: Callable[[ResidualSettings], Non
 
 def _read(folder: Path, check: Callable[[ResidualSettings], None] | None) -> FolderResidual:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            found = listed(path.name for path in folder.iterdir()) if folder.is_dir() else "nothing"
+        if not os.path.isfile(folder / name):
+            found = listed(path.name for path in folder.iterdir()) if os.path.isdir(folder) else "nothing"
             raise AdapterFormatError(
                 f"{str(folder)!r} has no {name}; it holds {found}. A residual adapter is a folder with {CONFIG_FILE} "
                 f"and {WEIGHTS_FILE}."

@@ -8,6 +8,7 @@ here. `controlvector.model_hint` and `controlvector.layer_count` are informative
 """
 
 import logging
+import os.path
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 def is_gguf(source: str | Path) -> bool:
     """Whether it is called as a GGUF file is."""
     path = Path(source)
-    return path.suffix == SUFFIX and path.is_file()
+    return path.suffix == SUFFIX and os.path.isfile(path)
 
 
 def is_control_vector(source: str | Path) -> bool:

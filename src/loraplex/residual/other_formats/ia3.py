@@ -1,5 +1,6 @@
 """(IA)^3 as PEFT saves it: adapter_config.json with peft_type IA3, and a vector "MODULE.ia3_l" for each module."""
 
+import os.path
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _KNOWN = {
 def is_ia3_folder(folder: str | Path) -> bool:
     """Whether a folder holds PEFT's IA3."""
     file = Path(folder) / CONFIG_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):  # False for a name that is too long, too
         return False
     try:
         return read_object(file, AdapterFormatError).get("peft_type") == "IA3"

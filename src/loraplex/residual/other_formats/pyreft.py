@@ -5,6 +5,7 @@ unit_pos_nunit_1#0.bin", or "intkey_comp_model_layers[3]_output_...". A second i
 where first and last positions have weights of their own. Which positions those are isn't saved.
 """
 
+import os.path
 import re
 from collections import Counter
 from pathlib import Path
@@ -53,7 +54,7 @@ class _Place(NamedTuple):
 def is_pyreft_folder(folder: str | Path) -> bool:
     """Whether a folder holds interventions of pyreft."""
     path = Path(folder)
-    return path.is_dir() and (path / CONFIG_FILE).is_file() and any(path.glob("intkey_*.bin"))
+    return os.path.isfile(path / CONFIG_FILE) and any(path.glob("intkey_*.bin"))
 
 
 def read_pyreft(folder: str | Path, positions: Positions | None) -> ReftResidual:
