@@ -145,7 +145,7 @@ class OwnWeights:
     def _check_vocabulary(self, config: LoraConfig, shapes: ContentShapes) -> None:
         """Raise unless embedding and output layer have equally many tokens, not too many, and all of them rows."""
         sizes = self._sizes(config, shapes)
-        own = {path: self._parameters[f"{path}.weight"].shape[0] for path in sizes}
+        own = {path: self._num_rows(path) for path in sizes}
         if all(sizes[path] == own[path] for path in sizes):
             return
         told = ", ".join(f"{path!r} {sizes[path]} (the base's: {own[path]})" for path in sizes)
@@ -169,7 +169,7 @@ class OwnWeights:
     def vocabulary_size(self, adapter: Adapter) -> int | None:
         """How many tokens the embedding has with the adapter; None: as many as the base's."""
         sizes = self._sizes(adapter.config, content_shapes(adapter))
-        changed = [size for path, size in sizes.items() if size != self._parameters[f"{path}.weight"].shape[0]]
+        changed = [size for path, size in sizes.items() if size != self._num_rows(path)]
         return changed[0] if changed else None
 
     def brings_tokens(self, adapter: Adapter) -> bool:
@@ -187,7 +187,7 @@ class OwnWeights:
         sizes = {}
         for path in self._adaptable.tables:
             whole, rows = sources.get(f"{path}.weight", (None, None))
-            size = shapes.replaced[whole][0] if whole else self._parameters[f"{path}.weight"].shape[0]
+            size = shapes.replaced[whole][0] if whole else self._num_rows(path)
             added = sorted(token for token in config.contents.tokens_of(rows) if token >= size) if rows else []
             if added != list(range(size, size + len(added))):
                 raise BaseModelMismatchError(
@@ -258,6 +258,10 @@ class OwnWeights:
     @property
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self._base.named_parameters(remove_duplicate=False))
+
+    def _num_rows(self, path: str) -> int:
+        """Of a module's weight."""
+        return int(self._base.get_parameter(f"{path}.weight").shape[0])
 
     def _sharing(self, path: str) -> list[str]:
         """The other paths of a parameter, in other modules."""

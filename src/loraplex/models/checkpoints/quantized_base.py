@@ -105,8 +105,10 @@ def check_quantized_base(base: nn.Module) -> None:
 def tell_other_precision(name: str | None, base: nn.Module) -> None:
     """Log where an adapter's settings name a base model of another precision than this one."""
     found = None if name is None else _PRECISION_NAMES.search(name)
+    if found is None:
+        return
     kinds = sorted({kind.name for _, _, kind in quantized_modules(base)})
-    if found is not None and not any(_is_named(found[1], kind) for kind in kinds):
+    if not any(_is_named(found[1], kind) for kind in kinds):
         logger.warning(
             "the adapter was made for %s; this base model's weights are %s. Results differ a little from those that it "
             "was trained with.",
