@@ -406,7 +406,7 @@ def vllm_plugin(content: Results) -> str:
     for part, apart in content.get("measured apart", {}).items():
         clock = ", by the process's CPU time beside other work" if apart["clock"] == "cpu" else ""
         parts.append(
-            f"Of these, {part}: {apart['date']} at commit {apart['commit']} on {apart['cores']} cores of "
+            f"Of these, {part}: {apart['date']} at commit {apart['commit']} on {_cores(apart['cores'])} of "
             f"{apart['cpu']}{clock}."
         )
     if answers := found.get("parity with PEFT"):
@@ -579,7 +579,7 @@ def machine(environment: Results) -> str:
     installed = {name: version for name, version in environment["versions"].items() if version != "not installed"}
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     return (
-        f"Measured {environment['date']} at commit {environment['commit']} on {environment['cores']} cores of "
+        f"Measured {environment['date']} at commit {environment['commit']} on {_cores(environment['cores'])} of "
         f"{environment['cpu']}; {versions}."
     )
 
@@ -664,6 +664,10 @@ def main() -> None:
         if not options.check:
             (ROOT / document).write_text(updated(document), encoding="utf-8")
     sys.exit(bool(options.check and changed))
+
+
+def _cores(number: int) -> str:
+    return "1 core" if number == 1 else f"{number} cores"
 
 
 if __name__ == "__main__":
