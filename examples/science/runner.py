@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from threading import Event
 
 from examples.science.steps import Step
 
@@ -70,22 +71,22 @@ def run(output: Path, steps: Sequence[Step], *, again: bool = False, processes: 
     with alone(output):
         left = [step for step in steps if again or not is_done(output, step)]
         for _, together in groupby(left, key=lambda step: step.needs_no_neighbour or step.name):
+            failed = Event()  # set by the thread that sees it: the pool would begin the next step at once
             with ThreadPoolExecutor(max_workers=processes) as pool:
-                running = [pool.submit(_run_step, output, step, processes) for step in together]
-                try:
-                    for each in running:
-                        each.result()
-                except StepFailedError:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                running = [pool.submit(_run_step, output, step, processes, failed) for step in together]
+            for each in running:
+                each.result()
 
 
-def _run_step(output: Path, step: Step, processes: int) -> None:
+def _run_step(output: Path, step: Step, processes: int, failed: Event) -> None:
+    if failed.is_set():
+        return
     print(f"== {step.name}, some {step.seconds / 60:.0f} min", flush=True)
     began = time.monotonic()
     environment = _environment(processes if step.needs_no_neighbour else 1)
     status = subprocess.run([sys.executable, "-m", *step.arguments], env=environment, check=False).returncode
     if status != 0:
+        failed.set()
         raise StepFailedError(
             f"{step.name} ended with status {status}. What it said is above; run the same command to go on. "
             f"It ran: python -m {' '.join(step.arguments)}"

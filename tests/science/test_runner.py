@@ -77,6 +77,15 @@ def test_neighbours_that_need_nothing_of_each_other_run_side_by_side(log: Path, 
     assert [is_done(tmp_path, each) for each in steps] == [False, True, False]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nothing_begins_after_a_failed_step(log: Path, tmp_path: Path, processes: int) -> None:
+    steps = [step(log, "fails", status=3, free=True)]
+    steps += [step(log, f"waits {number}", sleep=1.5, free=True) for number in range(3)]
+    with pytest.raises(StepFailedError, match="fails ended with status 3"):
+        run(tmp_path, steps, processes=processes)
+    assert sum(is_done(tmp_path, each) for each in steps) == processes - 1
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     with alone(tmp_path), pytest.raises(StepFailedError, match="another process"), alone(tmp_path):
         pass
